@@ -1,0 +1,130 @@
+"""Section ``data``: where text comes from and how it becomes sequences."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ultrathink.config.base import PartConfig, PartOf, Section
+from ultrathink.core.registry import Registry
+
+SOURCES: Registry[Any] = Registry("data source")
+
+OnBad = Literal["error", "skip"]
+
+
+class SourceConfig(PartConfig):
+    """What every source has."""
+
+    name: str | None = Field(
+        None, description="What metrics call the source; its type or file name when unset."
+    )
+    weight: float = Field(
+        1.0, gt=0, description="Share of the training samples, relative to the other sources."
+    )
+
+
+class StdlibSourceConfig(SourceConfig):
+    """The Python source of the running interpreter's standard library."""
+
+    type: Literal["stdlib"] = "stdlib"
+
+
+class FileSourceConfig(SourceConfig):
+    """What sources that read files share."""
+
+    path: str | tuple[str, ...] = Field(
+        description="A file, a folder (searched recursively), a pattern with *, or a list of them."
+    )
+    val_fraction: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="Share held out for validation when data.val is unset: whole documents chosen "
+        "by hash, or the end of each document where there are fewer than 20.",
+    )
+    on_bad: OnBad = Field(
+        "error", description="What to do with text that cannot be read: error, or skip and count."
+    )
+
+
+class TextSourceConfig(FileSourceConfig):
+    """UTF-8 text files, one document a file."""
+
+    type: Literal["text"] = "text"
+
+
+class JsonlSourceConfig(FileSourceConfig):
+    """Files with one JSON object a line, each a document."""
+
+    type: Literal["jsonl"] = "jsonl"
+    field: str = Field("text", description="Key of the object that holds the document's text.")
+
+
+class DummySourceConfig(SourceConfig):
+    """Generated text with structure to learn; for tests and trial runs."""
+
+    type: Literal["dummy"] = "dummy"
+    num_documents: int = Field(200, gt=0, description="How many documents to generate.")
+    num_words: int = Field(200, gt=0, description="Words in each document.")
+    seed: int = Field(0, ge=0, description="Seed of the generated text.")
+
+
+_TARGETS: dict[str, type[SourceConfig]] = {
+    "stdlib": StdlibSourceConfig,
+    "text": TextSourceConfig,
+    "jsonl": JsonlSourceConfig,
+    "dummy": DummySourceConfig,
+}
+for _name, _options in _TARGETS.items():
+    SOURCES.add(
+        _name,
+        f"ultrathink.data.sources.{_name}:{_name.capitalize()}Source",
+        options=_options,
+    )
+
+SourceField = Annotated[SourceConfig, PartOf(SOURCES)]
+
+
+class PackingConfig(Section):
+    """How documents fill sequences."""
+
+    enabled: bool = Field(
+        True,
+        description="Join documents and cut sequences of seq_len from the stream; when false each "
+        "sequence holds one document (long ones are cut), padded to seq_len.",
+    )
+    isolate_documents: bool = Field(
+        True, description="Documents in one sequence do not see each other, positions restart."
+    )
+
+
+class DataConfig(Section):
+    """Text sources and sequences."""
+
+    mode: Literal["base"] = Field("base", description="What is learned: base (plain text).")
+    seq_len: int = Field(256, gt=1, description="Tokens in a sequence.")
+    train: tuple[SourceField, ...] = Field(
+        (StdlibSourceConfig(),), min_length=1, description="Sources to train on."
+    )
+    val: tuple[SourceField, ...] | None = Field(
+        None, description="Sources to validate on; the held-out part of data.train when unset."
+    )
+    packing: PackingConfig = Field(PackingConfig(), description="How documents fill sequences.")
+    num_workers: int = Field(
+        0, ge=0, description="Processes that prepare batches; 0 prepares them in the trainer."
+    )
+    cache_dir: str | None = Field(
+        None,
+        description="Folder of tokenized data; $ULTRATHINK_CACHE or ~/.cache/ultrathink when "
+        "unset.",
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> DataConfig:
+        named = [source.name for source in self.train if source.name is not None]
+        twice = sorted({name for name in named if named.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources are called {twice[0]!r}; give each its own name")
+        return self

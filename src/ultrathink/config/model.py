@@ -1,0 +1,175 @@
+"""Section ``model``: the shape of the network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ultrathink.config.base import Section, off_means
+from ultrathink.core.registry import Registry
+
+ATTENTION_BACKENDS: Registry[Callable[..., Any]] = Registry("attention backend")
+ATTENTION_BACKENDS.add("sdpa", "ultrathink.model.attention_backends:sdpa_attention")
+ATTENTION_BACKENDS.add("blocks", "ultrathink.model.attention_backends:block_causal_attention")
+ATTENTION_BACKENDS.add("eager", "ultrathink.model.attention_backends:eager_attention")
+
+FEED_FORWARDS: Registry[Any] = Registry("feed-forward")
+FEED_FORWARDS.add("swiglu", "ultrathink.model.feed_forward:SwiGLU")
+FEED_FORWARDS.add("relu2", "ultrathink.model.feed_forward:ReLUSquared")
+
+
+class RopeScalingConfig(Section):
+    """How rotary positions are stretched beyond the length a model was trained at."""
+
+    type: Literal["linear", "yarn", "llama3"] = Field(
+        description="Rule that stretches the rotary frequencies."
+    )
+    factor: float = Field(gt=0, description="How many times longer the context becomes.")
+    original_max_positions: int = Field(
+        8192, gt=0, description="Context length before stretching, in tokens (yarn, llama3)."
+    )
+    low_freq_factor: float = Field(
+        1.0, gt=0, description="Below original/low_freq_factor wavelengths blend (llama3)."
+    )
+    high_freq_factor: float = Field(
+        4.0, gt=0, description="Above this many turns a frequency is left alone (llama3)."
+    )
+    beta_fast: float = Field(
+        32.0, gt=0, description="Turns from which a frequency is left alone (yarn)."
+    )
+    beta_slow: float = Field(
+        1.0, gt=0, description="Turns up to which a frequency is fully stretched (yarn)."
+    )
+    attention_factor: float | None = Field(
+        None, gt=0, description="Scale of cos and sin; 0.1·ln(factor)+1 when unset (yarn)."
+    )
+
+    @model_validator(mode="after")
+    def _frequencies_are_ordered(self) -> RopeScalingConfig:
+        if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor ({self.high_freq_factor}) must exceed low_freq_factor "
+                f"({self.low_freq_factor})"
+            )
+        if self.type == "yarn" and self.beta_fast <= self.beta_slow:
+            raise ValueError(
+                f"beta_fast ({self.beta_fast}) must exceed beta_slow ({self.beta_slow})"
+            )
+        return self
+
+
+class AttentionConfig(Section):
+    """How attention is computed."""
+
+    backend: str = Field(
+        "auto",
+        description="Kernel of the attention product: a registered name (sdpa, blocks, eager), or "
+        "auto to choose for the device, the length and the precision.",
+    )
+
+    @model_validator(mode="after")
+    def _backend_is_known(self) -> AttentionConfig:
+        if self.backend != "auto":
+            ATTENTION_BACKENDS.entry(self.backend)
+        return self
+
+
+class InitConfig(Section):
+    """How weights start."""
+
+    std: float = Field(
+        0.02, gt=0, description="Standard deviation of the truncated normal, cut at 3 of it."
+    )
+    residual: Literal["depth_scaled", "zero"] = Field(
+        "depth_scaled",
+        description="Projections that write to the residual stream start at std/√(2·num_layers), "
+        "or at zero.",
+    )
+
+
+class ModelConfig(Section):
+    """A decoder of the Llama family."""
+
+    hidden_size: int = Field(256, gt=0, description="Width of the residual stream.")
+    num_layers: int = Field(4, gt=0, description="Number of blocks.")
+    num_heads: int = Field(8, gt=0, description="Query heads of an attention layer.")
+    num_kv_heads: int | None = Field(
+        None, gt=0, description="Key and value heads; num_heads when unset, 1 is multi-query."
+    )
+    head_dim: int | None = Field(
+        None, gt=0, description="Width of one head; hidden_size / num_heads when unset."
+    )
+    intermediate_size: int | None = Field(
+        None,
+        gt=0,
+        description="Width of the feed-forward layer; 8/3 of hidden_size (4 for relu2), rounded "
+        "up to a multiple of 16, when unset.",
+    )
+    vocab_size: int | None = Field(
+        None, gt=0, description="Rows of the embedding; the tokenizer's size when unset."
+    )
+    feed_forward: str = Field("swiglu", description="Registered feed-forward: swiglu or relu2.")
+    rope_theta: float = Field(10_000.0, gt=0, description="Base of the rotary frequencies.")
+    rope_scaling: RopeScalingConfig | None = Field(
+        None, description="Stretching of rotary positions; none when unset."
+    )
+    tie_embeddings: bool = Field(True, description="Share the embedding with the output head.")
+    qk_norm: bool = Field(False, description="RMSNorm on each query and key head before RoPE.")
+    norm_eps: float = Field(1e-5, gt=0, description="Constant inside the RMSNorm root.")
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Dropout on the embedding and on each block's two outputs."
+    )
+    z_loss: float = Field(
+        0.0, ge=0, description="Weight of the mean squared log-partition of the logits."
+    )
+    attention: AttentionConfig = Field(AttentionConfig(), description="How attention runs.")
+    init: InitConfig = Field(InitConfig(), description="How weights start.")
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ModelConfig:
+        kv_heads = self.num_kv_heads
+        if kv_heads is not None and self.num_heads % kv_heads:
+            raise ValueError(
+                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({kv_heads}); "
+                f"divisors: {_divisors(self.num_heads)}"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_heads "
+                f"({self.num_heads}), or head_dim must be set"
+            )
+        head_dim = self.head_dim or self.hidden_size // self.num_heads
+        if head_dim % 2:
+            raise ValueError(
+                f"the head dimension ({head_dim}) must be even for rotary positions; choose "
+                f"another num_heads or set head_dim"
+            )
+        FEED_FORWARDS.entry(self.feed_forward)
+        return self
+
+    def derived(self) -> dict[str, tuple[int, str]]:
+        """The sizes left unset, each with its value and what it follows from."""
+        sizes: dict[str, tuple[int, str]] = {}
+        if self.num_kv_heads is None:
+            sizes["num_kv_heads"] = (self.num_heads, "num_heads")
+        if self.head_dim is None:
+            sizes["head_dim"] = (self.hidden_size // self.num_heads, "hidden_size / num_heads")
+        if self.intermediate_size is None:
+            ratio = 4.0 if self.feed_forward == "relu2" else 8 / 3
+            width = math.ceil(self.hidden_size * ratio / 16) * 16
+            sizes["intermediate_size"] = (width, f"hidden_size x {ratio:.3g}, in steps of 16")
+        return sizes
+
+    def resolved(self) -> ModelConfig:
+        """This configuration with every size set, except a vocabulary that was not given."""
+        return self.model_copy(update={name: value for name, (value, _) in self.derived().items()})
+
+
+Checkpointing = Annotated[Literal["none", "selective", "full"], off_means("none")]
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

@@ -1,0 +1,22 @@
+"""Section ``run``: what a run is called, where it is kept, and its seed."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from ultrathink.config.base import Section
+
+
+class RunConfig(Section):
+    """Name, place and seed of a run."""
+
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the run folder; derived from the preset or file when unset. "
+        "A name in use gets a number: demo, demo-2.",
+    )
+    dir: str = Field("runs", description="Folder in which run folders are made.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seed of the initial weights, the data order and dropout."
+    )

@@ -1,0 +1,53 @@
+"""Section ``tokenizer``: how text becomes token ids."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ultrathink.config.base import PartConfig, PartOf
+from ultrathink.core.registry import Registry
+
+TOKENIZERS: Registry[Any] = Registry("tokenizer")
+
+
+class TokenizerConfig(PartConfig):
+    """What every tokenizer has."""
+
+    def size(self) -> int:
+        """Number of ids that this tokenizer may produce, special tokens included."""
+        raise NotImplementedError
+
+
+class BpeTokenizerConfig(TokenizerConfig):
+    """Byte-level byte-pair encoding, trained on the training documents."""
+
+    type: Literal["bpe"] = "bpe"
+    vocab_size: int = Field(
+        4096, ge=257, lt=2**31, description="Number of tokens, the 256 bytes and specials included."
+    )
+    train_bytes: int = Field(
+        30_000_000, gt=0, description="At most this many bytes of text are read to learn merges."
+    )
+    pattern: Literal["gpt4", "gpt2"] = Field(
+        "gpt4", description="How text is cut into words before merging."
+    )
+
+    def size(self) -> int:
+        return self.vocab_size
+
+
+class ByteTokenizerConfig(TokenizerConfig):
+    """One token a byte."""
+
+    type: Literal["byte"] = "byte"
+
+    def size(self) -> int:
+        return 257  # 256 bytes and the end-of-text token
+
+
+TOKENIZERS.add("bpe", "ultrathink.data.tokenizers.bpe:BpeTokenizer", options=BpeTokenizerConfig)
+TOKENIZERS.add("byte", "ultrathink.data.tokenizers.byte:ByteTokenizer", options=ByteTokenizerConfig)
+
+TokenizerField = Annotated[TokenizerConfig, PartOf(TOKENIZERS)]

@@ -1,0 +1,127 @@
+"""Section ``training``: how long, how large, how precise, and what is kept."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ultrathink.config.base import Section
+from ultrathink.config.model import Checkpointing
+from ultrathink.config.optimizer import (
+    AdamWConfig,
+    CosineConfig,
+    OptimizerField,
+    ScheduleField,
+)
+
+BUDGETS = ("max_steps", "max_tokens", "max_minutes", "epochs")
+
+
+class CheckpointConfig(Section):
+    """When the run is saved and what is kept."""
+
+    every_steps: int | None = Field(
+        None, gt=0, description="Save after every so many steps; the last step is always saved."
+    )
+    every_minutes: float | None = Field(
+        None, gt=0, description="Save after every so many minutes of training."
+    )
+    keep: int = Field(
+        2, gt=0, description="Newest checkpoints kept, besides best and last."
+    )
+    best_by: Literal["loss", "token_accuracy"] = Field(
+        "loss", description="Validation figure by which `best` is chosen."
+    )
+
+
+class EvalConfig(Section):
+    """When the model is validated, and on how much."""
+
+    every_steps: int | None = Field(
+        None, gt=0, description="Validate after every so many steps; the last step always is."
+    )
+    batch_size: int = Field(16, gt=0, description="Sequences in one validation batch.")
+    max_tokens: int | None = Field(
+        None, gt=0, description="Use only so many held-out tokens; all of them when unset."
+    )
+
+
+class SampleConfig(Section):
+    """Text written by the model at the end of training, as a first look at it."""
+
+    prompts: tuple[str, ...] = Field((), description="Texts to continue; none when empty.")
+    max_new_tokens: int = Field(160, gt=0, description="Tokens to write for each prompt.")
+    temperature: float = Field(0.7, ge=0, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Share of probability sampled from.")
+
+
+class TrainingConfig(Section):
+    """The course of training."""
+
+    max_steps: int | None = Field(None, gt=0, description="Length in optimizer steps.")
+    max_tokens: int | None = Field(None, gt=0, description="Length in training tokens.")
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Length in minutes from the first training step, compilation and validation "
+        "included, tokenizing not.",
+    )
+    epochs: float | None = Field(None, gt=0, description="Length in passes over the data.")
+    step_budget: int | None = Field(
+        None,
+        gt=0,
+        description="Optimizer steps that the length came to; chosen at run time and kept on "
+        "resuming.",
+    )
+    batch_size: int = Field(
+        32, gt=0, description="Sequences per optimizer step, over all devices and micro-batches."
+    )
+    micro_batch_size: int | Literal["auto"] = Field(
+        "auto", description="Sequences in one forward pass of one device."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
+        "auto", description="Number format of the products; weights are kept in fp32 (fp64)."
+    )
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="Compile the model; auto compiles when the run is long enough to pay."
+    )
+    activation_checkpointing: Checkpointing = Field(
+        "none",
+        description="Recompute activations in the backward pass: full (all of a block), "
+        "selective (all but the products), none.",
+    )
+    clip: float | None = Field(
+        1.0, gt=0, description="Largest global gradient norm; larger ones are scaled down."
+    )
+    log_every: int = Field(10, gt=0, description="Steps between logged steps.")
+    optimizer: OptimizerField = Field(AdamWConfig(), description="What moves the weights.")
+    schedule: ScheduleField = Field(CosineConfig(), description="Course of the learning rate.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What is saved.")
+    eval: EvalConfig = Field(EvalConfig(), description="Validation.")
+    sample: SampleConfig = Field(SampleConfig(), description="Text written at the end.")
+    init_from: str | None = Field(
+        None, description="Run folder or checkpoint whose weights training starts from."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            listed = ", ".join(BUDGETS)
+            raise ValueError(
+                f"give exactly one of {listed}; "
+                + (f"given: {' and '.join(given)}" if given else "none is given")
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainingConfig:
+        micro = self.micro_batch_size
+        if isinstance(micro, int) and (micro < 1 or self.batch_size % micro):
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({micro}), "
+                f"or micro_batch_size must be auto"
+            )
+        return self

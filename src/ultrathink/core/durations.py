@@ -1,0 +1,84 @@
+"""Lengths of training: steps, a share of the run, tokens or minutes, resolved to steps once."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Unit = Literal["steps", "ratio", "tokens", "minutes"]
+
+_SUFFIXES = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+_PATTERN = re.compile(
+    r"^\s*(?P<number>\d[\d_]*(?:\.\d+)?|\.\d+)\s*(?P<scale>[kKmMbB]?)\s*"
+    r"(?P<unit>%|steps?|tokens?|minutes?|min)?\s*$"
+)
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training: ``100`` steps, ``0.1`` or ``"10%"`` of it, ``"2M tokens"``,
+    ``"3 minutes"``."""
+
+    value: float
+    unit: Unit
+
+    @classmethod
+    def parse(cls, text: int | float | str) -> Duration:
+        """Read a duration; an integer counts steps, a fraction below 1 is a share of the run."""
+        if isinstance(text, bool):
+            raise ValueError(_advice(text))
+        if isinstance(text, int | float):
+            return cls._from_number(float(text), is_integer=isinstance(text, int))
+        match = _PATTERN.match(text)
+        if match is None:
+            raise ValueError(_advice(text))
+        number = float(match["number"].replace("_", "")) * _SUFFIXES[match["scale"].lower()]
+        unit = (match["unit"] or "").rstrip("s")
+        if unit == "":
+            has_point = "." in match["number"] and match["scale"] == ""
+            return cls._from_number(number, is_integer=not has_point)
+        if unit == "%":
+            return cls._ratio(number / 100)
+        names: dict[str, Unit] = {
+            "step": "steps", "token": "tokens", "minute": "minutes", "min": "minutes"
+        }
+        return cls(number, names[unit])
+
+    @classmethod
+    def _from_number(cls, number: float, *, is_integer: bool) -> Duration:
+        if number < 0 or not math.isfinite(number):
+            raise ValueError(_advice(number))
+        if is_integer:
+            return cls(number, "steps")
+        return cls._ratio(number)
+
+    @classmethod
+    def _ratio(cls, share: float) -> Duration:
+        if not 0 <= share <= 1:
+            raise ValueError(f"a share of the run lies between 0 and 1 (0% and 100%), not {share}")
+        return cls(share, "ratio")
+
+    def to_steps(self, *, total_steps: int, tokens_per_step: int, seconds_per_step: float) -> int:
+        """The nearest whole number of optimizer steps, given the run's length and speed."""
+        if self.unit == "steps":
+            return int(self.value)
+        if self.unit == "ratio":
+            return round(self.value * total_steps)
+        if self.unit == "tokens":
+            return math.ceil(self.value / tokens_per_step)
+        return round(self.value * 60 / max(seconds_per_step, 1e-9))
+
+    def __str__(self) -> str:
+        if self.unit == "ratio":
+            return f"{self.value:.6g}"
+        amount = int(self.value) if self.value == int(self.value) else self.value
+        return str(amount) if self.unit == "steps" else f"{amount} {self.unit}"
+
+
+def _advice(text: object) -> str:
+    return (
+        f"{text!r} is not a length of training; write steps (100), a share of the run (0.1 or "
+        f"10%), tokens ('2M tokens') or minutes ('3 minutes')"
+    )

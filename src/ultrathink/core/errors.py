@@ -1,0 +1,41 @@
+"""The errors a user can cause, each naming the field, the value and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UltrathinkError(ValueError):
+    """A mistake the user can mend; the command line prints its message without a stack trace."""
+
+
+class ConfigError(UltrathinkError):
+    """A configuration that cannot be used."""
+
+
+class DataError(UltrathinkError):
+    """Training or validation text that is missing, unreadable or empty."""
+
+
+class CheckpointError(UltrathinkError):
+    """A checkpoint or run folder that is missing, damaged or made for something else."""
+
+
+class MissingDependencyError(UltrathinkError):
+    """An optional package is absent; the message names the extra that installs it."""
+
+
+def closest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate most like ``name``, or None when nothing comes near."""
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def suggestion(name: str, candidates: Iterable[str]) -> str:
+    """A sentence to end a message with: the nearest candidate, or the list of them."""
+    known = sorted(set(candidates))
+    match = closest(name, known)
+    if match is not None:
+        return f"Did you mean {match!r}?"
+    return f"Known: {', '.join(known)}."

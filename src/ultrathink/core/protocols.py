@@ -1,0 +1,23 @@
+"""Interfaces that packages in different layers agree on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    # Nested lists and dicts of plain values, or tensors: all that a checkpoint can hold.
+    StateValue: TypeAlias = Tensor | dict[str, Any] | list[Any] | str | int | float | bool | None
+    State: TypeAlias = dict[str, StateValue]
+else:
+    State = dict
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Something that remembers: what it returns is in every checkpoint, and comes back."""
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...

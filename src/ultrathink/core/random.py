@@ -1,0 +1,48 @@
+"""Random state: seeding every generator in use, and carrying their state through a checkpoint."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+from ultrathink.core.protocols import State
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators (CPU and every visible accelerator)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> State:
+    """The state of every global generator, as plain values and tensors."""
+    version, keys, gauss = random.getstate()
+    name, numpy_keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": [version, list(keys), gauss],
+        "numpy": [str(name), [int(k) for k in numpy_keys], int(position), int(has_gauss),
+                  float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        state[f"cuda_{index}"] = torch.cuda.get_rng_state(index)
+    return state
+
+
+def set_random_state(state: State) -> None:
+    """Put every global generator back to ``state`` as ``random_state`` returned it."""
+    values: dict[str, Any] = dict(state)
+    version, keys, gauss = values["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, numpy_keys, position, has_gauss, cached = values["numpy"]
+    np.random.set_state(
+        (name, np.array(numpy_keys, dtype=np.uint32), position, has_gauss, cached)
+    )
+    torch.set_rng_state(values["torch"].cpu())
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda_{index}" in values:
+            torch.cuda.set_rng_state(values[f"cuda_{index}"].cpu(), index)

@@ -1,0 +1,127 @@
+"""One registry for every kind of part: YAML names a part, the code behind it loads when used."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from ultrathink.core.errors import ConfigError, MissingDependencyError, suggestion
+
+Part = TypeVar("Part")
+PLUGIN_GROUP = "ultrathink.plugins"
+_loaded_entry_points = False
+
+
+@dataclass(frozen=True)
+class Entry(Generic[Part]):
+    """One registered name: its code (or where to import it from) and the class of its options."""
+
+    name: str
+    target: Part | str  # "package.module:attribute" until first used
+    options: type[Any] | None = None
+    extra: str | None = None  # the extra that installs what the module imports
+
+
+class Registry(Generic[Part]):
+    """Maps names to parts of one kind, importing a part only when it is asked for.
+
+    ``kind`` is what messages call a member ("optimizer"). A part is registered as the string
+    ``"package.module:attribute"``, or as the object itself with the ``register`` decorator.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry[Part]] = {}
+
+    def add(
+        self,
+        name: str,
+        target: Part | str,
+        *,
+        options: type[Any] | None = None,
+        extra: str | None = None,
+    ) -> None:
+        """Register ``target`` under ``name``; a name is taken only once."""
+        if name in self._entries:
+            raise ConfigError(f"{self.kind} {name!r} is registered already; choose another name.")
+        self._entries[name] = Entry(name, target, options, extra)
+
+    def register(
+        self, name: str, *, options: type[Any] | None = None
+    ) -> Callable[[Part], Part]:
+        """Decorator form of ``add``, for parts that live in a user's own file."""
+
+        def decorate(part: Part) -> Part:
+            self.add(name, part, options=options)
+            return part
+
+        return decorate
+
+    def entry(self, name: str) -> Entry[Part]:
+        """The entry called ``name``; ConfigError suggests the nearest one where there is none."""
+        if name not in self._entries:
+            load_entry_points()
+        if name not in self._entries:
+            raise ConfigError(
+                f"there is no {self.kind} called {name!r}. {suggestion(name, self._entries)} "
+                f"A part of your own is loaded with --plugin FILE.py."
+            )
+        return self._entries[name]
+
+    def load(self, name: str) -> Part:
+        """The part called ``name``, imported now if it was not yet."""
+        entry = self.entry(name)
+        if not isinstance(entry.target, str):
+            return entry.target
+        module_name, _, attribute = entry.target.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if entry.extra is None or (error.name or "").startswith("ultrathink"):
+                raise
+            raise MissingDependencyError(
+                f"{self.kind} {name!r} needs the package {error.name!r}; "
+                f'install it with: pip install "ultrathink[{entry.extra}]"'
+            ) from error
+        part: Part = getattr(module, attribute)
+        self._entries[name] = Entry(name, part, entry.options, entry.extra)
+        return part
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[Entry[Part]]:
+        return iter(self._entries.values())
+
+
+def load_plugin(path: str | Path) -> None:
+    """Run a user's Python file so that the parts it registers can be named in a config."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"--plugin {path}: there is no such file.")
+    module_name = f"ultrathink_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--plugin {path}: not a Python file; its name must end in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    spec.loader.exec_module(module)
+
+
+def load_entry_points() -> None:
+    """Import the parts of installed packages that declare themselves as plugins, once."""
+    global _loaded_entry_points
+    if _loaded_entry_points:
+        return
+    _loaded_entry_points = True
+    for point in entry_points(group=PLUGIN_GROUP):
+        point.load()

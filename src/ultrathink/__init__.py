@@ -1,3 +1,42 @@
-"""ULTRATHINK: train a language model from one YAML file."""
+"""ULTRATHINK: train a language model from one YAML file.
+
+    from ultrathink import load_config, build_model, build_trainer, load_model
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ultrathink.config import Config, load_config
+    from ultrathink.recipe.build import build_model, build_trainer, resume_trainer
+    from ultrathink.runs.loading import load_model
 
 __version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "build_model",
+    "build_trainer",
+    "load_config",
+    "load_model",
+    "resume_trainer",
+]
+
+# Imported on first use: `import ultrathink` must not pay for torch.
+_HOMES = {
+    "Config": "ultrathink.config",
+    "load_config": "ultrathink.config",
+    "build_model": "ultrathink.recipe.build",
+    "build_trainer": "ultrathink.recipe.build",
+    "resume_trainer": "ultrathink.recipe.build",
+    "load_model": "ultrathink.runs.loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ultrathink' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

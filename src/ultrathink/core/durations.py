@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal
 
 Unit = Literal["steps", "ratio", "tokens", "minutes"]
@@ -30,7 +31,7 @@ class Duration:
         if isinstance(text, bool):
             raise ValueError(_advice(text))
         if isinstance(text, int | float):
-            return cls._from_number(float(text), is_integer=isinstance(text, int))
+            return cls._from_number(float(text), text, is_integer=isinstance(text, int))
         match = _PATTERN.match(text)
         if match is None:
             raise ValueError(_advice(text))
@@ -38,21 +39,28 @@ class Duration:
         unit = (match["unit"] or "").rstrip("s")
         if unit == "":
             has_point = "." in match["number"] and match["scale"] == ""
-            return cls._from_number(number, is_integer=not has_point)
+            return cls._from_number(number, text, is_integer=not has_point)
         if unit == "%":
             return cls._ratio(number / 100)
         names: dict[str, Unit] = {
-            "step": "steps", "token": "tokens", "minute": "minutes", "min": "minutes"
+            "step": "steps",
+            "token": "tokens",
+            "minute": "minutes",
+            "min": "minutes",
         }
+        if not math.isfinite(number) or (unit == "step" and number != int(number)):
+            raise ValueError(_advice(text))
         return cls(number, names[unit])
 
     @classmethod
-    def _from_number(cls, number: float, *, is_integer: bool) -> Duration:
+    def _from_number(cls, number: float, text: object, *, is_integer: bool) -> Duration:
         if number < 0 or not math.isfinite(number):
-            raise ValueError(_advice(number))
-        if is_integer:
-            return cls(number, "steps")
-        return cls._ratio(number)
+            raise ValueError(_advice(text))
+        if not is_integer:
+            return cls._ratio(number)
+        if number != int(number):  # 0.0001k
+            raise ValueError(_advice(text))
+        return cls(number, "steps")
 
     @classmethod
     def _ratio(cls, share: float) -> Duration:
@@ -71,10 +79,12 @@ class Duration:
         return round(self.value * 60 / max(seconds_per_step, 1e-9))
 
     def __str__(self) -> str:
+        """What ``parse`` reads back as the same length."""
+        amount = format(Decimal(repr(float(self.value))), "f")  # never with an exponent
         if self.unit == "ratio":
-            return f"{self.value:.6g}"
-        amount = int(self.value) if self.value == int(self.value) else self.value
-        return str(amount) if self.unit == "steps" else f"{amount} {self.unit}"
+            return amount if "." in amount else f"{amount}.0"
+        amount = amount.removesuffix(".0")
+        return amount if self.unit == "steps" else f"{amount} {self.unit}"
 
 
 def _advice(text: object) -> str:

@@ -26,16 +26,18 @@ class MissingDependencyError(UltrathinkError):
     """An optional package is absent; the message names the extra that installs it."""
 
 
-def closest(name: str, candidates: Iterable[str]) -> str | None:
+def closest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The candidate most like ``name``, or None when nothing comes near."""
-    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 
 def suggestion(name: str, candidates: Iterable[str]) -> str:
     """A sentence to end a message with: the nearest candidate, or the list of them."""
     known = sorted(set(candidates))
-    match = closest(name, known)
+    # Stricter than for keys: gelu is not a misspelt relu2. But bep is bpe with letters swapped.
+    swapped = next((other for other in known if sorted(other) == sorted(name)), None)
+    match = swapped or closest(name, known, cutoff=0.7)
     if match is not None:
         return f"Did you mean {match!r}?"
     return f"Known: {', '.join(known)}."

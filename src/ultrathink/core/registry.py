@@ -11,7 +11,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from ultrathink.core.errors import ConfigError, MissingDependencyError, suggestion
+from ultrathink.core.errors import (
+    ConfigError,
+    MissingDependencyError,
+    UltrathinkError,
+    suggestion,
+)
 
 Part = TypeVar("Part")
 PLUGIN_GROUP = "ultrathink.plugins"
@@ -52,9 +57,7 @@ class Registry(Generic[Part]):
             raise ConfigError(f"{self.kind} {name!r} is registered already; choose another name.")
         self._entries[name] = Entry(name, target, options, extra)
 
-    def register(
-        self, name: str, *, options: type[Any] | None = None
-    ) -> Callable[[Part], Part]:
+    def register(self, name: str, *, options: type[Any] | None = None) -> Callable[[Part], Part]:
         """Decorator form of ``add``, for parts that live in a user's own file."""
 
         def decorate(part: Part) -> Part:
@@ -114,7 +117,14 @@ def load_plugin(path: str | Path) -> None:
         raise ConfigError(f"--plugin {path}: not a Python file; its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except UltrathinkError:
+        raise
+    except Exception as error:
+        del sys.modules[module_name]
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"--plugin {path} failed: {reason}. (--debug shows where)") from error
 
 
 def load_entry_points() -> None:

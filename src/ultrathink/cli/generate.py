@@ -1,0 +1,85 @@
+"""``ultrathink generate``: let a trained model continue a text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+_EPILOG = """examples:
+  ultrathink generate demo "def main():"
+  ultrathink generate runs/demo@last "import " --temperature 0          the likeliest tokens
+  ultrathink generate demo "class " --top-k 40 --seed 1 --stop "\\nclass"
+  echo "def f(x):" | ultrathink generate demo -
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
+    parser.add_argument("run", metavar="RUN", help="run name or folder, or RUN@best|last|step")
+    parser.add_argument("prompt", help="text to continue; - reads it from standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default 200")
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, metavar="T", help="0 is greedy; default 0.7"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens that sum to P"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed writes the same text")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text"
+    )
+    parser.add_argument("--device", default="cpu", help="default cpu")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of streaming"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ultrathink.inference.engine import Engine
+    from ultrathink.inference.sampling import SamplingParams
+    from ultrathink.runs.folder import split_run
+    from ultrathink.runs.loading import load_model
+    from ultrathink.training.hardware import choose_device
+
+    params = SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop=tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in args.stop),
+    )
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    name, checkpoint = split_run(args.run)
+    if "@" not in args.run:
+        checkpoint = "best"
+    model, tokenizer = load_model(name, checkpoint, device=choose_device(args.device))
+    engine = Engine(model, tokenizer)
+    if not args.json:
+        print(prompt, end="", flush=True)
+        for piece in engine.stream(prompt, params):
+            print(piece, end="", flush=True)
+        print()
+        return 0
+    began = time.perf_counter()
+    result = engine.generate(prompt, params)
+    seconds = time.perf_counter() - began
+    print(
+        json.dumps(
+            {
+                "run": name,
+                "prompt": prompt,
+                "text": result.text,
+                "prompt_tokens": result.prompt_tokens,
+                "new_tokens": result.new_tokens,
+                "finish_reason": result.finish_reason,
+                "tokens_per_sec": result.new_tokens / max(seconds, 1e-9),
+            },
+            ensure_ascii=False,
+        )
+    )
+    return 0

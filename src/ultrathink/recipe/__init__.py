@@ -1,0 +1,1 @@
+"""From a configuration to working parts: the only place where everything meets."""

@@ -1,0 +1,65 @@
+"""Callbacks that need parts which the trainer does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ultrathink.config.schema import Config
+from ultrathink.data.tokenizers.base import Tokenizer
+from ultrathink.inference.engine import Engine
+from ultrathink.inference.sampling import SamplingParams
+from ultrathink.model.transformer import Transformer
+from ultrathink.monitoring.records import Sink
+from ultrathink.runs.folder import RunFolder
+from ultrathink.training.callbacks import Callback, Ending, StepReport
+
+
+class StepBudgetRecorder(Callback):
+    """Writes the length that the run came to, in steps, into its configuration."""
+
+    def __init__(self, run: RunFolder, config: Config) -> None:
+        self.run = run
+        self.config = config
+
+    def on_budget(self, total_steps: int) -> None:
+        training = self.config.training
+        if training.max_steps is None and training.step_budget != total_steps:
+            self.config = self.config.replace(
+                {"training.step_budget": total_steps},
+                origin="chosen at run time: what the length comes to at the measured speed"
+                if training.max_minutes is not None
+                else "chosen at run time: what the length comes to",
+            )
+            self.run.write_config(self.config)
+
+
+class SampleWriter(Callback):
+    """Lets the model continue each prompt of ``training.sample`` at the end of training."""
+
+    def __init__(
+        self, config: Config, model: Transformer, tokenizer: Tokenizer, sinks: Sequence[Sink]
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sinks = sinks
+        self._step = 0
+
+    def on_step(self, report: StepReport) -> None:
+        self._step = report.step
+
+    def on_end(self, ending: Ending | None) -> None:
+        if ending not in ("finished", "out of time"):
+            return
+        sample = self.config.training.sample
+        engine = Engine(self.model, self.tokenizer)
+        params = SamplingParams(
+            max_new_tokens=sample.max_new_tokens,
+            temperature=sample.temperature,
+            top_p=sample.top_p,
+            seed=self.config.run.seed,
+        )
+        for prompt in sample.prompts:
+            text = engine.generate(prompt, params).text
+            for sink in self.sinks:
+                sink.sample(self._step, prompt, text)

@@ -1,0 +1,93 @@
+"""What ``auto`` means on this machine; each choice is written into the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ultrathink.config.schema import Config
+from ultrathink.model.attention_backends import choose_backend
+from ultrathink.model.flops import flops_per_token
+from ultrathink.training.budget import planned_steps
+from ultrathink.training.compiling import should_compile
+from ultrathink.training.hardware import (
+    DTYPES,
+    Precision,
+    choose_device,
+    choose_precision,
+    keep_freed_memory,
+    peak_flops,
+)
+
+# Positions in one forward pass on a CPU, beyond which caches suffer and nothing gets faster.
+_CPU_MICRO_TOKENS = 8192
+# Bytes kept for the backward pass per position and layer, as multiples of the hidden size: what
+# a block of the Llama family saves (Korthikanti et al., arXiv:2205.05198, eq. 2, without masks).
+_ACTIVATION_FACTOR = 34
+_MEMORY_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The machine's part of a run."""
+
+    device: torch.device
+    precision: Precision
+    peak_flops: float
+    warnings: tuple[str, ...]
+
+
+def choose(config: Config, samples_per_epoch: int) -> tuple[Config, Choices]:
+    """Replace every ``auto`` in ``config`` with what suits this machine, and say why."""
+    training = config.training
+    device = choose_device(training.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    precision, precision_reason = choose_precision(training.precision, device)
+    peak = peak_flops(device, precision)
+    compiled, compile_reason, is_warning = should_compile(
+        training,
+        device,
+        planned_flops=_planned_flops(config, samples_per_epoch),
+        peak_flops=peak,
+    )
+    chosen: dict[str, tuple[object, str]] = {}
+    if training.device == "auto":
+        chosen["training.device"] = (str(device), "the first of cuda, mps, cpu that is here")
+    if training.precision == "auto":
+        chosen["training.precision"] = (precision, precision_reason)
+    if training.compile != compiled:
+        chosen["training.compile"] = (compiled, compile_reason)
+    if config.model.attention.backend == "auto":
+        backend = choose_backend(device.type, DTYPES[precision], config.data.seq_len, compiled)
+        chosen["model.attention.backend"] = (backend, f"{precision} on {device.type}")
+    if training.micro_batch_size == "auto":
+        size = _micro_batch_size(config, device)
+        chosen["training.micro_batch_size"] = (size, "what fits the device's memory")
+    for key, (value, reason) in chosen.items():
+        config = config.replace({key: value}, origin=f"chosen at run time: {reason}")
+    warnings = (f"training.compile: {compile_reason}.",) if is_warning else ()
+    return config, Choices(device, precision, peak, warnings)
+
+
+def _planned_flops(config: Config, samples_per_epoch: int) -> float | None:
+    tokens_per_step = config.training.batch_size * config.data.seq_len
+    steps = planned_steps(config.training, tokens_per_step, samples_per_epoch)
+    if steps is None:
+        return None
+    return steps * tokens_per_step * flops_per_token(config.model, config.data.seq_len)
+
+
+def _micro_batch_size(config: Config, device: torch.device) -> int:
+    """The largest divisor of the batch whose activations fit."""
+    batch_size, seq_len = config.training.batch_size, config.data.seq_len
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        model = config.model
+        per_sequence = _ACTIVATION_FACTOR * model.hidden_size * model.num_layers * seq_len
+        most = int(free * _MEMORY_SHARE / per_sequence)
+    else:
+        most = _CPU_MICRO_TOKENS // seq_len
+    divisors = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
+    return max(size for size in divisors if size <= max(1, most))

@@ -1,0 +1,99 @@
+"""From a run folder back to a model and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ultrathink.config.model import ModelConfig
+from ultrathink.core.errors import CheckpointError
+from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
+from ultrathink.model.transformer import Transformer
+from ultrathink.runs.checkpoint import load_checkpoint, tensor_shapes
+from ultrathink.runs.folder import RunFolder, find_run, split_run
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+_MODEL = "model/"
+
+
+def load_model(
+    run: str | PathLike[str],
+    checkpoint: str | int = "best",
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[Transformer, Tokenizer]:
+    """The model of a run's checkpoint, in evaluation mode, and the tokenizer it was trained with.
+
+    ``checkpoint`` is ``"best"``, ``"last"`` or a step; ``dtype`` converts the weights. Raises
+    CheckpointError where something is missing or does not fit.
+    """
+    folder = find_run(str(run))
+    config = folder.read_config()
+    model = empty_model(config.model)
+    load_weights(model, folder.checkpoint(checkpoint))
+    if dtype is not None:
+        model.to(dtype)
+    return model.to(device).eval(), load_tokenizer(folder.tokenizer)
+
+
+def empty_model(config: ModelConfig) -> Transformer:
+    """A model on the CPU whose weights are yet to be filled."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cpu")
+    model.rope.reset_tables()
+    return model
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Fill ``model`` with the weights of a checkpoint; CheckpointError where they do not fit."""
+    shapes = {
+        name.removeprefix(_MODEL): shape
+        for name, (shape, _) in tensor_shapes(folder).items()
+        if name.startswith(_MODEL)
+    }
+    check_fit({name: tuple(t.shape) for name, t in model.state_dict().items()}, shapes, folder)
+    state: dict[str, Any] = dict(load_checkpoint(folder, lambda name: name.startswith(_MODEL)))
+    model.load_state_dict(state["model"])
+
+
+def check_fit(
+    wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], folder: Path
+) -> None:
+    """Raise CheckpointError naming the first weight that differs between model and checkpoint."""
+    for name in [*wanted, *found]:
+        here, there = wanted.get(name), found.get(name)
+        if here == there:
+            continue
+        if here is None or there is None:
+            lacking = "this model" if here is None else "the checkpoint"
+            difference = f"{lacking} has no weight {name!r}"
+        else:
+            difference = f"{name} is {list(there)} in the checkpoint and {list(here)} in this model"
+        advice = (
+            " Their vocabularies differ: use the tokenizer of that run."
+            if name.startswith(("embedding.", "head.")) and here and there and here[0] != there[0]
+            else ""
+        )
+        raise CheckpointError(
+            f"{folder} holds another model: {difference}.{advice} Set the model section to that "
+            f"of the checkpoint's run (ultrathink config show RUN)."
+        )
+
+
+def weights_from(text: str, runs_dir: str) -> tuple[Path, RunFolder | None]:
+    """The checkpoint that ``training.init_from`` names (RUN, RUN@step or a folder), and its run."""
+    path = Path(text)
+    if (path / "state.json").is_file():
+        parent = path.resolve().parent.parent
+        is_run = (parent / "config.yaml").is_file()
+        return path, RunFolder(parent) if is_run else None
+    name, which = split_run(text)
+    run = find_run(name, runs_dir)
+    return run.checkpoint(which), run

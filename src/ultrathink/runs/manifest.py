@@ -1,0 +1,91 @@
+"""The manifest: with what code, packages, hardware and data a run was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ultrathink
+from ultrathink.core.files import write_atomic
+
+_PACKAGES = ("torch", "numpy", "pydantic", "tokenizers", "tiktoken", "safetensors")
+
+
+def build_manifest(*, data_hash: str, tokenizer_hash: str, num_parameters: int) -> dict[str, Any]:
+    """Facts about this machine and process, ready for JSON."""
+    return {
+        "ultrathink": ultrathink.__version__,
+        "commit": _commit(Path(ultrathink.__file__).parent),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "hardware": hardware(),
+        "data_hash": data_hash,
+        "tokenizer_hash": tokenizer_hash,
+        "num_parameters": num_parameters,
+    }
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    write_atomic(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def hardware() -> dict[str, Any]:
+    """The processor, its cores and memory, and the accelerators that torch sees."""
+    facts: dict[str, Any] = {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        facts["memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if torch.cuda.is_available():
+        facts["gpus"] = [
+            {
+                "name": torch.cuda.get_device_name(index),
+                "memory_bytes": torch.cuda.get_device_properties(index).total_memory,
+            }
+            for index in range(torch.cuda.device_count())
+        ]
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit(folder: Path) -> str | None:
+    """The git commit of the code in use, with "+changes" where files differ from it."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10
+        )
+        if done.returncode:
+            raise OSError(done.stderr)
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files", "--", str(folder / "__init__.py")):
+            return None  # installed inside somebody else's repository
+        commit = git("rev-parse", "HEAD")
+        return f"{commit}+changes" if git("status", "--porcelain", "--", str(folder)) else commit
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,89 @@
+"""How long a run is: any length given by the user, resolved to optimizer steps once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from ultrathink.config.training import TrainingConfig
+from ultrathink.core.durations import Duration
+
+# Of a budget in minutes, this share is left unused when it is turned into steps: the speed is
+# measured over a few seconds and holds only roughly for the minutes that follow.
+MARGIN = 0.03
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The length of a run, and the speed that durations in tokens or minutes are resolved with."""
+
+    total_steps: int
+    tokens_per_step: int
+    seconds_per_step: float = 0.0
+    validation_s: float = 0.0  # what one validation costs, kept free at the end of the minutes
+
+    def steps(self, duration: Duration) -> int:
+        """``duration`` in optimizer steps of this run."""
+        return duration.to_steps(
+            total_steps=self.total_steps,
+            tokens_per_step=self.tokens_per_step,
+            seconds_per_step=self.seconds_per_step,
+        )
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a step, a validation and a checkpoint cost here, in seconds."""
+
+    step_s: float = 0.0
+    validation_s: float = 0.0
+    elapsed_s: float = 0.0  # spent already, on compilation and on measuring
+
+
+def resolve_budget(
+    training: TrainingConfig,
+    *,
+    tokens_per_step: int,
+    samples_per_epoch: int,
+    measure_speed: Callable[[], Speed],
+) -> Budget:
+    """The budget of a run; the speed is measured only where a length in minutes needs it."""
+    speed = Speed()
+    if training.max_minutes is not None or _counts_minutes(training):
+        speed = measure_speed()
+    total = planned_steps(training, tokens_per_step, samples_per_epoch)
+    if total is None:
+        assert training.max_minutes is not None
+        total = steps_within(training.max_minutes, speed, training.eval.every_steps)
+    return Budget(max(1, total), tokens_per_step, speed.step_s, speed.validation_s)
+
+
+def planned_steps(
+    training: TrainingConfig, tokens_per_step: int, samples_per_epoch: int
+) -> int | None:
+    """The run's length in steps as far as it is known before its speed is; None for minutes."""
+    if training.step_budget is not None:
+        return training.step_budget
+    if training.max_steps is not None:
+        return training.max_steps
+    if training.max_tokens is not None:
+        return math.ceil(training.max_tokens / tokens_per_step)
+    if training.epochs is not None:
+        return math.ceil(training.epochs * samples_per_epoch / training.batch_size)
+    return None
+
+
+def steps_within(minutes: float, speed: Speed, eval_every: int | None) -> int:
+    """Steps that fit into ``minutes``, validations and a margin taken off."""
+    seconds = minutes * 60 * (1 - MARGIN) - speed.elapsed_s - speed.validation_s
+    per_step = speed.step_s + (speed.validation_s / eval_every if eval_every else 0.0)
+    return max(1, math.floor(seconds / per_step))
+
+
+def _counts_minutes(training: TrainingConfig) -> bool:
+    durations = (getattr(training.schedule, name, None) for name in ("warmup", "decay"))
+    return any(isinstance(d, Duration) and d.unit == "minutes" for d in durations)

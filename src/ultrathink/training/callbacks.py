@@ -1,0 +1,215 @@
+"""Observers and controllers of a run.
+
+The order of events in a run, which is the training loop seen from outside::
+
+    start          (the length is known where it was given in steps)
+    budget         (the length in steps, for certain)
+      for each step:
+        change       (for each request of a controller that took effect)
+        step
+        validation   (when due)
+        checkpoint   (when due)
+        Controller.at_boundary
+    end
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ultrathink.core.protocols import State
+from ultrathink.monitoring.records import MetricRecord, RunInfo, Sink
+from ultrathink.training.control import Change, TrainerControl
+
+Ending = Literal["finished", "out of time", "stopped"]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step."""
+
+    step: int
+    loss: float  # mean cross-entropy over the step's trained tokens, nats
+    aux_losses: dict[str, float]  # each as a mean over the step's trained tokens
+    grad_norm: float  # before clipping
+    lr: float
+    num_tokens: int  # trained tokens of this step
+    tokens: int  # positions seen since the run began
+    seconds: float
+    skipped: bool  # the optimizer was left out: nothing finite, or nothing to learn
+    num_skipped: int  # such steps since the run began
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """One pass over the held-out text."""
+
+    step: int
+    tokens: int  # positions trained on so far
+    loss: float
+    ppl: float
+    bits_per_byte: float
+    token_accuracy: float
+    num_tokens: int  # positions validated on
+    seconds: float
+    is_best: bool
+
+
+class Callback:
+    """Watches a run; what its methods return or raise never changes the training."""
+
+    def on_start(self, info: RunInfo) -> None: ...
+
+    def on_budget(self, total_steps: int) -> None: ...
+
+    def on_step(self, report: StepReport) -> None: ...
+
+    def on_validation(self, report: ValidationReport) -> None: ...
+
+    def on_change(self, change: Change) -> None: ...
+
+    def on_checkpoint(self, step: int, path: Path) -> None: ...
+
+    def on_message(self, text: str, level: Literal["info", "warning"]) -> None: ...
+
+    def on_end(self, ending: Ending | None) -> None:
+        """The run is over; ``ending`` is None where an exception ended it."""
+
+    def state_dict(self) -> State:
+        """What the callback must remember over a restart."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None: ...
+
+
+class Controller:
+    """Steers a run through ``TrainerControl``; it is asked after every step."""
+
+    def at_boundary(self, report: StepReport, control: TrainerControl) -> None: ...
+
+    def state_dict(self) -> State:
+        """What the controller must remember over a restart."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None: ...
+
+
+class MetricsCallback(Callback):
+    """Turns reports into records and hands each to every sink."""
+
+    def __init__(
+        self, sinks: Sequence[Sink], *, log_every: int, flops_per_token: float, peak_flops: float
+    ) -> None:
+        self.sinks = sinks
+        self.log_every = log_every
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self._total_steps = 0
+        self._tokens_at_last_record: int | None = None
+        self._seconds_since_record = 0.0
+
+    def on_start(self, info: RunInfo) -> None:
+        for sink in self.sinks:
+            sink.open(info)
+
+    def on_budget(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        for sink in self.sinks:
+            sink.set_total_steps(total_steps)
+
+    def on_step(self, report: StepReport) -> None:
+        self._seconds_since_record += report.seconds
+        if self._tokens_at_last_record is None:
+            self._tokens_at_last_record = report.tokens - int(report.num_tokens)
+        if self._is_logged(report.step):
+            self._write_step(report)
+        for sink in self.sinks:
+            sink.progress(report.step)
+
+    def on_validation(self, report: ValidationReport) -> None:
+        self._write(
+            MetricRecord(
+                report.step,
+                "val",
+                time.time(),
+                {
+                    "loss": report.loss,
+                    "tokens": report.tokens,
+                    "bits_per_byte": report.bits_per_byte,
+                    "ppl": report.ppl,
+                    "token_accuracy": report.token_accuracy,
+                },
+            )
+        )
+
+    def on_message(self, text: str, level: Literal["info", "warning"]) -> None:
+        for sink in self.sinks:
+            sink.message(text, level)
+
+    def on_change(self, change: Change) -> None:
+        text = f"{change.setting}: {change.before} -> {change.after} ({change.reason})"
+        self.on_message(text, "info")
+
+    def on_end(self, ending: Ending | None) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+    def _is_logged(self, step: int) -> bool:
+        return step == 1 or step % self.log_every == 0 or step == self._total_steps
+
+    def _write_step(self, report: StepReport) -> None:
+        assert self._tokens_at_last_record is not None
+        tokens = report.tokens - self._tokens_at_last_record
+        rate = tokens / max(self._seconds_since_record, 1e-9)
+        self._tokens_at_last_record, self._seconds_since_record = report.tokens, 0.0
+        values = {
+            "loss": report.loss,
+            "tokens": report.tokens,
+            "lr": report.lr,
+            "grad_norm": report.grad_norm,
+            "tokens_per_sec": rate,
+            "mfu": rate * self.flops_per_token / self.peak_flops,
+            "memory_gib": resident_memory_gib(),
+            "skipped_steps": report.num_skipped,
+            **report.aux_losses,
+        }
+        self._write(MetricRecord(report.step, "train", time.time(), values))
+
+    def _write(self, record: MetricRecord) -> None:
+        for sink in self.sinks:
+            sink.write(record)
+
+
+def resident_memory_gib() -> float:
+    """Memory in use: of the accelerator where there is one, else of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**30
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * 4096 / 2**30
+    except OSError:  # not Linux
+        import resource
+        import sys
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+class LastReports(Callback):
+    """Keeps the last step's and the last validation's report, for a summary at the end."""
+
+    def __init__(self) -> None:
+        self.step: StepReport | None = None
+        self.validation: ValidationReport | None = None
+
+    def on_step(self, report: StepReport) -> None:
+        self.step = report
+
+    def on_validation(self, report: ValidationReport) -> None:
+        self.validation = report

@@ -1,0 +1,86 @@
+"""What each request of ``TrainerControl`` does to a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ultrathink.training.control import Change
+
+if TYPE_CHECKING:
+    from ultrathink.training.trainer import Trainer
+
+# Each applies a value and returns what it was before and what it is now.
+Apply = Callable[["Trainer", Any], tuple[Any, Any]]
+
+
+def apply_change(trainer: Trainer, setting: str, value: Any, reason: str) -> Change:
+    """Apply one request at a step boundary; returns its record."""
+    step = trainer.progress.step
+    before, after = _APPLY[setting](trainer, value)
+    return Change(step, setting, before, after, reason)
+
+
+def _live_setting(name: str) -> Apply:
+    def apply(trainer: Trainer, value: Any) -> tuple[Any, Any]:
+        before = getattr(trainer.settings, name)
+        setattr(trainer.settings, name, value)
+        return before, value
+
+    return apply
+
+
+def _micro_batch_size(trainer: Trainer, size: int) -> tuple[int, int]:
+    """Use the largest divisor of the batch that is not above ``size``."""
+    before = trainer.settings.micro_batch_size
+    batch_size = trainer.training.batch_size
+    fitting = max(d for d in range(1, batch_size + 1) if batch_size % d == 0 and d <= size)
+    trainer.settings.micro_batch_size = fitting
+    return before, fitting
+
+
+def _mixture_weights(trainer: Trainer, weights: list[float]) -> tuple[list[float], list[float]]:
+    before = list(trainer.loader.weights)
+    trainer.loader.set_weights(weights)
+    return before, list(trainer.loader.weights)
+
+
+def _skip_samples(trainer: Trainer, count: int) -> tuple[int, int]:
+    before = trainer.loader.samples_seen
+    trainer.loader.skip(count)
+    return before, before + count
+
+
+def _restore(trainer: Trainer, snapshot: Any) -> tuple[int, int]:
+    """Go back, and make the checkpoints on disk those of the history that counts now."""
+    before = trainer.progress.step
+    trainer.load_state_dict(snapshot.state)
+    trainer.run.remove_after(snapshot.step)
+    if snapshot.step > 0:
+        trainer.save()
+    return before, snapshot.step
+
+
+def _checkpoint(trainer: Trainer, _: None) -> tuple[int, int]:
+    before = trainer.progress.last_checkpoint
+    if before != trainer.progress.step:
+        trainer.save()
+    return before, trainer.progress.last_checkpoint
+
+
+def _stop(trainer: Trainer, _: None) -> tuple[None, str]:
+    trainer.ending = "stopped"
+    return None, "stopped"
+
+
+_APPLY: dict[str, Apply] = {
+    "lr_factor": _live_setting("lr_factor"),
+    "weight_decay": _live_setting("weight_decay"),
+    "clip": _live_setting("clip"),
+    "micro_batch_size": _micro_batch_size,
+    "mixture_weights": _mixture_weights,
+    "skip_samples": _skip_samples,
+    "restore": _restore,
+    "checkpoint": _checkpoint,
+    "stop": _stop,
+}

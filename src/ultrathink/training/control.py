@@ -1,0 +1,134 @@
+"""How a run is changed while it runs: typed requests, applied at a step boundary, each recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
+
+from ultrathink.core.errors import UltrathinkError
+from ultrathink.core.protocols import State
+
+
+@dataclass
+class LiveSettings:
+    """What may change during a run; part of every checkpoint."""
+
+    lr_factor: float = 1.0
+    weight_decay: float | None = None  # None: as configured
+    clip: float | None = None
+    micro_batch_size: int = 1
+
+    def state_dict(self) -> State:
+        return asdict(self)
+
+    def load_state_dict(self, state: State) -> None:
+        for field in fields(self):
+            setattr(self, field.name, state[field.name])
+
+
+@dataclass(frozen=True)
+class Change:
+    """The record of one change: what it was before and after, and why."""
+
+    step: int  # the last step taken before the change
+    setting: str
+    before: Any
+    after: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run's whole state in memory, as ``TrainerControl.snapshot`` took it."""
+
+    step: int
+    state: State
+
+
+class TrainerControl(Protocol):
+    """What a controller may do to a run. A request takes effect before the next step."""
+
+    def set_lr_factor(self, factor: float, *, reason: str) -> None:
+        """Multiply the scheduled learning rate of every group by ``factor``."""
+
+    def set_weight_decay(self, weight_decay: float, *, reason: str) -> None:
+        """Use ``weight_decay`` for every parameter that is decayed."""
+
+    def set_clip(self, clip: float | None, *, reason: str) -> None:
+        """Clip the global gradient norm at ``clip``; None stops clipping."""
+
+    def set_micro_batch_size(self, size: int, *, reason: str) -> None:
+        """Split each batch into micro-batches of ``size`` sequences; the batch stays the same."""
+
+    def set_mixture_weights(self, weights: Sequence[float], *, reason: str) -> None:
+        """Draw the coming samples from the sources in these proportions."""
+
+    def skip_samples(self, count: int, *, reason: str) -> None:
+        """Leave out the next ``count`` samples."""
+
+    def snapshot(self) -> Snapshot:
+        """Copy the whole state now (weights, optimizer, data position, random state)."""
+
+    def restore(self, snapshot: Snapshot, *, reason: str) -> None:
+        """Return to ``snapshot``, all of it."""
+
+    def checkpoint_now(self, *, reason: str) -> None:
+        """Write a checkpoint."""
+
+    def stop(self, *, reason: str) -> None:
+        """End the run after saving it."""
+
+
+class ControlQueue:
+    """Requests that wait for the step boundary; ``TrainerControl`` for everyone but the trainer."""
+
+    def __init__(self, take_snapshot: Callable[[], Snapshot]) -> None:
+        self._take_snapshot = take_snapshot
+        self._pending: list[tuple[str, Any, str]] = []
+
+    def set_lr_factor(self, factor: float, *, reason: str) -> None:
+        self._ask("lr_factor", _positive("the learning-rate factor", factor), reason)
+
+    def set_weight_decay(self, weight_decay: float, *, reason: str) -> None:
+        if weight_decay < 0:
+            raise UltrathinkError(f"weight decay {weight_decay} is negative; use 0 or more.")
+        self._ask("weight_decay", weight_decay, reason)
+
+    def set_clip(self, clip: float | None, *, reason: str) -> None:
+        self._ask("clip", clip if clip is None else _positive("the clip", clip), reason)
+
+    def set_micro_batch_size(self, size: int, *, reason: str) -> None:
+        self._ask("micro_batch_size", int(_positive("the micro-batch size", size)), reason)
+
+    def set_mixture_weights(self, weights: Sequence[float], *, reason: str) -> None:
+        self._ask("mixture_weights", [float(weight) for weight in weights], reason)
+
+    def skip_samples(self, count: int, *, reason: str) -> None:
+        self._ask("skip_samples", int(_positive("the number of samples", count)), reason)
+
+    def snapshot(self) -> Snapshot:
+        return self._take_snapshot()
+
+    def restore(self, snapshot: Snapshot, *, reason: str) -> None:
+        self._ask("restore", snapshot, reason)
+
+    def checkpoint_now(self, *, reason: str) -> None:
+        self._ask("checkpoint", None, reason)
+
+    def stop(self, *, reason: str) -> None:
+        self._ask("stop", None, reason)
+
+    def take(self) -> list[tuple[str, Any, str]]:
+        """The waiting requests (setting, value, reason), oldest first; the queue is empty after."""
+        pending, self._pending = self._pending, []
+        return pending
+
+    def _ask(self, setting: str, value: Any, reason: str) -> None:
+        self._pending.append((setting, value, reason))
+
+
+def _positive(what: str, value: float) -> float:
+    if not value > 0:
+        raise UltrathinkError(f"{what} must be above 0, not {value}.")
+    return value

@@ -1,0 +1,132 @@
+"""What this machine is good at: the device, its number formats, its peak rate, its allocator."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import time
+from typing import Literal
+
+import torch
+
+from ultrathink.core.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp64"]
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp64": torch.float64,
+}
+
+# Dense bf16 peak of one device in FLOP/s, from the makers' data sheets (without sparsity).
+_DENSE_BF16_PEAK = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+# Rates must differ by this much before bf16 is worth its rounding.
+_BF16_ADVANTAGE = 1.5
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``training.device`` names; ``auto`` prefers CUDA, then MPS, then the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(
+            f"training.device = {name!r}: no such kind of device; use auto, cpu, cuda, cuda:1 or "
+            f"mps."
+        ) from None
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise ConfigError(
+            f"training.device = {name!r}: this machine shows "
+            f"{torch.cuda.device_count() if torch.cuda.is_available() else 'no'} CUDA devices; "
+            f"use auto or cpu."
+        )
+    return device
+
+
+def choose_precision(wanted: str, device: torch.device) -> tuple[Precision, str]:
+    """The number format of the products, and why."""
+    if wanted == "auto":
+        return _best_precision(device)
+    if wanted == "fp64" and device.type == "mps":
+        raise ConfigError("training.precision = 'fp64': MPS has no fp64; use fp32 or bf16.")
+    if wanted == "bf16":
+        return "bf16", "as configured"
+    return ("fp64" if wanted == "fp64" else "fp32"), "as configured"
+
+
+def _best_precision(device: torch.device) -> tuple[Precision, str]:
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "this GPU has bf16 products"
+        return "fp32", "this GPU has no bf16 products"
+    if device.type != "cpu":
+        return "fp32", f"bf16 is not measured on {device.type}"
+    fp32, bf16 = measured_rate(torch.float32), measured_rate(torch.bfloat16)
+    words = f"bf16 products run at {bf16 / fp32:.1f} times the rate of fp32 here"
+    return ("bf16" if bf16 > _BF16_ADVANTAGE * fp32 else "fp32"), words
+
+
+@functools.cache
+def measured_rate(dtype: torch.dtype, size: int = 512, seconds: float = 0.06) -> float:
+    """The best rate of a square matrix product on the CPU, in FLOP/s, over a short trial."""
+    a = torch.randn(size, size, dtype=torch.float32).to(dtype)
+    b = torch.randn(size, size, dtype=torch.float32).to(dtype)
+    best, end = float("inf"), time.perf_counter() + seconds
+    torch.mm(a, b)
+    while True:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
+            return 2 * size**3 / best
+
+
+def peak_flops(device: torch.device, precision: Precision) -> float:
+    """The dense peak of ``device`` in FLOP/s: from the data sheet, or measured on the CPU."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, peak in _DENSE_BF16_PEAK.items():
+            if known in name:
+                return peak if precision == "bf16" else peak / 2
+    return measured_rate(DTYPES[precision], 1024, 0.15)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc's allocator to reuse large blocks instead of returning them to the system.
+
+    Training frees and takes the same large tensors every step; each fresh block costs page faults
+    (a third of a step at small shapes). Returns whether it took effect; other C libraries, and a
+    preloaded allocator, are left as they are.
+    """
+    if platform.libc_ver()[0] != "glibc" or os.environ.get("LD_PRELOAD"):
+        return False
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # from <malloc.h>
+    libc = ctypes.CDLL(None)
+    settings = ((m_mmap_max, 0), (m_trim_threshold, -1), (m_arena_max, 1))
+    return all(libc.mallopt(name, value) == 1 for name, value in settings)

@@ -1,0 +1,106 @@
+"""Muon: momentum whose matrices are made orthogonal before the step.
+
+Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024),
+https://kellerjordan.github.io/posts/muon/. Shapes: ``N`` matrices of one shape ``[R, C]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Coefficients of the quintic iteration of the post above; its fixed interval is about (0.7, 1.2).
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+
+
+def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly, of a batch ``[N, R, C]``, in bf16.
+
+    Newton-Schulz iteration on X / ‖X‖: X ← aX + (bA + cA²)X with A = XXᵀ.
+    """
+    x = matrices.to(torch.bfloat16)
+    is_tall = x.shape[-2] > x.shape[-1]
+    if is_tall:
+        x = x.mT
+    x = x / (matrices.norm(dim=(-2, -1), keepdim=True).to(x.dtype) + 1e-7)
+    x = x.contiguous()
+    for _ in range(num_iterations):
+        gram = torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+        x = torch.baddbmm(x, polynomial, x, beta=_A)
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices, many of one shape orthogonalized at a time.
+
+    ``row_splits`` maps a parameter to the row counts of the matrices stacked in it (a fused
+    query-key-value projection holds three); each is orthogonalized on its own. The step is scaled
+    by √max(1, R/C), so that one learning rate serves every shape.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        num_iterations: int = 5,
+        row_splits: dict[Tensor, Sequence[int]] | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "num_iterations": num_iterations,
+        }
+        super().__init__(params, defaults)
+        self.row_splits = dict(row_splits or {})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim != 2:
+                    raise ValueError(
+                        f"Muon moves matrices; got a parameter of shape {tuple(parameter.shape)}"
+                    )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            update = self._momentum(parameter, group["momentum"])
+            if group["weight_decay"]:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            rows = list(self.row_splits.get(parameter, (parameter.shape[0],)))
+            for weight, part in zip(parameter.split(rows), update.split(rows), strict=True):
+                by_shape.setdefault(tuple(weight.shape), []).append((weight, part))
+        for (rows_, columns), members in by_shape.items():
+            stacked = torch.stack([part for _, part in members])
+            directions = orthogonalize(stacked, group["num_iterations"])
+            scale = group["lr"] * max(1.0, rows_ / columns) ** 0.5
+            for (weight, _), direction in zip(members, directions.unbind(0), strict=True):
+                weight.add_(direction.to(weight.dtype), alpha=-scale)
+
+    def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
+        """Update the running mean of the gradient; returns its Nesterov look-ahead."""
+        assert parameter.grad is not None
+        state = self.state[parameter]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(parameter)
+        buffer: Tensor = state["momentum"]
+        buffer.lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(buffer, momentum)

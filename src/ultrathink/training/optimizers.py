@@ -1,0 +1,118 @@
+"""Optimizers by name, and their state by parameter name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ultrathink.config.optimizer import OPTIMIZERS, AdamWConfig, MuonConfig, OptimizerConfig
+from ultrathink.core.errors import CheckpointError
+from ultrathink.core.protocols import State
+from ultrathink.model.linear import Linear
+from ultrathink.training.muon import Muon
+
+Optimizers = list[torch.optim.Optimizer]
+
+
+def build_optimizers(config: OptimizerConfig, model: nn.Module) -> Optimizers:
+    """The optimizers that ``config`` names, each parameter in exactly one of them.
+
+    Every group remembers its peak learning rate (``peak_lr``) and whether it is decayed
+    (``decayed``); the trainer sets ``lr`` from the schedule before each step.
+    """
+    optimizers: Optimizers = OPTIMIZERS.load(config.type)(config, model)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group.setdefault("peak_lr", group["lr"])
+            group.setdefault("decayed", group.get("weight_decay", 0) != 0)
+    return optimizers
+
+
+def build_adamw(config: AdamWConfig, model: nn.Module) -> Optimizers:
+    """AdamW on every parameter; vectors (norms) are not decayed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [_adamw(parameters, config.lr, config)]
+
+
+def build_muon(config: MuonConfig, model: nn.Module) -> Optimizers:
+    """Muon on the matrices inside the blocks, AdamW on embeddings, head and vectors."""
+    hidden: list[Tensor] = []
+    other: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_hidden = parameter.ndim == 2 and name.startswith("blocks.")
+            (hidden if is_hidden else other).append(parameter)
+    muon = Muon(
+        hidden,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        num_iterations=config.num_iterations,
+        row_splits=_row_splits(model),
+    )
+    return [muon, _adamw(other, config.adamw_lr, config)]
+
+
+def _adamw(
+    parameters: Sequence[Tensor], lr: float, config: AdamWConfig | MuonConfig
+) -> torch.optim.Optimizer:
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay, "decayed": True},
+        {"params": vectors, "weight_decay": 0.0, "decayed": False},
+    ]
+    is_fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=lr,
+        betas=config.betas,
+        eps=config.eps,
+        fused=is_fused,
+    )
+
+
+def _row_splits(model: nn.Module) -> dict[Tensor, Sequence[int]]:
+    """The row counts of the matrices that fused projections stack (``Linear.row_splits``)."""
+    return {
+        module.weight: module.row_splits for module in model.modules() if isinstance(module, Linear)
+    }
+
+
+def optimizer_state(optimizers: Optimizers, model: nn.Module) -> State:
+    """What the optimizers remember, by parameter name."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    state: State = {}
+    for optimizer in optimizers:
+        for parameter, values in optimizer.state.items():
+            state[names[parameter]] = dict(values)
+    return state
+
+
+def load_optimizer_state(optimizers: Optimizers, model: nn.Module, state: State) -> None:
+    """Put back what ``optimizer_state`` returned; CheckpointError where parameters differ."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    unknown = sorted(set(state) - set(names.values()))
+    if unknown:
+        raise CheckpointError(
+            f"the checkpoint's optimizer has state for {unknown[0]!r}, which this model lacks; "
+            f"resume with the configuration it was made with."
+        )
+    for optimizer in optimizers:
+        # torch's own format numbers parameters in the order of the groups.
+        ordered = [p for group in optimizer.param_groups for p in group["params"]]
+        numbered = {
+            number: _copied(state[names[parameter]])
+            for number, parameter in enumerate(ordered)
+            if names[parameter] in state
+        }
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+
+
+def _copied(values: Any) -> dict[str, Any]:
+    """A copy, because an optimizer would otherwise go on writing into the snapshot."""
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}

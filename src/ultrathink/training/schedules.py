@@ -1,0 +1,49 @@
+"""Learning-rate schedules: a factor on each group's peak, as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from ultrathink.config.optimizer import SCHEDULES, CosineConfig, ScheduleConfig, WsdConfig
+from ultrathink.training.budget import Budget
+
+Factor = Callable[[int], float]  # step, counted from 1 -> share of the peak learning rate
+
+
+def build_schedule(config: ScheduleConfig, budget: Budget) -> Factor:
+    """The schedule that ``config`` names, resolved to steps."""
+    factor: Factor = SCHEDULES.load(config.type)(config, budget)
+    return factor
+
+
+def cosine_factor(config: CosineConfig, budget: Budget) -> Factor:
+    """Linear warm-up, then half a cosine to ``min_ratio`` (arXiv:1608.03983, without restarts)."""
+    warmup = min(budget.steps(config.warmup), budget.total_steps)
+    length = max(1, budget.total_steps - warmup)
+
+    def factor(step: int) -> float:
+        if step <= warmup:
+            return step / warmup
+        progress = min(1.0, (step - 1 - warmup) / length)
+        return config.min_ratio + (1 - config.min_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+    return factor
+
+
+def wsd_factor(config: WsdConfig, budget: Budget) -> Factor:
+    """Linear warm-up, a plateau, then a decay to ``min_ratio`` (arXiv:2404.06395)."""
+    warmup = min(budget.steps(config.warmup), budget.total_steps)
+    decay = min(budget.steps(config.decay), budget.total_steps - warmup)
+    decay_start = budget.total_steps - decay
+
+    def factor(step: int) -> float:
+        if step <= warmup:
+            return step / warmup
+        if step <= decay_start:
+            return 1.0
+        progress = min(1.0, (step - 1 - decay_start) / max(1, decay))
+        remaining = 1 - progress if config.shape == "linear" else 1 - math.sqrt(progress)
+        return config.min_ratio + (1 - config.min_ratio) * remaining
+
+    return factor

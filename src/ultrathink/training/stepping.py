@@ -1,0 +1,128 @@
+"""One optimizer step: micro-batches forward and backward, clipping, the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ultrathink.data.batch import Batch
+from ultrathink.training.control import LiveSettings
+from ultrathink.training.optimizers import Optimizers
+
+# input_ids, labels, positions, document_ids -> summed cross-entropy, summed auxiliary losses
+LossFunction = Callable[
+    [Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, dict[str, Tensor]]
+]
+
+
+def loss_function(model: nn.Module) -> LossFunction:
+    """The part of a step that is worth compiling: from token ids to losses."""
+
+    def summed_losses(
+        input_ids: Tensor, labels: Tensor, positions: Tensor | None, document_ids: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        output = model(input_ids, labels=labels, positions=positions, document_ids=document_ids)
+        return output.loss, output.aux_losses
+
+    return summed_losses
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step found."""
+
+    loss: float  # mean over trained tokens, nats
+    aux_losses: dict[str, float]
+    grad_norm: float
+    num_tokens: int
+    skipped: bool
+
+
+class Stepper:
+    """Takes optimizer steps; a step that is not finite, or has nothing to learn, is left out.
+
+    A left-out step touches neither weights nor optimizer state, so step counts and bias
+    correction go on as if its batch had never been.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Optimizers,
+        losses: LossFunction,
+        *,
+        device: torch.device,
+        isolate_documents: bool,
+    ) -> None:
+        self.optimizers = optimizers
+        self.losses = losses
+        self.device = device
+        self.isolate_documents = isolate_documents
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def take_step(self, batch: Batch, settings: LiveSettings, lr_factor: float) -> StepResult:
+        """Learn from one global batch; ``lr_factor`` is the schedule's share of the peak rate."""
+        num_tokens = batch.num_target_tokens
+        loss, aux_losses = self._backward(batch, settings.micro_batch_size, max(1, num_tokens))
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        loss_value, norm_value = loss.item(), norm.item()
+        is_sound = num_tokens > 0 and math.isfinite(loss_value) and math.isfinite(norm_value)
+        if is_sound:
+            if settings.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, settings.clip, norm)
+            self._update(settings, lr_factor)
+        for parameter in self.parameters:
+            parameter.grad = None
+        return StepResult(
+            loss=loss_value,
+            aux_losses={name: value.item() for name, value in aux_losses.items()},
+            grad_norm=norm_value,
+            num_tokens=num_tokens,
+            skipped=not is_sound,
+        )
+
+    def learning_rate(self, settings: LiveSettings, lr_factor: float) -> float:
+        """The rate of the first group, which is the one that configs call ``lr``."""
+        peak: float = self.optimizers[0].param_groups[0]["peak_lr"]
+        return peak * lr_factor * settings.lr_factor
+
+    def _backward(
+        self, batch: Batch, micro_batch_size: int, num_tokens: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Accumulate gradients of the mean over the whole batch's trained tokens.
+
+        Micro-batches are weighted by their tokens, not equally: each sum is divided by the count
+        of the whole batch.
+        """
+        total: Tensor | None = None
+        totals: dict[str, Tensor] = {}
+        for micro_batch in batch.split(micro_batch_size):
+            part = micro_batch.to(self.device)
+            isolated = (
+                (part.positions, part.document_ids) if self.isolate_documents else (None,) * 2
+            )
+            loss_sum, aux_sums = self.losses(part.input_ids, part.labels, *isolated)
+            objective = loss_sum
+            for value in aux_sums.values():
+                objective = objective + value
+            (objective / num_tokens).backward()
+            loss = loss_sum.detach() / num_tokens
+            total = loss if total is None else total + loss
+            for name, value in aux_sums.items():
+                share = value.detach() / num_tokens
+                totals[name] = totals[name] + share if name in totals else share
+        assert total is not None
+        return total, totals
+
+    def _update(self, settings: LiveSettings, lr_factor: float) -> None:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_factor * settings.lr_factor
+                if group["decayed"] and settings.weight_decay is not None:
+                    group["weight_decay"] = settings.weight_decay
+            optimizer.step()

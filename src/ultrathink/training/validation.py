@@ -1,0 +1,66 @@
+"""Validation: the held-out text in windows, its loss, perplexity and bits per byte."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ultrathink.data.validation import ValidationSet
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model reaches on held-out text."""
+
+    loss: float  # nats per token
+    bits_per_byte: float
+    token_accuracy: float
+    num_tokens: int
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity, exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    held_out: ValidationSet,
+    *,
+    device: torch.device,
+    batch_size: int,
+    max_tokens: int | None = None,
+    max_batches: int | None = None,
+) -> Scores:
+    """Score ``model`` on ``held_out``; its train or eval mode is left as it was.
+
+    Bits per byte = mean nats per token x tokens / UTF-8 bytes / ln 2: comparable between
+    tokenizers. ``max_batches`` ends early, for timing.
+    """
+    was_training = model.training
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64)
+    correct = tokens = 0
+    try:
+        for number, batch in enumerate(held_out.batches(batch_size, max_tokens)):
+            if max_batches is not None and number >= max_batches:
+                break
+            batch = batch.to(device)
+            output = model(batch.input_ids, labels=batch.labels)
+            loss += output.loss.double().cpu()
+            correct += int(output.stats["num_correct"])
+            tokens += int(output.num_tokens)
+    finally:
+        model.train(was_training)
+    mean = loss.item() / max(1, tokens)
+    num_tokens, num_bytes = held_out.extent(max_tokens)
+    return Scores(
+        loss=mean,
+        bits_per_byte=mean * num_tokens / num_bytes / math.log(2),
+        token_accuracy=correct / max(1, tokens),
+        num_tokens=tokens,
+    )

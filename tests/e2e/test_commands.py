@@ -1,0 +1,219 @@
+"""The commands of the README, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+TINY = ("training.max_steps=6", "training.checkpoint={every_steps: 2, keep: 9}")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("e2e")
+
+
+def command(
+    place: Path, *words: str, stdin: str = "", status: int = 0
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "ultrathink", *words],
+        cwd=place,
+        env=environment(place),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def environment(place: Path) -> dict[str, str]:
+    return {**os.environ, "ULTRATHINK_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def run(place: Path) -> Path:
+    """A finished run of the debug preset."""
+    done = command(place, "train", "debug", *TINY, "--json")
+    result = json.loads(done.stdout)  # and nothing else stands there
+    assert result["ending"] == "finished" and result["step"] == 6
+    assert result["bits_per_byte"] > 0
+    return place / result["run"]
+
+
+def test_train_tells_its_course_and_what_to_do_next(place: Path) -> None:
+    done = command(place, "train", "debug", "training.max_steps=3", "run.name=told")
+    assert done.stdout == ""
+    said = done.stderr
+    for part in ("step 3/3", "bits/byte", "sample after step 3", "Run folder: runs/told",
+                 "ultrathink generate runs/told"):
+        assert part in said
+    assert "\x1b[" not in said  # no colour codes where nobody sees colours
+
+
+def test_a_second_run_of_a_name_gets_a_number(place: Path, run: Path) -> None:
+    done = command(place, "train", "debug", "training.max_steps=1", "--json")
+    assert re.fullmatch(r"runs/debug-\d", json.loads(done.stdout)["run"])
+
+
+def test_a_file_and_overrides(place: Path) -> None:
+    (place / "books").mkdir()
+    for number in range(30):
+        (place / "books" / f"{number}.txt").write_text("It was a dark and stormy night. " * 40)
+    (place / "mine.yaml").write_text(
+        "model: {hidden_size: 32, num_layers: 1, num_heads: 2}\n"
+        "tokenizer: {type: bpe, vocab_size: 300}\n"
+        "data: {seq_len: 32, train: [{type: text, path: books}]}\n"
+        "training: {max_steps: 5, batch_size: 4, compile: false}\n"
+    )
+    done = command(place, "train", "mine.yaml", "training.max_steps=2", "--json")
+    result = json.loads(done.stdout)
+    assert result["run"] == "runs/mine" and result["step"] == 2
+    why = command(place, "config", "show", "runs/mine", "--why").stdout
+    assert re.search(r"training\.max_steps: 2 +# override training\.max_steps=2", why)
+    assert re.search(r"model\.hidden_size: 32 +# file mine\.yaml", why)
+    assert re.search(r"model\.vocab_size: 300 +# derived from the tokenizer", why)
+    assert re.search(r"training\.micro_batch_size: 4 +# chosen at run time", why)
+
+
+def test_resuming_a_finished_run_says_so(place: Path, run: Path) -> None:
+    done = command(place, "train", "--resume", "debug")
+    assert "is finished: step 6 was its last" in done.stderr
+    assert json.loads(command(place, "train", "--resume", "debug", "--json").stdout)["step"] == 6
+
+
+def test_resume_from_an_earlier_step_in_another_process_gives_the_same_run(
+    place: Path, run: Path
+) -> None:
+    def losses() -> list[float]:
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows]
+
+    def weights() -> bytes:
+        [file] = (run / "checkpoints" / "last").glob("*.safetensors")
+        return file.read_bytes()
+
+    before = losses(), weights()
+    command(place, "train", "--resume", f"{run}@2")
+    assert (losses(), weights()) == before
+
+
+def test_resume_takes_no_other_configuration(place: Path, run: Path) -> None:
+    done = command(place, "train", "--resume", "debug", "training.max_steps=9", status=2)
+    assert "takes no other (training.max_steps=9)" in done.stderr
+    assert "training.init_from=debug" in done.stderr
+
+
+def test_generate_streams_what_json_returns(place: Path, run: Path) -> None:
+    words = ("generate", str(run), "the ", "--max-new-tokens", "12", "--temperature", "0")
+    streamed = command(place, *words).stdout
+    result = json.loads(command(place, *words, "--json").stdout)
+    assert streamed == f"the {result['text']}\n"
+    assert result["new_tokens"] <= 12
+    assert result["finish_reason"] in ("length", "end_of_text")
+    from_stdin = command(place, "generate", "debug@last", "-", *words[3:], "--json", stdin="the ")
+    assert json.loads(from_stdin.stdout)["text"] == result["text"]
+
+
+def test_a_seed_repeats_and_another_differs(place: Path, run: Path) -> None:
+    def text(seed: str) -> str:
+        done = command(place, "generate", "debug", "the ", "--temperature", "1",
+                       "--max-new-tokens", "40", "--seed", seed, "--json")
+        return str(json.loads(done.stdout)["text"])
+
+    assert text("1") == text("1")
+    assert text("1") != text("2")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_can_be_resumed(
+    place: Path, number: signal.Signals
+) -> None:
+    name = f"stopped-{number.name}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ultrathink", "train", "debug", "training.max_steps=100000",
+         f"run.name={name}", "training.log_every=1"],
+        cwd=place, env=environment(place), stderr=subprocess.PIPE, text=True,
+    )
+    metrics = place / "runs" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in said
+    assert f"ultrathink train --resume runs/{name}" in said
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    saved = (place / "runs" / name / "checkpoints" / "last").resolve().name
+    assert saved == f"step_{last:08d}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "demmo"), "there is no preset 'demmo'. Did you mean 'demo'?"),
+        (("train", "debug", "training.optimizer.learning_rate=1"), "there is no such key"),
+        (("train", "debug", "training.batch_size=many"), "should be a whole number"),
+        (("train", "missing.yaml"), "missing.yaml"),
+        (("train", "debug", "data.train=[{type: text, path: nothing.txt}]"), "nothing.txt"),
+        (("train", "debug", "training.device=cuda:7"), "use auto or cpu"),
+        (("train", "debug", "training.init_from=nowhere"), "there is no run 'nowhere'"),
+        (("train", "--resume", "nowhere"), "there is no run 'nowhere'"),
+        (("train", "--resum", "x"), "--resum"),
+        (("generate", "nowhere", "x"), "there is no run 'nowhere'"),
+        (("generate", "debug@5000", "x"), "no checkpoint of step 5000; there are: 2, 4, 6"),
+        (("generate", "debug", "x", "--temperature", "-1"), "temperature"),
+        (("trian",), "Did you mean 'train'?"),
+    ],
+)
+def test_a_mistake_is_one_message_without_a_trace(
+    place: Path, run: Path, words: tuple[str, ...], message: str
+) -> None:
+    done = command(place, *words, status=2)
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stdout == ""
+
+
+def test_a_run_that_fails_before_it_starts_leaves_no_folder(place: Path) -> None:
+    command(place, "train", "debug", "run.name=never",
+            "data.train=[{type: text, path: nothing.txt}]", status=2)
+    assert not (place / "runs" / "never").exists()
+
+
+def test_a_plugin_file_adds_parts_that_a_config_can_name(place: Path) -> None:
+    (place / "my_parts.py").write_text(
+        "from typing import Literal\n"
+        "import torch\n"
+        "from ultrathink.config.optimizer import OPTIMIZERS, OptimizerConfig\n"
+        "class PlainConfig(OptimizerConfig):\n"
+        "    type: Literal['plain'] = 'plain'\n"
+        "    lr: float = 0.5\n"
+        "@OPTIMIZERS.register('plain', options=PlainConfig)\n"
+        "def build_plain(config, model):\n"
+        "    return [torch.optim.SGD(model.parameters(), lr=config.lr)]\n"
+    )
+    words = ("train", "debug", "training.max_steps=1", "training.optimizer.type=plain", "--json")
+    assert "there is no optimizer called 'plain'" in command(place, *words, status=2).stderr
+    done = command(place, *words, "--plugin", "my_parts.py")
+    assert json.loads(done.stdout)["step"] == 1
+
+
+def test_the_readme_opens_with_the_two_commands() -> None:
+    blocks = re.findall(r"^    (.+)$", README.read_text(), re.MULTILINE)
+    assert blocks[0] == "pip install -e . && ultrathink train"
+    assert blocks[1] == 'pip install -e ".[test]" && pytest'

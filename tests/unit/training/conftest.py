@@ -1,0 +1,34 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ultrathink.config import load_config
+from ultrathink.recipe.build import build_trainer
+from ultrathink.training.trainer import Trainer
+
+TINY = (
+    "model.hidden_size=32",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "data.seq_len=32",
+    "data.train=[{type: dummy, num_documents: 60, num_words: 40}]",
+    "training.batch_size=4",
+    "training.log_every=1",
+    "training.sample.prompts=[]",
+    "monitoring.sinks=[jsonl]",
+)
+
+MakeTrainer = Callable[..., Trainer]
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer:
+    """Builds trainers of a tiny model in a folder of the test's own."""
+    monkeypatch.setenv("ULTRATHINK_CACHE", str(tmp_path / "cache"))
+
+    def make(*overrides: str, **parts: object) -> Trainer:
+        config = load_config("debug", [*TINY, f"run.dir={tmp_path / 'runs'}", *overrides])
+        return build_trainer(config, **parts)  # type: ignore[arg-type]
+
+    return make

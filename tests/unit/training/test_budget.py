@@ -1,0 +1,56 @@
+import pytest
+
+from ultrathink.config.training import TrainingConfig
+from ultrathink.training.budget import Budget, Speed, resolve_budget, steps_within
+
+
+def never() -> Speed:
+    raise AssertionError("the speed must not be measured for this length")
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [({"max_steps": 7}, 7), ({"max_tokens": 1001}, 11), ({"epochs": 1.5}, 15)],
+)
+def test_lengths_without_a_clock_are_exact(length: dict[str, float], steps: int) -> None:
+    training = TrainingConfig(batch_size=4, **length)
+    budget = resolve_budget(
+        training, tokens_per_step=100, samples_per_epoch=40, measure_speed=never
+    )
+    assert budget.total_steps == steps
+
+
+def test_minutes_leave_room_for_validation_and_what_was_spent() -> None:
+    speed = Speed(step_s=0.1, validation_s=5.0, elapsed_s=30.0)
+    steps = steps_within(5.0, speed, eval_every=None)
+    assert steps * speed.step_s + speed.validation_s + speed.elapsed_s < 300
+    assert steps * speed.step_s + speed.validation_s + speed.elapsed_s > 285
+    with_evals = steps_within(5.0, speed, eval_every=500)
+    assert with_evals * (0.1 + 5.0 / 500) + 35.0 < 300
+
+
+def test_recorded_step_budget_wins_over_the_clock() -> None:
+    training = TrainingConfig(max_minutes=5, step_budget=123)
+    budget = resolve_budget(
+        training,
+        tokens_per_step=100,
+        samples_per_epoch=40,
+        measure_speed=lambda: Speed(0.1, 0.0, 0.0),
+    )
+    assert budget.total_steps == 123
+
+
+def test_a_warmup_in_minutes_needs_the_speed() -> None:
+    training = TrainingConfig(max_steps=100, schedule={"type": "cosine", "warmup": "1 minute"})
+    budget = resolve_budget(
+        training,
+        tokens_per_step=100,
+        samples_per_epoch=40,
+        measure_speed=lambda: Speed(step_s=3.0),
+    )
+    assert budget.steps(training.schedule.warmup) == 20
+
+
+def test_budget_survives_a_round_trip() -> None:
+    budget = Budget(10, 20, 0.5, 3.0)
+    assert Budget(**budget.to_dict()) == budget  # type: ignore[arg-type]

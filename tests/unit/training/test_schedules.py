@@ -1,0 +1,64 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ultrathink.config.optimizer import CosineConfig, WsdConfig
+from ultrathink.training.budget import Budget
+from ultrathink.training.schedules import build_schedule
+
+BUDGET = Budget(total_steps=100, tokens_per_step=1000, seconds_per_step=0.5)
+
+
+def test_cosine_rises_then_follows_half_a_cosine() -> None:
+    factor = build_schedule(CosineConfig(warmup=10, min_ratio=0.1), BUDGET)
+    assert [factor(step) for step in (1, 5, 10)] == pytest.approx([0.1, 0.5, 1.0])
+    expected = [0.1 + 0.9 * (1 + math.cos(math.pi * (s - 11) / 90)) / 2 for s in range(11, 101)]
+    assert [factor(step) for step in range(11, 101)] == pytest.approx(expected)
+    assert factor(101) == factor(10_000) == pytest.approx(0.1)
+
+
+def test_wsd_is_flat_until_its_decay() -> None:
+    factor = build_schedule(WsdConfig(warmup=10, decay=0.4, min_ratio=0.0), BUDGET)
+    assert {factor(step) for step in range(10, 62)} == {1.0}
+    assert factor(81) == pytest.approx(0.5)
+    assert 0 < factor(100) < 0.03  # the last step still learns
+    assert factor(101) == 0.0
+
+
+def test_wsd_square_root_shape() -> None:
+    factor = build_schedule(WsdConfig(warmup=0, decay=1.0, shape="sqrt"), BUDGET)
+    assert factor(26) == pytest.approx(1 - math.sqrt(0.25))
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps"), [(20, 20), (0.2, 20), ("20%", 20), ("20k tokens", 20), ("0.1 minutes", 12)]
+)
+def test_warmup_takes_steps_a_share_tokens_or_minutes(warmup: object, steps: int) -> None:
+    factor = build_schedule(CosineConfig(warmup=warmup), BUDGET)
+    assert factor(steps) == 1.0
+    assert factor(steps - 1) == pytest.approx((steps - 1) / steps)
+
+
+@given(
+    total=st.integers(1, 500),
+    warmup=st.integers(0, 600),
+    decay=st.floats(0, 1),
+    min_ratio=st.floats(0, 1),
+    kind=st.sampled_from(["cosine", "linear", "sqrt"]),
+)
+def test_factor_stays_in_bounds_and_never_rises_after_warmup(
+    total: int, warmup: int, decay: float, min_ratio: float, kind: str
+) -> None:
+    config: CosineConfig | WsdConfig
+    if kind == "cosine":
+        config = CosineConfig(warmup=warmup, min_ratio=min_ratio)
+    else:
+        config = WsdConfig(warmup=warmup, min_ratio=min_ratio, decay=decay, shape=kind)
+    factor = build_schedule(config, Budget(total, 1000))
+    values = [factor(step) for step in range(1, total + 20)]
+    assert all(0 <= value <= 1 for value in values)
+    peak = min(warmup, total)
+    after = values[max(0, peak - 1) :]
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(after, after[1:], strict=False))

@@ -1,0 +1,147 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.training.conftest import MakeTrainer
+from ultrathink.data.batch import IGNORED, Batch
+from ultrathink.training.trainer import Trainer
+
+FP64 = ("training.precision=fp64", "training.optimizer={type: adamw, lr: 0.01}")
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def uneven(batch: Batch) -> Batch:
+    """The batch with ever more of each row's labels left out, so that rows weigh differently."""
+    labels = batch.labels.clone()
+    for row in range(labels.shape[0]):
+        labels[row, : 9 * row] = IGNORED
+    return Batch(
+        batch.input_ids, labels, batch.positions, batch.document_ids, batch.source_ids
+    )
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_accumulation_equals_one_large_batch(make_trainer: MakeTrainer, micro: int) -> None:
+    """Gradients are weighted by tokens: rows with fewer labels count for less."""
+    results = []
+    for size in (4, micro):
+        trainer = make_trainer(*FP64, f"training.micro_batch_size={size}")
+        batch = uneven(trainer.loader.next_batch())
+        result = trainer.stepper.take_step(batch, trainer.settings, 1.0)
+        results.append((result.loss, result.grad_norm, weights(trainer)))
+    (loss, norm, one), (loss_, norm_, many) = results
+    assert loss_ == pytest.approx(loss, rel=1e-12)
+    assert norm_ == pytest.approx(norm, rel=1e-10)
+    assert all(torch.allclose(one[name], many[name], rtol=0, atol=1e-12) for name in one)
+
+
+def test_the_loss_is_the_mean_over_all_trained_tokens(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(*FP64, "training.micro_batch_size=1")
+    batch = uneven(trainer.loader.next_batch())
+    logits = trainer.model(
+        batch.input_ids, positions=batch.positions, document_ids=batch.document_ids
+    ).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED
+    )
+    result = trainer.stepper.take_step(batch, trainer.settings, 1.0)
+    assert result.loss == pytest.approx(expected.item(), rel=1e-10)
+    assert result.num_tokens == int((batch.labels != IGNORED).sum())
+
+
+def test_a_batch_with_nothing_to_train_is_skipped(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(*FP64)
+    batch = trainer.loader.next_batch()
+    masked = Batch(
+        batch.input_ids,
+        torch.full_like(batch.labels, IGNORED),
+        batch.positions,
+        batch.document_ids,
+        batch.source_ids,
+    )
+    before = weights(trainer)
+    result = trainer.stepper.take_step(masked, trainer.settings, 1.0)
+    assert result.skipped
+    assert result.loss == 0.0
+    assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_skipped_step_is_as_if_it_had_not_been(
+    make_trainer: MakeTrainer, optimizer: str
+) -> None:
+    """Weights, moments and bias correction after bad steps equal those of a run without them."""
+    results = []
+    for poison in (False, True):
+        trainer = make_trainer(
+            "training.precision=fp64", f"training.optimizer={{type: {optimizer}, lr: 0.01}}"
+        )
+        losses = trainer.stepper.losses
+        batches = [trainer.loader.next_batch() for _ in range(3)]
+        for number, batch in enumerate(batches):
+            if poison and number != 1:
+                trainer.stepper.losses = _poisoned(losses)
+                assert trainer.stepper.take_step(batch, trainer.settings, 1.0).skipped
+                trainer.stepper.losses = losses
+            trainer.stepper.take_step(batch, trainer.settings, 1.0)
+        results.append(weights(trainer))
+    clean, survived = results
+    assert all(torch.equal(clean[name], survived[name]) for name in clean)
+
+
+def _poisoned(losses: Any) -> Any:
+    def poisoned(*inputs: Any) -> Any:
+        loss, aux = losses(*inputs)
+        return loss * math.nan, aux
+
+    return poisoned
+
+
+def test_clipping_scales_the_update_to_the_limit(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(*FP64)
+    seen: list[float] = []
+    original = trainer.stepper.optimizers[0].step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        gradients = [p.grad for p in trainer.stepper.parameters if p.grad is not None]
+        seen.append(torch.nn.utils.get_total_norm(gradients).item())
+        return original(*args, **kwargs)
+
+    trainer.stepper.optimizers[0].step = step  # type: ignore[method-assign]
+    trainer.settings.clip = 0.05
+    result = trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
+    assert result.grad_norm > 0.05
+    assert seen[0] == pytest.approx(0.05, rel=1e-4)
+
+
+def test_weight_decay_and_rate_reach_the_groups(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(*FP64)
+    trainer.settings.weight_decay = 0.25
+    trainer.settings.lr_factor = 0.5
+    trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 0.1)
+    matrices, vectors = trainer.stepper.optimizers[0].param_groups
+    assert matrices["lr"] == vectors["lr"] == pytest.approx(0.01 * 0.5 * 0.1)
+    assert matrices["weight_decay"] == 0.25
+    assert vectors["weight_decay"] == 0.0
+    assert {p.ndim for p in vectors["params"]} == {1}
+
+
+def test_z_loss_is_reported_apart_and_trained(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(*FP64, "model.z_loss=0.1")
+    batch = trainer.loader.next_batch()
+    logits = trainer.model(
+        batch.input_ids, positions=batch.positions, document_ids=batch.document_ids
+    ).logits
+    trained = batch.labels != IGNORED
+    expected = 0.1 * logits.logsumexp(-1)[trained].square().mean()
+    result = trainer.stepper.take_step(batch, trainer.settings, 1.0)
+    assert result.aux_losses["z_loss"] == pytest.approx(expected.item(), rel=1e-9)
+    plain = make_trainer(*FP64)
+    same = plain.stepper.take_step(plain.loader.next_batch(), plain.settings, 1.0)
+    assert result.loss == pytest.approx(same.loss, rel=1e-12)
+    assert result.grad_norm != pytest.approx(same.grad_norm, rel=1e-3)

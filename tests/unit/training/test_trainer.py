@@ -1,0 +1,405 @@
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.training.conftest import MakeTrainer
+from ultrathink.core.errors import CheckpointError, UltrathinkError
+from ultrathink.recipe.build import resume_trainer
+from ultrathink.runs.folder import RunFolder
+from ultrathink.training.callbacks import Callback, Controller, StepReport, ValidationReport
+from ultrathink.training.control import Change, Snapshot, TrainerControl
+from ultrathink.training.trainer import Trainer
+
+
+class Recorder(Callback):
+    def __init__(self) -> None:
+        self.steps: list[StepReport] = []
+        self.validations: list[ValidationReport] = []
+        self.changes: list[Change] = []
+        self.messages: list[str] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self.steps.append(report)
+
+    def on_validation(self, report: ValidationReport) -> None:
+        self.validations.append(report)
+
+    def on_change(self, change: Change) -> None:
+        self.changes.append(change)
+
+    def on_message(self, text: str, level: str) -> None:
+        self.messages.append(text)
+
+
+class At(Controller):
+    """Runs ``actions[step]`` at the boundary after that step."""
+
+    def __init__(self, **actions: Any) -> None:
+        self.actions = {int(name.removeprefix("step")): action for name, action in actions.items()}
+
+    def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
+        if report.step in self.actions:
+            self.actions[report.step](control)
+
+
+def records(run: RunFolder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    dropped = ("time", "tokens_per_sec", "mfu", "memory_gib")
+    return [{k: v for k, v in row.items() if k not in dropped} for row in rows]
+
+
+def final_state(run: RunFolder) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    [file] = run.checkpoint("last").glob("*.safetensors")
+    return load_file(file)
+
+
+# -- what a run writes ----------------------------------------------------------------------------
+
+
+def test_metrics_have_the_promised_fields(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("training.max_steps=7", "training.log_every=3")
+    assert trainer.fit() == "finished"
+    rows = records(trainer.run)
+    train = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in train] == [1, 3, 6, 7]  # the first and the last always
+    for row in train:
+        assert {"loss", "tokens", "lr", "grad_norm", "tokens_per_sec", "time"} <= row.keys()
+        assert row["tokens"] == row["step"] * 4 * 32
+    [val] = [row for row in rows if row["split"] == "val"]
+    assert val["step"] == 7
+    assert val["ppl"] == pytest.approx(math.exp(val["loss"]))
+    # One token a byte; end-of-text tokens are predicted too but have no bytes.
+    assert val["bits_per_byte"] == pytest.approx(val["loss"] / math.log(2), rel=0.02)
+    assert 0 <= val["token_accuracy"] <= 1
+
+
+def test_training_learns(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("training.max_steps=60", "training.optimizer.lr=0.01")
+    trainer.fit()
+    losses = [row["loss"] for row in records(trainer.run) if row["split"] == "train"]
+    assert losses[0] > 5.0
+    assert sum(losses[-5:]) / 5 < 2.6
+
+
+def test_the_run_folder_is_complete(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("training.max_steps=2", "training.sample.prompts=['the ']",
+                           "training.sample.max_new_tokens=4",
+                           "monitoring.sinks=[jsonl, tensorboard]")
+    trainer.fit()
+    path = trainer.run.path
+    expected = ["checkpoints", "config.yaml", "logs", "manifest.json", "metrics.jsonl",
+                "origins.yaml", "samples.jsonl", "tensorboard", "tokenizer"]
+    assert sorted(entry.name for entry in path.iterdir()) == expected
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["packages"]["torch"] == torch.__version__
+    assert manifest["data_hash"] and manifest["hardware"]["cpu_cores"] >= 1
+    config = trainer.run.read_config()
+    assert config.training.micro_batch_size == 4  # what auto came to
+    assert config.origin("training.micro_batch_size").startswith("chosen at run time")
+    assert config.model.attention.backend in ("sdpa", "blocks")
+    [sample] = (path / "samples.jsonl").read_text().splitlines()
+    assert json.loads(sample)["prompt"] == "the "
+
+
+# -- resuming -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("training.optimizer={type: adamw, lr: 0.01}",),
+        (
+            "training.optimizer.type=muon",
+            "training.micro_batch_size=1",
+            "training.schedule={type: wsd, warmup: 2, decay: 0.5}",
+            "model.dropout=0.1",
+            "data.train=[{type: dummy, name: a, weight: 3}, {type: dummy, name: b, seed: 5}]",
+        ),
+        ("training.precision=bf16", "data.packing.enabled=false"),
+    ],
+    ids=["adamw", "muon-accumulation-dropout-mixture", "bf16-unpacked"],
+)
+def test_resumed_run_follows_the_uninterrupted_one_bit_for_bit(
+    make_trainer: MakeTrainer, options: tuple[str, ...]
+) -> None:
+    common = ("training.max_steps=8", "training.checkpoint={every_steps: 3, keep: 9}",
+              "training.eval.every_steps=4", *options)
+    whole = make_trainer(*common)
+    whole.fit()
+    broken = make_trainer(*common, controllers=[At(step5=lambda c: c.stop(reason="test"))])
+    assert broken.fit() == "stopped"
+    assert broken.run.steps()[-1] == 5
+    torch.manual_seed(999)  # a new process has another random state
+    resumed = resume_trainer(broken.run, "3")  # not where it stopped: steps 4 and 5 are redone
+    assert resumed.fit() == "finished"
+    assert without_time(records(resumed.run)) == without_time(records(whole.run))
+    one, other = final_state(whole.run), final_state(resumed.run)
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert different == []
+
+
+def test_a_resumed_cosine_goes_on_falling(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("training.max_steps=10", "training.checkpoint.every_steps=6",
+                           controllers=[At(step6=lambda c: c.stop(reason="test"))])
+    trainer.fit()
+    recorder = Recorder()
+    resume_trainer(trainer.run, callbacks=[recorder]).fit()
+    rates = [row["lr"] for row in records(trainer.run) if row["split"] == "train"]
+    assert len(rates) == 10
+    after_warmup = rates[5:]
+    assert after_warmup == sorted(after_warmup, reverse=True)
+    assert [report.step for report in recorder.steps] == [7, 8, 9, 10]
+
+
+def test_resume_refuses_other_data_and_says_what_to_do(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("some words to learn from, again and again. " * 200)
+    trainer = make_trainer("training.max_steps=4", f"data.train=[{{type: text, path: {text}}}]",
+                           controllers=[At(step2=lambda c: c.stop(reason="test"))])
+    trainer.fit()
+    text.write_text("other words to learn from, again and again. " * 200)
+    with pytest.raises(CheckpointError, match="the data changed since the checkpoint was written") as caught:
+        resume_trainer(trainer.run)
+    assert "training.init_from=RUN" in str(caught.value)
+
+
+def test_resume_refuses_a_checkpoint_of_another_model(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("training.max_steps=4",
+                           controllers=[At(step2=lambda c: c.stop(reason="test"))])
+    trainer.fit()
+    config = trainer.run.read_config()
+    trainer.run.write_config(config.replace({"model.hidden_size": 48, "model.head_dim": 24},
+                                            origin="test"))
+    with pytest.raises(CheckpointError, match="holds another model: embedding.weight is"):
+        resume_trainer(trainer.run)
+
+
+# -- starting from weights ------------------------------------------------------------------------
+
+
+def test_init_from_takes_weights_and_tokenizer_only(make_trainer: MakeTrainer) -> None:
+    first = make_trainer("training.max_steps=3")
+    first.fit()
+    second = make_trainer("training.max_steps=3", f"training.init_from={first.run.path}")
+    assert second.progress.step == 0
+    here, there = second.model.state_dict(), first.model.state_dict()
+    assert all(torch.equal(here[name], there[name]) for name in there)
+    third = make_trainer(f"training.init_from={first.run.path}@3", "training.max_steps=1")
+    assert third.fit() == "finished"
+
+
+def test_init_from_another_shape_names_the_weight(make_trainer: MakeTrainer) -> None:
+    first = make_trainer("training.max_steps=1")
+    first.fit()
+    with pytest.raises(CheckpointError, match="holds another model"):
+        make_trainer(f"training.init_from={first.run.path}", "model.num_layers=3")
+    with pytest.raises(CheckpointError, match="Their vocabularies differ: use the tokenizer"):
+        make_trainer(f"training.init_from={first.run.path}", "model.vocab_size=300")
+
+
+# -- control --------------------------------------------------------------------------------------
+
+
+def test_changes_wait_for_the_boundary_and_are_recorded(make_trainer: MakeTrainer) -> None:
+    def act(control: TrainerControl) -> None:
+        control.set_lr_factor(0.5, reason="loss spiked")
+        control.set_clip(0.1, reason="gradient grew")
+        control.set_weight_decay(0.2, reason="overfitting")
+        control.set_micro_batch_size(3, reason="memory")
+        control.skip_samples(8, reason="bad batch")
+
+    recorder = Recorder()
+    trainer = make_trainer("training.max_steps=4", "training.schedule.warmup=0",
+                           "training.schedule.min_ratio=1.0",
+                           callbacks=[recorder], controllers=[At(step2=act)])
+    trainer.fit()
+    rates = [report.lr for report in recorder.steps]
+    assert rates == pytest.approx([0.003, 0.003, 0.0015, 0.0015])
+    assert [(c.setting, c.before, c.after) for c in recorder.changes] == [
+        ("lr_factor", 1.0, 0.5),
+        ("clip", 1.0, 0.1),
+        ("weight_decay", None, 0.2),
+        ("micro_batch_size", 4, 2),  # the largest divisor of 4 that is not above 3
+        ("skip_samples", 8, 16),
+    ]
+    lines = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
+    assert [line["reason"] for line in lines][0] == "loss spiked"
+    assert {line["step"] for line in lines} == {2}
+    assert trainer.loader.samples_seen == 16 or trainer.loader.samples_skipped == 8
+
+
+def test_changed_settings_survive_a_resume(make_trainer: MakeTrainer) -> None:
+    def act(control: TrainerControl) -> None:
+        control.set_lr_factor(0.25, reason="test")
+        control.stop(reason="test")
+
+    trainer = make_trainer("training.max_steps=4", controllers=[At(step2=act)])
+    trainer.fit()
+    assert resume_trainer(trainer.run).settings.lr_factor == 0.25
+
+
+def test_restoring_a_snapshot_replays_bit_for_bit(make_trainer: MakeTrainer) -> None:
+    kept: list[Snapshot] = []
+    tried: list[int] = []
+
+    def go_back(control: TrainerControl) -> None:
+        if not tried:
+            tried.append(1)
+            control.restore(kept[0], reason="test")
+
+    recorder = Recorder()
+    trainer = make_trainer(
+        "training.max_steps=6", "training.optimizer.type=muon", "model.dropout=0.1",
+        "training.checkpoint={every_steps: 1, keep: 9}",
+        callbacks=[recorder],
+        controllers=[At(step2=lambda c: kept.append(c.snapshot()), step5=go_back)],
+    )
+    trainer.fit()
+    assert [report.step for report in recorder.steps] == [1, 2, 3, 4, 5, 3, 4, 5, 6]
+    first = [report.loss for report in recorder.steps[2:5]]
+    again = [report.loss for report in recorder.steps[5:8]]
+    assert first == again
+    assert trainer.run.steps() == [1, 2, 3, 4, 5, 6]
+
+
+def test_mixture_weights_change_what_comes(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(
+        "training.max_steps=4",
+        "data.train=[{type: dummy, name: a, weight: 1}, {type: dummy, name: b, seed: 3}]",
+        controllers=[At(step2=lambda c: c.set_mixture_weights([1.0, 1e-9], reason="test"))],
+    )
+    sources: list[int] = []
+    original = trainer.loader.next_batch
+
+    def spy() -> Any:
+        batch = original()
+        sources.extend(batch.source_ids[:, 0].tolist())
+        return batch
+
+    trainer.loader.next_batch = spy  # type: ignore[method-assign]
+    trainer.fit()
+    assert sorted(sources[:8]) == [0] * 4 + [1] * 4
+    assert sources[8:].count(0) >= 7  # a share holds to within one sample
+
+
+def test_checkpoint_now_and_stop(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(
+        "training.max_steps=9",
+        controllers=[At(step2=lambda c: c.checkpoint_now(reason="test"),
+                        step4=lambda c: c.stop(reason="test"))],
+    )
+    assert trainer.fit() == "stopped"
+    assert trainer.run.steps() == [2, 4]
+
+
+def test_nonsense_is_refused_at_once(make_trainer: MakeTrainer) -> None:
+    control = make_trainer().control
+    for ask in (
+        lambda: control.set_lr_factor(0.0, reason=""),
+        lambda: control.set_clip(-1.0, reason=""),
+        lambda: control.set_weight_decay(-0.1, reason=""),
+        lambda: control.set_micro_batch_size(0, reason=""),
+        lambda: control.skip_samples(0, reason=""),
+    ):
+        with pytest.raises(UltrathinkError, match=r"must be above 0|is negative"):
+            ask()
+
+
+# -- what goes wrong ------------------------------------------------------------------------------
+
+
+class Failing(Callback):
+    def on_step(self, report: StepReport) -> None:
+        raise RuntimeError("the disk of the dashboard is full")
+
+
+def test_a_failing_callback_is_reported_once_and_changes_nothing(
+    make_trainer: MakeTrainer,
+) -> None:
+    recorder = Recorder()
+    trainer = make_trainer("training.max_steps=3", callbacks=[Failing(), recorder])
+    assert trainer.fit() == "finished"
+    told = [text for text in recorder.messages if "dashboard" in text]
+    assert told == ["Failing.on_step failed: RuntimeError: the disk of the dashboard is full"]
+    plain = make_trainer("training.max_steps=3")
+    plain.fit()
+    assert without_time(records(plain.run)) == without_time(records(trainer.run))
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_training_goes_on(
+    make_trainer: MakeTrainer,
+) -> None:
+    recorder = Recorder()
+    trainer = make_trainer("training.max_steps=4", callbacks=[recorder])
+    original, calls = trainer.stepper.losses, []
+
+    def sometimes_nan(*inputs: Any) -> Any:
+        calls.append(1)
+        loss, aux = original(*inputs)
+        return (loss * math.nan if len(calls) == 2 else loss), aux
+
+    trainer.stepper.losses = sometimes_nan
+    trainer.fit()
+    assert [report.skipped for report in recorder.steps] == [False, True, False, False]
+    assert any("step 2 was skipped" in text for text in recorder.messages)
+    rows = [row for row in records(trainer.run) if row["split"] == "train"]
+    assert [row["loss"] is None for row in rows] == [False, True, False, False]
+    assert rows[-1]["skipped_steps"] == 1
+    steps = {s["step"].item() for s in trainer.stepper.optimizers[0].state.values()}
+    assert steps == {3.0}  # bias correction counts the steps that were taken
+
+
+# -- length ---------------------------------------------------------------------------------------
+
+
+def test_minutes_become_steps_once_and_trying_out_leaves_no_trace(
+    make_trainer: MakeTrainer,
+) -> None:
+    timed = make_trainer("training.max_minutes=0.05", "training.schedule.warmup=2")
+    timed.fit()
+    config = timed.run.read_config()
+    steps = config.training.step_budget
+    assert steps is not None and config.origin("training.step_budget").startswith("chosen at run")
+    assert timed.elapsed_s() < 0.05 * 60 * 1.5
+    counted = make_trainer(f"training.max_steps={steps}", "training.schedule.warmup=2")
+    counted.fit()
+    # The clock may have ended the first run early; up to there both are the same run.
+    pairs = zip(without_time(records(timed.run)), without_time(records(counted.run)), strict=False)
+    same = [a == b for a, b in pairs if a["split"] == b["split"] == "train"]
+    assert len(same) > 3 and all(same)
+
+
+def test_a_run_that_gets_slower_ends_on_the_minute(make_trainer: MakeTrainer) -> None:
+    import time
+
+    class Slow(Callback):
+        def on_step(self, report: StepReport) -> None:
+            time.sleep(0.1)
+
+    trainer = make_trainer("training.max_minutes=0.03", callbacks=[Slow()])
+    assert trainer.fit() == "out of time"
+    assert trainer.budget is not None and trainer.progress.step < trainer.budget.total_steps
+    assert trainer.run.steps()[-1] == trainer.progress.step
+
+
+def test_best_is_the_best_by_the_chosen_figure(make_trainer: MakeTrainer) -> None:
+    recorder = Recorder()
+    trainer = make_trainer("training.max_steps=6", "training.eval.every_steps=1",
+                           "training.checkpoint.best_by=token_accuracy", callbacks=[recorder])
+    trainer.fit()
+    best = max(recorder.validations, key=lambda report: report.token_accuracy)
+    assert int(trainer.run.checkpoint("best").name.removeprefix("step_")) == best.step
+    state: Trainer = trainer
+    assert state.progress.best == best.token_accuracy

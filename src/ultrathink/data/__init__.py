@@ -1,0 +1,1 @@
+"""From text to batches: sources, tokenizers, the token cache, the order of samples, loaders."""

@@ -1,0 +1,59 @@
+"""Documents, and what a source of them offers."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Split = Literal["train", "val", "all"]
+
+# Called with what is being done, how much of it is done, and how much there is (UTF-8 bytes).
+Progress = Callable[[str, int, int], None]
+
+HELD_OUT_ONE_IN = 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text; ``id`` tells it apart within its source and does not depend on the machine."""
+
+    id: str
+    text: str
+
+
+class Source(Protocol):
+    """Documents, split into those to train on and those held out.
+
+    Iterating twice gives the same documents in the same order. A text never holds lone
+    surrogates: all of it can be written as UTF-8.
+    """
+
+    name: str
+    num_skipped: int  # unreadable documents left out, known after the first pass
+
+    def documents(self, split: Split) -> Iterator[Document]:
+        """The documents of ``split``; ``all`` is every document, uncut."""
+        ...
+
+    def fingerprint(self, split: Split) -> str:
+        """A hash of the ids and contents of ``split``: equal means the same documents."""
+        ...
+
+    def num_bytes(self, split: Split) -> int:
+        """UTF-8 bytes of all documents of ``split``."""
+        ...
+
+
+def is_held_out(document_id: str) -> bool:
+    """Whether a document is kept for validation: one in 20, by the SHA-256 of its id."""
+    digest = hashlib.sha256(document_id.encode()).hexdigest()
+    return int(digest, 16) % HELD_OUT_ONE_IN == 0
+
+
+def replace_surrogates(text: str) -> str:
+    """``text`` with each lone surrogate, which UTF-8 cannot carry, replaced by U+FFFD."""
+    return _SURROGATE.sub("\ufffd", text) if _SURROGATE.search(text) else text

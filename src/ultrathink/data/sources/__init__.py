@@ -1,0 +1,1 @@
+"""Where documents come from; ``config.data`` registers each source by name."""

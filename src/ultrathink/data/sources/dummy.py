@@ -1,0 +1,58 @@
+"""Generated text with structure to learn: a small language of words that follow one another."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from ultrathink.config.data import DummySourceConfig
+from ultrathink.data.documents import Document, is_held_out
+from ultrathink.data.sources.base import Entry, ScannedSource
+
+_SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "shi", "to")
+_WORDS = tuple(first + second for first in _SYLLABLES for second in _SYLLABLES)
+# A word is followed by one of four others: 1.75 bits a word, where chance would need 6.
+_SUCCESSOR_SHARES = (0.5, 0.25, 0.125, 0.125)
+
+
+class DummySource(ScannedSource):
+    """Documents drawn from a first-order Markov chain over 64 words; equal for equal options.
+
+    One in 20 is held out by the SHA-256 of its id, and at least one where there are two.
+    """
+
+    def __init__(self, config: DummySourceConfig) -> None:
+        super().__init__(config.name or config.type)
+        self.config = config
+        # Only `random.random` gives the same numbers in every version of Python.
+        chain = random.Random(config.seed)
+        self._successors = [
+            [int(chain.random() * len(_WORDS)) for _ in _SUCCESSOR_SHARES] for _ in _WORDS
+        ]
+
+    def _read(self) -> Iterator[Document | None]:
+        for index in range(self.config.num_documents):
+            yield Document(f"document-{index:06d}", self._text(index))
+
+    def _text(self, index: int) -> str:
+        chance = random.Random((self.config.seed << 32) + index + 1)
+        word = int(chance.random() * len(_WORDS))
+        words = []
+        for position in range(1, self.config.num_words + 1):
+            ends_line = position % 12 == 0 or position == self.config.num_words
+            words.append(_WORDS[word] + (".\n" if ends_line else " "))
+            word = self._next(word, chance.random())
+        return "".join(words)
+
+    def _next(self, word: int, draw: float) -> int:
+        for successor, share in zip(self._successors[word], _SUCCESSOR_SHARES, strict=True):
+            draw -= share
+            if draw < 0:
+                return successor
+        return self._successors[word][-1]
+
+    def _held_out(self, entries: list[Entry]) -> list[bool]:
+        flags = [is_held_out(entry.id) for entry in entries]
+        if len(flags) > 1 and not any(flags):
+            flags[-1] = True
+        return flags

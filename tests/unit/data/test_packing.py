@@ -1,0 +1,169 @@
+"""Shapes: B samples, T tokens in a sequence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.data.data_helpers import ArrayStore
+from ultrathink.config.data import PackingConfig
+from ultrathink.data.batch import Batch
+from ultrathink.data.packing import SampleReader
+
+Documents = st.lists(st.lists(st.integers(1, 60_000), max_size=12), min_size=1, max_size=12)
+SEQ_LEN = st.integers(2, 9)
+
+ISOLATED = PackingConfig(enabled=True, isolate_documents=True)
+JOINED = PackingConfig(enabled=True, isolate_documents=False)
+ALONE = PackingConfig(enabled=False)
+
+
+def read_all(store: ArrayStore, seq_len: int, packing: PackingConfig) -> Any:
+    reader = SampleReader([store], seq_len, packing)
+    num_samples = reader.samples[0].num_samples
+    return reader.read(np.zeros(num_samples, dtype=np.int64), np.arange(num_samples))
+
+
+def marked(documents: Sequence[Sequence[int]]) -> ArrayStore:
+    """Every ordinary token another number, so that none can stand in for another."""
+    count = 0
+    unique = []
+    for document in documents:
+        unique.append(list(range(count + 1, count + 1 + len(document))))
+        count += len(document)
+    return ArrayStore(unique)
+
+
+@given(documents=Documents, seq_len=SEQ_LEN)
+@settings(deadline=None)
+def test_packed_every_token_but_the_first_is_a_target_once(
+    documents: list[list[int]], seq_len: int
+) -> None:
+    store = marked(documents)
+    stream = store.tokens.tolist()
+    for packing in (ISOLATED, JOINED):
+        input_ids, labels, _, document_ids, _ = read_all(store, seq_len, packing)
+        trained = labels != -100
+        assert labels[trained].tolist() == stream[1:]
+        assert input_ids[trained].tolist() == stream[:-1]
+        assert (document_ids[~trained] == -1).all()
+        assert (document_ids[trained] >= 0).all()
+        assert (~trained).sum() < seq_len  # only the end of the last sample is padding
+
+
+@given(documents=Documents, seq_len=SEQ_LEN)
+@settings(deadline=None)
+def test_isolated_documents_are_numbered_by_where_they_start(
+    documents: list[list[int]], seq_len: int
+) -> None:
+    store = ArrayStore(documents)
+    _, labels, positions, document_ids, _ = read_all(store, seq_len, ISOLATED)
+    starts = set(store.offsets[:-1].tolist())
+    for row in range(labels.shape[0]):
+        number = position = 0
+        for t in range(seq_len):
+            if labels[row, t] == -100:
+                assert (document_ids[row, t], positions[row, t]) == (-1, 0)
+                continue
+            if t > 0 and row * seq_len + t in starts:
+                number, position = number + 1, 0
+            assert (document_ids[row, t], positions[row, t]) == (number, position)
+            position += 1
+
+
+@given(documents=Documents, seq_len=SEQ_LEN)
+@settings(deadline=None)
+def test_without_isolation_a_sequence_is_one_document(
+    documents: list[list[int]], seq_len: int
+) -> None:
+    _, labels, positions, document_ids, _ = read_all(ArrayStore(documents), seq_len, JOINED)
+    trained = labels != -100
+    assert (document_ids[trained] == 0).all()
+    columns = np.broadcast_to(np.arange(seq_len), positions.shape)
+    assert (positions[trained] == columns[trained]).all()
+
+
+@given(documents=Documents, seq_len=SEQ_LEN)
+@settings(deadline=None)
+def test_unpacked_documents_stay_alone(documents: list[list[int]], seq_len: int) -> None:
+    store = ArrayStore(documents)
+    input_ids, labels, positions, document_ids, _ = read_all(store, seq_len, ALONE)
+    row = 0
+    for document in documents:
+        tokens = [*document, store.eot_id]
+        for begin in range(0, len(tokens) - 1, seq_len):
+            targets = tokens[begin + 1 : begin + 1 + seq_len]
+            n = len(targets)
+            assert input_ids[row, :n].tolist() == tokens[begin : begin + n]
+            assert labels[row].tolist() == targets + [-100] * (seq_len - n)
+            assert positions[row, :n].tolist() == list(range(n))
+            assert document_ids[row].tolist() == [0] * n + [-1] * (seq_len - n)
+            row += 1
+    assert row == labels.shape[0]
+
+
+def test_an_example_in_full() -> None:
+    store = ArrayStore([[11, 12, 13], [21], [31, 32]])
+    input_ids, labels, positions, document_ids, source_ids = read_all(store, 4, ISOLATED)
+    assert input_ids.tolist() == [[11, 12, 13, 0], [21, 0, 31, 32]]
+    # The end of a document is a target, and so is the first token after it.
+    assert labels.tolist() == [[12, 13, 0, 21], [0, 31, 32, 0]]
+    assert positions.tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
+    assert document_ids.tolist() == [[0, 0, 0, 0], [0, 0, 1, 1]]
+    assert source_ids.tolist() == [[0] * 4] * 2
+
+
+@given(data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_rows_of_several_stores_come_in_the_order_asked(data: Any) -> None:
+    stores = [ArrayStore(data.draw(Documents)) for _ in range(3)]
+    packing = data.draw(st.sampled_from([ISOLATED, JOINED, ALONE]))
+    reader = SampleReader(stores, 4, packing)
+    filled = [number for number in range(3) if reader.samples[number].num_samples]
+    if not filled:
+        return
+    wanted = [
+        (source, data.draw(st.integers(0, reader.samples[source].num_samples - 1)))
+        for source in data.draw(st.lists(st.sampled_from(filled), min_size=1, max_size=8))
+    ]
+    together = reader.read(*np.array(wanted, dtype=np.int64).T)
+    assert together.dtype == np.int64
+    for row, (source, position) in enumerate(wanted):
+        alone = read_all(stores[source], 4, packing)
+        assert (together[:4, row] == alone[:4, position]).all()
+        assert (together[4, row] == source).all()
+
+
+# -- batches ------------------------------------------------------------------------------------
+
+
+def batch_of(num_sequences: int, seq_len: int) -> Batch:
+    return Batch.unstack(
+        torch.arange(5 * num_sequences * seq_len).reshape(5, num_sequences, seq_len)
+    )
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1, [1] * 7), (3, [3, 3, 1]), (9, [7])])
+def test_micro_batches_are_the_batch_in_pieces(size: int, expected: list[int]) -> None:
+    batch = batch_of(7, 3)
+    pieces = batch.split(size)
+    assert [piece.num_sequences for piece in pieces] == expected
+    for whole, *parts in zip(batch.fields(), *(piece.fields() for piece in pieces), strict=True):
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_targets_are_counted_without_what_is_not_trained() -> None:
+    batch = batch_of(2, 3)
+    batch.labels[0, 1] = -100
+    assert batch.num_target_tokens == 5
+    batch.labels[:] = -100
+    assert batch.num_target_tokens == 0
+    moved = batch.to("cpu")
+    assert Counter(field.shape for field in moved.fields()) == {torch.Size([2, 3]): 5}

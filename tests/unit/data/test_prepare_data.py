@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ultrathink.config.data import DataConfig
+from ultrathink.config.tokenizer import BpeTokenizerConfig, ByteTokenizerConfig
+from ultrathink.core.errors import DataError
+from ultrathink.data.loader import TrainLoader
+from ultrathink.data.prepare import PreparedData, prepare_data
+from ultrathink.data.tokenizers.bpe import BpeTokenizer
+from ultrathink.data.validation import ValidationSet
+
+BPE = BpeTokenizerConfig(vocab_size=300)
+
+
+def prepare(train: Any, tokenizer: Any = None, progress: Any = None, **data: Any) -> PreparedData:
+    config = DataConfig.model_validate({"train": train, "seq_len": 16, **data})
+    return prepare_data(config, tokenizer or ByteTokenizerConfig(), progress=progress)
+
+
+DUMMY: dict[str, Any] = {"type": "dummy", "num_documents": 60, "num_words": 40}
+
+
+def text_of(prepared: PreparedData, stores: Any) -> str:
+    return "".join(prepared.tokenizer.decode(store.tokens) for store in stores)
+
+
+def test_train_and_held_out_text_are_all_the_text_and_apart() -> None:
+    prepared = prepare([DUMMY], BPE)
+    assert prepared.source_names == ["dummy"]
+    assert prepared.train_weights == [1.0]
+    assert prepared.skipped == {}
+    train, val = (
+        text_of(prepared, stores) for stores in (prepared.train_stores, prepared.val_stores)
+    )
+    assert len(train) > 5 * len(val) > 0
+    assert not set(train.splitlines()) & set(val.splitlines())
+    assert prepared.tokenizer.vocab_size == 300
+    loader = TrainLoader(
+        prepared.train_stores,
+        prepared.train_weights,
+        seq_len=16,
+        batch_size=2,
+        packing=DataConfig().packing,
+        seed=0,
+    )
+    assert loader.num_samples == prepared.num_samples
+    assert loader.next_batch().num_target_tokens == 32
+    assert ValidationSet(prepared.val_stores, 16).num_bytes == len(val)
+
+
+def test_the_second_time_nothing_is_trained_or_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels: list[str] = []
+
+    def note(label: str, done: int, total: int) -> None:
+        labels.append(label)
+
+    first = prepare([DUMMY], BPE, note)
+    assert labels == [
+        "reading dummy",
+        "training tokenizer",
+        "tokenizing dummy (train)",
+        "tokenizing dummy (val)",
+    ]
+    labels.clear()
+    monkeypatch.setattr(BpeTokenizer, "train", lambda *_: pytest.fail("trained again"))
+    second = prepare([DUMMY], BPE, note)
+    assert labels == ["reading dummy"]
+    assert second.data_hash == first.data_hash
+    assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
+
+
+def test_a_damaged_cached_tokenizer_is_trained_again(tmp_path: Path) -> None:
+    first = prepare([DUMMY], BPE)
+    [file] = (tmp_path / "cache" / "tokenizers").glob("*/tokenizer.json")
+    content = file.read_text()
+    file.write_text(content[:100])
+    assert prepare([DUMMY], BPE).tokenizer.fingerprint == first.tokenizer.fingerprint
+    assert file.read_text() == content
+
+
+def test_the_tokenizer_never_sees_held_out_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("ordinary words here\n" * 200 + "zyxwvu\n" * 60)
+    options = {"type": "text", "path": str(path)}
+    prepared = prepare([{**options, "val_fraction": 0.2}], BPE)
+    assert "zyxwvu" not in text_of(prepared, prepared.train_stores)
+    assert len(prepared.tokenizer.encode("zyxwvu")) == 6
+    assert len(prepare([{**options, "val_fraction": 0}], BPE).tokenizer.encode("zyxwvu")) < 6
+
+
+def test_named_validation_text_is_scored_whole_and_nothing_is_held_out(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("training text\n" * 100)
+    (tmp_path / "val.txt").write_text("other text\n" * 50)
+    prepared = prepare(
+        [{"type": "text", "path": str(tmp_path / "train.txt")}],
+        val=[{"type": "text", "path": str(tmp_path / "val.txt")}],
+    )
+    assert text_of(prepared, prepared.train_stores) == "training text\n" * 100
+    assert text_of(prepared, prepared.val_stores) == "other text\n" * 50
+    assert [store.name for store in prepared.val_stores] == ["val"]
+
+
+def test_the_data_hash_follows_all_that_decides_the_samples(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some text\n" * 100)
+    source = {"type": "text", "path": str(path)}
+    hashes = [
+        prepare([source]).data_hash,
+        prepare([source], seq_len=17).data_hash,
+        prepare([source], packing={"enabled": False}).data_hash,
+        prepare([source], packing={"isolate_documents": False}).data_hash,
+        prepare([source], BPE).data_hash,
+        prepare([source, DUMMY]).data_hash,
+        prepare([DUMMY, source]).data_hash,
+    ]
+    path.write_text("Some text\n" * 100)
+    hashes.append(prepare([source]).data_hash)
+    assert len(set(hashes)) == len(hashes)
+    path.write_text("some text\n" * 100)
+    assert prepare([source]).data_hash == hashes[0]
+
+
+def test_sources_without_names_are_numbered_and_weights_are_kept() -> None:
+    other = {**DUMMY, "seed": 1, "weight": 0.5}
+    prepared = prepare([DUMMY, other, {**DUMMY, "seed": 2, "name": "mine"}])
+    assert prepared.source_names == ["dummy", "dummy-2", "mine"]
+    assert prepared.train_weights == [1.0, 0.5, 1.0]
+
+
+def test_skipped_documents_are_reported(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "' + "word " * 200 + '"}\n{"text": 3}\nnot json\n')
+    prepared = prepare([{"type": "jsonl", "path": str(path), "on_bad": "skip"}])
+    assert prepared.skipped == {"a": 2}
+    again = prepare([{"type": "jsonl", "path": str(path), "on_bad": "skip"}])  # from the cache
+    assert again.skipped == {"a": 2}
+
+
+def test_more_text_than_is_learned_from_is_sampled_over_all_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("first part\n" * 5000 + "SECOND_HALF\n" * 5000)
+    tokenizer = BpeTokenizerConfig(vocab_size=400, train_bytes=20_000)
+    prepared = prepare([{"type": "text", "path": str(path), "val_fraction": 0}], tokenizer)
+    assert len(prepared.tokenizer.encode("SECOND_HALF")) < 6
+    tiny = BpeTokenizerConfig(vocab_size=400, train_bytes=50)
+    assert prepare([DUMMY], tiny).tokenizer.vocab_size > 257
+
+
+def test_a_tokenizer_that_is_given_is_used(bpe: BpeTokenizer) -> None:
+    prepared = prepare([DUMMY], bpe)
+    assert prepared.tokenizer is bpe
+    assert prepared.train_stores[0].eot_id == bpe.eot_id
+
+
+def test_no_validation_when_none_is_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("text\n" * 100)
+    assert prepare([{"type": "text", "path": str(path), "val_fraction": 0}]).val_stores == []
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "words"),
+    [
+        (
+            "",
+            {},
+            "data source 'a' has no text: its documents are empty or there are none. "
+            "Point it at other files.",
+        ),
+        (
+            "x",
+            {},
+            "data source 'a' has no text left to train on once some is held out. Name "
+            "validation text in data.val, or lower the source's val_fraction.",
+        ),
+        (
+            "0123456789 0123",
+            {"val_fraction": 0},
+            "data source 'a' has 16 training tokens; one "
+            "sequence of data.seq_len 16 needs 17. Add text, or lower data.seq_len.",
+        ),
+    ],
+)
+def test_too_little_text_is_named(
+    tmp_path: Path, content: str, options: dict[str, Any], words: str
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(content)
+    with pytest.raises(DataError) as caught:
+        prepare([{"type": "text", "path": str(path), **options}])
+    assert str(caught.value) == words
+
+
+def test_nothing_to_hold_out_is_named() -> None:
+    with pytest.raises(DataError) as caught:
+        prepare([{**DUMMY, "num_documents": 1}])
+    assert str(caught.value).startswith(
+        "data source 'dummy' is too small to hold out text for validation ("
+    )
+    assert "Name validation text in data.val" in str(caught.value)
+
+
+def test_the_configured_cache_folder_is_used(tmp_path: Path) -> None:
+    prepared = prepare([DUMMY], cache_dir=str(tmp_path / "mine"))
+    assert prepared.train_stores[0].folder.is_relative_to(tmp_path / "mine")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_shakespeare_and_c4_together(shared_file: Callable[[str], Path]) -> None:
+    prepared = prepare(
+        [
+            {"type": "text", "path": str(shared_file("text/tinyshakespeare.txt"))},
+            {"type": "jsonl", "path": str(shared_file("text/c4_demo.jsonl")), "weight": 3},
+        ],
+        BpeTokenizerConfig(vocab_size=2000),
+        seq_len=128,
+    )
+    assert prepared.source_names == ["tinyshakespeare", "c4_demo"]
+    assert prepared.train_stores[0].num_documents == 1
+    loader = TrainLoader(
+        prepared.train_stores,
+        prepared.train_weights,
+        seq_len=128,
+        batch_size=8,
+        packing=DataConfig().packing,
+        seed=0,
+    )
+    sources = [int(s) for _ in range(50) for s in loader.next_batch().source_ids[:, 0]]
+    assert abs(sum(sources) - 300) <= 1
+    assert ValidationSet(prepared.val_stores, 128).num_tokens > 10_000

@@ -1,0 +1,357 @@
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import random
+import sysconfig
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ultrathink.config.data import (
+    DummySourceConfig,
+    JsonlSourceConfig,
+    StdlibSourceConfig,
+    TextSourceConfig,
+)
+from ultrathink.core.errors import DataError
+from ultrathink.data.sources.dummy import DummySource
+from ultrathink.data.sources.jsonl import JsonlSource
+from ultrathink.data.sources.stdlib import StdlibSource
+from ultrathink.data.sources.text import TextSource
+
+SharedFile = Callable[[str], Path]
+
+
+def texts(source: Any, split: str) -> list[str]:
+    return [document.text for document in source.documents(split)]
+
+
+def text_source(path: Path | str, **options: Any) -> TextSource:
+    return TextSource(TextSourceConfig(path=str(path), **options))
+
+
+def jsonl_source(path: Path | str, **options: Any) -> JsonlSource:
+    return JsonlSource(JsonlSourceConfig(path=str(path), **options))
+
+
+# -- stdlib -------------------------------------------------------------------------------------
+
+
+def test_stdlib_follows_the_rule_recomputed_from_its_words() -> None:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = ("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings")
+    expected: dict[str, str] = {}
+    for path in root.glob("**/*.py"):
+        relative = path.relative_to(root)
+        if any(part in left_out for part in relative.parts[:-1]):
+            continue
+        try:
+            expected[relative.as_posix()] = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+    held_out = {
+        name for name in expected if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0
+    }
+    source = StdlibSource(StdlibSourceConfig())
+    val = {document.id: document.text for document in source.documents("val")}
+    train = {document.id: document.text for document in source.documents("train")}
+    assert set(val) == held_out
+    assert len(held_out) > 10
+    assert set(train) == set(expected) - held_out
+    assert {**train, **val} == expected
+    assert list(train) == sorted(train)
+    assert source.num_bytes("all") == sum(len(text.encode()) for text in expected.values())
+
+
+def test_stdlib_skips_what_cannot_be_decoded_and_the_folders_of_the_rule(tmp_path: Path) -> None:
+    for name in (
+        "a.py",
+        "b/c.py",
+        "b/test/d.py",
+        "site-packages/e.py",
+        "encodings/f.py",
+        "tests.py",
+        "g.txt",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / "latin.py").write_bytes(b"# caf\xe9")
+    source = StdlibSource(StdlibSourceConfig(), root=tmp_path)
+    assert [document.id for document in source.documents("all")] == ["a.py", "b/c.py", "tests.py"]
+
+
+def test_fingerprint_follows_content_and_names_not_places(tmp_path: Path) -> None:
+    prints = []
+    for folder, content in (("one", "x = 1"), ("two", "x = 1"), ("three", "x = 2")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.py").write_text(content)
+        prints.append(StdlibSource(StdlibSourceConfig(), tmp_path / folder).fingerprint("all"))
+    (tmp_path / "two" / "a.py").rename(tmp_path / "two" / "b.py")
+    renamed = StdlibSource(StdlibSourceConfig(), tmp_path / "two").fingerprint("all")
+    assert prints[0] == prints[1]
+    assert len({prints[0], prints[2], renamed}) == 3
+
+
+# -- text ---------------------------------------------------------------------------------------
+
+
+def test_text_reads_files_folders_and_patterns_each_file_once(tmp_path: Path) -> None:
+    for name in ("a.txt", "sub/b.txt", "sub/c.md", ".hidden/d.txt", "sub/.e.txt"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    (tmp_path / "image.bin").write_bytes(b"\x89PNG\0\0")
+    assert texts(text_source(tmp_path), "all") == ["a.txt", "sub/b.txt", "sub/c.md"]
+    assert texts(text_source(tmp_path / "sub" / "*.md"), "all") == ["sub/c.md"]
+    assert texts(text_source(tmp_path / "**" / "*.txt"), "all") == ["a.txt", "sub/b.txt"]
+    several = TextSource(
+        TextSourceConfig(path=(str(tmp_path / "sub" / "b.txt"), str(tmp_path), str(tmp_path)))
+    )
+    assert texts(several, "all") == ["sub/b.txt", "a.txt", "sub/c.md"]
+
+
+def test_text_ids_differ_even_where_names_do_not(tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "same.txt").write_text(folder)
+    source = TextSource(TextSourceConfig(path=(str(tmp_path / "x"), str(tmp_path / "y"))))
+    assert [document.id for document in source.documents("all")] == ["same.txt", "same.txt#2"]
+
+
+def test_text_keeps_line_ends_and_drops_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    assert texts(text_source(path), "all") == ["one\r\ntwo\rthree\n"]
+
+
+def test_text_that_is_not_utf8_names_the_file_the_byte_and_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(DataError) as caught:
+        texts(text_source(path), "all")
+    assert str(caught.value) == (
+        f"{path}: not UTF-8 at byte 2 (0xef). Convert it, for example with `iconv -f ISO-8859-1 "
+        f"-t UTF-8`, or leave such files out with `on_bad: skip`."
+    )
+
+
+def test_utf16_in_a_folder_is_reported_not_taken_for_binary(tmp_path: Path) -> None:
+    (tmp_path / "windows.txt").write_bytes("text".encode("utf-16"))
+    with pytest.raises(DataError, match=r"not UTF-8 at byte 0 \(0xff\).*iconv -f UTF-16"):
+        texts(text_source(tmp_path), "all")
+
+
+def test_text_skips_and_counts_bad_files_when_told_to(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    (tmp_path / "good.txt").write_text("good")
+    source = text_source(tmp_path, on_bad="skip")
+    assert texts(source, "all") == ["good"]
+    assert texts(source, "all") == ["good"]
+    assert source.num_skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("nowhere.txt", "path 'nowhere.txt' does not exist"),
+        ("*.nothing", "matches no file"),
+        ("empty", "is a folder without files that this source can read"),
+    ],
+)
+def test_text_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=words) as caught:
+        text_source(path)
+    assert path in str(caught.value)
+
+
+def test_few_documents_lose_their_ends_at_a_line_break(tmp_path: Path) -> None:
+    text = "".join(f"line {number} of the play\n" for number in range(400))
+    path = tmp_path / "play.txt"
+    path.write_text(text)
+    source = text_source(path, val_fraction=0.1)
+    [train], [val] = texts(source, "train"), texts(source, "val")
+    assert train + val == text
+    assert train.endswith("\n")
+    assert 0.08 < len(val) / len(text) < 0.12
+    assert source.num_bytes("train") + source.num_bytes("val") == len(text.encode())
+    assert len({source.fingerprint(split) for split in ("train", "val", "all")}) == 3
+
+
+def test_a_text_without_line_breaks_is_cut_where_the_fraction_says(tmp_path: Path) -> None:
+    path = tmp_path / "one-line.txt"
+    path.write_text("é" * 1000)
+    source = text_source(path, val_fraction=0.25)
+    assert [len(text) for text in texts(source, "val")] == [250]
+    path.write_text("first\n" + "é" * 1000)  # a break far from the cut does not count
+    assert 240 < len(texts(text_source(path, val_fraction=0.25), "val")[0]) < 260
+
+
+def test_the_nearest_line_break_before_the_cut_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a" * 790 + "\n" + "b" * 50 + "\n" + "c" * 158)
+    [val] = texts(text_source(path, val_fraction=0.2), "val")
+    assert val == "b" * 50 + "\n" + "c" * 158
+
+
+def test_another_fraction_is_another_train_split(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("line\n" * 100)
+    one, other = (text_source(path, val_fraction=share) for share in (0.1, 0.2))
+    assert one.fingerprint("train") != other.fingerprint("train")
+    assert one.fingerprint("all") == other.fingerprint("all")
+
+
+def test_no_val_fraction_holds_nothing_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("abc\n" * 100)
+    source = text_source(path, val_fraction=0.0)
+    assert texts(source, "val") == []
+    assert texts(source, "train") == ["abc\n" * 100]
+
+
+@pytest.mark.parametrize("num_documents", [20, 40, 400])
+def test_many_documents_are_held_out_whole_by_their_text(
+    tmp_path: Path, num_documents: int
+) -> None:
+    lines = [f'{{"text": "document {number}"}}' for number in range(num_documents)]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    source = jsonl_source(path, val_fraction=0.1)
+    train, val = texts(source, "train"), texts(source, "val")
+    assert sorted(train + val) == sorted(texts(source, "all"))
+    assert len(val) >= 1
+    assert abs(len(val) - 0.1 * num_documents) < 4 * math.sqrt(0.1 * num_documents)
+    # More documents move none across, and copies stay together.
+    more = [f'{{"text": "other {number}"}}' for number in range(30)]
+    path.write_text("\n".join([*lines, *more, *lines]))
+    assert {
+        text
+        for text in texts(jsonl_source(path, val_fraction=0.1), "val")
+        if text.startswith("document")
+    } == set(val) or num_documents < 100
+    grown = jsonl_source(path, val_fraction=0.1)
+    assert not set(texts(grown, "train")) & set(texts(grown, "val"))
+
+
+def test_shakespeare_is_split_without_loss(shared_file: SharedFile) -> None:
+    path = shared_file("text/tinyshakespeare.txt")
+    source = text_source(path)
+    whole = path.read_bytes().decode()
+    assert "".join(texts(source, "train") + texts(source, "val")) == whole
+    assert 0.04 < source.num_bytes("val") / len(whole) < 0.06
+    assert source.name == "tinyshakespeare"
+
+
+# -- jsonl --------------------------------------------------------------------------------------
+
+
+def test_jsonl_reads_one_string_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "one\\n", "id": 7}\r\n\n   \n{"text": "zw\xc3\xb6lf \xe2\x80\xa8"}\n'
+        b'{"text": "lone \\ud800, pair \\ud83d\\ude00"}'
+    )
+    source = jsonl_source(path)
+    assert texts(source, "all") == ["one\n", "zwölf \u2028", "lone \ufffd, pair 😀"]
+    assert [d.id for d in source.documents("all")] == ["a.jsonl:1", "a.jsonl:4", "a.jsonl:5"]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"text": "cut', "not JSON (column 10: Unterminated string starting)."),
+        (b'["text"]', "expected a JSON object, found an array."),
+        (b"3", "expected a JSON object, found 3."),
+        (b'{"txt": "a"}', "there is no field 'text' (keys: txt; did you mean `field: txt`?)."),
+        (b"{}", "there is no field 'text' (keys: none)."),
+        (b'{"text": null}', "field 'text' is null, not a string."),
+        (b'{"text": ["a"]}', "field 'text' is an array, not a string."),
+        (b'{"text": "\xff"}', "not UTF-8 at byte 10 of the line."),
+    ],
+)
+def test_a_bad_line_is_named_or_skipped(tmp_path: Path, line: bytes, problem: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n\n' + line + b'\n{"text": "fine too"}\n')
+    with pytest.raises(DataError) as caught:
+        texts(jsonl_source(path), "all")
+    assert str(caught.value) == (
+        f"{path}, line 3: {problem} Mend the line, or leave such lines out with `on_bad: skip`."
+    )
+    source = jsonl_source(path, on_bad="skip")
+    assert texts(source, "all") == ["fine", "fine too"]
+    assert source.num_skipped == 1
+
+
+def test_nesting_beyond_python_is_a_bad_line_not_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="line 1: not JSON that can be read"):
+        texts(jsonl_source(path), "all")
+
+
+def test_jsonl_takes_json_files_of_a_folder_and_another_field(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')
+    (tmp_path / "b.json").write_text('{"body": "b"}\n')
+    (tmp_path / "c.txt").write_text("no json")
+    assert texts(jsonl_source(tmp_path, field="body"), "all") == ["a", "b"]
+
+
+def test_c4_documents(shared_file: SharedFile) -> None:
+    source = jsonl_source(shared_file("text/c4_demo.jsonl"))
+    assert len(texts(source, "all")) == 300
+    assert len(texts(source, "train")) + len(texts(source, "val")) == 300
+    assert 3 <= len(texts(source, "val")) <= 35
+
+
+# -- dummy --------------------------------------------------------------------------------------
+
+
+def test_dummy_text_is_the_same_everywhere() -> None:
+    source = DummySource(DummySourceConfig(num_documents=40, num_words=30))
+    assert texts(source, "all") == texts(
+        DummySource(DummySourceConfig(num_documents=40, num_words=30)), "all"
+    )
+    # Pinned: another Python or machine must generate the same text.
+    assert source.fingerprint("all")[:16] == "61253fc40a55943e"
+    other = DummySource(DummySourceConfig(num_documents=40, num_words=30, seed=1))
+    assert not set(texts(source, "all")) & set(texts(other, "all"))
+
+
+def test_dummy_text_has_structure_and_a_held_out_part() -> None:
+    source = DummySource(DummySourceConfig(num_documents=200, num_words=120))
+    words = " ".join(texts(source, "train")).replace(".", "").split()
+    followers: dict[str, set[str]] = {}
+    for first, second in pairwise(words):
+        followers.setdefault(first, set()).add(second)
+    assert len(followers) <= 64
+    # Joined documents add a few chance neighbours.
+    assert sum(len(found) for found in followers.values()) / len(followers) < 8
+    assert 2 <= len(texts(source, "val")) <= 25
+    assert len(texts(DummySource(DummySourceConfig(num_documents=2)), "val")) == 1
+
+
+def test_a_source_gives_the_same_documents_twice_whatever_the_folder_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(30):
+        (tmp_path / f"{number}.py").write_text(f"x = {number}")
+    straight = StdlibSource(StdlibSourceConfig(), tmp_path).fingerprint("all")
+    walk = os.walk
+
+    def shuffled(folder: Path) -> Any:
+        for here, folders, files in walk(folder):
+            random.Random(1).shuffle(files)
+            yield here, folders, files
+
+    monkeypatch.setattr(os, "walk", shuffled)
+    assert StdlibSource(StdlibSourceConfig(), tmp_path).fingerprint("all") == straight

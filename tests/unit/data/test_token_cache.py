@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import time
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.unit.data.data_helpers import store_of
+from ultrathink.config.data import DummySourceConfig
+from ultrathink.data.cache import build_store, cache_folder, open_or_build
+from ultrathink.data.documents import Document
+from ultrathink.data.sources.dummy import DummySource
+from ultrathink.data.tokenizers.bpe import BpeTokenizer
+from ultrathink.data.tokenizers.byte import ByteTokenizer
+
+TEXTS = ["first document\n", "", "zweites: größer", "🙂"]
+
+
+def dummy() -> DummySource:
+    return DummySource(DummySourceConfig(num_documents=30, num_words=20))
+
+
+def test_a_store_holds_the_documents_and_their_counts(bpe: BpeTokenizer, tmp_path: Path) -> None:
+    for number, tokenizer in enumerate((bpe, ByteTokenizer())):
+        store = store_of(tmp_path / str(number), TEXTS, tokenizer)
+        expected = [[*tokenizer.encode(text), tokenizer.eot_id] for text in TEXTS]
+        assert store.tokens.tolist() == list(chain(*expected))
+        assert np.diff(store.offsets).tolist() == [len(ids) for ids in expected]
+        assert store.offsets.dtype == np.int64
+        assert store.num_tokens == len(store.tokens)
+        assert store.num_documents == 4
+        assert store.num_bytes == sum(len(text.encode()) for text in TEXTS)
+        assert store.token_bytes[store.tokens].sum() == store.num_bytes
+        assert store.tokens.dtype == np.uint16
+
+
+def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
+    class Wide(ByteTokenizer):
+        vocab_size = 2**16 + 1  # type: ignore[assignment]
+        eot_id = 2**16  # type: ignore[assignment]
+
+    store = store_of(tmp_path / "wide", TEXTS, Wide())
+    assert store.tokens.dtype == np.uint32
+    assert (store.tokens == 2**16).sum() == len(TEXTS)
+
+
+def test_no_documents_make_an_empty_store(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "empty", [])
+    assert (store.num_tokens, len(store.tokens), store.offsets.tolist()) == (0, 0, [0])
+
+
+def test_a_pickled_store_carries_no_tokens(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "a", ["x" * 100_000])
+    assert store.tokens[0] == ord("x")
+    assert store.offsets[0] == 0
+    payload = pickle.dumps(store)
+    assert len(payload) < 2000
+    assert pickle.loads(payload).tokens.tolist() == store.tokens.tolist()
+
+
+def test_what_is_cached_is_not_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int, int]] = []
+
+    def note(label: str, done: int, total: int) -> None:
+        calls.append((label, done, total))
+
+    first = open_or_build(dummy(), "train", ByteTokenizer(), tmp_path, note)
+    total = dummy().num_bytes("train")
+    assert calls[-1] == ("tokenizing dummy (train)", total, total)
+    monkeypatch.setattr(DummySource, "documents", lambda *_: pytest.fail("read again"))
+    again = open_or_build(dummy(), "train", ByteTokenizer(), tmp_path, note)
+    assert again.folder == first.folder
+    assert len(calls) == 1
+
+
+def test_content_split_and_tokenizer_each_have_their_own_store(
+    bpe: BpeTokenizer, tmp_path: Path
+) -> None:
+    other = DummySource(DummySourceConfig(num_documents=30, num_words=20, seed=1))
+    folders = {
+        open_or_build(source, split, tokenizer, tmp_path).folder
+        for source in (dummy(), other)
+        for split in ("train", "val")
+        for tokenizer in (bpe, ByteTokenizer())
+    }
+    assert len(folders) == 8
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "token_bytes.npy", "meta.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "longer"])
+def test_damage_is_noticed_and_mended(tmp_path: Path, name: str, damage: str) -> None:
+    store = open_or_build(dummy(), "train", ByteTokenizer(), tmp_path)
+    expected = store.tokens.tolist()
+    path = store.folder / name
+    content = path.read_bytes()
+    if damage == "cut":
+        path.write_bytes(content[:-3])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content + b"xx")
+    again = open_or_build(dummy(), "train", ByteTokenizer(), tmp_path)
+    assert again.tokens.tolist() == expected
+    assert path.read_bytes() == content
+    assert [entry.name for entry in (tmp_path / "tokens").iterdir()] == [store.folder.name]
+
+
+def test_a_build_that_dies_leaves_nothing_that_opens(tmp_path: Path) -> None:
+    def failing() -> Iterator[Document]:
+        yield Document("a", "x" * 3_000_000)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_store(tmp_path / "store", failing(), ByteTokenizer())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_killed_builds_go_after_a_day(tmp_path: Path) -> None:
+    (tmp_path / ".old.tmp").mkdir()
+    (tmp_path / ".new.tmp").mkdir()
+    (tmp_path / ".long.tmp").mkdir()
+    (tmp_path / ".long.tmp" / "tokens.bin").write_bytes(b"still growing")
+    day_ago = time.time() - 25 * 3600
+    for name in (".old.tmp", ".long.tmp"):
+        os.utime(tmp_path / name, (day_ago, day_ago))
+    build_store(tmp_path / "store", iter([Document("a", "x")]), ByteTokenizer())
+    assert {entry.name for entry in tmp_path.iterdir()} == {".new.tmp", ".long.tmp", "store"}
+
+
+def _build(cache: Path) -> None:
+    source = DummySource(DummySourceConfig(num_documents=2000, num_words=20))
+    store = open_or_build(source, "train", ByteTokenizer(), cache)
+    assert store.tokens[store.offsets[1] - 1] == 256
+
+
+def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    builders = [context.Process(target=_build, args=(tmp_path,)) for _ in range(2)]
+    for builder in builders:
+        builder.start()
+    for builder in builders:
+        builder.join()
+    assert [builder.exitcode for builder in builders] == [0, 0]
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+
+
+def test_a_whole_store_built_meanwhile_by_another_is_kept(tmp_path: Path) -> None:
+    def slow() -> Iterator[Document]:
+        yield Document("a", "same")
+        store_of(tmp_path / "store", ["same"])  # the other one finishes first
+        created.append((tmp_path / "store").stat().st_ino)
+
+    created: list[int] = []
+    build_store(tmp_path / "store", slow(), ByteTokenizer())
+    # Its folder stays: it may be open.
+    assert (tmp_path / "store").stat().st_ino == created[0]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["store"]
+
+
+def test_cache_folder_order_of_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ULTRATHINK_CACHE", "/from/variable")
+    assert cache_folder("/from/config") == Path("/from/config")
+    assert cache_folder(None) == Path("/from/variable")
+    monkeypatch.delenv("ULTRATHINK_CACHE")
+    assert cache_folder(None) == Path.home() / ".cache" / "ultrathink"

@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers as hf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ultrathink.config.tokenizer import BpeTokenizerConfig, ByteTokenizerConfig
+from ultrathink.core.errors import CheckpointError, DataError
+from ultrathink.data.documents import replace_surrogates
+from ultrathink.data.tokenizers.base import END_OF_TEXT, META_FILE, Tokenizer, load_tokenizer
+from ultrathink.data.tokenizers.bpe import AWKWARD_TEXTS, BpeTokenizer
+from ultrathink.data.tokenizers.byte import ByteTokenizer
+
+# Any code point, and the mixtures in which splitting goes wrong.
+ANY_TEXT = st.one_of(
+    st.text(),
+    st.text(alphabet=" \t\r\n\x0b\x0c\x1c\x85\u00a0\u2028\u3000ab1_.'\u00e9\u4e00"),
+    st.text(alphabet="abcdefs 'STREVMDLL0123456789=({[:\n"),
+    st.lists(st.sampled_from(AWKWARD_TEXTS)).map("".join),
+)
+
+
+def ids_of_hugging_face(folder: Path) -> Callable[[str], list[int]]:
+    """An encoder that shares only the saved file with ours."""
+    tokenizer = hf.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.encode_special_tokens = True
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return encode
+
+
+@pytest.fixture(scope="session")
+def saved(bpe: BpeTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    bpe.save(folder)
+    return folder
+
+
+# -- round trips --------------------------------------------------------------------------------
+
+
+@given(text=st.one_of(ANY_TEXT, st.text(st.characters(codec=None))))
+def test_text_comes_back_through_bpe(bpe: BpeTokenizer, text: str) -> None:
+    ids = bpe.encode(text)
+    assert bpe.decode(ids) == replace_surrogates(text)
+    assert bpe.decode_bytes(ids) == replace_surrogates(text).encode()
+    assert all(0 <= i < bpe.vocab_size and i != bpe.eot_id for i in ids)
+    [batch] = bpe.encode_batch([text])
+    assert batch.tolist() == ids
+
+
+@given(text=st.text(st.characters(codec=None)))
+def test_text_comes_back_through_bytes(text: str) -> None:
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids == list(replace_surrogates(text).encode())
+    assert tokenizer.decode(ids) == replace_surrogates(text)
+    assert tokenizer.encode_batch([text])[0].tolist() == ids
+
+
+@given(payload=st.binary())
+def test_any_bytes_come_back_through_bytes(payload: bytes) -> None:
+    tokenizer = ByteTokenizer()
+    assert tokenizer.decode_bytes(list(payload)) == payload
+    assert tokenizer.decode(payload) == payload.decode(errors="replace")
+
+
+def test_lone_surrogates_become_the_replacement_character(bpe: BpeTokenizer) -> None:
+    for tokenizer in (bpe, ByteTokenizer()):
+        assert tokenizer.decode(tokenizer.encode("a\ud800b\udfff")) == "a\ufffdb\ufffd"
+        assert tokenizer.decode(tokenizer.encode("\U0001f600")) == "\U0001f600"
+
+
+def test_novel_and_stdlib_come_back(
+    bpe: BpeTokenizer, stdlib_texts: list[str], shared_file: Callable[[str], Path]
+) -> None:
+    novel = shared_file("text/japanese-novel.txt").read_text(encoding="utf-8")
+    samples = [novel, *stdlib_texts]
+    for text, ids in zip(samples, bpe.encode_batch(samples), strict=True):
+        assert bpe.decode_bytes(ids) == text.encode()
+
+
+# -- what ids mean ------------------------------------------------------------------------------
+
+
+@given(text=ANY_TEXT)
+def test_ids_are_those_of_hugging_face(bpe: BpeTokenizer, saved: Path, text: str) -> None:
+    assert bpe.engine == "tiktoken"
+    assert bpe.encode(text) == ids_of_hugging_face(saved)(text)
+
+
+@pytest.mark.parametrize("pattern", ["gpt4", "code", "gpt2"])
+def test_ids_are_those_of_hugging_face_on_real_text(
+    pattern: str, stdlib_texts: list[str], tmp_path: Path
+) -> None:
+    config = BpeTokenizerConfig.model_validate({"vocab_size": 3000, "pattern": pattern})
+    tokenizer = BpeTokenizer.train(config, stdlib_texts)
+    tokenizer.save(tmp_path)
+    assert tokenizer.engine == "tiktoken"
+    encode = ids_of_hugging_face(tmp_path)
+    samples = [*stdlib_texts[:20], *AWKWARD_TEXTS]
+    for text, ids in zip(samples, tokenizer.encode_batch(samples), strict=True):
+        assert ids.tolist() == encode(text)
+
+
+def test_a_disagreement_is_noticed_and_the_standard_library_of_both_is_used(
+    stdlib_texts: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fast = BpeTokenizer._tiktoken
+
+    def other_pattern(self: BpeTokenizer) -> object:
+        self._pattern = r"\S+|\s+"
+        return fast(self)
+
+    monkeypatch.setattr(BpeTokenizer, "_tiktoken", other_pattern)
+    tokenizer = BpeTokenizer.train(BpeTokenizerConfig(vocab_size=500), stdlib_texts[:3])
+    assert tokenizer.engine == "tokenizers"
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert isinstance(again, BpeTokenizer)
+    assert again.engine == "tokenizers"
+    text = f"special {END_OF_TEXT} 🤖\n\n  x"
+    assert again.decode(again.encode(text)) == text
+    assert again.eot_id not in again.encode(text)
+    assert again.encode_batch([text, ""])[0].tolist() == again.encode(text)
+    assert again.encode("\ud800") == again.encode("\ufffd")
+
+
+def test_a_special_token_in_the_text_is_plain_text(bpe: BpeTokenizer) -> None:
+    for tokenizer in (bpe, ByteTokenizer()):
+        text = f"before {END_OF_TEXT} after"
+        ids = tokenizer.encode(text)
+        assert tokenizer.eot_id not in ids
+        assert tokenizer.eot_id not in tokenizer.encode_batch([text])[0]
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode([tokenizer.eot_id]) == ""
+
+
+def test_ids_beyond_the_vocabulary_show_as_replacement_characters(bpe: BpeTokenizer) -> None:
+    for tokenizer in (bpe, ByteTokenizer()):
+        ids = [tokenizer.vocab_size, *tokenizer.encode("a"), -1]
+        assert tokenizer.decode(ids) == "\ufffda\ufffd"
+
+
+@pytest.mark.parametrize("text", [" " * 2_000_000 + "x", "a" * 200_000, "\n \t" * 400_000])
+def test_long_runs_neither_crash_nor_stall(bpe: BpeTokenizer, text: str) -> None:
+    assert bpe.decode_bytes(bpe.encode(text)) == text.encode()
+
+
+def test_runs_of_indentation_are_single_tokens(stdlib_texts: list[str]) -> None:
+    tokenizer = BpeTokenizer.train(BpeTokenizerConfig(vocab_size=1000), stdlib_texts)
+    assert len(tokenizer.encode("\n        return")) <= 4
+    code = BpeTokenizer.train(BpeTokenizerConfig(vocab_size=1000, pattern="code"), stdlib_texts)
+    assert len(code.encode(":\n        ")) == 1
+    bytes_per_token = [
+        sum(map(len, stdlib_texts)) / sum(map(len, t.encode_batch(stdlib_texts)))
+        for t in (tokenizer, code)
+    ]
+    assert bytes_per_token[1] > bytes_per_token[0] > 2
+
+
+# -- training -----------------------------------------------------------------------------------
+
+
+def test_training_depends_on_content_only(stdlib_texts: list[str], tmp_path: Path) -> None:
+    config = BpeTokenizerConfig(vocab_size=600)
+    first = BpeTokenizer.train(config, stdlib_texts[:8])
+    assert first.fingerprint == BpeTokenizer.train(config, iter(stdlib_texts[:8])).fingerprint
+    assert first.fingerprint != BpeTokenizer.train(config, stdlib_texts[8:16]).fingerprint
+    # Another process has another hash seed and other threads.
+    script = (
+        "import json, sys\n"
+        "from ultrathink.config.tokenizer import BpeTokenizerConfig\n"
+        "from ultrathink.data.tokenizers.bpe import BpeTokenizer\n"
+        "texts = json.load(sys.stdin)\n"
+        "print(BpeTokenizer.train(BpeTokenizerConfig(vocab_size=600), texts).fingerprint)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(stdlib_texts[:8]),
+        text=True,
+        capture_output=True,
+        check=True,
+        env={"RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "7"},
+    )
+    assert result.stdout.strip() == first.fingerprint
+
+
+def test_vocab_size_is_the_real_number_of_ids(stdlib_texts: list[str]) -> None:
+    full = BpeTokenizer.train(BpeTokenizerConfig(vocab_size=600), stdlib_texts[:8])
+    assert full.vocab_size == 600
+    small = BpeTokenizer.train(BpeTokenizerConfig(vocab_size=600), ["abc abc"])
+    assert 257 < small.vocab_size < 270
+    least = BpeTokenizer.train(BpeTokenizerConfig(vocab_size=257), stdlib_texts[:2])
+    assert least.vocab_size == 257
+    assert ByteTokenizer.train(ByteTokenizerConfig(), []).vocab_size == 257
+    assert ByteTokenizerConfig().size() == 257
+
+
+def test_only_train_bytes_are_read(stdlib_texts: list[str]) -> None:
+    config = BpeTokenizerConfig(vocab_size=400, train_bytes=10_000)
+    head = "".join(stdlib_texts).encode()[:10_000].decode(errors="ignore")
+    read = 0
+
+    def counted() -> object:
+        nonlocal read
+        for text in stdlib_texts:
+            read += 1
+            yield text
+
+    limited = BpeTokenizer.train(config, counted())  # type: ignore[arg-type]
+    assert read < 4
+    assert limited.fingerprint == BpeTokenizer.train(config, _cut(stdlib_texts, head)).fingerprint
+
+
+def _cut(texts: list[str], head: str) -> list[str]:
+    """The beginnings of ``texts`` that make up ``head``."""
+    pieces = []
+    for text in texts:
+        pieces.append(head[: len(text)])
+        head = head[len(text) :]
+        if not head:
+            break
+    return pieces
+
+
+def test_no_text_is_an_error() -> None:
+    with pytest.raises(DataError, match="no text to learn from"):
+        BpeTokenizer.train(BpeTokenizerConfig(), ["", ""])
+
+
+# -- saving -------------------------------------------------------------------------------------
+
+
+def test_a_saved_tokenizer_is_the_same(bpe: BpeTokenizer, tmp_path: Path) -> None:
+    for name, tokenizer in (("bpe", bpe), ("byte", ByteTokenizer())):
+        tokenizer.save(tmp_path / name)
+        tokenizer.save(tmp_path / name)  # over itself
+        again: Tokenizer = load_tokenizer(tmp_path / name)
+        assert type(again) is type(tokenizer)
+        assert again.fingerprint == tokenizer.fingerprint
+        assert (again.vocab_size, again.eot_id) == (tokenizer.vocab_size, tokenizer.eot_id)
+        for text in AWKWARD_TEXTS:
+            assert again.encode(text) == tokenizer.encode(text)
+    assert bpe.fingerprint != ByteTokenizer().fingerprint
+
+
+def test_damage_is_told_from_absence(bpe: BpeTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no tokenizer of ultrathink"):
+        load_tokenizer(tmp_path / "nowhere")
+    bpe.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = file.read_text(encoding="utf-8")
+
+    file.write_text(content[: len(content) // 2], encoding="utf-8")
+    with pytest.raises(CheckpointError, match="tokenizer is damaged"):
+        load_tokenizer(tmp_path)
+    file.write_text(content.replace('"ignore_merges": true', '"ignore_merges": false'))
+    with pytest.raises(CheckpointError, match="not the ones that were saved together"):
+        load_tokenizer(tmp_path)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="copy the whole tokenizer folder"):
+        load_tokenizer(tmp_path)
+
+    meta = json.loads((tmp_path / META_FILE).read_text())
+    (tmp_path / META_FILE).write_text(json.dumps({**meta, "type": "bqe"}))
+    with pytest.raises(CheckpointError, match=r"type 'bqe', .* Known: bpe, byte\."):
+        load_tokenizer(tmp_path)
+    (tmp_path / META_FILE).write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_encode_batch_gives_arrays_in_order(bpe: BpeTokenizer) -> None:
+    texts = [str(number) * number for number in range(50)]
+    arrays = bpe.encode_batch(texts)
+    assert [bpe.decode(array) for array in arrays] == texts
+    assert all(array.dtype == np.uint32 for array in arrays)
+    assert bpe.encode_batch([]) == []

@@ -57,8 +57,13 @@ def test_train_tells_its_course_and_what_to_do_next(place: Path) -> None:
     done = command(place, "train", "debug", "training.max_steps=3", "run.name=told")
     assert done.stdout == ""
     said = done.stderr
-    for part in ("step 3/3", "bits/byte", "sample after step 3", "Run folder: runs/told",
-                 "ultrathink generate runs/told"):
+    for part in (
+        "step 3/3",
+        "bits/byte",
+        "sample after step 3",
+        "Run folder: runs/told",
+        "ultrathink generate runs/told",
+    ):
         assert part in said
     assert "\x1b[" not in said  # no colour codes where nobody sees colours
 
@@ -71,7 +76,9 @@ def test_a_second_run_of_a_name_gets_a_number(place: Path, run: Path) -> None:
 def test_a_file_and_overrides(place: Path) -> None:
     (place / "books").mkdir()
     for number in range(30):
-        (place / "books" / f"{number}.txt").write_text("It was a dark and stormy night. " * 40)
+        (place / "books" / f"{number}.txt").write_text(
+            f"It was a dark and stormy night, number {number}. " * 40
+        )
     (place / "mine.yaml").write_text(
         "model: {hidden_size: 32, num_layers: 1, num_heads: 2}\n"
         "tokenizer: {type: bpe, vocab_size: 300}\n"
@@ -129,8 +136,19 @@ def test_generate_streams_what_json_returns(place: Path, run: Path) -> None:
 
 def test_a_seed_repeats_and_another_differs(place: Path, run: Path) -> None:
     def text(seed: str) -> str:
-        done = command(place, "generate", "debug", "the ", "--temperature", "1",
-                       "--max-new-tokens", "40", "--seed", seed, "--json")
+        done = command(
+            place,
+            "generate",
+            "debug",
+            "the ",
+            "--temperature",
+            "1",
+            "--max-new-tokens",
+            "40",
+            "--seed",
+            seed,
+            "--json",
+        )
         return str(json.loads(done.stdout)["text"])
 
     assert text("1") == text("1")
@@ -143,9 +161,20 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(
 ) -> None:
     name = f"stopped-{number.name}"
     process = subprocess.Popen(
-        [sys.executable, "-m", "ultrathink", "train", "debug", "training.max_steps=100000",
-         f"run.name={name}", "training.log_every=1"],
-        cwd=place, env=environment(place), stderr=subprocess.PIPE, text=True,
+        [
+            sys.executable,
+            "-m",
+            "ultrathink",
+            "train",
+            "debug",
+            "training.max_steps=100000",
+            f"run.name={name}",
+            "training.log_every=1",
+        ],
+        cwd=place,
+        env=environment(place),
+        stderr=subprocess.PIPE,
+        text=True,
     )
     metrics = place / "runs" / name / "metrics.jsonl"
     deadline = time.monotonic() + 60
@@ -190,8 +219,14 @@ def test_a_mistake_is_one_message_without_a_trace(
 
 
 def test_a_run_that_fails_before_it_starts_leaves_no_folder(place: Path) -> None:
-    command(place, "train", "debug", "run.name=never",
-            "data.train=[{type: text, path: nothing.txt}]", status=2)
+    command(
+        place,
+        "train",
+        "debug",
+        "run.name=never",
+        "data.train=[{type: text, path: nothing.txt}]",
+        status=2,
+    )
     assert not (place / "runs" / "never").exists()
 
 

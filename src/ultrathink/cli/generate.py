@@ -16,6 +16,7 @@ _EPILOG = """examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink generate``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     parser.add_argument("run", metavar="RUN", help="run name or folder, or RUN@best|last|step")
@@ -39,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Write to standard output as the model goes, or one JSON object at the end."""
     from ultrathink.inference.engine import Engine
     from ultrathink.inference.sampling import SamplingParams
     from ultrathink.runs.folder import split_run

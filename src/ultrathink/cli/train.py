@@ -34,6 +34,7 @@ _EPILOG = """examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink train``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     add_config_arguments(parser)
@@ -48,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Train; returns 0 at the end of a run, 128 plus the signal's number where one stopped it."""
     load_plugins(args)
     source, overrides = split_config_and_overrides(args.positionals)
     if args.resume is None:

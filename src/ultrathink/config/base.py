@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+)
 from pydantic.annotated_handlers import GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from ultrathink.core.durations import Duration
 from ultrathink.core.registry import Registry
@@ -17,8 +26,39 @@ class Section(BaseModel):
     """A part of the configuration; unknown keys are errors, values never change."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """What YAML says where pydantic would hear something else, or nothing at all."""
+        assert info.field_name is not None
+        field = cls.model_fields[info.field_name]
+        kinds = _kinds(field.annotation)
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            kind = "int_type" if int in kinds else "float_type"  # and not 0 or 1
+            raise PydanticCustomError(kind, "a truth value is not a number")
+        if value is None and any(isinstance(k, type) and issubclass(k, Section) for k in kinds):
+            if type(None) in kinds:
+                return None
+            value = {}  # a section whose keys are all commented out
+        if isinstance(value, Mapping) and isinstance(field.default, PartConfig):
+            return {"type": field.default.type, **value}
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types that an annotation allows."""
+    if get_origin(annotation) is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for member in get_args(annotation) for kind in _kinds(member)}
+    return {annotation}
 
 
 class PartConfig(Section):
@@ -46,7 +86,11 @@ class PartOf:
                 f"name the {self.registry.kind}, for example {{type: {self.registry.names()[0]}}}"
             )
         options = self.registry.entry(value["type"]).options
-        assert options is not None, f"{value['type']} was registered without its options"
+        if options is None:
+            raise ValueError(
+                f"{self.registry.kind} {value['type']!r} was registered without a class for its "
+                f"options; register it with options=YourConfig, a subclass of PartConfig"
+            )
         part: PartConfig = options.model_validate(dict(value))
         return part
 
@@ -65,7 +109,8 @@ class PartOf:
     ) -> dict[str, Any]:
         members = []
         for entry in self.registry:
-            assert entry.options is not None
+            if entry.options is None:
+                continue
             member = entry.options.model_json_schema()
             member["properties"]["type"] = {"const": entry.name}
             members.append(member)
@@ -75,16 +120,13 @@ class PartOf:
 def _parse_duration(value: Any) -> Duration:
     if isinstance(value, Duration):
         return value
-    if not isinstance(value, int | float | str):
-        raise ValueError(f"{value!r} is not a length of training")
-    return Duration.parse(value)
+    return Duration.parse(value if isinstance(value, int | float | str) else str(value))
 
 
 def _duration_to_plain(duration: Duration) -> int | float | str:
-    text = str(duration)
     if duration.unit == "ratio":
-        return float(text)
-    return int(duration.value) if duration.unit == "steps" else text
+        return float(duration.value)
+    return int(duration.value) if duration.unit == "steps" else str(duration)
 
 
 DurationField = Annotated[

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ultrathink.config.base import PartOf
-from ultrathink.config.explain import sections_of
+from ultrathink.config.reflection import is_list, is_part, sections_of, type_name
 from ultrathink.config.schema import Config, flatten
+from ultrathink.config.yaml_format import dump_yaml
 from ultrathink.core.durations import Duration
+
+WHY_COLUMN = 56
+_TAG = re.compile(r"<(?=[A-Za-z/!])")
+
+INTRODUCTION = """\
+# Configuration
+
+A configuration is one YAML file. Its values come from the defaults below, then from a preset or
+your file, then from `dotted.key=value` on the command line; `ultrathink config show --why` says
+which of them each came from, and `ultrathink config check FILE` whether it is fine.
+
+An item of a list is counted from 0: `data.train.0.weight=2`. Where a key has types, `type` chooses
+one and decides the other keys; its bare name stands for the type with its defaults
+(`training.optimizer=muon`), and another type starts from its own defaults. A length of training
+is written as steps (`100`), a share of the run (`0.1`, `10%`), tokens (`2M tokens`) or minutes
+(`3 minutes`).
+
+This page is made by `ultrathink config docs`. Editors check and complete the file with the schema
+that `ultrathink config schema` prints."""
 
 
 def json_schema() -> dict[str, Any]:
@@ -19,16 +39,17 @@ def json_schema() -> dict[str, Any]:
     schema = Config.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "ULTRATHINK configuration"
-    return _inline_definitions(schema)
+    return _with_definitions_on_top(schema)
 
 
-def _inline_definitions(schema: dict[str, Any]) -> dict[str, Any]:
+def _with_definitions_on_top(schema: dict[str, Any]) -> dict[str, Any]:
     """Lift the ``$defs`` of nested schemas to the top, where their references point."""
     definitions: dict[str, Any] = {}
 
     def visit(node: Any) -> None:
         if isinstance(node, dict):
             for name, definition in node.pop("$defs", {}).items():
+                assert definitions.get(name, definition) == definition, f"two sections {name}"
                 definitions[name] = definition
                 visit(definition)
             for value in node.values():
@@ -44,74 +65,141 @@ def _inline_definitions(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def markdown() -> str:
-    """A table of every option with its default and meaning, a section each."""
-    lines = [
-        "# Configuration",
-        "",
-        "Made by `ultrathink config docs`. Values come from the defaults below, then a preset or",
-        "YAML file, then `dotted.key=value` on the command line; `ultrathink config show --why`",
-        "says which.",
-    ]
-    _write_section(Config, "", lines)
+    """The reference: a table of every section, with each option's values, default and meaning."""
+    lines = [INTRODUCTION]
+    documented: dict[tuple[Any, ...], str] = {}
+    _write_nested(Config, "", 2, lines, documented)
     return "\n".join(lines) + "\n"
 
 
-def _write_section(section: type[BaseModel], prefix: str, lines: list[str]) -> None:
-    nested: list[tuple[str, Any]] = []
-    rows: list[str] = []
+def _write_nested(
+    section: type[BaseModel],
+    prefix: str,
+    level: int,
+    lines: list[str],
+    documented: dict[tuple[Any, ...], str],
+) -> None:
+    """The sections inside a section, each under a heading of its own."""
+    for name, field in section.model_fields.items():
+        classes = tuple(sections_of(field.annotation, field.metadata))
+        if not classes:
+            continue
+        key = f"{prefix}{name}"
+        lines += ["", f"{'#' * level} `{key}`", "", _sentence(field.description or "")]
+        if classes in documented:
+            lines += ["", f"It has the types of `{documented[classes]}`."]
+            continue
+        documented[classes] = key
+        inner = f"{key}.N." if is_list(field) else f"{key}."
+        for options in classes:
+            if is_part(field):
+                lines += ["", f"**`type: {type_name(options)}`** - {_cell(_summary(options))}"]
+            _write_table(options, inner, lines)
+            _write_nested(options, inner, level + 1, lines, documented)
+
+
+def _write_table(section: type[BaseModel], prefix: str, lines: list[str]) -> None:
+    rows = []
     for name, field in section.model_fields.items():
         inner = sections_of(field.annotation, field.metadata)
-        if inner:
-            nested.append((f"{prefix}{name}", field))
-        if not inner or not prefix or _is_part(field):
-            default = _shown_default(field.default, has_sections=bool(inner))
-            rows.append(f"| `{prefix}{name}` | {default} | {field.description or ''} |")
-    if rows and prefix:
-        lines += ["", "| key | default | meaning |", "|---|---|---|", *rows]
-    for key, field in nested:
-        classes = sections_of(field.annotation, field.metadata)
-        several = _is_part(field)
-        lines += ["", f"{'##' if '.' not in key else '###'} `{key}`", "", field.description or ""]
-        for inner_class in classes:
-            if several:
-                kind = inner_class.model_fields["type"].default
-                lines += ["", f"**type: {kind}** — {_first_sentence(inner_class)}"]
-            _write_section(inner_class, f"{key}.", lines)
+        is_own_type = name == "type" and "Literal" in str(field.annotation) and _has_default(field)
+        if is_own_type or (inner and not is_part(field)):
+            continue  # told by the heading
+        cells = [
+            f"`{prefix}{name}`",
+            "see below" if inner else _values(field),
+            _default(field),
+            _sentence(field.description or ""),
+        ]
+        rows.append(f"| {' | '.join(map(_cell, cells))} |")
+    if rows:
+        lines += ["", "| key | values | default | meaning |", "|---|---|---|---|", *rows]
 
 
-def _is_part(field: Any) -> bool:
-    text = repr(field.annotation)
-    return "PartOf" in text or any(isinstance(marker, PartOf) for marker in field.metadata)
+def _has_default(field: FieldInfo) -> bool:
+    return field.default is not PydanticUndefined
 
 
-def _first_sentence(section: type[BaseModel]) -> str:
-    return (section.__doc__ or "").strip().splitlines()[0]
+def _values(field: FieldInfo) -> str:
+    """What may be written here, in words."""
+    kinds = _kinds(field.annotation)
+    bounds = []
+    for marker in field.metadata:
+        for attribute, words in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤")):
+            limit = getattr(marker, attribute, None)
+            if limit is not None:
+                bounds.append(f"{words} {'2^63' if limit == 2**63 else limit}")
+    return f"{', '.join(kinds)} {', '.join(bounds)}".strip()
 
 
-def _shown_default(default: Any, *, has_sections: bool) -> str:
-    if default is PydanticUndefined:
-        return "" if has_sections else "required"
+_KIND_NAMES: dict[Any, str] = {
+    int: "whole number",
+    float: "number",
+    bool: "true, false",
+    str: "text",
+    Duration: "length",
+}
+
+
+def _kinds(annotation: Any) -> list[str]:
+    if annotation in _KIND_NAMES:
+        return [_KIND_NAMES[annotation]]
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return [f"`{value}`" for value in arguments]
+    if origin is Annotated:
+        return _kinds(arguments[0])
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            return [f"list of {_plural(_kinds(arguments[0])[0])}"]
+        return [f"list of {len(arguments)} {_plural(_kinds(arguments[0])[0])}"]
+    return [kind for member in arguments if member is not type(None) for kind in _kinds(member)]
+
+
+def _plural(kind: str) -> str:
+    return kind if kind == "text" else f"{kind}s"
+
+
+def _default(field: FieldInfo) -> str:
+    default = field.default
+    if not _has_default(field):
+        return "required"
     if default is None:
         return "unset"
-    if isinstance(default, BaseModel):
-        return f"`{default.type}`" if hasattr(default, "type") else ""
     if isinstance(default, Duration):
         return f"`{default}`"
+    if isinstance(default, BaseModel):
+        return f"`{type_name(type(default))}`"
     if isinstance(default, tuple):
-        shown = [getattr(item, "type", item) for item in default]
-        return f"`[{', '.join(map(str, shown))}]`"
-    return f"`{str(default).lower() if isinstance(default, bool) else default}`"
+        items = [getattr(item, "type", item) for item in default]
+        return f"`{dump_yaml(items, one_line=True)}`"
+    return f"`{dump_yaml(default, one_line=True)}`"
+
+
+def _summary(section: type[BaseModel]) -> str:
+    return " ".join((section.__doc__ or "").strip().split("\n\n")[0].split())
+
+
+def _sentence(text: str) -> str:
+    return text if not text or text.endswith(".") else f"{text}."
+
+
+def _cell(text: str) -> str:
+    """Text for a table: what Markdown would take for its own is escaped, code is not."""
+    pieces = text.replace("|", "\\|").split("`")
+    pieces[::2] = [_TAG.sub("&lt;", piece.replace("*", "\\*")) for piece in pieces[::2]]
+    return "`".join(pieces)
 
 
 def to_yaml(config: Config, *, why: bool = False) -> str:
-    """The resolved configuration as YAML; with ``why`` each value's origin beside it."""
+    """The resolved configuration as YAML; with ``why`` one key a line, its origin beside it."""
     tree = config.model_dump(mode="json")
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
     if not why:
-        return text
-    leaves = flatten(tree)
-    values = {key: yaml.safe_dump(value, default_flow_style=True, width=10_000).split("\n")[0]
-              for key, value in leaves.items()}
-    width = max(len(f"{key}: {value}") for key, value in values.items())
-    rows = [f"{f'{key}: {value}':<{width}}  # {config.origin(key)}" for key, value in values.items()]
-    return "\n".join(rows) + "\n"
+        return dump_yaml(tree)
+    rows = [
+        (f"{key}: {dump_yaml(value, one_line=True)}", config.origin(key))
+        for key, value in flatten(tree).items()
+    ]
+    # One long value must not push every origin off the screen.
+    width = max((len(row) for row, _ in rows if len(row) <= WHY_COLUMN), default=0)
+    return "".join(f"{row:<{width}}  # {origin}\n" for row, origin in rows)

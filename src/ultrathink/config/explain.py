@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import types
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ultrathink.config.base import PartOf
-from ultrathink.config.schema import Config
+from ultrathink.config.reflection import all_keys, field_at, is_optional, sections_at, type_name
+from ultrathink.config.yaml_format import dump_yaml
 from ultrathink.core.errors import closest
 
+# What pydantic puts into a location for the members of a union, which are no keys.
+_NO_KEY = re.compile(
+    r"^(int|bool|float|str|(literal|tuple|function-[a-z-]+|constrained-[a-z]+)\[.*)$"
+)
 
-def explain_validation_error(error: ValidationError, origins: Mapping[str, str]) -> str:
-    """One line for each key with a problem."""
+
+def explain_validation_error(
+    error: ValidationError, tree: Mapping[str, Any], origins: Mapping[str, str]
+) -> str:
+    """One line for each key of ``tree`` with a problem; ``origins`` says where values came from."""
     problems: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         problems.setdefault(_key(detail), []).append(detail)
@@ -23,38 +30,35 @@ def explain_validation_error(error: ValidationError, origins: Mapping[str, str])
     for key, details in problems.items():
         caused_below = any(other.startswith(f"{key}.") for other in problems)
         if not (caused_below and details[0]["type"] == "too_short"):
-            lines.append(_explain(key, details, origins))
+            lines.append(_explain(key, details, tree, origins))
     return "\n".join(lines)
 
 
 def _key(detail: ErrorDetails) -> str:
-    """The dotted key of a problem, without the names that pydantic adds for a union's members."""
-    parts = [str(part) for part in detail["loc"]]
-    added = ("literal[", "tuple[", "function-")
-    return ".".join(
-        part for part in parts if part not in _UNION_MEMBERS and not part.startswith(added)
-    )
+    return ".".join(part for part in map(str, detail["loc"]) if not _NO_KEY.match(part))
 
 
-_UNION_MEMBERS = ("int", "bool", "float", "str")
-
-
-def _explain(key: str, details: list[ErrorDetails], origins: Mapping[str, str]) -> str:
+def _explain(
+    key: str, details: list[ErrorDetails], tree: Mapping[str, Any], origins: Mapping[str, str]
+) -> str:
     detail = details[0]
-    location: list[Any] = key.split(".") if key else []
+    path = key.split(".") if key else []
     source = _source(key, origins)
     if detail["type"] == "extra_forbidden":
-        return f"{key}{source}: there is no such key. {_known_keys(location, origins)}"
+        return f"{key}{source}: there is no such key. {_nearest_key(path, tree)}"
     if detail["type"] == "missing":
-        return f"{key}: a value is needed here. {_describe(location)}".rstrip()
+        return _missing(path, detail["input"], tree, origins)
     if detail["type"] == "value_error":
         reason = str(detail.get("ctx", {}).get("error", detail["msg"])).rstrip(".")
-        return f"{key}{source}: {reason}." if key else f"{reason}."
-    wanted = list(dict.fromkeys(_expected(detail) for detail in details))
+        end = "" if reason.endswith("?") else "."
+        return f"{key}{source}: {reason}{end}" if key else f"{reason}{end}"
+    wanted = list(dict.fromkeys(_expected(other) for other in details))
+    found = field_at(path, tree)
+    unset = ", or null" if found is not None and is_optional(found[1]) else ""
     return (
-        f"{key} = {_shown(detail['input'])}{source}: should be {' or '.join(wanted)}. "
-        f"{_describe(location)}"
-    ).rstrip()
+        f"{key} = {_shown(detail['input'])}{source}: should be {' or '.join(wanted)}{unset}."
+        f"{_meaning(path, tree)}"
+    )
 
 
 _EXPECTED = {
@@ -65,110 +69,95 @@ _EXPECTED = {
     "float_type": "a number",
     "bool_parsing": "true or false",
     "bool_type": "true or false",
-    "string_type": "text",
+    "string_type": "text (in quotes)",
     "tuple_type": "a list, like [a, b]",
     "too_short": "a list with at least one item",
     "model_type": "a section with keys of its own",
     "model_attributes_type": "a section with keys of its own",
     "string_pattern_mismatch": "a name of letters, digits, '.', '_' and '-' that starts with a "
     "letter or digit",
+    "finite_number": "a finite number",
 }
 
 
 def _expected(detail: ErrorDetails) -> str:
     kind = detail["type"]
+    context = detail.get("ctx", {})
     if kind in _EXPECTED:
         return _EXPECTED[kind]
     if kind == "literal_error":
-        return str(detail.get("ctx", {})["expected"])
+        return str(context["expected"])
+    if kind == "too_long":
+        return f"a list of {context['max_length']}"
     return str(detail["msg"]).removeprefix("Input should be ")
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    """A value in YAML's words (null, true), text in quotes."""
+    text = repr(value) if isinstance(value, str) else dump_yaml(_plain(value), one_line=True)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _plain(value: Any) -> Any:
+    """What YAML can show: the part that a failed section was read into, as its name."""
+    known = isinstance(value, str | int | float | bool | list | dict) or value is None
+    return value if known else str(value)
 
 
 def _source(key: str, origins: Mapping[str, str]) -> str:
     """Where the value came from; for a section, the overrides of keys inside it."""
-    if key in origins:
-        return f" ({origins[key]})"
+    parent = key
+    while parent:
+        if parent in origins:
+            origin = origins[parent]
+            return " (override)" if origin.startswith(f"override {key}=") else f" ({origin})"
+        parent = parent.rpartition(".")[0]
     inside = [origin for known, origin in origins.items() if known.startswith(f"{key}.")]
     overrides = [origin for origin in dict.fromkeys(inside) if origin.startswith("override")]
-    return f" ({', '.join(overrides)})" if overrides else ""
+    return f" ({', '.join(overrides)})" if overrides and key else ""
 
 
-def _known_keys(location: list[Any], origins: Mapping[str, str]) -> str:
-    """Suggest the nearest key in the same section, else the same name in another section."""
-    *parents, name = [str(part) for part in location]
-    fields = _fields_at(parents)
+def _missing(
+    path: list[str], given: Any, tree: Mapping[str, Any], origins: Mapping[str, str]
+) -> str:
+    *parents, name = path
+    if name.isdigit():  # an item of a list that is too short
+        parent = ".".join(parents)
+        return (
+            f"{parent} = {_shown(list(given))}{_source(parent, origins)}: "
+            f"should have more items.{_meaning(parents, tree)}"
+        )
+    return f"{'.'.join(path)}: a value is needed here.{_meaning(path, tree)}"
+
+
+def _nearest_key(path: list[str], tree: Mapping[str, Any]) -> str:
+    """Suggest a key of the same section, the type that has this one, or its place elsewhere."""
+    *parents, name = path
+    sections = sections_at(parents, tree)
+    fields = list(dict.fromkeys(key for section in sections for key in section.model_fields))
     near = closest(name, fields)
     if near is not None:
         return f"Did you mean {'.'.join([*parents, near])!r}?"
+    others = [section for section in sections_at(parents, None) if section not in sections]
+    match = closest(name, [key for section in others for key in section.model_fields])
+    if match is not None:
+        part = ".".join(parents)
+        having = [type_name(section) for section in others if match in section.model_fields]
+        return (
+            f"{match!r} belongs to type {' and '.join(having)}, and {part} is of type "
+            f"{type_name(sections[0])}, with: {', '.join(fields)}."
+        )
     elsewhere = [key for key in all_keys() if key.rpartition(".")[2] == name]
     if elsewhere:
         return f"Did you mean {elsewhere[0]!r}?"
     return f"Known keys: {', '.join(fields)}."
 
 
-def _fields_at(path: list[str]) -> list[str]:
-    names: list[str] = []
-    for section in _sections_at(path):
-        names += [name for name in section.model_fields if name not in names]
-    return names
-
-
-def _sections_at(path: list[str]) -> list[type[BaseModel]]:
-    """The section classes that a path of keys may lead to; several where parts have types."""
-    current: list[type[BaseModel]] = [Config]
-    for part in path:
-        if part.isdigit():
-            continue
-        following: list[type[BaseModel]] = []
-        for section in current:
-            if part in section.model_fields:
-                field = section.model_fields[part]
-                following += sections_of(field.annotation, field.metadata)
-        current = following
-    return current
-
-
-def sections_of(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> list[Any]:
-    """The section classes inside a field's annotation: itself, a union's, a list's, a part's."""
-    for marker in metadata:
-        if isinstance(marker, PartOf):
-            return [entry.options for entry in marker.registry if entry.options is not None]
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        inner, *markers = get_args(annotation)
-        return sections_of(inner, markers)
-    if origin in (Union, types.UnionType, tuple, list):
-        return [s for argument in get_args(annotation) for s in sections_of(argument)]
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return []
-
-
-def all_keys() -> list[str]:
-    """Every dotted key of the configuration, parts of lists and of all types included."""
-    keys: list[str] = []
-
-    def visit(section: type[BaseModel], prefix: str) -> None:
-        for name, field in section.model_fields.items():
-            key = f"{prefix}{name}"
-            if key not in keys:
-                keys.append(key)
-            for inner in sections_of(field.annotation, field.metadata):
-                visit(inner, f"{key}.")
-
-    visit(Config, "")
-    return keys
-
-
-def _describe(location: list[Any]) -> str:
-    *parents, name = [str(part) for part in location] or [""]
-    for section in _sections_at(parents):
-        field = section.model_fields.get(name)
-        if field is not None and field.description:
-            return f"({field.description.rstrip('.')}.)"
-    return ""
+def _meaning(path: list[str], tree: Mapping[str, Any]) -> str:
+    """What the key is for, in brackets, to follow a sentence."""
+    while path and path[-1].isdigit():
+        path = path[:-1]
+    found = field_at(path, tree)
+    if found is None or not found[1].description:
+        return ""
+    return f" ({found[1].description.rstrip('.')}.)"

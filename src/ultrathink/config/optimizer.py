@@ -13,6 +13,8 @@ from ultrathink.core.registry import Registry
 OPTIMIZERS: Registry[Any] = Registry("optimizer")
 SCHEDULES: Registry[Any] = Registry("schedule")
 
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(PartConfig):
     """What every optimizer has."""
@@ -27,7 +29,7 @@ class AdamWConfig(OptimizerConfig):
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101), fused where torch can."""
 
     type: Literal["adamw"] = "adamw"
-    betas: tuple[float, float] = Field(
+    betas: tuple[DecayRate, DecayRate] = Field(
         (0.9, 0.95), description="Decay rates of the two moments, each between 0 and 1."
     )
     eps: float = Field(1e-8, gt=0, description="Constant beside the root of the second moment.")
@@ -46,7 +48,9 @@ class MuonConfig(OptimizerConfig):
     adamw_lr: float = Field(
         0.008, gt=0, description="Peak learning rate of embeddings, head, norms and biases."
     )
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Decay rates of AdamW's moments.")
+    betas: tuple[DecayRate, DecayRate] = Field(
+        (0.9, 0.95), description="Decay rates of AdamW's moments."
+    )
     eps: float = Field(1e-8, gt=0, description="Constant of AdamW.")
 
 

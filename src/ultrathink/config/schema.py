@@ -42,6 +42,15 @@ class Config(Section):
             )
         return self
 
+    def __eq__(self, other: object) -> bool:
+        """Equal values are equal configurations, wherever they came from."""
+        if not isinstance(other, Config):
+            return NotImplemented
+        return self.model_dump() == other.model_dump()
+
+    def __hash__(self) -> int:
+        return hash(tuple(getattr(self, name) for name in type(self).model_fields))
+
     def origin(self, key: str) -> str:
         """Where the value of a dotted key came from; "default" when nothing set it."""
         while key:

@@ -30,8 +30,10 @@ class BpeTokenizerConfig(TokenizerConfig):
     train_bytes: int = Field(
         30_000_000, gt=0, description="At most this many bytes of text are read to learn merges."
     )
-    pattern: Literal["gpt4", "gpt2"] = Field(
-        "gpt4", description="How text is cut into words before merging."
+    pattern: Literal["gpt4", "code", "gpt2"] = Field(
+        "gpt4",
+        description="How text is cut into words before merging: as GPT-4 and GPT-2 do, or `code`, "
+        "which keeps a line break and the next line's indentation in one piece.",
     )
 
     def size(self) -> int:

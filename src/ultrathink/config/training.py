@@ -27,9 +27,7 @@ class CheckpointConfig(Section):
     every_minutes: float | None = Field(
         None, gt=0, description="Save after every so many minutes of training."
     )
-    keep: int = Field(
-        2, gt=0, description="Newest checkpoints kept, besides best and last."
-    )
+    keep: int = Field(2, gt=0, description="Newest checkpoints kept, besides best and last.")
     best_by: Literal["loss", "token_accuracy"] = Field(
         "loss", description="Validation figure by which `best` is chosen."
     )

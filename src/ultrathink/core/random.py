@@ -24,8 +24,13 @@ def random_state() -> State:
     name, numpy_keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": [version, list(keys), gauss],
-        "numpy": [str(name), [int(k) for k in numpy_keys], int(position), int(has_gauss),
-                  float(cached)],
+        "numpy": [
+            str(name),
+            [int(k) for k in numpy_keys],
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
         "torch": torch.get_rng_state(),
     }
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -39,9 +44,7 @@ def set_random_state(state: State) -> None:
     version, keys, gauss = values["python"]
     random.setstate((version, tuple(keys), gauss))
     name, numpy_keys, position, has_gauss, cached = values["numpy"]
-    np.random.set_state(
-        (name, np.array(numpy_keys, dtype=np.uint32), position, has_gauss, cached)
-    )
+    np.random.set_state((name, np.array(numpy_keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(values["torch"].cpu())
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"cuda_{index}" in values:

@@ -58,7 +58,7 @@ def build_trainer(
         weights, parent = weights_from(config.training.init_from, config.run.dir)
     tokenizer = load_tokenizer(parent.tokenizer) if parent is not None else None
     data = _prepare(config, tokenizer, progress)
-    config, choices = choose(config, _samples_per_epoch(config, data))
+    config, choices = choose(config, data.num_samples)
     model = build_model(config)
     if weights is not None:
         load_weights(model, weights)
@@ -87,7 +87,7 @@ def resume_trainer(
     folder = run.checkpoint(checkpoint)
     config = run.read_config()
     data = _prepare(config, load_tokenizer(run.tokenizer), progress)
-    config, choices = choose(config, _samples_per_epoch(config, data))
+    config, choices = choose(config, data.num_samples)
     model = build_model(config)
     trainer = _assemble(config, run, data, model, choices, callbacks, controllers)
     load_weights(model, folder)  # names what differs, where the model is another
@@ -103,7 +103,7 @@ def _prepare(
 ) -> PreparedData:
     """Tokenized data; ConfigError where its vocabulary does not fit the model's."""
     data = prepare_data(
-        config.data, tokenizer or config.tokenizer, seed=config.run.seed, progress=progress
+        config.data, tokenizer or config.tokenizer, progress=progress
     )
     size = config.model.vocab_size
     assert size is not None, "a loaded configuration has a vocabulary"
@@ -113,10 +113,6 @@ def _prepare(
             f"({data.tokenizer.vocab_size}); set tokenizer.vocab_size or model.vocab_size to match."
         )
     return data
-
-
-def _samples_per_epoch(config: Config, data: PreparedData) -> int:
-    return sum(store.num_tokens for store in data.train_stores) // config.data.seq_len
 
 
 def _check_identity(recorded: dict[str, Any], here: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ def build_manifest(*, data_hash: str, tokenizer_hash: str, num_parameters: int) 
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write the facts of ``build_manifest`` to a file."""
     write_atomic(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -46,9 +46,9 @@ def _mixture_weights(trainer: Trainer, weights: list[float]) -> tuple[list[float
 
 
 def _skip_samples(trainer: Trainer, count: int) -> tuple[int, int]:
-    before = trainer.loader.samples_seen
+    before = trainer.loader.samples_skipped
     trainer.loader.skip(count)
-    return before, before + count
+    return before, trainer.loader.samples_skipped
 
 
 def _restore(trainer: Trainer, snapshot: Any) -> tuple[int, int]:

@@ -20,9 +20,7 @@ def uneven(batch: Batch) -> Batch:
     labels = batch.labels.clone()
     for row in range(labels.shape[0]):
         labels[row, : 9 * row] = IGNORED
-    return Batch(
-        batch.input_ids, labels, batch.positions, batch.document_ids, batch.source_ids
-    )
+    return Batch(batch.input_ids, labels, batch.positions, batch.document_ids, batch.source_ids)
 
 
 @pytest.mark.parametrize("micro", [1, 2])
@@ -72,9 +70,7 @@ def test_a_batch_with_nothing_to_train_is_skipped(make_trainer: MakeTrainer) -> 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_skipped_step_is_as_if_it_had_not_been(
-    make_trainer: MakeTrainer, optimizer: str
-) -> None:
+def test_a_skipped_step_is_as_if_it_had_not_been(make_trainer: MakeTrainer, optimizer: str) -> None:
     """Weights, moments and bias correction after bad steps equal those of a run without them."""
     results = []
     for poison in (False, True):

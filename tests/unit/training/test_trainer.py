@@ -91,13 +91,25 @@ def test_training_learns(make_trainer: MakeTrainer) -> None:
 
 
 def test_the_run_folder_is_complete(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer("training.max_steps=2", "training.sample.prompts=['the ']",
-                           "training.sample.max_new_tokens=4",
-                           "monitoring.sinks=[jsonl, tensorboard]")
+    trainer = make_trainer(
+        "training.max_steps=2",
+        "training.sample.prompts=['the ']",
+        "training.sample.max_new_tokens=4",
+        "monitoring.sinks=[jsonl, tensorboard]",
+    )
     trainer.fit()
     path = trainer.run.path
-    expected = ["checkpoints", "config.yaml", "logs", "manifest.json", "metrics.jsonl",
-                "origins.yaml", "samples.jsonl", "tensorboard", "tokenizer"]
+    expected = [
+        "checkpoints",
+        "config.yaml",
+        "logs",
+        "manifest.json",
+        "metrics.jsonl",
+        "origins.yaml",
+        "samples.jsonl",
+        "tensorboard",
+        "tokenizer",
+    ]
     assert sorted(entry.name for entry in path.iterdir()) == expected
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["packages"]["torch"] == torch.__version__
@@ -131,8 +143,12 @@ def test_the_run_folder_is_complete(make_trainer: MakeTrainer) -> None:
 def test_resumed_run_follows_the_uninterrupted_one_bit_for_bit(
     make_trainer: MakeTrainer, options: tuple[str, ...]
 ) -> None:
-    common = ("training.max_steps=8", "training.checkpoint={every_steps: 3, keep: 9}",
-              "training.eval.every_steps=4", *options)
+    common = (
+        "training.max_steps=8",
+        "training.checkpoint={every_steps: 3, keep: 9}",
+        "training.eval.every_steps=4",
+        *options,
+    )
     whole = make_trainer(*common)
     whole.fit()
     broken = make_trainer(*common, controllers=[At(step5=lambda c: c.stop(reason="test"))])
@@ -149,8 +165,11 @@ def test_resumed_run_follows_the_uninterrupted_one_bit_for_bit(
 
 
 def test_a_resumed_cosine_goes_on_falling(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer("training.max_steps=10", "training.checkpoint.every_steps=6",
-                           controllers=[At(step6=lambda c: c.stop(reason="test"))])
+    trainer = make_trainer(
+        "training.max_steps=10",
+        "training.checkpoint.every_steps=6",
+        controllers=[At(step6=lambda c: c.stop(reason="test"))],
+    )
     trainer.fit()
     recorder = Recorder()
     resume_trainer(trainer.run, callbacks=[recorder]).fit()
@@ -166,22 +185,29 @@ def test_resume_refuses_other_data_and_says_what_to_do(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some words to learn from, again and again. " * 200)
-    trainer = make_trainer("training.max_steps=4", f"data.train=[{{type: text, path: {text}}}]",
-                           controllers=[At(step2=lambda c: c.stop(reason="test"))])
+    trainer = make_trainer(
+        "training.max_steps=4",
+        f"data.train=[{{type: text, path: {text}}}]",
+        controllers=[At(step2=lambda c: c.stop(reason="test"))],
+    )
     trainer.fit()
     text.write_text("other words to learn from, again and again. " * 200)
-    with pytest.raises(CheckpointError, match="the data changed since the checkpoint was written") as caught:
+    with pytest.raises(
+        CheckpointError, match="the data changed since the checkpoint was written"
+    ) as caught:
         resume_trainer(trainer.run)
     assert "training.init_from=RUN" in str(caught.value)
 
 
 def test_resume_refuses_a_checkpoint_of_another_model(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer("training.max_steps=4",
-                           controllers=[At(step2=lambda c: c.stop(reason="test"))])
+    trainer = make_trainer(
+        "training.max_steps=4", controllers=[At(step2=lambda c: c.stop(reason="test"))]
+    )
     trainer.fit()
     config = trainer.run.read_config()
-    trainer.run.write_config(config.replace({"model.hidden_size": 48, "model.head_dim": 24},
-                                            origin="test"))
+    trainer.run.write_config(
+        config.replace({"model.hidden_size": 48, "model.head_dim": 24}, origin="test")
+    )
     with pytest.raises(CheckpointError, match="holds another model: embedding.weight is"):
         resume_trainer(trainer.run)
 
@@ -221,9 +247,13 @@ def test_changes_wait_for_the_boundary_and_are_recorded(make_trainer: MakeTraine
         control.skip_samples(8, reason="bad batch")
 
     recorder = Recorder()
-    trainer = make_trainer("training.max_steps=4", "training.schedule.warmup=0",
-                           "training.schedule.min_ratio=1.0",
-                           callbacks=[recorder], controllers=[At(step2=act)])
+    trainer = make_trainer(
+        "training.max_steps=4",
+        "training.schedule.warmup=0",
+        "training.schedule.min_ratio=1.0",
+        callbacks=[recorder],
+        controllers=[At(step2=act)],
+    )
     trainer.fit()
     rates = [report.lr for report in recorder.steps]
     assert rates == pytest.approx([0.003, 0.003, 0.0015, 0.0015])
@@ -232,12 +262,12 @@ def test_changes_wait_for_the_boundary_and_are_recorded(make_trainer: MakeTraine
         ("clip", 1.0, 0.1),
         ("weight_decay", None, 0.2),
         ("micro_batch_size", 4, 2),  # the largest divisor of 4 that is not above 3
-        ("skip_samples", 8, 16),
+        ("skip_samples", 0, 8),
     ]
     lines = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
     assert [line["reason"] for line in lines][0] == "loss spiked"
     assert {line["step"] for line in lines} == {2}
-    assert trainer.loader.samples_seen == 16 or trainer.loader.samples_skipped == 8
+    assert (trainer.loader.samples_seen, trainer.loader.samples_skipped) == (16, 8)
 
 
 def test_changed_settings_survive_a_resume(make_trainer: MakeTrainer) -> None:
@@ -261,7 +291,9 @@ def test_restoring_a_snapshot_replays_bit_for_bit(make_trainer: MakeTrainer) -> 
 
     recorder = Recorder()
     trainer = make_trainer(
-        "training.max_steps=6", "training.optimizer.type=muon", "model.dropout=0.1",
+        "training.max_steps=6",
+        "training.optimizer.type=muon",
+        "model.dropout=0.1",
         "training.checkpoint={every_steps: 1, keep: 9}",
         callbacks=[recorder],
         controllers=[At(step2=lambda c: kept.append(c.snapshot()), step5=go_back)],
@@ -297,8 +329,12 @@ def test_mixture_weights_change_what_comes(make_trainer: MakeTrainer) -> None:
 def test_checkpoint_now_and_stop(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(
         "training.max_steps=9",
-        controllers=[At(step2=lambda c: c.checkpoint_now(reason="test"),
-                        step4=lambda c: c.stop(reason="test"))],
+        controllers=[
+            At(
+                step2=lambda c: c.checkpoint_now(reason="test"),
+                step4=lambda c: c.stop(reason="test"),
+            )
+        ],
     )
     assert trainer.fit() == "stopped"
     assert trainer.run.steps() == [2, 4]
@@ -396,8 +432,12 @@ def test_a_run_that_gets_slower_ends_on_the_minute(make_trainer: MakeTrainer) ->
 
 def test_best_is_the_best_by_the_chosen_figure(make_trainer: MakeTrainer) -> None:
     recorder = Recorder()
-    trainer = make_trainer("training.max_steps=6", "training.eval.every_steps=1",
-                           "training.checkpoint.best_by=token_accuracy", callbacks=[recorder])
+    trainer = make_trainer(
+        "training.max_steps=6",
+        "training.eval.every_steps=1",
+        "training.checkpoint.best_by=token_accuracy",
+        callbacks=[recorder],
+    )
     trainer.fit()
     best = max(recorder.validations, key=lambda report: report.token_accuracy)
     assert int(trainer.run.checkpoint("best").name.removeprefix("step_")) == best.step

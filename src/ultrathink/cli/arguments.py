@@ -1,0 +1,54 @@
+"""Arguments that several commands share: which configuration, changed how, with which plugins."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+
+from ultrathink.core.errors import UltrathinkError
+from ultrathink.core.registry import load_plugin
+
+# A path such as runs/lr=0.1/config.yaml has an equals sign too, but not after a dotted key.
+_OVERRIDE = re.compile(r"^[A-Za-z_][\w.\-]*=")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``[CONFIG] [key=value ...]`` and ``--plugin FILE``."""
+    parser.add_argument(
+        "positionals",
+        nargs="*",
+        metavar="CONFIG | key=value",
+        help="a preset's name, a YAML file or a run folder (default: the preset demo), "
+        "and values that replace its own",
+    )
+    add_plugin_argument(parser)
+
+
+def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--plugin FILE``, which may be given several times."""
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="run this Python file first, which registers parts of your own",
+    )
+
+
+def load_plugins(args: argparse.Namespace) -> None:
+    """Run the files given with ``--plugin``; before any configuration is read."""
+    for path in args.plugin:
+        load_plugin(path)
+
+
+def split_config_and_overrides(positionals: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The configuration's name (None for the default) and the overrides, told apart by ``=``."""
+    overrides = [word for word in positionals if _OVERRIDE.match(word)]
+    sources = [word for word in positionals if not _OVERRIDE.match(word)]
+    if len(sources) > 1:
+        raise UltrathinkError(
+            f"{' and '.join(map(repr, sources))} are given as configurations, but there can be "
+            f"only one; an override has the form key=value, without spaces around the '='"
+        )
+    return (sources[0] if sources else None), overrides

@@ -1,0 +1,132 @@
+"""``ultrathink config``: show, check and explain configurations, without training anything."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from ultrathink.cli.arguments import (
+    add_config_arguments,
+    load_plugins,
+    split_config_and_overrides,
+)
+from ultrathink.config import docs
+from ultrathink.config.loading import load_config
+from ultrathink.config.schema import Config, flatten
+from ultrathink.config.size import parameter_count
+from ultrathink.config.training import BUDGETS
+from ultrathink.core.errors import UltrathinkError, suggestion
+
+ACTIONS = ("show", "check", "docs", "schema")
+EXAMPLES = """\
+what to do:
+  show    print the configuration in full, as training would use it
+  check   say whether it is fine, and what it amounts to
+  docs    print the reference of all options, in Markdown
+  schema  print a JSON schema, with which editors complete and check YAML files
+
+examples:
+  ultrathink config show
+  ultrathink config show demo training.optimizer.lr=0.01 --why
+  ultrathink config check my.yaml
+  ultrathink config schema > ultrathink.schema.json
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Describe the command's arguments."""
+    # Optional for argparse only, so that the message can be ours.
+    parser.add_argument("action", nargs="?", metavar="|".join(ACTIONS), help="see below")
+    add_config_arguments(parser)
+    parser.add_argument("--why", action="store_true", help="show: where each value came from")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.epilog = EXAMPLES
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what was asked and return the exit status."""
+    if args.action not in ACTIONS:
+        said = "" if args.action is None else f"not {args.action!r}. "
+        hint = suggestion(args.action or "", ACTIONS)
+        raise UltrathinkError(f"say what to do: config {' | '.join(ACTIONS)}; {said}{hint}")
+    load_plugins(args)
+    if args.why and args.action != "show":
+        raise UltrathinkError(f"--why goes with 'config show', not with 'config {args.action}'")
+    if args.action in ("docs", "schema"):
+        _print_reference(args)
+        return 0
+    source, overrides = split_config_and_overrides(args.positionals)
+    config = load_config(source, overrides)
+    if args.action == "check":
+        _print_check(source or "demo", config, as_json=args.json)
+    else:
+        _print_config(config, why=args.why, as_json=args.json)
+    return 0
+
+
+def _print_reference(args: argparse.Namespace) -> None:
+    if args.positionals:
+        raise UltrathinkError(
+            f"'config {args.action}' is about all configurations and takes none, "
+            f"not {args.positionals[0]!r}"
+        )
+    if args.action == "schema":
+        _print_json(docs.json_schema())
+    elif args.json:
+        raise UltrathinkError("'config docs' prints Markdown; for JSON there is 'config schema'")
+    else:
+        print(docs.markdown(), end="")
+
+
+def _print_config(config: Config, *, why: bool, as_json: bool) -> None:
+    tree = config.model_dump(mode="json")
+    if as_json and why:
+        leaves = flatten(tree)
+        _print_json({k: {"value": v, "origin": config.origin(k)} for k, v in leaves.items()})
+    elif as_json:
+        _print_json(tree)
+    else:
+        print(docs.to_yaml(config, why=why), end="")
+
+
+def _print_check(name: str, config: Config, *, as_json: bool) -> None:
+    parameters = parameter_count(config.model)
+    tokens_per_step = config.training.batch_size * config.data.seq_len
+    length = next(key for key in BUDGETS if getattr(config.training, key) is not None)
+    amount = getattr(config.training, length)
+    if as_json:
+        _print_json(
+            {
+                "config": name,
+                "parameters": parameters,
+                "tokens_per_step": tokens_per_step,
+                length: amount,
+            }
+        )
+        return
+    model = config.model
+    print(f"{name}: fine")
+    print(
+        f"  model   {parameters:,} parameters "
+        f"({model.num_layers} layers of {model.hidden_size}, {model.vocab_size:,} tokens)"
+    )
+    print(
+        f"  step    {tokens_per_step:,} tokens "
+        f"({config.training.batch_size} sequences of {config.data.seq_len})"
+    )
+    print(f"  length  {_length_in_words(length, amount, tokens_per_step)}")
+
+
+def _length_in_words(length: str, amount: float, tokens_per_step: int) -> str:
+    if length == "max_steps":
+        return f"{amount:,} steps ({amount * tokens_per_step:,} tokens)"
+    if length == "max_tokens":
+        return f"{amount:,} tokens ({-(-int(amount) // tokens_per_step):,} steps)"
+    if length == "max_minutes":
+        return f"{amount:g} minutes; the number of steps depends on the machine"
+    return f"{amount:g} passes over the data"
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))

@@ -1,0 +1,165 @@
+"""The command ``ultrathink``: finds the subcommand, and turns errors into messages."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn, cast
+
+from ultrathink import __version__
+from ultrathink.core.errors import UltrathinkError, closest, suggestion
+from ultrathink.core.streams import discard
+
+# Name -> module and its one line of help. A module is imported only when its command is used, and
+# offers `configure(parser)` and `run(args) -> exit status`.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("ultrathink.cli.train", "train a model, or go on with a run that stopped"),
+    "generate": ("ultrathink.cli.generate", "let a trained model write"),
+    "config": ("ultrathink.cli.config", "show, check and explain configurations"),
+}
+USER_ERROR = 2
+SYSTEM_ERROR = 1
+INTERRUPTED = 130
+READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand that was asked for: its parser and what runs it."""
+
+    parser: CommandParser
+    run: Callable[[argparse.Namespace], int]
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are the user's mistakes like any other, with a suggestion."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UltrathinkError(f"{message}. See: {self.prog} --help")
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Read the arguments of one command; flags may stand between key=value pairs."""
+        args, unknown = self.parse_known_intermixed_args(arguments)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            near = closest(flag, [f for action in self._actions for f in action.option_strings])
+            hint = f"; did you mean {near}?" if near else "."
+            raise UltrathinkError(f"{flag} is not known here{hint} See: {self.prog} --help")
+        return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    0 is success, 1 a fault of the system (a full disk), 2 a mistake of the user, 130 an interrupt.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    _print_whatever_the_encoding()
+    try:
+        status = _dispatch([word for word in arguments if word != "--debug"])
+        sys.stdout.flush()
+        return status
+    except SystemExit as stop:  # argparse, after --help
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except UltrathinkError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        return USER_ERROR
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        discard(sys.stdout)
+        return READER_GONE
+    except OSError as error:
+        if debug:
+            raise
+        _complain(_system_message(error))
+        return SYSTEM_ERROR
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if name in ("-V", "--version"):
+        print(f"ultrathink {__version__}")
+        return 0
+    command = load_command(name)
+    return command.run(command.parser.parse(arguments[1:]))
+
+
+def load_command(name: str) -> Command:
+    """Import the command called ``name`` and let it describe its arguments."""
+    if name not in COMMANDS:
+        kind = "option" if name.startswith("-") else "command"
+        known = suggestion(name, COMMANDS)
+        raise UltrathinkError(f"there is no {kind} {name!r}. {known} See: ultrathink --help")
+    module_name, summary = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    parser = CommandParser(
+        prog=f"ultrathink {name}",
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.configure(parser)
+    parser.add_argument(
+        "--debug", action="store_true", help="show where in the code an error arose"
+    )
+    return Command(parser, cast(Callable[[argparse.Namespace], int], module.run))
+
+
+def _help() -> str:
+    width = max(len(name) for name in COMMANDS)
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return f"""\
+usage: ultrathink COMMAND [...]
+
+Train a language model from one YAML file, on a laptop, one GPU or a cluster.
+
+commands:
+{commands}
+
+options:
+  --help     this text; ultrathink COMMAND --help for one command
+  --version  the version
+  --debug    show where in the code an error arose
+
+examples:
+  ultrathink train                                     five minutes to a small model
+  ultrathink train demo training.max_minutes=1         the same, shorter
+  ultrathink config show demo --why                    every option and where it came from"""
+
+
+def _complain(message: str) -> None:
+    """Print a message; the lines of a longer one stand below each other."""
+    print("error: " + message.replace("\n", "\n       "), file=sys.stderr)
+
+
+def _system_message(error: OSError) -> str:
+    reason = (error.strerror or str(error) or type(error).__name__).rstrip(".")
+    place = f": {error.filename}" if error.filename is not None else ""
+    advice = {
+        errno.ENOSPC: "; free some space on that disk, or choose another folder with run.dir",
+        errno.EDQUOT: "; your quota on that disk is used up",
+        errno.EACCES: "; choose a folder that you may write to, for example with run.dir",
+        errno.EROFS: "; choose a folder that you may write to, for example with run.dir",
+    }.get(error.errno or 0, " (--debug shows where)")
+    return f"{reason}{place}{advice}."
+
+
+def _print_whatever_the_encoding() -> None:
+    """A character that the terminal's encoding lacks is spelled out instead of an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")

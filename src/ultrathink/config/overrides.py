@@ -1,0 +1,124 @@
+"""Values on top of values: what a preset or file says, and what the command line changes in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ultrathink.config.schema import flatten
+from ultrathink.config.training import BUDGETS
+from ultrathink.config.yaml_format import parse_yaml
+from ultrathink.core.errors import ConfigError
+
+OVERRIDE = "override"
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split ``dotted.key=value`` and read the value as YAML."""
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise ConfigError(
+            f"{text!r} is not an override; write dotted.key=value, "
+            f"for example training.max_steps=100."
+        )
+    try:
+        return key, parse_yaml(raw)
+    except ValueError as error:
+        raise ConfigError(f"the value of {text!r} is not valid YAML: {error}.") from None
+
+
+class Draft:
+    """A configuration in the making: nested values, and the origin of each dotted key."""
+
+    def __init__(self, tree: dict[str, Any], origins: Mapping[str, str]) -> None:
+        self.tree = tree
+        self.origins = dict(origins)
+        # Not told from origins: a run folder's own origins name the overrides it was made with.
+        self._overridden: set[str] = set()
+
+    def override(self, text: str) -> None:
+        """Apply one ``dotted.key=value``; a mapping changes the keys it names, no others."""
+        key, value = parse_override(text)
+        self._set(key.split("."), value, text)
+
+    def drop_replaced_lengths(self) -> None:
+        """Let a length given as an override replace the one that the preset or file gave."""
+        training = self.tree.get("training")
+        if not isinstance(training, dict):
+            return
+        given = [name for name in BUDGETS if training.get(name) is not None]
+        if any(self._is_override(f"training.{name}") for name in given):
+            for name in (*given, "step_budget"):
+                if not self._is_override(f"training.{name}"):
+                    training.pop(name, None)
+                    self._forget(f"training.{name}")
+
+    def _set(self, path: list[str], value: Any, text: str) -> None:
+        node = self._parent(path, text)
+        leaf, key = path[-1], ".".join(path)
+        place: Any = leaf
+        if isinstance(node, list):
+            place = _list_index(node, leaf, key, text)
+        if isinstance(value, dict) and value and not isinstance(_get(node, place), list):
+            for inner, inner_value in value.items():
+                self._set([*path, inner], inner_value, text)
+            return
+        if leaf == "type" and isinstance(node, dict) and node.get("type") not in (None, value):
+            self._start_over(node, ".".join(path[:-1]))
+        node[place] = value
+        self._forget(key)
+        keys = flatten(value, key)
+        self.origins.update(dict.fromkeys(keys, f"{OVERRIDE} {text}"))
+        self._overridden.update(keys)
+
+    def _parent(self, path: list[str], text: str) -> dict[str, Any] | list[Any]:
+        """The mapping or list that holds the last of ``path``, made where it does not exist."""
+        node: Any = self.tree
+        for depth, part in enumerate(path[:-1], start=1):
+            here = ".".join(path[:depth])
+            place: Any = part
+            if isinstance(node, list):
+                place = _list_index(node, part, here, text)
+            child = _get(node, place)
+            if child is None:
+                child = node[place] = {}
+                self._forget(here)
+            elif isinstance(child, str):  # the short form `optimizer: muon`
+                child = node[place] = {"type": child}
+                if here in self.origins:
+                    self.origins[f"{here}.type"] = self.origins.pop(here)
+            elif not isinstance(child, dict | list):
+                raise ConfigError(f"override {text!r}: {here} is {child!r} and has no keys.")
+            node = child
+        assert isinstance(node, dict | list)
+        return node
+
+    def _start_over(self, node: dict[str, Any], key: str) -> None:
+        """Empty a part whose type changes, but for what was overridden before."""
+        for name in list(node):
+            if not self._is_override(f"{key}.{name}"):
+                del node[name]
+                self._forget(f"{key}.{name}")
+
+    def _is_override(self, key: str) -> bool:
+        return key in self._overridden
+
+    def _forget(self, key: str) -> None:
+        inside = f"{key}."
+        for known in [known for known in self.origins if f"{known}.".startswith(inside)]:
+            del self.origins[known]
+            self._overridden.discard(known)
+
+
+def _get(node: dict[str, Any] | list[Any], place: Any) -> Any:
+    return node.get(place) if isinstance(node, dict) else node[place]
+
+
+def _list_index(node: list[Any], part: str, path: str, text: str) -> int:
+    if not part.isdecimal() or int(part) >= len(node):
+        raise ConfigError(
+            f"override {text!r}: {path} names item {part!r} of a list of {len(node)}, counted "
+            f"from 0. To add an item, set the whole list: {path.rpartition('.')[0]}=[...]."
+        )
+    return int(part)

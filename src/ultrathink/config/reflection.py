@@ -1,0 +1,118 @@
+"""The configuration's classes as data: which sections, keys and types of parts there are."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from ultrathink.config.base import PartConfig, PartOf
+from ultrathink.config.schema import Config
+
+
+def sections_of(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> list[Any]:
+    """The section classes inside a field's annotation: itself, a union's, a list's, a part's."""
+    for marker in metadata:
+        if isinstance(marker, PartOf):
+            return [entry.options for entry in marker.registry if entry.options is not None]
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *markers = get_args(annotation)
+        return sections_of(inner, markers)
+    if origin in (Union, types.UnionType, tuple, list):
+        return [s for argument in get_args(annotation) for s in sections_of(argument)]
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return []
+
+
+def is_part(field: FieldInfo) -> bool:
+    """Whether the field holds one part that a registry knows, or a list of them."""
+    return any(
+        issubclass(section, PartConfig) for section in sections_of(field.annotation, field.metadata)
+    )
+
+
+def is_list(field: FieldInfo) -> bool:
+    """Whether the field holds a list, if it is set."""
+    members = get_args(field.annotation) if is_optional(field) else (field.annotation,)
+    return any(get_origin(member) in (tuple, list) for member in members)
+
+
+def is_optional(field: FieldInfo) -> bool:
+    """Whether the field may be null."""
+    return type(None) in get_args(field.annotation)
+
+
+def type_name(section: type[BaseModel]) -> str:
+    """The ``type`` that a part's options are chosen by."""
+    default = section.model_fields["type"].default
+    return default if isinstance(default, str) else section.__name__
+
+
+def sections_at(path: list[str], tree: Mapping[str, Any] | None) -> list[type[BaseModel]]:
+    """The classes that a path of keys may lead to, in ``tree`` only those of the types it names."""
+    current: list[type[BaseModel]] = [Config]
+    node: Any = tree
+    for part in path:
+        node = _step_into(node, part)
+        if not part.isdigit():
+            fields = [section.model_fields.get(part) for section in current]
+            current = [
+                inner
+                for field in fields
+                if field is not None
+                for inner in sections_of(field.annotation, field.metadata)
+            ]
+            default = next((f.default for f in fields if f is not None), None)
+            if isinstance(default, PartConfig) and isinstance(node, Mapping):
+                node = {"type": default.type, **node}
+        current = _of_type(current, node)
+    return current
+
+
+def _step_into(node: Any, part: str) -> Any:
+    if isinstance(node, Mapping):
+        return node.get(part)
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return node[int(part)]
+    return None
+
+
+def _of_type(sections: list[type[BaseModel]], node: Any) -> list[type[BaseModel]]:
+    """Those of the type that the values name, or all when they name none that is known."""
+    named = node.get("type") if isinstance(node, Mapping) else node
+    parts = [section for section in sections if issubclass(section, PartConfig)]
+    return [section for section in parts if type_name(section) == named] or sections
+
+
+def field_at(
+    path: list[str], tree: Mapping[str, Any] | None
+) -> tuple[type[BaseModel], FieldInfo] | None:
+    """The section and the field that a path of keys names; None where there is none."""
+    if not path:
+        return None
+    *parents, name = path
+    for section in sections_at(parents, tree):
+        if name in section.model_fields:
+            return section, section.model_fields[name]
+    return None
+
+
+def all_keys() -> list[str]:
+    """Every dotted key of the configuration, parts of lists and of all types included."""
+    keys: list[str] = []
+
+    def visit(section: type[BaseModel], prefix: str) -> None:
+        for name, field in section.model_fields.items():
+            key = f"{prefix}{name}"
+            if key not in keys:
+                keys.append(key)
+            for inner in sections_of(field.annotation, field.metadata):
+                visit(inner, f"{key}.")
+
+    visit(Config, "")
+    return keys

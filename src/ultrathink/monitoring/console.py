@@ -1,0 +1,308 @@
+"""What a person sees of a run: a live bar on a terminal, plain lines anywhere else.
+
+All of it goes to standard error, so that standard output stays free for results.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import IO
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from ultrathink.monitoring.pace import Pace
+from ultrathink.monitoring.records import BaseSink, Level, MetricRecord, RunInfo
+from ultrathink.monitoring.terminal import (
+    clean_text,
+    error_stream,
+    is_interactive,
+    make_console,
+    short_number,
+    short_time,
+)
+
+REFRESH_S = 0.2
+PLAIN_INTERVAL_S = 2.0
+MAX_WIDTH = 100
+VALUE = "bold"
+LABEL = "dim"
+
+
+class ConsoleSink(BaseSink):
+    """Shows the run on ``stream`` (standard error), in the way that fits it."""
+
+    def __init__(
+        self, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._given_stream = stream
+        self._clock = clock
+        self._display: _LiveDisplay | _PlainDisplay | None = None
+
+    def open(self, info: RunInfo) -> None:
+        """Print the heading, and on a terminal begin the bar."""
+        stream = error_stream(self._given_stream)
+        status = _Status(info, self._clock)
+        if is_interactive(stream):
+            self._display = _LiveDisplay(status, make_console(stream), self._clock)
+        else:
+            self._display = _PlainDisplay(status, stream.write, self._clock)
+        self._display.heading(info)
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Set the length that the bar and the time left are measured by."""
+        if self._display is not None:
+            self._display.status.total_steps = total_steps
+
+    def progress(self, step: int) -> None:
+        """Move the bar, at most a few times a second."""
+        if self._display is not None:
+            self._display.status.advance(step)
+            self._display.refresh()
+
+    def write(self, record: MetricRecord) -> None:
+        """Show the figures of a logged step or of a validation."""
+        if self._display is not None:
+            self._display.status.note(record)
+            self._display.record(record)
+
+    def message(self, text: str, level: Level) -> None:
+        """Print a line above the bar."""
+        if self._display is not None:
+            self._display.message(clean_text(text), level)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Print a text that the model wrote, set apart from everything else."""
+        if self._display is not None:
+            self._display.sample(step, clean_text(prompt), clean_text(text))
+
+    def close(self) -> None:
+        """Leave the terminal as it was, the last figures in view."""
+        if self._display is not None:
+            self._display.close()
+            self._display = None
+
+
+class _Status:
+    """Where the run stands: what both displays show."""
+
+    def __init__(self, info: RunInfo, clock: Callable[[], float]) -> None:
+        self.total_steps = info.total_steps
+        self.step = info.start_step
+        self.train: dict[str, float | int] = {}
+        self.val: dict[str, float | int] = {}
+        self.closed = False
+        self._clock = clock
+        self._began = clock()
+        self._pace = Pace(clock)
+
+    def advance(self, step: int) -> None:
+        self.step = step
+        self._pace.update(step)
+
+    def note(self, record: MetricRecord) -> None:
+        self.step = max(self.step, record.step)
+        if record.split == "train":
+            self.train = record.values
+        else:
+            self.val = record.values
+
+    def is_done(self) -> bool:
+        return self.total_steps > 0 and self.step >= self.total_steps
+
+    def position(self) -> str:
+        if self.total_steps > 0:
+            return f"{self.step:,}/{self.total_steps:,}"
+        return f"{self.step:,}"
+
+    def time_left(self) -> str:
+        if self.closed or self.is_done():
+            return f"took {short_time(self._clock() - self._began)}"
+        seconds = self._pace.seconds_left(self.total_steps) if self.total_steps > 0 else None
+        if seconds is not None:
+            return f"{short_time(seconds)} left"
+        return "starting" if self.step == 0 else ""
+
+    def train_figures(self) -> list[tuple[str, str]]:
+        """Label and value of what a logged step has to say, the most telling first."""
+        shown = [("loss", _loss, "loss"), ("lr", "{:.2e}".format, "lr")]
+        figures = [
+            (label, show(self.train[key])) for key, show, label in shown if key in self.train
+        ]
+        if "tokens_per_sec" in self.train:
+            figures.append(("tokens/s", short_number(self.train["tokens_per_sec"])))
+        return figures
+
+    def val_figures(self) -> list[tuple[str, str]]:
+        """Label and value of the last validation."""
+        shown: list[tuple[str, Callable[[float], str], str]] = [
+            ("loss", _loss, "val loss"),
+            ("bits_per_byte", "{:.3f}".format, "bits/byte"),
+            ("ppl", lambda value: f"{value:,.4g}" if value < 1e5 else f"{value:.2e}", "perplexity"),
+        ]
+        return [(label, show(self.val[key])) for key, show, label in shown if key in self.val]
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else str(value)
+
+
+class _PlainDisplay:
+    """Lines of text without any control sequence, few enough for a log file."""
+
+    def __init__(
+        self, status: _Status, write: Callable[[str], int], clock: Callable[[], float]
+    ) -> None:
+        self.status = status
+        self._write = write
+        self._clock = clock
+        self._last_line = -math.inf
+
+    def heading(self, info: RunInfo) -> None:
+        self._line(f"{info.name}: {clean_text(info.heading)}")
+        resumed = f", going on after step {info.start_step:,}" if info.start_step else ""
+        self._line(f"kept in {info.folder}{resumed}")
+
+    def refresh(self) -> None:
+        """Nothing moves here."""
+
+    def record(self, record: MetricRecord) -> None:
+        status = self.status
+        if record.split == "val":
+            self._line(_joined([f"step {status.position()}", *_pairs(status.val_figures())]))
+            return
+        now = self._clock()
+        if now - self._last_line < PLAIN_INTERVAL_S and not status.is_done():
+            return
+        self._last_line = now
+        figures = _pairs(status.train_figures())
+        self._line(_joined([f"step {status.position()}", *figures, status.time_left()]))
+
+    def message(self, text: str, level: Level) -> None:
+        self._line(f"warning: {text}" if level == "warning" else text)
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self._line(f"sample after step {step:,}:")
+        for line in f"{prompt}{text}".rstrip().split("\n"):
+            self._line(f"    {line}".rstrip())
+
+    def close(self) -> None:
+        """Nothing to put back."""
+
+    def _line(self, text: str) -> None:
+        self._write(f"{text}\n")
+
+
+def _pairs(figures: list[tuple[str, str]]) -> list[str]:
+    return [f"{label} {value}" for label, value in figures]
+
+
+def _joined(parts: list[str]) -> str:
+    return "  ".join(part for part in parts if part)
+
+
+class _LiveDisplay:
+    """Two lines at the bottom that follow the run; everything else scrolls by above them."""
+
+    def __init__(self, status: _Status, console: Console, clock: Callable[[], float]) -> None:
+        self.status = status
+        self._console = console
+        self._clock = clock
+        self._live = Live(
+            console=console,
+            get_renderable=self._render,
+            auto_refresh=False,  # a thread would compete with training
+            redirect_stdout=False,  # standard output is for results; warnings go above the bar
+        )
+        self._last_refresh = -math.inf
+
+    def heading(self, info: RunInfo) -> None:
+        lines = [Text(info.name, style="bold cyan")]
+        lines += [Text(clean_text(line)) for line in info.heading.splitlines()]
+        resumed = f", going on after step {info.start_step:,}" if info.start_step else ""
+        lines.append(Text(f"kept in {info.folder}{resumed}", style=LABEL))
+        self._console.print(Group("", *lines, ""))
+        self._live.start(refresh=True)
+
+    def refresh(self, *, now: bool = False) -> None:
+        moment = self._clock()
+        if now or moment - self._last_refresh >= REFRESH_S:
+            self._last_refresh = moment
+            self._live.refresh()
+
+    def record(self, record: MetricRecord) -> None:
+        if record.split == "val":
+            figures = _styled(self.status.val_figures())
+            self._console.print(_fitted([Text(f"step {record.step:,}"), *figures], self._width()))
+        self.refresh()
+
+    def message(self, text: str, level: Level) -> None:
+        if level == "warning":
+            self._console.print(Text.assemble(("warning: ", "bold yellow"), text))
+        else:
+            self._console.print(Text(text))
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        panel = Panel(
+            Text.assemble((prompt, "bold"), text.rstrip()),
+            title=Text(f"sample after step {step:,}", style=LABEL),
+            title_align="left",
+            box=box.ROUNDED,
+            border_style=LABEL,
+        )
+        self._console.print(Constrain(panel, MAX_WIDTH))
+
+    def close(self) -> None:
+        self.status.closed = True
+        self._live.stop()
+
+    def _width(self) -> int:
+        return min(self._console.width, MAX_WIDTH)
+
+    def _render(self) -> RenderableType:
+        status = self.status
+        known = status.total_steps > 0
+        bar = ProgressBar(
+            total=status.total_steps if known else 1,
+            completed=min(status.step, status.total_steps) if known else 0,
+            complete_style="cyan",
+            finished_style="green",
+            style="bright_black",
+        )
+        row = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        row.add_column(ratio=1)
+        cells: list[RenderableType] = [bar]
+        share = f"{math.floor(100 * status.step / status.total_steps)}%" if known else ""
+        for text, style in ((status.position(), ""), (share, VALUE), (status.time_left(), "cyan")):
+            if text:
+                row.add_column(no_wrap=True, justify="right")
+                cells.append(Text(text, style=style))
+        row.add_row(*cells)
+        figures = _styled([*status.train_figures(), *status.val_figures()[:2]])
+        return Constrain(Group(row, _fitted(figures, self._width())), MAX_WIDTH)
+
+
+def _styled(figures: list[tuple[str, str]]) -> list[Text]:
+    return [
+        Text.assemble((f"{label} ", LABEL), (value, "bold red" if value == "nan" else VALUE))
+        for label, value in figures
+    ]
+
+
+def _fitted(parts: list[Text], width: int) -> Text:
+    """As many parts as one line of ``width`` holds."""
+    line = Text(no_wrap=True, overflow="ellipsis")
+    for part in parts:
+        gap = "   " if len(line) else ""
+        if len(line) + len(gap) + len(part) <= width:
+            line.append(gap)
+            line.append_text(part)
+    return line

@@ -1,0 +1,115 @@
+"""What a run tells its sinks, and the interface that every sink has."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from numbers import Integral
+from pathlib import Path
+from typing import Literal, Protocol, SupportsFloat, TypeAlias, runtime_checkable
+
+Split = Literal["train", "val"]
+Level = Literal["info", "warning"]
+JsonScalar: TypeAlias = str | int | float | None
+RESERVED = ("step", "split", "time")
+
+
+@dataclass(frozen=True)
+class MetricRecord:
+    """The figures of one step: ``step`` counts from 1, ``time`` is in unix seconds."""
+
+    step: int
+    split: Split
+    time: float
+    values: dict[str, float | int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        clash = [name for name in RESERVED if name in self.values]
+        assert not clash, f"{clash[0]!r} belongs to the record itself and cannot be a metric"
+
+    def to_json(self) -> dict[str, JsonScalar]:
+        """One flat mapping of strict JSON values; what is not finite becomes null."""
+        record: dict[str, JsonScalar] = {"step": self.step, "split": self.split, "time": self.time}
+        record.update({name: _plain(value) for name, value in self.values.items()})
+        return record
+
+    @classmethod
+    def from_json(cls, record: dict[str, JsonScalar]) -> MetricRecord:
+        """The record that ``to_json`` gave, null read back as not-a-number."""
+        values: dict[str, float | int] = {}
+        for name, value in record.items():
+            if name not in RESERVED:
+                assert not isinstance(value, str), f"metric {name!r} is text: {value!r}"
+                values[name] = math.nan if value is None else value
+        split: Split = "val" if record["split"] == "val" else "train"
+        return cls(int(record["step"] or 0), split, float(record["time"] or 0), values)
+
+
+def _plain(value: SupportsFloat) -> JsonScalar:
+    """A NumPy number as Python's own, since JSON knows no other."""
+    if isinstance(value, Integral):
+        return int(value)
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What a sink learns before the first step; ``total_steps`` is 0 while it is not known."""
+
+    name: str
+    folder: Path
+    total_steps: int
+    start_step: int  # the last step that is done already; 0 for a new run
+    heading: str  # the run in a line or two: size of the model, device, length
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Something that shows or keeps the figures of a run."""
+
+    def open(self, info: RunInfo) -> None:
+        """Begin, forgetting whatever an earlier process noted beyond ``info.start_step``."""
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Learn the run's length, where it was fixed only after the first steps were timed."""
+
+    def progress(self, step: int) -> None:
+        """Hear of every finished step; must be cheap."""
+
+    def write(self, record: MetricRecord) -> None:
+        """Take the figures of a logged step or of a validation."""
+
+    def message(self, text: str, level: Level) -> None:
+        """Take something worth a person's attention."""
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Take a text that the model wrote, ``text`` being what follows ``prompt``."""
+
+    def close(self) -> None:
+        """Finish; called once, also after an error."""
+
+
+class BaseSink:
+    """A sink that does nothing, for others to fill in only what they use."""
+
+    def open(self, info: RunInfo) -> None:
+        """Do nothing."""
+
+    def set_total_steps(self, total_steps: int) -> None:
+        """Do nothing."""
+
+    def progress(self, step: int) -> None:
+        """Do nothing."""
+
+    def write(self, record: MetricRecord) -> None:
+        """Do nothing."""
+
+    def message(self, text: str, level: Level) -> None:
+        """Do nothing."""
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""

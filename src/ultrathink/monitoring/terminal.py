@@ -1,0 +1,100 @@
+"""Writing for a person: is anyone watching, figures in short, and output that cannot end a run."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import sys
+from typing import IO, TextIO, cast
+
+from rich.console import Console
+
+from ultrathink.core.streams import discard
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class SafeStream:
+    """A text stream that falls silent when writing to it fails, instead of ending the run."""
+
+    def __init__(self, stream: IO[str] | None) -> None:
+        # rich puts a proxy in the place of sys.stderr while a bar is shown.
+        self._stream: IO[str] | None = getattr(stream, "rich_proxied_file", stream)
+        self.encoding: str = getattr(self._stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        if self._stream is not None:
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError:
+                self.write(text.encode("ascii", "replace").decode())
+            except (OSError, ValueError):  # the reader is gone, or the stream is closed
+                self._fall_silent()
+        return len(text)
+
+    def flush(self) -> None:
+        if self._stream is not None:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self._fall_silent()
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream is not None and self._stream.isatty()
+        except (OSError, ValueError):
+            return False
+
+    def fileno(self) -> int:
+        return self._stream.fileno() if self._stream is not None else -1
+
+    def _fall_silent(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            discard(stream)
+
+
+def is_interactive(stream: SafeStream) -> bool:
+    """Whether a person watches ``stream`` on a terminal that can redraw lines."""
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    return stream.isatty() and not dumb and not os.environ.get("CI")
+
+
+def make_console(stream: SafeStream) -> Console:
+    """A rich console for a terminal, which prints text as it is: no markup, no emoji."""
+    return Console(
+        file=cast(TextIO, stream), force_terminal=True, markup=False, emoji=False, highlight=False
+    )
+
+
+def error_stream(stream: IO[str] | None = None) -> SafeStream:
+    """``stream``, or standard error: standard output is for results."""
+    return SafeStream(stream if stream is not None else sys.stderr)
+
+
+def clean_text(text: str) -> str:
+    """``text`` with control characters replaced, so that no model can steer a terminal."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n")).expandtabs(4)
+
+
+def short_number(value: float) -> str:
+    """A count in at most five characters: ``950``, ``18.2k``, ``1.31M``."""
+    if not math.isfinite(value):
+        return str(value)
+    for scale, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * scale:
+            return f"{value / scale:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def short_time(seconds: float) -> str:
+    """A length of time in two units at most: ``42s``, ``4m 10s``, ``3h 05m``, ``2d 4h``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    if whole < 86_400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86_400}d {whole % 86_400 // 3600}h"

@@ -1,0 +1,55 @@
+"""Atomic writes: the old file or the new one, never half of one."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from ultrathink.core.files import file_sha256, sync_folder, write_atomic
+
+
+def test_text_and_bytes_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, "naïve\n")
+    assert path.read_bytes() == "naïve\n".encode()
+    write_atomic(path, b"\x00\x01")
+    assert path.read_bytes() == b"\x00\x01"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_crash_leaves_the_old_file_and_nothing_beside_it(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, "old")
+
+    def crash(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, step, crash)
+    with pytest.raises(OSError, match="no space left"):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_file_is_on_the_disk_before_it_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    real_fsync, real_replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), real_fsync(fd))[1])
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (calls.append("replace"), real_replace(a, b))[1]
+    )
+    write_atomic(tmp_path / "file", "text")
+    assert calls == ["fsync", "replace"]
+
+
+def test_sums_and_folders(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc" * 100_000)
+    assert file_sha256(path) == hashlib.sha256(b"abc" * 100_000).hexdigest()
+    sync_folder(tmp_path)

@@ -1,0 +1,383 @@
+"""The console: lines for a file, a bar for a person, and nothing that can end a run."""
+
+import io
+import math
+import os
+import pty
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from ultrathink.monitoring import MetricRecord, RunInfo
+from ultrathink.monitoring.console import ConsoleSink
+from ultrathink.monitoring.preparation import PreparationDisplay
+
+SIMULATION = textwrap.dedent(
+    """
+    import sys, warnings
+    from pathlib import Path
+    from ultrathink.monitoring import MetricRecord, RunInfo
+    from ultrathink.monitoring.console import ConsoleSink
+    from ultrathink.monitoring.preparation import PreparationDisplay
+
+    with PreparationDisplay() as display:
+        display("tokenizing", 5, 10)
+        display("tokenizing", 10, 10)
+    sink = ConsoleSink()
+    sink.open(RunInfo("demo", Path("runs/demo"), 50, 0, "4M parameters"))
+    for step in range(1, 51):
+        sink.progress(step)
+        sink.write(MetricRecord(step, "train", 0.0, {"loss": 3.0}))
+    warnings.warn("from a library")
+    sink.message("look here", "warning")
+    sink.write(MetricRecord(50, "val", 0.0, {"loss": 3.25, "bits_per_byte": 1.5}))
+    sink.sample(50, "def f(", "x): [bold]")
+    sink.close()
+    print("the result")
+    """
+)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+    def text(self) -> str:
+        """What was printed, without the sequences that move and colour."""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.getvalue())
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CI", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def info(total_steps: int = 100, start_step: int = 0) -> RunInfo:
+    return RunInfo("demo", Path("runs/demo"), total_steps, start_step, "4M parameters\non a cpu")
+
+
+def train(step: int, **values: float) -> MetricRecord:
+    return MetricRecord(step, "train", 0.0, {"loss": 3.0, "lr": 0.01, **values})
+
+
+def val(step: int) -> MetricRecord:
+    return MetricRecord(step, "val", 0.0, {"loss": 3.25, "bits_per_byte": 1.5, "ppl": 25.79})
+
+
+def simulate(clock: Clock, sink: ConsoleSink, *, steps: int, seconds: float) -> None:
+    for step in range(1, steps + 1):
+        clock.now += seconds
+        sink.progress(step)
+        if step == 1 or step % 10 == 0:
+            sink.write(train(step, tokens_per_sec=18_211.0))
+
+
+# -- lines ------------------------------------------------------------------------------------
+
+
+def test_a_file_gets_plain_lines() -> None:
+    stream, clock = io.StringIO(), Clock()
+    sink = ConsoleSink(stream, clock)
+    sink.open(info())
+    simulate(clock, sink, steps=100, seconds=0.5)
+    sink.write(val(100))
+    sink.message("look here", "warning")
+    sink.message("all is well", "info")
+    sink.sample(100, 'def f():\n    """', "Do it.\x1b[31m")
+    sink.close()
+    assert stream.getvalue() == textwrap.dedent(
+        '''\
+        demo: 4M parameters
+        on a cpu
+        kept in runs/demo
+        step 1/100  loss 3.0000  lr 1.00e-02  tokens/s 18.2k
+        step 10/100  loss 3.0000  lr 1.00e-02  tokens/s 18.2k  45s left
+        step 20/100  loss 3.0000  lr 1.00e-02  tokens/s 18.2k  40s left
+        step 30/100  loss 3.0000  lr 1.00e-02  tokens/s 18.2k  35s left
+        step 40/100  loss 3.0000  lr 1.00e-02  tokens/s 18.2k  30s left
+        step 50/100  loss 3.0000  lr 1.00e-02  tokens/s 18.2k  25s left
+        step 60/100  loss 3.0000  lr 1.00e-02  tokens/s 18.2k  20s left
+        step 70/100  loss 3.0000  lr 1.00e-02  tokens/s 18.2k  15s left
+        step 80/100  loss 3.0000  lr 1.00e-02  tokens/s 18.2k  10s left
+        step 90/100  loss 3.0000  lr 1.00e-02  tokens/s 18.2k  5s left
+        step 100/100  loss 3.0000  lr 1.00e-02  tokens/s 18.2k  took 50s
+        step 100/100  val loss 3.2500  bits/byte 1.500  perplexity 25.79
+        warning: look here
+        all is well
+        sample after step 100:
+            def f():
+                """Do it.\ufffd[31m
+        '''
+    )
+
+
+def test_lines_keep_their_distance_but_for_validation_and_the_last() -> None:
+    stream, clock = io.StringIO(), Clock()
+    sink = ConsoleSink(stream, clock)
+    sink.open(info(total_steps=500))
+    simulate(clock, sink, steps=500, seconds=1 / 64)  # 51 records in 8 seconds
+    sink.write(val(500))
+    lines = stream.getvalue().splitlines()[3:]
+    shown = [line.split("  ")[0].removeprefix("step ") for line in lines]
+    assert shown == ["1/500", "130/500", "260/500", "390/500", "500/500", "500/500"]
+
+
+def test_a_length_that_becomes_known_later_is_shown_from_then_on() -> None:
+    stream, clock = io.StringIO(), Clock()
+    sink = ConsoleSink(stream, clock)
+    sink.open(info(total_steps=0))
+    sink.progress(1)
+    sink.write(train(1))
+    sink.set_total_steps(40)
+    clock.now = 9.0
+    sink.progress(10)
+    sink.write(train(10))
+    lines = stream.getvalue().splitlines()[3:]
+    assert lines == [
+        "step 1  loss 3.0000  lr 1.00e-02",
+        "step 10/40  loss 3.0000  lr 1.00e-02  30s left",
+    ]
+
+
+def test_a_resumed_run_says_from_where() -> None:
+    for stream in (io.StringIO(), Terminal()):
+        sink = ConsoleSink(stream)
+        sink.open(info(start_step=1200))
+        sink.close()
+        assert "kept in runs/demo, going on after step 1,200" in stream.getvalue()
+
+
+def test_a_loss_that_is_no_number_is_shown_as_such() -> None:
+    stream = io.StringIO()
+    sink = ConsoleSink(stream)
+    sink.open(info())
+    sink.write(train(1, loss=math.nan, tokens_per_sec=math.inf))
+    assert "loss nan  lr 1.00e-02  tokens/s inf" in stream.getvalue()
+
+
+@pytest.mark.parametrize("variable", ["TERM=dumb", "CI=true"])
+def test_a_terminal_that_cannot_redraw_gets_lines(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _, value = variable.partition("=")
+    monkeypatch.setenv(name, value)
+    stream = Terminal()
+    sink = ConsoleSink(stream)
+    sink.open(info())
+    sink.progress(1)
+    sink.write(train(1))
+    sink.close()
+    assert "\x1b" not in stream.getvalue()
+    assert "step 1/100  loss 3.0000" in stream.getvalue()
+
+
+# -- the bar ----------------------------------------------------------------------------------
+
+
+def shown_on_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream, clock = Terminal(), Clock()
+    sink = ConsoleSink(stream, clock)
+    sink.open(info())
+    simulate(clock, sink, steps=50, seconds=0.5)
+    sink.write(val(50))
+    sink.message("look [bold]here[/]", "warning")
+    sink.sample(50, "def f(", "x): [bold]\x1b[2J :smile:")
+    clock.now += 1
+    sink.progress(51)
+    last_frame = stream.text()[-4 * width :]
+    sink.close()
+    return stream.text(), last_frame
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_bar_shows_where_the_run_stands(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, frame = shown_on_terminal(width, monkeypatch)
+    assert "51/100  51%  25s left" in frame
+    assert "loss 3.0000   lr 1.00e-02   tokens/s 18.2k   val loss 3.2500   bits/byte 1.500" in frame
+    assert "step 50   val loss 3.2500   bits/byte 1.500   perplexity 25.79" in text
+    assert "warning: look [bold]here[/]" in text
+    assert "def f(x): [bold]\ufffd[2J :smile:" in text
+    assert "sample after step 50" in text
+    assert max(map(len, re.split(r"[\r\n]", text))) <= min(width, 100)
+
+
+def test_what_does_not_fit_a_narrow_terminal_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, frame = shown_on_terminal(40, monkeypatch)
+    assert "51/100  51%  25s left" in frame
+    assert "loss 3.0000   lr 1.00e-02" in frame
+    assert "val loss 3.2500   bits/byte 1.500   perplexity" not in text
+    assert max(map(len, re.split(r"[\r\n]", text))) <= 40
+
+
+def test_the_terminal_is_left_as_it_was() -> None:
+    stream = Terminal()
+    stderr, stdout = sys.stderr, sys.stdout
+    num_threads = threading.active_count()
+    sink = ConsoleSink(stream)
+    sink.open(info())
+    assert threading.active_count() == num_threads  # none that would compete with training
+    assert "\x1b[?25l" in stream.getvalue()  # the cursor is hidden
+    assert sys.stdout is stdout
+    sink.close()
+    sink.close()
+    assert stream.getvalue().rstrip().endswith("\x1b[?25h")
+    assert sys.stderr is stderr
+
+
+def test_the_bar_is_redrawn_a_few_times_a_second_at_most() -> None:
+    stream, clock = Terminal(), Clock()
+    sink = ConsoleSink(stream, clock)
+    sink.open(info(total_steps=10_000))
+    simulate(clock, sink, steps=10_000, seconds=0.001)  # ten seconds
+    assert stream.text().count("tokens/s") <= 52
+    sink.close()
+
+
+def test_an_unknown_length_has_no_share_and_no_time() -> None:
+    stream, clock = Terminal(), Clock()
+    sink = ConsoleSink(stream, clock)
+    sink.open(info(total_steps=0))
+    simulate(clock, sink, steps=30, seconds=0.5)
+    sink.close()
+    assert "%" not in stream.text()
+    assert "left" not in stream.text()
+
+
+# -- streams that fail ------------------------------------------------------------------------
+
+
+class Broken(Terminal):
+    terminal = True
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_reader_that_is_gone_does_not_end_the_run(terminal: bool) -> None:
+    stream = Broken()
+    stream.terminal = terminal
+    sink = ConsoleSink(stream)
+    sink.open(info())
+    sink.progress(1)
+    sink.write(train(1))
+    sink.write(val(1))
+    sink.message("a", "info")
+    sink.sample(1, "a", "b")
+    sink.close()
+
+
+def run_simulation(stderr: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", SIMULATION],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        timeout=60,
+        check=False,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+    )
+
+
+def test_a_closed_pipe_leaves_the_exit_status_alone() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = run_simulation(writing)
+    os.close(writing)
+    assert (done.returncode, done.stdout) == (0, "the result\n")
+
+
+def test_piped_progress_is_plain_and_on_standard_error() -> None:
+    done = run_simulation(subprocess.PIPE)
+    assert done.stdout == "the result\n"
+    assert "\x1b" not in done.stderr
+    assert done.stderr.splitlines()[0].startswith("tokenizing: 10 in ")
+    assert "step 50/50  loss 3.0000  took" in done.stderr
+
+
+def test_on_a_real_terminal_standard_output_stays_free() -> None:
+    ours, theirs = pty.openpty()
+    done = run_simulation(theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(ours)
+    assert done.stdout == "the result\n"
+    text = shown.decode()
+    assert "\x1b[?25l" in text
+    assert text.rstrip().endswith("\x1b[?25h")
+    assert "from a library" in text
+    assert "100%" in text
+
+
+# -- preparation ------------------------------------------------------------------------------
+
+
+def test_preparation_is_one_line_for_each_label_in_a_file() -> None:
+    stream = io.StringIO()
+    with PreparationDisplay(stream) as display:
+        for done in range(0, 1201, 100):
+            display("reading", done, 1200)
+        display("reading", 1200, 1200)
+        display("learning", 0, 0)
+        assert "learning" not in stream.getvalue()
+        display("tokenizing", 0, 50)  # so learning is finished
+        assert stream.getvalue().endswith("learning: 0s\n")
+        display("tokenizing", 50, 50)
+        display("saving", 3, 0)
+    lines = stream.getvalue().splitlines()
+    assert lines == ["reading: 1,200 in 0s", "learning: 0s", "tokenizing: 50 in 0s",
+                     "saving: 3 in 0s"]  # fmt: skip
+
+
+def test_preparation_that_fails_claims_nothing() -> None:
+    stream = io.StringIO()
+
+    def fail() -> None:
+        with PreparationDisplay(stream) as display:
+            display("learning", 0, 0)
+            display("reading", 7, 1200)
+            display("saving", 0, 0)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert stream.getvalue() == "learning: 0s\n"
+
+
+def test_preparation_has_a_bar_on_a_terminal() -> None:
+    stream = Terminal()
+    with PreparationDisplay(stream) as display:
+        display("reading [bold]", 600, 1200)
+        display("reading [bold]", 1200, 1200)
+    assert "reading [bold]" in stream.text()
+    assert "1.2k/1.2k" in stream.text()
+    assert stream.getvalue().rstrip().endswith("\x1b[?25h")

@@ -1,0 +1,57 @@
+"""Trading computation for memory: what a block saves for the backward pass.
+
+https://pytorch.org/blog/activation-checkpointing-techniques/
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from ultrathink.core.errors import ConfigError, suggestion
+
+CheckpointingMode = Literal["none", "selective", "full"]
+MODES: tuple[str, ...] = ("none", "selective", "full")
+
+_aten = torch.ops.aten
+# What "selective" keeps: the products, which are dear to compute again.
+PRODUCTS = [
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.baddbmm.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+def check_mode(mode: str) -> CheckpointingMode:
+    """``mode`` itself; ConfigError for one that does not exist."""
+    if mode not in MODES:
+        raise ConfigError(
+            f"there is no activation checkpointing called {mode!r}. {suggestion(mode, MODES)}"
+        )
+    return mode  # type: ignore[return-value]
+
+
+def run_checkpointed(
+    mode: CheckpointingMode, block: Callable[..., Tensor], *args: Any
+) -> Tensor:
+    """``block(*args)``, of which the backward pass computes again what ``mode`` does not keep.
+
+    ``full`` keeps the block's input alone, ``selective`` its products too.
+    """
+    if mode == "none":
+        return block(*args)
+    options: dict[str, Any] = {}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, PRODUCTS)
+    out: Tensor = checkpoint(block, *args, use_reentrant=False, **options)
+    return out

@@ -1,0 +1,55 @@
+"""How many parameters a model has, and how much arithmetic a token costs.
+
+The count of https://arxiv.org/abs/2204.02311, appendix B, with causal attention counted once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+from ultrathink.config.model import ModelConfig
+
+
+class ParameterCounts(NamedTuple):
+    """Numbers of parameters; a shared embedding counts once in ``total``."""
+
+    total: int
+    matrices: int
+    """Those a token is multiplied with: all matrices and the head, not the embedding lookup."""
+
+
+def count_parameters(model: nn.Module) -> ParameterCounts:
+    """Count the parameters of a ``Transformer``, on any device."""
+    total = matrices = 0
+    is_tied = True
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        is_tied = is_tied and not name.startswith("head.")
+        if parameter.dim() > 1 and not name.startswith("embedding."):
+            matrices += parameter.numel()
+    if is_tied:
+        matrices += model.get_parameter("embedding.weight").numel()
+    return ParameterCounts(total, matrices)
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Floating point operations of a forward and backward pass for one token of ``seq_len``.
+
+    ``6 * M + 6 * num_layers * num_heads * head_dim * (seq_len + 1)``: M parameters in matrices
+    (head included, embedding lookup not) take 2 operations forward and 4 backward each; a query
+    meets (seq_len + 1) / 2 keys on average, twice (scores and values). Nothing is counted for
+    recomputation, norms and softmax. ``config.vocab_size`` must be set.
+    """
+    config = config.resolved()
+    assert config.vocab_size is not None, "the vocabulary is set before training"
+    assert config.num_kv_heads is not None, "the configuration is resolved first"
+    assert config.head_dim is not None, "the configuration is resolved first"
+    assert config.intermediate_size is not None, "the configuration is resolved first"
+    attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    feed_forward = (3 if config.feed_forward == "swiglu" else 2) * config.intermediate_size
+    block = config.hidden_size * (attention + feed_forward)
+    matrices = config.num_layers * block + config.vocab_size * config.hidden_size
+    heads_width = config.num_heads * config.head_dim
+    return 6.0 * matrices + 6.0 * config.num_layers * heads_width * (seq_len + 1)

@@ -1,0 +1,40 @@
+"""How weights start: a truncated normal, smaller where a layer writes to the residual stream.
+
+After GPT-2 (https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf,
+section 2.3): 2 * num_layers projections add up in the residual stream, so each starts at
+std / sqrt(2 * num_layers).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ultrathink.config.model import ModelConfig
+
+CUT = 3.0  # in standard deviations
+RESIDUAL_WEIGHTS = ("attention.output.weight", "feed_forward.down.weight")
+
+
+@torch.no_grad()
+def init_parameters(
+    model: nn.Module, config: ModelConfig, generator: torch.Generator | None = None
+) -> None:
+    """Set every parameter of ``model`` in place; norms to one, matrices by ``config.init``."""
+    std = config.init.std
+    residual_std = 0.0 if config.init.residual == "zero" else std / (2 * config.num_layers) ** 0.5
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            nn.init.ones_(parameter)
+        elif not name.endswith(RESIDUAL_WEIGHTS):
+            _truncated_normal(parameter, std, generator)
+        elif residual_std == 0.0:
+            nn.init.zeros_(parameter)
+        else:
+            _truncated_normal(parameter, residual_std, generator)
+
+
+def _truncated_normal(
+    parameter: torch.Tensor, std: float, generator: torch.Generator | None
+) -> None:
+    nn.init.trunc_normal_(parameter, 0.0, std, -CUT * std, CUT * std, generator=generator)

@@ -1,0 +1,152 @@
+"""Cross-entropy of a linear head that never holds the logits of a whole batch.
+
+The gradients with respect to the hidden states and the head are computed chunk by chunk, in the
+forward pass, while a chunk's logits are at hand; the backward pass only scales them. After
+https://arxiv.org/abs/2411.09009 and https://arxiv.org/abs/2410.10989. The z-loss is that of
+https://arxiv.org/abs/2204.02311.
+
+Shapes: N tokens (all of a batch), C hidden size, V vocabulary, n tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORED_LABEL = -100
+CHUNK_TOKENS = 1024
+MAX_CHUNKS = 16
+
+
+class HeadLoss(NamedTuple):
+    """Sums over the trained tokens of a batch, all of them scalars."""
+
+    cross_entropy: Tensor
+    """In nats, at least float32."""
+
+    z_loss: Tensor | None
+    """``weight * log_partition²``, at least float32; None when the weight is zero."""
+
+    num_correct: Tensor | None
+    """Tokens whose most likely prediction is the label; None unless asked for."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    z_weight: float = 0.0,
+    count_correct: bool = False,
+) -> HeadLoss:
+    """Summed cross-entropy of ``hidden @ weight.T`` against ``labels``.
+
+    ``hidden`` is ``[N, C]``, ``weight`` ``[V, C]`` (cast to the dtype of ``hidden``), ``labels``
+    ``[N]`` with ``IGNORED_LABEL`` where nothing is trained. Softmax runs in at least float32.
+    Where gradients are disabled none are computed.
+    """
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if needs_grad:
+        cross_entropy, z_loss, num_correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, labels, z_weight, count_correct
+        )
+    else:
+        sums = _forward(hidden, weight, labels, z_weight, count_correct, with_grad=False)
+        cross_entropy, z_loss, num_correct = sums.cross_entropy, sums.z_loss, sums.num_correct
+    return HeadLoss(
+        cross_entropy, z_loss if z_weight > 0 else None, num_correct if count_correct else None
+    )
+
+
+class _Sums(NamedTuple):
+    cross_entropy: Tensor
+    z_loss: Tensor
+    num_correct: Tensor
+    gradients: list[Tensor]  # (hidden, weight) of the cross-entropy, then of the z-loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_weight: float, count: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sums = _forward(hidden, weight, labels, z_weight, count, with_grad=True)
+        ctx.save_for_backward(*sums.gradients)
+        ctx.mark_non_differentiable(sums.num_correct)
+        return sums.cross_entropy, sums.z_loss, sums.num_correct
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, *of_z_loss = ctx.saved_tensors
+        scale = grad_outputs[0]  # at least float32: rounding it would scale every gradient alike
+        grad_hidden, grad_weight = hidden.to(scale.dtype) * scale, weight.to(scale.dtype) * scale
+        if of_z_loss:
+            scale = grad_outputs[1]
+            grad_hidden = grad_hidden + of_z_loss[0].to(scale.dtype) * scale
+            grad_weight = grad_weight + of_z_loss[1].to(scale.dtype) * scale
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None
+
+
+def _forward(
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_weight: float, count: bool, *, with_grad: bool
+) -> _Sums:
+    """Sums over all chunks and, where asked for, their gradients."""
+    precise = torch.promote_types(hidden.dtype, torch.float32)
+    head = weight.to(hidden.dtype)
+    cross_entropy = torch.zeros((), dtype=precise, device=hidden.device)
+    z_loss, num_correct = cross_entropy, torch.zeros((), dtype=torch.int64, device=hidden.device)
+    num_losses = (2 if z_weight > 0 else 1) if with_grad else 0
+    grad_hidden: list[list[Tensor]] = [[] for _ in range(num_losses)]
+    grad_weight: list[Tensor | None] = [None] * num_losses
+    size = chunk_tokens(hidden.shape[0])
+    for start in range(0, hidden.shape[0], size):
+        rows, targets = hidden[start : start + size], labels[start : start + size]
+        trained = (targets != IGNORED_LABEL)[:, None]  # [n, 1]
+        targets = torch.where(trained, targets[:, None], 0)  # [n, 1]
+        logits = (rows @ head.T).to(precise)  # [n, V]
+        log_partition = logits.logsumexp(-1, keepdim=True)  # [n, 1]
+        target_logits = logits.gather(-1, targets)
+        cross_entropy = cross_entropy + torch.where(
+            trained, log_partition - target_logits, 0.0
+        ).sum()
+        if z_weight > 0:
+            squares = torch.where(trained, log_partition.square(), 0.0)
+            z_loss = z_loss + z_weight * squares.sum()
+        if count:
+            hits = (logits.argmax(-1, keepdim=True) == targets) & trained
+            num_correct = num_correct + hits.sum()
+        if not with_grad:
+            continue
+        slopes = _logit_gradients(logits, log_partition, targets, trained, z_weight)
+        for index, slope in enumerate(slopes):
+            slope = slope.to(hidden.dtype)
+            grad_hidden[index].append(slope @ head)
+            product = (slope.T @ rows).to(precise)  # chunks are added in full precision
+            total = grad_weight[index]
+            grad_weight[index] = product if total is None else total + product
+    gradients: list[Tensor] = []
+    for parts, total in zip(grad_hidden, grad_weight, strict=True):
+        gradients.append(torch.cat(parts) if parts else torch.zeros_like(hidden))
+        gradients.append(torch.zeros_like(weight) if total is None else total.to(weight.dtype))
+    return _Sums(cross_entropy, z_loss, num_correct, gradients)
+
+
+def _logit_gradients(
+    logits: Tensor, log_partition: Tensor, targets: Tensor, trained: Tensor, z_weight: float
+) -> list[Tensor]:
+    """Gradients ``[n, V]`` of a chunk's cross-entropy and z-loss, zero where nothing is trained."""
+    probabilities = (logits - log_partition).exp()
+    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+    one_hot = (vocabulary == targets).to(logits.dtype)
+    gradients = [torch.where(trained, probabilities - one_hot, 0.0)]
+    if z_weight > 0:
+        slope = torch.where(trained, 2 * z_weight * log_partition, 0.0)
+        gradients.append(probabilities * slope)
+    return gradients
+
+
+def chunk_tokens(num_tokens: int) -> int:
+    """Tokens of a chunk: ``CHUNK_TOKENS``, or more where that would make over ``MAX_CHUNKS``."""
+    return max(CHUNK_TOKENS, -(-num_tokens // MAX_CHUNKS))

@@ -1,0 +1,30 @@
+"""What a forward pass returns."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class ModelOutput(NamedTuple):
+    """Logits of a forward pass without labels, or the summed loss of one with them.
+
+    A named tuple, so that wrappers which look for tensors in an output (data parallel engines,
+    compilers) find them.
+    """
+
+    logits: Tensor | None = None
+    """``[B, T, vocab_size]``; None when labels were given."""
+
+    loss: Tensor | None = None
+    """Sum of the cross-entropy over trained tokens, in nats, without auxiliary losses."""
+
+    num_tokens: Tensor | None = None
+    """Number of trained tokens, a 64-bit integer; the loss is divided by it once per step."""
+
+    aux_losses: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
+    """Weighted auxiliary losses by name, summed over trained tokens; add them to the loss."""
+
+    stats: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
+    """Observations that carry no gradient: ``num_correct`` in evaluation mode."""

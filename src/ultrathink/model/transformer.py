@@ -1,0 +1,222 @@
+"""The decoder. https://arxiv.org/abs/2302.13971
+
+Shapes: B batch, T tokens, S keys (T and those in a cache), C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ultrathink.config.model import ATTENTION_BACKENDS, FEED_FORWARDS, ModelConfig
+from ultrathink.core.errors import ConfigError
+from ultrathink.model.activation_checkpointing import (
+    CheckpointingMode,
+    check_mode,
+    run_checkpointed,
+)
+from ultrathink.model.attention import Attention
+from ultrathink.model.attention_backends import READS_DOCUMENTS, AttentionBackend
+from ultrathink.model.attention_mask import AttentionMask, build_mask
+from ultrathink.model.cache import KVCache
+from ultrathink.model.compute_path import ComputePath
+from ultrathink.model.embedding import Embedding
+from ultrathink.model.init import init_parameters
+from ultrathink.model.linear import Linear
+from ultrathink.model.loss import IGNORED_LABEL, linear_cross_entropy
+from ultrathink.model.norm import RMSNorm
+from ultrathink.model.output import ModelOutput
+from ultrathink.model.rope import RotaryEmbedding
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each normalized before and added to its input."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.feed_forward = FEED_FORWARDS.load(config.feed_forward)(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos_sin: Tensor,
+        mask: AttentionMask | None,
+        backend: AttentionBackend,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """Map the residual stream ``[B, T, C]`` to ``[B, T, C]``."""
+        attended = self.attention(self.attention_norm(x), cos_sin, mask, backend, cache)
+        x = x + F.dropout(attended, self.dropout, self.training)
+        fed = self.feed_forward(self.feed_forward_norm(x))
+        return x + F.dropout(fed, self.dropout, self.training)
+
+
+class Transformer(nn.Module):
+    """A Llama-class decoder built from a configuration with a vocabulary.
+
+    ``compute_dtype`` is the precision of activations and products; None is that of the weights.
+    Raises ConfigError where ``vocab_size`` is unset.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config.resolved()
+        if self.config.vocab_size is None:
+            raise ConfigError(
+                "model.vocab_size is not set; it follows from the tokenizer, or set it yourself."
+            )
+        self.compute_dtype: torch.dtype | None = None
+        self.activation_checkpointing: CheckpointingMode = "none"
+        self.embedding = Embedding(self.config.vocab_size, self.config.hidden_size)
+        self.blocks = nn.ModuleList(
+            Block(self.config, layer) for layer in range(self.config.num_layers)
+        )
+        self.norm = RMSNorm(self.config.hidden_size, self.config.norm_eps)
+        self.head: Linear | None = None
+        if not self.config.tie_embeddings:
+            self.head = Linear(self.config.hidden_size, self.config.vocab_size)
+        self.rope = RotaryEmbedding(self.config)
+        self.set_attention_backend(self.config.attention.backend)
+        if not self.embedding.weight.is_meta:
+            self.init_weights()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output projection ``[V, C]``, which may be the embedding."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that activations have."""
+        return self.compute_dtype or self.embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        path: ComputePath | None = None,
+        last_only: bool = False,
+    ) -> ModelOutput:
+        """Logits ``[B, T, V]``, or with ``labels`` the summed loss without ever holding them.
+
+        ``input_ids``, ``labels`` (the target of each position, -100 where nothing is trained) and
+        ``document_ids`` are ``[B, T]``. ``positions`` is ``[T]`` or ``[B, T]`` and counts from the
+        cache's length when None. ``attention_mask`` is boolean (True = attend) or additive,
+        ``[B, S]`` or broadcastable to ``[B, H, T, S]``. ``last_only`` gives the logits
+        ``[B, 1, V]`` of the last position. Raises ValueError for shapes that do not fit.
+        """
+        _check_shapes(input_ids, labels, positions, document_ids, cache)
+        B, T = input_ids.shape
+        layers = (path or ComputePath()).indices(len(self.blocks))
+        offset = 0
+        if cache is not None:
+            cache.begin(B, T, layers)
+            offset = cache.length
+        mask = build_mask(
+            batch_size=B,
+            num_heads=self.config.num_heads,
+            num_queries=T,
+            num_keys=offset + T,
+            dtype=self.dtype,
+            device=input_ids.device,
+            attention_mask=attention_mask,
+            document_ids=document_ids,
+            dense_documents=not self._reads_documents,
+        )
+        cos_sin = self.rope(positions, T, offset)
+        x = self.embedding(input_ids).to(self.dtype)
+        x = F.dropout(x, self.config.dropout, self.training)
+        recompute = torch.is_grad_enabled() and cache is None
+        mode: CheckpointingMode = self.activation_checkpointing if recompute else "none"
+        for layer in layers:
+            x = run_checkpointed(mode, self.blocks[layer], x, cos_sin, mask, self._backend, cache)
+        if cache is not None:
+            cache.advance(T)
+        if labels is not None:
+            return self._loss(self.norm(x), labels.flatten())
+        x = self.norm(x[:, -1:] if last_only else x)
+        return ModelOutput(logits=F.linear(x, self.head_weight.to(x.dtype)))
+
+    def _loss(self, x: Tensor, labels: Tensor) -> ModelOutput:
+        sums = linear_cross_entropy(
+            x.flatten(0, 1),
+            self.head_weight,
+            labels,
+            z_weight=self.config.z_loss,
+            count_correct=not self.training,
+        )
+        return ModelOutput(
+            loss=sums.cross_entropy,
+            num_tokens=(labels != IGNORED_LABEL).sum(),
+            aux_losses={} if sums.z_loss is None else {"z_loss": sums.z_loss},
+            stats={} if sums.num_correct is None else {"num_correct": sums.num_correct},
+        )
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Start every weight anew by ``config.init``, and compute the rotary tables again."""
+        init_parameters(self, self.config, generator)
+        self.rope.reset_tables()
+
+    def set_attention_backend(self, name: str) -> None:
+        """Compute attention with the registered backend ``name``; ``auto`` means sdpa here."""
+        name = "sdpa" if name == "auto" else name
+        self._backend: AttentionBackend = ATTENTION_BACKENDS.load(name)
+        self._reads_documents = name in READS_DOCUMENTS
+        self.attention_backend = name
+
+    def set_activation_checkpointing(self, mode: str) -> None:
+        """Keep every activation (``none``), the products (``selective``) or each block's input
+        (``full``) for the backward pass; without effect where no gradient is taken."""
+        self.activation_checkpointing = check_mode(mode)
+
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache of ``max_length`` positions for ``batch_size`` sequences."""
+        config = self.config
+        assert config.num_kv_heads is not None, "the configuration is resolved first"
+        assert config.head_dim is not None, "the configuration is resolved first"
+        return KVCache(
+            num_layers=config.num_layers,
+            batch_size=batch_size,
+            num_kv_heads=config.num_kv_heads,
+            max_length=max_length,
+            head_dim=config.head_dim,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+
+def _check_shapes(
+    input_ids: Tensor,
+    labels: Tensor | None,
+    positions: Tensor | None,
+    document_ids: Tensor | None,
+    cache: KVCache | None,
+) -> None:
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {list(input_ids.shape)}; it must be [B, T].")
+    B, T = input_ids.shape
+    for name, value in (("labels", labels), ("document_ids", document_ids)):
+        if value is not None and value.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} has shape {list(value.shape)}; it must be that of input_ids, [{B}, {T}]."
+            )
+    if positions is not None and tuple(positions.shape) not in ((T,), (1, T), (B, T)):
+        raise ValueError(
+            f"positions has shape {list(positions.shape)}; it must be [{T}] or [{B}, {T}]."
+        )
+    if cache is not None and document_ids is not None:
+        raise ValueError("document_ids cannot be used with a cache, which holds one document each.")

@@ -1,0 +1,193 @@
+"""The linear cross-entropy: values, gradients, chunks, masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ultrathink.model import loss as loss_module
+from ultrathink.model.loss import IGNORED_LABEL, HeadLoss, chunk_tokens, linear_cross_entropy
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 7)
+
+
+def make_inputs(
+    N: int = 23, C: int = 6, V: int = 11, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(N)
+    hidden = torch.randn(N, C, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(V, C, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(0, V, (N,), generator=generator)
+    labels[::4] = IGNORED_LABEL
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
+
+
+def reference(hidden: Tensor, weight: Tensor, labels: Tensor, z_weight: float) -> HeadLoss:
+    logits = hidden.double() @ weight.double().T
+    trained = labels != IGNORED_LABEL
+    squares = logits.logsumexp(-1).square() * trained
+    return HeadLoss(
+        F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL),
+        z_weight * squares.sum(),
+        ((logits.argmax(-1) == labels) & trained).sum(),
+    )
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("z_weight", [0.0, 0.01])
+def test_loss_passes_gradcheck(z_weight: float) -> None:
+    hidden, weight, labels = make_inputs()
+    assert chunk_tokens(23) < 23
+
+    def losses(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        out = linear_cross_entropy(hidden, weight, labels, z_weight=z_weight)
+        return (out.cross_entropy,) if out.z_loss is None else (out.cross_entropy, out.z_loss)
+
+    assert torch.autograd.gradcheck(losses, (hidden, weight))
+
+
+@settings(max_examples=30, deadline=None)
+@given(N=st.integers(1, 40), size=st.integers(1, 48), seed=st.integers(0, 9))
+def test_chunks_change_nothing(N: int, size: int, seed: int) -> None:
+    hidden, weight, _ = make_inputs(N)
+    labels = torch.randint(-1, 11, (N,), generator=torch.Generator().manual_seed(seed))
+    labels[labels < 0] = IGNORED_LABEL
+    expected = reference(hidden, weight, labels, 0.01)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_module, "CHUNK_TOKENS", size)
+        patch.setattr(loss_module, "MAX_CHUNKS", 100)
+        ours = linear_cross_entropy(hidden, weight, labels, z_weight=0.01, count_correct=True)
+    for value, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value, wanted)
+    # Scales that differ tell the gradients of the two losses apart.
+    inputs = (hidden, weight)
+    ours_grads = torch.autograd.grad(3 * ours[0] + 5 * ours[1], inputs)
+    expected_grads = torch.autograd.grad(3 * expected[0] + 5 * expected[1], inputs)
+    torch.testing.assert_close(ours_grads, expected_grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_softmax_runs_in_float32(dtype: torch.dtype) -> None:
+    hidden, weight, labels = make_inputs(200, C=16, V=300, dtype=dtype)
+    expected = reference(hidden, weight, labels, 0.0).cross_entropy
+    ours = linear_cross_entropy(hidden, weight, labels).cross_entropy
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-3, atol=0)
+    for value, wanted in zip(
+        torch.autograd.grad(ours / 150, (hidden, weight)),
+        torch.autograd.grad(expected / 150, (hidden, weight)),
+        strict=True,
+    ):
+        assert value.dtype == dtype
+        torch.testing.assert_close(value.double(), wanted.double(), rtol=0.02, atol=2e-4)
+
+
+def test_a_float32_head_gets_a_float32_gradient_from_bfloat16_activations() -> None:
+    hidden, weight, labels = make_inputs(dtype=torch.float32)
+    linear_cross_entropy(hidden.bfloat16(), weight, labels).cross_entropy.backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
+
+
+def test_the_gradients_of_all_chunks_are_added_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 1)
+    monkeypatch.setattr(loss_module, "MAX_CHUNKS", 4096)
+    # 2,000 equal rows: a sum in bfloat16 would stop growing at 256 times one row's gradient.
+    hidden = torch.ones(2000, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, requires_grad=True)
+    linear_cross_entropy(
+        hidden, weight, torch.zeros(2000, dtype=torch.int64)
+    ).cross_entropy.backward()
+    torch.testing.assert_close(weight.grad, torch.tensor([[-1000.0], [1000.0]]))
+
+
+def test_nothing_trained_gives_zero_and_zero_gradients() -> None:
+    hidden, weight, labels = make_inputs()
+    labels = torch.full_like(labels, IGNORED_LABEL)
+    out = linear_cross_entropy(hidden, weight, labels, z_weight=0.1, count_correct=True)
+    assert [value.item() for value in out if value is not None] == [0.0, 0.0, 0]
+    (out[0] + out[1]).backward()
+    assert torch.all(hidden.grad == 0)
+    assert torch.all(weight.grad == 0)
+
+
+def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, labels = make_inputs()
+    expected = linear_cross_entropy(hidden, weight, labels).cross_entropy
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("a gradient was computed")
+
+    monkeypatch.setattr(loss_module, "_logit_gradients", refuse)
+    with torch.no_grad():
+        out = linear_cross_entropy(hidden, weight, labels).cross_entropy
+    assert not out.requires_grad
+    torch.testing.assert_close(out, expected.detach())
+    with pytest.raises(AssertionError, match="a gradient was computed"):
+        linear_cross_entropy(hidden, weight, labels)
+
+
+def test_the_logits_of_a_whole_batch_are_never_held() -> None:
+    N, C, V = 4096, 8, 2048
+    hidden, weight, labels = make_inputs(N, C, V, dtype=torch.float32)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with Watch():
+        linear_cross_entropy(hidden, weight, labels, z_weight=0.1).cross_entropy.backward()
+    assert largest == chunk_tokens(N) * V
+    assert largest <= N * V / 4
+
+
+def test_chunks_are_few() -> None:
+    assert chunk_tokens(10) == loss_module.CHUNK_TOKENS
+    assert chunk_tokens(10**6) * loss_module.MAX_CHUNKS >= 10**6
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("backend", ["sdpa", "blocks"])
+def test_a_model_with_nothing_to_train_has_zero_gradients(
+    make_model: Any, tokens: Tensor, tied: bool, backend: str
+) -> None:
+    model = make_model(tie_embeddings=tied, z_loss=0.1, backend=backend)
+    out = model(tokens, torch.full_like(tokens, IGNORED_LABEL))
+    assert out.num_tokens.item() == 0
+    (out.loss + out.aux_losses["z_loss"]).backward()
+    assert out.loss.item() == 0
+    for parameter in model.parameters():
+        assert torch.all(parameter.grad == 0)
+
+
+def test_the_z_loss_is_apart_from_the_loss(make_model: Any, tokens: Tensor) -> None:
+    model = make_model(z_loss=0.1)
+    out = model(tokens, tokens.roll(-1, 1))
+    plain = linear_cross_entropy(
+        torch.zeros(1, 4), torch.zeros(5, 4), torch.zeros(1, dtype=torch.int64)
+    )
+    assert plain.z_loss is None
+    logits = model(tokens).logits.double()
+    expected = F.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten(), reduction="sum")
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert out.aux_losses["z_loss"].item() == pytest.approx(
+        0.1 * logits.logsumexp(-1).square().sum().item(), rel=1e-5
+    )

@@ -1,0 +1,322 @@
+"""The model as a whole: precisions, initialization, dropout, meta construction, metadata."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ultrathink.config.model import ModelConfig
+from ultrathink.core.errors import ConfigError
+from ultrathink.model import Transformer, count_parameters, flops_per_token
+from ultrathink.model.sharding import SHARDING_RULES
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["sdpa", "blocks", "eager"])
+@pytest.mark.parametrize("feed_forward", ["swiglu", "relu2"])
+def test_every_precision_runs_and_is_near_float64(
+    make_model: Any, tokens: Tensor, dtype: torch.dtype, compute_dtype: torch.dtype | None,
+    backend: str, feed_forward: str,
+) -> None:
+    options = {"feed_forward": feed_forward, "qk_norm": True, "init": {"std": 0.1}}
+    exact = make_model(dtype=torch.float64, **options)
+    model = make_model(dtype=dtype, backend=backend, **options)
+    model.load_state_dict(exact.state_dict())
+    model.compute_dtype = compute_dtype
+    labels = tokens.roll(-1, 1)
+    expected, ours = exact(tokens, labels), model(tokens, labels)
+    assert ours.loss.dtype == torch.promote_types(model.dtype, torch.float32)
+    is_exact = model.dtype == dtype and dtype in (torch.float32, torch.float64)
+    assert ours.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6 if is_exact else 0.01)
+    (expected.loss / expected.num_tokens).backward()
+    (ours.loss / ours.num_tokens).backward()
+    for parameter, wanted in zip(model.parameters(), exact.parameters(), strict=True):
+        assert parameter.grad.dtype == dtype
+        error = (parameter.grad.double() - wanted.grad).norm() / wanted.grad.norm()
+        assert error < (1e-5 if is_exact else 0.15)
+    logits = model(tokens).logits
+    assert logits.dtype == (compute_dtype or dtype)
+
+
+def test_float32_weights_get_float32_gradients_from_bfloat16_products(
+    make_model: Any, tokens: Tensor
+) -> None:
+    model = make_model()
+    model.compute_dtype = torch.bfloat16
+    seen: list[torch.dtype] = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    model(tokens, tokens).loss.backward()
+    assert seen == [torch.bfloat16, torch.bfloat16]  # the residual stream too
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_vocabulary_is_needed() -> None:
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is not set"):
+        Transformer(ModelConfig())
+
+
+@pytest.mark.parametrize("num_layers", [2, 8])
+def test_residual_projections_start_smaller_with_depth(num_layers: int) -> None:
+    config = ModelConfig(
+        hidden_size=128, num_layers=num_layers, num_heads=4, vocab_size=500, tie_embeddings=False,
+        qk_norm=True,
+    )
+    model = Transformer(config)
+    scaled = 0
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert torch.all(parameter == 1)
+            continue
+        is_residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
+        scaled += is_residual
+        std = 0.02 / (2 * num_layers) ** 0.5 if is_residual else 0.02
+        assert parameter.abs().max() <= 3 * std
+        # A normal cut at 3 deviations has 0.9866 of its deviation.
+        assert parameter.std().item() == pytest.approx(0.9866 * std, rel=0.03)
+        assert abs(parameter.mean().item()) < 0.1 * std
+    assert scaled == 2 * num_layers
+
+
+@pytest.mark.parametrize("feed_forward", ["swiglu", "relu2"])
+def test_residual_projections_can_start_at_zero(
+    make_model: Any, tokens: Tensor, feed_forward: str
+) -> None:
+    model = make_model(feed_forward=feed_forward, init={"residual": "zero"})
+    for block in model.blocks:
+        assert torch.all(block.attention.output.weight == 0)
+        assert torch.all(block.feed_forward.down.weight == 0)
+        assert block.attention.qkv.weight.std() > 0
+    embedded = torch.nn.functional.embedding(tokens, model.embedding.weight)
+    expected = torch.nn.functional.linear(model.norm(embedded), model.embedding.weight)
+    torch.testing.assert_close(model(tokens).logits, expected)
+
+
+def test_layers_start_differently(make_model: Any) -> None:
+    model = make_model()
+    first, second = (block.attention.qkv.weight for block in model.blocks)
+    assert (first - second).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_meta_construction_equals_direct_construction(
+    make_model: Any, tokens: Tensor, tied: bool
+) -> None:
+    torch.manual_seed(7)
+    direct = make_model(tie_embeddings=tied)
+    with torch.device("meta"):
+        model = make_model(tie_embeddings=tied)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.to_empty(device="cpu")
+    torch.manual_seed(7)
+    model.init_weights()
+    for name, parameter in direct.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+    assert torch.equal(direct(tokens).logits, model(tokens).logits)
+
+
+def test_starting_anew_computes_the_rotary_tables_again(make_model: Any, tokens: Tensor) -> None:
+    model = make_model()
+    expected = model.rope.cos.clone()
+    model.rope.cos.zero_()
+    model.init_weights()
+    assert torch.equal(model.rope.cos, expected)
+
+
+def test_weights_come_from_the_generator(make_model: Any) -> None:
+    model = make_model()
+    before = torch.get_rng_state()
+    model.init_weights(torch.Generator().manual_seed(5))
+    first = model.embedding.weight.clone()
+    model.init_weights(torch.Generator().manual_seed(5))
+    assert torch.equal(first, model.embedding.weight)
+    model.init_weights(torch.Generator().manual_seed(6))
+    assert not torch.equal(first, model.embedding.weight)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_state_dict_holds_each_weight_once(make_model: Any, tied: bool) -> None:
+    model = make_model(tie_embeddings=tied)
+    names = set(model.state_dict())
+    assert names == {name for name, _ in model.named_parameters()}
+    assert ("head.weight" in names) is not tied
+
+
+def test_dropout_acts_in_training_only(make_model: Any, tokens: Tensor) -> None:
+    plain = make_model()
+    model = make_model(dropout=0.5)
+    model.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens).logits, plain(tokens).logits)
+        first, second = model.train()(tokens).logits, model(tokens).logits
+    assert not torch.equal(first, second)
+
+
+def test_dropout_acts_on_the_embedding_and_both_outputs(
+    make_model: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[float, bool]] = []
+
+    def record(x: Tensor, p: float, training: bool) -> Tensor:
+        calls.append((p, training))
+        return x
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", record)
+    make_model(dropout=0.25, num_layers=3)(tokens)
+    assert calls == [(0.25, True)] * (1 + 2 * 3)
+
+
+def test_correct_predictions_are_counted_in_evaluation_only(
+    make_model: Any, tokens: Tensor
+) -> None:
+    model = make_model()
+    labels = tokens.roll(-1, 1).clone()
+    labels[0] = -100
+    assert model(tokens, labels).stats == {}
+    model.eval()
+    hits = (model(tokens).logits.argmax(-1) == labels).sum()
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            out = model(tokens, labels)
+        assert out.stats["num_correct"].item() == hits.item()
+        assert out.num_tokens.item() == 40
+    labels[1] = model(tokens).logits.argmax(-1)[1]
+    assert model(tokens, labels).stats["num_correct"].item() == 40
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("backend", ["sdpa", "blocks"])
+def test_activation_checkpointing_changes_no_gradient(
+    make_model: Any, tokens: Tensor, mode: str, backend: str
+) -> None:
+    model = make_model(dropout=0.3, backend=backend)
+    saved = {}
+    gradients = {}
+    for each in ("none", mode):
+        model.set_activation_checkpointing(each)
+        model.zero_grad()
+        torch.manual_seed(3)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1], lambda x: x
+        ):
+            loss = model(tokens, tokens.roll(-1, 1)).loss
+        loss.backward()
+        saved[each] = sum(sizes)
+        gradients[each] = [parameter.grad.clone() for parameter in model.parameters()]
+    torch.testing.assert_close(gradients[mode], gradients["none"])
+    if mode == "full":
+        assert saved[mode] < saved["none"] / 2
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts matrix products and attention kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = func.name()
+        self.count += name in ("aten::mm", "aten::bmm", "aten::addmm") or (
+            "scaled_dot_product" in name and "backward" not in name
+        )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "blocks"])
+def test_selective_checkpointing_computes_no_product_again(
+    make_model: Any, tokens: Tensor, backend: str
+) -> None:
+    counts = {}
+    model = make_model(backend=backend)
+    for mode in ("none", "selective", "full"):
+        model.set_activation_checkpointing(mode)
+        loss = model(tokens, tokens).loss
+        with CountProducts() as counter:
+            loss.backward()
+        counts[mode] = counter.count
+    assert counts["selective"] == counts["none"] > 0
+    assert counts["full"] > counts["none"]
+
+
+def test_activation_checkpointing_is_off_without_gradients_or_with_a_cache(
+    make_model: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise AssertionError("checkpointed")
+
+    monkeypatch.setattr("ultrathink.model.activation_checkpointing.checkpoint", refuse)
+    model = make_model()
+    model.set_activation_checkpointing("full")
+    with torch.no_grad():
+        model(tokens)
+    model(tokens, cache=model.new_cache(2, 40))
+    with pytest.raises(AssertionError, match="checkpointed"):
+        model(tokens)
+    with pytest.raises(ConfigError, match="Did you mean 'selective'"):
+        model.set_activation_checkpointing("selectiv")
+
+
+def test_inputs_of_a_wrong_shape_are_named(make_model: Any, tokens: Tensor) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=r"input_ids has shape \[40\]"):
+        model(tokens[0])
+    with pytest.raises(ValueError, match=r"labels has shape \[2, 39\].*\[2, 40\]"):
+        model(tokens, tokens[:, 1:])
+    with pytest.raises(ValueError, match=r"positions has shape \[39\].*\[40\] or \[2, 40\]"):
+        model(tokens, positions=torch.arange(39))
+    with pytest.raises(ValueError, match=r"document_ids has shape \[1, 40\]"):
+        model(tokens, document_ids=tokens[:1])
+
+
+VARIANTS = [
+    {},
+    {"tie_embeddings": False, "qk_norm": True},
+    {"feed_forward": "relu2", "num_kv_heads": 1, "head_dim": 6},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_every_parameter_has_exactly_one_role(make_model: Any, changes: dict[str, Any]) -> None:
+    model = make_model(**changes)
+    for name, parameter in model.named_parameters():
+        roles = [rule.role for rule in SHARDING_RULES if fnmatchcase(name, rule.pattern)]
+        assert len(roles) == 1, f"{name}: {roles}"
+        assert (roles[0] == "replicated") == (parameter.dim() == 1)
+
+
+def test_every_rule_is_used(make_model: Any) -> None:
+    names = {name for changes in VARIANTS for name, _ in make_model(**changes).named_parameters()}
+    for rule in SHARDING_RULES:
+        assert any(fnmatchcase(name, rule.pattern) for name in names), rule
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_flops_count_the_matrices_and_causal_attention(
+    make_model: Any, changes: dict[str, Any]
+) -> None:
+    model = make_model(**changes)
+    counts = count_parameters(model)
+    assert counts.total == sum(parameter.numel() for parameter in model.parameters())
+    norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    lookups = 0 if model.head is None else model.embedding.weight.numel()
+    assert counts.matrices == counts.total - norms - lookups
+    seq_len = 10
+    products = 0  # of queries with keys, one by one
+    for query in range(seq_len):
+        for _key in range(query + 1):
+            products += 2 * 2 * model.config.num_heads * model.config.head_dim
+    expected = 6 * counts.matrices + 3 * model.config.num_layers * products / seq_len
+    assert flops_per_token(model.config, seq_len) == pytest.approx(expected)

@@ -1,0 +1,237 @@
+"""Generating text: the same as a loop without a cache, whole characters, stop texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ultrathink.config.model import ModelConfig
+from ultrathink.inference.engine import Engine, Generation
+from ultrathink.inference.sampling import SamplingParams
+from ultrathink.inference.text_stream import TextStream
+from ultrathink.model.output import ModelOutput
+from ultrathink.model.transformer import Transformer
+
+
+class Bytes:
+    """One token a byte, and 256 for the end of a text."""
+
+    vocab_size = 257
+    eot_id = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return bytes(i for i in ids if i != self.eot_id)
+
+
+class Script(torch.nn.Module):
+    """Stands in for a model: predicts the bytes of a text, one after the other."""
+
+    def __init__(self, text: bytes | list[int]) -> None:
+        super().__init__()
+        self.ids = list(text)
+        self.device = torch.device("cpu")
+        self.reads: list[list[int]] = []
+
+    def new_cache(self, batch_size: int, max_length: int) -> None:
+        return None
+
+    def forward(self, input_ids: torch.Tensor, **options: Any) -> ModelOutput:
+        logits = torch.zeros(1, 1, 300)
+        logits[..., 299] = 5.0  # beyond the vocabulary: never to be drawn
+        logits[..., self.ids[len(self.reads)]] = 3.0
+        self.reads.append(input_ids[0].tolist())
+        assert torch.is_inference_mode_enabled()
+        assert not self.training
+        return ModelOutput(logits=logits)
+
+
+GREEDY = SamplingParams(temperature=0, max_new_tokens=24)
+
+
+@pytest.fixture
+def model() -> Transformer:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = ModelConfig.model_validate(
+            {
+                "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
+                "vocab_size": 272, "init": {"std": 0.2},
+            }
+        )
+        return Transformer(config)
+
+
+def scripted(text: str | bytes | list[int], **options: Any) -> tuple[list[str], Generation]:
+    """The pieces and the generation of a model that says ``text``."""
+    script = text.encode() if isinstance(text, str) else text
+    params = SamplingParams(temperature=0, max_new_tokens=len(script), **options)
+    pieces = list(Engine(Script(script), Bytes()).stream("go", params))  # type: ignore[arg-type]
+    generation = Engine(Script(script), Bytes()).generate("go", params)  # type: ignore[arg-type]
+    assert "".join(pieces) == generation.text
+    assert all(pieces)
+    return pieces, generation
+
+
+@pytest.mark.parametrize("prompt", ["", "Once upon a time, ", "é"])
+def test_greedy_text_equals_a_loop_without_a_cache(model: Transformer, prompt: str) -> None:
+    tokenizer = Bytes()
+    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
+    prompt_tokens = len(ids)
+    new: list[int] = []
+    with torch.no_grad():
+        while len(new) < 24 and 256 not in new:
+            logits = model(torch.tensor([ids + new])).logits[0, -1, :257]
+            new.append(int(logits.argmax()))
+    generation = Engine(model, tokenizer).generate(prompt, GREEDY)
+    expected = tokenizer.decode_bytes(new).decode(errors="replace")
+    assert generation.text.rstrip("\ufffd") == expected.rstrip("\ufffd")
+    assert generation.prompt_tokens == prompt_tokens
+    assert generation.new_tokens == len(new)
+    assert generation.finish_reason == ("end_of_text" if 256 in new else "length")
+
+
+def test_the_prompt_is_read_in_one_pass_and_then_token_by_token() -> None:
+    script = Script(b"abc")
+    Engine(script, Bytes()).generate(  # type: ignore[arg-type]
+        "go on", SamplingParams(temperature=0, max_new_tokens=3)
+    )
+    assert script.reads == [list(b"go on"), [97], [98]]
+
+
+def test_a_prompt_longer_than_the_rotary_tables(model: Transformer) -> None:
+    from ultrathink.model.rope import INITIAL_POSITIONS
+
+    generation = Engine(model, Bytes()).generate(
+        "a" * INITIAL_POSITIONS, SamplingParams(max_new_tokens=2, temperature=0)
+    )
+    assert generation.prompt_tokens == INITIAL_POSITIONS
+
+
+def test_a_seed_repeats_a_text(model: Transformer) -> None:
+    engine = Engine(model, Bytes())
+
+    def text(seed: int | None) -> str:
+        return engine.generate("a", SamplingParams(seed=seed, temperature=1.0)).text
+
+    before = torch.get_rng_state()
+    assert text(1) == text(1) == "".join(
+        engine.stream("a", SamplingParams(seed=1, temperature=1.0))
+    )
+    assert len({text(1), text(2), text(None), text(None)}) == 4
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_characters_come_whole() -> None:
+    text = "naïve 漢字 🎈 end"
+    pieces, generation = scripted(text)
+    assert generation.text == text
+    assert generation.finish_reason == "length"
+    assert "🎈" in pieces
+    assert pieces == list(text)
+
+
+def test_half_a_character_at_the_end_is_dropped() -> None:
+    assert scripted("ab🎈".encode()[:-1])[1].text == "ab"
+
+
+def test_bytes_that_are_no_text_are_replaced() -> None:
+    assert scripted(b"a\xffb")[1].text == "a\ufffdb"
+
+
+def test_the_end_of_text_token_ends_it() -> None:
+    _, generation = scripted([*b"ab", 256, *b"cd"])
+    assert generation == Generation("ab", 2, 3, "end_of_text")
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected", "new_tokens"),
+    [
+        ("one END two", ("END",), "one ", 7),  # spans three tokens
+        ("one EN END", ("END",), "one EN ", 10),  # a false start
+        ("aab", ("ab",), "a", 3),  # starts again inside a false start
+        ("abcd", ("bcx", "c"), "ab", 3),  # the other one is the match
+        ("x\n\ny", ("\n\n",), "x", 3),
+        ("漢字だ", ("字",), "漢", 6),
+        ("END", ("END",), "", 3),
+    ],
+)
+def test_a_stop_text_is_never_given_out(
+    text: str, stop: tuple[str, ...], expected: str, new_tokens: int
+) -> None:
+    pieces, generation = scripted(text, stop=stop)
+    assert generation == Generation(expected, 2, new_tokens, "stop")
+    assert "".join(pieces) == expected
+
+
+def test_the_beginning_of_a_stop_text_is_given_out_at_the_end() -> None:
+    pieces, generation = scripted("one EN", stop=("END",))
+    assert generation == Generation("one EN", 2, 6, "length")
+    assert pieces[-1] == "EN"
+    assert scripted([*b"EN", 256], stop=("END",))[1] == Generation("EN", 2, 3, "end_of_text")
+
+
+@given(
+    text=st.text(alphabet="abé🎈", max_size=30),
+    stop=st.lists(st.text(alphabet="abé🎈", min_size=1, max_size=4), max_size=3),
+    cuts=st.sets(st.integers(1, 100)),
+)
+def test_pieces_equal_cutting_the_whole_text(text: str, stop: list[str], cuts: set[int]) -> None:
+    stream = TextStream(tuple(stop))
+    data = text.encode()
+    edges = [0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]
+    shown = ""
+    for start, end in pairwise(edges):
+        shown += stream.push(data[start:end])
+        assert text.startswith(shown)
+        assert not any(mark in shown for mark in stop)
+    shown += stream.finish()
+    # A stop text ends the text as soon as it is complete, whichever begins first.
+    assert stream.stopped == any(mark in text for mark in stop)
+    if not stream.stopped:
+        assert shown == text
+
+
+def test_the_mode_of_each_module_comes_back(model: Transformer) -> None:
+    engine = Engine(model, Bytes())
+    model.train()
+    model.blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+    engine.generate("a", GREEDY)
+    assert [module.training for module in model.modules()] == modes
+    stream = engine.stream("a", GREEDY)
+    next(stream)
+    assert not torch.is_inference_mode_enabled()
+    assert not model.training
+    stream.close()  # type: ignore[attr-defined]
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_model_can_be_trained_after_generating(model: Transformer) -> None:
+    Engine(model, Bytes()).generate("a", GREEDY)
+    ids = torch.tensor([[1, 2, 3]])
+    model(ids, ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_failure_gives_the_mode_back(model: Transformer) -> None:
+    class Broken(Bytes):
+        def decode_bytes(self, ids: Iterable[int]) -> bytes:
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        Engine(model.train(), Broken()).generate("a", GREEDY)
+    assert model.training
+
+
+def test_the_default_is_a_sampled_continuation(model: Transformer) -> None:
+    generation = Engine(model, Bytes()).generate("a")
+    assert 1 <= generation.new_tokens <= SamplingParams().max_new_tokens

@@ -145,6 +145,7 @@ def _assemble(
     if choices.precision == "fp64":
         model.double()
     model.compute_dtype = DTYPES[choices.precision]
+    model.rope.reserve(config.data.seq_len)  # a compiled step cannot grow the tables
     model.set_activation_checkpointing(training.activation_checkpointing)
     model.set_attention_backend(config.model.attention.backend)
     losses = loss_function(model)

@@ -1,0 +1,113 @@
+import shutil
+
+import pytest
+import torch
+
+from ultrathink.config import load_config
+from ultrathink.core.errors import ConfigError
+from ultrathink.recipe.choices import choose
+from ultrathink.training import hardware
+from ultrathink.training.compiling import should_compile
+from ultrathink.training.hardware import choose_device, choose_precision, measured_rate
+
+CPU = torch.device("cpu")
+
+
+def rates(monkeypatch: pytest.MonkeyPatch, *, bf16: float) -> None:
+    """Pretend that fp32 products run at 100 GFLOP/s and bf16 products at ``bf16`` times that."""
+    values = {torch.float32: 1e11, torch.bfloat16: bf16 * 1e11, torch.float64: 5e10}
+    monkeypatch.setattr(hardware, "measured_rate", lambda dtype, *rest: values[dtype])
+
+
+@pytest.mark.parametrize(("bf16", "chosen"), [(4.0, "bf16"), (1.2, "fp32"), (0.02, "fp32")])
+def test_precision_follows_the_measured_rates(
+    monkeypatch: pytest.MonkeyPatch, bf16: float, chosen: str
+) -> None:
+    rates(monkeypatch, bf16=bf16)
+    precision, reason = choose_precision("auto", CPU)
+    assert precision == chosen
+    assert f"{bf16:.1f} times the rate" in reason
+
+
+def test_what_is_configured_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates(monkeypatch, bf16=0.02)
+    assert choose_precision("bf16", CPU)[0] == "bf16"
+    assert choose_precision("fp64", CPU)[0] == "fp64"
+    with pytest.raises(ConfigError, match="MPS has no fp64; use fp32 or bf16"):
+        choose_precision("fp64", torch.device("mps"))
+
+
+def test_rates_are_plausible() -> None:
+    assert 1e8 < measured_rate(torch.float32, 128, 0.01) < 1e14
+
+
+def test_auto_is_replaced_by_values_that_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates(monkeypatch, bf16=4.0)
+    config = load_config("demo", ["training.max_steps=10"])
+    config, choices = choose(config, samples_per_epoch=1000)
+    training = config.training
+    assert (training.device, training.precision, training.compile) == ("cpu", "bf16", False)
+    assert training.micro_batch_size == training.batch_size
+    assert config.model.attention.backend in ("blocks", "sdpa")
+    for key in ("training.precision", "training.compile", "model.attention.backend"):
+        assert config.origin(key).startswith("chosen at run time: ")
+    assert choices.precision == "bf16" and choices.warnings == ()
+    again, _ = choose(config, samples_per_epoch=1000)
+    assert again == config  # a resumed run chooses the same
+
+
+def test_a_large_batch_is_split_by_a_divisor() -> None:
+    config = load_config("debug", ["training.batch_size=96", "data.seq_len=512"])
+    config, _ = choose(config, samples_per_epoch=1000)
+    assert config.training.micro_batch_size == 16  # 16 x 512 positions
+
+
+@pytest.mark.parametrize(
+    ("length", "compiled"),
+    [
+        ("training.max_minutes=5", True),
+        ("training.max_minutes=0.5", False),
+        ("training.max_steps=10", False),
+        ("training.max_steps=1000000", True),
+    ],
+)
+def test_compiling_pays_in_long_runs(
+    monkeypatch: pytest.MonkeyPatch, length: str, compiled: bool
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    rates(monkeypatch, bf16=4.0)
+    config, _ = choose(load_config("demo", [length]), samples_per_epoch=1000)
+    assert config.training.compile is compiled
+
+
+def test_without_a_compiler_training_is_eager_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    for wanted in ("auto", "true"):
+        config = load_config("demo", [f"training.compile={wanted}"])
+        config, choices = choose(config, samples_per_epoch=1000)
+        assert config.training.compile is False
+        [warning] = choices.warnings
+        assert "no C++ compiler was found (install g++ or clang)" in warning
+    off, choices = choose(load_config("demo", ["training.compile=false"]), samples_per_epoch=1)
+    assert off.training.compile is False and choices.warnings == ()
+
+
+def test_cxx_names_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
+    training = load_config("demo").training
+    compiled, reason, is_warning = should_compile(
+        training, CPU, planned_flops=None, peak_flops=1e12
+    )
+    assert not compiled and is_warning and "no C++ compiler" in reason
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type in ("cpu", "mps")
+    with pytest.raises(ConfigError, match="shows no CUDA devices; use auto or cpu"):
+        choose_device("cuda:3")
+    with pytest.raises(ConfigError, match="no such kind of device; use auto, cpu, cuda"):
+        choose_device("gpu")

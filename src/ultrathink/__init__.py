@@ -1,6 +1,6 @@
 """ULTRATHINK: train a language model from one YAML file.
 
-    from ultrathink import load_config, build_model, build_trainer, load_model
+from ultrathink import load_config, build_model, build_trainer, load_model
 """
 
 from __future__ import annotations

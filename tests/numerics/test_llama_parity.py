@@ -28,7 +28,9 @@ SHAPE = {
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"factor": 3.0},
     "llama3": {
-        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_positions": 64,
     },
     "yarn": {"factor": 4.0, "original_max_positions": 32},
@@ -40,7 +42,9 @@ def hugging_face_scaling(config: ModelConfig) -> dict[str, Any]:
     if scaling is None:
         return {"rope_type": "default", "rope_theta": config.rope_theta}
     values: dict[str, Any] = {
-        "rope_type": scaling.type, "rope_theta": config.rope_theta, "factor": scaling.factor,
+        "rope_type": scaling.type,
+        "rope_theta": config.rope_theta,
+        "factor": scaling.factor,
     }
     if scaling.type != "linear":
         values["original_max_position_embeddings"] = scaling.original_max_positions
@@ -177,8 +181,12 @@ def test_frequencies_equal_hugging_face(kind: str | None) -> None:
     scaling = None
     if kind == "yarn_with_factor":
         scaling = {
-            "type": "yarn", "factor": 16.0, "original_max_positions": 4096, "beta_fast": 24.0,
-            "beta_slow": 2.0, "attention_factor": 1.25,
+            "type": "yarn",
+            "factor": 16.0,
+            "original_max_positions": 4096,
+            "beta_fast": 24.0,
+            "beta_slow": 2.0,
+            "attention_factor": 1.25,
         }
     elif kind is not None:
         scaling = {"type": kind, **SCALINGS[kind]}

@@ -41,9 +41,7 @@ def check_mode(mode: str) -> CheckpointingMode:
     return mode  # type: ignore[return-value]
 
 
-def run_checkpointed(
-    mode: CheckpointingMode, block: Callable[..., Tensor], *args: Any
-) -> Tensor:
+def run_checkpointed(mode: CheckpointingMode, block: Callable[..., Tensor], *args: Any) -> Tensor:
     """``block(*args)``, of which the backward pass computes again what ``mode`` does not keep.
 
     ``full`` keeps the block's input alone, ``selective`` its products too.

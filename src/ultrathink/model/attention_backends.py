@@ -30,9 +30,7 @@ _LONGEST_FOR_BLOCKS = {  # in tokens, by (compiled, dtype)
 }
 
 
-def choose_backend(
-    device_type: str, dtype: torch.dtype, seq_len: int, compiled: bool
-) -> str:
+def choose_backend(device_type: str, dtype: torch.dtype, seq_len: int, compiled: bool) -> str:
     """The name of the fastest backend for training at ``seq_len`` tokens.
 
     Forward and backward of 2,048 tokens, 8 heads of 32, 4 key/value heads, one thread of a CPU with

@@ -108,9 +108,9 @@ def _forward(
         logits = (rows @ head.T).to(precise)  # [n, V]
         log_partition = logits.logsumexp(-1, keepdim=True)  # [n, 1]
         target_logits = logits.gather(-1, targets)
-        cross_entropy = cross_entropy + torch.where(
-            trained, log_partition - target_logits, 0.0
-        ).sum()
+        cross_entropy = (
+            cross_entropy + torch.where(trained, log_partition - target_logits, 0.0).sum()
+        )
         if z_weight > 0:
             squares = torch.where(trained, log_partition.square(), 0.0)
             z_loss = z_loss + z_weight * squares.sum()

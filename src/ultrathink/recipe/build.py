@@ -102,9 +102,7 @@ def _prepare(
     config: Config, tokenizer: Tokenizer | None, progress: Progress | None
 ) -> PreparedData:
     """Tokenized data; ConfigError where its vocabulary does not fit the model's."""
-    data = prepare_data(
-        config.data, tokenizer or config.tokenizer, progress=progress
-    )
+    data = prepare_data(config.data, tokenizer or config.tokenizer, progress=progress)
     size = config.model.vocab_size
     assert size is not None, "a loaded configuration has a vocabulary"
     if data.tokenizer.vocab_size > size:

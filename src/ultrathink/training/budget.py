@@ -12,6 +12,8 @@ from ultrathink.core.durations import Duration
 # Of a budget in minutes, this share is left unused when it is turned into steps: the speed is
 # measured over a few seconds and holds only roughly for the minutes that follow.
 MARGIN = 0.03
+# What the last checkpoint may take.
+_SAVING_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,12 @@ class Budget:
     total_steps: int
     tokens_per_step: int
     seconds_per_step: float = 0.0
-    validation_s: float = 0.0  # what one validation costs, kept free at the end of the minutes
+    validation_s: float = 0.0  # what one validation costs, as measured at the start
+
+    @property
+    def reserve_s(self) -> float:
+        """Seconds kept free at the end of the minutes, for the last validation and checkpoint."""
+        return 1.5 * self.validation_s + _SAVING_S
 
     def steps(self, duration: Duration) -> int:
         """``duration`` in optimizer steps of this run."""

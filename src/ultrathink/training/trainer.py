@@ -97,6 +97,7 @@ class Trainer:
                 self._end_if_over()
             self.finish()
         finally:
+            self.progress.elapsed_s, self._clock = self.elapsed_s(), None
             self.loader.close()
             self.notify("on_end", self.ending)
         return self.ending
@@ -214,7 +215,7 @@ class Trainer:
         limit = self.training.max_minutes
         if self.progress.step >= self.budget.total_steps:
             self.ending = "finished"
-        elif limit is not None and self.elapsed_s() >= limit * 60 - self.budget.validation_s:
+        elif limit is not None and self.elapsed_s() >= limit * 60 - self.budget.reserve_s:
             self.ending = "out of time"
 
     # -- changes -------------------------------------------------------------------------------

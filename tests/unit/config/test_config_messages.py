@@ -131,7 +131,8 @@ CROSS_FIELD = {
     "training={max_steps: 5, epochs: 1}": "given: max_steps and epochs.",
     "training.micro_batch_size=3": "training (override training.micro_batch_size=3): batch_size "
     "(8) must be a multiple of micro_batch_size (3), or micro_batch_size must be auto.",
-    "model.num_heads=6": "num_heads (6) must be a multiple of num_kv_heads (4); divisors: 1, 2, ",
+    "model.num_kv_heads=3": "num_heads (4) must be a multiple of num_kv_heads (3); divisors: 1, 2, "
+    "4.",
     "model={num_heads: 12, num_kv_heads: 3}": "hidden_size (256) must be a multiple of num_heads "
     "(12), or head_dim must be set.",
     "model.head_dim=15": "the head dimension (15) must be even for rotary positions",

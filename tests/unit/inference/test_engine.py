@@ -63,8 +63,12 @@ def model() -> Transformer:
         torch.manual_seed(0)
         config = ModelConfig.model_validate(
             {
-                "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
-                "vocab_size": 272, "init": {"std": 0.2},
+                "hidden_size": 32,
+                "num_layers": 2,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "vocab_size": 272,
+                "init": {"std": 0.2},
             }
         )
         return Transformer(config)
@@ -123,8 +127,8 @@ def test_a_seed_repeats_a_text(model: Transformer) -> None:
         return engine.generate("a", SamplingParams(seed=seed, temperature=1.0)).text
 
     before = torch.get_rng_state()
-    assert text(1) == text(1) == "".join(
-        engine.stream("a", SamplingParams(seed=1, temperature=1.0))
+    assert (
+        text(1) == text(1) == "".join(engine.stream("a", SamplingParams(seed=1, temperature=1.0)))
     )
     assert len({text(1), text(2), text(None), text(None)}) == 4
     assert torch.equal(before, torch.get_rng_state())

@@ -39,14 +39,23 @@ def with_gradients(backend: Any, heads: list[Tensor], mask: AttentionMask | None
 
 
 def mask_for(
-    heads: list[Tensor], *, dense: bool, attention_mask: Tensor | None = None,
+    heads: list[Tensor],
+    *,
+    dense: bool,
+    attention_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> AttentionMask | None:
     B, H, T, _ = heads[0].shape
     return build_mask(
-        batch_size=B, num_heads=H, num_queries=T, num_keys=heads[1].shape[2],
-        dtype=heads[0].dtype, device=heads[0].device, attention_mask=attention_mask,
-        document_ids=document_ids, dense_documents=dense,
+        batch_size=B,
+        num_heads=H,
+        num_queries=T,
+        num_keys=heads[1].shape[2],
+        dtype=heads[0].dtype,
+        device=heads[0].device,
+        attention_mask=attention_mask,
+        document_ids=document_ids,
+        dense_documents=dense,
     )
 
 

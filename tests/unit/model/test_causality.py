@@ -50,9 +50,7 @@ def test_packed_documents_equal_documents_on_their_own(
 
 
 @torch.no_grad()
-def test_documents_and_a_padding_mask_combine(
-    make_model: Any, tokens: Tensor, packed: Any
-) -> None:
+def test_documents_and_a_padding_mask_combine(make_model: Any, tokens: Tensor, packed: Any) -> None:
     documents, positions, spans = packed
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 12:15] = False  # inside the second document
@@ -78,8 +76,13 @@ def test_a_mask_that_does_not_fit_is_refused(make_model: Any, tokens: Tensor) ->
 
 def test_no_mask_is_built_for_plain_causality() -> None:
     sizes: dict[str, Any] = {
-        "batch_size": 1, "num_heads": 1, "dtype": torch.float32, "device": torch.device("cpu"),
-        "attention_mask": None, "document_ids": None, "dense_documents": True,
+        "batch_size": 1,
+        "num_heads": 1,
+        "dtype": torch.float32,
+        "device": torch.device("cpu"),
+        "attention_mask": None,
+        "document_ids": None,
+        "dense_documents": True,
     }
     assert build_mask(num_queries=5, num_keys=5, **sizes) is None
     assert build_mask(num_queries=1, num_keys=9, **sizes) is None

@@ -25,18 +25,14 @@ def test_pieces_equal_the_full_pass(
     if path is not None:
         assert (expected - model(tokens).logits).abs().max() > 1e-3
     cache = model.new_cache(batch_size=2, max_length=40)
-    logits = [
-        model(piece, cache=cache, path=path).logits for piece in tokens.split(pieces, dim=1)
-    ]
+    logits = [model(piece, cache=cache, path=path).logits for piece in tokens.split(pieces, dim=1)]
     assert cache.length == 40
     torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_a_padded_batch_decodes_like_its_rows(
-    make_model: Any, tokens: Tensor, side: str
-) -> None:
+def test_a_padded_batch_decodes_like_its_rows(make_model: Any, tokens: Tensor, side: str) -> None:
     model = make_model(dtype=torch.float64).eval()
     mask = torch.ones(2, 20, dtype=torch.bool)
     mask[0, slice(0, 8) if side == "left" else slice(12, 20)] = False

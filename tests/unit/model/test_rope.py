@@ -19,8 +19,12 @@ from ultrathink.model.rope import (
 
 CONFIG = ModelConfig(hidden_size=64, num_heads=4, vocab_size=5).resolved()
 SCALED = ModelConfig.model_validate(
-    {"hidden_size": 64, "num_heads": 4, "vocab_size": 5, "rope_scaling":
-     {"type": "yarn", "factor": 4.0, "original_max_positions": 32}}
+    {
+        "hidden_size": 64,
+        "num_heads": 4,
+        "vocab_size": 5,
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_positions": 32},
+    }
 ).resolved()
 
 

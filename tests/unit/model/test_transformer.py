@@ -23,8 +23,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 @pytest.mark.parametrize("backend", ["sdpa", "blocks", "eager"])
 @pytest.mark.parametrize("feed_forward", ["swiglu", "relu2"])
 def test_every_precision_runs_and_is_near_float64(
-    make_model: Any, tokens: Tensor, dtype: torch.dtype, compute_dtype: torch.dtype | None,
-    backend: str, feed_forward: str,
+    make_model: Any,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype | None,
+    backend: str,
+    feed_forward: str,
 ) -> None:
     options = {"feed_forward": feed_forward, "qk_norm": True, "init": {"std": 0.1}}
     exact = make_model(dtype=torch.float64, **options)
@@ -67,7 +71,11 @@ def test_a_vocabulary_is_needed() -> None:
 @pytest.mark.parametrize("num_layers", [2, 8])
 def test_residual_projections_start_smaller_with_depth(num_layers: int) -> None:
     config = ModelConfig(
-        hidden_size=128, num_layers=num_layers, num_heads=4, vocab_size=500, tie_embeddings=False,
+        hidden_size=128,
+        num_layers=num_layers,
+        num_heads=4,
+        vocab_size=500,
+        tie_embeddings=False,
         qk_norm=True,
     )
     model = Transformer(config)
@@ -225,9 +233,7 @@ class CountProducts(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
         self.count += name in ("aten::mm", "aten::bmm", "aten::addmm") or (
             "scaled_dot_product" in name and "backward" not in name

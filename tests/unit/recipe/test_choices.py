@@ -51,7 +51,8 @@ def test_auto_is_replaced_by_values_that_say_why(monkeypatch: pytest.MonkeyPatch
     assert config.model.attention.backend in ("blocks", "sdpa")
     for key in ("training.precision", "training.compile", "model.attention.backend"):
         assert config.origin(key).startswith("chosen at run time: ")
-    assert choices.precision == "bf16" and choices.warnings == ()
+    assert choices.precision == "bf16"
+    assert choices.warnings == ()
     again, _ = choose(config, samples_per_epoch=1000)
     assert again == config  # a resumed run chooses the same
 
@@ -91,7 +92,8 @@ def test_without_a_compiler_training_is_eager_with_one_warning(
         [warning] = choices.warnings
         assert "no C++ compiler was found (install g++ or clang)" in warning
     off, choices = choose(load_config("demo", ["training.compile=false"]), samples_per_epoch=1)
-    assert off.training.compile is False and choices.warnings == ()
+    assert off.training.compile is False
+    assert choices.warnings == ()
 
 
 def test_cxx_names_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +102,9 @@ def test_cxx_names_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, reason, is_warning = should_compile(
         training, CPU, planned_flops=None, peak_flops=1e12
     )
-    assert not compiled and is_warning and "no C++ compiler" in reason
+    assert not compiled
+    assert is_warning
+    assert "no C++ compiler" in reason
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def test_messages_say_what_there_is(run: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"is not a run folder: it has no config\.yaml"):
         find_run(str(tmp_path / "empty"), tmp_path)
-    with pytest.raises(CheckpointError, match="there is no run in .* to resume"):
+    with pytest.raises(CheckpointError, match=r"there is no run in .* to resume"):
         find_run("auto", tmp_path / "nowhere")
 
 

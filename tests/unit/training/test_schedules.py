@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -61,4 +62,4 @@ def test_factor_stays_in_bounds_and_never_rises_after_warmup(
     assert all(0 <= value <= 1 for value in values)
     peak = min(warmup, total)
     after = values[max(0, peak - 1) :]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(after))

@@ -113,7 +113,8 @@ def test_the_run_folder_is_complete(make_trainer: MakeTrainer) -> None:
     assert sorted(entry.name for entry in path.iterdir()) == expected
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["packages"]["torch"] == torch.__version__
-    assert manifest["data_hash"] and manifest["hardware"]["cpu_cores"] >= 1
+    assert manifest["data_hash"]
+    assert manifest["hardware"]["cpu_cores"] >= 1
     config = trainer.run.read_config()
     assert config.training.micro_batch_size == 4  # what auto came to
     assert config.origin("training.micro_batch_size").startswith("chosen at run time")
@@ -208,7 +209,7 @@ def test_resume_refuses_a_checkpoint_of_another_model(make_trainer: MakeTrainer)
     trainer.run.write_config(
         config.replace({"model.hidden_size": 48, "model.head_dim": 24}, origin="test")
     )
-    with pytest.raises(CheckpointError, match="holds another model: embedding.weight is"):
+    with pytest.raises(CheckpointError, match=r"holds another model: embedding\.weight is"):
         resume_trainer(trainer.run)
 
 
@@ -265,7 +266,7 @@ def test_changes_wait_for_the_boundary_and_are_recorded(make_trainer: MakeTraine
         ("skip_samples", 0, 8),
     ]
     lines = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
-    assert [line["reason"] for line in lines][0] == "loss spiked"
+    assert next(line["reason"] for line in lines) == "loss spiked"
     assert {line["step"] for line in lines} == {2}
     assert (trainer.loader.samples_seen, trainer.loader.samples_skipped) == (16, 8)
 
@@ -407,14 +408,16 @@ def test_minutes_become_steps_once_and_trying_out_leaves_no_trace(
     timed.fit()
     config = timed.run.read_config()
     steps = config.training.step_budget
-    assert steps is not None and config.origin("training.step_budget").startswith("chosen at run")
+    assert steps is not None
+    assert config.origin("training.step_budget").startswith("chosen at run")
     assert timed.elapsed_s() < 0.05 * 60 * 1.5
     counted = make_trainer(f"training.max_steps={steps}", "training.schedule.warmup=2")
     counted.fit()
     # The clock may have ended the first run early; up to there both are the same run.
     pairs = zip(without_time(records(timed.run)), without_time(records(counted.run)), strict=False)
     same = [a == b for a, b in pairs if a["split"] == b["split"] == "train"]
-    assert len(same) > 3 and all(same)
+    assert len(same) > 3
+    assert all(same)
 
 
 def test_a_run_that_gets_slower_ends_on_the_minute(make_trainer: MakeTrainer) -> None:
@@ -426,7 +429,8 @@ def test_a_run_that_gets_slower_ends_on_the_minute(make_trainer: MakeTrainer) ->
 
     trainer = make_trainer("training.max_minutes=0.03", callbacks=[Slow()])
     assert trainer.fit() == "out of time"
-    assert trainer.budget is not None and trainer.progress.step < trainer.budget.total_steps
+    assert trainer.budget is not None
+    assert trainer.progress.step < trainer.budget.total_steps
     assert trainer.run.steps()[-1] == trainer.progress.step
 
 

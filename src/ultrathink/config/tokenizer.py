@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -12,12 +13,12 @@ from ultrathink.core.registry import Registry
 TOKENIZERS: Registry[Any] = Registry("tokenizer")
 
 
-class TokenizerConfig(PartConfig):
+class TokenizerConfig(PartConfig, ABC):
     """What every tokenizer has."""
 
+    @abstractmethod
     def size(self) -> int:
         """Number of ids that this tokenizer may produce, special tokens included."""
-        raise NotImplementedError
 
 
 class BpeTokenizerConfig(TokenizerConfig):

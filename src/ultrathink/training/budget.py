@@ -28,7 +28,7 @@ class Budget:
     @property
     def reserve_s(self) -> float:
         """Seconds kept free at the end of the minutes, for the last validation and checkpoint."""
-        return 1.5 * self.validation_s + _SAVING_S
+        return _reserve_s(self.validation_s)
 
     def steps(self, duration: Duration) -> int:
         """``duration`` in optimizer steps of this run."""
@@ -86,9 +86,13 @@ def planned_steps(
 
 def steps_within(minutes: float, speed: Speed, eval_every: int | None) -> int:
     """Steps that fit into ``minutes``, validations and a margin taken off."""
-    seconds = minutes * 60 * (1 - MARGIN) - speed.elapsed_s - speed.validation_s
+    seconds = minutes * 60 * (1 - MARGIN) - speed.elapsed_s - _reserve_s(speed.validation_s)
     per_step = speed.step_s + (speed.validation_s / eval_every if eval_every else 0.0)
     return max(1, math.floor(seconds / per_step))
+
+
+def _reserve_s(validation_s: float) -> float:
+    return 1.5 * validation_s + _SAVING_S
 
 
 def _counts_minutes(training: TrainingConfig) -> bool:

@@ -25,7 +25,7 @@ from ultrathink.training.hardware import synchronize
 from ultrathink.training.optimizers import load_optimizer_state, optimizer_state
 from ultrathink.training.schedules import Factor, build_schedule
 from ultrathink.training.stepping import Stepper
-from ultrathink.training.validation import evaluate
+from ultrathink.training.validation import Scores, evaluate
 
 # Steps timed to turn minutes into steps: this share of the run's minutes, and at least so many.
 _TRIAL_SHARE = 0.012
@@ -166,14 +166,7 @@ class Trainer:
         if self.held_out is None:
             return
         began = time.perf_counter()
-        limits = self.training.eval
-        scores = evaluate(
-            self.model,
-            self.held_out,
-            device=self.device,
-            batch_size=limits.batch_size,
-            max_tokens=limits.max_tokens,
-        )
+        scores = self._evaluate(self.held_out)
         figure = -scores.loss
         if self.training.checkpoint.best_by == "token_accuracy":
             figure = scores.token_accuracy
@@ -328,18 +321,20 @@ class Trainer:
         """Seconds that a whole validation will take, from two batches of it."""
         if self.held_out is None:
             return 0.0
-        limits = self.training.eval
         began = time.perf_counter()
-        scores = evaluate(
-            self.model,
-            self.held_out,
-            device=self.device,
-            batch_size=limits.batch_size,
-            max_tokens=limits.max_tokens,
-            max_batches=2,
-        )
-        num_tokens, _ = self.held_out.extent(limits.max_tokens)
+        scores = self._evaluate(self.held_out, max_batches=2)
+        num_tokens, _ = self.held_out.extent(self.training.eval.max_tokens)
         return (time.perf_counter() - began) * num_tokens / max(1, scores.num_tokens)
+
+    def _evaluate(self, held_out: ValidationSet, max_batches: int | None = None) -> Scores:
+        return evaluate(
+            self.model,
+            held_out,
+            device=self.device,
+            batch_size=self.training.eval.batch_size,
+            max_tokens=self.training.eval.max_tokens,
+            max_batches=max_batches,
+        )
 
 
 def _states(parts: Sequence[Stateful]) -> State:

@@ -223,8 +223,10 @@ def test_init_from_takes_weights_and_tokenizer_only(make_trainer: MakeTrainer) -
     assert second.progress.step == 0
     here, there = second.model.state_dict(), first.model.state_dict()
     assert all(torch.equal(here[name], there[name]) for name in there)
-    third = make_trainer(f"training.init_from={first.run.path}@3", "training.max_steps=1")
-    assert third.fit() == "finished"
+    for source in (f"{first.run.path}@3", first.run.checkpoint("last")):
+        third = make_trainer(f"training.init_from={source}", "training.max_steps=1")
+        assert torch.equal(third.model.state_dict()["norm.weight"], there["norm.weight"])
+        assert third.fit() == "finished"
 
 
 def test_init_from_another_shape_names_the_weight(make_trainer: MakeTrainer) -> None:
@@ -325,6 +327,19 @@ def test_mixture_weights_change_what_comes(make_trainer: MakeTrainer) -> None:
     trainer.fit()
     assert sorted(sources[:8]) == [0] * 4 + [1] * 4
     assert sources[8:].count(0) >= 7  # a share holds to within one sample
+
+
+def test_checkpoints_come_by_the_clock_too(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(
+        "training.max_steps=4", "training.checkpoint={every_minutes: 1.0e-9, keep: 9}"
+    )
+    trainer.fit()
+    assert trainer.run.steps() == [1, 2, 3, 4]
+    rare = make_trainer(
+        "training.max_steps=4", "training.checkpoint={every_minutes: 1000, keep: 9}"
+    )
+    rare.fit()
+    assert rare.run.steps() == [4]
 
 
 def test_checkpoint_now_and_stop(make_trainer: MakeTrainer) -> None:

@@ -193,6 +193,7 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in said
+    assert "saving after this step; once more ends it at once" in said
     assert f"ultrathink train --resume runs/{name}" in said
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
     saved = (place / "runs" / name / "checkpoints" / "last").resolve().name

@@ -112,6 +112,8 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
             raise KeyboardInterrupt
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         trainer.control.stop(reason=name)
+        told = f"{name}: saving after this step; once more ends it at once, without saving"
+        trainer.notify("on_message", told, "info")
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, stop) for number in numbers}

@@ -82,8 +82,8 @@ class Trainer:
 
     def fit(self) -> Ending:
         """Train to the end of the budget, or until a controller or a signal asks to stop."""
-        self.start()
         try:
+            self.start()
             while self.ending is None:
                 report = self.train_step()
                 self.notify("on_step", report)

@@ -413,6 +413,29 @@ def test_a_step_that_is_not_finite_is_skipped_and_training_goes_on(
     assert steps == {3.0}  # bias correction counts the steps that were taken
 
 
+class Endings(Callback):
+    def __init__(self) -> None:
+        self.seen: list[str | None] = []
+
+    def on_end(self, ending: str | None) -> None:
+        self.seen.append(ending)
+
+
+@pytest.mark.parametrize("when", ["start", "train_step"])
+def test_whatever_ends_a_run_callbacks_hear_of_its_end(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    endings = Endings()
+    trainer = make_trainer("training.max_steps=2", callbacks=[endings])
+    monkeypatch.setattr(trainer, when, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert endings.seen == [None]
+
+
 # -- length ---------------------------------------------------------------------------------------
 
 

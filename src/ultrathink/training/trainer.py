@@ -208,7 +208,9 @@ class Trainer:
         limit = self.training.max_minutes
         if self.progress.step >= self.budget.total_steps:
             self.ending = "finished"
-        elif limit is not None and self.elapsed_s() >= limit * 60 - self.budget.reserve_s:
+        elif limit is None or self.progress.step == 0:  # however short, a run takes one step
+            return
+        elif self.elapsed_s() >= limit * 60 - self.budget.reserve_s:
             self.ending = "out of time"
 
     # -- changes -------------------------------------------------------------------------------

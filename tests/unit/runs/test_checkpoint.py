@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ultrathink.core.errors import CheckpointError
+from ultrathink.runs import checkpoint
 from ultrathink.runs.checkpoint import (
     load_checkpoint,
     read_state,
@@ -67,6 +68,21 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", STATE)
     with pytest.raises(TypeError, match="cannot hold"):
         save_checkpoint(tmp_path / "c", {"bad": object()})  # type: ignore[dict-item]
+    assert equal(load_checkpoint(tmp_path / "c"), STATE)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "c", STATE)
+
+    def full(path: Path, data: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_atomic", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path / "c", {"model": {"w": torch.ones(2)}})
     assert equal(load_checkpoint(tmp_path / "c"), STATE)
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
 

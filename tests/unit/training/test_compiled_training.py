@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.test_trainer import At, final_state, records, without_time
@@ -24,8 +25,10 @@ def test_a_compiled_run_resumes_bit_for_bit_and_follows_the_eager_one(
         "training.checkpoint={every_steps: 3, keep: 9}",
     )
     compiled = (*common, "training.compile=true", "model.attention.backend=blocks")
+    counters.clear()
     whole = make_trainer(*compiled)
     whole.fit()
+    assert counters["stats"]["unique_graphs"] == 1  # compiled, in one piece, once
     stopped = make_trainer(*compiled, controllers=[At(step3=lambda c: c.stop(reason="test"))])
     assert stopped.fit() == "stopped"
     resumed = resume_trainer(stopped.run)

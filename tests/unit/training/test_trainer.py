@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.unit.training.conftest import MakeTrainer
 from ultrathink.core.errors import CheckpointError, UltrathinkError
+from ultrathink.data.sources.dummy import DummySource
+from ultrathink.data.tokenizers.base import load_tokenizer
 from ultrathink.recipe.build import resume_trainer
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Controller, StepReport, ValidationReport
@@ -82,6 +85,41 @@ def test_metrics_have_the_promised_fields(make_trainer: MakeTrainer) -> None:
     assert 0 <= val["token_accuracy"] <= 1
 
 
+def test_bits_per_byte_count_the_bytes_of_the_held_out_text(make_trainer: MakeTrainer) -> None:
+    """Recomputed from the text itself and the full logits, for tokens of several bytes."""
+    trainer = make_trainer("training.max_steps=1", "tokenizer={type: bpe, vocab_size: 300}")
+    trainer.fit()
+    val = next(row for row in records(trainer.run) if row["split"] == "val")
+    config = trainer.run.read_config()
+    source = DummySource(config.data.train[0])
+    texts = [document.text for document in source.documents("val")]
+    tokenizer = load_tokenizer(trainer.run.tokenizer)
+    ids = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.eot_id]][:-1]
+    nats = 0.0
+    trainer.model.eval()
+    for start in range(0, len(ids) - 1, config.data.seq_len):
+        window = torch.tensor(ids[start : start + config.data.seq_len + 1])
+        logits = trainer.model(window[None, :-1]).logits[0]
+        nats += F.cross_entropy(logits, window[1:], reduction="sum").item()
+    num_bytes = sum(len(text.encode()) for text in texts)
+    assert num_bytes > 1.5 * len(ids)
+    assert val["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+    assert val["bits_per_byte"] == pytest.approx(nats / num_bytes / math.log(2), rel=1e-5)
+
+
+def test_validating_changes_nothing_in_training(make_trainer: MakeTrainer) -> None:
+    common = ("training.max_steps=6", "model.dropout=0.2")
+    often = make_trainer(*common, "training.eval.every_steps=1")
+    often.fit()
+    once = make_trainer(*common)
+    once.fit()
+    train = [
+        [row for row in without_time(records(t.run)) if row["split"] == "train"]
+        for t in (often, once)
+    ]
+    assert train[0] == train[1]
+
+
 def test_training_learns(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("training.max_steps=60", "training.optimizer.lr=0.01")
     trainer.fit()
@@ -154,9 +192,10 @@ def test_resumed_run_follows_the_uninterrupted_one_bit_for_bit(
     whole.fit()
     broken = make_trainer(*common, controllers=[At(step5=lambda c: c.stop(reason="test"))])
     assert broken.fit() == "stopped"
-    assert broken.run.steps()[-1] == 5
+    assert {3, 5} <= set(broken.run.steps())
     torch.manual_seed(999)  # a new process has another random state
     resumed = resume_trainer(broken.run, "3")  # not where it stopped: steps 4 and 5 are redone
+    assert broken.run.steps() == [3]
     assert resumed.fit() == "finished"
     assert without_time(records(resumed.run)) == without_time(records(whole.run))
     one, other = final_state(whole.run), final_state(resumed.run)
@@ -284,13 +323,18 @@ def test_changed_settings_survive_a_resume(make_trainer: MakeTrainer) -> None:
 
 
 def test_restoring_a_snapshot_replays_bit_for_bit(make_trainer: MakeTrainer) -> None:
+    """Also the second time: what is trained after a restore must not leak into the snapshot."""
     kept: list[Snapshot] = []
-    tried: list[int] = []
+    returns: list[int] = []
 
     def go_back(control: TrainerControl) -> None:
-        if not tried:
-            tried.append(1)
+        if len(returns) < 2:
+            returns.append(1)
             control.restore(kept[0], reason="test")
+
+    def keep(control: TrainerControl) -> None:
+        if not kept:
+            kept.append(control.snapshot())
 
     recorder = Recorder()
     trainer = make_trainer(
@@ -299,14 +343,33 @@ def test_restoring_a_snapshot_replays_bit_for_bit(make_trainer: MakeTrainer) -> 
         "model.dropout=0.1",
         "training.checkpoint={every_steps: 1, keep: 9}",
         callbacks=[recorder],
-        controllers=[At(step2=lambda c: kept.append(c.snapshot()), step5=go_back)],
+        controllers=[At(step2=keep, step5=go_back)],
     )
     trainer.fit()
-    assert [report.step for report in recorder.steps] == [1, 2, 3, 4, 5, 3, 4, 5, 6]
-    first = [report.loss for report in recorder.steps[2:5]]
-    again = [report.loss for report in recorder.steps[5:8]]
-    assert first == again
+    steps = [report.step for report in recorder.steps]
+    assert steps == [1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6]
+    losses = [report.loss for report in recorder.steps]
+    assert losses[2:5] == losses[5:8] == losses[8:11]
     assert trainer.run.steps() == [1, 2, 3, 4, 5, 6]
+
+
+def test_going_back_leaves_no_checkpoint_of_the_abandoned_history(
+    make_trainer: MakeTrainer,
+) -> None:
+    kept: list[Snapshot] = []
+
+    def go_back_and_stop(control: TrainerControl) -> None:
+        control.restore(kept[0], reason="test")
+        control.stop(reason="test")
+
+    trainer = make_trainer(
+        "training.max_steps=6",
+        "training.checkpoint={every_steps: 1, keep: 9}",
+        controllers=[At(step2=lambda c: kept.append(c.snapshot()), step4=go_back_and_stop)],
+    )
+    trainer.fit()
+    assert trainer.run.steps() == [1, 2]
+    assert trainer.run.checkpoint("last").name == "step_00000002"
 
 
 def test_mixture_weights_change_what_comes(make_trainer: MakeTrainer) -> None:
@@ -345,6 +408,7 @@ def test_checkpoints_come_by_the_clock_too(make_trainer: MakeTrainer) -> None:
 def test_checkpoint_now_and_stop(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(
         "training.max_steps=9",
+        "training.sample.prompts=['the ']",
         controllers=[
             At(
                 step2=lambda c: c.checkpoint_now(reason="test"),
@@ -354,6 +418,7 @@ def test_checkpoint_now_and_stop(make_trainer: MakeTrainer) -> None:
     )
     assert trainer.fit() == "stopped"
     assert trainer.run.steps() == [2, 4]
+    assert not (trainer.run.path / "samples.jsonl").exists()  # samples are for the end of a run
 
 
 def test_nonsense_is_refused_at_once(make_trainer: MakeTrainer) -> None:
@@ -448,7 +513,6 @@ def test_minutes_become_steps_once_and_trying_out_leaves_no_trace(
     steps = config.training.step_budget
     assert steps is not None
     assert config.origin("training.step_budget").startswith("chosen at run")
-    assert timed.elapsed_s() < 0.05 * 60 * 1.5
     counted = make_trainer(f"training.max_steps={steps}", "training.schedule.warmup=2")
     counted.fit()
     # The clock may have ended the first run early; up to there both are the same run.
@@ -465,11 +529,17 @@ def test_a_run_that_gets_slower_ends_on_the_minute(make_trainer: MakeTrainer) ->
         def on_step(self, report: StepReport) -> None:
             time.sleep(0.1)
 
-    trainer = make_trainer("training.max_minutes=0.03", callbacks=[Slow()])
+    trainer = make_trainer("training.max_minutes=0.08", callbacks=[Slow()])
     assert trainer.fit() == "out of time"
     assert trainer.budget is not None
     assert trainer.progress.step < trainer.budget.total_steps
     assert trainer.run.steps()[-1] == trainer.progress.step
+
+
+def test_the_shortest_time_still_takes_a_step(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("training.max_minutes=1.0e-6")
+    assert trainer.fit() == "finished"
+    assert trainer.run.steps() == [1]
 
 
 def test_best_is_the_best_by_the_chosen_figure(make_trainer: MakeTrainer) -> None:

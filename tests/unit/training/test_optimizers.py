@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from ultrathink.config.model import ModelConfig
+from ultrathink.config.optimizer import AdamWConfig, MuonConfig
+from ultrathink.core.errors import CheckpointError
+from ultrathink.model.transformer import Transformer
+from ultrathink.training.muon import Muon
+from ultrathink.training.optimizers import (
+    build_optimizers,
+    load_optimizer_state,
+    optimizer_state,
+)
+
+MODEL = ModelConfig(
+    hidden_size=32,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    vocab_size=11,
+    intermediate_size=48,
+    tie_embeddings=False,
+)
+
+
+@pytest.mark.parametrize("config", [AdamWConfig(), MuonConfig()])
+def test_every_parameter_is_moved_by_exactly_one_optimizer(
+    config: AdamWConfig | MuonConfig,
+) -> None:
+    model = Transformer(MODEL)
+    moved = [
+        parameter
+        for optimizer in build_optimizers(config, model)
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+    assert len(moved) == len(set(moved)) == len(list(model.parameters()))
+
+
+def test_muon_takes_hidden_matrices_and_knows_what_is_fused_in_them() -> None:
+    model = Transformer(MODEL)
+    muon, adamw = build_optimizers(MuonConfig(adamw_lr=0.007), model)
+    assert isinstance(muon, Muon)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    [group] = muon.param_groups
+    splits = {names[p]: tuple(muon.row_splits[p]) for p in group["params"]}
+    assert splits == {
+        "blocks.0.attention.qkv.weight": (32, 16, 16),
+        "blocks.0.attention.output.weight": (32,),
+        "blocks.0.feed_forward.gate_up.weight": (48, 48),
+        "blocks.0.feed_forward.down.weight": (32,),
+    }
+    assert {group["peak_lr"] for group in adamw.param_groups} == {0.007}
+
+
+@pytest.mark.parametrize("config", [AdamWConfig(lr=0.01), MuonConfig()])
+def test_state_goes_by_name_and_training_goes_on_from_it(
+    config: AdamWConfig | MuonConfig,
+) -> None:
+    def step(model: Transformer, optimizers: list[torch.optim.Optimizer]) -> None:
+        generator = torch.Generator().manual_seed(3)
+        ids = torch.randint(0, 11, (2, 9), generator=generator)
+        output = model(ids[:, :-1], labels=ids[:, 1:])
+        output.loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    one = Transformer(MODEL)
+    first = build_optimizers(config, one)
+    step(one, first)
+    other = Transformer(MODEL)
+    other.load_state_dict(one.state_dict())
+    second = build_optimizers(config, other)
+    load_optimizer_state(second, other, optimizer_state(first, one))
+    step(one, first)
+    step(other, second)
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_state_of_an_unknown_parameter_is_named() -> None:
+    model = Transformer(MODEL)
+    with pytest.raises(CheckpointError, match=r"state for 'blocks\.9', which this model lacks"):
+        load_optimizer_state(build_optimizers(AdamWConfig(), model), model, {"blocks.9": {}})

@@ -3,7 +3,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.test_trainer import At, final_state, records, without_time
+from tests.unit.training.observers import At, final_state, records, without_time
 from ultrathink.recipe.build import resume_trainer
 from ultrathink.training.compiling import has_cpp_compiler
 

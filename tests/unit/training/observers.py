@@ -1,0 +1,56 @@
+"""What the tests of the trainer watch runs with, and how they steer them."""
+
+import json
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ultrathink.runs.folder import RunFolder
+from ultrathink.training.callbacks import Callback, Controller, StepReport, ValidationReport
+from ultrathink.training.control import Change, TrainerControl
+
+
+class Recorder(Callback):
+    def __init__(self) -> None:
+        self.steps: list[StepReport] = []
+        self.validations: list[ValidationReport] = []
+        self.changes: list[Change] = []
+        self.messages: list[str] = []
+
+    def on_step(self, report: StepReport) -> None:
+        self.steps.append(report)
+
+    def on_validation(self, report: ValidationReport) -> None:
+        self.validations.append(report)
+
+    def on_change(self, change: Change) -> None:
+        self.changes.append(change)
+
+    def on_message(self, text: str, level: str) -> None:
+        self.messages.append(text)
+
+
+class At(Controller):
+    """Runs ``actions[step]`` at the boundary after that step."""
+
+    def __init__(self, **actions: Any) -> None:
+        self.actions = {int(name.removeprefix("step")): action for name, action in actions.items()}
+
+    def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
+        if report.step in self.actions:
+            self.actions[report.step](control)
+
+
+def records(run: RunFolder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    dropped = ("time", "tokens_per_sec", "mfu", "memory_gib")
+    return [{k: v for k, v in row.items() if k not in dropped} for row in rows]
+
+
+def final_state(run: RunFolder) -> dict[str, torch.Tensor]:
+    [file] = run.checkpoint("last").glob("*.safetensors")
+    return load_file(file)

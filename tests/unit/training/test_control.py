@@ -1,0 +1,164 @@
+import json
+from typing import Any
+
+import pytest
+
+from tests.unit.training.conftest import MakeTrainer
+from tests.unit.training.observers import At, Recorder
+from ultrathink.core.errors import UltrathinkError
+from ultrathink.recipe.build import resume_trainer
+from ultrathink.training.control import Snapshot, TrainerControl
+
+
+def test_changes_wait_for_the_boundary_and_are_recorded(make_trainer: MakeTrainer) -> None:
+    def act(control: TrainerControl) -> None:
+        control.set_lr_factor(0.5, reason="loss spiked")
+        control.set_clip(0.1, reason="gradient grew")
+        control.set_weight_decay(0.2, reason="overfitting")
+        control.set_micro_batch_size(3, reason="memory")
+        control.skip_samples(8, reason="bad batch")
+
+    recorder = Recorder()
+    trainer = make_trainer(
+        "training.max_steps=4",
+        "training.schedule.warmup=0",
+        "training.schedule.min_ratio=1.0",
+        callbacks=[recorder],
+        controllers=[At(step2=act)],
+    )
+    trainer.fit()
+    rates = [report.lr for report in recorder.steps]
+    assert rates == pytest.approx([0.003, 0.003, 0.0015, 0.0015])
+    assert [(c.setting, c.before, c.after) for c in recorder.changes] == [
+        ("lr_factor", 1.0, 0.5),
+        ("clip", 1.0, 0.1),
+        ("weight_decay", None, 0.2),
+        ("micro_batch_size", 4, 2),  # the largest divisor of 4 that is not above 3
+        ("skip_samples", 0, 8),
+    ]
+    lines = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
+    assert next(line["reason"] for line in lines) == "loss spiked"
+    assert {line["step"] for line in lines} == {2}
+    assert (trainer.loader.samples_seen, trainer.loader.samples_skipped) == (16, 8)
+
+
+def test_changed_settings_survive_a_resume(make_trainer: MakeTrainer) -> None:
+    def act(control: TrainerControl) -> None:
+        control.set_lr_factor(0.25, reason="test")
+        control.stop(reason="test")
+
+    trainer = make_trainer("training.max_steps=4", controllers=[At(step2=act)])
+    trainer.fit()
+    assert resume_trainer(trainer.run).settings.lr_factor == 0.25
+
+
+def test_restoring_a_snapshot_replays_bit_for_bit(make_trainer: MakeTrainer) -> None:
+    """Also the second time: what is trained after a restore must not leak into the snapshot."""
+    kept: list[Snapshot] = []
+    returns: list[int] = []
+
+    def go_back(control: TrainerControl) -> None:
+        if len(returns) < 2:
+            returns.append(1)
+            control.restore(kept[0], reason="test")
+
+    def keep(control: TrainerControl) -> None:
+        if not kept:
+            kept.append(control.snapshot())
+
+    recorder = Recorder()
+    trainer = make_trainer(
+        "training.max_steps=6",
+        "training.optimizer.type=muon",
+        "model.dropout=0.1",
+        "training.checkpoint={every_steps: 1, keep: 9}",
+        callbacks=[recorder],
+        controllers=[At(step2=keep, step5=go_back)],
+    )
+    trainer.fit()
+    steps = [report.step for report in recorder.steps]
+    assert steps == [1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6]
+    losses = [report.loss for report in recorder.steps]
+    assert losses[2:5] == losses[5:8] == losses[8:11]
+    assert trainer.run.steps() == [1, 2, 3, 4, 5, 6]
+
+
+def test_going_back_leaves_no_checkpoint_of_the_abandoned_history(
+    make_trainer: MakeTrainer,
+) -> None:
+    kept: list[Snapshot] = []
+
+    def go_back_and_stop(control: TrainerControl) -> None:
+        control.restore(kept[0], reason="test")
+        control.stop(reason="test")
+
+    trainer = make_trainer(
+        "training.max_steps=6",
+        "training.checkpoint={every_steps: 1, keep: 9}",
+        controllers=[At(step2=lambda c: kept.append(c.snapshot()), step4=go_back_and_stop)],
+    )
+    trainer.fit()
+    assert trainer.run.steps() == [1, 2]
+    assert trainer.run.checkpoint("last").name == "step_00000002"
+
+
+def test_mixture_weights_change_what_comes(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(
+        "training.max_steps=4",
+        "data.train=[{type: dummy, name: a, weight: 1}, {type: dummy, name: b, seed: 3}]",
+        controllers=[At(step2=lambda c: c.set_mixture_weights([1.0, 1e-9], reason="test"))],
+    )
+    sources: list[int] = []
+    original = trainer.loader.next_batch
+
+    def spy() -> Any:
+        batch = original()
+        sources.extend(batch.source_ids[:, 0].tolist())
+        return batch
+
+    trainer.loader.next_batch = spy  # type: ignore[method-assign]
+    trainer.fit()
+    assert sorted(sources[:8]) == [0] * 4 + [1] * 4
+    assert sources[8:].count(0) >= 7  # a share holds to within one sample
+
+
+def test_checkpoints_come_by_the_clock_too(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(
+        "training.max_steps=4", "training.checkpoint={every_minutes: 1.0e-9, keep: 9}"
+    )
+    trainer.fit()
+    assert trainer.run.steps() == [1, 2, 3, 4]
+    rare = make_trainer(
+        "training.max_steps=4", "training.checkpoint={every_minutes: 1000, keep: 9}"
+    )
+    rare.fit()
+    assert rare.run.steps() == [4]
+
+
+def test_checkpoint_now_and_stop(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(
+        "training.max_steps=9",
+        "training.sample.prompts=['the ']",
+        controllers=[
+            At(
+                step2=lambda c: c.checkpoint_now(reason="test"),
+                step4=lambda c: c.stop(reason="test"),
+            )
+        ],
+    )
+    assert trainer.fit() == "stopped"
+    assert trainer.run.steps() == [2, 4]
+    assert not (trainer.run.path / "samples.jsonl").exists()  # samples are for the end of a run
+
+
+def test_nonsense_is_refused_at_once(make_trainer: MakeTrainer) -> None:
+    control = make_trainer().control
+    for ask in (
+        lambda: control.set_lr_factor(0.0, reason=""),
+        lambda: control.set_clip(-1.0, reason=""),
+        lambda: control.set_weight_decay(-0.1, reason=""),
+        lambda: control.set_micro_batch_size(0, reason=""),
+        lambda: control.skip_samples(0, reason=""),
+    ):
+        with pytest.raises(UltrathinkError, match=r"must be above 0|is negative"):
+            ask()

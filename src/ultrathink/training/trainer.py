@@ -320,11 +320,12 @@ class Trainer:
         )
 
     def _estimate_validation(self) -> float:
-        """Seconds that a whole validation will take, from two batches of it."""
+        """Seconds that a whole validation will take, from three batches of it."""
         if self.held_out is None:
             return 0.0
+        self._evaluate(self.held_out, max_batches=1)  # the first pays for fresh memory
         began = time.perf_counter()
-        scores = self._evaluate(self.held_out, max_batches=2)
+        scores = self._evaluate(self.held_out, max_batches=3)
         num_tokens, _ = self.held_out.extent(self.training.eval.max_tokens)
         return (time.perf_counter() - began) * num_tokens / max(1, scores.num_tokens)
 

@@ -144,7 +144,7 @@ def _say_what_next(trainer: Trainer, result: dict[str, Any]) -> None:
     run = trainer.run.path
     words = {
         "finished": "Finished",
-        "out of time": "Out of time",
+        "out of time": "Time is up",
         "stopped": "Stopped and saved",
     }[result["ending"]]
     score = result["bits_per_byte"]

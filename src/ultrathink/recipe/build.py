@@ -195,7 +195,6 @@ def _assemble(
         identity={
             "data_hash": data.data_hash,
             "tokenizer_hash": data.tokenizer.fingerprint,
-            "model": config.model.model_dump(mode="json"),
         },
         heading=_heading(config, model, choices),
     )

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Coefficients of the quintic iteration of the post above; its fixed interval is about (0.7, 1.2).
+# Coefficients of the quintic iteration of the post above, which ends near 1, not at it.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 

@@ -1,12 +1,11 @@
 """Atomic writes: the old file or the new one, never half of one."""
 
-import hashlib
 import os
 from pathlib import Path
 
 import pytest
 
-from ultrathink.core.files import file_sha256, sync_folder, write_atomic
+from ultrathink.core.files import write_atomic
 
 
 def test_text_and_bytes_are_written(tmp_path: Path) -> None:
@@ -46,10 +45,3 @@ def test_the_file_is_on_the_disk_before_it_takes_its_name(
     )
     write_atomic(tmp_path / "file", "text")
     assert calls == ["fsync", "replace"]
-
-
-def test_sums_and_folders(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"abc" * 100_000)
-    assert file_sha256(path) == hashlib.sha256(b"abc" * 100_000).hexdigest()
-    sync_folder(tmp_path)

@@ -8,7 +8,7 @@ from ultrathink.core.errors import ConfigError
 from ultrathink.recipe.choices import choose
 from ultrathink.training import hardware
 from ultrathink.training.compiling import should_compile
-from ultrathink.training.hardware import choose_device, choose_precision, measured_rate
+from ultrathink.training.hardware import choose_device, choose_precision, measured_rate, peak_flops
 
 CPU = torch.device("cpu")
 
@@ -39,6 +39,30 @@ def test_what_is_configured_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rates_are_plausible() -> None:
     assert 1e8 < measured_rate(torch.float32, 128, 0.01) < 1e14
+
+
+def test_peaks_come_from_the_data_sheet_or_from_the_device_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[torch.dtype, str]] = []
+
+    def measured(dtype: torch.dtype, size: int, seconds: float, device: str) -> float:
+        asked.append((dtype, device))
+        return 1.0
+
+    monkeypatch.setattr(hardware, "measured_rate", measured)
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert peak_flops(gpu, "bf16") == 989e12
+    assert peak_flops(gpu, "fp32") == 1.0
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40")
+    assert peak_flops(gpu, "bf16") == 1.0
+    assert peak_flops(CPU, "fp32") == 1.0
+    assert asked == [
+        (torch.float32, "cuda:0"),
+        (torch.bfloat16, "cuda:0"),
+        (torch.float32, "cpu"),
+    ]
 
 
 def test_auto_is_replaced_by_values_that_say_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,3 +45,9 @@ def test_the_file_is_on_the_disk_before_it_takes_its_name(
     )
     write_atomic(tmp_path / "file", "text")
     assert calls == ["fsync", "replace"]
+
+
+def test_a_folder_is_flushed_or_missed(tmp_path: Path) -> None:
+    sync_folder(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        sync_folder(tmp_path / "gone")

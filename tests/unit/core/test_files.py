@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ultrathink.core.files import write_atomic
+from ultrathink.core.files import sync_folder, write_atomic
 
 
 def test_text_and_bytes_are_written(tmp_path: Path) -> None:

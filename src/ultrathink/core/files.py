@@ -1,8 +1,9 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of one."""
+"""Writing and removing files so that a crash leaves the old ones or the new, never half of one."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -20,12 +21,47 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's own entries, so that a rename in it survives a power cut."""
-    if os.name == "nt":  # Windows cannot open a folder for this
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename ``new`` to ``folder``; one that stands there steps aside first and is deleted last.
+
+    A crash in between leaves the former as ``.NAME.old`` beside where it stood.
+    """
+    aside = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            os.rename(folder, aside)
+            os.rename(new, folder)
+        except BaseException:
+            if aside.exists() and not folder.exists():
+                os.rename(aside, folder)
+            raise
+    else:
+        os.rename(new, folder)
+    sync_folder(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder that vanishes at once: a crash in between leaves ``.NAME.deleted`` only."""
+    hidden = folder.with_name(f".{folder.name}.deleted")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's own entries, so that a rename in it survives a power cut."""
+    if os.name == "nt":  # Windows cannot open a folder for this
+        return
+    sync_file(folder)

@@ -1,72 +1,115 @@
 """Checkpoints: tensors as safetensors through torch's distributed checkpoint, the rest as JSON.
 
-A checkpoint is a folder: ``*.safetensors`` with an index, and ``state.json``. Nothing is pickled.
-It is written beside its final name and renamed, so a crash never leaves half of one.
+A checkpoint is a folder; nothing in it is pickled:
+
+    model-00001-of-00002.safetensors   the model's tensors
+    model-00002-of-00002.safetensors   all others: optimizer, random states
+    model.safetensors.index.json       which tensor is in which file
+    state.json                         everything that is not a tensor
+    checksums.json                     size and SHA-256 of all these, written last
+
+It is written beside its final name and renamed, so a crash never leaves half of one there.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ultrathink.core.errors import CheckpointError
-from ultrathink.core.files import sync_folder, write_atomic
+from ultrathink.core.files import replace_folder, sync_file, sync_folder, write_atomic
 from ultrathink.core.protocols import State
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ultrathink.runs.tensor_files import Shapes
+
 STATE_FILE = "state.json"
+INDEX_FILE = "model.safetensors.index.json"
+CHECKSUM_FILE = "checksums.json"
+MODEL = "model/"  # how the names of the model's tensors begin
 FORMAT = 1
 _TENSOR = "__tensor__"  # in state.json, stands where a tensor was, with the tensor's name
 
+Wanted: TypeAlias = Callable[[str], bool]  # chooses tensors by name
 
-def save_checkpoint(folder: Path, state: State) -> None:
-    """Write nested ``state`` (plain values and tensors) to ``folder``, whole or not at all."""
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is not as it was written: ``folder``, and what its ``problem`` is."""
+
+    def __init__(self, folder: Path, problem: str, advice: str | None = None) -> None:
+        super().__init__(
+            f"checkpoint {folder} is damaged: {problem}. "
+            f"{advice or 'Use an earlier one: --resume RUN@STEP.'}"
+        )
+        self.folder = folder
+        self.problem = problem
+
+
+def everything(name: str) -> bool:
+    """Wants every tensor."""
+    return True
+
+
+def weights(name: str) -> bool:
+    """Wants the model's tensors only."""
+    return name.startswith(MODEL)
+
+
+# -- writing and reading --------------------------------------------------------------------------
+
+
+def save_checkpoint(folder: Path, state: State, check: Callable[[], None] = lambda: None) -> None:
+    """Write nested ``state`` (plain values and tensors) to ``folder``, whole or not at all.
+
+    ``check`` is called often; what it raises ends the save. Raises OSError with its number and file
+    where the disk does not take it. Any thread may call it.
+    """
+    from ultrathink.runs.tensor_files import write_tensors  # a second to import
+
     tensors: dict[str, Tensor] = {}
     plain = _take_tensors(state, "", tensors)
     beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        _write_tensors(beside, tensors)
-        text = json.dumps({"format": FORMAT, "state": plain}, allow_nan=True)
-        write_atomic(beside / STATE_FILE, text)
-        for file in beside.iterdir():
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_folder(beside)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(beside, folder)
-        sync_folder(folder.parent)
-    except BaseException:
+    with _disk_errors_named(folder):
         shutil.rmtree(beside, ignore_errors=True)
-        raise
+        beside.mkdir(parents=True)
+        try:
+            write_tensors(beside, tensors, _file_numbers(tensors), check)
+            text = json.dumps({"format": FORMAT, "state": plain}, allow_nan=True)
+            (beside / STATE_FILE).write_text(text, encoding="utf-8")
+            files = sorted(beside.iterdir())
+            sums = {}
+            for file in files:
+                check()
+                sync_file(file)
+                sums[file.name] = _checksum(file)
+            write_atomic(beside / CHECKSUM_FILE, json.dumps(sums, separators=(",", ":")))
+            sync_folder(beside)
+            check()
+            replace_folder(beside, folder)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
 
 
-def load_checkpoint(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> State:
-    """Read a checkpoint back as it was saved, on the CPU.
+def load_checkpoint(folder: Path, wanted: Wanted = everything) -> State:
+    """Read a checkpoint back as it was saved, on the CPU, after comparing it with its checksums.
 
     ``wanted`` chooses tensors by their slash-separated name ("model/layers.0…"); in place of the
-    others stands None.
+    others stands None, and files with none that is wanted are not touched. Raises
+    DamagedCheckpointError.
     """
+    from ultrathink.runs.tensor_files import read_tensors
+
+    verify_checkpoint(folder, files_of(folder, wanted))
     plain = read_state(folder)
-    tensors = _read_tensors(folder, wanted)
-    missing = [name for name in _named_tensors(plain) if wanted(name) and name not in tensors]
-    if missing:
-        raise CheckpointError(
-            f"the tensors in {folder} cannot be read ({missing[0]} is missing); the checkpoint is "
-            f"damaged or incomplete. Use an earlier one: --resume RUN@STEP."
-        )
+    tensors = read_tensors(folder, _holding(folder, wanted), wanted)
     state: State = _put_tensors(plain, tensors)
     return state
 
@@ -76,37 +119,139 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        form, state = content["format"], content.get("state")
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} is not a checkpoint: it has no {STATE_FILE}; "
             f"name a folder like runs/demo/checkpoints/step_00000100."
         ) from None
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); use an earlier checkpoint: --resume RUN@STEP."
+    except (ValueError, LookupError, TypeError) as error:
+        raise DamagedCheckpointError(
+            folder, f"{STATE_FILE} cannot be read ({_reason(error)})"
         ) from None
-    if content.get("format") != FORMAT:
+    if form != FORMAT:
         raise CheckpointError(
-            f"{path} has format {content.get('format')!r}, this version reads {FORMAT}; "
+            f"{path} has format {form!r}, this version reads {FORMAT}; "
             f"use the version of ultrathink that wrote it."
         )
-    state: dict[str, Any] = content["state"]
+    assert isinstance(state, dict)
     return state
 
 
-def tensor_shapes(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def tensor_shapes(folder: Path) -> Shapes:
     """The shape and type of every tensor in a checkpoint, without reading them."""
-    metadata = _reader(folder).read_metadata()
-    return {
-        name: (tuple(entry.size), entry.properties.dtype)
-        for name, entry in metadata.state_dict_metadata.items()
-    }
+    from ultrathink.runs.tensor_files import read_shapes
+
+    files = _holding(folder, everything)
+    try:
+        return read_shapes(folder, files)
+    except Exception as error:  # whatever the parser met
+        raise DamagedCheckpointError(
+            folder, f"its tensors cannot be read ({_reason(error)})"
+        ) from error
+
+
+# -- checksums ------------------------------------------------------------------------------------
+
+
+def verify_checkpoint(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Compare files of a checkpoint, all unless named, with the size and SHA-256 kept of them.
+
+    Raises DamagedCheckpointError with the first that differs.
+    """
+    sums = _read_checksums(folder)
+    for name in sorted({STATE_FILE, INDEX_FILE, *sums} if names is None else names):
+        _check_size(folder, name, sums)
+        try:
+            differs = _checksum(folder / name) != sums[name]
+        except OSError as error:
+            raise DamagedCheckpointError(
+                folder, f"{name} cannot be read ({_reason(error)})"
+            ) from None
+        if differs:
+            raise DamagedCheckpointError(folder, f"{name}: content differs from its checksum")
+
+
+def files_of(folder: Path, wanted: Wanted) -> list[str]:
+    """The files that loading the ``wanted`` tensors reads."""
+    verify_checkpoint(folder, [INDEX_FILE])
+    return [STATE_FILE, INDEX_FILE, *sorted(_holding(folder, wanted))]
+
+
+def has_its_sizes(folder: Path) -> bool:
+    """Whether every file is there in its recorded size; says nothing of its content."""
+    try:
+        sums = _read_checksums(folder)
+        for name in {STATE_FILE, INDEX_FILE, *sums}:
+            _check_size(folder, name, sums)
+    except DamagedCheckpointError:
+        return False
+    return True
+
+
+def _checksum(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": file.tell(), "sha256": digest}
+
+
+def _read_checksums(folder: Path) -> dict[str, dict[str, Any]]:
+    try:
+        sums = json.loads((folder / CHECKSUM_FILE).read_text(encoding="utf-8"))
+        if not all(entry.keys() == {"size", "sha256"} for entry in sums.values()):
+            raise ValueError("not a list of sizes and checksums")
+    except FileNotFoundError:
+        raise DamagedCheckpointError(
+            folder, f"{CHECKSUM_FILE} is missing, so it was not written to its end"
+        ) from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedCheckpointError(
+            folder, f"{CHECKSUM_FILE} cannot be read ({_reason(error)})"
+        ) from None
+    checked: dict[str, dict[str, Any]] = sums
+    return checked
+
+
+def _check_size(folder: Path, name: str, sums: Mapping[str, Mapping[str, Any]]) -> None:
+    if name not in sums:
+        raise DamagedCheckpointError(folder, f"{name} is not in {CHECKSUM_FILE}")
+    try:
+        size = (folder / name).stat().st_size
+    except FileNotFoundError:
+        raise DamagedCheckpointError(folder, f"{name} is missing") from None
+    except OSError as error:
+        raise DamagedCheckpointError(folder, f"{name} cannot be read ({_reason(error)})") from None
+    if size != sums[name]["size"]:
+        raise DamagedCheckpointError(
+            folder, f"{name} has {size} bytes instead of {sums[name]['size']}"
+        )
+
+
+def _reason(error: Exception) -> str:
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return text.strip().splitlines()[0] if text.strip() else repr(error)
+
+
+@contextmanager
+def _disk_errors_named(folder: Path) -> Iterator[None]:
+    """A write that fails does not say where; here it does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
+# -- the state without its tensors ----------------------------------------------------------------
 
 
 def _take_tensors(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """A copy of ``node`` with each tensor moved to ``tensors`` and named in its place."""
+    from torch import Tensor  # only here: who reads no tensors need not wait for torch
+
     if isinstance(node, Tensor):
-        tensors[path] = node.detach()
+        tensors[path] = node.detach().contiguous()  # safetensors takes no other
         return {_TENSOR: path}
     if isinstance(node, Mapping):
         return {
@@ -131,56 +276,27 @@ def _put_tensors(node: Any, tensors: Mapping[str, Tensor]) -> Any:
     return node
 
 
-def _named_tensors(node: Any) -> list[str]:
-    """The names of all tensors that belong into ``node``."""
-    if isinstance(node, dict):
-        if _TENSOR in node:
-            return [str(node[_TENSOR])]
-        return [name for value in node.values() for name in _named_tensors(value)]
-    if isinstance(node, list):
-        return [name for value in node for name in _named_tensors(value)]
-    return []
+# -- which tensor is in which file ---------------------------------------------------------------
 
 
-def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-
-    with _single_process_is_meant():
-        dcp.save(
-            dict(tensors), storage_writer=HuggingFaceStorageWriter(path=str(folder)), no_dist=True
-        )
+def _file_numbers(names: Iterable[str]) -> dict[str, int]:
+    """The model's tensors in the first file, all others in the second; no file is empty."""
+    has_weights = any(weights(name) for name in names)
+    return {name: 1 if weights(name) or not has_weights else 2 for name in names}
 
 
-def _read_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    import torch.distributed.checkpoint as dcp
-
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The file of each tensor."""
     try:
-        tensors = {
-            name: torch.empty(shape, dtype=dtype)
-            for name, (shape, dtype) in tensor_shapes(folder).items()
-            if wanted(name)
-        }
-        with _single_process_is_meant():
-            dcp.load(tensors, storage_reader=_reader(folder), no_dist=True)
-    except Exception as error:  # the storage reader raises whatever its parser met
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(
-            f"the tensors in {folder} cannot be read ({reason}); the checkpoint is damaged or "
-            f"incomplete. Use an earlier one: --resume RUN@STEP."
-        ) from error
-    return tensors
+        content = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        files: dict[str, str] = dict(content["weight_map"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DamagedCheckpointError(
+            folder, f"{INDEX_FILE} cannot be read ({_reason(error)})"
+        ) from None
+    return files
 
 
-def _reader(folder: Path) -> Any:
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
-    return HuggingFaceStorageReader(path=str(folder))
-
-
-class _single_process_is_meant(warnings.catch_warnings):  # noqa: N801 — reads as a statement
-    """Silences torch's reminder that no process group is there; one process is what we mean."""
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
+def _holding(folder: Path, wanted: Wanted) -> set[str]:
+    """The files that hold ``wanted`` tensors."""
+    return {file for name, file in _weight_map(folder).items() if wanted(name)}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +14,24 @@ from ultrathink.config.docs import to_yaml
 from ultrathink.config.loading import CONFIG_FILE, ORIGINS_FILE, load_config
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError, suggestion
-from ultrathink.core.files import write_atomic
+from ultrathink.core.files import remove_folder, write_atomic
 from ultrathink.core.protocols import State
-from ultrathink.runs.checkpoint import STATE_FILE, save_checkpoint
+from ultrathink.runs.checkpoint import (
+    CHECKSUM_FILE,
+    STATE_FILE,
+    DamagedCheckpointError,
+    Wanted,
+    everything,
+    files_of,
+    has_its_sizes,
+    save_checkpoint,
+    verify_checkpoint,
+)
 
 _STEP_FOLDER = re.compile(r"^step_(\d{8,})$")
+# What a process that was killed leaves behind: see write_atomic, save_checkpoint, remove_folder.
+_UNFINISHED_FILE = re.compile(r"^\..+\.\d+\.tmp$")
+_UNFINISHED_FOLDER = re.compile(r"^\.(step_\d{8,})\.(tmp|old|deleted)$")
 
 
 @dataclass(frozen=True)
@@ -30,20 +45,25 @@ class RunFolder:
         """Make a new folder for ``config``; a name in use gets a number (demo, demo-2)."""
         assert config.run.name is not None
         parent = Path(config.run.dir)
+        parent.mkdir(parents=True, exist_ok=True)
         number = 1
         while True:
             name = config.run.name if number == 1 else f"{config.run.name}-{number}"
             try:
-                (parent / name).mkdir(parents=True)
+                (parent / name).mkdir()
                 break
             except FileExistsError:
                 number += 1
         if number > 1:
             config = config.replace({"run.name": name}, origin="chosen at run time: name in use")
         folder = cls(parent / name)
-        folder.checkpoints.mkdir()
-        folder.logs.mkdir()
-        folder.write_config(config)
+        try:
+            folder.checkpoints.mkdir()
+            folder.logs.mkdir()
+            folder.write_config(config)
+        except BaseException:
+            shutil.rmtree(folder.path, ignore_errors=True)
+            raise
         return folder, config
 
     @property
@@ -74,6 +94,18 @@ class RunFolder:
     def manifest(self) -> Path:
         return self.path / "manifest.json"
 
+    @property
+    def data_record(self) -> Path:
+        return self.path / "data.json"
+
+    @property
+    def segments(self) -> Path:
+        return self.path / "segments.jsonl"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.path / ".lock"
+
     def write_config(self, config: Config) -> None:
         """Keep the resolved configuration, and where each value came from."""
         import yaml
@@ -84,87 +116,241 @@ class RunFolder:
     def read_config(self) -> Config:
         return load_config(self.path)
 
+    def founding(self) -> dict[str, bytes]:
+        """The small files that a run's checkpoints are of no use without, by relative path."""
+        wanted = [
+            self.path / CONFIG_FILE,
+            self.path / ORIGINS_FILE,
+            self.manifest,
+            self.data_record,
+            self.segments,
+            *(sorted(self.tokenizer.iterdir()) if self.tokenizer.is_dir() else []),
+        ]
+        return {
+            path.relative_to(self.path).as_posix(): path.read_bytes()
+            for path in wanted
+            if path.is_file()
+        }
+
+    def restore_founding(self, files: dict[str, bytes]) -> bool:
+        """Write what is missing of ``files`` and of the folders; whether anything was missing."""
+        lost_folders = [path for path in (self.checkpoints, self.logs) if not path.is_dir()]
+        for path in lost_folders:
+            path.mkdir(parents=True, exist_ok=True)
+        lost_files = [name for name in files if not (self.path / name).exists()]
+        for name in lost_files:
+            path = self.path / name
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, files[name])
+        return bool(lost_folders or lost_files)
+
+    def clean(self) -> None:
+        """Put right what a killed process left unfinished; only for who holds the run's lock."""
+        for folder in (self.path, self.tokenizer):
+            for path in folder.glob(".*.tmp"):
+                if _UNFINISHED_FILE.match(path.name):
+                    path.unlink()
+        if not self.checkpoints.is_dir():
+            return
+        for path in list(self.checkpoints.iterdir()):
+            match = _UNFINISHED_FOLDER.match(path.name)
+            if match is None:
+                continue
+            visible = self.checkpoints / match[1]
+            if match[2] == "old" and not visible.exists():
+                os.rename(path, visible)
+            else:
+                shutil.rmtree(path)
+        for name in ("best", "last"):
+            coming = self._coming(name)
+            if coming.exists():
+                os.replace(coming, self.checkpoints / name)
+            elif coming.is_symlink():
+                coming.unlink()
+        self._mend_links()
+
     # -- checkpoints ---------------------------------------------------------------------------
 
+    def step_path(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` is, or would be."""
+        return self.checkpoints / f"step_{step:08d}"
+
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first."""
-        found = []
-        if self.checkpoints.is_dir():
-            for entry in self.checkpoints.iterdir():
-                match = _STEP_FOLDER.match(entry.name)
-                if match and not entry.is_symlink() and (entry / STATE_FILE).is_file():
-                    found.append(int(match[1]))
-        return sorted(found)
+        """Steps that have a checkpoint, oldest first; what is in them is not looked at."""
+        return [
+            step
+            for step in self._step_folders()
+            if (self.step_path(step) / STATE_FILE).is_file()
+            and (self.step_path(step) / CHECKSUM_FILE).is_file()
+        ]
 
     def checkpoint(self, which: str | int = "last") -> Path:
         """The folder of ``"last"``, ``"best"`` or a step; CheckpointError lists what there is."""
         steps = self.steps()
         if not steps:
             raise CheckpointError(
-                f"run {self.path} has no checkpoint yet; it stopped before its first was written. "
-                f"Start it again: ultrathink train {self.path}"
+                f"run {self.path} has no checkpoint yet; it ended before its first was written. "
+                f"Begin it again: ultrathink train --resume {self.path}"
             )
         if which == "last":
-            return self._step_path(steps[-1])
+            return self.step_path(steps[-1])
         if which == "best":
             best = self.checkpoints / "best"
-            return best.resolve() if best.exists() else self._step_path(steps[-1])
-        try:
-            step = int(which)
-        except ValueError:
+            return best.resolve() if best.exists() else self.step_path(steps[-1])
+        step = _step_of(which)
+        if step is None:
             raise CheckpointError(
                 f"{which!r} is not a checkpoint; use last, best or a step: "
                 f"{', '.join(map(str, steps))}."
-            ) from None
+            )
         if step not in steps:
             raise CheckpointError(
                 f"run {self.path} has no checkpoint of step {step}; there are: "
                 f"{', '.join(map(str, steps))}."
             )
-        return self._step_path(step)
+        return self.step_path(step)
 
-    def save(self, step: int, state: State, *, is_best: bool, keep: int) -> Path:
-        """Write the checkpoint of ``step``, point ``last`` (and ``best``) to it, drop old ones."""
-        path = self._step_path(step)
-        save_checkpoint(path, state)
-        self._point("last", path)
-        if is_best:
-            self._point("best", path)
-        self._prune(keep)
+    def sound_checkpoint(
+        self, which: str | int = "last", wanted: Wanted = everything
+    ) -> tuple[Path, list[str]]:
+        """A checkpoint that is as it was written, and a sentence for each damaged one passed over.
+
+        Where ``"last"`` or ``"best"`` is damaged, the newest sound one stands in for it; a step
+        that is named has to be sound itself. Only what loading the ``wanted`` tensors reads is
+        compared with its checksums. Raises DamagedCheckpointError where none is left.
+        """
+        step = _step_of(which)
+        found = self._step_folders()
+        if not found or (step is None and which not in ("last", "best")):
+            return self.checkpoint(which), []  # which says what is wrong
+        if step is not None:
+            return self._sound_step(step, wanted), []
+        candidates = [self.step_path(number) for number in reversed(found)]
+        best = self.checkpoints / "best"
+        if which == "best" and best.exists():
+            chosen = self.checkpoints / best.resolve().name
+            candidates = [chosen, *(path for path in candidates if path != chosen)]
+        damaged: list[DamagedCheckpointError] = []
+        for path in candidates:
+            try:
+                verify_checkpoint(path, files_of(path, wanted))
+            except DamagedCheckpointError as error:
+                damaged.append(error)
+                continue
+            return path, [
+                f"checkpoint {error.folder.name} is damaged ({error.problem}); using {path.name}"
+                for error in damaged
+            ]
+        problems = "; ".join(f"{error.folder.name}: {error.problem}" for error in damaged)
+        raise DamagedCheckpointError(
+            self.checkpoints,
+            f"no checkpoint in it is sound ({problems})",
+            f"Begin a run like it: ultrathink train {self.path}",
+        )
+
+    def _sound_step(self, step: int, wanted: Wanted) -> Path:
+        found = self._step_folders()
+        if step not in found:
+            return self.checkpoint(step)  # which lists what there is
+        path = self.step_path(step)
+        try:
+            verify_checkpoint(path, files_of(path, wanted))
+        except DamagedCheckpointError as error:
+            others = [number for number in self.steps() if number != step]
+            advice = (
+                f"Use another (there are: {', '.join(map(str, others))}): "
+                f"--resume {self.path}@{max((n for n in others if n < step), default=others[0])}"
+                if others
+                else f"It is the only one of run {self.path}."
+            )
+            raise DamagedCheckpointError(path, error.problem, advice) from None
+        return path
+
+    def save(
+        self,
+        step: int,
+        state: State,
+        *,
+        is_best: bool,
+        keep: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> Path:
+        """Write the checkpoint of ``step``, point ``last`` (and ``best``) to it, drop old ones.
+
+        ``check`` is called often until it is whole; what it raises ends the save.
+        """
+        path = self.step_path(step)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        # A step that was kept back while the disk was full may come after a newer one.
+        is_newest = step >= max(self.steps(), default=0)
+        names = ["best"] * is_best + ["last"] * is_newest
+        try:
+            for name in names:  # first, so that clean() knows of them after a crash
+                self._prepare_link(name, path)
+            save_checkpoint(path, state, check)
+            for name in names:
+                os.replace(self._coming(name), self.checkpoints / name)
+        except BaseException:
+            for name in names:
+                with suppress(OSError):
+                    self._coming(name).unlink(missing_ok=True)
+            raise
+        self._prune(keep, path)
         return path
 
     def remove_after(self, step: int) -> None:
         """Drop the checkpoints beyond ``step``: a run that goes on from there writes its own."""
-        for later in self.steps():
+        for later in self._step_folders():
             if later > step:
-                shutil.rmtree(self._step_path(later))
+                remove_folder(self.step_path(later))
+        self._mend_links()
+
+    def _step_folders(self) -> list[int]:
+        """Steps that have a folder, whole or not, oldest first."""
+        if not self.checkpoints.is_dir():
+            return []
+        matches = (
+            _STEP_FOLDER.match(path.name)
+            for path in self.checkpoints.iterdir()
+            if path.is_dir() and not path.is_symlink()
+        )
+        return sorted(int(match[1]) for match in matches if match)
+
+    def _coming(self, name: str) -> Path:
+        """Where the next link called ``name`` waits for its target."""
+        return self.checkpoints / f".{name}.tmp"
+
+    def _prepare_link(self, name: str, target: Path) -> None:
+        self._coming(name).unlink(missing_ok=True)
+        self._coming(name).symlink_to(target.name, target_is_directory=True)
+
+    def _mend_links(self) -> None:
+        """Let ``last`` name the newest checkpoint, and drop links to what is not there."""
         for name in ("last", "best"):
             link = self.checkpoints / name
             if link.is_symlink() and not link.exists():
                 link.unlink()
-        if self.steps():
-            self._point("last", self._step_path(self.steps()[-1]))
+        steps = self.steps()
+        if steps:
+            newest = self.step_path(steps[-1])
+            self._prepare_link("last", newest)
+            os.replace(self._coming("last"), self.checkpoints / "last")
 
-    def _step_path(self, step: int) -> Path:
-        return self.checkpoints / f"step_{step:08d}"
+    def _prune(self, keep: int, written: Path) -> None:
+        """Drop old checkpoints, now that ``written`` is whole.
 
-    def _point(self, name: str, target: Path) -> None:
-        """Make ``checkpoints/name`` a relative link to ``target``, in one move."""
-        link = self.checkpoints / name
-        beside = self.checkpoints / f".{name}.tmp"
-        beside.unlink(missing_ok=True)
-        beside.symlink_to(target.name, target_is_directory=True)
-        os.replace(beside, link)
-
-    def _prune(self, keep: int) -> None:
-        kept = {self._step_path(step) for step in self.steps()[-keep:]}
+        One that lacks bytes does not count among those kept, so it never displaces a good one.
+        """
+        found = [self.step_path(step) for step in self._step_folders()]
+        kept = {written, *[path for path in found if has_its_sizes(path)][-keep:]}
         for name in ("last", "best"):
             link = self.checkpoints / name
             if link.exists():
                 kept.add(self.checkpoints / link.resolve().name)
-        for step in self.steps():
-            if self._step_path(step) not in kept:
-                shutil.rmtree(self._step_path(step))
+        for path in found:
+            if path not in kept:
+                with suppress(OSError):  # it is tried again after the next
+                    remove_folder(path)
 
 
 def find_run(name: str, runs_dir: str | Path = "runs") -> RunFolder:
@@ -202,3 +388,10 @@ def _runs_below(parent: Path) -> list[Path]:
 def _last_change(run: Path) -> float:
     watched = (run / "metrics.jsonl", run / "checkpoints", run / CONFIG_FILE)
     return max(path.stat().st_mtime for path in watched if path.exists())
+
+
+def _step_of(which: str | int) -> int | None:
+    try:
+        return int(which)
+    except ValueError:
+        return None

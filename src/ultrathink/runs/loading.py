@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ultrathink.config.model import ModelConfig
 from ultrathink.core.errors import CheckpointError
 from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
 from ultrathink.model.transformer import Transformer
-from ultrathink.runs.checkpoint import load_checkpoint, tensor_shapes
+from ultrathink.runs.checkpoint import MODEL, load_checkpoint, tensor_shapes, weights
 from ultrathink.runs.folder import RunFolder, find_run, split_run
 
 if TYPE_CHECKING:
     from os import PathLike
-
-_MODEL = "model/"
 
 
 def load_model(
@@ -30,13 +30,17 @@ def load_model(
 ) -> tuple[Transformer, Tokenizer]:
     """The model of a run's checkpoint, in evaluation mode, and the tokenizer it was trained with.
 
-    ``checkpoint`` is ``"best"``, ``"last"`` or a step; ``dtype`` converts the weights. Raises
-    CheckpointError where something is missing or does not fit.
+    ``checkpoint`` is ``"best"``, ``"last"`` or a step; ``dtype`` converts the weights. Warns where
+    the best or last is damaged and an earlier one stands in. Raises CheckpointError where something
+    is missing, damaged or does not fit.
     """
     folder = find_run(str(run))
     config = folder.read_config()
+    path, notes = folder.sound_checkpoint(checkpoint, weights)
+    for note in notes:
+        warnings.warn(note, UserWarning, stacklevel=2)
     model = empty_model(config.model)
-    load_weights(model, folder.checkpoint(checkpoint))
+    load_weights(model, path)
     if dtype is not None:
         model.to(dtype)
     return model.to(device).eval(), load_tokenizer(folder.tokenizer)
@@ -53,14 +57,26 @@ def empty_model(config: ModelConfig) -> Transformer:
 
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Fill ``model`` with the weights of a checkpoint; CheckpointError where they do not fit."""
-    shapes = {
-        name.removeprefix(_MODEL): shape
+    state: dict[str, Any] = dict(load_checkpoint(folder, weights))
+    found = state.get("model") or {}
+    check_fit(_shapes(model.state_dict()), _shapes(found), folder)
+    model.load_state_dict(found)
+
+
+def check_loads(folder: Path, config: ModelConfig) -> None:
+    """Raise CheckpointError unless the weights of a checkpoint fit ``config``; reads none."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    found = {
+        name.removeprefix(MODEL): shape
         for name, (shape, _) in tensor_shapes(folder).items()
-        if name.startswith(_MODEL)
+        if weights(name)
     }
-    check_fit({name: tuple(t.shape) for name, t in model.state_dict().items()}, shapes, folder)
-    state: dict[str, Any] = dict(load_checkpoint(folder, lambda name: name.startswith(_MODEL)))
-    model.load_state_dict(state["model"])
+    check_fit(_shapes(model.state_dict()), found, folder)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def check_fit(
@@ -88,7 +104,10 @@ def check_fit(
 
 
 def weights_from(text: str, runs_dir: str) -> tuple[Path, RunFolder | None]:
-    """The checkpoint that ``training.init_from`` names (RUN, RUN@step or a folder), and its run."""
+    """The checkpoint that ``training.init_from`` names (RUN, RUN@step or a folder), and its run.
+
+    Warns where the last or best is damaged and an earlier one stands in.
+    """
     path = Path(text)
     if (path / "state.json").is_file():
         parent = path.resolve().parent.parent
@@ -96,4 +115,7 @@ def weights_from(text: str, runs_dir: str) -> tuple[Path, RunFolder | None]:
         return path, RunFolder(parent) if is_run else None
     name, which = split_run(text)
     run = find_run(name, runs_dir)
-    return run.checkpoint(which), run
+    checkpoint, notes = run.sound_checkpoint(which, weights)
+    for note in notes:
+        warnings.warn(note, UserWarning, stacklevel=2)
+    return checkpoint, run

@@ -23,16 +23,23 @@ _PACKAGES = ("torch", "numpy", "pydantic", "tokenizers", "tiktoken", "safetensor
 def build_manifest(*, data_hash: str, tokenizer_hash: str, num_parameters: int) -> dict[str, Any]:
     """Facts about this machine and process, ready for JSON."""
     return {
-        "ultrathink": ultrathink.__version__,
-        "commit": _commit(Path(ultrathink.__file__).parent),
+        **code_and_packages(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
         "hardware": hardware(),
         "data_hash": data_hash,
         "tokenizer_hash": tokenizer_hash,
         "num_parameters": num_parameters,
+    }
+
+
+def code_and_packages() -> dict[str, Any]:
+    """The versions of this code, of Python, and of the packages that figures depend on."""
+    return {
+        "ultrathink": ultrathink.__version__,
+        "commit": _commit(Path(ultrathink.__file__).parent),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
     }
 
 

@@ -1,11 +1,18 @@
 """Atomic writes: the old file or the new one, never half of one."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from ultrathink.core.files import sync_folder, write_atomic
+from ultrathink.core.files import (
+    remove_folder,
+    replace_folder,
+    sync_file,
+    sync_folder,
+    write_atomic,
+)
 
 
 def test_text_and_bytes_are_written(tmp_path: Path) -> None:
@@ -47,7 +54,46 @@ def test_the_file_is_on_the_disk_before_it_takes_its_name(
     assert calls == ["fsync", "replace"]
 
 
-def test_a_folder_is_flushed_or_missed(tmp_path: Path) -> None:
+def test_a_file_and_a_folder_are_flushed_or_missed(tmp_path: Path) -> None:
     sync_folder(tmp_path)
+    (tmp_path / "file").write_text("x")
+    sync_file(tmp_path / "file")
     with pytest.raises(FileNotFoundError):
         sync_folder(tmp_path / "gone")
+
+
+def folder(path: Path, content: str) -> Path:
+    path.mkdir()
+    (path / "file").write_text(content)
+    return path
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    for content in ("first", "second"):
+        replace_folder(folder(tmp_path / ".a.tmp", content), target)
+        assert (target / "file").read_text() == content
+        assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path) -> None:
+    target = folder(tmp_path / "a", "old")
+    with pytest.raises(FileNotFoundError):
+        replace_folder(tmp_path / "not there", target)
+    assert (target / "file").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_is_out_of_sight_before_its_files_are_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = folder(tmp_path / "a", "text")
+    seen: list[bool] = []
+    real = shutil.rmtree
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path: (seen.append(target.exists()), real(path))[1]
+    )
+    folder(tmp_path / ".a.deleted", "left by a crash")
+    remove_folder(target)
+    assert seen == [True, False]
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,164 @@
+"""Disks that are full or cannot be written, for real: small ones of the tests' own."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.unit.runs.disks import Disk, flip, hidden, state, value_of
+from ultrathink.config import load_config
+from ultrathink.core.errors import CheckpointError
+from ultrathink.runs.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.lock import RunLock, holder
+from ultrathink.runs.saver import CheckpointSaver, Outcome
+
+
+@pytest.fixture
+def run(disk: Disk) -> RunFolder:
+    return RunFolder.create(load_config("debug", [f"run.dir={disk.path}"]))[0]
+
+
+def save(saver: CheckpointSaver, step: int, *, is_best: bool = False) -> Outcome:
+    saver.submit(step, state(step, 1000), is_best=is_best)
+    saver.wait()
+    [outcome] = saver.outcomes()
+    return outcome
+
+
+def failure(disk: Disk, folder: Path, free: int) -> OSError | None:
+    with disk.filled(leaving_pages=free):
+        try:
+            save_checkpoint(folder, state(2, 8000))
+        except OSError as error:
+            return error
+    return None
+
+
+def test_a_disk_that_fills_up_at_any_page_leaves_the_old_checkpoint_and_nothing_else(
+    disk: Disk,
+) -> None:
+    folder = disk.path / "step_00000001"
+    save_checkpoint(folder, state(1))
+    free = 0
+    while (error := failure(disk, folder, free)) is not None:
+        assert error.errno == errno.ENOSPC
+        assert str(error.filename).startswith(str(disk.path))
+        assert [path.name for path in disk.path.iterdir()] == [folder.name]
+        assert value_of(load_checkpoint(folder)) == 1
+        free += 1
+    assert free > 16  # two files of eight pages each, and three small ones
+    assert value_of(load_checkpoint(folder)) == 2
+    assert [path.name for path in disk.path.iterdir()] == [folder.name]
+
+
+def test_a_full_disk_is_an_outcome_and_the_next_save_works(disk: Disk, run: RunFolder) -> None:
+    saver = CheckpointSaver(run, keep=2)
+    assert save(saver, 1).error is None
+    with disk.filled():
+        outcome = save(saver, 2, is_best=True)
+        assert isinstance(outcome.error, OSError)
+        assert outcome.error.errno == errno.ENOSPC
+        assert outcome.error.filename is not None
+        assert (outcome.step, outcome.is_best) == (2, True)
+        assert run.steps() == [1]
+        assert not (run.checkpoints / "best").exists()
+        assert hidden(run.path) == []
+    assert save(saver, 3).error is None
+    assert run.steps() == [1, 3]
+    assert value_of(load_checkpoint(run.checkpoint())) == 3
+
+
+def test_a_failed_save_never_costs_the_last_good_checkpoint(disk: Disk, run: RunFolder) -> None:
+    """With keep=1, the only sound one is older than those damaged since."""
+    for step in (1, 2, 3):
+        run.save(step, state(step), is_best=False, keep=3)
+    for step in (2, 3):
+        flip(run.step_path(step) / "model-00001-of-00002.safetensors")  # its size tells nothing
+    saver = CheckpointSaver(run, keep=1)
+    with disk.filled():
+        assert isinstance(save(saver, 4).error, OSError)
+    path, notes = run.sound_checkpoint()
+    assert path == run.step_path(1)
+    assert len(notes) == 2
+    assert save(saver, 5).error is None  # only a whole one lets old ones go
+    assert run.steps() == [5]
+    verify_checkpoint(run.step_path(5))
+
+
+def test_a_disk_that_cannot_be_written_is_an_outcome_until_it_can(
+    disk: Disk, run: RunFolder
+) -> None:
+    saver = CheckpointSaver(run, keep=2)
+    assert save(saver, 1).error is None
+    with disk.read_only():
+        outcome = save(saver, 2)
+        assert isinstance(outcome.error, OSError)
+        assert outcome.error.errno == errno.EROFS
+        assert value_of(load_checkpoint(run.checkpoint())) == 1
+    assert save(saver, 3).error is None
+    assert run.steps() == [1, 3]
+    assert hidden(run.path) == []
+
+
+def test_a_run_cannot_be_made_or_locked_where_nothing_can_be_written(
+    disk: Disk, run: RunFolder
+) -> None:
+    config = load_config("debug", [f"run.dir={disk.path}"])
+    with disk.read_only():
+        with pytest.raises(OSError, match="Read-only file system") as caught:
+            RunFolder.create(config)
+        assert caught.value.errno == errno.EROFS
+        assert str(caught.value.filename).startswith(str(disk.path))
+        with pytest.raises(CheckpointError, match=r"cannot be locked.*Read-only file system"):
+            RunLock.acquire(run)
+        assert holder(run) is None
+    RunLock.acquire(run).release()
+    with disk.read_only():  # where the lock file is there already
+        with pytest.raises(CheckpointError, match=r"cannot be locked.*Read-only file system"):
+            RunLock.acquire(run)
+        assert holder(run) is None
+
+
+def test_a_run_that_does_not_fit_leaves_no_folder(disk: Disk) -> None:
+    config = load_config("debug", [f"run.dir={disk.path}"])
+    with disk.filled(), pytest.raises(OSError, match="No space left"):
+        RunFolder.create(config)
+    assert list(disk.path.iterdir()) == []
+
+
+def test_a_full_disk_can_be_locked(disk: Disk, run: RunFolder) -> None:
+    with disk.filled(), RunLock.acquire(run):
+        owner = holder(run)
+        assert owner is not None
+        assert str(owner) == "another process"  # there was no room to say which
+        with pytest.raises(CheckpointError, match="is in use by another process; wait for it"):
+            RunLock.acquire(run, timeout_s=0.1)
+
+
+def test_a_killed_owner_is_not_taken_for_the_one_of_a_full_disk(disk: Disk, run: RunFolder) -> None:
+    owner_file = run.path / ".owner.json"
+    owner_file.write_text('{"pid": 7, "host": "here", "started": 0.0, "command": "train"}')
+    os.link(owner_file, run.path / "else its page would be free")
+    with disk.filled(), RunLock.acquire(run):
+        assert str(holder(run)) == "another process"
+
+
+def test_the_disk_itself_may_go_and_come_back(disk: Disk, run: RunFolder, tmp_path: Path) -> None:
+    """As when a network folder is unmounted: its place is there and empty."""
+    saver = CheckpointSaver(run, keep=2)
+    assert save(saver, 1).error is None
+    aside = tmp_path / "elsewhere"
+    shutil.copytree(run.path, aside, symlinks=True)
+    shutil.rmtree(run.path)
+    with disk.read_only():
+        outcome = save(saver, 2)
+        assert isinstance(outcome.error, OSError)
+        assert not outcome.restored
+    shutil.copytree(aside, run.path, symlinks=True)
+    outcome = save(saver, 3)
+    assert outcome.error is None
+    assert not outcome.restored
+    assert run.steps() == [1, 3]

@@ -115,6 +115,13 @@ class DataConfig(Section):
     num_workers: int = Field(
         0, ge=0, description="Processes that prepare batches; 0 prepares them in the trainer."
     )
+    on_change: Literal["refuse", "rebuild", "keep"] = Field(
+        "refuse",
+        description="What resuming does when the text is not what the run was trained on: refuse "
+        "names what changed and stops, rebuild tokenizes the text as it is now and goes on from "
+        "the start of its order, keep goes on bit for bit with the tokens that are in the cache, "
+        "even where files changed or vanished.",
+    )
     cache_dir: str | None = Field(
         None,
         description="Folder of tokenized data; $ULTRATHINK_CACHE or ~/.cache/ultrathink when "

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IGNORED = -100  # the label of a position that is not trained
-PADDING_DOCUMENT = -1  # the document id of positions that hold no text
+from ultrathink.data.packing import IGNORED
 
 
 @dataclass(frozen=True)

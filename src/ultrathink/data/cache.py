@@ -5,7 +5,7 @@ A store is a folder:
 - ``tokens.bin``: the documents' tokens, each document followed by the end-of-text token
 - ``offsets.npy``: where each document starts, and the total at the end
 - ``token_bytes.npy``: UTF-8 bytes that each id of the vocabulary stands for
-- ``meta.json``: counts, types, and the sizes of the other files; written last
+- ``meta.json``: counts, types, and the size and SHA-256 of each other file; written last
 """
 
 from __future__ import annotations
@@ -17,34 +17,39 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ultrathink.core.errors import DataError
 from ultrathink.core.files import sync_folder, write_atomic
+from ultrathink.data.checksums import HashingWriter, file_checksum, is_sealed, sealed
 from ultrathink.data.documents import Document, Progress, Source, Split
-from ultrathink.data.tokenizers.base import Tokenizer
+from ultrathink.data.tokenizers.base import Tokenizer, behavior_hash
 
 CACHE_VARIABLE = "ULTRATHINK_CACHE"
-FORMAT = 1  # part of the key: a store of another format is another store
+FORMAT = 2  # part of the key: a store of another format is another store
 _TOKENS, _OFFSETS, _TOKEN_BYTES, _META = "tokens.bin", "offsets.npy", "token_bytes.npy", "meta.json"
 _BATCH_CHARACTERS = 2_000_000
 _ABANDONED_AFTER_S = 24 * 3600
 
 
 class DamagedStoreError(Exception):
-    """A store that is not there, or is not whole; it is built again."""
+    """A store that is not there, or not as it was written; the message says what is wrong."""
 
 
 class TokenStore:
     """The tokens of one source's documents; opened at first use, so that it is cheap to pickle."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        """``name`` is the source's; DamagedStoreError where ``folder`` holds no whole store."""
+        """``name`` is the source's; DamagedStoreError where ``folder`` holds no whole store.
+
+        All files are read once and compared with their checksums.
+        """
         self.folder = folder
         self.name = name
         meta = _read_meta(folder)
@@ -59,28 +64,39 @@ class TokenStore:
         """All tokens, ``uint16`` or ``uint32`` ``[num_tokens]``."""
         if self.num_tokens == 0:  # an empty file cannot be mapped
             return np.empty(0, dtype=self.dtype)
-        mapped = np.memmap(self.folder / _TOKENS, dtype=self.dtype, mode="r")
+        with self._reading():
+            mapped = np.memmap(self.folder / _TOKENS, dtype=self.dtype, mode="r")
         return mapped.view(np.ndarray)  # the same memory, without memmap's slow slicing
 
     @cached_property
     def offsets(self) -> npt.NDArray[np.int64]:
         """Where each document starts, then ``num_tokens``; ``[num_documents + 1]``."""
-        return _mapped(self.folder / _OFFSETS)
+        return self._mapped(_OFFSETS)
 
     @cached_property
     def token_bytes(self) -> npt.NDArray[np.int64]:
         """UTF-8 bytes that each id stands for, 0 for the end-of-text token; ``[vocab_size]``."""
-        return _mapped(self.folder / _TOKEN_BYTES).astype(np.int64)
+        return self._mapped(_TOKEN_BYTES).astype(np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
         # Maps are opened again where the store arrives: pickling one would copy its content.
         opened = {"tokens", "offsets", "token_bytes"}
         return {key: value for key, value in self.__dict__.items() if key not in opened}
 
+    def _mapped(self, name: str) -> npt.NDArray[Any]:
+        with self._reading():
+            array: npt.NDArray[Any] = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
+        return array.view(np.ndarray)
 
-def _mapped(path: Path) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array.view(np.ndarray)
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"the token cache of {self.name} was whole when it was opened and cannot be read "
+                f"now ({error}). Resume the run: the cache is built again."
+            ) from error
 
 
 def cache_folder(cache_dir: str | None) -> Path:
@@ -89,30 +105,61 @@ def cache_folder(cache_dir: str | None) -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "ultrathink"
 
 
+def store_folder(cache: Path, fingerprint: str, split: Split, tokenizer: Tokenizer) -> Path:
+    """Where the store of a split with this fingerprint is, or would be."""
+    behavior = behavior_hash(tokenizer)  # other code may make other tokens of the same text
+    parts = [FORMAT, fingerprint, split, tokenizer.fingerprint, behavior]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    return cached_store(cache, key)
+
+
+def cached_store(cache: Path, key: str) -> Path:
+    """The folder of the store that is called ``key``."""
+    return cache / "tokens" / key
+
+
 def open_or_build(
     source: Source,
     split: Split,
     tokenizer: Tokenizer,
     cache: Path,
     progress: Progress | None = None,
+    notes: list[str] | None = None,
 ) -> TokenStore:
     """The store of ``source``'s documents, from the cache where it is there and whole.
 
-    A store that was cut short is built again. Processes that build the same store at the same
-    time do not meet: each writes its own, the first to finish is used by all.
+    A store that was damaged is built again, which ``notes`` are told. Processes that build the
+    same store at the same time do not meet: each writes its own, the first to finish is used by
+    all.
     """
-    parts = [FORMAT, source.fingerprint(split), split, tokenizer.fingerprint]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    folder = cache / "tokens" / key
-    try:
-        return TokenStore(folder, source.name)
-    except DamagedStoreError:
-        pass
+    folder = store_folder(cache, source.fingerprint(split), split, tokenizer)
+    damage = None
+    if folder.exists():
+        try:
+            return TokenStore(folder, source.name)
+        except DamagedStoreError as error:
+            damage = str(error)
     label = f"tokenizing {source.name} ({split})"
-    build_store(
-        folder, source.documents(split), tokenizer, label, source.num_bytes(split), progress
-    )
+    documents, num_bytes = source.documents(split), source.num_bytes(split)
+    with writing_to(cache):
+        build_store(folder, documents, tokenizer, label, num_bytes, progress)
+    if damage is not None and notes is not None:
+        notes.append(
+            f"the token cache of {source.name} ({split}) was damaged ({damage}); it was built again"
+        )
     return TokenStore(folder, source.name)
+
+
+@contextmanager
+def writing_to(cache: Path) -> Iterator[None]:
+    """Turns a failure to write (a full disk, a read-only folder) into a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"the cache {cache} cannot be written ({error}). Make room, or name another folder "
+            f"with data.cache_dir or ${CACHE_VARIABLE}."
+        ) from error
 
 
 def build_store(
@@ -147,12 +194,13 @@ def _write_store(
     ends: list[int] = []
     num_tokens = num_bytes = 0
     with (folder / _TOKENS).open("wb") as file:
+        tokens = HashingWriter(file)
         for texts in _batches(documents):
             for ids in tokenizer.encode_batch(texts):
                 block = np.empty(len(ids) + 1, dtype=dtype)
                 block[:-1] = ids
                 block[-1] = tokenizer.eot_id
-                file.write(block.tobytes())
+                tokens.write(block.tobytes())
                 num_tokens += len(block)
                 ends.append(num_tokens)
             num_bytes += sum(len(text.encode()) for text in texts)
@@ -160,8 +208,11 @@ def _write_store(
                 progress(label, num_bytes, max(total_bytes, num_bytes))
         _flush(file)
     lengths = [len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)]
-    _save_array(folder / _OFFSETS, np.array([0, *ends], dtype=np.int64))
-    _save_array(folder / _TOKEN_BYTES, np.array(lengths, dtype=np.uint32))
+    checksums = {
+        _TOKENS: tokens.hexdigest(),
+        _OFFSETS: _save_array(folder / _OFFSETS, np.array([0, *ends], dtype=np.int64)),
+        _TOKEN_BYTES: _save_array(folder / _TOKEN_BYTES, np.array(lengths, dtype=np.uint32)),
+    }
     meta = {
         "format": FORMAT,
         "num_tokens": num_tokens,
@@ -169,11 +220,10 @@ def _write_store(
         "num_bytes": num_bytes,
         "eot_id": tokenizer.eot_id,
         "dtype": dtype.name,
-        "sizes": {
-            name: (folder / name).stat().st_size for name in (_TOKENS, _OFFSETS, _TOKEN_BYTES)
-        },
+        "sizes": {name: (folder / name).stat().st_size for name in checksums},
+        "sha256": checksums,
     }
-    write_atomic(folder / _META, json.dumps(meta, indent=2) + "\n")
+    write_atomic(folder / _META, json.dumps(sealed(meta), indent=2) + "\n")
     sync_folder(folder)
 
 
@@ -191,13 +241,16 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
         yield texts
 
 
-def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
+def _save_array(path: Path, array: npt.NDArray[Any]) -> str:
+    """Write ``array``; the checksum of the file."""
     with path.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
+        writer = HashingWriter(file)
+        np.save(writer, array, allow_pickle=False)
         _flush(file)
+    return writer.hexdigest()
 
 
-def _flush(file: BinaryIO) -> None:
+def _flush(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
 
@@ -230,17 +283,26 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
-    """The meta file of a whole store; DamagedStoreError says what is missing of any other."""
+    """The meta file of a whole store; DamagedStoreError says what is wrong with any other."""
     try:
-        meta: dict[str, Any] = json.loads((folder / _META).read_text(encoding="utf-8"))
-        sizes = {name: (folder / name).stat().st_size for name in meta["sizes"]}
-        itemsize = np.dtype(meta["dtype"]).itemsize
-        whole = sizes == meta["sizes"] and sizes[_TOKENS] == meta["num_tokens"] * itemsize
-        counts = [meta[key] for key in ("num_documents", "num_bytes", "eot_id")]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedStoreError(f"{folder}: {error}") from error
-    if not whole or not all(isinstance(count, int) for count in counts):
-        raise DamagedStoreError(f"{folder}: its files are not as long as {_META} says")
+        meta: Any = json.loads((folder / _META).read_text(encoding="utf-8"))
+        if not isinstance(meta, dict) or not is_sealed(meta):
+            raise DamagedStoreError(f"{_META}: other content than was written")
+        if meta["format"] != FORMAT:
+            raise DamagedStoreError(f"format {meta['format']}, this version reads {FORMAT}")
+        for name, size in meta["sizes"].items():
+            here = (folder / name).stat().st_size
+            if here != size:
+                raise DamagedStoreError(f"{name}: {here:,} bytes instead of {size:,}")
+        for name, checksum in meta["sha256"].items():
+            if file_checksum(folder / name) != checksum:
+                raise DamagedStoreError(f"{name}: other content than was written")
+    except FileNotFoundError as error:
+        raise DamagedStoreError(f"{Path(error.filename).name} is missing") from error
+    except OSError as error:
+        raise DamagedStoreError(f"cannot be read: {error}") from error
+    except ValueError as error:
+        raise DamagedStoreError(f"{_META}: not JSON ({error})") from error
     return meta
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from ultrathink.core.errors import DataError
 
 Split = Literal["train", "val", "all"]
 
@@ -25,11 +27,31 @@ class Document:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class FileSummary:
+    """What one file of a source held when it was read."""
+
+    num_documents: int
+    num_bytes: int  # UTF-8 bytes of the documents' text
+    digest: str  # 16 hex digits of a SHA-256 over the documents and their places in the file
+    earlier: str | None = None
+    """The digest of as many documents from its start as were asked for, where there are so many."""
+
+
+class UnreadableSourceError(DataError):
+    """A source whose text is missing or cannot be read."""
+
+    def __init__(self, problem: str, advice: str = ".") -> None:
+        """``problem`` is a clause; ``advice`` follows it and ends the sentence."""
+        super().__init__(problem + advice)
+        self.problem = problem
+
+
 class Source(Protocol):
     """Documents, split into those to train on and those held out.
 
-    Iterating twice gives the same documents in the same order. A text never holds lone
-    surrogates: all of it can be written as UTF-8.
+    Iterating twice gives the same documents in the same order, or DataError where a file changed
+    in between. A text never holds lone surrogates: all of it can be written as UTF-8.
     """
 
     name: str
@@ -47,6 +69,13 @@ class Source(Protocol):
         """UTF-8 bytes of all documents of ``split``."""
         ...
 
+    def files(self, earlier: Mapping[str, int]) -> dict[str, FileSummary]:
+        """What each file holds, by its id, in the order in which they are read.
+
+        For a file in ``earlier`` the digest of its first so many documents is told too.
+        """
+        ...
+
 
 def is_held_out(document_id: str) -> bool:
     """Whether a document is kept for validation: one in 20, by the SHA-256 of its id."""
@@ -57,3 +86,9 @@ def is_held_out(document_id: str) -> bool:
 def replace_surrogates(text: str) -> str:
     """``text`` with each lone surrogate, which UTF-8 cannot carry, replaced by U+FFFD."""
     return _SURROGATE.sub("\ufffd", text) if _SURROGATE.search(text) else text
+
+
+def file_label(source_name: str, file: str, *, is_only: bool) -> str:
+    """What messages call a file: ``books/a.txt``, or its own name where it is all of a source."""
+    stem = file.rpartition(".")[0] or file
+    return file if is_only and source_name in (file, stem) else f"{source_name}/{file}"

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import hashlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from ultrathink.config.data import PackingConfig
 from ultrathink.core.errors import CheckpointError, DataError
 from ultrathink.core.protocols import State
 from ultrathink.data.batch import Batch
+from ultrathink.data.blocks import Block, BlockReader, BlockRequest
 from ultrathink.data.cache import TokenStore
 from ultrathink.data.order import Change, SampleOrder
-from ultrathink.data.packing import Integers, SampleReader
+from ultrathink.data.packing import SampleReader
+from ultrathink.data.workers import WorkerPool
 
 # Samples are read in blocks of about so many tokens: small batches share the cost of a read.
 _BLOCK_TOKENS = 65_536
 _PREFETCHED_BLOCKS = 2  # for each worker
 
-
-class _Request(NamedTuple):
-    """A block of consecutive samples, already located: what a worker is sent."""
-
-    generation: int  # which state of the order asked; answers to an older one are dropped
-    source_ids: Integers
-    positions: Integers
-
-
-class _Block(NamedTuple):
-    generation: int
-    values: npt.NDArray[np.int32] | Integers  # [5, samples, T]
+# What ``order_hash`` looks at: the first samples, some far on (other epochs, large numbers), and
+# the content of a few. Changing these makes the order of every run look like another.
+_PROBED_INDICES = np.concatenate([np.arange(256), 10**6 + np.arange(64), 2**45 + np.arange(16)])
+_PROBED_CHANGES = (100, 150)  # where the probe skips samples, and mixes by other weights
+_PROBED_CONTENTS = (0, 1, 2, 3, 17, 100, 255)
 
 
 class TrainLoader:
@@ -67,10 +60,12 @@ class TrainLoader:
         self._reader = SampleReader(stores, seq_len, packing)
         self._sizes = [samples.num_samples for samples in self._reader.samples]
         self._order = SampleOrder(self._sizes, weights, seed)
+        self._configured = self._order.weights  # what ``mix_by`` was given last
         self._samples_seen = 0
         self._generation = 0
         self._next_requested = 0
-        self._blocks: Iterator[_Block] | None = None
+        self._pool: WorkerPool[BlockRequest, Block] | None = None
+        self._notes: list[str] = []
         self._block: Tensor | None = None  # read but not yet handed out
         self._block_samples = batch_size * max(1, _BLOCK_TOKENS // (batch_size * seq_len))
 
@@ -120,12 +115,51 @@ class TrainLoader:
         """Mix the sources by ``weights`` from the next sample on; each goes on where it stands."""
         self._change(Change(self._samples_seen, weights=tuple(map(float, weights))))
 
+    def mix_by(self, weights: Sequence[float]) -> None:
+        """Mix by the configuration's ``weights`` from the next sample on, if those are new.
+
+        Weights that were set since by ``set_weights`` stay where the configuration's are the same
+        as before.
+        """
+        wanted = tuple(map(float, weights))
+        if wanted != self._configured:
+            self.set_weights(wanted)
+            self._configured = wanted
+
+    def order_hash(self) -> str:
+        """A SHA-256 over which sample comes when, and over what some of them hold.
+
+        It follows the stores, ``seq_len``, packing, the seed, and the code: where all those are
+        equal and the hash is not, this code orders or packs samples otherwise. It does not depend
+        on the weights or on anything that happened since the loader was made. Costs milliseconds.
+        """
+        digest = hashlib.sha256()
+        has_samples = [float(size > 0) for size in self._sizes]
+        order = SampleOrder(self._sizes, has_samples, self._order.seed)
+        fresh = order.locate(_PROBED_INDICES)
+        skip_at, mix_at = _PROBED_CHANGES
+        order.append(Change(skip_at, skip=7))
+        rising = tuple(number * share for number, share in enumerate(has_samples, start=1))
+        order.append(Change(mix_at, weights=rising))
+        for field in (*fresh, *order.locate(_PROBED_INDICES)):
+            digest.update(field.astype("<i8").tobytes())
+        few = list(_PROBED_CONTENTS)
+        last = [(number, size - 1) for number, size in enumerate(self._sizes) if size > 0]
+        source_ids = np.array([*fresh.source_ids[few], *(number for number, _ in last)])
+        positions = np.array([*fresh.positions[few], *(position for _, position in last)])
+        values = self._reader.read(source_ids, positions)
+        digest.update(values.astype("<i8").tobytes())
+        return digest.hexdigest()
+
     def state_dict(self) -> State:
         """All that decides the next sample, as plain values."""
         return {**self._identity(), **self._cursor()}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on where ``state`` was taken; CheckpointError names what of the data differs."""
+        """Go on where ``state`` was taken, with its weights.
+
+        CheckpointError names what of the data differs.
+        """
         values: dict[str, Any] = dict(state)
         for key, here in self._identity().items():
             if values.get(key) != here:
@@ -135,14 +169,23 @@ class TrainLoader:
                     f"same. Resume with the configuration and the data of the run."
                 )
         changes = [Change.from_plain(plain) for plain in values["changes"]]
-        self._order = SampleOrder(self._sizes, self._order.weights, self._order.seed, changes)
+        self._order = SampleOrder(self._sizes, values["weights"], self._order.seed, changes)
+        self._configured = tuple(values["configured"])
         self._samples_seen = int(values["samples_seen"])
         self._discard()
 
     def close(self) -> None:
         """Stop the worker processes; a later ``next_batch`` starts them again."""
         self._discard()
-        self._blocks = None  # the last reference: torch joins the workers
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.stop()
+
+    def take_notes(self) -> list[str]:
+        """What happened to the workers since this was last asked, a line for each incident."""
+        notes = list(self._notes)
+        self._notes.clear()
+        return notes
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -150,12 +193,13 @@ class TrainLoader:
             "seq_len": self.seq_len,
             "packing": self._packing.model_dump(mode="json"),
             "sizes": list(self._sizes),
-            "weights": list(self._order.weights),
         }
 
     def _cursor(self) -> dict[str, Any]:
         return {
             "samples_seen": self._samples_seen,
+            "weights": list(self._order.weights),
+            "configured": list(self._configured),
             "changes": [change.to_plain() for change in self._order.changes],
         }
 
@@ -170,40 +214,31 @@ class TrainLoader:
         self._next_requested = self._samples_seen
 
     def _next_block(self) -> Tensor:
-        if self._blocks is None:
-            self._next_requested = self._samples_seen
-            self._blocks = self._start()
-        while True:
-            block = next(self._blocks)
-            if block.generation == self._generation:
-                return torch.from_numpy(block.values).to(torch.int64)
+        try:
+            while True:
+                block = self._read_block()
+                if block.generation == self._generation:
+                    return torch.from_numpy(block.values).to(torch.int64)
+        except BaseException:
+            self.close()  # what was asked for is lost: whoever tries again begins at the cursor
+            raise
 
-    def _start(self) -> Iterator[_Block]:
-        dataset = _BlockDataset(self._reader)
+    def _read_block(self) -> Block:
+        blocks = BlockReader(self._reader)
         if self.num_workers == 0:
-            return (dataset[request] for request in self._requests())
-        blocks: DataLoader[_Block] = DataLoader(
-            dataset,
-            sampler=self._requests(),
-            batch_size=None,
-            num_workers=self.num_workers,
-            prefetch_factor=_PREFETCHED_BLOCKS,
-            collate_fn=_compact,
-            worker_init_fn=_ignore_interrupt,
-            # A fork would copy the locks of tokenizer and torch threads in whatever state.
-            multiprocessing_context="spawn",
-            # Otherwise each start would draw from the global generator that the model uses.
-            generator=torch.Generator(),
-        )
-        return iter(blocks)
+            return blocks.read(self._next_request())
+        if self._pool is None:
+            self._pool = WorkerPool(blocks.read_compact, self.num_workers, self._notes)
+        while self._pool.num_pending < self.num_workers * _PREFETCHED_BLOCKS:
+            self._pool.submit(self._next_request())
+        return self._pool.receive()
 
-    def _requests(self) -> Iterator[_Request]:
-        """Blocks in order, for ever; a change moves ``_next_requested`` back."""
-        while True:
-            begin = self._next_requested
-            self._next_requested = begin + self._block_samples
-            located = self._order.locate(np.arange(begin, self._next_requested))
-            yield _Request(self._generation, located.source_ids, located.positions)
+    def _next_request(self) -> BlockRequest:
+        """The next block in order; a change moves ``_next_requested`` back."""
+        begin = self._next_requested
+        self._next_requested = begin + self._block_samples
+        located = self._order.locate(np.arange(begin, self._next_requested))
+        return BlockRequest(self._generation, located.source_ids, located.positions)
 
 
 _MEANINGS = {
@@ -211,29 +246,4 @@ _MEANINGS = {
     "seq_len": "data.seq_len",
     "packing": "data.packing",
     "sizes": "these numbers of samples in the sources of data.train:",
-    "weights": "these weights of the sources of data.train:",
 }
-
-
-class _BlockDataset(Dataset[_Block]):
-    """Answers requests; what a worker process holds."""
-
-    def __init__(self, reader: SampleReader) -> None:
-        self._reader = reader
-
-    def __getitem__(self, request: _Request) -> _Block:
-        return _Block(request.generation, self._reader.read(request.source_ids, request.positions))
-
-
-def _compact(block: Any) -> Any:
-    """The block as a worker sends it: half the bytes, and an array instead of a tensor.
-
-    A tensor would go through shared memory, by C++ code that runs in a thread of the worker and
-    aborts the process when it is told to stop in the middle of it.
-    """
-    return block._replace(values=block.values.astype(np.int32))
-
-
-def _ignore_interrupt(worker: int) -> None:
-    """Leave Ctrl-C to the trainer, which saves before it stops its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ultrathink.config.data import PackingConfig
-from ultrathink.data.batch import IGNORED, PADDING_DOCUMENT
+
+IGNORED = -100  # the label of a position that is not trained
+PADDING_DOCUMENT = -1  # the document id of positions that hold no text
 
 Integers = npt.NDArray[np.int64]
 

@@ -7,19 +7,20 @@ import json
 import math
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ultrathink.config.data import SOURCES, DataConfig, SourceConfig
+from ultrathink.config.data import DataConfig
 from ultrathink.config.tokenizer import TOKENIZERS, TokenizerConfig
 from ultrathink.core.errors import CheckpointError, DataError
-from ultrathink.data.cache import TokenStore, cache_folder, open_or_build
+from ultrathink.data.cache import TokenStore, cache_folder, open_or_build, writing_to
 from ultrathink.data.documents import Progress, Source, Split
 from ultrathink.data.packing import make_samples
-from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
+from ultrathink.data.reading import Sources, hash_data, read_sources, record_sources
+from ultrathink.data.record import DataRecord, SourceRecord
+from ultrathink.data.tokenizers.base import DamagedTokenizerError, Tokenizer, load_tokenizer
 
 _TRAINING_FORMAT = 1  # part of the key of trained tokenizers; raise it when training changes
 _PIECE_CHARACTERS = 10_000  # what is taken or left when there is more text than is learned from
@@ -42,6 +43,10 @@ class PreparedData:
     """Hash of what the samples consist of: contents, tokenizer, packing and ``seq_len``."""
     skipped: dict[str, int]
     """Unreadable documents left out (``on_bad: skip``) by source, where there are any."""
+    record: DataRecord
+    """What the data was, file by file, for the run to keep."""
+    notes: list[str]
+    """What was found damaged in the cache, and mended."""
 
 
 def prepare_data(
@@ -57,56 +62,88 @@ def prepare_data(
     A tokenizer learns from training text only; one that is given is used as it is.
     DataError names a source that is unreadable or has too little text.
     """
+    return prepare_sources(data, read_sources(data, progress), tokenizer, progress=progress)
+
+
+def prepare_sources(
+    data: DataConfig,
+    sources: Sources,
+    tokenizer: TokenizerConfig | Tokenizer,
+    *,
+    earlier: DataRecord | None = None,
+    progress: Progress | None = None,
+) -> PreparedData:
+    """As ``prepare_data``, from sources that are read; the record can be compared to ``earlier``.
+
+    Raises the error of a source that cannot be read.
+    """
     cache = cache_folder(data.cache_dir)
-    train_split: Split = "train" if data.val is None else "all"
-    train = build_sources(data.train)
-    val = train if data.val is None else build_sources(data.val)
-    for source in dict.fromkeys([*train, *val]):
-        if progress is not None:
-            progress(f"reading {source.name}", 0, 0)
-        _require_text(source, train_split if source in train else "all")
-    weights = [source.weight for source in data.train]
+    notes: list[str] = []
+    train, val = sources.readable()
+    for source in [*train, *val]:
+        _require_text(source, sources.train_split if source in train else "all")
     if isinstance(tokenizer, TokenizerConfig):
-        tokenizer = train_or_load(tokenizer, train, train_split, weights, cache, progress)
-    train_stores = [
-        open_or_build(source, train_split, tokenizer, cache, progress) for source in train
-    ]
+        weights, split = [source.weight for source in data.train], sources.train_split
+        tokenizer = train_or_load(tokenizer, train, split, weights, cache, progress, notes)
+    chosen = tokenizer
+
+    def open_store(_: SourceRecord, source: Source | None, split: Split) -> TokenStore:
+        assert source is not None, "all were readable"
+        if split == "val":
+            _require_held_out(source)
+        return open_or_build(source, split, chosen, cache, progress, notes)
+
+    record = record_sources(data, sources, chosen, earlier)
+    return assemble_data(data, chosen, record, sources, open_store, notes)
+
+
+OpenStore = Callable[[SourceRecord, Source | None, Split], TokenStore]
+
+
+def assemble_data(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    record: DataRecord,
+    sources: Sources,
+    open_store: OpenStore,
+    notes: list[str],
+) -> PreparedData:
+    """The data that ``record`` tells of, each of its stores opened by ``open_store``.
+
+    That is given what was recorded of a source, the source where there is one to read, and a
+    split.
+    """
+    trained: Split = "train" if record.val is None else "all"
+    train = _paired(record.train, sources.train)
+    train_stores = [open_store(recorded, source, trained) for recorded, source in train]
     num_samples = sum(_count_samples(store, data) for store in train_stores)
-    if data.val is None:
-        val_stores = _held_out_stores(train, data, tokenizer, cache, progress)
+    if record.val is None:
+        val_stores = [open_store(*pair, "val") for pair in train if "val" in pair[0].stores]
     else:
-        val_stores = [open_or_build(source, "all", tokenizer, cache, progress) for source in val]
-    parts: list[Any] = [
-        [source.fingerprint(train_split) for source in train],
-        tokenizer.fingerprint,
-        data.packing.model_dump(mode="json"),
-        data.seq_len,
-    ]
+        val = _paired(record.val, sources.val or [])
+        val_stores = [open_store(*pair, "all") for pair in val]
     return PreparedData(
         tokenizer=tokenizer,
         train_stores=train_stores,
-        train_weights=weights,
+        train_weights=[source.weight for source in record.train],
         val_stores=val_stores,
         num_samples=num_samples,
-        source_names=[source.name for source in train],
-        data_hash=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
-        skipped=_skipped(dict.fromkeys([*train, *val])),
+        source_names=[source.name for source in record.train],
+        data_hash=hash_data([s.fingerprints[trained] for s in record.train], tokenizer, data),
+        skipped=record.skipped,
+        record=record,
+        notes=notes,
     )
 
 
-def build_sources(configs: Sequence[SourceConfig]) -> list[Source]:
-    """The sources that ``configs`` describe; names that come up again are numbered."""
-    sources: list[Source] = []
-    taken = {config.name for config in configs if config.name is not None}
-    for config in configs:
-        source: Source = SOURCES.load(config.type)(config)
-        if config.name is None:
-            base, number = source.name, 2
-            while source.name in taken:
-                source.name, number = f"{base}-{number}", number + 1
-            taken.add(source.name)
-        sources.append(source)
-    return sources
+def _paired(
+    recorded: Sequence[SourceRecord], sources: Sequence[Source | DataError]
+) -> list[tuple[SourceRecord, Source | None]]:
+    """Each recorded source with the one in its place, if there is one that can be read."""
+    if len(recorded) != len(sources):
+        return [(record, None) for record in recorded]
+    found = [None if isinstance(source, DataError) else source for source in sources]
+    return list(zip(recorded, found, strict=True))
 
 
 def train_or_load(
@@ -116,8 +153,12 @@ def train_or_load(
     weights: Sequence[float],
     cache: Path,
     progress: Progress | None = None,
+    notes: list[str] | None = None,
 ) -> Tokenizer:
-    """The tokenizer that ``config`` and the texts determine, from the cache where it is there."""
+    """The tokenizer that ``config`` and the texts determine, from the cache where it is there.
+
+    One that was damaged is trained again, which ``notes`` are told.
+    """
     prints = [source.fingerprint(split) for source in sources]
     sizes = [source.num_bytes(split) for source in sources]
     limit: int = getattr(config, "train_bytes", sum(sizes))
@@ -126,14 +167,26 @@ def train_or_load(
     parts = [_TRAINING_FORMAT, config.model_dump(mode="json"), prints, shares]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache / "tokenizers" / key
-    with suppress(CheckpointError):  # not there, or damaged: it is trained again
-        return load_tokenizer(folder)
+    damage = None
+    if folder.exists():
+        try:
+            return load_tokenizer(folder)
+        except CheckpointError as error:
+            damage = error.problem if isinstance(error, DamagedTokenizerError) else str(error)
     if progress is not None:
         progress("training tokenizer", 0, 0)
     texts = _texts_to_learn_from(sources, split, shares)
     tokenizer: Tokenizer = TOKENIZERS.load(config.type).train(config, texts)
-    # Written beside and renamed, so that another process never sees half of it.
-    beside = folder.with_name(f".{key}.{uuid.uuid4().hex[:12]}.tmp")
+    with writing_to(cache):
+        _keep(tokenizer, folder)
+    if damage is not None and notes is not None:
+        notes.append(f"the cached tokenizer was damaged ({damage}); it was trained again")
+    return tokenizer
+
+
+def _keep(tokenizer: Tokenizer, folder: Path) -> None:
+    """Save ``tokenizer`` beside ``folder`` and rename, so that nobody ever sees half of it."""
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         tokenizer.save(beside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -141,7 +194,6 @@ def train_or_load(
             beside.rename(folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return tokenizer
 
 
 def _shares(sizes: Sequence[int], weights: Sequence[float], limit: int) -> list[float]:
@@ -173,26 +225,14 @@ def _texts_to_learn_from(
                 num_pieces += 1
 
 
-def _held_out_stores(
-    sources: Sequence[Source],
-    data: DataConfig,
-    tokenizer: Tokenizer,
-    cache: Path,
-    progress: Progress | None,
-) -> list[TokenStore]:
-    """Stores of the validation splits; a source with ``val_fraction: 0`` has none, as asked."""
-    stores = []
-    for source, config in zip(sources, data.train, strict=True):
-        if getattr(config, "val_fraction", None) == 0:
-            continue
-        if source.num_bytes("val") == 0:
-            raise DataError(
-                f"data source {source.name!r} is too small to hold out text for validation "
-                f"({source.num_bytes('all')} bytes in all). Name validation text in data.val, or "
-                f"change the source's val_fraction (0: no validation)."
-            )
-        stores.append(open_or_build(source, "val", tokenizer, cache, progress))
-    return stores
+def _require_held_out(source: Source) -> None:
+    if source.num_bytes("val") > 0:
+        return
+    raise DataError(
+        f"data source {source.name!r} is too small to hold out text for validation "
+        f"({source.num_bytes('all')} bytes in all). Name validation text in data.val, or "
+        f"change the source's val_fraction (0: no validation)."
+    )
 
 
 def _require_text(source: Source, split: Split) -> None:
@@ -221,11 +261,3 @@ def _count_samples(store: TokenStore, data: DataConfig) -> int:
             f"data.seq_len."
         )
     return num_samples
-
-
-def _skipped(sources: Iterable[Source]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for source in sources:
-        if source.num_skipped:
-            counts[source.name] = counts.get(source.name, 0) + source.num_skipped
-    return counts

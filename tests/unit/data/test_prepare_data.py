@@ -74,13 +74,90 @@ def test_the_second_time_nothing_is_trained_or_tokenized(monkeypatch: pytest.Mon
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
 
 
-def test_a_damaged_cached_tokenizer_is_trained_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "damage", "problem"),
+    [
+        ("tokenizer.json", lambda text: text[:100], "tokenizer.json: JSONDecodeError("),
+        (
+            "tokenizer.json",
+            lambda text: text.replace('"ignore_merges": true', '"ignore_merges": false'),
+            "its files are not the ones that were saved together",
+        ),
+        ("tokenizer.json", None, "tokenizer.json is missing"),
+        ("tokenizer_meta.json", None, "tokenizer_meta.json is missing"),
+        ("tokenizer_meta.json", lambda text: "{", "tokenizer_meta.json: Expecting"),
+        (
+            "tokenizer_meta.json",
+            lambda text: text.replace("bpe", "bqe"),
+            "tokenizer_meta.json names the unknown type 'bqe'",
+        ),
+    ],
+)
+def test_a_damaged_cached_tokenizer_is_trained_again_and_that_is_told_once(
+    tmp_path: Path, name: str, damage: Any, problem: str
+) -> None:
     first = prepare([DUMMY], BPE)
-    [file] = (tmp_path / "cache" / "tokenizers").glob("*/tokenizer.json")
+    assert first.notes == []
+    [file] = (tmp_path / "cache" / "tokenizers").glob(f"*/{name}")
     content = file.read_text()
-    file.write_text(content[:100])
-    assert prepare([DUMMY], BPE).tokenizer.fingerprint == first.tokenizer.fingerprint
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_text(damage(content))
+    again = prepare([DUMMY], BPE)
+    assert again.tokenizer.fingerprint == first.tokenizer.fingerprint
     assert file.read_text() == content
+    [note] = again.notes
+    assert note.startswith("the cached tokenizer was damaged (")
+    assert problem in note
+    assert note.endswith("); it was trained again")
+    assert prepare([DUMMY], BPE).notes == []
+
+
+def test_damaged_stores_are_built_again_and_that_is_told() -> None:
+    first = prepare([DUMMY])
+    tokens = [store.tokens.tolist() for store in first.train_stores]
+    path = first.train_stores[0].folder / "tokens.bin"
+    path.write_bytes(path.read_bytes()[:1000])
+    again = prepare([DUMMY])
+    assert [store.tokens.tolist() for store in again.train_stores] == tokens
+    [note] = again.notes
+    assert note == (
+        f"the token cache of dummy (train) was damaged (tokens.bin: 1,000 bytes instead of "
+        f"{2 * first.train_stores[0].num_tokens:,}); it was built again"
+    )
+    assert prepare([DUMMY]).notes == []
+
+
+def test_a_file_that_changes_before_it_is_tokenized_makes_no_store(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("some text\n" * 100)
+
+    def write_meanwhile(label: str, done: int, total: int) -> None:
+        if label == "training tokenizer":  # all was read; next it is read again
+            path.write_text("Some text\n" * 100)
+
+    with pytest.raises(DataError, match=r"a.txt changed while it was read; start again once"):
+        prepare([{"type": "text", "path": str(path)}], BPE, write_meanwhile)
+    assert list((tmp_path / "cache").rglob("*.*")) == []
+    assert prepare([{"type": "text", "path": str(path)}], BPE).notes == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"the cache .*/file cannot be written .*data.cache_dir"):
+        prepare([DUMMY], BPE, cache_dir=str(tmp_path / "file"))
+
+
+def test_what_was_prepared_is_recorded() -> None:
+    prepared = prepare([DUMMY, {**DUMMY, "seed": 1, "weight": 2.0}])
+    record = prepared.record
+    assert record.data_hash == prepared.data_hash
+    assert [source.name for source in record.train] == prepared.source_names
+    assert [source.weight for source in record.train] == prepared.train_weights
+    for number, source in enumerate(record.train):
+        assert source.stores["train"] == prepared.train_stores[number].folder.name
+        assert source.stores["val"] == prepared.val_stores[number].folder.name
 
 
 def test_the_tokenizer_never_sees_held_out_text(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import pickle
+import subprocess
 import time
 from collections.abc import Iterator
 from itertools import chain
@@ -13,7 +15,15 @@ import pytest
 
 from tests.unit.data.data_helpers import store_of
 from ultrathink.config.data import DummySourceConfig
-from ultrathink.data.cache import build_store, cache_folder, open_or_build
+from ultrathink.core.errors import DataError
+from ultrathink.data.cache import (
+    DamagedStoreError,
+    TokenStore,
+    build_store,
+    cache_folder,
+    open_or_build,
+)
+from ultrathink.data.checksums import sealed
 from ultrathink.data.documents import Document
 from ultrathink.data.sources.dummy import DummySource
 from ultrathink.data.tokenizers.bpe import BpeTokenizer
@@ -92,23 +102,88 @@ def test_content_split_and_tokenizer_each_have_their_own_store(
     assert len(folders) == 8
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "token_bytes.npy", "meta.json"])
-@pytest.mark.parametrize("damage", ["cut", "gone", "longer"])
-def test_damage_is_noticed_and_mended(tmp_path: Path, name: str, damage: str) -> None:
+FILES = ["tokens.bin", "offsets.npy", "token_bytes.npy", "meta.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["cut", "gone", "longer", "one bit"])
+def test_damage_is_noticed_mended_and_told_once(tmp_path: Path, name: str, damage: str) -> None:
     store = open_or_build(dummy(), "train", ByteTokenizer(), tmp_path)
     expected = store.tokens.tolist()
     path = store.folder / name
     content = path.read_bytes()
+    size = len(content)
     if damage == "cut":
         path.write_bytes(content[:-3])
+        problem = f"{name}: {size - 3:,} bytes instead of {size:,}"
     elif damage == "gone":
         path.unlink()
-    else:
+        problem = f"{name} is missing"
+    elif damage == "longer":
         path.write_bytes(content + b"xx")
-    again = open_or_build(dummy(), "train", ByteTokenizer(), tmp_path)
+        problem = f"{name}: {size + 2:,} bytes instead of {size:,}"
+    else:
+        half = size // 2
+        path.write_bytes(content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :])
+        problem = f"{name}: other content than was written"
+    notes: list[str] = []
+    again = open_or_build(dummy(), "train", ByteTokenizer(), tmp_path, None, notes)
     assert again.tokens.tolist() == expected
     assert path.read_bytes() == content
     assert [entry.name for entry in (tmp_path / "tokens").iterdir()] == [store.folder.name]
+    [note] = notes
+    assert note.startswith("the token cache of dummy (train) was damaged (")
+    assert note.endswith("); it was built again")
+    assert problem in note or name == "meta.json"  # which says itself what it should be
+    open_or_build(dummy(), "train", ByteTokenizer(), tmp_path, None, notes)
+    assert len(notes) == 1
+
+
+def test_a_meta_file_that_was_edited_is_not_believed(tmp_path: Path) -> None:
+    store = open_or_build(dummy(), "train", ByteTokenizer(), tmp_path)
+    path = store.folder / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "num_bytes": meta["num_bytes"] + 1}))
+    with pytest.raises(DamagedStoreError, match=r"meta.json: other content than was written"):
+        TokenStore(store.folder, "dummy")
+    del meta["checksum"]
+    path.write_text(json.dumps(sealed({**meta, "format": 1})))
+    with pytest.raises(DamagedStoreError, match="format 1, this version reads 2"):
+        TokenStore(store.folder, "dummy")
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        source = DummySource(DummySourceConfig(num_documents=300, num_words=200))
+        with pytest.raises(DataError) as caught:
+            open_or_build(source, "train", ByteTokenizer(), disk)
+        assert f"the cache {disk} cannot be written ([Errno 28] No space left" in str(caught.value)
+        assert "Make room, or name another folder with data.cache_dir or $ULTR" in str(caught.value)
+        assert list((disk / "tokens").iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(DataError, match=r"the cache .*/file cannot be written"):
+        open_or_build(dummy(), "train", ByteTokenizer(), tmp_path / "file")
+
+
+def test_other_code_that_cuts_text_otherwise_has_its_own_stores(
+    bpe: BpeTokenizer, tmp_path: Path
+) -> None:
+    other = BpeTokenizer(bpe._definition, bpe.engine)
+    other._pattern = r"\S|\s"
+    assert other.fingerprint == bpe.fingerprint
+    stores = [open_or_build(dummy(), "train", each, tmp_path) for each in (bpe, other)]
+    assert stores[0].folder != stores[1].folder
+    assert stores[0].num_tokens < stores[1].num_tokens
 
 
 def test_a_build_that_dies_leaves_nothing_that_opens(tmp_path: Path) -> None:

@@ -15,9 +15,17 @@ from hypothesis import strategies as st
 from ultrathink.config.tokenizer import BpeTokenizerConfig, ByteTokenizerConfig
 from ultrathink.core.errors import CheckpointError, DataError
 from ultrathink.data.documents import replace_surrogates
-from ultrathink.data.tokenizers.base import END_OF_TEXT, META_FILE, Tokenizer, load_tokenizer
+from ultrathink.data.tokenizers import bpe as bpe_module
+from ultrathink.data.tokenizers.base import (
+    END_OF_TEXT,
+    META_FILE,
+    Tokenizer,
+    behavior_hash,
+    load_tokenizer,
+)
 from ultrathink.data.tokenizers.bpe import AWKWARD_TEXTS, BpeTokenizer
 from ultrathink.data.tokenizers.byte import ByteTokenizer
+from ultrathink.data.tokenizers.patterns import PATTERNS
 
 # Any code point, and the mixtures in which splitting goes wrong.
 ANY_TEXT = st.one_of(
@@ -238,6 +246,67 @@ def _cut(texts: list[str], head: str) -> list[str]:
 def test_no_text_is_an_error() -> None:
     with pytest.raises(DataError, match="no text to learn from"):
         BpeTokenizer.train(BpeTokenizerConfig(), ["", ""])
+
+
+# -- what the code makes of text ----------------------------------------------------------------
+
+
+def changed_pattern(tokenizer: BpeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer._pattern = PATTERNS["gpt2"]
+
+
+def changed_decoding(tokenizer: BpeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe_module, "join_bytes", lambda ids, pieces: b"".join(pieces[::-1]))
+
+
+def changed_surrogates(tokenizer: BpeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def drop(text: str) -> str:
+        return replace_surrogates(text).replace("\ufffd", "")
+
+    monkeypatch.setattr(bpe_module, "replace_surrogates", drop)
+
+
+def changed_special(tokenizer: BpeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(self: BpeTokenizer, text: str) -> list[int]:
+        return self._tiktoken().encode(text, allowed_special="all")
+
+    monkeypatch.setattr(BpeTokenizer, "encode", encode)
+
+
+@pytest.mark.parametrize(
+    "change", [changed_pattern, changed_decoding, changed_surrogates, changed_special]
+)
+def test_code_that_does_other_things_has_another_behavior(
+    bpe: BpeTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[BpeTokenizer, pytest.MonkeyPatch], None],
+) -> None:
+    same, other = (BpeTokenizer(bpe._definition, bpe.engine) for _ in range(2))
+    expected = behavior_hash(bpe)
+    assert behavior_hash(same) == expected
+    change(other, monkeypatch)
+    assert other.fingerprint == bpe.fingerprint  # what was learned is the same
+    assert behavior_hash(other) != expected
+
+
+def test_behavior_is_the_same_in_every_process(bpe: BpeTokenizer, saved: Path) -> None:
+    # Pinned: another Python or machine must find the same, and the texts must not change.
+    assert behavior_hash(ByteTokenizer())[:16] == "329fed1f6fcd6c92"
+    assert behavior_hash(bpe) != behavior_hash(ByteTokenizer())
+    script = (
+        "import sys\n"
+        "from ultrathink.data.tokenizers.base import behavior_hash, load_tokenizer\n"
+        "print(behavior_hash(load_tokenizer(sys.argv[1])))\n"
+    )
+    for seed in ("1", "2"):
+        result = subprocess.run(
+            [sys.executable, "-c", script, str(saved)],
+            text=True,
+            capture_output=True,
+            check=True,
+            env={"PYTHONHASHSEED": seed},
+        )
+        assert result.stdout.strip() == behavior_hash(bpe)
 
 
 # -- saving -------------------------------------------------------------------------------------

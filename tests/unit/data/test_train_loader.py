@@ -194,7 +194,6 @@ def test_a_resumed_loader_goes_on_as_if_never_stopped(
         ({"seed": 12}, r"run.seed 11, here it is 12"),
         ({"seq_len": 9}, r"data.seq_len 8, here it is 9"),
         ({"packing": PackingConfig(enabled=False)}, "data.packing"),
-        ({"weights": [1.0, 1.0]}, "these weights of the sources"),
     ],
 )
 def test_a_state_of_other_data_is_refused_by_name(
@@ -203,6 +202,35 @@ def test_a_state_of_other_data_is_refused_by_name(
     state = make(stores).state_dict()
     with pytest.raises(CheckpointError, match=words):
         make(stores, **options).load_state_dict(state)
+
+
+def test_a_state_brings_its_weights_with_it(stores: list[TokenStore]) -> None:
+    first = make(stores)
+    take(first, 4)
+    second = make(stores, weights=[1.0, 5.0])
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.weights == (2.0, 1.0)
+    assert take(second, 20) == take(first, 20)
+    assert second.state_dict() == first.state_dict()
+
+
+def test_the_configured_weights_apply_when_they_are_new_ones(stores: list[TokenStore]) -> None:
+    loader = make(stores)
+    loader.mix_by([2, 1])  # as it was made
+    assert loader.state_dict()["changes"] == []
+    take(loader, 2)
+    loader.set_weights([0, 1])
+    state = json.loads(json.dumps(loader.state_dict()))
+    resumed = make(stores)
+    resumed.load_state_dict(state)
+    resumed.mix_by([2, 1])  # the configuration did not change, so what was set since stays
+    assert resumed.weights == (0.0, 1.0)
+    resumed.mix_by([3, 1])
+    assert resumed.weights == (3.0, 1.0)
+    again = make(stores, weights=[3.0, 1.0])
+    again.load_state_dict(json.loads(json.dumps(resumed.state_dict())))
+    again.mix_by([3, 1])
+    assert again.state_dict() == resumed.state_dict()
 
 
 def test_a_state_of_other_sizes_is_refused(stores: list[TokenStore]) -> None:
@@ -221,7 +249,6 @@ def working(stores: list[TokenStore]) -> Iterator[TrainLoader]:
     loader.close()
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # one-core machines
 def test_workers_change_nothing(stores: list[TokenStore], working: TrainLoader) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()

@@ -30,6 +30,10 @@ class DummySource(ScannedSource):
             [int(chain.random() * len(_WORDS)) for _ in _SUCCESSOR_SHARES] for _ in _WORDS
         ]
 
+    def file_of(self, document_id: str) -> str:
+        """All that is generated counts as one file."""
+        return self.config.type
+
     def _read(self) -> Iterator[Document | None]:
         for index in range(self.config.num_documents):
             yield Document(f"document-{index:06d}", self._text(index))

@@ -6,11 +6,12 @@ import glob
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ultrathink.config.data import FileSourceConfig
 from ultrathink.core.errors import DataError
-from ultrathink.data.documents import Document, Split, replace_surrogates
+from ultrathink.data.documents import Document, Split, UnreadableSourceError, replace_surrogates
 from ultrathink.data.sources.base import Entry, ScannedSource
 
 MIN_DOCUMENTS_FOR_HASH = 20
@@ -30,7 +31,8 @@ class FileSource(ScannedSource):
         super().__init__(config.name or _default_name(paths, config.type))
         self.val_fraction = config.val_fraction
         self.on_bad = config.on_bad
-        self.files = expand_paths(paths, keeps_in_folder, self.name)
+        self._cut_sizes: dict[Split, int] = {}  # where documents are cut, bytes of each side
+        self.paths = expand_paths(paths, keeps_in_folder, self.name)
 
     def documents(self, split: Split) -> Iterator[Document]:
         """The documents of ``split``, in the order of the files."""
@@ -55,7 +57,9 @@ class FileSource(ScannedSource):
         """UTF-8 bytes of all documents of ``split``."""
         if split == "all" or not self._cuts_documents():
             return super().num_bytes(split)
-        return sum(len(document.text.encode()) for document in self.documents(split))
+        if split not in self._cut_sizes:
+            self._cut_sizes[split] = sum(len(d.text.encode()) for d in self.documents(split))
+        return self._cut_sizes[split]
 
     def _cuts_documents(self) -> bool:
         return self.val_fraction > 0 and len(self._scan()) < MIN_DOCUMENTS_FOR_HASH
@@ -99,9 +103,10 @@ def expand_paths(
         raise DataError(f"data source {source_name!r}: path is empty; name a file or folder.")
     found: dict[Path, str] = {}
     for path in paths:
-        here = list(_expand(os.path.expanduser(path), keeps_in_folder))
+        with reading(Path(path)):
+            here = list(_expand(os.path.expanduser(path), keeps_in_folder))
         if not here:
-            raise DataError(_nothing_there(path, source_name))
+            raise _nothing_there(path, source_name)
         for file_id, file in here:
             # A name may hold bytes that are not UTF-8, which Python keeps as lone surrogates.
             found.setdefault(file.resolve(), replace_surrogates(file_id))
@@ -136,10 +141,23 @@ def _expand(path: str, keeps_in_folder: Callable[[Path], bool]) -> Iterator[tupl
                 yield Path(match).relative_to(fixed).as_posix(), Path(match)
 
 
-def _nothing_there(path: str, source_name: str) -> str:
+def _nothing_there(path: str, source_name: str) -> UnreadableSourceError:
     where = f"data source {source_name!r}: path {path!r}"
     if Path(path).expanduser().is_dir():
-        return f"{where} is a folder without files that this source can read; name files in it."
+        return UnreadableSourceError(
+            f"{where} is a folder without files that this source can read", "; name files in it."
+        )
     if glob.has_magic(path):
-        return f"{where} matches no file (searched from {Path.cwd()})."
-    return f"{where} does not exist (looked from {Path.cwd()})."
+        return UnreadableSourceError(f"{where} matches no file (searched from {Path.cwd()})")
+    return UnreadableSourceError(f"{where} does not exist (looked from {Path.cwd()})")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns a failure to read ``path`` into a DataError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UnreadableSourceError(
+            f"{error.filename or path}: cannot be read ({error.strerror})"
+        ) from error

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ultrathink.config.data import JsonlSourceConfig
-from ultrathink.core.errors import DataError, closest
-from ultrathink.data.documents import Document, replace_surrogates
-from ultrathink.data.sources.files import FileSource
+from ultrathink.core.errors import closest
+from ultrathink.data.documents import Document, UnreadableSourceError, replace_surrogates
+from ultrathink.data.sources.files import FileSource, reading
 
 SUFFIXES = frozenset({".jsonl", ".json", ".ndjson"})
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -26,9 +26,13 @@ class JsonlSource(FileSource):
         super().__init__(config, lambda path: path.suffix.lower() in SUFFIXES)
         self.field = config.field
 
+    def file_of(self, document_id: str) -> str:
+        """The file's id is what stands before the line number."""
+        return document_id.rpartition(":")[0]
+
     def _read(self) -> Iterator[Document | None]:
-        for file_id, path in self.files:
-            with path.open("rb") as file:
+        for file_id, path in self.paths:
+            with reading(path), path.open("rb") as file:
                 for number, line in enumerate(file, start=1):
                     if number == 1:
                         line = line.removeprefix(_BYTE_ORDER_MARK)
@@ -41,9 +45,9 @@ class JsonlSource(FileSource):
             return Document(document_id, replace_surrogates(text))
         if self.on_bad == "skip":
             return None
-        raise DataError(
-            f"{path}, line {number}: {problem} Mend the line, or leave such lines out with "
-            f"`on_bad: skip`."
+        raise UnreadableSourceError(
+            f"{path}, line {number}: {problem}",
+            ". Mend the line, or leave such lines out with `on_bad: skip`.",
         )
 
     def _text(self, line: bytes) -> tuple[str | None, str]:
@@ -51,23 +55,23 @@ class JsonlSource(FileSource):
         try:
             value = json.loads(line.decode())
         except UnicodeDecodeError as error:
-            return None, f"not UTF-8 at byte {error.start} of the line."
+            return None, f"not UTF-8 at byte {error.start} of the line"
         except json.JSONDecodeError as error:
             problem = error.msg.removesuffix(" at")
-            return None, f"not JSON (column {error.colno}: {problem})."
+            return None, f"not JSON (column {error.colno}: {problem})"
         except (ValueError, RecursionError) as error:  # a number or a nesting beyond limits
-            return None, f"not JSON that can be read ({error})."
+            return None, f"not JSON that can be read ({error})"
         if not isinstance(value, dict):
             kind = "an array" if isinstance(value, list) else f"{json.dumps(value)[:40]}"
-            return None, f"expected a JSON object, found {kind}."
+            return None, f"expected a JSON object, found {kind}"
         if self.field not in value:
             near = closest(self.field, value)
             hint = f"; did you mean `field: {near}`?" if near else ""
             keys = ", ".join(sorted(value)[:8]) or "none"
-            return None, f"there is no field {self.field!r} (keys: {keys}{hint})."
+            return None, f"there is no field {self.field!r} (keys: {keys}{hint})"
         text = value[self.field]
         if not isinstance(text, str):
-            return None, f"field {self.field!r} is {_kind(text)}, not a string."
+            return None, f"field {self.field!r} is {_kind(text)}, not a string"
         return text, ""
 
 

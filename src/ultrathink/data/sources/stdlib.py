@@ -11,6 +11,7 @@ from ultrathink.config.data import StdlibSourceConfig
 from ultrathink.core.errors import DataError
 from ultrathink.data.documents import Document, is_held_out
 from ultrathink.data.sources.base import Entry, ScannedSource
+from ultrathink.data.sources.files import reading
 
 # Installed packages are not the library. Test packages and the code tables of `encodings` make
 # held-out scores easy, and slim installations lack them.
@@ -35,7 +36,8 @@ class StdlibSource(ScannedSource):
     def _read(self) -> Iterator[Document | None]:
         for document_id in sorted(self._paths()):
             try:
-                text = (self.root / document_id).read_bytes().decode()
+                with reading(self.root / document_id):
+                    text = (self.root / document_id).read_bytes().decode()
             except UnicodeDecodeError:
                 continue  # part of the rule, and so not counted as skipped
             yield Document(document_id, text)

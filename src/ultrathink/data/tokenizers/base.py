@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,30 @@ END_OF_TEXT = "<|endoftext|>"
 META_FILE = "tokenizer_meta.json"
 # What stands for an id that the vocabulary lacks: a model's output may be wider than it.
 UNKNOWN_BYTES = "\ufffd".encode()
+
+# What ``behavior_hash`` encodes. Changing them makes every run's tokenizer look like another.
+_PROBES = (
+    "",
+    " ",
+    "The quick brown fox can't jump over 3 lazy dogs; it's 12,345.67 metres away!",
+    "def f(x):\n    if x == 0:\n\treturn {'a': [1, 2]}  # note\n\n\nclass A:\n    pass\n",
+    "0 1 12 123 1234 12345 1234567890 0x1F 3.14e-10 \u00bd \u00b2 \u2167 \u0663\u0664",
+    "a  b   c    d\t\te \n \n\n   \r\n\r\n  \u00a0\u3000\u2028x" + " " * 40 + "y" + "\n" * 9,
+    "na\u00efve caf\u00e9, Stra\u00dfe, e\u0301, \u0395\u03bb\u03bb\u03b7\u03bd, \u0420\u0443",
+    "\u4e2d\u6587\u5b57\u7b26 \u65e5\u672c\u8a9e\u306e \ud55c\uad6d\uc5b4 \u0939\u093f \u0627",
+    "\U0001f642\U0001f44d\U0001f3fd \U0001f469\u200d\U0001f467 \u2764\ufe0f\ufeff\ufffd\U0010ffff",
+    "\x00\x01\x1b[0m\x7f lone \ud800 surrogates \udfff",
+    f"plain {END_OF_TEXT} text </s> [INST]",
+    "I'LL we'Ve DON'T 's'S " + "=" * 70 + "a" * 70 + "the the the thethethe internationalization",
+)
+
+
+class DamagedTokenizerError(CheckpointError):
+    """A tokenizer folder that cannot be used; ``problem`` says why in a few words."""
+
+    def __init__(self, message: str, problem: str) -> None:
+        super().__init__(message)
+        self.problem = problem
 
 
 class Tokenizer(Protocol):
@@ -96,19 +121,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
+        raise DamagedTokenizerError(
             f"{path}: there is no such file, so {folder} holds no tokenizer of ultrathink. Name "
-            f"the run's own tokenizer folder, or train again."
+            f"the run's own tokenizer folder, or train again.",
+            f"{META_FILE} is missing",
         ) from None
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise damaged(path, str(error)) from error
     if not isinstance(meta, dict) or not isinstance(meta.get("type"), str):
         raise damaged(path, "it names no type")
     if meta["type"] not in TOKENIZERS:
-        raise CheckpointError(
+        raise DamagedTokenizerError(
             f"{path}: the tokenizer is of type {meta['type']!r}, which is not known here. "
             f"{suggestion(meta['type'], TOKENIZERS.names())} A type of your own is loaded with "
-            f"--plugin FILE.py."
+            f"--plugin FILE.py.",
+            f"{META_FILE} names the unknown type {meta['type']!r}",
         )
     tokenizer: Tokenizer = TOKENIZERS.load(meta["type"]).load(Path(folder), meta)
     if tokenizer.fingerprint != meta.get("fingerprint"):
@@ -116,9 +143,23 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def damaged(path: Path, problem: str) -> CheckpointError:
+def damaged(path: Path, problem: str) -> DamagedTokenizerError:
     """The error for a file that is there but cannot be what was saved."""
-    return CheckpointError(
+    return DamagedTokenizerError(
         f"{path}: the tokenizer is damaged ({problem}). Copy the folder again from where it was "
-        f"saved, or train again."
+        f"saved, or train again.",
+        f"{path.name}: {problem}",
     )
+
+
+def behavior_hash(tokenizer: Tokenizer) -> str:
+    """A SHA-256 over what ``tokenizer`` makes of fixed texts, and the text it makes of that.
+
+    The fingerprint is of what was learned; this is of what the code does with it, and so differs
+    where another version of the code, or of a library, cuts text otherwise.
+    """
+    found: list[Any] = [tokenizer.vocab_size, tokenizer.eot_id]
+    for text, batched in zip(_PROBES, tokenizer.encode_batch(_PROBES), strict=True):
+        ids = tokenizer.encode(text)
+        found += [ids, batched.tolist(), tokenizer.decode(ids), tokenizer.decode_bytes(ids).hex()]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from ultrathink.config.tokenizer import BpeTokenizerConfig
-from ultrathink.core.errors import CheckpointError, DataError
+from ultrathink.core.errors import DataError
 from ultrathink.core.files import write_atomic
 from ultrathink.data.documents import replace_surrogates
 from ultrathink.data.tokenizers.base import (
     END_OF_TEXT,
+    DamagedTokenizerError,
     TokenArray,
     damaged,
     join_bytes,
@@ -160,10 +161,11 @@ class BpeTokenizer:
         try:
             return cls(path.read_text(encoding="utf-8"), meta["engine"])
         except FileNotFoundError:
-            raise CheckpointError(
-                f"{path}: there is no such file; copy the whole tokenizer folder."
+            raise DamagedTokenizerError(
+                f"{path}: there is no such file; copy the whole tokenizer folder.",
+                f"{TOKENIZER_FILE} is missing",
             ) from None
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise damaged(path, repr(error)) from error
 
     def _tiktoken(self) -> tiktoken.Encoding:

@@ -1,0 +1,171 @@
+"""The sources of a configuration, read once, and the record of what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
+from typing import Any
+
+from ultrathink.config.data import SOURCES, DataConfig, SourceConfig
+from ultrathink.core.errors import DataError
+from ultrathink.data.cache import cache_folder, store_folder
+from ultrathink.data.documents import Progress, Source, Split
+from ultrathink.data.record import MAX_FILES, DataRecord, SourceRecord, earlier_documents
+from ultrathink.data.tokenizers.base import Tokenizer, behavior_hash
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The sources of a configuration; an error stands in place of one that cannot be read."""
+
+    train: list[Source | DataError]
+    val: list[Source | DataError] | None
+    """None where text of the training sources is held out."""
+
+    @property
+    def train_split(self) -> Split:
+        """What of a training source is trained on."""
+        return "train" if self.val is None else "all"
+
+    @property
+    def errors(self) -> list[DataError]:
+        """Why sources cannot be read; empty where all can."""
+        both = [*self.train, *(self.val or ())]
+        return [source for source in both if isinstance(source, DataError)]
+
+    def readable(self) -> tuple[list[Source], list[Source]]:
+        """Those of ``data.train`` and those of ``data.val``; raises the first error instead."""
+        for error in self.errors:
+            raise error
+        groups = (self.train, self.val or [])
+        train, val = ([s for s in group if not isinstance(s, DataError)] for group in groups)
+        return train, val
+
+
+def read_sources(data: DataConfig, progress: Progress | None = None) -> Sources:
+    """Find the text that ``data`` names and read all of it once."""
+
+    def read(source: Source | DataError) -> Source | DataError:
+        if isinstance(source, DataError):
+            return source
+        if progress is not None:
+            progress(f"reading {source.name}", 0, 0)
+        try:
+            source.num_bytes("all")
+        except DataError as error:
+            return error
+        return source
+
+    groups = [build_sources(configs) for configs in (data.train, data.val or ())]
+    train, val = ([read(source) for source in group] for group in groups)
+    return Sources(train, None if data.val is None else val)
+
+
+def build_sources(configs: Sequence[SourceConfig]) -> list[Source | DataError]:
+    """The sources that ``configs`` describe, or why not; names that come up again are numbered."""
+    sources: list[Source | DataError] = []
+    taken = {config.name for config in configs if config.name is not None}
+    for config in configs:
+        try:
+            source: Source = SOURCES.load(config.type)(config)
+        except DataError as error:
+            sources.append(error)
+            continue
+        if config.name is None:
+            base, number = source.name, 2
+            while source.name in taken:
+                source.name, number = f"{base}-{number}", number + 1
+            taken.add(source.name)
+        sources.append(source)
+    return sources
+
+
+def used_splits(config: SourceConfig, data: DataConfig) -> tuple[Split, ...]:
+    """The splits of a training source that are tokenized; ``val_fraction: 0`` holds nothing out."""
+    if data.val is not None:
+        return ("all",)
+    return ("train",) if getattr(config, "val_fraction", None) == 0 else ("train", "val")
+
+
+def record_sources(
+    data: DataConfig, sources: Sources, tokenizer: Tokenizer, earlier: DataRecord | None = None
+) -> DataRecord:
+    """What ``sources`` hold, and where their tokens are or would be.
+
+    With ``earlier`` at hand it can be told later that a file only grew since.
+    """
+    train, val = sources.readable()
+    before = () if earlier is None else earlier.train
+    train_records = tuple(
+        record_source(source, config, used_splits(config, data), tokenizer, data, past)
+        for source, config, past in zip(train, data.train, _padded(before), strict=False)
+    )
+    before = () if earlier is None else earlier.val or ()
+    val_records = tuple(
+        record_source(source, config, ("all",), tokenizer, data, past)
+        for source, config, past in zip(val, data.val or (), _padded(before), strict=False)
+    )
+    trained = [record.fingerprints[sources.train_split] for record in train_records]
+    return DataRecord(
+        train=train_records,
+        val=None if data.val is None else val_records,
+        tokenizer=tokenizer.fingerprint,
+        tokenizer_behavior=behavior_hash(tokenizer),
+        seq_len=data.seq_len,
+        packing=data.packing.model_dump(mode="json"),
+        data_hash=hash_data(trained, tokenizer, data),
+        skipped=count_skipped([*train, *val]),
+    )
+
+
+def record_source(
+    source: Source,
+    config: SourceConfig,
+    splits: Sequence[Split],
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    before: SourceRecord | None = None,
+) -> SourceRecord:
+    """What one source holds; with ``before`` at hand it can be told that a file only grew."""
+    cache = cache_folder(data.cache_dir)
+    files = source.files(earlier_documents(before))
+    prints: dict[Split, str] = {split: source.fingerprint(split) for split in splits}
+    folders = {split: store_folder(cache, prints[split], split, tokenizer) for split in splits}
+    return SourceRecord(
+        name=source.name,
+        type=config.type,
+        weight=config.weight,
+        fingerprints=prints,
+        stores={split: folder.name for split, folder in folders.items()},
+        num_documents=sum(summary.num_documents for summary in files.values()),
+        num_bytes=sum(summary.num_bytes for summary in files.values()),
+        files=files if len(files) <= MAX_FILES else None,
+    )
+
+
+def hash_data(fingerprints: Sequence[str], tokenizer: Tokenizer, data: DataConfig) -> str:
+    """The hash of what samples consist of; ``fingerprints`` are of what is trained on."""
+    parts: list[Any] = [
+        list(fingerprints),
+        tokenizer.fingerprint,
+        data.packing.model_dump(mode="json"),
+        data.seq_len,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def count_skipped(sources: Iterable[Source]) -> dict[str, int]:
+    """Unreadable documents left out, by the source's name, where there are any."""
+    counts: dict[str, int] = {}
+    for source in sources:
+        if source.num_skipped:
+            counts[source.name] = counts.get(source.name, 0) + source.num_skipped
+    return counts
+
+
+def _padded(records: Sequence[SourceRecord]) -> Iterator[SourceRecord | None]:
+    """``records``, and None for the places beyond them."""
+    return chain(records, repeat(None))

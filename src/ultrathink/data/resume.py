@@ -1,0 +1,148 @@
+"""The data that a run goes on with: what it had, or what was chosen where the text changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ultrathink.config.data import DataConfig
+from ultrathink.core.errors import CheckpointError, DataError
+from ultrathink.data.cache import (
+    DamagedStoreError,
+    TokenStore,
+    cache_folder,
+    cached_store,
+    open_or_build,
+)
+from ultrathink.data.documents import Progress, Source, Split, UnreadableSourceError
+from ultrathink.data.prepare import PreparedData, assemble_data, prepare_sources
+from ultrathink.data.reading import Sources, read_sources, record_source, record_sources
+from ultrathink.data.record import (
+    DataRecord,
+    SourceRecord,
+    describe_changes,
+    shortened,
+    source_changes,
+)
+from ultrathink.data.tokenizers.base import Tokenizer, behavior_hash
+
+
+@dataclass(frozen=True)
+class ResumedData:
+    """What to go on with, and why."""
+
+    data: PreparedData
+    changes: list[str]
+    """What differs from the record, a line each; with ``same`` settings only, never text."""
+    action: Literal["same", "rebuild", "keep"]
+    """``same``: the text is what it was; otherwise what ``data.on_change`` says was done."""
+
+
+def resume_data(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    record: DataRecord,
+    *,
+    progress: Progress | None = None,
+) -> ResumedData:
+    """Prepare the data of a run that goes on, comparing the text with ``record``.
+
+    Where the text changed, ``data.on_change`` decides; ``keep`` gives the stores, weights and
+    ``data_hash`` of the record, sources or not. CheckpointError names what changed and the ways
+    out, or what of the cache is missing. A source that was moved is the same.
+    """
+    _require_same_tokenizer(tokenizer, record)
+    sources = read_sources(data, progress)
+    if sources.errors:
+        is_same, changes = False, _changes_and_errors(data, sources, tokenizer, record)
+    else:
+        now = record_sources(data, sources, tokenizer, earlier=record)
+        is_same, changes = now.fingerprints == record.fingerprints, describe_changes(record, now)
+    if not is_same and data.on_change == "keep":
+        prepared = _keep(data, sources, tokenizer, record, changes, progress)
+        return ResumedData(prepared, changes, "keep")
+    if not is_same and (sources.errors or data.on_change == "refuse"):
+        raise CheckpointError(_refusal(data, sources, changes))
+    prepared = prepare_sources(data, sources, tokenizer, progress=progress)
+    return ResumedData(prepared, changes, "same" if is_same else "rebuild")
+
+
+def _require_same_tokenizer(tokenizer: Tokenizer, record: DataRecord) -> None:
+    if tokenizer.fingerprint != record.tokenizer:
+        raise CheckpointError(
+            f"the tokenizer is not the one that the run was trained with (fingerprint "
+            f"{record.tokenizer[:12]} then, {tokenizer.fingerprint[:12]} now); put the run's "
+            f"tokenizer folder back as it was."
+        )
+    behavior = behavior_hash(tokenizer)
+    if behavior != record.tokenizer_behavior:
+        raise CheckpointError(
+            f"this version of the code, or of the libraries it uses, cuts text into other tokens "
+            f"than the one that the run was trained with ({record.tokenizer_behavior[:12]} then, "
+            f"{behavior[:12]} now); resume with the versions named in the run's manifest.json."
+        )
+
+
+def _changes_and_errors(
+    data: DataConfig, sources: Sources, tokenizer: Tokenizer, record: DataRecord
+) -> list[str]:
+    """What became of each source, where some can no longer be read."""
+    lines: list[str] = []
+    groups = ((sources.train, data.train, record.train), (sources.val, data.val, record.val))
+    for found, configs, recorded in groups:
+        for place, source in enumerate(found or ()):
+            if isinstance(source, UnreadableSourceError):
+                lines.append(source.problem)
+            elif isinstance(source, DataError):
+                lines.append(str(source).removesuffix("."))
+            elif recorded is not None and configs is not None and len(recorded) == len(configs):
+                before, config = recorded[place], configs[place]
+                splits = tuple(before.fingerprints)
+                now = record_source(source, config, splits, tokenizer, data, before)
+                lines += source_changes(before, now)
+    return shortened(lines)
+
+
+def _refusal(data: DataConfig, sources: Sources, changes: Sequence[str]) -> str:
+    ways_out = [
+        "Put the files back as they were",
+        "resume with data.on_change=keep (go on with the tokens cached then)",
+    ]
+    if not sources.errors:
+        ways_out.append("resume with data.on_change=rebuild (train on the new text from here)")
+    elif data.on_change == "rebuild":
+        ways_out[0] = f"data.on_change=rebuild needs text that can be read. {ways_out[0]}"
+    return f"the data changed since this run began: {'; '.join(changes)}. {', or '.join(ways_out)}."
+
+
+def _keep(
+    data: DataConfig,
+    sources: Sources,
+    tokenizer: Tokenizer,
+    record: DataRecord,
+    changes: Sequence[str],
+    progress: Progress | None,
+) -> PreparedData:
+    """The data of ``record`` from the token cache; a source that is unchanged may mend it."""
+    cache = cache_folder(data.cache_dir)
+    notes: list[str] = []
+
+    def open_store(recorded: SourceRecord, source: Source | None, split: Split) -> TokenStore:
+        folder = cached_store(cache, recorded.stores[split])
+        try:
+            return TokenStore(folder, recorded.name)
+        except DamagedStoreError as error:
+            damage = str(error)
+        if source is not None and source.fingerprint(split) == recorded.fingerprints[split]:
+            return open_or_build(source, split, tokenizer, cache, progress, notes)
+        state = f"is damaged ({damage})" if folder.exists() else "is not there"
+        raise CheckpointError(
+            f"data.on_change=keep goes on with the tokens cached when the run began, but the store "
+            f"of {recorded.name} ({split}), {folder}, {state}, and cannot be built again: "
+            f"{'; '.join(changes)}. Put the files back as they were; or put that folder back, or "
+            f"name the cache that has it with data.cache_dir; or resume with "
+            f"data.on_change=rebuild (train on the new text from here)."
+        )
+
+    return assemble_data(data, tokenizer, record, sources, open_store, notes)

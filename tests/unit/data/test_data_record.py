@@ -1,0 +1,232 @@
+"""What a run's data was, and what is said of each way in which it can differ."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ultrathink.config.data import DataConfig
+from ultrathink.core.errors import CheckpointError
+from ultrathink.data import reading
+from ultrathink.data.reading import read_sources, record_sources
+from ultrathink.data.record import DataRecord, describe_changes
+from ultrathink.data.tokenizers.base import Tokenizer
+from ultrathink.data.tokenizers.bpe import BpeTokenizer
+from ultrathink.data.tokenizers.byte import ByteTokenizer
+
+Change = Callable[[Path], object]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of three books, and a file of 30 JSON lines."""
+    books = tmp_path / "books"
+    (books / "more").mkdir(parents=True)
+    for name in ("a.txt", "b.txt", "more/c.txt"):
+        (books / name).write_text(f"text of {name}\n" * 1000)
+    write_crawl(tmp_path, range(30))
+    return tmp_path
+
+
+def write_crawl(folder: Path, numbers: Any, **more: str) -> None:
+    lines = [json.dumps({"text": f"page {number} " * 5, **more}) for number in numbers]
+    (folder / "crawl.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+def config_of(folder: Path, **options: Any) -> DataConfig:
+    train = [
+        {"type": "text", "path": str(folder / "books"), "weight": 3},
+        {"type": "jsonl", "path": str(folder / "crawl.jsonl")},
+    ]
+    return DataConfig.model_validate({"train": train, "seq_len": 16, **options})
+
+
+def record_of(
+    config: DataConfig, earlier: DataRecord | None = None, tokenizer: Tokenizer | None = None
+) -> DataRecord:
+    return record_sources(config, read_sources(config), tokenizer or ByteTokenizer(), earlier)
+
+
+# -- what is recorded ---------------------------------------------------------------------------
+
+
+def test_a_record_names_sources_files_and_stores(folder: Path) -> None:
+    record = record_of(config_of(folder))
+    books, crawl = record.train
+    assert (books.name, books.type, books.weight, books.num_documents) == ("books", "text", 3, 3)
+    assert set(books.fingerprints) == set(books.stores) == {"train", "val"}
+    assert books.files is not None
+    assert list(books.files) == ["a.txt", "b.txt", "more/c.txt"]
+    size = (folder / "books" / "a.txt").stat().st_size
+    assert (books.files["a.txt"].num_documents, books.files["a.txt"].num_bytes) == (1, size)
+    assert books.num_bytes == sum(file.num_bytes for file in books.files.values())
+    assert crawl.files is not None
+    assert [file.num_documents for file in crawl.files.values()] == [30]
+    assert record.val is None
+
+
+def test_validation_sources_and_what_is_not_held_out_are_recorded(folder: Path) -> None:
+    text = {"type": "text", "path": str(folder / "books")}
+    record = record_of(config_of(folder, train=[text], val=[{"type": "dummy"}]))
+    assert record.val is not None
+    assert [set(source.stores) for source in (*record.train, *record.val)] == [{"all"}, {"all"}]
+    assert record.val[0].files is not None
+    assert list(record.val[0].files) == ["dummy"]
+    whole = record_of(config_of(folder, train=[{**text, "val_fraction": 0}]))
+    assert set(whole.train[0].stores) == {"train"}
+
+
+def test_too_many_files_leave_their_totals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_FILES", 2)
+    before = record_of(config_of(folder))
+    assert before.train[0].files is None
+    assert (before.train[0].num_documents, before.train[0].num_bytes) == (3, 47_000)
+    (folder / "books" / "a.txt").write_text("short")
+    assert describe_changes(before, record_of(config_of(folder), before)) == [
+        "source 'books' has other text (still 3 documents; 47,000 bytes then, 33,005 now)"
+    ]
+
+
+def test_a_record_comes_back_from_its_file(folder: Path, tmp_path: Path) -> None:
+    for config in (config_of(folder), config_of(folder, val=[{"type": "dummy"}])):
+        record = record_of(config)
+        record.write(tmp_path / "data.json")
+        assert DataRecord.read(tmp_path / "data.json") == record
+        assert describe_changes(record, DataRecord.read(tmp_path / "data.json")) == []
+
+
+def test_a_damaged_record_is_named(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    with pytest.raises(CheckpointError, match=r"data.json is missing: it says what the run was"):
+        DataRecord.read(path)
+    record_of(config_of(folder)).write(path)
+    content = path.read_text()
+    digit = content.index('"a.txt"') + 40
+    other = "0" if content[digit] != "0" else "1"
+    for damage in (content[:-100], "", "[]", content[:digit] + other + content[digit + 1 :]):
+        path.write_text(damage)
+        with pytest.raises(CheckpointError, match=r"data.json is damaged \(.+Put it back as it"):
+            DataRecord.read(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        DataRecord.read(path)
+    with pytest.raises(CheckpointError, match="mine is damaged"):
+        DataRecord.from_json({"format": 1}, "mine")
+
+
+# -- what differs -------------------------------------------------------------------------------
+
+
+def changed_line(folder: Path) -> None:
+    write_crawl(folder, [0, 99, *range(2, 40)])
+
+
+def inserted_line(folder: Path) -> None:
+    write_crawl(folder, [0, 0, *range(1, 30)])
+
+
+def appended(folder: Path) -> None:
+    with (folder / "crawl.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+
+
+def blank_line(folder: Path) -> None:
+    """The same documents with other ids: by them the split and the order are not the same."""
+    path = folder / "crawl.jsonl"
+    path.write_text("\n" + path.read_text())
+
+
+def renamed(folder: Path) -> None:
+    (folder / "books" / "b.txt").rename(folder / "books" / "z.txt")
+
+
+@pytest.mark.parametrize(
+    ("change", "lines"),
+    [
+        (lambda f: None, []),
+        (
+            lambda f: (f / "books/a.txt").write_text("new text\n" * 1444),
+            ["books/a.txt changed (14,000 bytes then, 12,996 now)"],
+        ),
+        (
+            lambda f: (f / "books/a.txt").write_text("TEXT of a.txt\n" * 1000),
+            ["books/a.txt changed (still 14,000 bytes)"],
+        ),
+        (lambda f: (f / "books/b.txt").unlink(), ["books/b.txt is gone"]),
+        (lambda f: (f / "books/d.txt").write_text("x"), ["books/d.txt is new"]),
+        (renamed, ["books/b.txt is gone", "books/z.txt is new"]),
+        (appended, ["crawl.jsonl grew by 1 document"]),
+        (lambda f: write_crawl(f, range(340)), ["crawl.jsonl grew by 310 documents"]),
+        (lambda f: write_crawl(f, range(30), note="not text"), []),
+        (lambda f: write_crawl(f, range(28)), ["crawl.jsonl changed (30 documents then, 28 now)"]),
+        (changed_line, ["crawl.jsonl changed (30 documents then, 40 now)"]),
+        (inserted_line, ["crawl.jsonl changed (30 documents then, 31 now)"]),
+        (blank_line, ["crawl.jsonl changed (still 30 documents)"]),
+    ],
+)
+def test_files_that_differ_are_named(folder: Path, change: Change, lines: list[str]) -> None:
+    before = DataRecord.from_json(json.loads(json.dumps(record_of(config_of(folder)).to_json())))
+    change(folder)
+    now = record_of(config_of(folder), before)
+    assert describe_changes(before, now) == lines
+    assert (now.fingerprints == before.fingerprints) == (lines == [])
+
+
+def test_settings_and_sources_that_differ_are_named(folder: Path, bpe: BpeTokenizer) -> None:
+    config = config_of(folder)
+    before = record_of(config)
+
+    def lines(other: DataConfig, tokenizer: Tokenizer | None = None) -> list[str]:
+        return describe_changes(before, record_of(other, before, tokenizer))
+
+    books, crawl = (source.model_dump() for source in config.train)
+    assert lines(config, bpe) == ["the tokenizer is another"]
+    assert lines(config_of(folder, seq_len=32, packing={"isolate_documents": False})) == [
+        "data.seq_len: 16 then, 32 now",
+        "data.packing.isolate_documents: true then, false now",
+    ]
+    assert lines(config_of(folder, train=[{**books, "weight": 1}, crawl])) == [
+        "source 'books': weight 3 then, 1 now"
+    ]
+    assert lines(config_of(folder, train=[books])) == ["source 'crawl' of data.train is gone"]
+    assert lines(config_of(folder, train=[books, crawl, {"type": "dummy"}])) == [
+        "source 'dummy' of data.train is new"
+    ]
+    assert lines(config_of(folder, train=[{**books, "val_fraction": 0.2}, crawl])) == [
+        "source 'books': another part of its text is held out for validation"
+    ]
+    assert lines(config_of(folder, train=[{"type": "dummy", "weight": 3}, crawl])) == [
+        "source 'dummy': type text then, dummy now",
+        "source 'dummy' has other text (3 documents then, 200 now; 47,000 bytes then, 214,839 now)",
+    ]
+
+
+def test_the_order_of_files_counts(folder: Path) -> None:
+    paths = [str(folder / "books" / name) for name in ("a.txt", "b.txt")]
+    source = {"type": "text", "path": paths, "name": "two"}
+    before = record_of(config_of(folder, train=[source]))
+    now = record_of(config_of(folder, train=[{**source, "path": paths[::-1]}]), before)
+    assert describe_changes(before, now) == ["source 'two': its files come in another order"]
+
+
+def test_a_name_given_to_a_single_file_stands_before_it(folder: Path) -> None:
+    config = config_of(folder, train=[{"type": "jsonl", "path": str(folder), "name": "web"}])
+    before = record_of(config)
+    appended(folder)
+    assert describe_changes(before, record_of(config, before)) == [
+        "web/crawl.jsonl grew by 1 document"
+    ]
+
+
+def test_many_differences_are_counted(folder: Path) -> None:
+    before = record_of(config_of(folder))
+    for number in range(20):
+        (folder / "books" / f"new {number:02}.txt").write_text("x")
+    lines = describe_changes(before, record_of(config_of(folder), before))
+    assert lines[0] == "books/new 00.txt is new"
+    assert len(lines) == 9
+    assert lines[-1] == "and 12 more"

@@ -1,0 +1,321 @@
+"""Going on with a run whose text or token cache is no longer what it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ultrathink.config.data import DataConfig
+from ultrathink.config.tokenizer import BpeTokenizerConfig
+from ultrathink.core.errors import CheckpointError, DataError
+from ultrathink.data.cache import TokenStore
+from ultrathink.data.loader import TrainLoader
+from ultrathink.data.prepare import PreparedData, prepare_data
+from ultrathink.data.record import DataRecord
+from ultrathink.data.resume import ResumedData, resume_data
+from ultrathink.data.tokenizers.bpe import BpeTokenizer
+from ultrathink.data.tokenizers.byte import ByteTokenizer
+
+WAYS_OUT = (
+    "Put the files back as they were, or resume with data.on_change=keep (go on with the tokens "
+    "cached then), or resume with data.on_change=rebuild (train on the new text from here)."
+)
+
+
+def write_text(folder: Path) -> None:
+    """Two books, and 30 lines of JSON."""
+    (folder / "books").mkdir(parents=True)
+    for name in "ab":
+        (folder / "books" / f"{name}.txt").write_text(f"the text of {name}\n" * 400)
+    write_crawl(folder, 30)
+
+
+def write_crawl(folder: Path, count: int) -> None:
+    lines = [json.dumps({"text": f"page {number} " * 9}) for number in range(count)]
+    (folder / "crawl.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def config_of(folder: Path, **options: Any) -> DataConfig:
+    train = [
+        {"type": "text", "path": str(folder / "books"), "weight": 2},
+        {"type": "jsonl", "path": str(folder / "crawl.jsonl"), "on_bad": "skip"},
+    ]
+    return DataConfig.model_validate({"train": train, "seq_len": 16, **options})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_text(tmp_path / "text")
+    return tmp_path / "text"
+
+
+@pytest.fixture
+def before(folder: Path) -> PreparedData:
+    """The data of the run, when it began."""
+    with (folder / "crawl.jsonl").open("a") as file:
+        file.write("not JSON\n")
+    return prepare_data(config_of(folder), BpeTokenizerConfig(vocab_size=300))
+
+
+def resume(before: PreparedData, config: DataConfig, **options: Any) -> ResumedData:
+    """As a later process does it: the record comes from its file."""
+    record = DataRecord.from_json(json.loads(json.dumps(before.record.to_json())))
+    return resume_data(config.model_copy(update=options), before.tokenizer, record)
+
+
+def refusal(before: PreparedData, config: DataConfig, **options: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        resume(before, config, **options)
+    return str(caught.value)
+
+
+def samples(data: PreparedData) -> list[list[int]]:
+    loader = TrainLoader(
+        data.train_stores,
+        data.train_weights,
+        seq_len=16,
+        batch_size=8,
+        packing=DataConfig().packing,
+        seed=3,
+    )
+    return [row for _ in range(40) for row in loader.next_batch().input_ids.tolist()]
+
+
+def assert_equal_data(here: PreparedData, before: PreparedData) -> None:
+    """All that decides what comes is the same."""
+    assert here.data_hash == before.data_hash
+    assert [store.folder for store in here.train_stores] == [
+        store.folder for store in before.train_stores
+    ]
+    assert [store.tokens.tolist() for store in here.val_stores] == [
+        store.tokens.tolist() for store in before.val_stores
+    ]
+    for name in ("train_weights", "num_samples", "source_names", "skipped", "record"):
+        assert getattr(here, name) == getattr(before, name), name
+    assert samples(here) == samples(before)
+
+
+# -- nothing changed ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_change", ["refuse", "rebuild", "keep"])
+def test_the_same_text_is_gone_on_with(
+    folder: Path, before: PreparedData, on_change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ultrathink.data.cache.build_store", lambda *_: pytest.fail("built again"))
+    found = resume(before, config_of(folder), on_change=on_change)
+    assert (found.action, found.changes, found.data.notes) == ("same", [], [])
+    assert_equal_data(found.data, before)
+
+
+def test_a_folder_that_was_moved_is_no_change(folder: Path, before: PreparedData) -> None:
+    moved = folder.with_name("elsewhere")
+    folder.rename(moved)
+    found = resume(before, config_of(moved))
+    assert (found.action, found.changes) == ("same", [])
+    assert_equal_data(found.data, before)
+
+
+def test_settings_of_another_kind_are_told_and_not_refused(
+    folder: Path, before: PreparedData
+) -> None:
+    found = resume(before, config_of(folder, seq_len=32))
+    assert found.action == "same"
+    assert found.changes == ["data.seq_len: 16 then, 32 now"]
+    assert found.data.data_hash != before.data_hash
+
+
+# -- the text changed ---------------------------------------------------------------------------
+
+
+def grow_and_remove(folder: Path) -> None:
+    (folder / "books" / "b.txt").unlink()
+    with (folder / "crawl.jsonl").open("a") as file:
+        file.write('{"text": "more"}\n' * 310)
+
+
+def test_a_change_is_refused_with_names_and_ways_out(folder: Path, before: PreparedData) -> None:
+    grow_and_remove(folder)
+    assert refusal(before, config_of(folder)) == (
+        "the data changed since this run began: books/b.txt is gone; crawl.jsonl grew by 310 "
+        f"documents. {WAYS_OUT}"
+    )
+
+
+def test_held_out_text_that_changed_is_refused_too(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "held.txt").write_text("held out\n" * 50)
+    val = [{"type": "text", "path": str(tmp_path / "held.txt")}]
+    before = prepare_data(config_of(folder, val=val), ByteTokenizer())
+    (tmp_path / "held.txt").write_text("held OUT\n" * 50)
+    assert refusal(before, config_of(folder, val=val)).startswith(
+        "the data changed since this run began: held.txt changed (still 450 bytes). Put"
+    )
+    kept = resume(before, config_of(folder, val=val), on_change="keep")
+    assert_equal_data(kept.data, before)
+
+
+def test_rebuild_takes_the_text_as_it_is_now(folder: Path, before: PreparedData) -> None:
+    grow_and_remove(folder)
+    found = resume(before, config_of(folder), on_change="rebuild")
+    assert found.action == "rebuild"
+    assert found.changes == ["books/b.txt is gone", "crawl.jsonl grew by 310 documents"]
+    fresh = prepare_data(config_of(folder), before.tokenizer)
+    assert_equal_data(found.data, fresh)
+    assert found.data.data_hash != before.data_hash
+    assert resume(found.data, config_of(folder)).action == "same"
+
+
+@pytest.mark.parametrize("loss", ["changed", "gone", "one gone", "unreadable"])
+def test_keep_goes_on_with_the_cached_tokens(folder: Path, before: PreparedData, loss: str) -> None:
+    if loss == "changed":
+        grow_and_remove(folder)
+    elif loss == "gone":
+        shutil.rmtree(folder)
+    elif loss == "one gone":
+        (folder / "crawl.jsonl").unlink()
+    else:
+        (folder / "books" / "a.txt").write_bytes(b"\xff\xfe" * 100)
+    found = resume(before, config_of(folder), on_change="keep")
+    assert found.action == "keep"
+    assert len(found.changes) >= 1
+    assert found.data.notes == []
+    assert_equal_data(found.data, before)
+
+
+def test_vanished_sources_are_named_with_what_is_left_to_do(
+    folder: Path, before: PreparedData
+) -> None:
+    shutil.rmtree(folder / "books")
+    write_crawl(folder, 12)
+    words = (
+        f"the data changed since this run began: data source 'books': path "
+        f"'{folder}/books' does not exist (looked from {Path.cwd()}); crawl.jsonl changed (30 "
+        f"documents then, 12 now). Put the files back as they were, or resume with "
+        f"data.on_change=keep (go on with the tokens cached then)."
+    )
+    assert refusal(before, config_of(folder)) == words
+    assert (
+        "now). data.on_change=rebuild needs text that can be read. Put the files back"
+    ) in refusal(before, config_of(folder), on_change="rebuild")
+
+
+def test_text_that_can_no_longer_be_read_is_a_change(folder: Path, before: PreparedData) -> None:
+    path = folder / "books" / "a.txt"
+    path.write_bytes(b"\xff" + path.read_bytes())
+    assert refusal(before, config_of(folder)).startswith(
+        f"the data changed since this run began: {path}: not UTF-8 at byte 0 (0xff). Put the files"
+    )
+
+
+# -- the tokenizer ------------------------------------------------------------------------------
+
+
+def test_another_tokenizer_is_refused_before_anything_is_read(
+    folder: Path, before: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(folder)
+    record = before.record
+    with pytest.raises(CheckpointError, match="tokenizer is not the one that the run was trained"):
+        resume_data(config_of(folder, on_change="keep"), ByteTokenizer(), record)
+    tokenizer = before.tokenizer
+    assert isinstance(tokenizer, BpeTokenizer)
+    cut_otherwise = BpeTokenizer(tokenizer._definition, tokenizer.engine)
+    cut_otherwise._pattern = r"\S|\s"  # what other code would do with the same files
+    with pytest.raises(CheckpointError, match="this version of the code, or of the libraries"):
+        resume_data(config_of(folder, on_change="keep"), cut_otherwise, record)
+
+
+# -- the cache is damaged as well ---------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle: the size stays."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (flip, "is damaged (tokens.bin: other content than was written)"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-6]), "bytes instead of"),
+        (remove, "is not there"),
+    ],
+)
+def test_keep_needs_whole_stores(
+    folder: Path, before: PreparedData, damage: Callable[[Path], Any], words: str
+) -> None:
+    store = before.train_stores[1]
+    damage(store.folder / "tokens.bin")
+    write_crawl(folder, 12)
+    text = refusal(before, config_of(folder), on_change="keep")
+    assert f"the store of crawl (train), {store.folder}, " in text
+    assert words in text
+    assert "cannot be built again: crawl.jsonl changed (30 documents then, 12 now). Put" in text
+    assert "data.cache_dir; or resume with data.on_change=rebuild" in text
+
+
+def test_keep_mends_the_stores_of_a_source_that_is_unchanged(
+    folder: Path, before: PreparedData
+) -> None:
+    damaged = before.train_stores[0]
+    tokens = damaged.tokens.tolist()
+    flip(damaged.folder / "tokens.bin")
+    write_crawl(folder, 12)
+    found = resume(before, config_of(folder), on_change="keep")
+    assert found.data.train_stores[0].tokens.tolist() == tokens
+    assert found.data.notes == [
+        "the token cache of books (train) was damaged (tokens.bin: other content than was "
+        "written); it was built again"
+    ]
+    assert resume(before, config_of(folder), on_change="keep").data.notes == []
+
+
+def test_a_damaged_cache_of_unchanged_text_is_built_again(
+    folder: Path, before: PreparedData
+) -> None:
+    tokens = [store.tokens.tolist() for store in before.val_stores]
+    for store in before.val_stores:
+        path = store.folder / "tokens.bin"
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    found = resume(before, config_of(folder))
+    assert [store.tokens.tolist() for store in found.data.val_stores] == tokens
+    assert [note.partition(" was damaged")[0] for note in found.data.notes] == [
+        "the token cache of books (val)",
+        "the token cache of crawl (val)",
+    ]
+
+
+def test_keep_after_the_whole_cache_is_lost_works_while_the_text_is_there(
+    folder: Path, before: PreparedData, tmp_path: Path
+) -> None:
+    expected = samples(before)
+    shutil.rmtree(tmp_path / "cache")
+    found = resume(before, config_of(folder), on_change="keep")
+    assert found.action == "same"
+    assert samples(found.data) == expected
+    shutil.rmtree(tmp_path / "cache")
+    shutil.rmtree(folder)
+    assert "is not there, and cannot be built" in refusal(
+        before, config_of(folder), on_change="keep"
+    )
+
+
+def test_a_store_that_vanishes_after_it_was_opened_is_named(before: PreparedData) -> None:
+    store = before.train_stores[0]
+    opened = TokenStore(store.folder, store.name)
+    shutil.rmtree(store.folder)
+    with pytest.raises(DataError, match=r"the token cache of books was whole when it was opened"):
+        _ = opened.offsets
+    with pytest.raises(DataError, match=r"Resume the run: the cache is built again"):
+        _ = opened.tokens

@@ -20,8 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ultrathink.monitoring.pace import Pace
-from ultrathink.monitoring.records import BaseSink, Level, MetricRecord, RunInfo
+from ultrathink.monitoring.records import BaseSink, Level, MetricRecord, Note, RunInfo
 from ultrathink.monitoring.terminal import (
+    SafeStream,
     clean_text,
     error_stream,
     is_interactive,
@@ -46,10 +47,12 @@ class ConsoleSink(BaseSink):
         self._given_stream = stream
         self._clock = clock
         self._display: _LiveDisplay | _PlainDisplay | None = None
+        self._stream: SafeStream | None = None
+        self._is_told_gone = False
 
     def open(self, info: RunInfo) -> None:
         """Print the heading, and on a terminal begin the bar."""
-        stream = error_stream(self._given_stream)
+        self._stream = stream = error_stream(self._given_stream)
         status = _Status(info, self._clock)
         if is_interactive(stream):
             self._display = _LiveDisplay(status, make_console(stream), self._clock)
@@ -84,11 +87,24 @@ class ConsoleSink(BaseSink):
         if self._display is not None:
             self._display.sample(step, clean_text(prompt), clean_text(text))
 
+    def take_notes(self) -> list[Note]:
+        """Whether the console can no longer be written to, or can again."""
+        failure = self._stream.failure if self._stream is not None else None
+        if self._is_told_gone == (failure is not None):
+            return []
+        self._is_told_gone = failure is not None
+        if failure is None:
+            return [("the console can be written to again", "info")]
+        told = f"the console cannot be written to ({failure}); training goes on"
+        return [(f"{told}, and logs/run.log has its messages", "warning")]
+
     def close(self) -> None:
         """Leave the terminal as it was, the last figures in view."""
         if self._display is not None:
             self._display.close()
             self._display = None
+        if self._stream is not None:
+            self._stream.finish()
 
 
 class _Status:

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ultrathink.core.files import write_atomic
-from ultrathink.monitoring.records import BaseSink, MetricRecord, RunInfo
+from ultrathink.monitoring.appending import ResilientAppender
+from ultrathink.monitoring.records import BaseSink, MetricRecord, Note, RunInfo
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 
 
 class JsonlSink(BaseSink):
-    """Appends every record to ``metrics.jsonl`` and every sample to ``samples.jsonl``."""
+    """Appends every record to ``metrics.jsonl`` and every sample to ``samples.jsonl``.
+
+    What cannot be written waits until it can; the method that tried raises OSError.
+    """
 
     def __init__(self) -> None:
-        self._folder: Path | None = None
-        self._files: dict[str, IO[str]] = {}
+        self._files: dict[str, ResilientAppender] = {}
 
     def open(self, info: RunInfo) -> None:
         """Drop what lies beyond the step that the run continues from, and begin to append."""
-        info.folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, SAMPLES_FILE):
-            cut_after(info.folder / name, info.start_step)
-        self._folder = info.folder
+            self._files[name] = line_appender(info.folder / name, cut_beyond=info.start_step)
+        self._each(ResilientAppender.flush)
 
     def write(self, record: MetricRecord) -> None:
         """Append one line."""
@@ -35,22 +39,35 @@ class JsonlSink(BaseSink):
         """Append one line with the prompt and what the model wrote after it."""
         self._append(SAMPLES_FILE, {"step": step, "prompt": prompt, "text": text})
 
+    def take_notes(self) -> list[Note]:
+        """What befell the files."""
+        return [note for file in self._files.values() for note in file.take_notes()]
+
     def close(self) -> None:
-        """Close the files."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        """Write what still waits."""
+        self._each(ResilientAppender.close)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        assert self._folder is not None, "the sink was not opened"
+        assert self._files, "the sink was not opened"
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        if name not in self._files:
-            # Half of a surrogate pair, which a byte-level model can write, has no UTF-8 form.
-            self._files[name] = (self._folder / name).open(
-                "a", encoding="utf-8", errors="backslashreplace", newline="\n"
-            )
-        self._files[name].write(line + "\n")
-        self._files[name].flush()
+        # Half of a surrogate pair, which a byte-level model can write, has no UTF-8 form.
+        self._files[name].append(f"{line}\n".encode(errors="backslashreplace"))
+
+    def _each(self, action: Callable[[ResilientAppender], None]) -> None:
+        failures = []
+        for file in self._files.values():
+            try:
+                action(file)
+            except OSError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+
+def line_appender(path: Path, *, cut_beyond: int | None = None) -> ResilientAppender:
+    """An appender for lines, which may first drop those that lie ``cut_beyond`` a step."""
+    cut = partial(cut_after, path, cut_beyond) if cut_beyond is not None else None
+    return ResilientAppender(lambda: path, prepare=cut)
 
 
 def cut_after(path: Path, step: int) -> int:

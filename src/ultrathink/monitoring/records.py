@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Literal, Protocol, SupportsFloat, TypeAlias, runtime_checkabl
 
 Split = Literal["train", "val"]
 Level = Literal["info", "warning"]
+Note: TypeAlias = tuple[str, Level]  # a message, and how much it matters
+Tell: TypeAlias = Callable[[str, Level], None]  # a way to send messages
 JsonScalar: TypeAlias = str | int | float | None
 RESERVED = ("step", "split", "time")
 
@@ -66,7 +69,11 @@ class RunInfo:
 
 @runtime_checkable
 class Sink(Protocol):
-    """Something that shows or keeps the figures of a run."""
+    """Something that shows or keeps the figures of a run.
+
+    A method may raise: that is told, training goes on, and the sink is still offered all that
+    follows, even where ``open`` was what failed.
+    """
 
     def open(self, info: RunInfo) -> None:
         """Begin, forgetting whatever an earlier process noted beyond ``info.start_step``."""
@@ -85,6 +92,9 @@ class Sink(Protocol):
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Take a text that the model wrote, ``text`` being what follows ``prompt``."""
+
+    def take_notes(self) -> list[Note]:
+        """Give what befell the sink itself since the last call; asked after each other call."""
 
     def close(self) -> None:
         """Finish; called once, also after an error."""
@@ -110,6 +120,10 @@ class BaseSink:
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Do nothing."""
+
+    def take_notes(self) -> list[Note]:
+        """Have nothing to tell."""
+        return []
 
     def close(self) -> None:
         """Do nothing."""

@@ -1,62 +1,127 @@
-"""The run as TensorBoard shows it: ``tensorboard --logdir runs``."""
+"""The run as TensorBoard shows it: ``tensorboard --logdir runs``.
+
+Event files are written here rather than by a ``SummaryWriter``: its thread dies of the first write
+that fails, with a stack trace on the console, and every later call raises, ``close`` included. In
+an event file stand records one after the other, each with its length and checksum, so appending
+to it is like appending a line (format: ``tensorboard/summary/writer/record_writer.py``).
+"""
 
 from __future__ import annotations
 
+import io
+import itertools
+import os
+import socket
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ultrathink.monitoring.records import BaseSink, MetricRecord, RunInfo
+from ultrathink.monitoring.appending import ResilientAppender
+from ultrathink.monitoring.records import BaseSink, MetricRecord, Note, RunInfo
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard.writer import SummaryWriter
+    from tensorboard.compat.proto.event_pb2 import Event
 
 FOLDER = "tensorboard"
-FLUSH_S = 20
+_FILE_VERSION = "brain.Event:2"
+
+_number = itertools.count()  # event files that begin in one second differ by it
 
 
 class TensorBoardSink(BaseSink):
-    """Writes scalars such as ``train/loss`` and ``val/bits_per_byte``, and samples as text."""
+    """Writes scalars such as ``train/loss`` and ``val/bits_per_byte``, and samples as text.
+
+    What cannot be written waits until it can; the method that tried raises OSError.
+    """
 
     def __init__(self) -> None:
-        self._writer: SummaryWriter | None = None
+        self._file: ResilientAppender | None = None
         self._tags: dict[str, str] = {}
 
     def open(self, info: RunInfo) -> None:
-        """Begin an event file; what earlier ones hold beyond the start step is not shown."""
+        """Plan an event file; what earlier ones hold beyond the start step is not shown."""
         with _quiet():
-            # Imported here: it takes a second, and a run without this sink need not wait for it.
-            from torch.utils.tensorboard.writer import SummaryWriter
-
-            self._writer = SummaryWriter(
-                str(info.folder / FOLDER), purge_step=info.start_step + 1, flush_secs=FLUSH_S
-            )
+            header = _session_start(info.start_step + 1)
+        folder = info.folder / FOLDER
+        self._file = ResilientAppender(lambda: folder / _file_name(), header=header, end=b"")
 
     def write(self, record: MetricRecord) -> None:
-        """Write each figure as the scalar ``split/name``."""
-        assert self._writer is not None, "the sink was not opened"
+        """Write each figure as the scalar ``split/name``, all of them or none."""
         with _quiet():
-            for name, value in record.values.items():
-                self._writer.add_scalar(
-                    f"{record.split}/{name}", value, record.step, walltime=record.time
-                )
+            entry = _scalars(record)
+        self._append(entry)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Write a sample; every prompt has a tag of its own, so that its texts line up."""
-        assert self._writer is not None, "the sink was not opened"
         tag = self._tags.setdefault(prompt, f"samples/{len(self._tags) + 1}")
         # Four spaces make Markdown show the text as it is.
         verbatim = "\n".join(f"    {line}" for line in f"{prompt}{text}".splitlines())
         with _quiet():
-            self._writer.add_text(tag, verbatim.encode("utf-8", "replace").decode(), step)
+            entry = _text(tag, verbatim.encode("utf-8", "replace"), step)
+        self._append(entry)
+
+    def take_notes(self) -> list[Note]:
+        """What befell the event file."""
+        return self._file.take_notes() if self._file is not None else []
 
     def close(self) -> None:
-        """Flush and close the event file."""
-        if self._writer is not None:
-            with _quiet():
-                self._writer.close()
-            self._writer = None
+        """Write what still waits."""
+        if self._file is not None:
+            self._file.close()
+
+    def _append(self, entry: bytes) -> None:
+        assert self._file is not None, "the sink was not opened"
+        self._file.append(entry)
+
+
+def _file_name() -> str:
+    """TensorBoard reads the event files of a folder in the order of their names."""
+    host, number = socket.gethostname(), next(_number)
+    return f"events.out.tfevents.{int(time.time()):010d}.{host}.{os.getpid()}.{number:03d}"
+
+
+# The packages are imported where they are used: a run without this sink need not wait for them.
+
+
+def _session_start(purge_step: int) -> bytes:
+    """What opens an event file: the version, and the step from which earlier files are hidden."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    now = time.time()
+    started = SessionLog(status=SessionLog.START)
+    return _framed(Event(wall_time=now, file_version=_FILE_VERSION)) + _framed(
+        Event(wall_time=now, step=purge_step, session_log=started)
+    )
+
+
+def _scalars(record: MetricRecord) -> bytes:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    values = [
+        Summary.Value(tag=f"{record.split}/{name}", simple_value=float(value))
+        for name, value in record.values.items()
+    ]
+    return _framed(Event(wall_time=record.time, step=record.step, summary=Summary(value=values)))
+
+
+def _text(tag: str, text: bytes, step: int) -> bytes:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.plugins.text.summary_v2 import text_pb
+
+    return _framed(Event(wall_time=time.time(), step=step, summary=text_pb(tag, text)))
+
+
+def _framed(event: Event) -> bytes:
+    """An event as it stands in a file: its length, its bytes, and a checksum of each."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    buffer = io.BytesIO()
+    writer: Any = RecordWriter(buffer)
+    writer.write(event.SerializeToString())
+    return buffer.getvalue()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -10,18 +11,28 @@ from typing import IO, TextIO, cast
 
 from rich.console import Console
 
-from ultrathink.core.streams import discard
+from ultrathink.core.streams import discard, why_discarded
+from ultrathink.monitoring.health import described
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+# A disk that is full may have room again; whatever else fails has failed for good.
+_PASSING = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
 class SafeStream:
-    """A text stream that falls silent when writing to it fails, instead of ending the run."""
+    """A text stream that loses text when writing to it fails, instead of ending the run.
+
+    Where that is for good, because the reader is gone, it is silent from then on. ``failure`` says
+    why the last text did not arrive, and is None where it did.
+    """
 
     def __init__(self, stream: IO[str] | None) -> None:
         # rich puts a proxy in the place of sys.stderr while a bar is shown.
         self._stream: IO[str] | None = getattr(stream, "rich_proxied_file", stream)
         self.encoding: str = getattr(self._stream, "encoding", None) or "utf-8"
+        self.failure: str | None = None
 
     def write(self, text: str) -> int:
         if self._stream is not None:
@@ -29,15 +40,27 @@ class SafeStream:
                 self._stream.write(text)
             except UnicodeEncodeError:
                 self.write(text.encode("ascii", "replace").decode())
-            except (OSError, ValueError):  # the reader is gone, or the stream is closed
-                self._fall_silent()
+            except (OSError, ValueError) as error:
+                self._note(error)
+            else:
+                self.flush()
         return len(text)
 
     def flush(self) -> None:
         if self._stream is not None:
             try:
                 self._stream.flush()
-            except (OSError, ValueError):
+                self.failure = why_discarded(self._stream)
+            except (OSError, ValueError) as error:
+                self._note(error)
+
+    def finish(self) -> None:
+        """Give up what cannot be written by now: it would fail again when Python exits."""
+        if self._stream is not None:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError) as error:
+                self.failure = described(error)
                 self._fall_silent()
 
     def isatty(self) -> bool:
@@ -49,10 +72,17 @@ class SafeStream:
     def fileno(self) -> int:
         return self._stream.fileno() if self._stream is not None else -1
 
+    def _note(self, error: OSError | ValueError) -> None:
+        if isinstance(error, BlockingIOError):  # the reader is slow, or sleeps
+            return
+        self.failure = described(error)
+        if getattr(error, "errno", None) not in _PASSING:
+            self._fall_silent()
+
     def _fall_silent(self) -> None:
         stream, self._stream = self._stream, None
         if stream is not None:
-            discard(stream)
+            discard(stream, self.failure or "")
 
 
 def is_interactive(stream: SafeStream) -> bool:

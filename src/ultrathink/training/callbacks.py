@@ -5,12 +5,15 @@ The order of events in a run, which is the training loop seen from outside::
     start          (the length is known where it was given in steps)
     budget         (the length in steps, for certain)
       for each step:
-        change       (for each request of a controller that took effect)
         step
         validation   (when due)
-        checkpoint   (when due)
         Controller.at_boundary
+        change       (for each request of a controller that took effect)
     end
+
+A checkpoint is taken last at a step boundary, so that nothing of it is lost; ``checkpoint`` comes
+once it is written, some steps later. A ``message`` may come at any moment, also from within another
+event.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from pathlib import Path
 from typing import Literal
 
 from ultrathink.core.protocols import State
-from ultrathink.monitoring.records import MetricRecord, RunInfo, Sink
+from ultrathink.monitoring.records import Level, MetricRecord, RunInfo, Sink, Tell
+from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.training.control import Change, TrainerControl
 
 Ending = Literal["finished", "out of time", "stopped"]
@@ -74,7 +78,7 @@ class Callback:
 
     def on_checkpoint(self, step: int, path: Path) -> None: ...
 
-    def on_message(self, text: str, level: Literal["info", "warning"]) -> None: ...
+    def on_message(self, text: str, level: Level) -> None: ...
 
     def on_end(self, ending: Ending | None) -> None:
         """The run is over; ``ending`` is None where an exception ended it."""
@@ -99,12 +103,22 @@ class Controller:
 
 
 class MetricsCallback(Callback):
-    """Turns reports into records and hands each to every sink."""
+    """Turns reports into records and hands each to every sink.
+
+    ``sinks`` is what to hand anything else to, such as samples. ``tell`` is how the run hears of a
+    sink that fails; without it only the other sinks do.
+    """
 
     def __init__(
-        self, sinks: Sequence[Sink], *, log_every: int, flops_per_token: float, peak_flops: float
+        self,
+        sinks: Sequence[Sink],
+        *,
+        log_every: int,
+        flops_per_token: float,
+        peak_flops: float,
+        tell: Tell | None = None,
     ) -> None:
-        self.sinks = sinks
+        self.sinks = SinkGroup(sinks, tell)
         self.log_every = log_every
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
@@ -113,13 +127,11 @@ class MetricsCallback(Callback):
         self._seconds_since_record = 0.0
 
     def on_start(self, info: RunInfo) -> None:
-        for sink in self.sinks:
-            sink.open(info)
+        self.sinks.open(info)
 
     def on_budget(self, total_steps: int) -> None:
         self._total_steps = total_steps
-        for sink in self.sinks:
-            sink.set_total_steps(total_steps)
+        self.sinks.set_total_steps(total_steps)
 
     def on_step(self, report: StepReport) -> None:
         self._seconds_since_record += report.seconds
@@ -127,11 +139,10 @@ class MetricsCallback(Callback):
             self._tokens_at_last_record = report.tokens - int(report.num_tokens)
         if self._is_logged(report.step):
             self._write_step(report)
-        for sink in self.sinks:
-            sink.progress(report.step)
+        self.sinks.progress(report.step)
 
     def on_validation(self, report: ValidationReport) -> None:
-        self._write(
+        self.sinks.write(
             MetricRecord(
                 report.step,
                 "val",
@@ -146,17 +157,15 @@ class MetricsCallback(Callback):
             )
         )
 
-    def on_message(self, text: str, level: Literal["info", "warning"]) -> None:
-        for sink in self.sinks:
-            sink.message(text, level)
+    def on_message(self, text: str, level: Level) -> None:
+        self.sinks.message(text, level)
 
     def on_change(self, change: Change) -> None:
         text = f"{change.setting}: {change.before} -> {change.after} ({change.reason})"
         self.on_message(text, "info")
 
     def on_end(self, ending: Ending | None) -> None:
-        for sink in self.sinks:
-            sink.close()
+        self.sinks.close()
 
     def _is_logged(self, step: int) -> bool:
         return step == 1 or step % self.log_every == 0 or step == self._total_steps
@@ -177,11 +186,7 @@ class MetricsCallback(Callback):
             "skipped_steps": report.num_skipped,
             **report.aux_losses,
         }
-        self._write(MetricRecord(report.step, "train", time.time(), values))
-
-    def _write(self, record: MetricRecord) -> None:
-        for sink in self.sinks:
-            sink.write(record)
+        self.sinks.write(MetricRecord(report.step, "train", time.time(), values))
 
 
 def resident_memory_gib() -> float:

@@ -1,5 +1,6 @@
 """The console: lines for a file, a bar for a person, and nothing that can end a run."""
 
+import errno
 import io
 import math
 import os
@@ -37,6 +38,8 @@ SIMULATION = textwrap.dedent(
     sink.message("look here", "warning")
     sink.write(MetricRecord(50, "val", 0.0, {"loss": 3.25, "bits_per_byte": 1.5}))
     sink.sample(50, "def f(", "x): [bold]")
+    for note, _ in sink.take_notes():
+        print(note)
     sink.close()
     print("the result")
     """
@@ -288,6 +291,40 @@ def test_a_reader_that_is_gone_does_not_end_the_run(terminal: bool) -> None:
     sink.close()
 
 
+def test_that_the_reader_is_gone_is_told_once() -> None:
+    stream = Broken()
+    stream.terminal = False
+    sink = ConsoleSink(stream)
+    sink.open(info())
+    ((note, level),) = sink.take_notes()
+    assert note == (
+        "the console cannot be written to (BrokenPipeError: ); training goes on, and logs/run.log "
+        "has its messages"
+    )
+    assert level == "warning"
+    sink.message("a", "info")
+    sink.close()
+    assert sink.take_notes() == []
+
+
+def test_a_console_that_fails_for_a_while_is_told_to_be_back() -> None:
+    class Full(io.StringIO):
+        full = True
+
+        def flush(self) -> None:
+            if self.full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    stream = Full()
+    sink = ConsoleSink(stream)
+    sink.open(info())
+    assert len(sink.take_notes()) == 1
+    stream.full = False
+    sink.message("seen", "info")
+    assert sink.take_notes() == [("the console can be written to again", "info")]
+    assert "seen" in stream.getvalue()
+
+
 def run_simulation(stderr: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", SIMULATION],
@@ -301,11 +338,15 @@ def run_simulation(stderr: int) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_closed_pipe_leaves_the_exit_status_alone() -> None:
+    """The preparation finds the reader gone; the sink still knows, and says so."""
     reading, writing = os.pipe()
     os.close(reading)
     done = run_simulation(writing)
     os.close(writing)
-    assert (done.returncode, done.stdout) == (0, "the result\n")
+    gone = "the console cannot be written to (BrokenPipeError: [Errno 32] Broken pipe)"
+    notes, result = done.stdout.splitlines()
+    assert notes.startswith(gone)
+    assert (done.returncode, result) == (0, "the result")
 
 
 def test_piped_progress_is_plain_and_on_standard_error() -> None:

@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.unit.monitoring.disks import fill, small_disk
 from ultrathink.monitoring import MetricRecord, RunInfo
 from ultrathink.monitoring.jsonl import JsonlSink, cut_after, read_records
 
@@ -123,3 +125,91 @@ def test_samples_keep_any_text(tmp_path: Path) -> None:
     sink.close()
     (line,) = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert json.loads(line) == {"step": 7, "prompt": "def f(", "text": text}
+
+
+# -- surroundings that break ----------------------------------------------------------------------
+
+
+def test_a_full_disk_keeps_records_waiting_and_lines_whole(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        folder, path = disk / "run", disk / "run" / "metrics.jsonl"
+        sink = opened(folder)
+        sink.write(record(1, loss=1.0))
+        filler = fill(disk)
+        failed = []
+        for step in range(2, 200):
+            try:
+                sink.write(record(step, loss=1.0))
+            except OSError as error:
+                failed.append(str(error))
+            for line in path.read_text().splitlines():
+                json.loads(line)
+        assert len(failed) > 20
+        assert set(failed) == {f"[Errno 28] No space left on device: {str(path)!r}"}
+        filler.unlink()
+        sink.write(record(200, loss=1.0))
+        assert [r.step for r in read_records(path)] == list(range(1, 201))
+        ((note, level),) = sink.take_notes()
+        assert f"caught up with {len(failed)} entries that had to wait" in note
+        assert level == "info"
+        sink.close()
+
+
+def test_a_resume_on_a_full_disk_cuts_and_writes_when_there_is_room(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        path = disk / "metrics.jsonl"
+        sink = opened(disk)
+        for step in range(1, 200):
+            sink.write(record(step, loss=1.0))
+        sink.close()
+        filler = fill(disk)
+        resumed = JsonlSink()
+        with pytest.raises(OSError, match="No space left"):
+            resumed.open(RunInfo("a", disk, 200, 150, ""))
+        with pytest.raises(OSError, match="No space left"):
+            resumed.write(record(151, loss=0.5))
+        assert len(read_records(path)) == 199  # what lies beyond the checkpoint is still there
+        filler.unlink()
+        resumed.write(record(152, loss=0.5))
+        resumed.close()
+        assert [r.step for r in read_records(path)] == list(range(1, 153))
+
+
+@pytest.mark.parametrize("how", ["file deleted", "folder deleted", "file moved"])
+def test_a_file_that_vanished_is_begun_anew_and_named_once(how: str, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    sink = opened(folder)
+    for step in (1, 2):
+        sink.write(record(step, loss=1.0))
+    if how == "file deleted":
+        (folder / "metrics.jsonl").unlink()
+    elif how == "folder deleted":
+        shutil.rmtree(folder)
+    else:
+        (folder / "metrics.jsonl").rename(tmp_path / "mine.jsonl")
+    for step in (3, 4):
+        sink.write(record(step, loss=1.0))
+    sink.close()
+    assert [r.step for r in read_records(folder / "metrics.jsonl")] == [3, 4]
+    ((note, level),) = sink.take_notes()
+    assert "metrics.jsonl was deleted or moved while the run wrote to it" in note
+    assert "and up to 2 entries with it" in note
+    assert level == "warning"
+
+
+def test_both_files_are_tried_whatever_happens_to_one(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "metrics.jsonl").mkdir(parents=True)
+    (folder / "samples.jsonl").mkdir()
+    sink = opened(folder)
+    with pytest.raises(IsADirectoryError):
+        sink.write(record(1, loss=1.0))
+    with pytest.raises(IsADirectoryError):
+        sink.sample(1, "a", "b")
+    (folder / "samples.jsonl").rmdir()
+    with pytest.raises(IsADirectoryError):
+        sink.close()
+    assert json.loads((folder / "samples.jsonl").read_text())["text"] == "b"
+    caught_up, lacking = (note for note, _ in sink.take_notes())
+    assert "metrics.jsonl lacks 1 entry" in lacking + caught_up
+    assert "samples.jsonl has caught up with 1 entry" in lacking + caught_up

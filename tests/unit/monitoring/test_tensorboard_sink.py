@@ -1,12 +1,15 @@
 """The TensorBoard sink: what TensorBoard itself reads back."""
 
 import math
+import shutil
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.unit.monitoring.disks import fill, small_disk
 from ultrathink.monitoring import MetricRecord, RunInfo
 from ultrathink.monitoring.tensorboard import TensorBoardSink
 
@@ -60,11 +63,9 @@ def test_samples_are_kept_word_for_word(tmp_path: Path) -> None:
     sink.sample(9, "def f(", "y)")
     sink.close()
     events = read(tmp_path)
-    assert set(events.Tags()["tensors"]) == {
-        "samples/1/text_summary",
-        "samples/2/text_summary",
-    }
-    first, second = events.Tensors("samples/1/text_summary")
+    assert set(events.Tags()["tensors"]) == {"samples/1", "samples/2"}
+    assert events.SummaryMetadata("samples/1").plugin_data.plugin_name == "text"
+    first, second = events.Tensors("samples/1")
     assert first.tensor_proto.string_val[0] == b"    def f(x):\n      *return* ?"
     assert (first.step, second.step) == (5, 9)
 
@@ -72,15 +73,20 @@ def test_samples_are_kept_word_for_word(tmp_path: Path) -> None:
 def test_warnings_of_its_packages_stay_inside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torch.utils.tensorboard.writer import SummaryWriter
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
-    def warn(*args: object, **options: object) -> None:
+    write = RecordWriter.write
+
+    def warn(*args: Any) -> None:
         warnings.warn("deprecated", DeprecationWarning, stacklevel=1)
+        write(*args)
 
+    monkeypatch.setattr(RecordWriter, "write", warn)
     sink = opened(tmp_path)
-    monkeypatch.setattr(SummaryWriter, "add_scalar", warn)
     sink.write(MetricRecord(1, "train", 0.0, {"loss": 1.0}))  # a warning is an error in tests
+    sink.sample(1, "a", "b")
     sink.close()
+    assert len(read(tmp_path).Scalars("train/loss")) == 1
 
 
 def test_closing_twice_or_unopened_is_harmless(tmp_path: Path) -> None:
@@ -88,3 +94,90 @@ def test_closing_twice_or_unopened_is_harmless(tmp_path: Path) -> None:
     sink = opened(tmp_path)
     sink.close()
     sink.close()
+
+
+def test_figures_are_on_the_disk_at_once_and_no_thread_is_started(tmp_path: Path) -> None:
+    num_threads = threading.active_count()
+    sink = opened(tmp_path)
+    sink.write(loss_record(1))
+    assert threading.active_count() == num_threads
+    assert steps(tmp_path) == [1]
+    sink.close()
+
+
+# -- surroundings that break ----------------------------------------------------------------------
+
+
+def loss_record(step: int) -> MetricRecord:
+    values = {f"figure_{number}": 1.0 for number in range(9)}
+    return MetricRecord(step, "train", float(step), {"loss": float(step), **values})
+
+
+def steps(folder: Path) -> list[int]:
+    return [event.step for event in read(folder).Scalars("train/loss")]
+
+
+def test_a_full_disk_neither_stops_nor_loses_anything(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        sink = opened(disk)
+        sink.write(loss_record(1))
+        filler = fill(disk)
+        failures = 0
+        for step in range(2, 100):
+            try:
+                sink.write(loss_record(step))
+            except OSError:
+                failures += 1
+        assert failures > 20
+        assert steps(disk) == list(range(1, 100 - failures))  # whole records only
+        filler.unlink()
+        sink.write(loss_record(100))
+        assert steps(disk) == list(range(1, 101))
+        sink.close()
+
+
+def test_closing_on_a_full_disk_returns_and_counts_what_is_lost(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        fill(disk)
+        sink = opened(disk)
+        for step in range(1, 50):
+            with pytest.raises(OSError, match="No space left"):
+                sink.write(loss_record(step))
+        with pytest.raises(OSError, match="No space left"):
+            sink.close()
+        ((note, _),) = sink.take_notes()
+        assert "lacks 49 entries that could not be written" in note
+        assert len(list((disk / "tensorboard").iterdir())) == 1  # however often it was tried
+
+
+@pytest.mark.parametrize("victim", ["tensorboard", "."])
+def test_a_folder_that_vanished_gets_a_new_event_file(victim: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    sink = opened(run, start_step=10)
+    sink.write(loss_record(11))
+    (name,) = [file.name for file in (run / "tensorboard").iterdir()]
+    shutil.rmtree(run / victim)
+    sink.write(loss_record(12))
+    sink.write(loss_record(13))
+    sink.close()
+    assert steps(run) == [12, 13]
+    ((note, _),) = sink.take_notes()
+    assert "was deleted or moved while the run wrote to it" in note
+    (new_name,) = [file.name for file in (run / "tensorboard").iterdir()]
+    assert new_name > name  # TensorBoard reads on in the order of the names
+
+
+def test_an_event_file_that_vanished_leaves_the_earlier_ones_in_force(tmp_path: Path) -> None:
+    """The new file still hides what a former process wrote beyond its checkpoint."""
+    first = opened(tmp_path)
+    for step in (10, 20, 30):
+        first.write(loss_record(step))
+    first.close()
+    (old,) = (tmp_path / "tensorboard").iterdir()
+    resumed = opened(tmp_path, start_step=20)
+    resumed.write(loss_record(21))
+    (new,) = [file for file in (tmp_path / "tensorboard").iterdir() if file != old]
+    new.unlink()
+    resumed.write(loss_record(40))
+    resumed.close()
+    assert steps(tmp_path) == [10, 20, 40]

@@ -1,0 +1,134 @@
+"""Results for a person on standard output: styled on a terminal, plain aligned text elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO
+
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+from ultrathink.monitoring.terminal import SafeStream, clean_text, is_interactive, make_console
+
+_GAP = 2
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table; ``folds`` lets a narrow terminal break its cells into lines."""
+
+    title: str
+    right: bool = False
+    folds: bool = False
+    style: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell with a style of its own."""
+
+    text: str
+    style: str = ""
+
+
+class Report:
+    """Writes lines and tables to ``stream`` (standard output).
+
+    On a terminal an error of writing is passed over; in a pipe it is raised, so that a reader that
+    leaves ends the program.
+    """
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._stream: IO[str] = stream if stream is not None else sys.stdout
+        safe = SafeStream(self._stream)
+        self._encoding = safe.encoding
+        self._console = make_console(safe) if is_interactive(safe) else None
+
+    @property
+    def is_styled(self) -> bool:
+        """Whether colours are seen; where not, words have to say what they would."""
+        return self._console is not None
+
+    @property
+    def can_draw(self) -> bool:
+        """Whether the stream's encoding has bars, dots and lines."""
+        return self._encoding.lower().replace("-", "").startswith("utf")
+
+    @property
+    def width(self) -> int:
+        """Columns of the terminal; of a file, what is read well."""
+        return self._console.width if self._console is not None else 100
+
+    def line(self, *parts: str | Cell) -> None:
+        """Print ``parts`` joined to one line."""
+        cells = [_cell(part) for part in parts]
+        if self._console is None:
+            self._stream.write("".join(cell.text for cell in cells).rstrip() + "\n")
+        else:
+            self._console.print(
+                Text.assemble(*((cell.text, cell.style) for cell in cells)), soft_wrap=True
+            )
+
+    def table(
+        self,
+        columns: Sequence[Column],
+        rows: Sequence[Sequence[str | Cell]],
+        *,
+        indent: int = 0,
+        heading: bool = True,
+    ) -> None:
+        """Print rows of cells, each column as wide as its widest cell."""
+        cells = [[_cell(value) for value in row] for row in rows]
+        if self._console is None:
+            self._print_plain(columns, cells, indent, heading)
+            return
+        table = Table(
+            box=None,
+            padding=(0, _GAP, 0, 0),
+            pad_edge=False,
+            header_style="bold",
+            show_header=heading,
+        )
+        if indent:
+            table.add_column("", width=max(0, indent - _GAP))
+        for column in columns:
+            table.add_column(
+                Text(column.title, style=column.style),
+                justify="right" if column.right else "left",
+                no_wrap=not column.folds,
+                overflow="fold" if column.folds else "ellipsis",
+            )
+        for row in cells:
+            texts = [Text(cell.text, style=cell.style) for cell in row]
+            table.add_row(*([Text("")] if indent else []), *texts)
+        self._console.print(table)
+
+    def _print_plain(
+        self,
+        columns: Sequence[Column],
+        rows: Sequence[Sequence[Cell]],
+        indent: int,
+        heading: bool,
+    ) -> None:
+        titles = [Cell(column.title) for column in columns]
+        lines = [titles, *rows] if heading else rows
+        widths = [max(cell_len(cell.text) for cell in cells) for cells in zip(*lines, strict=True)]
+        for cells in lines:
+            padded = [
+                _padded(cell.text, width, column.right)
+                for cell, width, column in zip(cells, widths, columns, strict=True)
+            ]
+            self.line(" " * indent + (" " * _GAP).join(padded))
+
+
+def _cell(value: str | Cell) -> Cell:
+    cell = value if isinstance(value, Cell) else Cell(value)
+    return Cell(clean_text(cell.text).replace("\n", " "), cell.style)
+
+
+def _padded(text: str, width: int, right: bool) -> str:
+    space = " " * (width - cell_len(text))
+    return space + text if right else text + space

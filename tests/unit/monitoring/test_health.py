@@ -1,0 +1,77 @@
+"""What is told of failures: each kind once, the recovery, and little of what comes and goes."""
+
+import errno
+
+from ultrathink.monitoring.health import REPEAT_S, Health
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
+FULL_ELSEWHERE = OSError(errno.ENOSPC, "No space left on device", "runs/a/samples.jsonl")
+READ_ONLY = OSError(errno.EROFS, "Read-only file system")
+
+
+def test_each_kind_of_failure_is_told_once() -> None:
+    health = Health("the jsonl sink", "training goes on")
+    assert health.failed("write", FULL) == [
+        (
+            "the jsonl sink failed: OSError: [Errno 28] No space left on device: "
+            "'runs/a/metrics.jsonl'; training goes on",
+            "warning",
+        )
+    ]
+    assert health.failed("write", FULL) == []
+    assert health.failed("sample", FULL_ELSEWHERE) == []
+    assert len(health.failed("write", READ_ONLY)) == 1
+    assert len(health.failed("write", ValueError("a"))) == 1
+    assert health.failed("write", ValueError("b")) == []
+
+
+def test_it_works_again_when_all_that_failed_does() -> None:
+    health = Health("it", "so what")
+    assert health.worked("write") == []
+    health.failed("write", FULL)
+    health.failed("sample", FULL)
+    assert health.worked("progress") == []
+    assert health.worked("write") == []
+    assert health.worked("sample") == [("it works again", "info")]
+    assert health.worked("sample") == []
+
+
+def test_a_failure_that_comes_back_is_told_again_but_not_every_time() -> None:
+    clock = Clock()
+    health = Health("it", "so what", clock)
+    told = 0
+    for _ in range(1000):  # fails and works by turns, every second
+        clock.now += 1
+        told += len(health.failed("write", FULL))
+        clock.now += 1
+        told += len(health.worked("write"))
+    assert told == 2 * (1 + 2000 // REPEAT_S)
+
+
+def test_what_fails_for_days_is_told_once() -> None:
+    clock = Clock()
+    health = Health("it", "so what", clock)
+    told = 0
+    for _ in range(100):
+        clock.now += REPEAT_S
+        told += len(health.failed("write", FULL))
+    assert told == 1
+
+
+def test_a_long_failure_is_told_even_where_a_short_one_was_just_before() -> None:
+    clock = Clock()
+    health = Health("it", "so what", clock)
+    health.failed("write", FULL)
+    health.worked("write")
+    assert health.failed("write", FULL) == []
+    clock.now += REPEAT_S
+    assert len(health.failed("write", FULL)) == 1
+    assert health.worked("write") == [("it works again", "info")]

@@ -1,0 +1,140 @@
+"""``ultrathink compare``: what differs between runs, and how they learned, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ultrathink.core.errors import UltrathinkError
+
+if TYPE_CHECKING:
+    from ultrathink.runs.comparison import Agreement, Comparison, Difference, Side
+
+_EPILOG = """what it shows:
+  the values of the configuration and the facts of the manifest that differ; the training loss
+  (mean over a stretch) and the bits per byte of validation along the course that all runs
+  have taken, by steps, or by tokens where the runs' steps are not as large; and the last and
+  best figures of each run, with the difference to the first run named.
+
+examples:
+  ultrathink compare demo demo-2
+  ultrathink compare runs/small runs/wide elsewhere/deep
+  ultrathink compare demo demo-2 --json
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink compare``."""
+    parser.epilog = _EPILOG
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="two or more run names or folders")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the comparison; runs that are alike are no fault, so the status is 0."""
+    from ultrathink.cli.compare_view import print_comparison
+    from ultrathink.runs.comparison import compare, read_side
+    from ultrathink.runs.folder import find_run
+
+    if len(args.runs) < 2:
+        given = f"only {args.runs[0]!r} is given" if args.runs else "none is given"
+        raise UltrathinkError(
+            f"name at least two runs to compare, {given}; for example: "
+            f"ultrathink compare {args.runs[0] if args.runs else 'demo'} demo-2"
+        )
+    runs = [find_run(name) for name in args.runs]
+    labels = _labels(args.runs, [run.name for run in runs])
+    sides = [read_side(run, label) for run, label in zip(runs, labels, strict=True)]
+    comparison = compare(sides)
+    if args.json:
+        print(json.dumps(_to_json(comparison), ensure_ascii=False, allow_nan=False))
+    else:
+        print_comparison(comparison)
+    return 0
+
+
+def _labels(given: Sequence[str], names: list[str]) -> list[str]:
+    """The runs' names; the words given where names are the same, numbered where these are too."""
+    if len(set(names)) < len(names):
+        names = [word.rstrip("/") for word in given]
+    return [
+        f"{name} ({names[: number + 1].count(name)})" if names.count(name) > 1 else name
+        for number, name in enumerate(names)
+    ]
+
+
+def _to_json(comparison: Comparison) -> dict[str, Any]:
+    from ultrathink.runs.comparison import ABSENT
+
+    def plain(value: Any) -> Any:
+        if value is ABSENT or (isinstance(value, float) and not math.isfinite(value)):
+            return None
+        return value
+
+    def differences(items: Sequence[Difference]) -> list[dict[str, Any]]:
+        return [{"key": item.key, "values": list(map(plain, item.values))} for item in items]
+
+    return {
+        "runs": [_side_to_json(side) for side in comparison.sides],
+        "config": differences(comparison.config),
+        "manifest": differences(comparison.manifest),
+        "curves": {
+            "axis": comparison.axis,
+            "stretches": [
+                {
+                    "begin": stretch.begin,
+                    "end": stretch.end,
+                    "train_loss": list(map(plain, stretch.train_loss)),
+                    "bits_per_byte": list(map(plain, stretch.bits_per_byte)),
+                }
+                for stretch in comparison.stretches
+            ],
+            "agreement": [
+                {agreement.split: _agreement_to_json(agreement) for agreement in pair}
+                for pair in comparison.agreements
+            ],
+            "lone_metrics": {
+                name: list(having) for name, having in comparison.lone_metrics.items()
+            },
+        },
+        "summary": {
+            figure.name: {
+                "values": list(map(plain, figure.values)),
+                "differences": list(map(plain, figure.differences)),
+                **({"steps": list(figure.at)} if figure.at is not None else {}),
+            }
+            for figure in comparison.figures
+        },
+    }
+
+
+def _side_to_json(side: Side) -> dict[str, Any]:
+    return {
+        "name": side.label,
+        "path": str(side.path),
+        "logged_steps": len(side.train),
+        "validations": len(side.val),
+        "segments": [
+            {
+                "from_step": segment.from_step,
+                "changes": [
+                    {"key": change.key, "before": change.before, "after": change.after}
+                    for change in segment.changes
+                ],
+            }
+            for segment in side.segments
+        ],
+    }
+
+
+def _agreement_to_json(agreement: Agreement) -> dict[str, Any]:
+    return {
+        "identical": agreement.is_identical,
+        "common_steps": agreement.num_common,
+        "equal_steps": agreement.num_equal,
+        "last_equal_step": agreement.last_equal,
+        "first_different_step": agreement.first_difference,
+    }

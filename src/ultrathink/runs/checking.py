@@ -1,0 +1,263 @@
+"""Whether all that a run folder holds is sound: reads everything, changes nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ultrathink.config.loading import CONFIG_FILE
+from ultrathink.config.schema import Config
+from ultrathink.core.errors import CheckpointError, ConfigError, UltrathinkError
+from ultrathink.data.tokenizers.base import load_tokenizer
+from ultrathink.runs.checkpoint import DamagedCheckpointError, read_state, verify_checkpoint
+from ultrathink.runs.folder import RunFolder, find_run
+from ultrathink.runs.listing import size_on_disk
+from ultrathink.runs.loading import check_loads
+from ultrathink.runs.lock import Owner, holder
+from ultrathink.runs.metrics_check import Status, check_metrics
+from ultrathink.runs.reading import json_object
+from ultrathink.runs.segments import read_segments
+
+_STEP_FOLDER = re.compile(r"^step_(\d+)$")
+_MAX_TRIES = 5
+_UNFINISHED = re.compile(r"^\..+\.(tmp|old|deleted)$")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one part of a run folder was found to be; ``note`` is worth knowing and no damage."""
+
+    item: str  # a path inside the run folder
+    status: Status
+    detail: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found in a run folder, and the newest checkpoint that is sound."""
+
+    run: RunFolder
+    owner: Owner | None
+    findings: tuple[Finding, ...]
+    newest_sound: int | None  # step
+    newest: int | None  # step, sound or not
+
+    @property
+    def is_sound(self) -> bool:
+        return all(finding.status != "damaged" for finding in self.findings)
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether what every checkpoint needs is there: the configuration and the tokenizer."""
+        needed = (CONFIG_FILE, "tokenizer")
+        damaged = [f.item for f in self.findings if f.status == "damaged"]
+        return self.newest_sound is not None and not any(item in needed for item in damaged)
+
+
+def run_to_check(name: str) -> RunFolder:
+    """The run that ``name`` stands for, also where its configuration is gone."""
+    try:
+        return find_run(name)
+    except CheckpointError:
+        for path in (Path(name), Path("runs") / name):
+            if (path / "checkpoints").is_dir():
+                return RunFolder(path)
+        raise
+
+
+def check_run(run: RunFolder, which: str | None = None) -> Check:
+    """Read all that ``run`` holds, or only the checkpoint ``which`` and what it needs."""
+    owner = holder(run)
+    findings: list[Finding] = []
+    config = _check_config(run, findings)
+    tokenizer_hash = _check_tokenizer(run, _check_manifest(run, findings), findings)
+    if which is None:
+        _check_records(run, findings)
+    found: dict[int, Finding] = {}
+    for _ in range(_MAX_TRIES):
+        steps = _step_folders(run)
+        chosen = list(steps) if which is None else [_step_named(run, which, steps)]
+        for step in sorted(chosen, reverse=True):
+            finding = _check_checkpoint(run, step, steps[step], config, tokenizer_hash)
+            if finding is not None:
+                found[step] = finding
+        if found or not steps:
+            break  # else a run that goes on dropped them all meanwhile, and has others
+    findings += [found[step] for step in sorted(found)]
+    sound = [step for step in found if found[step].status != "damaged"]
+    if which is None:
+        if not steps:
+            findings.append(Finding("checkpoints", "note", "there is none yet"))
+        _check_links(run, steps, found.keys() - set(sound), findings)
+        findings += [
+            Finding(run.metrics.name, status, detail)
+            for status, detail in check_metrics(run, config, max(steps, default=0))
+        ]
+        if owner is None:  # else they are being written
+            _note_leftovers(run, findings)
+    return Check(run, owner, tuple(findings), max(sound, default=None), max(steps, default=None))
+
+
+def _check_config(run: RunFolder, findings: list[Finding]) -> Config | None:
+    try:
+        config = run.read_config()
+    except ConfigError as error:
+        findings.append(Finding(CONFIG_FILE, "damaged", _inside(run, error)))
+        return None
+    findings.append(Finding(CONFIG_FILE, "ok", "can be used"))
+    return config
+
+
+def _check_manifest(run: RunFolder, findings: list[Finding]) -> dict[str, Any]:
+    try:
+        manifest = json_object(run.manifest)
+    except CheckpointError as error:
+        findings.append(Finding(run.manifest.name, "damaged", _inside(run, error)))
+        return {}
+    findings.append(Finding(run.manifest.name, "ok", f"made {manifest.get('created')}"))
+    return manifest
+
+
+def _check_tokenizer(
+    run: RunFolder, manifest: dict[str, Any], findings: list[Finding]
+) -> str | None:
+    """Load the run's tokenizer; returns its hash, None where it is not the run's."""
+    try:
+        tokenizer = load_tokenizer(run.tokenizer)
+    except (UltrathinkError, OSError) as error:
+        findings.append(Finding(run.tokenizer.name, "damaged", _inside(run, error)))
+        return None
+    wanted = manifest.get("tokenizer_hash")
+    if wanted is not None and wanted != tokenizer.fingerprint:
+        problem = (
+            f"it is another than the run was made with (hash {tokenizer.fingerprint[:12]}, "
+            f"{run.manifest.name} has {str(wanted)[:12]})"
+        )
+        findings.append(Finding(run.tokenizer.name, "damaged", problem))
+        return None
+    findings.append(Finding(run.tokenizer.name, "ok", f"{tokenizer.vocab_size:,} tokens"))
+    return tokenizer.fingerprint
+
+
+def _check_records(run: RunFolder, findings: list[Finding]) -> None:
+    """What else tells of the run's course, where it is there."""
+    readers = {run.data_record: json_object, run.segments: read_segments}
+    for path, read in readers.items():
+        if not path.exists():
+            continue
+        try:
+            read(path)
+        except (CheckpointError, OSError) as error:
+            findings.append(Finding(path.name, "damaged", _inside(run, error)))
+        else:
+            findings.append(Finding(path.name, "ok", "can be read"))
+
+
+# -- checkpoints ----------------------------------------------------------------------------------
+
+
+def _step_folders(run: RunFolder) -> dict[int, Path]:
+    """Every folder that a checkpoint was written to, whole or not, by step."""
+    if not run.checkpoints.is_dir():
+        return {}
+    return {
+        int(match[1]): path
+        for path in run.checkpoints.iterdir()
+        if (match := _STEP_FOLDER.match(path.name)) and path.is_dir() and not path.is_symlink()
+    }
+
+
+def _step_named(run: RunFolder, which: str, steps: dict[int, Path]) -> int:
+    """The step of ``which``; CheckpointError lists what there is."""
+    if which.isdigit() and int(which) in steps:
+        return int(which)
+    name = run.checkpoint(which).name
+    return next(step for step, path in steps.items() if path.name == name)
+
+
+def _check_checkpoint(
+    run: RunFolder, step: int, folder: Path, config: Config | None, tokenizer_hash: str | None
+) -> Finding | None:
+    """Compare a checkpoint with its checksums, its run and its model; None where it vanished."""
+    item = f"checkpoints/{folder.name}"
+    try:
+        verify_checkpoint(folder)
+        state = read_state(folder)
+        problem = _contradiction(state, step, tokenizer_hash)
+        if problem is None and config is not None:
+            check_loads(folder, config.model)
+    except DamagedCheckpointError as error:
+        problem = error.problem
+    except (CheckpointError, OSError) as error:
+        problem = _inside(run, error)
+    if not folder.exists():  # a run that is going on dropped it meanwhile
+        return None
+    if problem is not None:
+        return Finding(item, "damaged", problem)
+    fits = "fits the model" if config is not None else "not compared with a model"
+    return Finding(item, "ok", f"as it was written, {fits}, {size_on_disk(folder):,} bytes")
+
+
+def _contradiction(state: dict[str, Any], step: int, tokenizer_hash: str | None) -> str | None:
+    """What a checkpoint's state says that cannot be; None where nothing."""
+    try:
+        found = state["progress"]["step"]
+        recorded = state["identity"].get("tokenizer_hash")
+    except (LookupError, TypeError, AttributeError):
+        return "its state.json does not say of what step and what run it is"
+    if found != step:
+        return f"it holds step {found}, not {step}"
+    if None not in (recorded, tokenizer_hash) and recorded != tokenizer_hash:
+        return f"it was made with another tokenizer (hash {str(recorded)[:12]})"
+    return None
+
+
+def _check_links(
+    run: RunFolder, steps: Iterable[int], damaged: Collection[int], findings: list[Finding]
+) -> None:
+    by_name = {f"step_{step:08d}": step for step in steps}
+    for name in ("last", "best"):
+        link = run.checkpoints / name
+        if not link.is_symlink():
+            if name == "last" and by_name:
+                findings.append(Finding(f"checkpoints/{name}", "note", "the link is missing"))
+            continue
+        target = os.readlink(link)
+        step = by_name.get(target)
+        status: Status
+        if step is None and link.exists():
+            status, detail = "ok", f"leads to {target}, written meanwhile"
+        elif step is None:
+            status, detail = "damaged", f"leads to {target}, which is not there"
+        elif step in damaged:
+            status, detail = "damaged", f"leads to {target}, which is damaged"
+        elif name == "last" and step < max(by_name.values()):
+            status, detail = "note", f"leads to {target}, which is not the newest"
+        else:
+            status, detail = "ok", f"leads to {target}"
+        findings.append(Finding(f"checkpoints/{name}", status, detail))
+
+
+def _note_leftovers(run: RunFolder, findings: list[Finding]) -> None:
+    places = (run.path, run.tokenizer, run.checkpoints)
+    for path in sorted(p for place in places if place.is_dir() for p in place.iterdir()):
+        if _UNFINISHED.match(path.name):
+            size = size_on_disk(path) if path.is_dir() else path.lstat().st_size
+            findings.append(
+                Finding(
+                    path.relative_to(run.path).as_posix(),
+                    "note",
+                    f"left by a process that was killed ({size:,} bytes); "
+                    f"the next resume puts it right",
+                )
+            )
+
+
+def _inside(run: RunFolder, error: Exception) -> str:
+    """An error's message as part of a line about a file of its run."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text.replace(f"{run.path}{os.sep}", "").replace("\n", " ").rstrip(".")

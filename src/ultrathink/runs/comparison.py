@@ -1,0 +1,378 @@
+"""Runs side by side: what was configured, what they were made with, and how they learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+from ultrathink.config.schema import flatten
+from ultrathink.core.errors import CheckpointError
+from ultrathink.monitoring.records import MetricRecord, Split
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.reading import config_tree, history, json_object
+from ultrathink.runs.segments import Segment, read_segments
+
+MAX_ROWS = 12
+MIN_ROWS = 4
+# Where a run is kept and what it is called; of no account for what it learns.
+PLACE_KEYS = frozenset({"run.name", "run.dir", "data.cache_dir"})
+# Of the manifest, what differs between any two runs.
+_OCCASION_KEYS = frozenset({"created", "command"})
+_ROUND = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
+
+Axis = Literal["step", "tokens"]
+Values = tuple[Any, ...]  # one for each run, in their order
+
+
+@dataclass(frozen=True)
+class Side:
+    """One run of a comparison: its files, read."""
+
+    label: str
+    path: Path
+    config: dict[str, Any]  # leaves by dotted key
+    manifest: dict[str, Any]
+    train: tuple[MetricRecord, ...]
+    val: tuple[MetricRecord, ...]
+    segments: tuple[Segment, ...]
+
+    def records(self, split: Split) -> tuple[MetricRecord, ...]:
+        return self.train if split == "train" else self.val
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A key whose values are not the same in all runs; ``ABSENT`` where a run lacks it."""
+
+    key: str
+    values: Values
+
+
+class _Absent:
+    """Stands for a key that a run does not have, as None is a value."""
+
+    def __repr__(self) -> str:
+        return "ABSENT"
+
+
+ABSENT = _Absent()
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of the course that all runs have taken, beyond ``begin`` up to ``end``.
+
+    ``train_loss`` is the mean of the losses logged in it, ``bits_per_byte`` the last validation's
+    in it; None where there was none, and not-a-number where one was.
+    """
+
+    begin: int
+    end: int
+    train_loss: Values
+    bits_per_byte: Values
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a run's losses are those of the first run, bit for bit."""
+
+    split: Split
+    num_common: int  # steps that both noted
+    num_equal: int
+    same_steps: bool  # neither noted a step that the other did not
+    last_equal: int | None  # the last step before the first difference
+    first_difference: int | None  # step
+
+    @property
+    def is_identical(self) -> bool:
+        return self.same_steps and self.num_common > 0 and self.first_difference is None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of each run as a whole."""
+
+    name: str
+    values: Values  # None where a run has none
+    at: Values | None = None  # the step that each is from, for a best one
+
+    @property
+    def differences(self) -> Values:
+        """Each value less the first run's, None where either lacks it."""
+        first = self.values[0]
+        return tuple(
+            None if first is None or value is None else value - first for value in self.values
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that ``ultrathink compare`` tells."""
+
+    sides: tuple[Side, ...]
+    config: tuple[Difference, ...]
+    num_config_keys: int
+    place_keys: tuple[str, ...]  # that differ, and are left out of ``config``
+    manifest: tuple[Difference, ...]
+    axis: Axis
+    stretches: tuple[Stretch, ...]
+    agreements: tuple[tuple[Agreement, ...], ...]  # for each run but the first, train and val
+    figures: tuple[Figure, ...]
+    lone_metrics: dict[str, tuple[str, ...]]  # "train grad_norm" -> the runs that have it
+
+
+def read_side(run: RunFolder, label: str) -> Side:
+    """Read what there is of a run; CheckpointError where its configuration cannot be read."""
+    records = history(run.metrics)
+    try:
+        manifest = json_object(run.manifest)
+    except CheckpointError:  # a comparison says so, and has the rest
+        manifest = {}
+    try:
+        segments = tuple(read_segments(run.segments))
+    except CheckpointError:
+        segments = ()
+    return Side(
+        label=label,
+        path=run.path,
+        config=flatten(config_tree(run.path)),
+        manifest={
+            key: value
+            for key, value in (flatten(manifest) if manifest else {}).items()
+            if key not in _OCCASION_KEYS
+        },
+        train=tuple(record for record in records if record.split == "train"),
+        val=tuple(record for record in records if record.split == "val"),
+        segments=segments,
+    )
+
+
+def compare(sides: Sequence[Side]) -> Comparison:
+    """Set two or more runs against each other; the first is what the others are measured by."""
+    config = _differences([side.config for side in sides])
+    axis = common_axis(sides)
+    first, *others = sides
+    return Comparison(
+        sides=tuple(sides),
+        config=tuple(item for item in config if item.key not in PLACE_KEYS),
+        num_config_keys=len({key for side in sides for key in side.config}),
+        place_keys=tuple(item.key for item in config if item.key in PLACE_KEYS),
+        manifest=tuple(_differences([side.manifest for side in sides])),
+        axis=axis,
+        stretches=tuple(_stretches(sides, axis)),
+        agreements=tuple(
+            (agreement(first, other, "train"), agreement(first, other, "val")) for other in others
+        ),
+        figures=tuple(_figures(sides)),
+        lone_metrics=_lone_metrics(sides),
+    )
+
+
+def common_axis(sides: Sequence[Side]) -> Axis:
+    """Steps, where they mean the same number of tokens in all runs; else tokens."""
+    first, *others = [{r.step: r.values.get("tokens") for r in side.train} for side in sides]
+    is_same = all(
+        first[step] == other[step] for other in others for step in first.keys() & other.keys()
+    )
+    return "step" if is_same else "tokens"
+
+
+def agreement(first: Side, other: Side, split: Split) -> Agreement:
+    """Compare the losses that two runs noted at the same steps, bit for bit."""
+    here = {record.step: record.values.get("loss") for record in first.records(split)}
+    there = {record.step: record.values.get("loss") for record in other.records(split)}
+    common = sorted(here.keys() & there.keys())
+    unequal = [step for step in common if not _is_same(here[step], there[step])]
+    before = [step for step in common if not unequal or step < unequal[0]]
+    return Agreement(
+        split=split,
+        num_common=len(common),
+        num_equal=len(common) - len(unequal),
+        same_steps=here.keys() == there.keys(),
+        last_equal=before[-1] if before else None,
+        first_difference=unequal[0] if unequal else None,
+    )
+
+
+def position(record: MetricRecord, axis: Axis) -> int:
+    """Where a record stands on the axis that the runs are compared along."""
+    return record.step if axis == "step" else int(record.values.get("tokens", 0))
+
+
+def round_ends(end: int) -> list[int]:
+    """Round numbers up to ``end``, about ``MAX_ROWS`` of them, and ``end`` itself."""
+    scale = 10 ** max(0, math.floor(math.log10(end / MAX_ROWS)))
+    stride = next(
+        int(r * scale) for r in _ROUND if r * scale * MAX_ROWS >= end and r * scale % 1 == 0
+    )
+    ends = list(range(stride, end, stride))
+    # A last stretch that is hardly one belongs to the one before.
+    if ends and end - ends[-1] < stride / 4:
+        ends.pop()
+    return [*ends, end]
+
+
+def _differences(trees: Sequence[dict[str, Any]]) -> list[Difference]:
+    """The keys whose values differ, in the order in which they stand in the trees."""
+    found = [
+        Difference(key, tuple(tree.get(key, ABSENT) for tree in trees))
+        for key in _merged_keys(trees)
+    ]
+    return [item for item in found if any(value != item.values[0] for value in item.values[1:])]
+
+
+def _merged_keys(trees: Sequence[dict[str, Any]]) -> list[str]:
+    """All keys, each where it stands in its tree: what only a later tree has is not at the end."""
+    merged: list[str] = []
+    for tree in trees:
+        place = 0
+        for key in tree:
+            if key in merged:
+                place = merged.index(key)
+            else:
+                merged.insert(place, key)
+            place += 1
+    return merged
+
+
+def _stretches(sides: Sequence[Side], axis: Axis) -> list[Stretch]:
+    edges = [0, *_stretch_ends(sides, axis)]
+    columns = [_means(side.train, edges, axis) for side in sides]
+    scores = [_last_scores(side.val, edges, axis) for side in sides]
+    return [
+        Stretch(
+            begin,
+            end,
+            tuple(column[number] for column in columns),
+            tuple(column[number] for column in scores),
+        )
+        for number, (begin, end) in enumerate(pairwise(edges))
+    ]
+
+
+def _stretch_ends(sides: Sequence[Side], axis: Axis) -> list[int]:
+    """Where all runs were validated, if that was often enough; else round numbers."""
+    end = min(position(side.train[-1], axis) if side.train else 0 for side in sides)
+    if end <= 0:
+        return []
+    places = [{position(record, axis) for record in side.val} for side in sides if side.val]
+    common = set.intersection(*places) if places else set()
+    scored = sorted(place for place in common if 0 < place <= end)
+    if len(scored) < MIN_ROWS:
+        return round_ends(end)
+    stride = -(-len(scored) // MAX_ROWS)
+    ends = scored[::-1][::stride][::-1]
+    return ends if ends[-1] == end else [*ends, end]
+
+
+def _within(
+    records: Iterable[MetricRecord], edges: Sequence[int], axis: Axis, name: str
+) -> list[list[float]]:
+    """The figure ``name`` of the records in each stretch between two edges."""
+    parts: list[list[float]] = [[] for _ in edges[1:]]
+    number = 0
+    for record in records:
+        place = position(record, axis)
+        while number < len(parts) and place > edges[number + 1]:
+            number += 1
+        if number == len(parts):
+            break
+        if name in record.values:
+            parts[number].append(record.values[name])
+    return parts
+
+
+def _means(records: Iterable[MetricRecord], edges: Sequence[int], axis: Axis) -> list[float | None]:
+    return [mean(part) for part in _within(records, edges, axis, "loss")]
+
+
+def _last_scores(
+    records: Iterable[MetricRecord], edges: Sequence[int], axis: Axis
+) -> list[float | None]:
+    return [part[-1] if part else None for part in _within(records, edges, axis, "bits_per_byte")]
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """The mean of the finite values; not-a-number where none is, None where ``values`` is empty."""
+    finite = [value for value in values if math.isfinite(value)]
+    if finite:
+        return math.fsum(finite) / len(finite)
+    return math.nan if values else None
+
+
+def _figures(sides: Sequence[Side]) -> list[Figure]:
+    def each(choose: Callable[[Side], float | None]) -> Values:
+        return tuple(choose(side) for side in sides)
+
+    figures = [
+        Figure("steps", each(lambda side: side.train[-1].step if side.train else None)),
+        Figure("tokens", each(lambda side: _last(side.train, "tokens"))),
+        Figure("train_loss", each(lambda side: _last(side.train, "loss"))),
+        Figure("train_loss_last_tenth", each(_loss_of_last_tenth)),
+        Figure("val_loss", each(lambda side: _last(side.val, "loss"))),
+        Figure("bits_per_byte", each(lambda side: _last(side.val, "bits_per_byte"))),
+    ]
+    for name in ("loss", "bits_per_byte"):
+        best = [_best(side.val, name) for side in sides]
+        figures.append(
+            Figure(
+                "best_val_loss" if name == "loss" else "best_bits_per_byte",
+                tuple(value for value, _ in best),
+                at=tuple(step for _, step in best),
+            )
+        )
+    figures.append(Figure("tokens_per_sec", each(_median_speed)))
+    return [figure for figure in figures if any(value is not None for value in figure.values)]
+
+
+def _last(records: Sequence[MetricRecord], name: str) -> float | None:
+    return records[-1].values.get(name) if records else None
+
+
+def _loss_of_last_tenth(side: Side) -> float | None:
+    if not side.train:
+        return None
+    begin = 0.9 * side.train[-1].step
+    return mean([r.values["loss"] for r in side.train if r.step > begin and "loss" in r.values])
+
+
+def _best(records: Sequence[MetricRecord], name: str) -> tuple[float | None, int | None]:
+    scored = [
+        (r.values[name], r.step) for r in records if math.isfinite(r.values.get(name, math.nan))
+    ]
+    return min(scored) if scored else (None, None)
+
+
+def _median_speed(side: Side) -> float | None:
+    speeds = sorted(
+        speed
+        for r in side.train
+        if math.isfinite(speed := r.values.get("tokens_per_sec", math.nan))
+    )
+    return speeds[len(speeds) // 2] if speeds else None
+
+
+def _lone_metrics(sides: Sequence[Side]) -> dict[str, tuple[str, ...]]:
+    """Figures that some of the runs note and others do not, where those note any of the split."""
+    lone = {}
+    splits: tuple[Split, ...] = ("train", "val")
+    for split in splits:
+        noted = {
+            side.label: {name for record in side.records(split) for name in record.values}
+            for side in sides
+            if side.records(split)
+        }
+        for name in sorted({name for names in noted.values() for name in names}):
+            having = tuple(label for label, names in noted.items() if name in names)
+            if len(having) < len(noted):
+                lone[f"{split} {name}"] = having
+    return lone
+
+
+def _is_same(a: float | None, b: float | None) -> bool:
+    both_nan = a is not None and b is not None and math.isnan(a) and math.isnan(b)
+    return both_nan or a == b

@@ -1,0 +1,246 @@
+"""``ultrathink compare``, as a person and as a program sees it."""
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.runs.trained_runs import make_run, train, train_line, val_line, write_lines
+from ultrathink.cli.main import main
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.segments import ConfigChange, Segment, append_segment
+
+Out = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder ``runs`` in the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
+
+
+def with_course(run: RunFolder, loss: float, steps: int = 4, **values: Any) -> RunFolder:
+    lines = [train_line(step, loss / step, **values) for step in range(1, steps + 1)]
+    write_lines(run.metrics, [*lines, val_line(steps, loss)])
+    run.manifest.write_text(json.dumps({"commit": f"{loss:.0f}" * 40, "python": "3.11.7"}))
+    return run
+
+
+@pytest.fixture
+def two(place: Path) -> None:
+    with_course(make_run(Path("runs"), "a"), 4.0)
+    with_course(make_run(Path("runs"), "b", total=30), 3.0)
+
+
+def compare(capsys: Out, *words: str, status: int = 0) -> str:
+    assert main(["compare", *words]) == status
+    out, err = capsys.readouterr()
+    assert (out if status else err) == ""
+    return err if status else out
+
+
+def test_everything_side_by_side(two: None, capsys: Out) -> None:
+    assert compare(capsys, "a", "b") == (
+        "Configuration: 1 of 73 values differ (run.name left out)\n"
+        "                      a   b\n"
+        "  training.max_steps  20  30\n"
+        "\n"
+        "Manifest: what the runs were made with\n"
+        "          a             b\n"
+        "  commit  444444444444  333333333333\n"
+        "\n"
+        "Curves: train loss (mean of a stretch), bits/byte (last validation in it)\n"
+        "  up to step  loss a       b  bits/byte a       b\n"
+        "           1  4.0000  3.0000            -       -\n"
+        "           2  2.0000  1.5000            -       -\n"
+        "           3  1.3333  1.0000            -       -\n"
+        "           4  1.0000  0.7500       2.0000  1.5000\n"
+        "\n"
+        "  train loss over 4 steps, from 0.750 (low) to 4.000 (high)\n"
+        "  a  " + " " * 17 + "█" * 18 + "▅" * 18 + "▃" * 17 + "▂\n"
+        "  b  " + " " * 17 + "▇" * 18 + "▄" * 18 + "▂" * 17 + "▁\n"
+        "\n"
+        "Figures, and the difference to the first run\n"
+        "                                                a            b  difference\n"
+        "  steps                                         4            4           0\n"
+        "  tokens                                    2,048        2,048           0\n"
+        "  train loss, last                         1.0000       0.7500     -0.2500\n"
+        "  train loss, mean of the last tenth       1.0000       0.7500     -0.2500\n"
+        "  val loss, last                           4.0000       3.0000     -1.0000\n"
+        "  bits/byte, last                          2.0000       1.5000     -0.5000\n"
+        "  val loss, best                      4.0000 at 4  3.0000 at 4     -1.0000\n"
+        "  bits/byte, best                     2.0000 at 4  1.5000 at 4     -0.5000\n"
+    )
+
+
+def test_json_has_all_of_it(two: None, capsys: Out) -> None:
+    found = json.loads(compare(capsys, "a", "runs/b", "--json"))
+    assert [(run["name"], run["path"]) for run in found["runs"]] == [
+        ("a", "runs/a"),
+        ("b", "runs/b"),
+    ]
+    assert found["config"] == [{"key": "training.max_steps", "values": [20, 30]}]
+    assert found["manifest"] == [{"key": "commit", "values": ["4" * 40, "3" * 40]}]
+    curves = found["curves"]
+    assert curves["axis"] == "step"
+    assert curves["stretches"][-1] == {
+        "begin": 3,
+        "end": 4,
+        "train_loss": [1.0, 0.75],
+        "bits_per_byte": [2.0, 1.5],
+    }
+    assert curves["agreement"][0]["train"] == {
+        "identical": False,
+        "common_steps": 4,
+        "equal_steps": 0,
+        "last_equal_step": None,
+        "first_different_step": 1,
+    }
+    assert found["summary"]["best_bits_per_byte"] == {
+        "values": [2.0, 1.5],
+        "differences": [0.0, -0.5],
+        "steps": [4, 4],
+    }
+
+
+def test_what_was_not_finite_is_null_in_json(two: None, capsys: Out) -> None:
+    run = make_run(Path("runs"), "c")
+    write_lines(run.metrics, [train_line(1, 4.0), train_line(2, None)])
+    found = json.loads(compare(capsys, "a", "c", "--json"))
+    assert found["curves"]["stretches"][1]["train_loss"] == [2.0, None]
+    assert found["summary"]["train_loss"]["differences"] == [0.0, None]
+    lines = compare(capsys, "a", "c").splitlines()
+    assert "           2  2.0000     nan" in lines
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"  # type: ignore[assignment]
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_plot_in_colours(two: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "60")
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["compare", "a", "b"]) == 0
+    text = terminal.getvalue()
+    assert "\x1b[36m━ a" in text
+    assert "\x1b[33m━ b" in text
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+    [top] = [line for line in plain if line.startswith("  4.000 │")]
+    [axis] = [line for line in plain if line.startswith("        └")]
+    assert len(top) == len(axis) < 60
+    assert any(line.startswith("         train loss  ━ a  ━ b ") for line in plain)
+    assert max(map(len, plain)) < 80
+
+
+def test_where_the_encoding_has_no_bars_there_is_no_plot(
+    two: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert main(["compare", "a", "b"]) == 0
+    text = raw.getvalue().decode("ascii")
+    assert "Figures, and" in text
+    assert "(low)" not in text
+    assert "\\u" not in text
+
+
+def test_a_run_and_itself_are_identical(two: None, capsys: Out) -> None:
+    out = compare(capsys, "a", "a")
+    assert "Configuration: all 73 values are the same\n" in out
+    assert "Manifest: same code, packages, hardware, data and tokenizer\n" in out
+    assert (
+        "  a (1) and a (2): all 4 logged losses are equal (identical); "
+        "the one validation loss is equal (identical)\n"
+    ) in out
+
+
+def test_two_trainings_of_a_configuration_are_identical(place: Path, capsys: Out) -> None:
+    for _ in range(2):
+        train(place.parent, "training.max_steps=4", "training.log_every=1")
+    assert "debug and debug-2: all 4 logged losses are equal (identical)" in compare(
+        capsys, "debug", "debug-2"
+    )
+
+
+def test_how_long_curves_are_equal(two: None, capsys: Out) -> None:
+    run = with_course(make_run(Path("runs"), "c"), 4.0)
+    lines = run.metrics.read_text().splitlines()
+    lines[2] = lines[2].replace("1.333", "1.334")
+    write_lines(run.metrics, [f"{line}\n" for line in lines])
+    out = compare(capsys, "a", "c")
+    assert "the logged losses are equal up to step 2 and differ from step 3 on" in out
+    with_course(make_run(Path("runs"), "d"), 4.0, steps=3)
+    assert "all 3 logged losses are equal at the steps that both have" in compare(capsys, "a", "d")
+
+
+def test_three_runs_with_a_metric_that_one_lacks(two: None, capsys: Out) -> None:
+    with_course(make_run(Path("runs"), "c"), 4.0, aux_balance=0.5)
+    out = compare(capsys, "a", "b", "c")
+    assert "  up to step  loss a       b       c  bits/byte a       b       c\n" in out
+    assert "  only c has the metric train aux_balance\n" in out
+
+
+def test_steps_of_another_size_are_compared_by_tokens(two: None, capsys: Out) -> None:
+    wide = make_run(Path("runs"), "wide")
+    write_lines(wide.metrics, [train_line(n, 2.0, tokens=1024 * n) for n in range(1, 5)])
+    out = compare(capsys, "a", "wide")
+    assert "up to token" in out
+    assert "train loss over 2,048 tokens" in out
+
+
+def test_what_was_changed_on_resuming_is_told(two: None, capsys: Out) -> None:
+    change = ConfigChange("training.clip", 1.0, 0.5)
+    append_segment(Path("runs/b/segments.jsonl"), Segment(2, changes=(change,)))
+    out = compare(capsys, "a", "b")
+    assert "Changed on resuming\n  b after step 2: training.clip: 1.0 -> 0.5\n" in out
+    found = json.loads(compare(capsys, "a", "b", "--json"))
+    assert found["runs"][1]["segments"][0]["changes"] == [
+        {"key": "training.clip", "before": 1.0, "after": 0.5}
+    ]
+
+
+def test_a_run_without_metrics_is_compared_in_the_rest(two: None, capsys: Out) -> None:
+    make_run(Path("runs"), "c")
+    out = compare(capsys, "a", "c")
+    assert "Configuration: all 73 values are the same (run.name left out)" in out
+    assert "Manifest: c has none that can be read" in out
+    assert "Curves: c has no metrics yet" in out
+    assert json.loads(compare(capsys, "a", "c", "--json"))["curves"]["stretches"] == []
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(two: None, capsys: Out) -> None:
+    with_course(make_run(Path("other"), "a"), 3.0)
+    found = json.loads(compare(capsys, "a", "other/a/", "--json"))
+    assert [run["name"] for run in found["runs"]] == ["a", "other/a"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "name at least two runs to compare, none is given; for example: "),
+        (("a",), "only 'a' is given; for example: ultrathink compare a demo-2"),
+        (("a", "bb"), "there is no run 'bb'."),
+        (("a", "first"), "Known: a, b."),
+    ],
+)
+def test_mistakes_are_answered(
+    two: None, capsys: Out, words: tuple[str, ...], message: str
+) -> None:
+    assert message in compare(capsys, *words, status=2)
+
+
+def test_a_configuration_that_cannot_be_read_is_named(two: None, capsys: Out) -> None:
+    Path("runs/b/config.yaml").write_text("{")
+    assert "runs/b/config.yaml is damaged" in compare(capsys, "a", "b", status=2)

@@ -1,0 +1,179 @@
+"""The list of runs: the state of each, its figures, and what is wrong with it."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.runs.trained_runs import make_run, train_line, val_line, write_lines
+from ultrathink.core.errors import UltrathinkError
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.listing import RunSummary, list_runs, size_on_disk, summarize
+from ultrathink.runs.lock import RunLock
+
+
+def at_its_end(state: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    return bool(state["progress"]["step"] >= config["training"]["max_steps"])
+
+
+def summary(run: RunFolder) -> RunSummary:
+    return summarize(run, at_its_end)
+
+
+def test_a_run_is_empty_then_stopped_then_finished(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert (summary(run).state, summary(run).checkpoints) == ("empty", ())
+    other = make_run(tmp_path, saved=[5, 10])
+    assert (summary(other).state, summary(other).checkpoints) == ("stopped", (5, 10))
+    third = make_run(tmp_path, saved=[5, 20])
+    assert summary(third).state == "finished"
+    assert [summary(r).problem for r in (run, other, third)] == [None] * 3
+
+
+def test_it_is_running_while_its_lock_is_held(tmp_path: Path) -> None:
+    run = make_run(tmp_path, saved=[20])
+    with RunLock.acquire(run):
+        found = summary(run)
+        assert found.state == "running"
+        assert found.owner is not None
+        assert found.owner.pid == os.getpid()
+    assert summary(run).state == "finished"
+
+
+def test_figures_are_the_last_ones(tmp_path: Path) -> None:
+    run = make_run(tmp_path, saved=[10], total=30)
+    write_lines(
+        run.metrics,
+        [train_line(1, 5.0), val_line(10, 4.0), train_line(20, 3.0), '{"step": 30, "spl'],
+    )
+    found = summary(run)
+    assert (found.step, found.total_steps) == (20, 30)
+    assert (found.train_loss, found.val_loss, found.bits_per_byte) == (3.0, 4.0, 2.0)
+
+
+def test_without_metrics_the_checkpoint_tells_how_far_it_is(tmp_path: Path) -> None:
+    found = summary(make_run(tmp_path, saved=[5, 10]))
+    assert (found.step, found.total_steps) == (10, 20)
+    assert (found.train_loss, found.val_loss, found.bits_per_byte) == (None, None, None)
+
+
+def test_the_configuration_is_newer_than_the_checkpoint(tmp_path: Path) -> None:
+    """A finished run was resumed with a greater length and died before its next checkpoint."""
+    run = make_run(tmp_path, saved=[20])
+    text = (run.path / "config.yaml").read_text()
+    (run.path / "config.yaml").write_text(text.replace("max_steps: 20", "max_steps: 40"))
+    found = summary(run)
+    assert (found.state, found.total_steps) == ("stopped", 40)
+
+
+def test_a_length_that_only_the_checkpoint_knows(tmp_path: Path) -> None:
+    run = make_run(tmp_path, saved=[10])
+    text = (run.path / "config.yaml").read_text()
+    (run.path / "config.yaml").write_text(text.replace("max_steps: 20", "max_steps: null"))
+    assert summarize(run, lambda state, config: False).total_steps == 20
+
+
+def truncate_tensors(run: RunFolder) -> None:
+    [file] = run.checkpoint("last").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def garble_state(run: RunFolder) -> None:
+    (run.checkpoint("last") / "state.json").write_text("{")
+
+
+def remove_state(run: RunFolder) -> None:
+    (run.checkpoint("last") / "state.json").unlink()
+
+
+def remove_checksums(run: RunFolder) -> None:
+    (run.checkpoint("last") / "checksums.json").unlink()
+
+
+def remove_config(run: RunFolder) -> None:
+    (run.path / "config.yaml").unlink()
+
+
+def garble_config(run: RunFolder) -> None:
+    (run.path / "config.yaml").write_text("training: [")
+
+
+def empty_config(run: RunFolder) -> None:
+    (run.path / "config.yaml").write_text("model: {}\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (truncate_tensors, "checkpoints/step_00000010 is not whole"),
+        (garble_state, "checkpoints/step_00000010 is damaged: state.json cannot be read"),
+        (remove_state, "checkpoints/step_00000010 is not a checkpoint: it has no state.json"),
+        (remove_checksums, "checkpoints/step_00000010 is not whole"),
+        (remove_config, "config.yaml is missing"),
+        (garble_config, "config.yaml is damaged"),
+        (empty_config, "config.yaml has no section training"),
+    ],
+)
+def test_damage_is_said(tmp_path: Path, damage: Any, problem: str) -> None:
+    run = make_run(tmp_path, saved=[5, 10])
+    damage(run)
+    found = summary(run)
+    assert found.state == "damaged"
+    assert found.problem is not None
+    assert found.problem.removeprefix("checkpoint ").startswith(problem)
+    assert [r.name for r in list_runs(tmp_path, at_its_end)] == ["debug"]
+
+
+def test_a_state_that_does_not_say_how_far_it_is(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.save(10, {"progress": None}, is_best=False, keep=1)
+    found = summary(run)
+    assert found.state == "damaged"
+    assert found.problem == "its last checkpoint does not say how far it is"
+
+
+def test_metrics_that_cannot_be_read_are_said_and_no_damage(tmp_path: Path) -> None:
+    run = make_run(tmp_path, saved=[10])
+    run.metrics.mkdir()
+    found = summary(run)
+    assert found.state == "stopped"
+    assert found.problem == "metrics.jsonl cannot be read: Is a directory"
+
+
+def test_the_newest_change_comes_first(tmp_path: Path) -> None:
+    for number, name in enumerate(("c", "a", "b")):
+        run = make_run(tmp_path, name)
+        write_lines(run.metrics, [train_line(1, 5.0)])
+        for path in (run.checkpoints, run.path / "config.yaml"):
+            os.utime(path, (0, 0))
+        os.utime(run.metrics, (100 + number, 100 + number))
+    found = list_runs(tmp_path, at_its_end)
+    assert [run.name for run in found] == ["b", "a", "c"]
+    assert [run.changed for run in found] == [102, 101, 100]
+
+
+def test_what_is_no_run_is_not_listed(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    make_run(tmp_path, "gone").path.rename(tmp_path / ".trash")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes.txt").write_text("...")
+    assert [run.name for run in list_runs(tmp_path, at_its_end)] == ["debug"]
+
+
+def test_a_folder_that_is_not_there_or_is_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UltrathinkError, match=r"there is no folder .*nowhere\. Runs are kept in"):
+        list_runs(tmp_path / "nowhere", at_its_end)
+    run = make_run(tmp_path)
+    with pytest.raises(UltrathinkError, match=r"is a run itself.*: ultrathink runs check "):
+        list_runs(run.path, at_its_end)
+
+
+def test_the_size_is_that_of_all_files_and_of_no_link(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    (tmp_path / "a").write_bytes(bytes(100))
+    (tmp_path / "deep" / "deeper" / "b").write_bytes(bytes(1000))
+    (tmp_path / "link").symlink_to("deep", target_is_directory=True)
+    assert size_on_disk(tmp_path) == 1100 + len("deep")
+    assert size_on_disk(tmp_path / "nowhere") == 0

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ultrathink.config import Config, load_config
-    from ultrathink.recipe.build import build_model, build_trainer, resume_trainer
+    from ultrathink.recipe.build import build_model, build_trainer
+    from ultrathink.recipe.resume import resume_trainer
     from ultrathink.runs.loading import load_model
 
 __version__ = "0.1.0"
@@ -29,7 +30,7 @@ _HOMES = {
     "load_config": "ultrathink.config",
     "build_model": "ultrathink.recipe.build",
     "build_trainer": "ultrathink.recipe.build",
-    "resume_trainer": "ultrathink.recipe.build",
+    "resume_trainer": "ultrathink.recipe.resume",
     "load_model": "ultrathink.runs.loading",
 }
 

@@ -113,8 +113,8 @@ def test_resume_from_an_earlier_step_in_another_process_gives_the_same_run(
         return [row["loss"] for row in rows]
 
     def tensors() -> dict[str, torch.Tensor]:
-        [file] = (run / "checkpoints" / "last").glob("*.safetensors")
-        return load_file(file)
+        files = (run / "checkpoints" / "last").glob("*.safetensors")
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
     losses_before, before = losses(), tensors()
     command(place, "train", "--resume", f"{run}@2")
@@ -124,10 +124,18 @@ def test_resume_from_an_earlier_step_in_another_process_gives_the_same_run(
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
-def test_resume_takes_no_other_configuration(place: Path, run: Path) -> None:
-    done = command(place, "train", "--resume", "debug", "training.max_steps=9", status=2)
-    assert "takes no other (training.max_steps=9)" in done.stderr
+def test_resume_takes_changes_but_no_other_configuration(place: Path, run: Path) -> None:
+    done = command(place, "train", "demo", "--resume", "debug", status=2)
+    assert "takes no other (demo)" in done.stderr
     assert "training.init_from=debug" in done.stderr
+    done = command(place, "train", "--resume", "debug", "model.num_layers=9", status=2)
+    assert "model.num_layers cannot change while a run goes on" in done.stderr
+    done = command(place, "train", "debug", "--reset", "optimizer", status=2)
+    assert "--reset belongs to --resume" in done.stderr
+    command(place, "train", "debug", "run.name=longer", "training.max_steps=2")
+    done = command(place, "train", "--resume", "longer", "training.max_steps=4")
+    assert "changed after step 2: training.max_steps: 2 -> 4" in done.stderr
+    assert "Finished after step 4" in done.stderr
 
 
 def test_generate_streams_what_json_returns(place: Path, run: Path) -> None:

@@ -20,7 +20,10 @@ from ultrathink.core.streams import discard
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ultrathink.cli.train", "train a model, or go on with a run that stopped"),
     "generate": ("ultrathink.cli.generate", "let a trained model write"),
+    "runs": ("ultrathink.cli.runs", "list the runs, or check that one is sound"),
+    "compare": ("ultrathink.cli.compare", "set runs side by side: settings, curves, figures"),
     "config": ("ultrathink.cli.config", "show, check and explain configurations"),
+    "doctor": ("ultrathink.cli.doctor", "say what this machine can do, and what it lacks"),
 }
 USER_ERROR = 2
 SYSTEM_ERROR = 1
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         discard(sys.stdout)
@@ -144,7 +147,15 @@ examples:
 
 def _complain(message: str) -> None:
     """Print a message; the lines of a longer one stand below each other."""
-    print("error: " + message.replace("\n", "\n       "), file=sys.stderr)
+    _tell("error: " + message.replace("\n", "\n       "))
+
+
+def _tell(text: str) -> None:
+    """Print to standard error; where nobody listens any more, that is no further error."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
 
 
 def _system_message(error: OSError) -> str:

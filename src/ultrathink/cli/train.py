@@ -30,6 +30,8 @@ _EPILOG = """examples:
   ultrathink train 'data.train=[{type: text, path: books/}]' run.name=books
   ultrathink train --resume auto                     go on with the newest run
   ultrathink train --resume demo@500                 ... from its checkpoint of step 500
+  ultrathink train --resume demo training.max_steps=5000 training.optimizer.lr=0.002
+                                                     ... longer, and at another rate
 """
 
 
@@ -44,6 +46,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="go on with a run: its name or folder, RUN@step, or auto for the newest",
     )
     parser.add_argument(
+        "--reset",
+        action="append",
+        default=[],
+        choices=["optimizer", "schedule", "data"],
+        help="with --resume: let this part begin anew (may be given several times)",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print the result as one JSON object on stdout"
     )
 
@@ -53,35 +62,31 @@ def run(args: argparse.Namespace) -> int:
     load_plugins(args)
     source, overrides = split_config_and_overrides(args.positionals)
     if args.resume is None:
+        if args.reset:
+            raise UltrathinkError("--reset belongs to --resume: a new run begins anew anyway.")
         config = load_config(source, overrides)  # mistakes are told before torch is imported
         return _train(lambda **options: _new_trainer(config, **options), args.json)
-    if overrides or source:
+    if source:
         raise UltrathinkError(
-            f"--resume goes on with the run's own configuration and takes no other "
-            f"({' '.join(args.positionals)}); for a new run with its weights use: "
-            f"ultrathink train CONFIG training.init_from={args.resume}"
+            f"--resume goes on with the run's own configuration and takes no other ({source}); "
+            f"give what is to change as key=value, or begin a new run with the weights: "
+            f"ultrathink train {source} training.init_from={args.resume}"
         )
-    from ultrathink.recipe.resume import finished_step
+    from ultrathink.recipe.resume import plan_resume
     from ultrathink.runs.folder import find_run, split_run
 
     name, checkpoint = split_run(args.resume)
-    folder = find_run(name)
-    step = finished_step(folder, checkpoint)
-    if step is not None:
-        return _say_finished(folder.path, step, args.json)
-    return _train(lambda **options: _resumed_trainer(folder, checkpoint, **options), args.json)
+    plan = plan_resume(find_run(name), checkpoint, overrides=overrides, reset=args.reset)
+    if plan.is_finished:
+        plan.lock.release()
+        return _say_finished(plan.run.path, plan.step, args.json)
+    return _train(plan.build, args.json)
 
 
 def _new_trainer(config: Any, **options: Any) -> Trainer:
     from ultrathink.recipe.build import build_trainer
 
     return build_trainer(config, **options)
-
-
-def _resumed_trainer(folder: Any, checkpoint: str, **options: Any) -> Trainer:
-    from ultrathink.recipe.build import resume_trainer
-
-    return resume_trainer(folder, checkpoint, **options)
 
 
 def _train(make: Any, as_json: bool) -> int:
@@ -103,7 +108,10 @@ def _train(make: Any, as_json: bool) -> int:
 
 @contextmanager
 def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
-    """Let the first Ctrl-C or SIGTERM end the run after its step; the second ends it at once."""
+    """Let the first Ctrl-C or SIGTERM end the run after its step; the second ends it at once.
+
+    A terminal that closes (SIGHUP) counts like SIGTERM, unless it is ignored (nohup).
+    """
     received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -115,7 +123,9 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
         told = f"{name}: saving after this step; once more ends it at once, without saving"
         trainer.notify("on_message", told, "info")
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield received
@@ -141,6 +151,8 @@ def _result(trainer: Trainer, last: Any) -> dict[str, Any]:
 
 def _say_what_next(trainer: Trainer, result: dict[str, Any]) -> None:
     """End with what came out, where it lies, and the commands to go on with."""
+    from ultrathink.monitoring.terminal import error_stream
+
     run = trainer.run.path
     words = {
         "finished": "Finished",
@@ -160,7 +172,7 @@ def _say_what_next(trainer: Trainer, result: dict[str, Any]) -> None:
     lines.append(f'  let it write:    ultrathink generate {run} "import "')
     if (run / "tensorboard").is_dir():
         lines.append(f"  see its curves:  tensorboard --logdir {run / 'tensorboard'}")
-    print("\n".join(lines), file=sys.stderr)
+    error_stream().write("\n".join(lines) + "\n")
 
 
 def _say_finished(run: Path, step: int, as_json: bool) -> int:
@@ -168,8 +180,8 @@ def _say_finished(run: Path, step: int, as_json: bool) -> int:
         print(json.dumps({"run": str(run), "ending": "finished", "step": step}))
     else:
         print(
-            f"Run {run} is finished: step {step:,} was its last. To train further from its "
-            f"weights: ultrathink train CONFIG training.init_from={run}",
+            f"Run {run} is finished: step {step:,} was its last. To train it further, give it "
+            f"more: ultrathink train --resume {run} training.max_steps={2 * step}",
             file=sys.stderr,
         )
     return 0

@@ -19,6 +19,25 @@ from ultrathink.core.errors import ConfigError, suggestion
 CONFIG_FILE = "config.yaml"
 ORIGINS_FILE = "origins.yaml"
 DEFAULT_PRESET = "demo"
+CHOSEN = "chosen at run time"
+# What is chosen at run time, and the values that the choice rests on.
+_RESTS_ON = {
+    "training.micro_batch_size": (
+        "training.batch_size",
+        "training.device",
+        "training.activation_checkpointing",
+        "data.seq_len",
+    ),
+    "training.precision": ("training.device",),
+    "training.compile": ("training.device",),
+    "model.attention.backend": (
+        "training.device",
+        "training.precision",
+        "training.compile",
+        "data.seq_len",
+    ),
+    "training.step_budget": ("training.batch_size", "data.seq_len", "data.train"),
+}
 
 
 def load_config(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -34,17 +53,38 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
     draft.drop_replaced_lengths()
     # Its length has no default, and a message about that says more than "training is missing".
     draft.tree.setdefault("training", {})
-    try:
-        config = Config.model_validate(draft.tree)
-    except ValidationError as error:
-        raise ConfigError(explain_validation_error(error, draft.tree, draft.origins)) from None
-    return _derive(config.with_origins(_with_short_forms(config, draft.origins)), name)
+    return _derive(_validated(draft), name)
+
+
+def change_config(config: Config, overrides: Sequence[str]) -> Config:
+    """A resolved configuration with ``overrides`` applied; raises ConfigError.
+
+    What was chosen at run time is open again where it rests on a value that is overridden, and so
+    is the number of steps that the length came to.
+    """
+    draft = Draft(config.model_dump(mode="json"), config.origins)
+    for override in overrides:
+        draft.override(override)
+    draft.drop_replaced_lengths()
+    for key, grounds in _RESTS_ON.items():
+        is_chosen = config.origin(key).startswith(CHOSEN)
+        if is_chosen and not draft.is_overridden(key) and any(map(draft.is_overridden, grounds)):
+            draft.set_open(key, None if key == "training.step_budget" else "auto")
+    return _validated(draft)
 
 
 def preset_names() -> list[str]:
     """Names of the presets that come with the package."""
     folder = resources.files("ultrathink.config") / "presets"
     return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if ".yaml" in p.name)
+
+
+def _validated(draft: Draft) -> Config:
+    try:
+        config = Config.model_validate(draft.tree)
+    except ValidationError as error:
+        raise ConfigError(explain_validation_error(error, draft.tree, draft.origins)) from None
+    return config.with_origins(_with_short_forms(config, draft.origins))
 
 
 def _read_base(source: str | Path | None) -> tuple[dict[str, Any], str, dict[str, str]]:

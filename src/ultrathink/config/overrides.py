@@ -54,6 +54,19 @@ class Draft:
                     training.pop(name, None)
                     self._forget(f"training.{name}")
 
+    def is_overridden(self, key: str) -> bool:
+        """Whether an override set ``key`` or something inside it."""
+        return any(f"{known}.".startswith(f"{key}.") for known in self._overridden)
+
+    def set_open(self, key: str, value: Any) -> None:
+        """Put ``key`` back to ``value``, as if nothing had chosen it."""
+        *path, leaf = key.split(".")
+        node: Any = self.tree
+        for part in path:
+            node = node[part]
+        node[leaf] = value
+        self._forget(key)
+
     def _set(self, path: list[str], value: Any, text: str) -> None:
         node = self._parent(path, text)
         leaf, key = path[-1], ".".join(path)

@@ -14,6 +14,7 @@ from ultrathink.config.optimizer import (
     OptimizerField,
     ScheduleField,
 )
+from ultrathink.core.durations import Duration
 
 BUDGETS = ("max_steps", "max_tokens", "max_minutes", "epochs")
 
@@ -30,6 +31,18 @@ class CheckpointConfig(Section):
     keep: int = Field(2, gt=0, description="Newest checkpoints kept, besides best and last.")
     best_by: Literal["loss", "token_accuracy"] = Field(
         "loss", description="Validation figure by which `best` is chosen."
+    )
+    retry_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds after which a checkpoint that could not be written (a full disk) is "
+        "tried again; training goes on meanwhile.",
+    )
+    patience_minutes: float = Field(
+        60.0,
+        ge=0,
+        description="Minutes that the end of a run waits for a disk that cannot take its last "
+        "checkpoint, before it gives up.",
     )
 
 
@@ -85,6 +98,11 @@ class TrainingConfig(Section):
     compile: bool | Literal["auto"] = Field(
         "auto", description="Compile the model; auto compiles when the run is long enough to pay."
     )
+    deterministic: bool = Field(
+        False,
+        description="Take the same bits in every run on one machine: deterministic kernels, and "
+        "no choice that follows a measurement or the clock.",
+    )
     activation_checkpointing: Checkpointing = Field(
         "none",
         description="Recompute activations in the backward pass: full (all of a block), "
@@ -122,4 +140,24 @@ class TrainingConfig(Section):
                 f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({micro}), "
                 f"or micro_batch_size must be auto"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _no_clock_where_bits_must_repeat(self) -> TrainingConfig:
+        if not self.deterministic:
+            return self
+        if self.max_minutes is not None:
+            raise ValueError(
+                f"deterministic is true, and max_minutes = {self.max_minutes:g} follows the clock: "
+                f"each run would have another number of steps; give the length in steps "
+                f"(training.max_steps=2000), tokens or epochs"
+            )
+        for name in type(self.schedule).model_fields:
+            value = getattr(self.schedule, name)
+            if isinstance(value, Duration) and value.unit == "minutes":
+                raise ValueError(
+                    f"deterministic is true, and schedule.{name} = '{value}' follows the clock; "
+                    f"give it as a share of the run (training.schedule.{name}=5%), in steps or "
+                    f"in tokens"
+                )
         return self

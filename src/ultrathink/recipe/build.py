@@ -1,4 +1,4 @@
-"""Building a trainer: for a new run, or to go on with one."""
+"""Building a model, and a trainer for a new run."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ import torch
 
 from ultrathink.config.monitoring import SINKS
 from ultrathink.config.schema import Config
-from ultrathink.core.errors import CheckpointError, ConfigError
+from ultrathink.core.errors import ConfigError
 from ultrathink.core.random import seed_everything
 from ultrathink.data.documents import Progress
 from ultrathink.data.loader import TrainLoader
 from ultrathink.data.prepare import PreparedData, prepare_data
-from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
+from ultrathink.data.tokenizers.base import behavior_hash, load_tokenizer
 from ultrathink.data.validation import ValidationSet
 from ultrathink.model.flops import count_parameters, flops_per_token
 from ultrathink.model.transformer import Transformer
-from ultrathink.monitoring.records import Sink
+from ultrathink.monitoring.records import Level
 from ultrathink.recipe.callbacks import SampleWriter, StepBudgetRecorder
 from ultrathink.recipe.choices import Choices, choose
-from ultrathink.runs.checkpoint import load_checkpoint
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.loading import load_weights, weights_from
-from ultrathink.runs.manifest import build_manifest, write_manifest
+from ultrathink.runs.lock import RunLock
+from ultrathink.runs.manifest import build_manifest, code_and_packages, hardware, write_manifest
+from ultrathink.runs.segments import Segment, append_segment
 from ultrathink.training.callbacks import Callback, Controller, MetricsCallback
 from ultrathink.training.compiling import compile_function
 from ultrathink.training.control import LiveSettings
+from ultrathink.training.determinism import set_deterministic
 from ultrathink.training.hardware import DTYPES
 from ultrathink.training.optimizers import build_optimizers
 from ultrathink.training.run_log import RunLog
@@ -53,16 +55,46 @@ def build_trainer(
     ``callbacks`` watch, ``controllers`` may steer; ``progress(label, done, total)`` is told how
     far the preparation of data is. Raises ConfigError, DataError or CheckpointError.
     """
+    return _begin(config, None, callbacks, controllers, progress)
+
+
+def begin_again(
+    run: RunFolder,
+    lock: RunLock,
+    *,
+    callbacks: Sequence[Callback] = (),
+    controllers: Sequence[Controller] = (),
+    progress: Progress | None = None,
+) -> Trainer:
+    """A trainer for a run that ended before its first checkpoint: the same run, from step 0."""
+    trainer = _begin(run.read_config(), run, callbacks, controllers, progress)
+    trainer.lock = lock
+    return trainer
+
+
+def _begin(
+    config: Config,
+    run: RunFolder | None,
+    callbacks: Sequence[Callback],
+    controllers: Sequence[Controller],
+    progress: Progress | None,
+) -> Trainer:
+    """A trainer at step 0, in ``run`` or in a folder made for it."""
     weights, parent = None, None
     if config.training.init_from is not None:
         weights, parent = weights_from(config.training.init_from, config.run.dir)
     tokenizer = load_tokenizer(parent.tokenizer) if parent is not None else None
-    data = _prepare(config, tokenizer, progress)
+    data = prepare_data(config.data, tokenizer or config.tokenizer, progress=progress)
+    check_vocabulary(config, data)
     config, choices = choose(config, data.num_samples)
     model = build_model(config)
     if weights is not None:
         load_weights(model, weights)
-    run, config = RunFolder.create(config)
+    lock = None
+    if run is None:
+        run, config = RunFolder.create(config)
+        lock = RunLock.acquire(run)
+    run.write_config(config)
     data.tokenizer.save(run.tokenizer)
     write_manifest(
         run.manifest,
@@ -72,37 +104,25 @@ def build_trainer(
             num_parameters=count_parameters(model).total,
         ),
     )
-    return _assemble(config, run, data, model, choices, callbacks, controllers)
-
-
-def resume_trainer(
-    run: RunFolder,
-    checkpoint: str = "last",
-    *,
-    callbacks: Sequence[Callback] = (),
-    controllers: Sequence[Controller] = (),
-    progress: Progress | None = None,
-) -> Trainer:
-    """A trainer that goes on from a checkpoint of ``run``, bit for bit as if never stopped."""
-    folder = run.checkpoint(checkpoint)
-    config = run.read_config()
-    data = _prepare(config, load_tokenizer(run.tokenizer), progress)
-    config, choices = choose(config, data.num_samples)
-    model = build_model(config)
-    trainer = _assemble(config, run, data, model, choices, callbacks, controllers)
-    load_weights(model, folder)  # names what differs, where the model is another
-    state: dict[str, Any] = dict(load_checkpoint(folder))
-    _check_identity(state["identity"], trainer.identity)
-    trainer.load_state_dict(state)
-    run.remove_after(trainer.progress.step)
+    data.record.write(run.data_record)
+    append_segment(run.segments, Segment(from_step=0, environment=environment(choices)))
+    trainer = assemble(config, run, data, model, choices, callbacks, controllers)
+    trainer.lock = lock
     return trainer
 
 
-def _prepare(
-    config: Config, tokenizer: Tokenizer | None, progress: Progress | None
-) -> PreparedData:
-    """Tokenized data; ConfigError where its vocabulary does not fit the model's."""
-    data = prepare_data(config.data, tokenizer or config.tokenizer, progress=progress)
+def environment(choices: Choices) -> dict[str, Any]:
+    """What bits depend on beside the run folder, as each segment of a run records it."""
+    return {
+        **code_and_packages(),
+        "hardware": hardware(),
+        "device": str(choices.device),
+        "precision": choices.precision,
+    }
+
+
+def check_vocabulary(config: Config, data: PreparedData) -> None:
+    """ConfigError where the vocabulary of the data does not fit the model's."""
     size = config.model.vocab_size
     assert size is not None, "a loaded configuration has a vocabulary"
     if data.tokenizer.vocab_size > size:
@@ -110,26 +130,9 @@ def _prepare(
             f"model.vocab_size ({size}) is smaller than the tokenizer's vocabulary "
             f"({data.tokenizer.vocab_size}); set tokenizer.vocab_size or model.vocab_size to match."
         )
-    return data
 
 
-def _check_identity(recorded: dict[str, Any], here: dict[str, Any]) -> None:
-    """Refuse to go on with other data or another tokenizer than the checkpoint was made with."""
-    for name, advice in (
-        ("tokenizer_hash", "put the run's tokenizer folder back as it was"),
-        ("data_hash", "put the files back as they were"),
-    ):
-        if recorded.get(name) != here[name]:
-            what = name.removesuffix("_hash")
-            raise CheckpointError(
-                f"the {what} changed since the checkpoint was written ({what} hash "
-                f"{str(recorded.get(name))[:12]} then, {str(here[name])[:12]} now), so the run "
-                f"cannot go on where it stopped; {advice}, or start a new run with its weights: "
-                f"training.init_from=RUN."
-            )
-
-
-def _assemble(
+def assemble(
     config: Config,
     run: RunFolder,
     data: PreparedData,
@@ -138,33 +141,21 @@ def _assemble(
     callbacks: Sequence[Callback],
     controllers: Sequence[Controller],
 ) -> Trainer:
+    """The parts of a run, made for this machine and wired; nothing is loaded or trained yet."""
     training = config.training
-    model.to(choices.device)
-    if choices.precision == "fp64":
-        model.double()
-    model.compute_dtype = DTYPES[choices.precision]
-    model.rope.reserve(config.data.seq_len)  # a compiled step cannot grow the tables
-    model.set_activation_checkpointing(training.activation_checkpointing)
-    model.set_attention_backend(config.model.attention.backend)
-    losses = loss_function(model)
-    if training.compile:
-        losses = compile_function(losses)
     packing = config.data.packing
-    stepper = Stepper(
-        model,
-        build_optimizers(training.optimizer, model),
-        losses,
-        device=choices.device,
-        isolate_documents=packing.enabled and packing.isolate_documents,
-    )
     assert isinstance(training.micro_batch_size, int), "choose() has set it"
-    sinks: list[Sink] = [SINKS.load(name)() for name in config.monitoring.sinks]
     tokens_per_step = training.batch_size * config.data.seq_len
+
+    def tell(text: str, level: Level) -> None:
+        trainer.notify("on_message", text, level)
+
     metrics = MetricsCallback(
-        sinks,
+        [SINKS.load(name)() for name in config.monitoring.sinks],
         log_every=training.log_every,
         flops_per_token=flops_per_token(config.model, config.data.seq_len),
         peak_flops=choices.peak_flops,
+        tell=tell,
     )
     trainer = Trainer(
         model=model,
@@ -178,28 +169,55 @@ def _assemble(
             num_workers=config.data.num_workers,
         ),
         held_out=ValidationSet(data.val_stores, config.data.seq_len) if data.val_stores else None,
-        stepper=stepper,
+        stepper=_stepper(config, model, choices),
         training=training,
         run=run,
         settings=LiveSettings(clip=training.clip, micro_batch_size=training.micro_batch_size),
         device=choices.device,
         callbacks=[
             StepBudgetRecorder(run, config),
-            RunLog(run),
+            RunLog(run, tell),
             *callbacks,
-            SampleWriter(config, model, data.tokenizer, sinks),
+            SampleWriter(config, model, data.tokenizer, metrics.sinks),
             metrics,
         ],
         controllers=controllers,
         tokens_per_step=tokens_per_step,
-        identity={
-            "data_hash": data.data_hash,
-            "tokenizer_hash": data.tokenizer.fingerprint,
-        },
+        config=config.model_dump(mode="json"),
         heading=_heading(config, model, choices),
     )
-    trainer.warnings = [*choices.warnings, *_skipped(data)]
+    trainer.identity = {
+        "data_hash": data.data_hash,
+        "tokenizer_hash": data.tokenizer.fingerprint,
+        "tokenizer_behavior": behavior_hash(data.tokenizer),
+        "order_hash": trainer.loader.order_hash(),
+    }
+    warnings = [*choices.warnings, *_skipped(data), *data.notes]
+    trainer.remarks = [(text, "warning") for text in warnings]
     return trainer
+
+
+def _stepper(config: Config, model: Transformer, choices: Choices) -> Stepper:
+    """The model made ready for this machine, and what takes steps with it."""
+    training, packing = config.training, config.data.packing
+    set_deterministic(training.deterministic, choices.device)
+    model.to(choices.device)
+    if choices.precision == "fp64":
+        model.double()
+    model.compute_dtype = DTYPES[choices.precision]
+    model.rope.reserve(config.data.seq_len)  # a compiled step cannot grow the tables
+    model.set_activation_checkpointing(training.activation_checkpointing)
+    model.set_attention_backend(config.model.attention.backend)
+    losses = loss_function(model)
+    if training.compile:
+        losses = compile_function(losses)
+    return Stepper(
+        model,
+        build_optimizers(training.optimizer, model),
+        losses,
+        device=choices.device,
+        isolate_documents=packing.enabled and packing.isolate_documents,
+    )
 
 
 def _skipped(data: PreparedData) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ultrathink.config.schema import Config
 from ultrathink.data.tokenizers.base import Tokenizer
 from ultrathink.inference.engine import Engine
@@ -37,12 +35,12 @@ class SampleWriter(Callback):
     """Lets the model continue each prompt of ``training.sample`` at the end of training."""
 
     def __init__(
-        self, config: Config, model: Transformer, tokenizer: Tokenizer, sinks: Sequence[Sink]
+        self, config: Config, model: Transformer, tokenizer: Tokenizer, sink: Sink
     ) -> None:
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
-        self.sinks = sinks
+        self.sink = sink
         self._step = 0
 
     def on_step(self, report: StepReport) -> None:
@@ -61,5 +59,4 @@ class SampleWriter(Callback):
         )
         for prompt in sample.prompts:
             text = engine.generate(prompt, params).text
-            for sink in self.sinks:
-                sink.sample(self._step, prompt, text)
+            self.sink.sample(self._step, prompt, text)

@@ -11,12 +11,14 @@ from ultrathink.model.attention_backends import choose_backend
 from ultrathink.model.flops import flops_per_token
 from ultrathink.training.budget import planned_steps
 from ultrathink.training.compiling import should_compile
+from ultrathink.training.determinism import set_deterministic
 from ultrathink.training.hardware import (
     DTYPES,
     Precision,
     choose_device,
     choose_precision,
     keep_freed_memory,
+    nominal_flops,
     peak_flops,
 )
 
@@ -38,19 +40,26 @@ class Choices:
     warnings: tuple[str, ...]
 
 
-def choose(config: Config, samples_per_epoch: int) -> tuple[Config, Choices]:
-    """Replace every ``auto`` in ``config`` with what suits this machine, and say why."""
+def choose(config: Config, samples_per_epoch: int | None) -> tuple[Config, Choices]:
+    """Replace every ``auto`` in ``config`` with what suits this machine, and say why.
+
+    With ``training.deterministic`` nothing that decides is measured, since two runs could measure
+    on different sides of a threshold. ``samples_per_epoch`` is None where the data is not known.
+    """
     training = config.training
     device = choose_device(training.device)
+    set_deterministic(training.deterministic, device)
     if device.type == "cpu":
         keep_freed_memory()
-    precision, precision_reason = choose_precision(training.precision, device)
+    precision, precision_reason = choose_precision(
+        training.precision, device, measure=not training.deterministic
+    )
     peak = peak_flops(device, precision)
     compiled, compile_reason, is_warning = should_compile(
         training,
         device,
         planned_flops=_planned_flops(config, samples_per_epoch),
-        peak_flops=peak,
+        peak_flops=nominal_flops(device, precision) if training.deterministic else peak,
     )
     chosen: dict[str, tuple[object, str]] = {}
     if training.device == "auto":
@@ -71,9 +80,12 @@ def choose(config: Config, samples_per_epoch: int) -> tuple[Config, Choices]:
     return config, Choices(device, precision, peak, warnings)
 
 
-def _planned_flops(config: Config, samples_per_epoch: int) -> float | None:
-    tokens_per_step = config.training.batch_size * config.data.seq_len
-    steps = planned_steps(config.training, tokens_per_step, samples_per_epoch)
+def _planned_flops(config: Config, samples_per_epoch: int | None) -> float | None:
+    training = config.training
+    if training.epochs and training.step_budget is None and samples_per_epoch is None:
+        return None
+    tokens_per_step = training.batch_size * config.data.seq_len
+    steps = planned_steps(training, tokens_per_step, samples_per_epoch or 0)
     if steps is None:
         return None
     return steps * tokens_per_step * flops_per_token(config.model, config.data.seq_len)
@@ -83,7 +95,9 @@ def _micro_batch_size(config: Config, device: torch.device) -> int:
     """The largest divisor of the batch whose activations fit."""
     batch_size, seq_len = config.training.batch_size, config.data.seq_len
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        free, total = torch.cuda.mem_get_info(device)
+        if config.training.deterministic:  # what others use of it differs from run to run
+            free = total
         model = config.model
         per_sequence = _ACTIVATION_FACTOR * model.hidden_size * model.num_layers * seq_len
         most = int(free * _MEMORY_SHARE / per_sequence)

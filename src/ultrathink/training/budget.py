@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from ultrathink.config.training import TrainingConfig
 from ultrathink.core.durations import Duration
@@ -30,6 +31,17 @@ class Budget:
         """Seconds kept free at the end of the minutes, for the last validation and checkpoint."""
         return _reserve_s(self.validation_s)
 
+    def ending(
+        self, step: int, elapsed_s: float, max_minutes: float | None
+    ) -> Literal["finished", "out of time"] | None:
+        """Why a run ends after ``step``, None where steps and time are left."""
+        if step >= self.total_steps:
+            return "finished"
+        # However short its time, a run takes one step.
+        if max_minutes is not None and step and elapsed_s >= max_minutes * 60 - self.reserve_s:
+            return "out of time"
+        return None
+
     def steps(self, duration: Duration) -> int:
         """``duration`` in optimizer steps of this run."""
         return duration.to_steps(
@@ -51,26 +63,36 @@ class Speed:
     elapsed_s: float = 0.0  # spent already, on compilation and on measuring
 
 
+@dataclass(frozen=True)
+class Done:
+    """What lies behind a run whose length is resolved anew: steps, tokens, samples of its data."""
+
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+
+
 def resolve_budget(
     training: TrainingConfig,
     *,
     tokens_per_step: int,
     samples_per_epoch: int,
     measure_speed: Callable[[], Speed],
+    done: Done = Done(),
 ) -> Budget:
     """The budget of a run; the speed is measured only where a length in minutes needs it."""
     speed = Speed()
     if training.max_minutes is not None or _counts_minutes(training):
         speed = measure_speed()
-    total = planned_steps(training, tokens_per_step, samples_per_epoch)
+    total = planned_steps(training, tokens_per_step, samples_per_epoch, done)
     if total is None:
         assert training.max_minutes is not None
-        total = steps_within(training.max_minutes, speed, training.eval.every_steps)
+        total = done.step + steps_within(training.max_minutes, speed, training.eval.every_steps)
     return Budget(max(1, total), tokens_per_step, speed.step_s, speed.validation_s)
 
 
 def planned_steps(
-    training: TrainingConfig, tokens_per_step: int, samples_per_epoch: int
+    training: TrainingConfig, tokens_per_step: int, samples_per_epoch: int, done: Done = Done()
 ) -> int | None:
     """The run's length in steps as far as it is known before its speed is; None for minutes."""
     if training.step_budget is not None:
@@ -78,9 +100,10 @@ def planned_steps(
     if training.max_steps is not None:
         return training.max_steps
     if training.max_tokens is not None:
-        return math.ceil(training.max_tokens / tokens_per_step)
+        return done.step + math.ceil((training.max_tokens - done.tokens) / tokens_per_step)
     if training.epochs is not None:
-        return math.ceil(training.epochs * samples_per_epoch / training.batch_size)
+        left = training.epochs * samples_per_epoch - done.samples
+        return done.step + math.ceil(left / training.batch_size)
     return None
 
 

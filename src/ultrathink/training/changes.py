@@ -16,9 +16,8 @@ Apply = Callable[["Trainer", Any], tuple[Any, Any]]
 
 def apply_change(trainer: Trainer, setting: str, value: Any, reason: str) -> Change:
     """Apply one request at a step boundary; returns its record."""
-    step = trainer.progress.step
     before, after = _APPLY[setting](trainer, value)
-    return Change(step, setting, before, after, reason)
+    return Change(trainer.progress.step, setting, before, after, reason)
 
 
 def _live_setting(name: str) -> Apply:
@@ -54,18 +53,17 @@ def _skip_samples(trainer: Trainer, count: int) -> tuple[int, int]:
 def _restore(trainer: Trainer, snapshot: Any) -> tuple[int, int]:
     """Go back, and make the checkpoints on disk those of the history that counts now."""
     before = trainer.progress.step
+    trainer.saving.settle()
     trainer.load_state_dict(snapshot.state)
     trainer.run.remove_after(snapshot.step)
-    if snapshot.step > 0:
-        trainer.save()
+    trainer.is_best = False
+    trainer.save_wanted = snapshot.step > 0
     return before, snapshot.step
 
 
 def _checkpoint(trainer: Trainer, _: None) -> tuple[int, int]:
-    before = trainer.progress.last_checkpoint
-    if before != trainer.progress.step:
-        trainer.save()
-    return before, trainer.progress.last_checkpoint
+    trainer.save_wanted = True
+    return trainer.progress.last_checkpoint, trainer.progress.step
 
 
 def _stop(trainer: Trainer, _: None) -> tuple[None, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 
 from ultrathink.config.training import TrainingConfig
+from ultrathink.data.cache import cache_folder
 
 # What compiling costs at the start, and what share of a step it saves: seen with the shape of the
 # preset `demo` on two CPU cores (33 s; 163 ms forward and backward became 113). They only steer
@@ -29,33 +32,69 @@ def should_compile(
 ) -> tuple[bool, str, bool]:
     """Whether to compile, why, and whether the reason is worth a warning.
 
-    ``planned_flops`` is the work of the whole run, None where its length is given in minutes.
+    ``planned_flops`` is the work of the whole run, None where its length is given in minutes or
+    hangs on data that is not known.
     """
     if training.compile is False:
         return False, "as configured", False
-    if device.type == "cpu" and not has_cpp_compiler():
-        return False, "no C++ compiler was found (install g++ or clang); training runs eager", True
+    if device.type == "cpu":
+        problem = compiler_problem()
+        if problem is not None:
+            return False, f"{problem}; training runs eager", True
     if training.compile is True:
         return True, "as configured", False
     if training.max_minutes is not None:
         planned_s = training.max_minutes * 60
-    else:
-        assert planned_flops is not None
+    elif planned_flops is not None:
         planned_s = planned_flops / (_EAGER_UTILIZATION * peak_flops)
+    else:
+        return False, "how long the run takes is known once its data is read", False
     pays = planned_s * _SAVED_SHARE > _COMPILE_S
-    return pays, f"the run would take about {planned_s:.0f} s uncompiled", False
+    at_rate = f" at a nominal {peak_flops / 1e9:.0f} GFLOP/s" if training.deterministic else ""
+    return pays, f"the run would take about {planned_s:.0f} s uncompiled{at_rate}", False
+
+
+def find_cpp_compiler() -> str | None:
+    """The path of the C++ compiler to compile with: ``$CXX``, else the first one found."""
+    wanted = os.environ.get("CXX")
+    candidates = (wanted,) if wanted else ("g++", "clang++")
+    return next((path for path in map(shutil.which, candidates) if path is not None), None)
+
+
+def compiler_problem() -> str | None:
+    """What compiling for the CPU lacks, and how to get it; None where nothing is missing."""
+    if find_cpp_compiler() is None:
+        wanted = os.environ.get("CXX")
+        if wanted:
+            return f"no C++ compiler was found (CXX is {wanted!r}; unset it, or install that)"
+        return "no C++ compiler was found (install g++ or clang)"
+    include = Path(sysconfig.get_path("include"))
+    if sys.platform == "linux" and not (include / "Python.h").is_file():
+        return (
+            f"the headers of Python are not in {include} (install python3-dev, or the package of "
+            f"that kind which belongs to this Python)"
+        )
+    return None
 
 
 def has_cpp_compiler() -> bool:
-    """Whether the compiler that torch would call exists."""
-    wanted = os.environ.get("CXX")
-    candidates = (wanted,) if wanted else ("g++", "clang++", "c++")
-    return any(shutil.which(name) is not None for name in candidates)
+    """Whether compiling for the CPU has all it needs."""
+    return compiler_problem() is None
+
+
+def compile_cache_folder() -> Path:
+    """Where compiled code is kept between runs."""
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    return Path(named) if named else cache_folder(None) / "compiled"
 
 
 def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` compiled as one graph with fixed shapes; the code is kept between runs."""
-    home = os.environ.get("ULTRATHINK_CACHE") or Path.home() / ".cache" / "ultrathink"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(home) / "compiled"))
+    import torch._inductor.config as inductor
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compile_cache_folder())
+    compiler = find_cpp_compiler()
+    if compiler is not None and shutil.which(inductor.cpp.cxx[-1]) is None:
+        inductor.cpp.cxx = (None, compiler)  # torch by itself looks for one name only
     compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False)
     return compiled

@@ -18,6 +18,9 @@ class LiveSettings:
     weight_decay: float | None = None  # None: as configured
     clip: float | None = None
     micro_batch_size: int = 1
+    # What a resume with another schedule or length leaves behind, so that the rate never jumps up.
+    schedule_start: int = 0  # the schedule begins after this step
+    schedule_ceiling: float = 1.0  # largest factor that the schedule may give
 
     def state_dict(self) -> State:
         return asdict(self)
@@ -31,7 +34,7 @@ class LiveSettings:
 class Change:
     """The record of one change: what it was before and after, and why."""
 
-    step: int  # the last step taken before the change
+    step: int  # the change holds from the step after this one
     setting: str
     before: Any
     after: Any

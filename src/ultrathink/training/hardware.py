@@ -6,8 +6,12 @@ import ctypes
 import functools
 import os
 import platform
+import sys
 import time
-from typing import Literal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +34,12 @@ _DENSE_BF16_PEAK = {
 }
 # Rates must differ by this much before bf16 is worth its rounding.
 _BF16_ADVANTAGE = 1.5
+# What processors call their bf16 products (torch.cpu.get_capabilities).
+_BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16")
+# FLOP/s to reckon with where a measurement would make runs differ: of one thread of a CPU with
+# such products, and of a GPU of these years.
+_NOMINAL_PER_THREAD = {"fp32": 5e10, "bf16": 2e11, "fp64": 2.5e10}
+_NOMINAL_PER_GPU = {"fp32": 2e13, "bf16": 1e14, "fp64": 1e13}
 
 
 def choose_device(name: str) -> torch.device:
@@ -56,10 +66,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_precision(wanted: str, device: torch.device) -> tuple[Precision, str]:
-    """The number format of the products, and why."""
+def choose_precision(
+    wanted: str, device: torch.device, *, measure: bool = True
+) -> tuple[Precision, str]:
+    """The number format of the products, and why.
+
+    ``auto`` compares rates on a CPU; with ``measure=False`` it asks the processor what it has, so
+    that the answer is the same every time.
+    """
     if wanted == "auto":
-        return _best_precision(device)
+        return _best_precision(device, measure)
     if wanted == "fp64" and device.type == "mps":
         raise ConfigError("training.precision = 'fp64': MPS has no fp64; use fp32 or bf16.")
     if wanted == "bf16":
@@ -67,37 +83,97 @@ def choose_precision(wanted: str, device: torch.device) -> tuple[Precision, str]
     return ("fp64" if wanted == "fp64" else "fp32"), "as configured"
 
 
-def _best_precision(device: torch.device) -> tuple[Precision, str]:
+def _best_precision(device: torch.device, measure: bool) -> tuple[Precision, str]:
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "this GPU has bf16 products"
         return "fp32", "this GPU has no bf16 products"
     if device.type != "cpu":
         return "fp32", f"bf16 is not measured on {device.type}"
-    fp32, bf16 = measured_rate(torch.float32), measured_rate(torch.bfloat16)
+    if not measure:
+        instructions = bf16_instructions()
+        words = f"this processor has {instructions or 'no bf16'} products; not measured"
+        return ("bf16" if instructions else "fp32"), words
+    # On one thread: several wait for each other where other processes use the cores, and then the
+    # comparison is one of chance.
+    fp32, bf16 = (
+        measured_rate(dtype, 512, 0.06, "cpu", 1) for dtype in (torch.float32, torch.bfloat16)
+    )
     words = f"bf16 products run at {bf16 / fp32:.1f} times the rate of fp32 here"
     return ("bf16" if bf16 > _BF16_ADVANTAGE * fp32 else "fp32"), words
 
 
+def bf16_instructions() -> str | None:
+    """The name of this CPU's bf16 matrix instructions, where torch can use them."""
+    if not torch.backends.mkldnn.is_available():
+        return None
+    has = cpu_capabilities()
+    return next((name for name in _BF16_INSTRUCTIONS if has.get(name)), None)
+
+
+def cpu_capabilities() -> dict[str, Any]:
+    """What torch knows of this CPU, by name; nothing where the system does not tell it."""
+    if sys.platform == "linux":
+        try:
+            is_told = Path("/proc/cpuinfo").read_bytes().strip() != b""
+        except OSError:
+            is_told = False
+        if not is_told:  # torch 2.13 would crash the process
+            return {}
+    return dict(torch.cpu.get_capabilities())
+
+
 @functools.cache
 def measured_rate(
-    dtype: torch.dtype, size: int = 512, seconds: float = 0.06, device: str = "cpu"
+    dtype: torch.dtype,
+    size: int = 512,
+    seconds: float = 0.06,
+    device: str = "cpu",
+    threads: int | None = None,
 ) -> float:
-    """The best rate of a square matrix product, in FLOP/s, over a short trial."""
-    place = torch.device(device)
-    a = torch.randn(size, size, device=place).to(dtype)
-    b = torch.randn(size, size, device=place).to(dtype)
+    """The best rate of a square matrix product, in FLOP/s, over a short trial.
+
+    On a CPU with so many ``threads``, else with as many as torch uses.
+    """
+    with using_threads(threads):
+        return 2 * size**3 / min(product_seconds(dtype, size, seconds, torch.device(device)))
+
+
+def product_seconds(
+    dtype: torch.dtype, size: int, seconds: float, device: torch.device
+) -> list[float]:
+    """How long each product of two square matrices took, over a trial of ``seconds``."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
     torch.mm(a, b)
-    synchronize(place)
-    best, end = float("inf"), time.perf_counter() + seconds
-    while True:
+    synchronize(device)
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while not taken or time.perf_counter() < end:
         start = time.perf_counter()
         torch.mm(a, b)
-        synchronize(place)
-        now = time.perf_counter()
-        best = min(best, now - start)
-        if now > end:
-            return 2 * size**3 / best
+        synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return taken
+
+
+@contextmanager
+def using_threads(count: int | None) -> Iterator[None]:
+    """Let torch compute with so many threads, and with as many as before afterwards."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def nominal_flops(device: torch.device, precision: Precision) -> float:
+    """A rate in FLOP/s that is the same in every run: for choices that must be, too."""
+    if device.type == "cpu":
+        return _NOMINAL_PER_THREAD[precision] * torch.get_num_threads()
+    return _NOMINAL_PER_GPU[precision]
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from ultrathink.config.optimizer import SCHEDULES, CosineConfig, ScheduleConfig, WsdConfig
 from ultrathink.training.budget import Budget
+from ultrathink.training.control import LiveSettings
 
 Factor = Callable[[int], float]  # step, counted from 1 -> share of the peak learning rate
 
@@ -15,6 +17,25 @@ def build_schedule(config: ScheduleConfig, budget: Budget) -> Factor:
     """The schedule that ``config`` names, resolved to steps."""
     factor: Factor = SCHEDULES.load(config.type)(config, budget)
     return factor
+
+
+def continued_schedule(config: ScheduleConfig, budget: Budget, settings: LiveSettings) -> Factor:
+    """The schedule as ``settings`` continues it: begun after ``schedule_start``, and capped."""
+    start, ceiling = settings.schedule_start, settings.schedule_ceiling
+    remaining = max(1, budget.total_steps - start)
+    factor = build_schedule(config, replace(budget, total_steps=remaining))
+    return lambda step: min(ceiling, factor(step - start))
+
+
+def ceiling_at(schedule: Factor, step: int, ceiling: float) -> float:
+    """The cap on what follows ``step``, so that another schedule or length never raises the rate.
+
+    A schedule that is still warming up is not capped by where it stands; ``ceiling`` is the cap
+    that held so far.
+    """
+    if step < 1 or schedule(step + 1) > schedule(step):
+        return ceiling
+    return min(ceiling, schedule(step))
 
 
 def cosine_factor(config: CosineConfig, budget: Budget) -> Factor:

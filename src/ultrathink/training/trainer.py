@@ -11,19 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from ultrathink.config.training import TrainingConfig
+from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.protocols import State, Stateful
 from ultrathink.core.random import random_state, set_random_state
 from ultrathink.data.loader import TrainLoader
 from ultrathink.data.validation import ValidationSet
-from ultrathink.monitoring.records import RunInfo
+from ultrathink.monitoring.records import Level, RunInfo
 from ultrathink.runs.folder import RunFolder
-from ultrathink.training.budget import Budget, Speed, resolve_budget
+from ultrathink.runs.lock import RunLock
+from ultrathink.training.budget import Budget, Done, Speed, resolve_budget
 from ultrathink.training.callbacks import Callback, Controller, Ending, StepReport, ValidationReport
 from ultrathink.training.changes import apply_change
 from ultrathink.training.control import ControlQueue, LiveSettings, Snapshot
 from ultrathink.training.hardware import synchronize
 from ultrathink.training.optimizers import load_optimizer_state, optimizer_state
-from ultrathink.training.schedules import Factor, build_schedule
+from ultrathink.training.saving import Saving
+from ultrathink.training.schedules import Factor, continued_schedule
 from ultrathink.training.stepping import Stepper
 from ultrathink.training.validation import Scores, evaluate
 
@@ -66,14 +69,25 @@ class Trainer:
     controllers: Sequence[Controller] = ()
     tokens_per_step: int = 1
     identity: dict[str, Any] = field(default_factory=dict)  # hashes kept in every checkpoint
+    config: dict[str, Any] = field(default_factory=dict)  # the run's configuration, likewise
+    lock: RunLock | None = None  # held until the run ends
     heading: str = ""
-    warnings: Sequence[str] = ()  # said once the run has a place to say them
+    remarks: Sequence[tuple[str, Level]] = ()  # said once the run has a place to say them
     budget: Budget | None = None
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         self.control = ControlQueue(self.take_snapshot)
+        self.saving = Saving(
+            self.run,
+            self.training.checkpoint,
+            on_written=lambda step, path: self.notify("on_checkpoint", step, path),
+            on_restored=self._renew_lock,
+            tell=lambda text, level: self.notify("on_message", text, level),
+        )
         self.ending: Ending | None = None
+        self.is_best = False  # this step's weights have the best score so far
+        self.save_wanted = False
         self._schedule: Factor | None = None
         self._clock: float | None = None
         self._failures: set[str] = set()
@@ -89,18 +103,26 @@ class Trainer:
                 self.notify("on_step", report)
                 if self._is_due(self.training.eval.every_steps):
                     self.validate()
-                if self._checkpoint_is_due():
-                    self.save()
-                for controller in self.controllers:
-                    controller.at_boundary(report, self.control)
+                self.ask_controllers(report)
                 self.apply_changes()
                 self._end_if_over()
+                self.save_if_due()
             self.finish()
+        except KeyboardInterrupt:  # asked twice: at once
+            self.saving.abandon()
+            raise
         finally:
-            self.progress.elapsed_s, self._clock = self.elapsed_s(), None
-            self.loader.close()
-            self.notify("on_end", self.ending)
+            self.close()
         return self.ending
+
+    def close(self) -> None:
+        """Stop what works beside the loop and give the run folder free."""
+        self.progress.elapsed_s, self._clock = self.elapsed_s(), None
+        self.saving.close()
+        self.loader.close()
+        self.notify("on_end", self.ending)
+        if self.lock is not None:
+            self.lock.release()
 
     def start(self) -> None:
         """Announce the run and fix its length in steps."""
@@ -116,8 +138,8 @@ class Trainer:
                 heading=self.heading,
             ),
         )
-        for warning in self.warnings:
-            self.notify("on_message", warning, "warning")
+        for text, level in self.remarks:
+            self.notify("on_message", text, level)
         if self.training.compile:
             self.notify("on_message", "compiling the model; the first step takes longer", "info")
         if self.budget is None:
@@ -126,8 +148,9 @@ class Trainer:
                 tokens_per_step=self.tokens_per_step,
                 samples_per_epoch=self.loader.num_samples,
                 measure_speed=self._measure_speed,
+                done=Done(self.progress.step, self.progress.tokens, self.loader.samples_seen),
             )
-        self._schedule = build_schedule(self.training.schedule, self.budget)
+        self._schedule = continued_schedule(self.training.schedule, self.budget, self.settings)
         self.notify("on_budget", self.budget.total_steps)
         self._end_if_over()
 
@@ -136,6 +159,8 @@ class Trainer:
         assert self._schedule is not None
         began = time.perf_counter()
         batch = self.loader.next_batch()
+        for note in getattr(self.loader, "take_notes", list)():  # SHIM
+            self.notify("on_message", note, "warning")
         lr_factor = self._schedule(self.progress.step + 1)
         result = self.stepper.take_step(batch, self.settings, lr_factor)
         self.progress.step += 1
@@ -162,7 +187,7 @@ class Trainer:
         )
 
     def validate(self) -> None:
-        """Score the held-out text; a best score is saved as the ``best`` checkpoint."""
+        """Score the held-out text; a best score makes this step's checkpoint the ``best``."""
         if self.held_out is None:
             return
         began = time.perf_counter()
@@ -188,8 +213,7 @@ class Trainer:
                 is_best=is_best,
             ),
         )
-        if is_best:
-            self.save(is_best=True)
+        self.is_best = is_best
 
     def finish(self) -> None:
         """Validate and save what the last step left; a run that was stopped is only saved."""
@@ -198,28 +222,36 @@ class Trainer:
             return
         if self.ending != "stopped" and progress.last_validation < progress.step:
             self.validate()
-        if progress.last_checkpoint < progress.step:
+        if self.is_best or self.save_wanted or progress.last_checkpoint < progress.step:
             self.save()
+        self.saving.wait_until_written()
 
     def _end_if_over(self) -> None:
-        if self.ending is not None:
-            return
         assert self.budget is not None
-        limit = self.training.max_minutes
-        if self.progress.step >= self.budget.total_steps:
-            self.ending = "finished"
-        elif limit is None or self.progress.step == 0:  # however short, a run takes one step
-            return
-        elif self.elapsed_s() >= limit * 60 - self.budget.reserve_s:
-            self.ending = "out of time"
+        if self.ending is None:
+            self.ending = self.budget.ending(
+                self.progress.step, self.elapsed_s(), self.training.max_minutes
+            )
 
     # -- changes -------------------------------------------------------------------------------
+
+    def ask_controllers(self, report: StepReport) -> None:
+        """Let each controller ask for changes; one that fails is reported and asked again later."""
+        for controller in self.controllers:
+            try:
+                controller.at_boundary(report, self.control)
+            except Exception as error:
+                self._report_failure(f"{type(controller).__name__}.at_boundary", error)
 
     def apply_changes(self) -> None:
         """Do what was asked through ``control``, and report each change."""
         for setting, value, reason in self.control.take():
-            change = apply_change(self, setting, value, reason)
-            self.notify("on_change", change)
+            try:
+                change = apply_change(self, setting, value, reason)
+            except UltrathinkError as error:  # a request that cannot be met, such as odd weights
+                self._report_failure(f"the change of {setting} ({reason})", error)
+            else:
+                self.notify("on_change", change)
 
     def take_snapshot(self) -> Snapshot:
         """A copy of the whole state, in memory."""
@@ -231,25 +263,34 @@ class Trainer:
             try:
                 getattr(callback, event)(*details)
             except Exception as error:
-                name = type(callback).__name__
-                text = f"{name}.{event} failed: {type(error).__name__}: {error}"
-                if text not in self._failures and event != "on_message":
-                    self._failures.add(text)
-                    self.notify("on_message", text, "warning")
+                if event != "on_message":
+                    self._report_failure(f"{type(callback).__name__}.{event}", error)
+
+    def _report_failure(self, where: str, error: Exception) -> None:
+        text = f"{where} failed: {type(error).__name__}: {error}"
+        if text not in self._failures:
+            self._failures.add(text)
+            self.notify("on_message", text, "warning")
+
+    def _renew_lock(self) -> None:
+        if self.lock is not None:
+            self.lock.renew()  # the lock vanished with the folder
 
     # -- saving --------------------------------------------------------------------------------
 
-    def save(self, *, is_best: bool = False) -> None:
-        """Write a checkpoint of this step."""
+    def save_if_due(self) -> None:
+        """Save after all that happens at this step boundary, so that nothing of it is lost."""
+        is_due = self.is_best or self.save_wanted or self._checkpoint_is_due()
+        if is_due and self.ending is None:  # the end saves after its validation
+            self.save()
+        self.saving.collect()
+
+    def save(self) -> None:
+        """Have a checkpoint of this step written; training goes on meanwhile."""
         self.progress.last_checkpoint = self.progress.step
         self.progress.last_checkpoint_s = self.elapsed_s()
-        path = self.run.save(
-            self.progress.step,
-            self.state_dict(),
-            is_best=is_best,
-            keep=self.training.checkpoint.keep,
-        )
-        self.notify("on_checkpoint", self.progress.step, path)
+        self.saving.save(self.progress.step, self.state_dict(), is_best=self.is_best)
+        self.is_best = self.save_wanted = False
 
     def state_dict(self) -> State:
         """All that a run remembers; with the same files it goes on bit for bit from here."""
@@ -265,6 +306,7 @@ class Trainer:
             "callbacks": _states(self.callbacks),
             "controllers": _states(self.controllers),
             "identity": self.identity,
+            "config": self.config,
         }
 
     def load_state_dict(self, state: State) -> None:

@@ -8,10 +8,11 @@ from pydantic import ValidationError
 
 from ultrathink.config import Config, load_config, preset_names
 from ultrathink.config.docs import to_yaml
-from ultrathink.config.loading import CONFIG_FILE, ORIGINS_FILE
+from ultrathink.config.loading import CONFIG_FILE, ORIGINS_FILE, change_config
 from ultrathink.config.optimizer import AdamWConfig, MuonConfig
 from ultrathink.config.overrides import Draft
 from ultrathink.core.durations import Duration
+from ultrathink.core.errors import ConfigError
 
 
 @pytest.fixture
@@ -242,3 +243,39 @@ def test_a_draft_leaves_nothing_of_what_it_replaces() -> None:
 
 def test_config_is_what_the_package_offers() -> None:
     assert isinstance(load_config("demo"), Config)
+
+
+# -- changing a resolved configuration ------------------------------------------------------------
+
+
+def resolved() -> Config:
+    config = load_config("debug", ["training.max_tokens=4096"])
+    chosen = {
+        "training.micro_batch_size": 4,
+        "training.precision": "fp32",
+        "training.device": "cpu",
+        "model.attention.backend": "sdpa",
+        "training.step_budget": 100,
+    }
+    return config.replace(chosen, origin="chosen at run time: test")
+
+
+def test_a_change_opens_the_choices_that_rest_on_it_and_no_others() -> None:
+    changed = change_config(resolved(), ["training.batch_size=6"])
+    assert changed.training.batch_size == 6
+    assert changed.training.micro_batch_size == "auto"
+    assert changed.training.step_budget is None  # the tokens come to other steps
+    assert (changed.training.precision, changed.model.attention.backend) == ("fp32", "sdpa")
+    assert changed.origin("training.batch_size") == "override training.batch_size=6"
+    other = change_config(resolved(), ["training.precision=bf16"])
+    assert (other.training.precision, other.model.attention.backend) == ("bf16", "auto")
+    assert other.training.step_budget == 100
+
+
+def test_a_change_leaves_what_was_configured() -> None:
+    config = resolved().replace({"training.micro_batch_size": 2}, origin="file my.yaml")
+    changed = change_config(config, ["training.batch_size=6"])
+    assert changed.training.micro_batch_size == 2
+    with pytest.raises(ConfigError, match=r"batch_size \(5\) must be a multiple"):
+        change_config(config, ["training.batch_size=5"])
+    assert change_config(config, ["training.max_steps=9"]).training.max_tokens is None

@@ -52,5 +52,5 @@ def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def final_state(run: RunFolder) -> dict[str, torch.Tensor]:
-    [file] = run.checkpoint("last").glob("*.safetensors")
-    return load_file(file)
+    files = run.checkpoint("last").glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}

@@ -1,7 +1,7 @@
 import pytest
 
 from ultrathink.config.training import TrainingConfig
-from ultrathink.training.budget import Budget, Speed, resolve_budget, steps_within
+from ultrathink.training.budget import Budget, Done, Speed, resolve_budget, steps_within
 
 
 def never() -> Speed:
@@ -54,3 +54,25 @@ def test_a_warmup_in_minutes_needs_the_speed() -> None:
 def test_budget_survives_a_round_trip() -> None:
     budget = Budget(10, 20, 0.5, 3.0)
     assert Budget(**budget.to_dict()) == budget  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [
+        ({"max_steps": 50}, 50),  # counted from the first step of the run
+        ({"max_tokens": 3000}, 7 + 8),  # 750 of the tokens are left after 2,250
+        ({"epochs": 2}, 7 + 13),  # 52 of 80 samples are left
+        ({"max_minutes": 5}, 7 + 2610),
+    ],
+)
+def test_what_lies_behind_a_run_is_taken_off_its_length(
+    length: dict[str, float], steps: int
+) -> None:
+    budget = resolve_budget(
+        TrainingConfig(batch_size=4, **length),
+        tokens_per_step=100,
+        samples_per_epoch=40,
+        measure_speed=lambda: Speed(step_s=0.1, validation_s=0.0, elapsed_s=29.0),
+        done=Done(step=7, tokens=2250, samples=28),
+    )
+    assert budget.total_steps == steps

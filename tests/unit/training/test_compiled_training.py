@@ -1,10 +1,13 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from tests.stress.matrix import COMPILED, kill_and_resume
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, final_state, records, without_time
-from ultrathink.recipe.build import resume_trainer
+from ultrathink.recipe.resume import resume_trainer
 from ultrathink.training.compiling import has_cpp_compiler
 
 # torch's own compiler uses parts of the standard library that are on their way out.
@@ -42,3 +45,15 @@ def test_a_compiled_run_resumes_bit_for_bit_and_follows_the_eager_one(
     eager.fit()
     pairs = zip(records(eager.run), records(whole.run), strict=True)
     assert all(a["loss"] == pytest.approx(b["loss"], rel=0.02) for a, b in pairs)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Each process compiles for itself, the later ones from the cache of the first."""
+    options = (
+        *COMPILED,
+        "training.precision=bf16",
+        "training.optimizer={type: muon, lr: 0.01}",
+        "training.micro_batch_size=1",
+    )
+    assert kill_and_resume(tmp_path, "killed", options) == []

@@ -6,7 +6,7 @@ import pytest
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, Recorder
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.recipe.build import resume_trainer
+from ultrathink.recipe.resume import resume_trainer
 from ultrathink.training.control import Snapshot, TrainerControl
 
 

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultrathink.config.optimizer import CosineConfig, WsdConfig
+from ultrathink.config.optimizer import CosineConfig, ScheduleConfig, WsdConfig
 from ultrathink.training.budget import Budget
-from ultrathink.training.schedules import build_schedule
+from ultrathink.training.control import LiveSettings
+from ultrathink.training.schedules import build_schedule, ceiling_at, continued_schedule
 
 BUDGET = Budget(total_steps=100, tokens_per_step=1000, seconds_per_step=0.5)
 
@@ -63,3 +64,57 @@ def test_factor_stays_in_bounds_and_never_rises_after_warmup(
     peak = min(warmup, total)
     after = values[max(0, peak - 1) :]
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(after))
+
+
+# -- going on with another schedule or length -----------------------------------------------------
+
+SCHEDULES = st.one_of(
+    st.builds(CosineConfig, warmup=st.integers(0, 60), min_ratio=st.floats(0, 1)),
+    st.builds(
+        WsdConfig,
+        warmup=st.integers(0, 60),
+        decay=st.floats(0, 1),
+        min_ratio=st.floats(0, 1),
+        shape=st.sampled_from(["linear", "sqrt"]),
+    ),
+)
+
+
+@given(
+    starts=st.lists(
+        st.tuples(SCHEDULES, st.integers(1, 60), st.integers(1, 200)), min_size=2, max_size=5
+    )
+)
+def test_no_resume_raises_the_rate_once_it_began_to_fall(
+    starts: list[tuple[ScheduleConfig, int, int]],
+) -> None:
+    """Each start has a schedule, trains some steps, and has a length of its own."""
+    settings, step, factors = LiveSettings(), 0, [0.0]
+    for config, num_steps, left in starts:
+        budget = Budget(step + max(num_steps, left), 1000)
+        schedule = continued_schedule(config, budget, settings)
+        before = factors[-1]
+        is_falling = len(factors) > 2 and factors[-1] < factors[-2]
+        for _ in range(num_steps):
+            step += 1
+            factors.append(schedule(step))
+        if is_falling:
+            assert max(factors[-num_steps:]) <= before
+        settings.schedule_ceiling = ceiling_at(schedule, step, settings.schedule_ceiling)
+
+
+def test_a_run_stopped_while_it_warms_up_still_reaches_its_peak() -> None:
+    settings = LiveSettings()
+    config = CosineConfig(warmup=10)
+    schedule = continued_schedule(config, Budget(50, 1000), settings)
+    settings.schedule_ceiling = ceiling_at(schedule, 4, 1.0)
+    longer = continued_schedule(config, Budget(100, 1000), settings)
+    assert longer(5) == pytest.approx(0.5)
+    assert longer(10) == 1.0
+
+
+def test_a_schedule_that_begins_anew_counts_from_there() -> None:
+    settings = LiveSettings(schedule_start=40)
+    anew = continued_schedule(CosineConfig(warmup=10), Budget(100, 1000), settings)
+    alone = build_schedule(CosineConfig(warmup=10), Budget(60, 1000))
+    assert [anew(step) for step in range(41, 101)] == [alone(step) for step in range(1, 61)]

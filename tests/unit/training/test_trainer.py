@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, Recorder, final_state, records, without_time
-from ultrathink.core.errors import CheckpointError
+from ultrathink.core.errors import CheckpointError, UltrathinkError
 from ultrathink.data.sources.dummy import DummySource
 from ultrathink.data.tokenizers.base import load_tokenizer
-from ultrathink.recipe.build import resume_trainer
+from ultrathink.recipe.resume import resume_trainer
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.trainer import Trainer
 
@@ -89,13 +89,16 @@ def test_the_run_folder_is_complete(make_trainer: MakeTrainer) -> None:
     trainer.fit()
     path = trainer.run.path
     expected = [
+        ".lock",
         "checkpoints",
         "config.yaml",
+        "data.json",
         "logs",
         "manifest.json",
         "metrics.jsonl",
         "origins.yaml",
         "samples.jsonl",
+        "segments.jsonl",
         "tensorboard",
         "tokenizer",
     ]
@@ -184,10 +187,10 @@ def test_resume_refuses_other_data_and_says_what_to_do(
     trainer.fit()
     text.write_text("other words to learn from, again and again. " * 200)
     with pytest.raises(
-        CheckpointError, match="the data changed since the checkpoint was written"
+        CheckpointError, match=r"the data changed since this run began: text\.txt changed"
     ) as caught:
         resume_trainer(trainer.run)
-    assert "training.init_from=RUN" in str(caught.value)
+    assert "data.on_change=keep" in str(caught.value)
 
 
 def test_resume_refuses_a_checkpoint_of_another_model(make_trainer: MakeTrainer) -> None:
@@ -199,7 +202,7 @@ def test_resume_refuses_a_checkpoint_of_another_model(make_trainer: MakeTrainer)
     trainer.run.write_config(
         config.replace({"model.hidden_size": 48, "model.head_dim": 24}, origin="test")
     )
-    with pytest.raises(CheckpointError, match=r"holds another model: embedding\.weight is"):
+    with pytest.raises(UltrathinkError, match=r"model\.hidden_size: 32 -> 48"):
         resume_trainer(trainer.run)
 
 

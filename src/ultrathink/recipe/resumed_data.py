@@ -1,0 +1,78 @@
+"""The data that a resumed run goes on with, when its text or its configuration has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ultrathink.config.schema import Config
+from ultrathink.core.errors import CheckpointError
+from ultrathink.data.documents import Progress
+from ultrathink.data.prepare import PreparedData, prepare_data
+from ultrathink.data.record import DataRecord
+from ultrathink.data.resume import resume_data
+from ultrathink.data.tokenizers.base import Tokenizer
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.segments import ConfigChange
+
+# Values that say what is trained on, beside those of data.train that only name or weigh it.
+_CONTENT = ("data.train", "data.val", "data.seq_len", "data.packing", "data.mode")
+
+
+@dataclass(frozen=True)
+class FoundData:
+    """The data to go on with, and what of it is not as the run had it so far."""
+
+    data: PreparedData
+    other_samples: bool  # the text that is trained on, or how it is cut
+    other_scores: bool  # or only the text that is validated on
+    notes: tuple[str, ...]
+
+
+def data_to_go_on_with(
+    run: RunFolder,
+    config: Config,
+    changes: Sequence[ConfigChange],
+    data_hash: str,
+    tokenizer: Tokenizer,
+    progress: Progress | None,
+) -> FoundData:
+    """What ``config`` names, compared with what the checkpoint's ``data_hash`` stands for.
+
+    Other data is taken where the configuration's own values changed, or ``data.on_change`` allows
+    it; else it is an error that names what changed.
+    """
+    if touches(changes, *_CONTENT):  # asked for by name, so it is not a change behind one's back
+        data = prepare_data(config.data, tokenizer, progress=progress)
+        other_scores = touches(changes, "data.val") or data.data_hash != data_hash
+        return FoundData(data, data.data_hash != data_hash, other_scores, tuple(data.notes))
+    found = resume_data(config.data, tokenizer, _record_of(run, data_hash), progress=progress)
+    is_other = found.action == "rebuild"
+    notes = (*found.data.notes, *(f"the data changed: {text}" for text in found.changes))
+    return FoundData(found.data, found.data.data_hash != data_hash, is_other, notes)
+
+
+def keep_record(run: RunFolder, data: PreparedData) -> None:
+    """Write down what the run is trained on from here; a record of other data stays beside it."""
+    with suppress(CheckpointError):
+        before = DataRecord.read(run.data_record)
+        if before.data_hash != data.data_hash:
+            run.data_record.rename(_beside(run, before.data_hash))
+    data.record.write(run.data_record)
+
+
+def _record_of(run: RunFolder, data_hash: str) -> DataRecord:
+    """The record that a checkpoint was made with: of the newest data, or of that before it."""
+    earlier = _beside(run, data_hash)
+    return DataRecord.read(earlier if earlier.exists() else run.data_record)
+
+
+def _beside(run: RunFolder, data_hash: str) -> Path:
+    return run.path / f"data-{data_hash[:12]}.json"
+
+
+def touches(changes: Sequence[ConfigChange], *keys: str) -> bool:
+    """Whether one of ``changes`` is to one of ``keys`` or to something inside it."""
+    return any(f"{change.key}.".startswith(f"{key}.") for change in changes for key in keys)

@@ -1,0 +1,125 @@
+"""The stretches of a run between its starts: what changed at each, and where it went on.
+
+``segments.jsonl`` has one JSON object a line, appended at every start; none is ever removed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ultrathink.config.schema import Config
+from ultrathink.core.errors import CheckpointError
+from ultrathink.core.files import sync_folder
+
+
+@dataclass(frozen=True)
+class ConfigChange:
+    """One value of the configuration, before and after."""
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shown(self.before)} -> {_shown(self.after)}"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One start of a run; ``from_step`` is 0 for the first."""
+
+    from_step: int
+    changes: tuple[ConfigChange, ...] = ()
+    reset: tuple[str, ...] = ()  # what began anew: optimizer, schedule, data
+    notes: tuple[str, ...] = ()  # what else was different: the text, the machine
+    environment: dict[str, Any] = field(default_factory=dict)
+    time: float = field(default_factory=time.time)  # unix seconds
+    command: tuple[str, ...] = field(
+        default_factory=lambda: (Path(sys.argv[0]).name, *sys.argv[1:])
+    )
+
+
+def append_segment(path: Path, segment: Segment) -> None:
+    """Add a line to ``segments.jsonl``, on the disk before this returns."""
+    line = json.dumps(asdict(segment), ensure_ascii=False) + "\n"
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a crash tore the last line
+                line = "\n" + line
+        file.write(line.encode("utf-8", "surrogateescape"))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(path.parent)
+
+
+def read_segments(path: Path) -> list[Segment]:
+    """Every start of a run, oldest first; a line that a crash tore is left out."""
+    if not path.is_file():
+        return []
+    segments = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            plain = json.loads(line)
+        except ValueError:
+            continue
+        segments.append(_from_plain(plain, path))
+    return segments
+
+
+def differences(before: Config, after: Config, ignored: Sequence[str] = ()) -> list[ConfigChange]:
+    """The values that differ, by dotted key; keys below those of ``ignored`` are passed over.
+
+    A list, and a part whose ``type`` differs, is one value.
+    """
+    changes = _differences(before.model_dump(mode="json"), after.model_dump(mode="json"), "")
+    return [
+        change
+        for change in changes
+        if not any(f"{change.key}.".startswith(f"{prefix}.") for prefix in ignored)
+    ]
+
+
+def _differences(before: Any, after: Any, key: str) -> list[ConfigChange]:
+    if before == after:
+        return []
+    are_sections = isinstance(before, dict) and isinstance(after, dict)
+    if not are_sections or before.get("type") != after.get("type"):
+        return [ConfigChange(key, before, after)]
+    return [
+        change
+        for name in dict.fromkeys([*before, *after])
+        for change in _differences(
+            before.get(name), after.get(name), f"{key}.{name}" if key else name
+        )
+    ]
+
+
+def _from_plain(plain: dict[str, Any], path: Path) -> Segment:
+    try:
+        return Segment(
+            from_step=int(plain["from_step"]),
+            changes=tuple(ConfigChange(**change) for change in plain["changes"]),
+            reset=tuple(plain["reset"]),
+            notes=tuple(plain["notes"]),
+            environment=dict(plain["environment"]),
+            time=float(plain["time"]),
+            command=tuple(plain["command"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is damaged (a line lacks or garbles {error}); remove the line that is not as "
+            f"ultrathink wrote it."
+        ) from None
+
+
+def _shown(value: Any) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

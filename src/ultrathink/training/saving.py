@@ -1,0 +1,163 @@
+"""Saving a run while it trains: off its thread, and again when the disk would not take it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ultrathink.config.training import CheckpointConfig
+from ultrathink.core.errors import CheckpointError
+from ultrathink.core.protocols import State
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.saver import CheckpointSaver, Outcome
+
+_PAUSE_S = 0.1  # between looks at a disk that is waited for; a signal is heard in each
+
+
+@dataclass(frozen=True)
+class _Request:
+    step: int
+    state: State
+    is_best: bool
+
+
+class Saving:
+    """Hands copies of the state to a writing thread, and keeps those that could not be written.
+
+    ``on_written(step, path)``, ``on_restored()`` (for a run folder that had vanished) and
+    ``tell(text, level)`` are called on the caller's thread only, never on the writing one.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        rule: CheckpointConfig,
+        *,
+        on_written: Callable[[int, Path], None],
+        on_restored: Callable[[], None],
+        tell: Callable[[str, Literal["info", "warning"]], None],
+    ) -> None:
+        self.rule = rule
+        self._on_written = on_written
+        self._on_restored = on_restored
+        self._tell = tell
+        self._saver = CheckpointSaver(run, keep=rule.keep)
+        self._under_way: _Request | None = None
+        # At most two: the newest state, and the best one where that is another.
+        self._unwritten: dict[str, _Request] = {}
+        self._retry_at = 0.0
+        self._abandoned = False
+        self._told = ""  # the trouble that was told last
+
+    def save(self, step: int, state: State, *, is_best: bool) -> None:
+        """Write ``state`` soon; it is copied before this returns."""
+        request = _Request(step, private_copy(state), is_best)
+        self._wait_for_outcome()
+        self._unwritten.pop("newest", None)  # this one is newer
+        self._submit(request)
+
+    def collect(self) -> None:
+        """Tell what was written and what was not since the last call; try the latter again."""
+        self._take_outcomes()
+        is_idle = self._under_way is None
+        if self._unwritten and is_idle and time.monotonic() >= self._retry_at:
+            self._submit(min(self._unwritten.values(), key=lambda request: request.step))
+
+    def settle(self) -> None:
+        """Wait for the write under way, and give up what could not be written so far."""
+        self._wait_for_outcome()
+        self._unwritten.clear()
+
+    def wait_until_written(self) -> None:
+        """Return when nothing is left to write; CheckpointError when the rule's patience ends."""
+        self._saver.wait()
+        self.collect()
+        if not self._unwritten:
+            return
+        minutes = self.rule.patience_minutes
+        deadline = time.monotonic() + minutes * 60
+        self._tell(
+            f"training is done; waiting up to {minutes:g} minutes until its last checkpoint can be "
+            f"written (Ctrl-C gives up)",
+            "warning",
+        )
+        while self._unwritten or self._under_way is not None:
+            if time.monotonic() >= deadline:
+                raise CheckpointError(
+                    f"{self._told}, and not in the {minutes:g} minutes after the end of training "
+                    f"(training.checkpoint.patience_minutes). Make room, then resume the run from "
+                    f"the checkpoint before."
+                )
+            time.sleep(_PAUSE_S)
+            self.collect()
+
+    def abandon(self) -> None:
+        """Leave an unfinished write unfinished: ``close`` will not wait for it."""
+        self._abandoned = True
+
+    def close(self) -> None:
+        """End the writing thread, once what was handed to it is written."""
+        self._saver.close(wait=not self._abandoned)
+        if not self._abandoned:
+            self._take_outcomes()
+
+    def _wait_for_outcome(self) -> None:
+        self._saver.wait()
+        self._take_outcomes()
+
+    def _submit(self, request: _Request) -> None:
+        self._under_way = request
+        self._saver.submit(request.step, request.state, is_best=request.is_best)
+
+    def _take_outcomes(self) -> None:
+        for outcome in self._saver.outcomes():
+            request, self._under_way = self._under_way, None
+            assert request is not None
+            assert request.step == outcome.step
+            if outcome.restored:
+                self._on_restored()
+                self._tell("the run folder had vanished and was made again", "warning")
+            if outcome.error is None:
+                self._told = ""
+                self._unwritten = {
+                    kind: other
+                    for kind, other in self._unwritten.items()
+                    if other.step > request.step or (kind == "best" and not request.is_best)
+                }
+                self._on_written(outcome.step, outcome.path)
+            else:
+                self._keep(request, outcome)
+
+    def _keep(self, request: _Request, outcome: Outcome) -> None:
+        self._unwritten["best" if request.is_best else "newest"] = request
+        self._retry_at = time.monotonic() + self.rule.retry_s
+        reason = _reason(outcome.error)
+        text = f"the checkpoint of step {outcome.step} could not be written: {reason}"
+        if not self._told.endswith(reason) or not self._told:  # not again and again
+            self._tell(
+                f"{text}; training goes on, and it is tried again every {self.rule.retry_s:g} s",
+                "warning",
+            )
+        self._told = text
+
+
+def private_copy(state: Any) -> Any:
+    """``state`` with every tensor copied to the CPU, where nothing changes it any more."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: private_copy(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [private_copy(value) for value in state]
+    return state
+
+
+def _reason(error: Exception | None) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,177 @@
+"""``ultrathink doctor``: what it prints, for whom, and how it ends."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ultrathink.cli.main import main
+from ultrathink.recipe.choices import choose
+from ultrathink.training.hardware import using_threads
+
+Out = pytest.CaptureFixture[str]
+# Nothing that is measured decides, and nothing can be compiled: the same on every machine.
+SAME = ("debug", "training.deterministic=true", "training.device=cpu", "--quick")
+
+
+def doctor(place: Path, *words: str, wrapper: tuple[str, ...] = (), **env: str) -> Any:
+    """The command in a process of its own, in ``place``."""
+    done = subprocess.run(
+        [*wrapper, sys.executable, "-m", "ultrathink", "doctor", *words],
+        cwd=place,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ULTRATHINK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_it_says_what_auto_would_take_and_leaves_nothing_behind(capsys: Out) -> None:
+    assert main(["doctor", *SAME]) == 0
+    said = capsys.readouterr().out
+    for title in ("Versions", "Machine", "Folders", "What debug would take here", "Packages"):
+        assert f"\n{title}\n" in f"\n{said}"
+    assert "  precision         fp32: set by: preset debug" in said
+    assert "\x1b" not in said
+    assert said.splitlines()[-1].startswith(("All is fine", "Training works here"))
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_json_is_one_object_with_all_of_it(capsys: Out) -> None:
+    assert main(["doctor", *SAME, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["can_train"] is True
+    assert report["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert report["run_folder"]["path"] == str(Path.cwd() / "runs")
+    assert report["cache_folder"]["problem"] is None
+    assert report["processor"]["usable_cores"] >= 1
+    assert report["cpu_speed"] is None  # --quick
+    assert {"key": "training.compile", "value": False, "reason": "set by: preset debug"} in report[
+        "choices"
+    ]
+    assert any(p["name"] == "torch" and p["fits"] for p in report["packages"])
+
+
+def test_it_asks_the_function_that_a_trainer_asks(
+    capsys: Out, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def remembered(config: Any, samples_per_epoch: int | None) -> Any:
+        asked.append(str(config.run.name))
+        return choose(config, samples_per_epoch)
+
+    monkeypatch.setattr("ultrathink.recipe.choices.choose", remembered)
+    (Path.cwd() / "mine.yaml").write_text("training: {max_steps: 3, device: cpu}\n")
+    assert main(["doctor", "mine.yaml", "--quick", "--json"]) == 0
+    chosen = {c["key"]: c for c in json.loads(capsys.readouterr().out)["choices"]}
+    assert asked == ["mine"]
+    assert chosen["training.device"]["reason"] == "set by: file mine.yaml"
+    assert "times the rate of fp32" in chosen["training.precision"]["reason"]
+
+
+def test_a_folder_that_cannot_be_written_ends_with_status_1(capsys: Out) -> None:
+    Path("taken").write_text("a file")
+    assert main(["doctor", *SAME, "run.dir=taken"]) == 1
+    said = capsys.readouterr().out
+    assert f"error: nothing can be written to {Path.cwd() / 'taken'} (run folders)" in said
+    assert "  fix: choose another folder: run.dir=FOLDER" in said
+    assert said.splitlines()[-1].startswith("Training is not possible here")
+
+
+def test_a_wrong_configuration_is_a_mistake_like_any_other(capsys: Out) -> None:
+    assert main(["doctor", "debug", "training.batch_size=many"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "should be a whole number" in err
+
+
+def test_a_torch_that_cannot_be_imported(tmp_path: Path) -> None:
+    broken = tmp_path / "elsewhere" / "torch"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text(
+        "raise ImportError('libtorch_cpu.so: cannot open shared object file\\nand more')\n"
+    )
+    path = f"{broken.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    done = doctor(tmp_path, "--json", PYTHONPATH=path)
+    assert done.returncode == 1
+    report = json.loads(done.stdout)
+    assert report["can_train"] is False
+    [problem] = [p for p in report["problems"] if p["level"] == "error"]
+    assert problem["text"].endswith("libtorch_cpu.so: cannot open shared object file")
+    assert problem["fix"] == 'pip install --force-reinstall "torch~=2.13.0"'
+    assert report["processor"]["logical_cores"] == os.cpu_count()  # the rest is told all the same
+
+
+HIDE = (
+    "mount -t tmpfs none /sys && for f in meminfo stat cpuinfo loadavg self/cgroup; do "
+    'mount --bind /dev/null /proc/$f || exit 99; done; exec "$@"'
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="hides files of Linux")
+def test_a_system_that_tells_nothing_is_no_error(tmp_path: Path) -> None:
+    wrapper = ("unshare", "-rm", "sh", "-c", HIDE, "sh")
+    if subprocess.run([*wrapper, "true"], capture_output=True).returncode != 0:
+        pytest.skip("mounting is not permitted here")
+    done = doctor(tmp_path, *SAME, "--json", wrapper=wrapper)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["memory"]["available"] is None
+    assert report["sharing"] is None
+    assert report["load_average"] is None or report["load_average"] >= 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who uses the cores")
+def test_busy_cores_are_told_with_the_way_out(capsys: Out) -> None:
+    count = len(os.sched_getaffinity(0))
+    if count < 2:
+        pytest.skip("there is one core only")
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        with using_threads(count):
+            assert main(["doctor", *SAME]) == 0
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+    said = capsys.readouterr().out
+    assert f"of {count} cores busy while this was measured" in said
+    assert "fix: wait until this machine is quieter, or train with fewer threads" in said
+
+
+def test_a_terminal_gets_colours_and_lines_that_fit(tmp_path: Path) -> None:
+    script = (
+        "import os, pty, sys\n"
+        "os.environ.update(COLUMNS='60', TERM='xterm-256color')\n"
+        "os.environ.pop('CI', None)\n"
+        "status = pty.spawn([sys.executable, '-m', 'ultrathink', 'doctor', *sys.argv[1:]])\n"
+        "sys.exit(os.waitstatus_to_exitcode(status))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *SAME],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=300,
+    )
+    said = done.stdout.decode()
+    assert done.returncode == 0, said
+    assert "\x1b[1mMachine" in said
+    shown = said[said.index("\x1b[1mVersions") :]
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown).splitlines()
+    assert max(map(len, lines)) <= 60
+    assert any("tokenizers" in line for line in lines)  # the last word of a long line: none is cut

@@ -29,7 +29,6 @@ from ultrathink.runs.segments import Segment, append_segment
 from ultrathink.training.callbacks import Callback, Controller, MetricsCallback
 from ultrathink.training.compiling import compile_function
 from ultrathink.training.control import LiveSettings
-from ultrathink.training.determinism import set_deterministic
 from ultrathink.training.hardware import DTYPES
 from ultrathink.training.optimizers import build_optimizers
 from ultrathink.training.run_log import RunLog
@@ -200,7 +199,6 @@ def assemble(
 def _stepper(config: Config, model: Transformer, choices: Choices) -> Stepper:
     """The model made ready for this machine, and what takes steps with it."""
     training, packing = config.training, config.data.packing
-    set_deterministic(training.deterministic, choices.device)
     model.to(choices.device)
     if choices.precision == "fp64":
         model.double()

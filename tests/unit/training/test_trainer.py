@@ -283,6 +283,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_training_goes_on(
     trainer.fit()
     assert [report.skipped for report in recorder.steps] == [False, True, False, False]
     assert any("step 2 was skipped" in text for text in recorder.messages)
+    assert "warning: step 2 was skipped" in (trainer.run.logs / "run.log").read_text()
     rows = [row for row in records(trainer.run) if row["split"] == "train"]
     assert [row["loss"] is None for row in rows] == [False, True, False, False]
     assert rows[-1]["skipped_steps"] == 1

@@ -24,7 +24,8 @@ class Budget:
     total_steps: int
     tokens_per_step: int
     seconds_per_step: float = 0.0
-    validation_s: float = 0.0  # what one validation costs, as measured at the start
+    validation_s: float = 0.0  # what one validation costs
+    is_settled: bool = True  # False while the pace of real steps may still correct it
 
     @property
     def reserve_s(self) -> float:
@@ -88,7 +89,8 @@ def resolve_budget(
     if total is None:
         assert training.max_minutes is not None
         total = done.step + steps_within(training.max_minutes, speed, training.eval.every_steps)
-    return Budget(max(1, total), tokens_per_step, speed.step_s, speed.validation_s)
+    is_settled = training.max_minutes is None or training.step_budget is not None
+    return Budget(max(1, total), tokens_per_step, speed.step_s, speed.validation_s, is_settled)
 
 
 def planned_steps(

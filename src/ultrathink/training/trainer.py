@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from ultrathink.data.validation import ValidationSet
 from ultrathink.monitoring.records import Level, RunInfo
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
-from ultrathink.training.budget import Budget, Done, Speed, resolve_budget
+from ultrathink.training.budget import Budget, Done, Speed, resolve_budget, steps_within
 from ultrathink.training.callbacks import Callback, Controller, Ending, StepReport, ValidationReport
 from ultrathink.training.changes import apply_change
-from ultrathink.training.control import ControlQueue, LiveSettings, Snapshot
+from ultrathink.training.control import Change, ControlQueue, LiveSettings, Snapshot
 from ultrathink.training.hardware import synchronize
 from ultrathink.training.optimizers import load_optimizer_state, optimizer_state
 from ultrathink.training.saving import Saving
@@ -33,6 +33,10 @@ from ultrathink.training.validation import Scores, evaluate
 # Steps timed to turn minutes into steps: this share of the run's minutes, and at least so many.
 _TRIAL_SHARE = 0.012
 _TRIAL_MIN_STEPS = 5
+# What was timed at the start may have been a bad moment of a busy machine: once this share of the
+# minutes is over, the pace of real steps counts, if it gives another length by more than a quarter.
+_SETTLED_AFTER = 0.1
+_SETTLED_WITHIN = 1.25
 
 
 @dataclass
@@ -91,6 +95,7 @@ class Trainer:
         self._schedule: Factor | None = None
         self._clock: float | None = None
         self._failures: set[str] = set()
+        self._paced: tuple[int, float] = (0, 0.0)  # steps since the start, and their seconds
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -105,6 +110,7 @@ class Trainer:
                     self.validate()
                 self.ask_controllers(report)
                 self.apply_changes()
+                self.settle_length()
                 self._end_if_over()
                 self.save_if_due()
             self.finish()
@@ -166,6 +172,8 @@ class Trainer:
         self.progress.step += 1
         self.progress.tokens += self.tokens_per_step
         self.progress.num_skipped += result.skipped
+        seconds = time.perf_counter() - began
+        self._paced = (self._paced[0] + 1, self._paced[1] + seconds)
         if result.skipped:
             self.notify(
                 "on_message",
@@ -181,7 +189,7 @@ class Trainer:
             lr=self.stepper.learning_rate(self.settings, lr_factor),
             num_tokens=result.num_tokens,
             tokens=self.progress.tokens,
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
             skipped=result.skipped,
             num_skipped=self.progress.num_skipped,
         )
@@ -232,6 +240,33 @@ class Trainer:
             self.ending = self.budget.ending(
                 self.progress.step, self.elapsed_s(), self.training.max_minutes
             )
+
+    def settle_length(self) -> None:
+        """Correct a length in minutes once, where real steps are not as fast as the first ones."""
+        minutes, budget = self.training.max_minutes, self.budget
+        assert budget is not None
+        if minutes is None or budget.is_settled or self.ending is not None:
+            return
+        is_early = self.elapsed_s() < _SETTLED_AFTER * minutes * 60
+        if is_early and self.progress.step < budget.total_steps:
+            return
+        num_steps, seconds = self._paced
+        speed = Speed(seconds / num_steps, self._estimate_validation(), self.elapsed_s())
+        total = self.progress.step + steps_within(minutes, speed, self.training.eval.every_steps)
+        corrected = Budget(total, self.tokens_per_step, speed.step_s, speed.validation_s)
+        self.budget = replace(budget, is_settled=True)
+        is_over = self.elapsed_s() >= minutes * 60 - corrected.reserve_s
+        differs = max(total, budget.total_steps) > _SETTLED_WITHIN * min(total, budget.total_steps)
+        if is_over or not differs:
+            return
+        self.budget = corrected
+        self._schedule = continued_schedule(self.training.schedule, self.budget, self.settings)
+        reason = f"a step takes {speed.step_s:.3g} s, not {budget.seconds_per_step:.3g}"
+        change = Change(
+            self.progress.step, "training.step_budget", budget.total_steps, total, reason
+        )
+        self.notify("on_change", change)
+        self.notify("on_budget", total)
 
     # -- changes -------------------------------------------------------------------------------
 

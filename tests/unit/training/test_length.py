@@ -1,18 +1,22 @@
+import json
 import time
 
 import pytest
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import records, without_time
+from tests.unit.training.observers import At, Recorder, records, without_time
+from ultrathink.recipe.resume import resume_trainer
 from ultrathink.training import trainer as trainer_module
 from ultrathink.training.budget import MARGIN, Budget, Speed
 from ultrathink.training.callbacks import Callback, StepReport
+from ultrathink.training.trainer import Trainer
 
 
 def test_minutes_become_steps_once_and_trying_out_leaves_no_trace(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer_module, "_TRIAL_SHARE", 0.0)
+    monkeypatch.setattr(Trainer, "settle_length", lambda self: None)  # has tests of its own
     timed = make_trainer("training.max_minutes=10", "training.schedule.warmup=2")
     measure = timed._measure_speed
 
@@ -47,3 +51,45 @@ def test_the_shortest_time_still_takes_a_step(make_trainer: MakeTrainer) -> None
     trainer = make_trainer("training.max_minutes=1.0e-6")
     assert trainer.fit() == "finished"
     assert trainer.run.steps() == [1]
+
+
+@pytest.mark.parametrize("measured_s", [30.0, 0.0001])
+def test_a_bad_moment_at_the_start_does_not_decide_the_length(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, measured_s: float
+) -> None:
+    """A machine that was busy, or idle, while the first steps were timed."""
+    recorder = Recorder()
+    trainer = make_trainer(
+        "training.max_minutes=0.05", "training.schedule.warmup=1", callbacks=[recorder]
+    )
+    slow = Speed(step_s=measured_s, validation_s=measured_s)
+    monkeypatch.setattr(trainer, "_measure_speed", lambda: slow)
+    trainer.fit()
+    assert trainer.budget is not None
+    assert trainer.budget.is_settled
+    [change] = recorder.changes
+    assert change.setting == "training.step_budget"
+    assert change.after == trainer.budget.total_steps
+    assert change.after == trainer.run.read_config().training.step_budget
+    assert 10 < trainer.progress.step <= change.after
+    assert trainer.elapsed_s() < 4.5
+    decisions = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
+    assert [decision["setting"] for decision in decisions] == ["training.step_budget"]
+    after_warmup = [report.lr for report in recorder.steps[change.step + 1 :]]
+    assert after_warmup == sorted(after_warmup, reverse=True)
+
+
+def test_a_corrected_length_is_that_of_a_resumed_run_too(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(
+        "training.max_minutes=0.1",
+        controllers=[At(step60=lambda control: control.stop(reason="test"))],
+    )
+    monkeypatch.setattr(trainer, "_measure_speed", lambda: Speed(step_s=1.0))
+    assert trainer.fit() == "stopped"
+    assert trainer.budget is not None
+    resumed = resume_trainer(trainer.run)
+    assert resumed.budget == trainer.budget
+    assert resumed.budget.is_settled
+    resumed.close()

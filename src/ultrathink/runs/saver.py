@@ -52,7 +52,7 @@ class _Save:
 
     def wait(self) -> None:
         while not self.done.wait(_LOOK_S):
-            pass
+            self._newest.done.wait(_EXIT_S)
 
 
 class CheckpointSaver:
@@ -102,11 +102,15 @@ class CheckpointSaver:
             self._newest.wait()
 
     def close(self, wait: bool = True) -> None:
-        """Wait for the save under way; or give it up, so that it ends in a moment."""
+        """Wait for the save under way; or give it up, which takes it a moment to notice.
+
+        Only then may another process use the run folder.
+        """
         if wait:
             self.wait()
         elif self._newest is not None:
             self._newest.given_up.set()
+            self._newest.done.wait(_EXIT_S)
 
     def _write(self, save: _Save) -> None:
         began, restored = time.perf_counter(), False

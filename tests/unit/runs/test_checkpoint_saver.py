@@ -181,7 +181,10 @@ def test_a_vanished_run_folder_is_made_anew_and_reported(run: RunFolder) -> None
 # -- giving up ------------------------------------------------------------------------------------
 
 
-def test_a_save_that_is_given_up_ends_in_a_moment_and_leaves_nothing(run: RunFolder) -> None:
+def test_a_save_that_is_given_up_ends_in_a_moment_and_leaves_nothing(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ultrathink.runs.saver._EXIT_S", 0.01)
     saver = CheckpointSaver(run, keep=2)
     saver.submit(1, state(1), is_best=True)
     saver.wait()
@@ -199,6 +202,15 @@ def test_a_save_that_is_given_up_ends_in_a_moment_and_leaves_nothing(run: RunFol
     assert run.steps() == [1, 3]
     assert run.checkpoint("best").name == run.step_path(1).name
     assert hidden(run.path) == []
+
+
+def test_who_gave_a_save_up_may_let_others_into_the_folder(run: RunFolder) -> None:
+    for step in range(1, 9):
+        saver = CheckpointSaver(run, keep=2)
+        saver.submit(step, state(step, 4_000_000), is_best=False)
+        saver.close(wait=False)
+        assert hidden(run.path) == []  # nobody writes there any more
+        run.clean()
 
 
 ENDING = """

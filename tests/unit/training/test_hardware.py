@@ -1,5 +1,6 @@
 import os
 import stat
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -143,3 +144,15 @@ def test_compiled_code_is_kept_in_the_cache(
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
     assert compile_cache_folder() == Path("/elsewhere")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="hides a file of Linux")
+def test_a_processor_that_is_not_told_has_no_known_capabilities() -> None:
+    """torch 2.13 ends the process when it is asked for them then."""
+    hide = 'mount --bind /dev/null /proc/cpuinfo || exit 99; exec "$@"'
+    wrapper = ("unshare", "-rm", "sh", "-c", hide, "sh")
+    if subprocess.run([*wrapper, "true"], capture_output=True).returncode != 0:
+        pytest.skip("mounting is not permitted here")
+    code = "from ultrathink.training.hardware import cpu_capabilities; print(cpu_capabilities())"
+    done = subprocess.run([*wrapper, sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "{}\n"), done.stderr

@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ultrathink.model.attention_mask import AttentionMask
+from ultrathink.model.block_attention import block_attention
 
 AttentionBackend: TypeAlias = Callable[[Tensor, Tensor, Tensor, AttentionMask | None], Tensor]
 
 # Backends that take `AttentionMask.document_ids` as they are; others are given a dense mask.
 READS_DOCUMENTS = frozenset({"blocks"})
-MAX_BLOCKS = 4
-MIN_BLOCK_TOKENS = 16
 _LONGEST_FOR_BLOCKS = {  # in tokens, by (compiled, dtype)
     (True, torch.bfloat16): 1024,
     (True, torch.float32): 512,
@@ -87,9 +86,7 @@ def block_causal_attention(
 ) -> Tensor:
     """Attention as explicit products in up to four blocks of queries, for training on the CPU.
 
-    A block sees only the keys up to its own end, so that most of the upper triangle is never
-    computed; the queries of a group are rows of one product. With a dense mask or keys from a
-    cache this is ``sdpa_attention``.
+    With a dense mask or keys from a cache this is ``sdpa_attention``.
     """
     B, H, T, D = query.shape
     K = key.shape[1]
@@ -98,47 +95,10 @@ def block_causal_attention(
     documents = None if mask is None else mask.document_ids
     # [B * K, T * G, D]: rows of one token lie together, so that a block is one slice.
     rows = query.view(B, K, H // K, T, D).transpose(2, 3).reshape(B * K, T * (H // K), D)
-    keys, values = key.reshape(B * K, T, D), value.reshape(B * K, T, D)
-    outputs = [
-        _attend_block(rows, keys, values, documents, start, min(start + step, T))
-        for step in [_block_tokens(T)]
-        for start in range(0, T, step)
-    ]
-    out = torch.cat(outputs, 1).view(B, K, T, H // K, D)
+    out = block_attention(
+        rows, key.reshape(B * K, T, D), value.reshape(B * K, T, D), documents
+    ).view(B, K, T, H // K, D)
     return out.transpose(2, 3).reshape(B, H, T, D)
-
-
-def _attend_block(
-    rows: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None, start: int, stop: int
-) -> Tensor:
-    """Attention of the queries ``start`` to ``stop`` to the keys before ``stop``."""
-    groups = rows.shape[1] // keys.shape[1]
-    rows = rows[:, start * groups : stop * groups]
-    scores = torch.bmm(rows, keys[:, :stop].transpose(1, 2))
-    shape = scores.shape
-    scores = scores.to(_at_least_float32(scores)) * rows.shape[-1] ** -0.5
-    allowed = _causal_block(start, stop, scores.device)  # [n, stop]
-    scores = scores.view(shape[0], stop - start, groups, stop)
-    if documents is None:
-        scores = scores.masked_fill(~allowed[None, :, None], float("-inf"))
-    else:
-        same = documents[:, start:stop, None] == documents[:, None, :stop]
-        allowed = (allowed & same)[:, None, :, None]  # [B, 1, n, 1, stop]
-        scores = scores.view(documents.shape[0], -1, stop - start, groups, stop)
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    weights = scores.softmax(-1).to(values.dtype).view(shape)
-    return torch.bmm(weights, values[:, :stop])
-
-
-def _causal_block(start: int, stop: int, device: torch.device) -> Tensor:
-    queries = torch.arange(start, stop, device=device)
-    return torch.arange(stop, device=device) <= queries[:, None]
-
-
-def _block_tokens(num_tokens: int) -> int:
-    """Queries of one block: a quarter of them, in steps of ``MIN_BLOCK_TOKENS``."""
-    quarter = -(-num_tokens // MAX_BLOCKS)
-    return -(-quarter // MIN_BLOCK_TOKENS) * MIN_BLOCK_TOKENS
 
 
 def _blank(out: Tensor, mask: AttentionMask) -> Tensor:

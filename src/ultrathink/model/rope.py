@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -154,7 +155,26 @@ def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:
 
     Dimension ``i`` is paired with ``i + D / 2``, as in Hugging Face's ``rotate_half``.
     """
-    cos, sin = cos_sin[0], cos_sin[1]
+    rotated: Tensor = _Rotation.apply(x, cos_sin[0], cos_sin[1])  # type: ignore[no-untyped-call]
+    return rotated
+
+
+class _Rotation(torch.autograd.Function):
+    """A gradient is turned back by the same angle, in one pass; autograd's own would be
+    scattered over the halves, which compiles to code without vectors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad_outputs[0], cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype)

@@ -1,0 +1,122 @@
+"""Causal attention as explicit products in blocks of queries, for training on the CPU.
+
+A block of queries sees only the keys up to its own end, so that most of the upper triangle is never
+computed; the queries of a group are rows of one product. As in https://arxiv.org/abs/2205.14135,
+softmax is divided by its sum only after the product with the values, and the backward pass takes
+the row sums of P·dP from the output: that leaves each pass over the scores one read and one write.
+
+Shapes: N batch times key/value heads, G queries of a group, T tokens, R = T · G rows of queries,
+those of one token side by side, D head dimension; n rows of a block, S the keys that it sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MAX_BLOCKS = 4
+MIN_BLOCK_TOKENS = 16
+
+
+def block_attention(rows: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None) -> Tensor:
+    """Map queries ``[N, R, D]``, keys and values ``[N, T, D]`` to ``[N, R, D]``.
+
+    With ``documents`` ``[B, T]`` a token sees only those of its own document.
+    """
+    out: Tensor = _BlockAttention.apply(rows, keys, values, documents)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None
+    ) -> Tensor:
+        keys_first = keys.transpose(1, 2).contiguous()  # [N, D, T]
+        groups = rows.shape[1] // keys.shape[1]
+        weights, sums, outputs = [], [], []
+        for start, stop in blocks(keys.shape[1]):
+            block = rows[:, start * groups : stop * groups]
+            scores = torch.bmm(block, keys_first[..., :stop])  # [N, n, S]
+            allowed = _allowed(start, stop, documents, scores.device)
+            weight = _unnormalized_softmax(scores, allowed, groups, rows.shape[-1])
+            # The sum is that of the rounded weights, so that what is used adds up to one.
+            sums.append(weight.to(_precise(rows)).sum(-1, keepdim=True))
+            outputs.append(torch.bmm(weight, values[:, :stop]))
+            weights.append(weight)
+        total = torch.cat(sums, 1)  # [N, R, 1]
+        out = (torch.cat(outputs, 1).to(total.dtype) / total).to(rows.dtype)
+        ctx.save_for_backward(rows, keys, values, out, total, *weights)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, keys, values, out, total, *weights = ctx.saved_tensors
+        groups, scale = rows.shape[1] // keys.shape[1], rows.shape[-1] ** -0.5
+        precise = grad_outputs[0].to(total.dtype) / total  # what the division made of it
+        row_sums = (precise * out.to(total.dtype)).sum(-1, keepdim=True)  # [N, R, 1]
+        grad_out = precise.to(rows.dtype)
+        cuts = blocks(keys.shape[1])
+        grad_rows, grad_keys, grad_values = [], [], []
+        for (start, stop), weight in zip(cuts, weights, strict=True):
+            of_block = slice(start * groups, stop * groups)
+            grad = grad_out[:, of_block]
+            grad_values.append(torch.bmm(weight.transpose(1, 2), grad))  # [N, S, D]
+            grad_weight = torch.bmm(grad, values[:, :stop].transpose(1, 2)).to(total.dtype)
+            grad_score = weight.to(total.dtype) * (grad_weight - row_sums[:, of_block]) * scale
+            grad_score = grad_score.to(rows.dtype)  # [N, n, S]
+            grad_rows.append(torch.bmm(grad_score, keys[:, :stop]))
+            grad_keys.append(torch.bmm(grad_score.transpose(1, 2), rows[:, of_block]))
+        return (
+            torch.cat(grad_rows, 1),
+            _added(grad_keys, cuts, total.dtype),
+            _added(grad_values, cuts, total.dtype),
+            None,
+        )
+
+
+def blocks(num_tokens: int) -> list[tuple[int, int]]:
+    """First and last (exclusive) query of each block: quarters, in ``MIN_BLOCK_TOKENS``."""
+    quarter = -(-num_tokens // MAX_BLOCKS)
+    step = -(-quarter // MIN_BLOCK_TOKENS) * MIN_BLOCK_TOKENS
+    return [(start, min(start + step, num_tokens)) for start in range(0, num_tokens, step)]
+
+
+def _allowed(start: int, stop: int, documents: Tensor | None, device: torch.device) -> Tensor:
+    """Which keys a token sees, ``[1 or B, 1, stop - start, 1, stop]``."""
+    # 32 bits, because a vector of the processor compares twice as many of them as of 64.
+    at = torch.arange(stop, dtype=torch.int32, device=device)
+    allowed = at <= at[start:, None]
+    if documents is None:
+        return allowed[None, None, :, None]
+    same = documents[:, start:stop, None] == documents[:, None, :stop]
+    return (allowed & same)[:, None, :, None]
+
+
+def _unnormalized_softmax(scores: Tensor, allowed: Tensor, groups: int, head_dim: int) -> Tensor:
+    """``exp(scores / √D - their largest)`` of ``[N, n, S]``, zero where nothing may be seen."""
+    shape = scores.shape
+    batch, tokens, keys = allowed.shape[0], allowed.shape[2], allowed.shape[4]
+    precise = scores.to(_precise(scores)) * head_dim**-0.5
+    precise = precise.view(batch, -1, tokens, groups, keys)
+    precise = torch.where(allowed, precise, float("-inf"))
+    weights = (precise - precise.amax(-1, keepdim=True)).exp()
+    return weights.to(scores.dtype).view(shape)
+
+
+def _added(parts: Sequence[Tensor], cuts: Sequence[tuple[int, int]], dtype: torch.dtype) -> Tensor:
+    """The sum ``[N, T, D]`` of parts ``[N, S, D]``, each of which reaches to its block's end."""
+    pieces = []
+    for number, (start, stop) in enumerate(cuts):
+        total = parts[number][:, start:stop].to(dtype)
+        for part in parts[number + 1 :]:
+            total = total + part[:, start:stop]
+        pieces.append(total.to(parts[0].dtype))
+    return torch.cat(pieces, 1)
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

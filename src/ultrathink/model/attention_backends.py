@@ -21,7 +21,7 @@ AttentionBackend: TypeAlias = Callable[[Tensor, Tensor, Tensor, AttentionMask | 
 
 # Backends that take `AttentionMask.document_ids` as they are; others are given a dense mask.
 READS_DOCUMENTS = frozenset({"blocks"})
-_LONGEST_FOR_BLOCKS = {  # in tokens, by (compiled, dtype)
+LONGEST_FOR_BLOCKS = {  # in tokens, by (compiled, dtype)
     (True, torch.bfloat16): 1024,
     (True, torch.float32): 512,
     (False, torch.bfloat16): 512,
@@ -41,7 +41,7 @@ def choose_backend(device_type: str, dtype: torch.dtype, seq_len: int, compiled:
     """
     if device_type != "cpu" or dtype not in (torch.bfloat16, torch.float32):
         return "sdpa"
-    longest = _LONGEST_FOR_BLOCKS[compiled, dtype]
+    longest = LONGEST_FOR_BLOCKS[compiled, dtype]
     return "blocks" if seq_len <= longest else "sdpa"
 
 
@@ -88,17 +88,9 @@ def block_causal_attention(
 
     With a dense mask or keys from a cache this is ``sdpa_attention``.
     """
-    B, H, T, D = query.shape
-    K = key.shape[1]
-    if (mask is not None and mask.dense is not None) or key.shape[2] != T:
+    if (mask is not None and mask.dense is not None) or key.shape[2] != query.shape[2]:
         return sdpa_attention(query, key, value, mask)
-    documents = None if mask is None else mask.document_ids
-    # [B * K, T * G, D]: rows of one token lie together, so that a block is one slice.
-    rows = query.view(B, K, H // K, T, D).transpose(2, 3).reshape(B * K, T * (H // K), D)
-    out = block_attention(
-        rows, key.reshape(B * K, T, D), value.reshape(B * K, T, D), documents
-    ).view(B, K, T, H // K, D)
-    return out.transpose(2, 3).reshape(B, H, T, D)
+    return block_attention(query, key, value, None if mask is None else mask.document_ids)
 
 
 def _blank(out: Tensor, mask: AttentionMask) -> Tensor:

@@ -21,19 +21,31 @@ MAX_BLOCKS = 4
 MIN_BLOCK_TOKENS = 16
 
 
-def block_attention(rows: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None) -> Tensor:
-    """Map queries ``[N, R, D]``, keys and values ``[N, T, D]`` to ``[N, R, D]``.
+def block_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> Tensor:
+    """Map query ``[B, H, T, D]``, key and value ``[B, K, T, D]`` to ``[B, H, T, D]``.
 
-    With ``documents`` ``[B, T]`` a token sees only those of its own document.
+    With ``documents`` ``[B, T]`` a token sees only those of its own document. The result lies in
+    memory token by token, as the product that follows reads it.
     """
-    out: Tensor = _BlockAttention.apply(rows, keys, values, documents)  # type: ignore[no-untyped-call]
-    return out
+    B, H, T, D = query.shape
+    K = key.shape[1]
+    # Rows of one token lie together, so that a block is one slice.
+    rows = query.view(B, K, H // K, T, D).transpose(2, 3).reshape(B * K, T * (H // K), D)
+    keys, values = key.reshape(B * K, T, D), value.reshape(B * K, T, D)
+    out: Tensor = _BlockAttention.apply(rows, keys, values, documents, B)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2)
 
 
 class _BlockAttention(torch.autograd.Function):
+    """``[N, R, D]`` and twice ``[N, T, D]`` to ``[B, T, H, D]``.
+
+    What is kept for the backward pass is the result in the layout that the next product keeps too,
+    so that memory holds it once.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None
+        ctx: Any, rows: Tensor, keys: Tensor, values: Tensor, documents: Tensor | None, B: int
     ) -> Tensor:
         keys_first = keys.transpose(1, 2).contiguous()  # [N, D, T]
         groups = rows.shape[1] // keys.shape[1]
@@ -48,7 +60,8 @@ class _BlockAttention(torch.autograd.Function):
             outputs.append(torch.bmm(weight, values[:, :stop]))
             weights.append(weight)
         total = torch.cat(sums, 1)  # [N, R, 1]
-        out = (torch.cat(outputs, 1).to(total.dtype) / total).to(rows.dtype)
+        out = torch.cat(outputs, 1).to(total.dtype) / total
+        out = _by_token(out, B, keys.shape[1]).to(rows.dtype)
         ctx.save_for_backward(rows, keys, values, out, total, *weights)
         return out
 
@@ -56,8 +69,10 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         rows, keys, values, out, total, *weights = ctx.saved_tensors
         groups, scale = rows.shape[1] // keys.shape[1], rows.shape[-1] ** -0.5
-        precise = grad_outputs[0].to(total.dtype) / total  # what the division made of it
-        row_sums = (precise * out.to(total.dtype)).sum(-1, keepdim=True)  # [N, R, 1]
+        # What the division made of the gradient.
+        precise = _by_row(grad_outputs[0], keys.shape).to(total.dtype) / total  # [N, R, D]
+        out = _by_row(out, keys.shape).to(total.dtype)
+        row_sums = (precise * out).sum(-1, keepdim=True)  # [N, R, 1]
         grad_out = precise.to(rows.dtype)
         cuts = blocks(keys.shape[1])
         grad_rows, grad_keys, grad_values = [], [], []
@@ -75,7 +90,20 @@ class _BlockAttention(torch.autograd.Function):
             _added(grad_keys, cuts, total.dtype),
             _added(grad_values, cuts, total.dtype),
             None,
+            None,
         )
+
+
+def _by_token(rows: Tensor, B: int, T: int) -> Tensor:
+    """``[N, R, D]`` to ``[B, T, H, D]``."""
+    N, R, D = rows.shape
+    return rows.view(B, N // B, T, R // T, D).transpose(1, 2).reshape(B, T, -1, D)
+
+
+def _by_row(heads: Tensor, keys: torch.Size) -> Tensor:
+    """``[B, T, H, D]`` to ``[N, R, D]``; ``keys`` is the shape of the keys."""
+    (B, T, _, D), N = heads.shape, keys[0]
+    return heads.reshape(B, T, N // B, -1, D).transpose(1, 2).reshape(N, -1, D)
 
 
 def blocks(num_tokens: int) -> list[tuple[int, int]]:

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 IGNORED_LABEL = -100
-CHUNK_TOKENS = 1024
+# Logits of a chunk: 16 MiB in bf16 on a CPU, whose caches they should not outgrow by far; more on a
+# GPU, whose products want to be large.
+CHUNK_LOGITS = 1 << 23
+CHUNK_LOGITS_ON_GPU = 1 << 26
 MAX_CHUNKS = 16
 
 
@@ -74,6 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         sums = _forward(hidden, weight, labels, z_weight, count, with_grad=True)
         ctx.save_for_backward(*sums.gradients)
+        ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(sums.num_correct)
         return sums.cross_entropy, sums.z_loss, sums.num_correct
 
@@ -86,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale = grad_outputs[1]
             grad_hidden = grad_hidden + of_z_loss[0].to(scale.dtype) * scale
             grad_weight = grad_weight + of_z_loss[1].to(scale.dtype) * scale
-        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight.to(ctx.weight_dtype), None, None, None
 
 
 def _forward(
@@ -100,7 +104,7 @@ def _forward(
     num_losses = (2 if z_weight > 0 else 1) if with_grad else 0
     grad_hidden: list[list[Tensor]] = [[] for _ in range(num_losses)]
     grad_weight: list[Tensor | None] = [None] * num_losses
-    size = chunk_tokens(hidden.shape[0])
+    size = chunk_tokens(hidden.shape[0], weight.shape[0], hidden.device.type)
     for start in range(0, hidden.shape[0], size):
         rows, targets = hidden[start : start + size], labels[start : start + size]
         trained = (targets != IGNORED_LABEL)[:, None]  # [n, 1]
@@ -129,7 +133,8 @@ def _forward(
     gradients: list[Tensor] = []
     for parts, total in zip(grad_hidden, grad_weight, strict=True):
         gradients.append(torch.cat(parts) if parts else torch.zeros_like(hidden))
-        gradients.append(torch.zeros_like(weight) if total is None else total.to(weight.dtype))
+        # Kept for the backward pass as any other product is, in the precision of products.
+        gradients.append(torch.zeros_like(head) if total is None else total.to(head.dtype))
     return _Sums(cross_entropy, z_loss, num_correct, gradients)
 
 
@@ -147,6 +152,7 @@ def _logit_gradients(
     return gradients
 
 
-def chunk_tokens(num_tokens: int) -> int:
-    """Tokens of a chunk: ``CHUNK_TOKENS``, or more where that would make over ``MAX_CHUNKS``."""
-    return max(CHUNK_TOKENS, -(-num_tokens // MAX_CHUNKS))
+def chunk_tokens(num_tokens: int, vocab_size: int, device_type: str) -> int:
+    """Tokens of a chunk: ``CHUNK_LOGITS`` of them, or more where there would be too many chunks."""
+    logits = CHUNK_LOGITS if device_type == "cpu" else CHUNK_LOGITS_ON_GPU
+    return max(1, logits // vocab_size, -(-num_tokens // MAX_CHUNKS))

@@ -29,7 +29,7 @@ from ultrathink.runs.segments import Segment, append_segment
 from ultrathink.training.callbacks import Callback, Controller, MetricsCallback
 from ultrathink.training.compiling import compile_function
 from ultrathink.training.control import LiveSettings
-from ultrathink.training.hardware import DTYPES
+from ultrathink.training.hardware import DTYPES, keep_freed_memory
 from ultrathink.training.optimizers import build_optimizers
 from ultrathink.training.run_log import RunLog
 from ultrathink.training.stepping import Stepper, loss_function
@@ -199,6 +199,8 @@ def assemble(
 def _stepper(config: Config, model: Transformer, choices: Choices) -> Stepper:
     """The model made ready for this machine, and what takes steps with it."""
     training, packing = config.training, config.data.packing
+    if choices.device.type == "cpu":
+        keep_freed_memory()  # not before: what building leaves free would stay taken, in pieces
     model.to(choices.device)
     if choices.precision == "fp64":
         model.double()

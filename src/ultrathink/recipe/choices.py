@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ultrathink.config.schema import Config
-from ultrathink.model.attention_backends import choose_backend
 from ultrathink.model.flops import flops_per_token
+from ultrathink.recipe.attention_choice import choose_attention
 from ultrathink.training.budget import planned_steps
-from ultrathink.training.compiling import should_compile
+from ultrathink.training.compiling import planned_seconds, should_compile
 from ultrathink.training.determinism import set_deterministic
 from ultrathink.training.hardware import (
     DTYPES,
     Precision,
     choose_device,
     choose_precision,
-    keep_freed_memory,
     nominal_flops,
     peak_flops,
 )
@@ -49,17 +49,14 @@ def choose(config: Config, samples_per_epoch: int | None) -> tuple[Config, Choic
     training = config.training
     device = choose_device(training.device)
     set_deterministic(training.deterministic, device)
-    if device.type == "cpu":
-        keep_freed_memory()
     precision, precision_reason = choose_precision(
         training.precision, device, measure=not training.deterministic
     )
     peak = peak_flops(device, precision)
+    planned_flops = _planned_flops(config, samples_per_epoch)
+    reckoned = nominal_flops(device, precision) if training.deterministic else peak
     compiled, compile_reason, is_warning = should_compile(
-        training,
-        device,
-        planned_flops=_planned_flops(config, samples_per_epoch),
-        peak_flops=nominal_flops(device, precision) if training.deterministic else peak,
+        training, device, planned_flops=planned_flops, peak_flops=reckoned
     )
     chosen: dict[str, tuple[object, str]] = {}
     if training.device == "auto":
@@ -68,16 +65,23 @@ def choose(config: Config, samples_per_epoch: int | None) -> tuple[Config, Choic
         chosen["training.precision"] = (precision, precision_reason)
     if training.compile != compiled:
         chosen["training.compile"] = (compiled, compile_reason)
-    if config.model.attention.backend == "auto":
-        backend = choose_backend(device.type, DTYPES[precision], config.data.seq_len, compiled)
-        chosen["model.attention.backend"] = (backend, f"{precision} on {device.type}")
     if training.micro_batch_size == "auto":
         size = _micro_batch_size(config, device)
         chosen["training.micro_batch_size"] = (size, "what fits the device's memory")
-    for key, (value, reason) in chosen.items():
-        config = config.replace({key: value}, origin=f"chosen at run time: {reason}")
+    config = _replaced(config, chosen)
+    if config.model.attention.backend == "auto":
+        planned_s = planned_seconds(training, planned_flops, reckoned)
+        backend = choose_attention(config, DTYPES[precision], device, planned_s)
+        config = _replaced(config, {"model.attention.backend": backend})
     warnings = (f"training.compile: {compile_reason}.",) if is_warning else ()
     return config, Choices(device, precision, peak, warnings)
+
+
+def _replaced(config: Config, chosen: Mapping[str, tuple[object, str]]) -> Config:
+    """``config`` with each value that was chosen, and why."""
+    for key, (value, reason) in chosen.items():
+        config = config.replace({key: value}, origin=f"chosen at run time: {reason}")
+    return config
 
 
 def _planned_flops(config: Config, samples_per_epoch: int | None) -> float | None:

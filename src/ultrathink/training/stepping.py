@@ -13,6 +13,8 @@ from ultrathink.data.batch import Batch
 from ultrathink.training.control import LiveSettings
 from ultrathink.training.optimizers import Optimizers
 
+_CLIP_EPS = 1e-6  # what torch adds to the norm that it divides by
+
 # input_ids, labels, positions, document_ids -> summed cross-entropy, summed auxiliary losses
 LossFunction = Callable[
     [Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, dict[str, Tensor]]
@@ -73,7 +75,8 @@ class Stepper:
         loss_value, norm_value = loss.item(), norm.item()
         is_sound = num_tokens > 0 and math.isfinite(loss_value) and math.isfinite(norm_value)
         if is_sound:
-            if settings.clip is not None:
+            # Where nothing is clipped the factor would be 1: a pass over all gradients for nothing.
+            if settings.clip is not None and norm_value + _CLIP_EPS > settings.clip:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, settings.clip, norm)
             self._update(settings, lr_factor)
         for parameter in self.parameters:

@@ -17,7 +17,7 @@ from ultrathink.model.loss import IGNORED_LABEL, HeadLoss, chunk_tokens, linear_
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 7)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 7 * 11)
 
 
 def make_inputs(
@@ -46,7 +46,7 @@ def reference(hidden: Tensor, weight: Tensor, labels: Tensor, z_weight: float) -
 @pytest.mark.parametrize("z_weight", [0.0, 0.01])
 def test_loss_passes_gradcheck(z_weight: float) -> None:
     hidden, weight, labels = make_inputs()
-    assert chunk_tokens(23) < 23
+    assert chunk_tokens(23, 11, "cpu") == 7
 
     def losses(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         out = linear_cross_entropy(hidden, weight, labels, z_weight=z_weight)
@@ -63,7 +63,7 @@ def test_chunks_change_nothing(N: int, size: int, seed: int) -> None:
     labels[labels < 0] = IGNORED_LABEL
     expected = reference(hidden, weight, labels, 0.01)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss_module, "CHUNK_TOKENS", size)
+        patch.setattr(loss_module, "CHUNK_LOGITS", size * weight.shape[0])
         patch.setattr(loss_module, "MAX_CHUNKS", 100)
         ours = linear_cross_entropy(hidden, weight, labels, z_weight=0.01, count_correct=True)
     for value, wanted in zip(ours, expected, strict=True):
@@ -101,7 +101,7 @@ def test_a_float32_head_gets_a_float32_gradient_from_bfloat16_activations() -> N
 def test_the_gradients_of_all_chunks_are_added_in_float32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_TOKENS", 1)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 2)
     monkeypatch.setattr(loss_module, "MAX_CHUNKS", 4096)
     # 2,000 equal rows: a sum in bfloat16 would stop growing at 256 times one row's gradient.
     hidden = torch.ones(2000, 1, dtype=torch.bfloat16)
@@ -139,7 +139,7 @@ def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch: pytest.Monkey
 
 
 def test_the_logits_of_a_whole_batch_are_never_held() -> None:
-    N, C, V = 4096, 8, 2048
+    N, C, V = 16384, 4, 2048
     hidden, weight, labels = make_inputs(N, C, V, dtype=torch.float32)
     largest = 0
 
@@ -155,13 +155,15 @@ def test_the_logits_of_a_whole_batch_are_never_held() -> None:
 
     with Watch():
         linear_cross_entropy(hidden, weight, labels, z_weight=0.1).cross_entropy.backward()
-    assert largest == chunk_tokens(N) * V
+    assert largest == chunk_tokens(N, V, "cpu") * V
     assert largest <= N * V / 4
 
 
 def test_chunks_are_few() -> None:
-    assert chunk_tokens(10) == loss_module.CHUNK_TOKENS
-    assert chunk_tokens(10**6) * loss_module.MAX_CHUNKS >= 10**6
+    for device, logits in (("cpu", 2**23), ("cuda", 2**26)):
+        assert chunk_tokens(10, 2**13, device) == logits // 2**13
+        assert chunk_tokens(10**6, 2**13, device) * loss_module.MAX_CHUNKS >= 10**6
+        assert chunk_tokens(10, 2**30, device) == 1
 
 
 @pytest.mark.parametrize("tied", [True, False])

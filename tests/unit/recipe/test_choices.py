@@ -1,10 +1,12 @@
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from ultrathink.config import load_config
 from ultrathink.core.errors import ConfigError
+from ultrathink.recipe import attention_choice
 from ultrathink.recipe.choices import choose
 from ultrathink.training import hardware
 from ultrathink.training.compiling import should_compile
@@ -97,11 +99,13 @@ def test_a_large_batch_is_split_by_a_divisor() -> None:
     ],
 )
 def test_compiling_pays_in_long_runs(
-    monkeypatch: pytest.MonkeyPatch, length: str, compiled: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, length: str, compiled: bool
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(attention_choice, "try_backends", lambda *_: {"sdpa": 1.0, "blocks": 2.0})
     rates(monkeypatch, bf16=4.0)
-    config, _ = choose(load_config("demo", [length]), samples_per_epoch=1000)
+    config = load_config("demo", [length, f"data.cache_dir={tmp_path}"])
+    config, _ = choose(config, samples_per_epoch=1000)
     assert config.training.compile is compiled
 
 

@@ -1,0 +1,146 @@
+"""Whole training steps beside a peer: the same shape, the same minutes, by turns.
+
+    python benchmarks/train_speed.py --shape S --against hf
+    python benchmarks/train_speed.py --shape M --against hf --json
+    python benchmarks/train_speed.py --shape S --overhead
+    python benchmarks/train_speed.py --shape 760M --device cuda
+
+Each contender is a process of its own. Ours is the real trainer with `auto` for what a user leaves
+out, with its loader, and with console (on a terminal), JSONL and TensorBoard; a peer gets a bare
+loop of forward, backward, clipping and fused AdamW over batches that lie ready. Printed are medians
+over the rounds with the lowest and highest, and the median of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from typing import Any
+
+import torch
+from harness import Contender, by_turns, parser, rows, setting, show, spread
+
+from ultrathink.config.model import ModelConfig
+from ultrathink.model.flops import flops_per_token
+from ultrathink.training.hardware import choose_device, choose_precision, peak_flops
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "XS": {  # to try this script
+        "model": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+        | {"intermediate_size": 128, "vocab_size": 512},
+        "seq_len": 64,
+        "batch_size": 4,
+    },
+    "S": {
+        "model": {"hidden_size": 256, "num_layers": 6, "num_heads": 8, "num_kv_heads": 4}
+        | {"intermediate_size": 688, "vocab_size": 8192},
+        "seq_len": 256,
+        "batch_size": 8,
+    },
+    "M": {
+        "model": {"hidden_size": 512, "num_layers": 8, "num_heads": 8, "num_kv_heads": 4}
+        | {"intermediate_size": 1376, "vocab_size": 16384},
+        "seq_len": 512,
+        "batch_size": 4,
+    },
+    "760M": {  # for a GPU
+        "model": {"hidden_size": 1536, "num_layers": 24, "num_heads": 12, "num_kv_heads": 12}
+        | {"intermediate_size": 4096, "vocab_size": 32768},
+        "seq_len": 2048,
+        "batch_size": 16,
+    },
+}
+CONTENDERS = {
+    "hf": ("ultrathink", "hf_compiled_bf16", "hf_default_fp32"),
+    "overhead": ("ultrathink", "bare_loop"),
+}
+
+
+def main() -> None:
+    """Run the contenders and print what came out."""
+    options = parser(__doc__)
+    options.add_argument("--shape", choices=SHAPES, default="S")
+    options.add_argument("--against", choices=["hf"], default="hf", help="the peer")
+    options.add_argument(
+        "--overhead", action="store_true", help="our trainer beside a bare loop of the same step"
+    )
+    options.add_argument("--device", default="auto")
+    options.add_argument("--rounds", type=int, default=8)
+    options.add_argument("--seconds", type=float, default=4.0, help="of training in each turn")
+    options.add_argument("--threads", type=int, default=os.cpu_count())
+    args = options.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    device = choose_device(args.device)
+    names = CONTENDERS["overhead" if args.overhead else args.against]
+    arguments = {**SHAPES[args.shape], "device": str(device)}
+    turns = by_turns([Contender(name, arguments) for name in names], args.rounds, args.seconds)
+    taken = [{contender.name: answer for contender, answer in turn.items()} for turn in turns]
+    result = {
+        "benchmark": "train_speed",
+        "shape": args.shape,
+        "setting": setting(),
+        **summarize(names, taken),
+        **utilization(names, taken, SHAPES[args.shape], device),
+    }
+    show(result, describe(result), args.json)
+
+
+def summarize(
+    names: tuple[str, ...], taken: list[dict[str, dict[str, float]]]
+) -> dict[str, dict[str, Any]]:
+    """Tokens per second, how many times the others' ours are, and peak memory in MiB."""
+    speeds = {name: [turn[name]["tokens_per_second"] for turn in taken] for name in names}
+    ours = speeds[names[0]]
+    return {
+        "tokens_per_second": {name: spread(figures) for name, figures in speeds.items()},
+        "ratio": {
+            name: statistics.median(a / b for a, b in zip(ours, speeds[name], strict=True))
+            for name in names[1:]
+        },
+        "peak_memory_mib": {name: taken[-1][name]["peak_memory_mib"] for name in names},
+    }
+
+
+def utilization(
+    names: tuple[str, ...],
+    taken: list[dict[str, dict[str, float]]],
+    shape: dict[str, Any],
+    device: torch.device,
+) -> dict[str, Any]:
+    """The share of the device's dense peak that each contender's arithmetic uses (MFU)."""
+    precision, _ = choose_precision("auto", device)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    peak = peak_flops(device, precision)
+    per_token = flops_per_token(ModelConfig(**shape["model"]), shape["seq_len"])
+    medians = {
+        name: statistics.median(t[name]["tokens_per_second"] for t in taken) for name in names
+    }
+    return {
+        "peak_flops": peak,
+        "peak_precision": precision,
+        "mfu": {name: median * per_token / peak for name, median in medians.items()},
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The result as a table."""
+    ratios = result["ratio"]
+    lines = [
+        (
+            name,
+            f"{speed['median']:,.0f}",
+            f"{speed['low']:,.0f}",
+            f"{speed['high']:,.0f}",
+            f"{ratios[name]:.3g}x" if name in ratios else "",
+            f"{result['mfu'][name]:.0%}",
+            f"{result['peak_memory_mib'][name]:,.0f}",
+        )
+        for name, speed in result["tokens_per_second"].items()
+    ]
+    header = ("", "tokens/s", "low", "high", "ours is", "MFU", "peak MiB")
+    peak = f"{result['peak_flops'] / 1e9:,.0f} GFLOP/s in {result['peak_precision']}"
+    return f"shape {result['shape']}; peak {peak}\n{rows(header, lines)}"
+
+
+if __name__ == "__main__":
+    main()

@@ -30,6 +30,9 @@ PRODUCTS = [
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
 ]
+_KEEPING_PRODUCTS = partial(create_selective_checkpoint_contexts, PRODUCTS)
+# By this the compiler's cache knows the function, which it cannot read.
+_KEEPING_PRODUCTS.cache_hash = "products: " + ", ".join(map(str, PRODUCTS))  # type: ignore[attr-defined]
 
 
 def check_mode(mode: str) -> CheckpointingMode:
@@ -50,6 +53,6 @@ def run_checkpointed(mode: CheckpointingMode, block: Callable[..., Tensor], *arg
         return block(*args)
     options: dict[str, Any] = {}
     if mode == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, PRODUCTS)
+        options["context_fn"] = _KEEPING_PRODUCTS
     out: Tensor = checkpoint(block, *args, use_reentrant=False, **options)
     return out

@@ -104,6 +104,9 @@ def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
     # Compute again in the backward pass what fuses into its kernels (norms, activations, casts of
     # weights) rather than keep it: 100 of 1,360 MiB at shape M of the benchmarks, for 2% of a step.
     functorch.ban_recompute_materialized_backward = False
+    # Without this a graph with autograd functions of its own is traced anew in every process (3 s
+    # for `demo`). Their bodies are part of the cache's key.
+    functorch.autograd_cache_allow_custom_autograd_functions = True
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compile_cache_folder())
     compiler = find_cpp_compiler()
     if compiler is not None and shutil.which(inductor.cpp.cxx[-1]) is None:

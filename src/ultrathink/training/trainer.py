@@ -31,12 +31,12 @@ from ultrathink.training.stepping import Stepper
 from ultrathink.training.validation import Scores, evaluate
 
 # Steps timed to turn minutes into steps: this share of the run's minutes, and at least so many.
-_TRIAL_SHARE = 0.012
+_TRIAL_SHARE = 0.004
 _TRIAL_MIN_STEPS = 5
 # What was timed at the start may have been a bad moment of a busy machine: once this share of the
-# minutes is over, the pace of real steps counts, if it gives another length by more than a quarter.
+# minutes is over, the pace of real steps counts, if it gives a length that differs by this factor.
 _SETTLED_AFTER = 0.1
-_SETTLED_WITHIN = 1.25
+_SETTLED_WITHIN = 1.05
 
 
 @dataclass

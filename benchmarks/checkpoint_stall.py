@@ -4,8 +4,9 @@
     python benchmarks/checkpoint_stall.py --shape M --json
 
 The real trainer is asked for a checkpoint every so many steps. The stall is what the steps from its
-copy to its last byte took beyond the median of the steps before; it is compared with the time that
-the same checkpoint takes to write while nothing trains.
+copy to its last byte took beyond the median of the steps before: the copy, and whatever the writing
+takes from the cores. It is compared with the time from the request to the last byte; what the copy
+alone takes, and the writing while nothing trains, stands beside it.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ class Timed(Controller, Callback):
     checkpoints: int
     trainer: Trainer | None = None
     stalls_s: list[float] = field(default_factory=list)
+    write_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     _quiet: list[float] = field(default_factory=list)
     _disturbed: list[float] = field(default_factory=list)
     _is_writing: bool = False
     _last: float = 0.0
+    _asked: float = 0.0
 
     def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
         now = time.perf_counter()
@@ -56,12 +59,13 @@ class Timed(Controller, Callback):
                 control.stop(reason="enough")
             else:
                 control.checkpoint_now(reason="benchmark")
-                self._is_writing = True
+                self._is_writing, self._asked = True, now
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         if not self._is_writing:
             return
         # It is told at the boundary after the step in which it was written; that one counts too.
+        self.write_s.append(time.perf_counter() - self._asked)
         normal = statistics.median(self._quiet)
         self.stalls_s.append(sum(self._disturbed) - normal * len(self._disturbed))
         self.step_s.append(normal)
@@ -84,30 +88,34 @@ def main() -> None:
         trainer = build_trainer(config, controllers=[timed], callbacks=[timed])
         trainer.fit()
         alone = write_alone(trainer, Path(folder) / "alone", times=9)
-    stalls = spread(timed.stalls_s)
+    stall, write = statistics.median(timed.stalls_s), statistics.median(timed.write_s)
     result = {
         "benchmark": "checkpoint_stall",
         "shape": args.shape,
         "setting": setting(),
         "step_s": statistics.median(timed.step_s),
-        "stall_s": stalls,
-        "write_alone_s": spread(alone["seconds"]),
+        "stall_s": spread(timed.stalls_s),
+        "copy_s": spread(alone["copy_s"]),
+        "write_s": spread(timed.write_s),
+        "write_alone_s": spread(alone["write_s"]),
         "megabytes": alone["megabytes"],
-        "stall_share": stalls["median"] / statistics.median(alone["seconds"]),
+        "stall_share": stall / write,
     }
     show(result, describe(result), args.json)
 
 
 def write_alone(trainer: Trainer, folder: Path, times: int) -> dict[str, Any]:
-    """Seconds that the trainer's checkpoint takes to write with nothing beside it."""
-    state = private_copy(trainer.state_dict())
-    seconds = []
+    """Seconds that the trainer's checkpoint takes to copy and to write with nothing beside it."""
+    copying, writing = [], []
     for _ in range(times):
         began = time.perf_counter()
+        state = private_copy(trainer.state_dict())
+        copied = time.perf_counter()
         save_checkpoint(folder, state)
-        seconds.append(time.perf_counter() - began)
+        copying.append(copied - began)
+        writing.append(time.perf_counter() - copied)
     size = sum(file.stat().st_size for file in folder.iterdir())
-    return {"seconds": seconds, "megabytes": size / 1e6}
+    return {"copy_s": copying, "write_s": writing, "megabytes": size / 1e6}
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -116,6 +124,8 @@ def describe(result: dict[str, Any]) -> str:
         (name, *(f"{1000 * figures[key]:,.0f}" for key in ("median", "low", "high")))
         for name, figures in (
             ("stall of a checkpoint, ms", result["stall_s"]),
+            ("its copy alone, ms", result["copy_s"]),
+            ("written beside training, ms", result["write_s"]),
             ("written alone, ms", result["write_alone_s"]),
         )
     ]

@@ -1,6 +1,7 @@
 """Checkpoints that are written beside the training thread."""
 
 import gc
+import os
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,23 @@ def test_training_goes_on_while_a_checkpoint_is_written(run: RunFolder) -> None:
     saver.wait()
     assert not saver.busy
     assert value_of(load_checkpoint(run.step_path(1))) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_a_writer_steps_back_for_training(run: RunFolder) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    saver = CheckpointSaver(run, keep=2)
+    held = Held(state(1))
+    saver.submit(1, held, is_best=False)
+    [thread] = threads_of_savers()
+    deadline = time.monotonic() + 60
+    while os.getpriority(os.PRIO_PROCESS, thread.native_id) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert os.getpriority(os.PRIO_PROCESS, thread.native_id) > before
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+    held.may_go.set()
+    saver.close()
 
 
 def test_a_second_save_waits_for_the_first(run: RunFolder) -> None:

@@ -17,8 +17,8 @@ from ultrathink.core.protocols import State
 from ultrathink.runs.folder import RunFolder
 
 _LOOK_S = 0.1  # between looks at a save that is waited for; a signal is heard in each
-# Of the writing thread; a tenth of a core beside training. At 19 a checkpoint would take half a minute
-# there, and no less from the training.
+# Of the writing thread: a tenth of a core beside training. At 19 a checkpoint would take half a
+# minute there, and no less from the training.
 _NICENESS = 10
 _EXIT_S = 10.0  # a save that was given up may take so long to notice, before the process ends
 

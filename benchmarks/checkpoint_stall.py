@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import config_of
-from harness import parser, rows, setting, show, spread
+from harness import parser, rows, setting, show, spread, start
 from train_speed import SHAPES
 
 from ultrathink import build_trainer
@@ -137,4 +137,4 @@ def describe(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from contenders import config_of
-from harness import parser, rows, setting, show, spread
+from harness import parser, rows, setting, show, spread, start
 from train_speed import SHAPES
 
 from ultrathink import build_trainer
@@ -157,4 +157,4 @@ def describe(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -12,11 +12,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ultrathink.core.errors import UltrathinkError
 from ultrathink.runs.manifest import hardware
+
+
+def start(main: Callable[[], None]) -> None:
+    """Run a benchmark; a mistake in its arguments is told in a sentence."""
+    try:
+        main()
+    except UltrathinkError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

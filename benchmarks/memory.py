@@ -14,8 +14,10 @@ import os
 import statistics
 from typing import Any
 
-from harness import Contender, by_turns, parser, rows, setting, show, spread
+from harness import Contender, by_turns, parser, rows, setting, show, spread, start
 from train_speed import SHAPES
+
+from ultrathink.training.hardware import choose_device
 
 CHECKPOINTING = ("none", "selective", "full")
 WHOLE_LOGITS = "all logits at once"
@@ -32,7 +34,7 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=os.cpu_count())
     args = options.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    shape = {**SHAPES[args.shape], "device": args.device}
+    shape = {**SHAPES[args.shape], "device": str(choose_device(args.device))}
     result: dict[str, Any] = {"benchmark": "memory", "shape": args.shape, "setting": setting()}
     modes = {
         mode: ("ultrathink", {"overrides": [f"training.activation_checkpointing={mode}"]})
@@ -86,4 +88,4 @@ def describe(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from harness import parser, rows, setting, show, spread
+from harness import parser, rows, setting, show, spread, start
 
 from ultrathink.core.durations import Duration
+from ultrathink.core.errors import UltrathinkError, suggestion
 
 FILE = Path(__file__).parent / "speedrun.yaml"
 TOKENS_PER_STEP = 8 * 256  # of `demo`; a contender with another batch takes as many tokens
@@ -48,14 +49,15 @@ def main() -> None:
     args = options.parse_args()
     contenders: dict[str, list[str]] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     names = list(contenders) if args.all else args.only
-    given = {name: int(steps) for name, _, steps in (text.partition("=") for text in args.steps)}
+    given = steps_given(args.steps)
+    equal_steps = steps_of(args.equal_tokens) if args.equal_tokens else None
+    for name in (*names, *given):
+        if name not in contenders:
+            raise UltrathinkError(f"{name!r} is not in {FILE.name}. {suggestion(name, contenders)}")
     results = {}
     for name in names:
         runner = Runner(name, contenders[name], args.verbose)
-        if args.equal_tokens:
-            steps = int(Duration.parse(f"{args.equal_tokens} tokens").value) // TOKENS_PER_STEP
-        else:
-            steps = given.get(name) or runner.fewest_steps(args.target, args.seeds[0])
+        steps = equal_steps or given.get(name) or runner.fewest_steps(args.target, args.seeds[0])
         results[name] = summarize([runner.train(steps, seed) for seed in args.seeds], steps)
     result = {
         "benchmark": "speedrun",
@@ -65,6 +67,25 @@ def main() -> None:
         "contenders": results,
     }
     show(result, describe(result), args.json)
+
+
+def steps_of(tokens: str) -> int:
+    """Steps of `demo` that take so many tokens (``1.6M``)."""
+    try:
+        return max(1, int(Duration.parse(f"{tokens} tokens").value) // TOKENS_PER_STEP)
+    except ValueError as error:
+        raise UltrathinkError(f"--equal-tokens {tokens!r}: {error}") from None
+
+
+def steps_given(pairs: list[str]) -> dict[str, int]:
+    """Steps by contender from ``NAME=STEPS`` pairs."""
+    given = {}
+    for pair in pairs:
+        name, _, steps = pair.rpartition("=")
+        if not name or not steps.isdigit() or int(steps) == 0:
+            raise UltrathinkError(f"--steps {pair!r}: give it as NAME=STEPS, such as demo=800.")
+        given[name] = int(steps)
+    return given
 
 
 class Runner:
@@ -161,4 +182,4 @@ def describe(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import parser, rows, setting, show, spread
+from harness import parser, rows, setting, show, spread, start
 
 COMMANDS = {
     "python -c pass": [sys.executable, "-c", "pass"],
@@ -95,4 +95,4 @@ def _has_stepped(metrics: Path) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

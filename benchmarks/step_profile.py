@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from contenders import config_of
-from harness import parser, rows, setting, show
+from harness import parser, rows, setting, show, start
 from torch.profiler import ProfilerActivity, profile
 from train_speed import SHAPES
 
@@ -115,4 +115,4 @@ def describe(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -18,7 +18,7 @@ import statistics
 from typing import Any
 
 import torch
-from harness import Contender, by_turns, parser, rows, setting, show, spread
+from harness import Contender, by_turns, parser, rows, setting, show, spread, start
 
 from ultrathink.config.model import ModelConfig
 from ultrathink.model.flops import flops_per_token
@@ -143,4 +143,4 @@ def describe(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

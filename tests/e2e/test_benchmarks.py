@@ -44,6 +44,28 @@ def speedrun(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "told"),
+    [
+        ("train_speed.py", ["--device", "cuda:77"], "training.device = 'cuda:77'"),
+        ("memory.py", ["--device", "gpu"], "no such kind of device; use auto, cpu"),
+        ("speedrun.py", ["--only", "dmeo"], "'dmeo' is not in speedrun.yaml. Did you mean 'demo'"),
+        ("speedrun.py", ["--steps", "demo=many"], "give it as NAME=STEPS, such as demo=800"),
+        ("speedrun.py", ["--equal-tokens", "some"], "some tokens"),
+    ],
+)
+def test_a_wrong_argument_is_told_in_a_sentence(
+    script: str, arguments: list[str], told: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.parametrize("kind", [[], ["--overhead"]], ids=["peer", "overhead"])

@@ -6,6 +6,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -57,8 +58,9 @@ def _remembered_trial(config: Config, dtype: torch.dtype, compiled: bool) -> dic
     known = _read(file)
     if key not in known:
         known = {**_read(file), key: try_backends(config, dtype, compiled)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json.dumps(known, indent=1) + "\n")
+        with suppress(OSError):  # a full disk costs the next run another trial, no more
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, json.dumps(known, indent=1) + "\n")
     return known[key]
 
 

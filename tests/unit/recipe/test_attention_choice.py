@@ -82,6 +82,14 @@ def test_a_damaged_memory_of_trials_is_made_anew(
     assert len(json.loads(file.read_text())) == 1
 
 
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, config: Config, tmp_path: Path
+) -> None:
+    trials(monkeypatch, sdpa=1.0, blocks=2.0)
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    assert chosen(config, LONG)[0] == "sdpa"
+
+
 @pytest.mark.parametrize(
     ("overrides", "planned_s"),
     [

@@ -17,8 +17,8 @@ from ultrathink.core.protocols import State
 from ultrathink.runs.folder import RunFolder
 
 _LOOK_S = 0.1  # between looks at a save that is waited for; a signal is heard in each
-# Of the writing thread: a thirtieth of a core beside training. At 10 training lost a ninth of the time
-# that writing took, at 19 a checkpoint takes twice as long and costs no less.
+# Of the writing thread: a thirtieth of a core beside training. At 10 training lost a ninth of the
+# time that writing took, at 19 a checkpoint takes twice as long and costs no less.
 _NICENESS = 15
 _EXIT_S = 10.0  # a save that was given up may take so long to notice, before the process ends
 

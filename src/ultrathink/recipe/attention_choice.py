@@ -25,7 +25,7 @@ from ultrathink.model.attention_mask import build_mask
 from ultrathink.runs.manifest import hardware
 from ultrathink.training.compiling import compile_function
 
-# A trial compiles two small graphs, some twenty seconds: it is worth that in a run as long as this.
+# A trial compiles two small graphs: it is worth that in a run as long as this.
 WORTH_A_TRIAL_S = 1200.0
 _REPEATS = 7
 _FILE = "attention.json"  # in the cache folder: a trial for each setting, so that it is made once
@@ -57,7 +57,7 @@ def _remembered_trial(config: Config, dtype: torch.dtype, compiled: bool) -> dic
     key = json.dumps(_setting(config, dtype, compiled))
     known = _read(file)
     if key not in known:
-        known = {**_read(file), key: try_backends(config, dtype, compiled)}
+        known = {**known, key: try_backends(config, dtype, compiled)}
         with suppress(OSError):  # a full disk costs the next run another trial, no more
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, json.dumps(known, indent=1) + "\n")

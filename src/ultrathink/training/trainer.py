@@ -165,7 +165,7 @@ class Trainer:
         assert self._schedule is not None
         began = time.perf_counter()
         batch = self.loader.next_batch()
-        for note in getattr(self.loader, "take_notes", list)():  # SHIM
+        for note in self.loader.take_notes():
             self.notify("on_message", note, "warning")
         lr_factor = self._schedule(self.progress.step + 1)
         result = self.stepper.take_step(batch, self.settings, lr_factor)

@@ -11,6 +11,7 @@ from ultrathink.config.base import Section
 from ultrathink.config.data import DataConfig
 from ultrathink.config.model import ModelConfig
 from ultrathink.config.monitoring import MonitoringConfig
+from ultrathink.config.parallel import ParallelConfig
 from ultrathink.config.run import RunConfig
 from ultrathink.config.tokenizer import BpeTokenizerConfig, TokenizerField
 from ultrathink.config.training import TrainingConfig
@@ -28,6 +29,9 @@ class Config(Section):
     )
     data: DataConfig = Field(DataConfig(), description="Text sources and sequences.")
     training: TrainingConfig = Field(description="The course of training.")
+    parallel: ParallelConfig = Field(
+        ParallelConfig(), description="How the run is spread over processes."
+    )
     monitoring: MonitoringConfig = Field(MonitoringConfig(), description="Where metrics go.")
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -39,6 +43,16 @@ class Config(Section):
             raise ValueError(
                 f"model.vocab_size ({size}) is smaller than the tokenizer's vocabulary "
                 f"({self.tokenizer.size()}); raise it, or leave it unset to follow the tokenizer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_host_can_move_the_weights(self) -> Config:
+        kind = self.training.optimizer.type
+        if self.parallel.offload == "optimizer" and kind != "adamw":
+            raise ValueError(
+                f"parallel.offload = 'optimizer' with training.optimizer.type = {kind!r}: what it "
+                f"computes would run on the host as well; use adamw, or parallel.offload=params"
             )
         return self
 

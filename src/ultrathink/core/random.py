@@ -18,6 +18,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for one process in one step: far from those of its neighbours, the same every time."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
 def random_state() -> State:
     """The state of every global generator, as plain values and tensors."""
     version, keys, gauss = random.getstate()

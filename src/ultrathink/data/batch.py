@@ -50,6 +50,20 @@ class Batch:
         """The batch on ``device``."""
         return Batch(*(field.to(device, non_blocking=True) for field in self.fields()))
 
+    def share(self, rank: int, size: int) -> Batch:
+        """The ``rank``-th of ``size`` parts of as many sequences each.
+
+        Where there are too few, a part is filled up with sequences that nothing is trained on.
+        """
+        if size == 1:
+            return self
+        num_rows = -(-self.num_sequences // size)
+        begin = min(rank * num_rows, self.num_sequences)
+        rows = torch.arange(begin, begin + num_rows)
+        part = Batch(*(field[rows.clamp(max=self.num_sequences - 1)] for field in self.fields()))
+        part.labels[rows >= self.num_sequences] = IGNORED
+        return part
+
     def split(self, micro_batch_size: int) -> list[Batch]:
         """Consecutive pieces of ``micro_batch_size`` sequences; the last may have fewer."""
         pieces = zip(*(field.split(micro_batch_size) for field in self.fields()), strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +31,27 @@ _PROBED_CHANGES = (100, 150)  # where the probe skips samples, and mixes by othe
 _PROBED_CONTENTS = (0, 1, 2, 3, 17, 100, 255)
 
 
+class Share(NamedTuple):
+    """Which part of each batch a process takes: the ``rank``-th of ``size`` equal ones."""
+
+    rank: int = 0
+    size: int = 1
+
+    def rows(self, batch_size: int) -> range:
+        """Its rows of a batch; DataError where the parts cannot be equal."""
+        if batch_size % self.size:
+            raise DataError(
+                f"training.batch_size = {batch_size} cannot be divided by {self.size} processes."
+            )
+        num_rows = batch_size // self.size
+        return range(self.rank * num_rows, (self.rank + 1) * num_rows)
+
+
+WHOLE = Share()
+
+
 class TrainLoader:
-    """Whole global batches of a mixture of stores, without end.
+    """Batches of a mixture of stores, without end: whole ones, or this process's share of each.
 
     Sample n depends on ``seed``, n, and the changes made with ``skip`` and ``set_weights``, and
     on nothing else. ``num_samples`` is the number of samples in all sources together: an epoch.
@@ -50,9 +69,11 @@ class TrainLoader:
         packing: PackingConfig,
         seed: int,
         num_workers: int = 0,
+        share: Share = WHOLE,
     ) -> None:
         if batch_size < 1:
             raise DataError(f"training.batch_size is {batch_size}; it must be at least 1.")
+        self._rows = share.rows(batch_size)
         self._batch_size = batch_size
         self.seq_len = seq_len
         self.num_workers = num_workers
@@ -67,12 +88,18 @@ class TrainLoader:
         self._pool: WorkerPool[BlockRequest, Block] | None = None
         self._notes: list[str] = []
         self._block: Tensor | None = None  # read but not yet handed out
-        self._block_samples = batch_size * max(1, _BLOCK_TOKENS // (batch_size * seq_len))
+        batches = max(1, _BLOCK_TOKENS // (len(self._rows) * seq_len))
+        self._block_samples = batch_size * batches  # of all processes
 
     @property
     def batch_size(self) -> int:
         """Samples in a batch, over all devices."""
         return self._batch_size
+
+    @property
+    def seed(self) -> int:
+        """What the order follows from."""
+        return self._order.seed
 
     @property
     def num_samples(self) -> int:
@@ -81,7 +108,7 @@ class TrainLoader:
 
     @property
     def samples_seen(self) -> int:
-        """Samples handed out so far; those jumped over are not counted."""
+        """Samples handed out so far, to all processes; those jumped over are not counted."""
         return self._samples_seen
 
     @property
@@ -96,11 +123,11 @@ class TrainLoader:
         return given[-1] if given else self._order.weights
 
     def next_batch(self) -> Batch:
-        """The next ``batch_size`` samples."""
+        """The next ``batch_size`` samples, or this process's share of them."""
         if self._block is None:
             self._block = self._next_block()
-        values = self._block[:, : self.batch_size]
-        rest = self._block[:, self.batch_size :]
+        num_rows = len(self._rows)
+        values, rest = self._block[:, :num_rows], self._block[:, num_rows:]
         self._block = rest if rest.shape[1] else None
         self._samples_seen += self.batch_size
         return Batch.unstack(values)
@@ -237,7 +264,8 @@ class TrainLoader:
         """The next block in order; a change moves ``_next_requested`` back."""
         begin = self._next_requested
         self._next_requested = begin + self._block_samples
-        located = self._order.locate(np.arange(begin, self._next_requested))
+        batches = np.arange(begin, self._next_requested).reshape(-1, self.batch_size)
+        located = self._order.locate(batches[:, self._rows].ravel())
         return BlockRequest(self._generation, located.source_ids, located.positions)
 
 

@@ -147,11 +147,12 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(T)
         if labels is not None:
-            return self._loss(self.norm(x), labels.flatten())
+            return self.head_loss(self.norm(x), labels.flatten())
         x = self.norm(x[:, -1:] if last_only else x)
         return ModelOutput(logits=F.linear(x, self.head_weight.to(x.dtype)))
 
-    def _loss(self, x: Tensor, labels: Tensor) -> ModelOutput:
+    def head_loss(self, x: Tensor, labels: Tensor) -> ModelOutput:
+        """The summed loss of ``labels`` ``[B*T]`` at the normalized states ``x`` ``[B, T, C]``."""
         sums = linear_cross_entropy(
             x.flatten(0, 1),
             self.head_weight,

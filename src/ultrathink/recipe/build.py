@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ultrathink.config.monitoring import SINKS
-from ultrathink.config.schema import Config
+from ultrathink.config.schema import Config, flatten
+from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import ConfigError
 from ultrathink.core.random import seed_everything
 from ultrathink.data.documents import Progress
-from ultrathink.data.loader import TrainLoader
+from ultrathink.data.loader import Share, TrainLoader
 from ultrathink.data.prepare import PreparedData, prepare_data
 from ultrathink.data.tokenizers.base import behavior_hash, load_tokenizer
 from ultrathink.data.validation import ValidationSet
 from ultrathink.model.flops import count_parameters, flops_per_token
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.records import Level
+from ultrathink.parallel.mesh import build_mesh
+from ultrathink.parallel.restarts import remember_run
+from ultrathink.parallel.sharding import shard_model
+from ultrathink.parallel.watchdog import Watchdog
+from ultrathink.parallel.world import check_same, join_world
 from ultrathink.recipe.callbacks import SampleWriter, StepBudgetRecorder
-from ultrathink.recipe.choices import Choices, choose
-from ultrathink.runs.folder import RunFolder
+from ultrathink.recipe.choices import Choices, choose_together
+from ultrathink.runs.folder import NAME_IN_USE, RunFolder
 from ultrathink.runs.loading import load_weights, weights_from
 from ultrathink.runs.lock import RunLock
 from ultrathink.runs.manifest import build_manifest, code_and_packages, hardware, write_manifest
 from ultrathink.runs.segments import Segment, append_segment
 from ultrathink.training.callbacks import Callback, Controller, MetricsCallback
-from ultrathink.training.compiling import compile_function
+from ultrathink.training.compiling import compile_blocks, compile_function
 from ultrathink.training.control import LiveSettings
 from ultrathink.training.hardware import DTYPES, keep_freed_memory
+from ultrathink.training.offload import HostCopies
 from ultrathink.training.optimizers import build_optimizers
 from ultrathink.training.run_log import RunLog
 from ultrathink.training.stepping import Stepper, loss_function
 from ultrathink.training.trainer import Trainer
+
+_SAME_CONFIG = "Start all of them with the same file and the same changes."
 
 
 def build_model(config: Config) -> Transformer:
@@ -59,7 +69,7 @@ def build_trainer(
 
 def begin_again(
     run: RunFolder,
-    lock: RunLock,
+    lock: RunLock | None,
     *,
     callbacks: Sequence[Callback] = (),
     controllers: Sequence[Controller] = (),
@@ -79,35 +89,56 @@ def _begin(
     progress: Progress | None,
 ) -> Trainer:
     """A trainer at step 0, in ``run`` or in a folder made for it."""
+    world = join_world()
+    check_same(world, "configuration", flatten(config.model_dump(mode="json")), _SAME_CONFIG)
     weights, parent = None, None
     if config.training.init_from is not None:
         weights, parent = weights_from(config.training.init_from, config.run.dir)
     tokenizer = load_tokenizer(parent.tokenizer) if parent is not None else None
-    data = prepare_data(config.data, tokenizer or config.tokenizer, progress=progress)
+    data = world.main_first(
+        lambda: prepare_data(config.data, tokenizer or config.tokenizer, progress=progress)
+    )
     check_vocabulary(config, data)
-    config, choices = choose(config, data.num_samples)
+    config, choices = choose_together(config, data.num_samples, world)
     model = build_model(config)
     if weights is not None:
         load_weights(model, weights)
-    lock = None
-    if run is None:
-        run, config = RunFolder.create(config)
-        lock = RunLock.acquire(run)
-    run.write_config(config)
-    data.tokenizer.save(run.tokenizer)
-    write_manifest(
-        run.manifest,
-        build_manifest(
-            data_hash=data.data_hash,
-            tokenizer_hash=data.tokenizer.fingerprint,
-            num_parameters=count_parameters(model).total,
-        ),
-    )
-    data.record.write(run.data_record)
-    append_segment(run.segments, Segment(from_step=0, environment=environment(choices)))
+    run, config, lock = _found(run, config, data, model, choices)
     trainer = assemble(config, run, data, model, choices, callbacks, controllers)
     trainer.lock = lock
     return trainer
+
+
+def _found(
+    run: RunFolder | None, config: Config, data: PreparedData, model: Transformer, choices: Choices
+) -> tuple[RunFolder, Config, RunLock | None]:
+    """Make the run folder, or write a given one anew; the first process does, for all of them."""
+    world, lock = choices.world, None
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            if run is None:
+                run, config = RunFolder.create(config)
+                lock = RunLock.acquire(run)
+            run.write_config(config)
+            data.tokenizer.save(run.tokenizer)
+            write_manifest(
+                run.manifest,
+                build_manifest(
+                    data_hash=data.data_hash,
+                    tokenizer_hash=data.tokenizer.fingerprint,
+                    num_parameters=count_parameters(model).total,
+                ),
+            )
+            data.record.write(run.data_record)
+            append_segment(run.segments, Segment(from_step=0, environment=environment(choices)))
+        except Exception as caught:
+            error = caught
+    world.raise_together(error)
+    path, name = world.from_main([str(run.path.absolute()), config.run.name] if run else None)
+    if run is None:
+        run, config = RunFolder(Path(path)), config.replace({"run.name": name}, origin=NAME_IN_USE)
+    return run, config, lock
 
 
 def environment(choices: Choices) -> dict[str, Any]:
@@ -117,6 +148,7 @@ def environment(choices: Choices) -> dict[str, Any]:
         "hardware": hardware(),
         "device": str(choices.device),
         "precision": choices.precision,
+        "processes": choices.world.size,
     }
 
 
@@ -145,17 +177,20 @@ def assemble(
     packing = config.data.packing
     assert isinstance(training.micro_batch_size, int), "choose() has set it"
     tokens_per_step = training.batch_size * config.data.seq_len
+    world = choices.world
+    share = training.batch_size // world.size
 
     def tell(text: str, level: Level) -> None:
         trainer.notify("on_message", text, level)
 
     metrics = MetricsCallback(
-        [SINKS.load(name)() for name in config.monitoring.sinks],
+        [SINKS.load(name)() for name in config.monitoring.sinks if world.is_main],
         log_every=training.log_every,
         flops_per_token=flops_per_token(config.model, config.data.seq_len),
-        peak_flops=choices.peak_flops,
+        peak_flops=choices.peak_flops * world.size,
         tell=tell,
     )
+    samples = SampleWriter(config, model, data.tokenizer, metrics.sinks, world)
     trainer = Trainer(
         model=model,
         loader=TrainLoader(
@@ -166,25 +201,35 @@ def assemble(
             packing=packing,
             seed=config.run.seed,
             num_workers=config.data.num_workers,
+            share=Share(world.rank, world.size),
         ),
         held_out=ValidationSet(data.val_stores, config.data.seq_len) if data.val_stores else None,
         stepper=_stepper(config, model, choices),
         training=training,
         run=run,
-        settings=LiveSettings(clip=training.clip, micro_batch_size=training.micro_batch_size),
+        settings=LiveSettings(
+            clip=training.clip, micro_batch_size=largest_divisor(share, training.micro_batch_size)
+        ),
         device=choices.device,
         callbacks=[
             StepBudgetRecorder(run, config),
             RunLog(run, tell),
             *callbacks,
-            SampleWriter(config, model, data.tokenizer, metrics.sinks),
+            samples,
             metrics,
-        ],
-        controllers=controllers,
+        ]
+        if world.is_main
+        else [samples],
+        controllers=controllers if world.is_main else (),
+        world=world,
+        watchdog=Watchdog(60 * config.parallel.hang_minutes, run.logs / f"stacks-{world.rank}.txt")
+        if world.size > 1
+        else None,
         tokens_per_step=tokens_per_step,
         config=config.model_dump(mode="json"),
         heading=_heading(config, model, choices),
     )
+    remember_run(run.path, world)
     trainer.identity = {
         "data_hash": data.data_hash,
         "tokenizer_hash": data.tokenizer.fingerprint,
@@ -208,15 +253,26 @@ def _stepper(config: Config, model: Transformer, choices: Choices) -> Stepper:
     model.rope.reserve(config.data.seq_len)  # a compiled step cannot grow the tables
     model.set_activation_checkpointing(training.activation_checkpointing)
     model.set_attention_backend(config.model.attention.backend)
+    accumulation = None
+    if choices.world.size > 1:
+        if training.compile:
+            compile_blocks(model)
+        mesh = build_mesh(choices.degrees, choices.device.type)
+        accumulation = shard_model(model, mesh, config.parallel)
     losses = loss_function(model)
-    if training.compile:
+    if training.compile and choices.world.size == 1:
         losses = compile_function(losses)
+    optimizers = build_optimizers(training.optimizer, model)
+    offloads = config.parallel.offload == "optimizer"
     return Stepper(
         model,
-        build_optimizers(training.optimizer, model),
+        optimizers,
         losses,
         device=choices.device,
         isolate_documents=packing.enabled and packing.isolate_documents,
+        world=choices.world,
+        accumulation=accumulation,
+        host=HostCopies(optimizers, model) if offloads else None,
     )
 
 
@@ -234,5 +290,16 @@ def _heading(config: Config, model: Transformer, choices: Choices) -> str:
     sources = ", ".join(source.name or source.type for source in config.data.train)
     return (
         f"{millions:.1f}M parameters on {sources}; {choices.precision}, {compiled}, "
-        f"{choices.device}, {torch.get_num_threads()} threads"
+        f"{choices.device}, {torch.get_num_threads()} threads{_spread(config, choices)}"
     )
+
+
+def _spread(config: Config, choices: Choices) -> str:
+    """How the run is spread over processes, in words; nothing for one."""
+    replicate, shard = choices.degrees
+    if choices.world.size == 1:
+        return ""
+    if shard == 1:
+        return f", {replicate} processes with a copy each"
+    copies = f", {replicate} copies" if replicate > 1 else ""
+    return f"{copies}, {shard} processes by ZeRO-{config.parallel.zero_stage}"

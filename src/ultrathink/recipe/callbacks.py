@@ -8,7 +8,10 @@ from ultrathink.inference.engine import Engine
 from ultrathink.inference.sampling import SamplingParams
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.records import Sink
+from ultrathink.parallel.placement import whole_weights
+from ultrathink.parallel.world import World
 from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.loading import empty_model
 from ultrathink.training.callbacks import Callback, Ending, StepReport
 
 
@@ -35,12 +38,13 @@ class SampleWriter(Callback):
     """Lets the model continue each prompt of ``training.sample`` at the end of training."""
 
     def __init__(
-        self, config: Config, model: Transformer, tokenizer: Tokenizer, sink: Sink
+        self, config: Config, model: Transformer, tokenizer: Tokenizer, sink: Sink, world: World
     ) -> None:
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
         self.sink = sink
+        self.world = world
         self._step = 0
 
     def on_step(self, report: StepReport) -> None:
@@ -50,7 +54,15 @@ class SampleWriter(Callback):
         if ending not in ("finished", "out of time"):
             return
         sample = self.config.training.sample
-        engine = Engine(self.model, self.tokenizer)
+        model = self.model
+        if self.world.size > 1 and sample.prompts:
+            weights = whole_weights(model)  # all processes give their parts
+            if not self.world.is_main:
+                return
+            model = empty_model(self.config.model)
+            model.load_state_dict(weights)
+            model.eval()
+        engine = Engine(model, self.tokenizer)
         params = SamplingParams(
             max_new_tokens=sample.max_new_tokens,
             temperature=sample.temperature,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ultrathink.config.schema import Config
+from ultrathink.core.divisors import largest_divisor
 from ultrathink.model.flops import flops_per_token
+from ultrathink.parallel.mesh import SINGLE, Degrees, check_batch, resolve_degrees
+from ultrathink.parallel.world import ALONE, World
 from ultrathink.recipe.attention_choice import choose_attention
 from ultrathink.training.budget import planned_steps
 from ultrathink.training.compiling import planned_seconds, should_compile
@@ -38,13 +41,37 @@ class Choices:
     precision: Precision
     peak_flops: float
     warnings: tuple[str, ...]
+    world: World = ALONE
+    degrees: Degrees = SINGLE
 
 
-def choose(config: Config, samples_per_epoch: int | None) -> tuple[Config, Choices]:
+def choose_together(
+    config: Config, samples_per_epoch: int | None, world: World
+) -> tuple[Config, Choices]:
+    """``choose`` for all processes of ``world``: what the first one chose holds for all.
+
+    ConfigError where the processes or the batch cannot be divided as configured.
+    """
+    degrees = resolve_degrees(config.parallel, world.size)
+    share = check_batch(config.training.batch_size, world.size)
+    if world.is_main:
+        config, choices = choose(config, samples_per_epoch, share)
+    if world.size > 1:
+        tree, origins = world.from_main([config.model_dump(mode="json"), config.origins])
+        config = Config.model_validate(tree).with_origins(origins)
+    if not world.is_main:
+        config, choices = choose(config, samples_per_epoch, share)
+    return config, replace(choices, world=world, degrees=degrees)
+
+
+def choose(
+    config: Config, samples_per_epoch: int | None, share: int | None = None
+) -> tuple[Config, Choices]:
     """Replace every ``auto`` in ``config`` with what suits this machine, and say why.
 
     With ``training.deterministic`` nothing that decides is measured, since two runs could measure
     on different sides of a threshold. ``samples_per_epoch`` is None where the data is not known.
+    ``share`` is the sequences of a batch that this process takes, all unless given.
     """
     training = config.training
     device = choose_device(training.device)
@@ -66,7 +93,7 @@ def choose(config: Config, samples_per_epoch: int | None) -> tuple[Config, Choic
     if training.compile != compiled:
         chosen["training.compile"] = (compiled, compile_reason)
     if training.micro_batch_size == "auto":
-        size = _micro_batch_size(config, device)
+        size = _micro_batch_size(config, device, share or training.batch_size)
         chosen["training.micro_batch_size"] = (size, "what fits the device's memory")
     config = _replaced(config, chosen)
     if config.model.attention.backend == "auto":
@@ -95,9 +122,9 @@ def _planned_flops(config: Config, samples_per_epoch: int | None) -> float | Non
     return steps * tokens_per_step * flops_per_token(config.model, config.data.seq_len)
 
 
-def _micro_batch_size(config: Config, device: torch.device) -> int:
-    """The largest divisor of the batch whose activations fit."""
-    batch_size, seq_len = config.training.batch_size, config.data.seq_len
+def _micro_batch_size(config: Config, device: torch.device, share: int) -> int:
+    """The largest divisor of this process's share of the batch whose activations fit."""
+    seq_len = config.data.seq_len
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         if config.training.deterministic:  # what others use of it differs from run to run
@@ -107,5 +134,4 @@ def _micro_batch_size(config: Config, device: torch.device) -> int:
         most = int(free * _MEMORY_SHARE / per_sequence)
     else:
         most = _CPU_MICRO_TOKENS // seq_len
-    divisors = [size for size in range(1, batch_size + 1) if batch_size % size == 0]
-    return max(size for size in divisors if size <= max(1, most))
+    return largest_divisor(share, most)

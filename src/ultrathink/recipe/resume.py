@@ -15,6 +15,7 @@ from ultrathink.data.documents import Progress as DataProgress
 from ultrathink.data.prepare import PreparedData
 from ultrathink.data.tokenizers.base import load_tokenizer
 from ultrathink.monitoring.records import Level
+from ultrathink.parallel.world import World, join_world
 from ultrathink.recipe.build import (
     assemble,
     begin_again,
@@ -22,7 +23,7 @@ from ultrathink.recipe.build import (
     check_vocabulary,
     environment,
 )
-from ultrathink.recipe.choices import choose
+from ultrathink.recipe.choices import choose_together
 from ultrathink.recipe.resumed_data import data_to_go_on_with, keep_record
 from ultrathink.recipe.resumed_state import (
     adapt_state,
@@ -81,7 +82,7 @@ class ResumePlan:
     """From where a run goes on, and as what; holds the run's lock."""
 
     run: RunFolder
-    lock: RunLock
+    lock: RunLock | None  # held by the first process, for all of them
     folder: Path  # the checkpoint
     plain: dict[str, Any]  # its state without the tensors
     before: Config  # the configuration it was made with
@@ -115,8 +116,13 @@ class ResumePlan:
         try:
             return self._build(callbacks, controllers, progress)
         except BaseException:
-            self.lock.release()
+            self.release()
             raise
+
+    def release(self) -> None:
+        """Give the run free, where nothing is to be done with it."""
+        if self.lock is not None:
+            self.lock.release()
 
     def _build(
         self,
@@ -124,13 +130,17 @@ class ResumePlan:
         controllers: Sequence[Controller],
         progress: DataProgress | None,
     ) -> Trainer:
-        run = self.run
+        run, world = self.run, join_world()
         tokenizer = load_tokenizer(run.tokenizer)
         data_hash = self.plain["identity"]["data_hash"]
-        found = data_to_go_on_with(run, self.config, self.changes, data_hash, tokenizer, progress)
+        found = world.main_first(
+            lambda: data_to_go_on_with(
+                run, self.config, self.changes, data_hash, tokenizer, progress
+            )
+        )
         data: PreparedData = found.data
         check_vocabulary(self.config, data)
-        config, choices = choose(self.config, data.num_samples)
+        config, choices = choose_together(self.config, data.num_samples, world)
         check_loads(self.folder, config.model)  # names what differs, where the model is another
         trainer = assemble(config, run, data, build_model(config), choices, callbacks, controllers)
         state: State = load_checkpoint(self.folder)
@@ -139,6 +149,7 @@ class ResumePlan:
             state, trainer, self.before, self.changes, reset, other_scores=found.other_scores
         )
         trainer.load_state_dict(state)
+        trainer.fit_micro_batch()
         trainer.loader.mix_by([source.weight for source in config.data.train])
         trainer.lock = self.lock
         here = environment(choices)
@@ -148,6 +159,9 @@ class ResumePlan:
             *((text, "warning") for text in found.notes),
             *((text, "warning") for text in _other_surroundings(run, here)),
         ]
+        world.barrier()  # all have read what is removed or written now
+        if not world.is_main:
+            return trainer
         run.remove_after(trainer.progress.step)
         # The segment first: it is what a start that dies right here is gone on with.
         append_segment(
@@ -170,7 +184,7 @@ class FreshStart:
     """A run that ended before its first checkpoint, and so begins again; holds the run's lock."""
 
     run: RunFolder
-    lock: RunLock
+    lock: RunLock | None
     step: int = 0
     is_finished: bool = False
 
@@ -191,8 +205,13 @@ class FreshStart:
                 progress=progress,
             )
         except BaseException:
-            self.lock.release()
+            self.release()
             raise
+
+    def release(self) -> None:
+        """Give the run free, where nothing is to be done with it."""
+        if self.lock is not None:
+            self.lock.release()
 
 
 def plan_resume(
@@ -203,9 +222,8 @@ def plan_resume(
     reset: Sequence[str] = (),
 ) -> ResumePlan | FreshStart:
     """Lock ``run``, find its checkpoint, and work out what is to change; trains nothing yet."""
-    lock = RunLock.acquire(run)
+    lock = _lock_for_all(run, join_world())
     try:
-        run.clean()
         if not run.steps() and checkpoint == "last":
             if overrides or reset:
                 raise UltrathinkError(
@@ -217,13 +235,33 @@ def plan_resume(
         check_changes(plan.changes, plan.reset, plan.step)
         return plan
     except BaseException:
-        lock.release()
+        if lock is not None:
+            lock.release()
         raise
+
+
+def _lock_for_all(run: RunFolder, world: World) -> RunLock | None:
+    """Hold ``run`` on the first process of ``world``, and put right what a crash left in it."""
+    lock: RunLock | None = None
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            lock = RunLock.acquire(run)
+            run.clean()
+        except Exception as caught:
+            error = caught
+    try:
+        world.raise_together(error)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    return lock
 
 
 def _plan(
     run: RunFolder,
-    lock: RunLock,
+    lock: RunLock | None,
     checkpoint: str,
     overrides: Sequence[str],
     reset: Sequence[str],

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -46,6 +46,7 @@ class StepReport:
     seconds: float
     skipped: bool  # the optimizer was left out: nothing finite, or nothing to learn
     num_skipped: int  # such steps since the run began
+    timing: dict[str, float] = field(default_factory=dict)  # of several processes, now and then
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ class MetricsCallback(Callback):
             "memory_gib": resident_memory_gib(),
             "skipped_steps": report.num_skipped,
             **report.aux_losses,
+            **report.timing,
         }
         self.sinks.write(MetricRecord(report.step, "train", time.time(), values))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ultrathink.core.divisors import largest_divisor
 from ultrathink.training.control import Change
 
 if TYPE_CHECKING:
@@ -14,8 +15,14 @@ if TYPE_CHECKING:
 Apply = Callable[["Trainer", Any], tuple[Any, Any]]
 
 
-def apply_change(trainer: Trainer, setting: str, value: Any, reason: str) -> Change:
-    """Apply one request at a step boundary; returns its record."""
+def apply_change(trainer: Trainer, setting: str, value: Any, reason: str) -> Change | None:
+    """Apply one request at a step boundary; returns its record, where it changes anything."""
+    if setting == "snapshot":
+        trainer.snapshots[value] = trainer.copied_state()
+        return None
+    if setting == "forget":
+        trainer.snapshots.pop(value, None)
+        return None
     before, after = _APPLY[setting](trainer, value)
     return Change(trainer.progress.step, setting, before, after, reason)
 
@@ -32,10 +39,9 @@ def _live_setting(name: str) -> Apply:
 def _micro_batch_size(trainer: Trainer, size: int) -> tuple[int, int]:
     """Use the largest divisor of the batch that is not above ``size``."""
     before = trainer.settings.micro_batch_size
-    batch_size = trainer.training.batch_size
-    fitting = max(d for d in range(1, batch_size + 1) if batch_size % d == 0 and d <= size)
-    trainer.settings.micro_batch_size = fitting
-    return before, fitting
+    share = trainer.training.batch_size // trainer.world.size
+    trainer.settings.micro_batch_size = largest_divisor(share, size)
+    return before, trainer.settings.micro_batch_size
 
 
 def _mixture_weights(trainer: Trainer, weights: list[float]) -> tuple[list[float], list[float]]:
@@ -50,15 +56,17 @@ def _skip_samples(trainer: Trainer, count: int) -> tuple[int, int]:
     return before, trainer.loader.samples_skipped
 
 
-def _restore(trainer: Trainer, snapshot: Any) -> tuple[int, int]:
+def _restore(trainer: Trainer, key: int) -> tuple[int, int]:
     """Go back, and make the checkpoints on disk those of the history that counts now."""
     before = trainer.progress.step
     trainer.saving.settle()
-    trainer.load_state_dict(snapshot.state)
-    trainer.run.remove_after(snapshot.step)
+    trainer.load_state_dict(trainer.snapshots[key])
+    step = trainer.progress.step
+    if trainer.world.is_main:
+        trainer.run.remove_after(step)
     trainer.is_best = False
-    trainer.save_wanted = snapshot.step > 0
-    return before, snapshot.step
+    trainer.save_wanted = step > 0
+    return before, step
 
 
 def _checkpoint(trainer: Trainer, _: None) -> tuple[int, int]:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ultrathink.config.training import TrainingConfig
 from ultrathink.data.cache import cache_folder
+from ultrathink.model.transformer import Transformer
 
 # What compiling costs at the start, and what share of a step it saves: seen with the shape of the
 # preset `demo` on two CPU cores (33 s; 163 ms forward and backward became 113). They only steer
@@ -98,6 +100,34 @@ def compile_cache_folder() -> Path:
 
 def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` compiled as one graph with fixed shapes; the code is kept between runs."""
+    _prepare_compiler()
+    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False)
+    return compiled
+
+
+def compile_blocks(model: Transformer) -> None:
+    """Compile each block of ``model`` by itself, in place, and the loss of its head.
+
+    For a model over several processes, which exchange weights between one block and the next.
+    """
+    _prepare_compiler()
+    # Not the modules: their hooks gather the weights, and no prefix may reach a checkpoint.
+    for block in model.blocks:
+        block.forward = _while_training(block, block.forward)
+    model.head_loss = _while_training(model, model.head_loss)  # type: ignore[method-assign]
+
+
+def _while_training(module: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method``, compiled while ``module`` trains only: validation has batches of many shapes."""
+    compiled: Callable[..., Any] = torch.compile(method, fullgraph=True, dynamic=False)
+
+    def call(*args: Any, **options: Any) -> Any:
+        return (compiled if module.training else method)(*args, **options)
+
+    return call
+
+
+def _prepare_compiler() -> None:
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
 
@@ -111,5 +141,3 @@ def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
     compiler = find_cpp_compiler()
     if compiler is not None and shutil.which(inductor.cpp.cxx[-1]) is None:
         inductor.cpp.cxx = (None, compiler)  # torch by itself looks for one name only
-    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False)
-    return compiled

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.protocols import State
@@ -43,10 +45,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run's whole state in memory, as ``TrainerControl.snapshot`` took it."""
+    """Stands for a run's whole state in memory, as long as anybody holds it.
+
+    Each process keeps its own part of the state under ``key``.
+    """
 
     step: int
-    state: State
+    key: int
 
 
 class TrainerControl(Protocol):
@@ -71,7 +76,10 @@ class TrainerControl(Protocol):
         """Leave out the next ``count`` samples."""
 
     def snapshot(self) -> Snapshot:
-        """Copy the whole state now (weights, optimizer, data position, random state)."""
+        """Copy the whole state (weights, optimizer, data position, random state).
+
+        The copy is taken at this step boundary, before anything else that was asked for.
+        """
 
     def restore(self, snapshot: Snapshot, *, reason: str) -> None:
         """Return to ``snapshot``, all of it."""
@@ -83,12 +91,25 @@ class TrainerControl(Protocol):
         """End the run after saving it."""
 
 
-class ControlQueue:
-    """Requests that wait for the step boundary; ``TrainerControl`` for everyone but the trainer."""
+Request: TypeAlias = tuple[str, Any, str]  # setting, value, reason
 
-    def __init__(self, take_snapshot: Callable[[], Snapshot]) -> None:
-        self._take_snapshot = take_snapshot
-        self._pending: list[tuple[str, Any, str]] = []
+
+class ControlQueue:
+    """Requests that wait for the step boundary; ``TrainerControl`` for everyone but the trainer.
+
+    ``step`` tells the step of the boundary. A request is plain values, so that it can be sent to
+    other processes.
+    """
+
+    def __init__(self, step: Callable[[], int]) -> None:
+        self._step = step
+        self._keys = itertools.count()
+        self._pending: list[Request] = []
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that were not taken yet."""
+        return len(self._pending)
 
     def set_lr_factor(self, factor: float, *, reason: str) -> None:
         self._ask("lr_factor", _positive("the learning-rate factor", factor), reason)
@@ -111,10 +132,13 @@ class ControlQueue:
         self._ask("skip_samples", int(_positive("the number of samples", count)), reason)
 
     def snapshot(self) -> Snapshot:
-        return self._take_snapshot()
+        snapshot = Snapshot(self._step(), next(self._keys))
+        self._ask("snapshot", snapshot.key, "")
+        weakref.finalize(snapshot, self._ask, "forget", snapshot.key, "").atexit = False
+        return snapshot
 
     def restore(self, snapshot: Snapshot, *, reason: str) -> None:
-        self._ask("restore", snapshot, reason)
+        self._ask("restore", snapshot.key, reason)
 
     def checkpoint_now(self, *, reason: str) -> None:
         self._ask("checkpoint", None, reason)
@@ -122,10 +146,14 @@ class ControlQueue:
     def stop(self, *, reason: str) -> None:
         self._ask("stop", None, reason)
 
-    def take(self) -> list[tuple[str, Any, str]]:
-        """The waiting requests (setting, value, reason), oldest first; the queue is empty after."""
+    def take(self) -> list[Request]:
+        """The waiting requests, snapshots first, then the oldest; the queue is empty after."""
         pending, self._pending = self._pending, []
-        return pending
+        return sorted(pending, key=lambda request: request[0] != "snapshot")
+
+    def put(self, requests: Sequence[Request]) -> None:
+        """Add requests that came from elsewhere."""
+        self._pending += [(setting, value, reason) for setting, value, reason in requests]
 
     def _ask(self, setting: str, value: Any, reason: str) -> None:
         self._pending.append((setting, value, reason))

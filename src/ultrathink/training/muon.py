@@ -10,18 +10,24 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ultrathink.parallel.placement import placed_like
 
 # Coefficients of the quintic iteration of the post above, which ends near 1, not at it.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly, of a batch ``[N, R, C]``, in bf16.
+    """The nearest semi-orthogonal matrices, roughly, of a batch ``[N, R, C]``.
+
+    In bf16, which is enough; in fp64 where the matrices are, to compare with.
 
     Newton-Schulz iteration on X / ‖X‖: X ← aX + (bA + cA²)X with A = XXᵀ.
     """
-    x = matrices.to(torch.bfloat16)
+    x = matrices.to(matrices.dtype if matrices.dtype == torch.float64 else torch.bfloat16)
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT
@@ -32,6 +38,18 @@ def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
         polynomial = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
         x = torch.baddbmm(x, polynomial, x, beta=_A)
     return x.mT if is_tall else x
+
+
+def _orthogonalize_together(matrices: Tensor, num_iterations: int) -> Tensor:
+    """``orthogonalize`` by all processes, which hold the same matrices: each does its share."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    share = -(-len(matrices) // size)
+    padding = matrices.new_zeros(share * size - len(matrices), *matrices.shape[1:])
+    mine = torch.cat([matrices, padding])[rank * share : (rank + 1) * share]
+    done = orthogonalize(mine, num_iterations).contiguous()
+    everyones = done.new_empty(share * size, *done.shape[1:])
+    dist.all_gather_single(everyones, done)
+    return everyones[: len(matrices)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -79,21 +97,30 @@ class Muon(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        divided: list[tuple[DTensor, Tensor]] = []  # and what is to be added to them, whole
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
             update = self._momentum(parameter, group["momentum"])
             if group["weight_decay"]:
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            moved = parameter
+            if isinstance(update, DTensor):  # only whole matrices can be made orthogonal
+                update = update.full_tensor()
+                moved = torch.zeros_like(update)
+                divided.append((parameter, moved))
             rows = list(self.row_splits.get(parameter, (parameter.shape[0],)))
-            for weight, part in zip(parameter.split(rows), update.split(rows), strict=True):
+            for weight, part in zip(moved.split(rows), update.split(rows), strict=True):
                 by_shape.setdefault(tuple(weight.shape), []).append((weight, part))
         for (rows_, columns), members in by_shape.items():
             stacked = torch.stack([part for _, part in members])
-            directions = orthogonalize(stacked, group["num_iterations"])
+            orthogonal = _orthogonalize_together if divided else orthogonalize
+            directions = orthogonal(stacked, group["num_iterations"])
             scale = group["lr"] * max(1.0, rows_ / columns) ** 0.5
             for (weight, _), direction in zip(members, directions.unbind(0), strict=True):
                 weight.add_(direction.to(weight.dtype), alpha=-scale)
+        for parameter, change in divided:
+            parameter.add_(placed_like(change, parameter))
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
         """Update the running mean of the gradient; returns its Nesterov look-ahead."""

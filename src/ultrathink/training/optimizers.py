@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from ultrathink.config.optimizer import OPTIMIZERS, AdamWConfig, MuonConfig, Opt
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.protocols import State
 from ultrathink.model.linear import Linear
+from ultrathink.parallel.placement import placed_like
 from ultrathink.training.muon import Muon
 
 Optimizers = list[torch.optim.Optimizer]
+NO_COPIES: Mapping[Tensor, str] = MappingProxyType({})
 
 
 def build_optimizers(config: OptimizerConfig, model: nn.Module) -> Optimizers:
@@ -82,9 +85,14 @@ def _row_splits(model: nn.Module) -> dict[Tensor, Sequence[int]]:
     }
 
 
-def optimizer_state(optimizers: Optimizers, model: nn.Module) -> State:
-    """What the optimizers remember, by parameter name."""
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+def optimizer_state(
+    optimizers: Optimizers, model: nn.Module, copies: Mapping[Tensor, str] = NO_COPIES
+) -> State:
+    """What the optimizers remember, by parameter name.
+
+    ``copies`` are names of tensors that are moved in place of parameters.
+    """
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()} | dict(copies)
     state: State = {}
     for optimizer in optimizers:
         for parameter, values in optimizer.state.items():
@@ -92,9 +100,14 @@ def optimizer_state(optimizers: Optimizers, model: nn.Module) -> State:
     return state
 
 
-def load_optimizer_state(optimizers: Optimizers, model: nn.Module, state: State) -> None:
+def load_optimizer_state(
+    optimizers: Optimizers,
+    model: nn.Module,
+    state: State,
+    copies: Mapping[Tensor, str] = NO_COPIES,
+) -> None:
     """Put back what ``optimizer_state`` returned; CheckpointError where parameters differ."""
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()} | dict(copies)
     unknown = sorted(set(state) - set(names.values()))
     if unknown:
         raise CheckpointError(
@@ -105,7 +118,7 @@ def load_optimizer_state(optimizers: Optimizers, model: nn.Module, state: State)
         # torch's own format numbers parameters in the order of the groups.
         ordered = [p for group in optimizer.param_groups for p in group["params"]]
         numbered = {
-            number: _copied(state[names[parameter]])
+            number: _copied(state[names[parameter]], parameter)
             for number, parameter in enumerate(ordered)
             if names[parameter] in state
         }
@@ -113,6 +126,15 @@ def load_optimizer_state(optimizers: Optimizers, model: nn.Module, state: State)
         optimizer.load_state_dict({"state": numbered, "param_groups": groups})
 
 
-def _copied(values: Any) -> dict[str, Any]:
-    """A copy, because an optimizer would otherwise go on writing into the snapshot."""
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
+def _copied(values: Any, parameter: Tensor) -> dict[str, Any]:
+    """A copy, because an optimizer would otherwise go on writing into the snapshot.
+
+    Where ``parameter`` is divided among processes, so is what belongs to each of its elements.
+    """
+    copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
+    return {
+        key: placed_like(value, parameter)
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+        else value
+        for key, value in copies.items()
+    }

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ultrathink.config.training import CheckpointConfig
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.protocols import State
+from ultrathink.parallel.board import new_team
+from ultrathink.parallel.placement import piece_of
+from ultrathink.parallel.world import ALONE, World
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.saver import CheckpointSaver, Outcome
 
@@ -41,11 +45,13 @@ class Saving:
         on_written: Callable[[int, Path], None],
         on_restored: Callable[[], None],
         tell: Callable[[str, Literal["info", "warning"]], None],
+        world: World = ALONE,
     ) -> None:
         self.rule = rule
         self._on_written = on_written
         self._on_restored = on_restored
         self._tell = tell
+        self._world = world
         self._saver = CheckpointSaver(run, keep=rule.keep)
         self._under_way: _Request | None = None
         # At most two: the newest state, and the best one where that is another.
@@ -61,11 +67,19 @@ class Saving:
         self._unwritten.pop("newest", None)  # this one is newer
         self._submit(request)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether this process writes nothing now."""
+        return not self._saver.busy
+
     def collect(self) -> None:
-        """Tell what was written and what was not since the last call; try the latter again."""
+        """Tell what was written and what was not since the last call; try the latter again.
+
+        On several processes, to be called by all once each ``is_idle``, and by none before.
+        """
         self._take_outcomes()
         is_idle = self._under_way is None
-        if self._unwritten and is_idle and time.monotonic() >= self._retry_at:
+        if self._unwritten and is_idle and self._now() >= self._retry_at:
             self._submit(min(self._unwritten.values(), key=lambda request: request.step))
 
     def settle(self) -> None:
@@ -80,20 +94,22 @@ class Saving:
         if not self._unwritten:
             return
         minutes = self.rule.patience_minutes
-        deadline = time.monotonic() + minutes * 60
+        deadline = self._now() + minutes * 60
         self._tell(
             f"training is done; waiting up to {minutes:g} minutes until its last checkpoint can be "
             f"written (Ctrl-C gives up)",
             "warning",
         )
         while self._unwritten or self._under_way is not None:
-            if time.monotonic() >= deadline:
+            if self._now() >= deadline:
                 raise CheckpointError(
                     f"{self._told}, and not in the {minutes:g} minutes after the end of training "
                     f"(training.checkpoint.patience_minutes). Make room, then resume the run from "
                     f"the checkpoint before."
                 )
             time.sleep(_PAUSE_S)
+            if self._world.size > 1:
+                self._saver.wait()
             self.collect()
 
     def abandon(self) -> None:
@@ -112,7 +128,12 @@ class Saving:
 
     def _submit(self, request: _Request) -> None:
         self._under_way = request
-        self._saver.submit(request.step, request.state, is_best=request.is_best)
+        team = new_team(self._world)
+        self._saver.submit(request.step, request.state, is_best=request.is_best, team=team)
+
+    def _now(self) -> float:
+        """A clock in seconds: on several processes that of the first, for all who ask together."""
+        return self._world.of_main(time.monotonic())
 
     def _take_outcomes(self) -> None:
         for outcome in self._saver.outcomes():
@@ -135,7 +156,7 @@ class Saving:
 
     def _keep(self, request: _Request, outcome: Outcome) -> None:
         self._unwritten["best" if request.is_best else "newest"] = request
-        self._retry_at = time.monotonic() + self.rule.retry_s
+        self._retry_at = self._now() + self.rule.retry_s
         reason = _reason(outcome.error)
         text = f"the checkpoint of step {outcome.step} could not be written: {reason}"
         if not self._told.endswith(reason) or not self._told:  # not again and again
@@ -147,7 +168,14 @@ class Saving:
 
 
 def private_copy(state: Any) -> Any:
-    """``state`` with every tensor copied to the CPU, where nothing changes it any more."""
+    """``state`` with every tensor copied to the CPU, where nothing changes it any more.
+
+    Of one that several processes hold together, the piece that this one is to write.
+    """
+    if isinstance(state, DTensor):
+        piece = piece_of(state)
+        local = None if piece.local is None else piece.local.detach().to("cpu", copy=True)
+        return replace(piece, local=local)
     if isinstance(state, Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):

@@ -1,17 +1,26 @@
-"""One optimizer step: micro-batches forward and backward, clipping, the update."""
+"""One optimizer step: micro-batches forward and backward, clipping, the update.
+
+On several processes each has its share of the batch. What decides (the count of trained tokens, the
+loss, the norm) is summed over all of them, so all come to the same decision.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ultrathink.data.batch import Batch
+from ultrathink.parallel.sharding import Accumulation
+from ultrathink.parallel.timing import CommunicationClock
+from ultrathink.parallel.world import ALONE, World
 from ultrathink.training.control import LiveSettings
-from ultrathink.training.optimizers import Optimizers
+from ultrathink.training.offload import HostCopies
+from ultrathink.training.optimizers import NO_COPIES, Optimizers
 
 _CLIP_EPS = 1e-6  # what torch adds to the norm that it divides by
 
@@ -59,20 +68,34 @@ class Stepper:
         *,
         device: torch.device,
         isolate_documents: bool,
+        world: World = ALONE,
+        accumulation: Accumulation | None = None,
+        host: HostCopies | None = None,
     ) -> None:
         self.optimizers = optimizers
         self.losses = losses
         self.device = device
         self.isolate_documents = isolate_documents
+        self.world = world
+        self.accumulation = accumulation
+        self.host = host
+        self.host_names = host.names if host is not None else NO_COPIES
+        self.clock = accumulation.clock if accumulation is not None else CommunicationClock()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
 
     def take_step(self, batch: Batch, settings: LiveSettings, lr_factor: float) -> StepResult:
-        """Learn from one global batch; ``lr_factor`` is the schedule's share of the peak rate."""
-        num_tokens = batch.num_target_tokens
+        """Learn from one batch, of which this process has its share.
+
+        ``lr_factor`` is the schedule's share of the peak rate.
+        """
+        with self.clock.running():
+            num_tokens = int(self.world.sums([batch.num_target_tokens])[0])
         loss, aux_losses = self._backward(batch, settings.micro_batch_size, max(1, num_tokens))
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        loss_value, norm_value = loss.item(), norm.item()
+        norm = total_norm([p.grad for p in self.parameters if p.grad is not None])
+        shares = [value.item() for value in (loss, *aux_losses.values())]
+        with self.clock.running():
+            loss_value, *aux_values = self.world.sums(shares)
+        norm_value = norm.item()
         is_sound = num_tokens > 0 and math.isfinite(loss_value) and math.isfinite(norm_value)
         if is_sound:
             # Where nothing is clipped the factor would be 1: a pass over all gradients for nothing.
@@ -83,7 +106,7 @@ class Stepper:
             parameter.grad = None
         return StepResult(
             loss=loss_value,
-            aux_losses={name: value.item() for name, value in aux_losses.items()},
+            aux_losses=dict(zip(aux_losses, aux_values, strict=True)),
             grad_norm=norm_value,
             num_tokens=num_tokens,
             skipped=not is_sound,
@@ -104,7 +127,10 @@ class Stepper:
         """
         total: Tensor | None = None
         totals: dict[str, Tensor] = {}
-        for micro_batch in batch.split(micro_batch_size):
+        micro_batches = batch.split(micro_batch_size)
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            if self.accumulation is not None:
+                self.accumulation.before_micro_batch(number == len(micro_batches))
             part = micro_batch.to(self.device)
             isolated = (
                 (part.positions, part.document_ids) if self.isolate_documents else (None,) * 2
@@ -123,9 +149,19 @@ class Stepper:
         return total, totals
 
     def _update(self, settings: LiveSettings, lr_factor: float) -> None:
+        if self.host is not None:
+            self.host.take_gradients()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor * settings.lr_factor
                 if group["decayed"] and settings.weight_decay is not None:
                     group["weight_decay"] = settings.weight_decay
             optimizer.step()
+        if self.host is not None:
+            self.host.give_weights()
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all gradients together, over all processes that hold parts of them."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

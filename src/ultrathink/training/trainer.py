@@ -4,39 +4,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ultrathink.config.training import TrainingConfig
+from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.core.protocols import State, Stateful
-from ultrathink.core.random import random_state, set_random_state
+from ultrathink.core.protocols import State
+from ultrathink.core.random import random_state, seed_everything, set_random_state, step_seed
 from ultrathink.data.loader import TrainLoader
 from ultrathink.data.validation import ValidationSet
 from ultrathink.monitoring.records import Level, RunInfo
+from ultrathink.parallel.placement import placed_like
+from ultrathink.parallel.timing import StepTimes
+from ultrathink.parallel.watchdog import FIRST_STEP_FACTOR, Watchdog
+from ultrathink.parallel.world import ALONE, World, is_lost_connection
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
-from ultrathink.training.budget import Budget, Done, Speed, resolve_budget, steps_within
+from ultrathink.training.budget import Budget, Done, resolve_budget
 from ultrathink.training.callbacks import Callback, Controller, Ending, StepReport, ValidationReport
 from ultrathink.training.changes import apply_change
-from ultrathink.training.control import Change, ControlQueue, LiveSettings, Snapshot
-from ultrathink.training.hardware import synchronize
+from ultrathink.training.control import ControlQueue, LiveSettings
+from ultrathink.training.length import measure_speed, settle_length
 from ultrathink.training.optimizers import load_optimizer_state, optimizer_state
 from ultrathink.training.saving import Saving
 from ultrathink.training.schedules import Factor, continued_schedule
+from ultrathink.training.states import cloned, load_states, states_of
 from ultrathink.training.stepping import Stepper
 from ultrathink.training.validation import Scores, evaluate
-
-# Steps timed to turn minutes into steps: this share of the run's minutes, and at least so many.
-_TRIAL_SHARE = 0.004
-_TRIAL_MIN_STEPS = 5
-# What was timed at the start may have been a bad moment of a busy machine: once this share of the
-# minutes is over, the pace of real steps counts, if it gives a length that differs by this factor.
-_SETTLED_AFTER = 0.1
-_SETTLED_WITHIN = 1.05
 
 
 @dataclass
@@ -79,23 +77,30 @@ class Trainer:
     remarks: Sequence[tuple[str, Level]] = ()  # said once the run has a place to say them
     budget: Budget | None = None
     progress: Progress = field(default_factory=Progress)
+    world: World = ALONE
+    watchdog: Watchdog | None = None
 
     def __post_init__(self) -> None:
-        self.control = ControlQueue(self.take_snapshot)
+        self.control = ControlQueue(lambda: self.progress.step)
+        self.snapshots: dict[int, State] = {}
         self.saving = Saving(
             self.run,
             self.training.checkpoint,
             on_written=lambda step, path: self.notify("on_checkpoint", step, path),
             on_restored=self._renew_lock,
             tell=lambda text, level: self.notify("on_message", text, level),
+            world=self.world,
         )
         self.ending: Ending | None = None
         self.is_best = False  # this step's weights have the best score so far
         self.save_wanted = False
         self._schedule: Factor | None = None
         self._clock: float | None = None
+        self._agreed_s: float | None = None  # by the first process's clock, at a step boundary
+        self._all_have_written = True  # the last checkpoint, as far as all processes know
         self._failures: set[str] = set()
-        self._paced: tuple[int, float] = (0, 0.0)  # steps since the start, and their seconds
+        self._times = StepTimes(self.world, self.stepper.clock)
+        self.paced: tuple[int, float] = (0, 0.0)  # steps since the start, and their seconds
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -109,13 +114,16 @@ class Trainer:
                 if self._is_due(self.training.eval.every_steps):
                     self.validate()
                 self.ask_controllers(report)
+                self.agree()
                 self.apply_changes()
-                self.settle_length()
+                settle_length(self)
                 self._end_if_over()
                 self.save_if_due()
             self.finish()
-        except KeyboardInterrupt:  # asked twice: at once
-            self.saving.abandon()
+        except BaseException as error:
+            # Asked twice to stop: at once. And what is written with one that is gone never ends.
+            if isinstance(error, KeyboardInterrupt) or is_lost_connection(error):
+                self.saving.abandon()
             raise
         finally:
             self.close()
@@ -124,6 +132,8 @@ class Trainer:
     def close(self) -> None:
         """Stop what works beside the loop and give the run folder free."""
         self.progress.elapsed_s, self._clock = self.elapsed_s(), None
+        if self.watchdog is not None:
+            self.watchdog.stop()
         self.saving.close()
         self.loader.close()
         self.notify("on_end", self.ending)
@@ -132,6 +142,7 @@ class Trainer:
 
     def start(self) -> None:
         """Announce the run and fix its length in steps."""
+        self._feed_watchdog(FIRST_STEP_FACTOR)
         self.model.train()
         self._clock = time.perf_counter() - self.progress.elapsed_s
         self.notify(
@@ -153,17 +164,26 @@ class Trainer:
                 self.training,
                 tokens_per_step=self.tokens_per_step,
                 samples_per_epoch=self.loader.num_samples,
-                measure_speed=self._measure_speed,
+                measure_speed=lambda: measure_speed(self),
                 done=Done(self.progress.step, self.progress.tokens, self.loader.samples_seen),
             )
-        self._schedule = continued_schedule(self.training.schedule, self.budget, self.settings)
+        self.set_budget(self.budget)
         self.notify("on_budget", self.budget.total_steps)
+        self.agree()
         self._end_if_over()
+
+    def set_budget(self, budget: Budget) -> None:
+        """Let the run, and the schedule of its learning rate, be so long from here on."""
+        self.budget = budget
+        self._schedule = continued_schedule(self.training.schedule, budget, self.settings)
 
     def train_step(self) -> StepReport:
         """Take the next batch and learn from it."""
         assert self._schedule is not None
-        began = time.perf_counter()
+        began, self._agreed_s = time.perf_counter(), None
+        self._feed_watchdog(1 if self.paced[0] else FIRST_STEP_FACTOR)
+        if self.world.size > 1:  # each with random numbers of its own, whatever came before
+            seed_everything(step_seed(self.loader.seed, self.progress.step, self.world.rank))
         batch = self.loader.next_batch()
         for note in self.loader.take_notes():
             self.notify("on_message", note, "warning")
@@ -173,7 +193,7 @@ class Trainer:
         self.progress.tokens += self.tokens_per_step
         self.progress.num_skipped += result.skipped
         seconds = time.perf_counter() - began
-        self._paced = (self._paced[0] + 1, self._paced[1] + seconds)
+        self.paced = (self.paced[0] + 1, self.paced[1] + seconds)
         if result.skipped:
             self.notify(
                 "on_message",
@@ -192,14 +212,29 @@ class Trainer:
             seconds=seconds,
             skipped=result.skipped,
             num_skipped=self.progress.num_skipped,
+            timing=self._compare_times(seconds),
         )
+
+    def _compare_times(self, seconds: float) -> dict[str, float]:
+        """What of a step's time went where on all processes, now and then."""
+        if self.world.size == 1:
+            return {}
+        self._times.add(seconds)
+        if self.progress.step != 1 and not self._is_due(self.training.log_every):
+            return {}
+        timing = self._times.compare()
+        if self.progress.step > 1:  # the first step compiles, each process at its own pace
+            for sentence in self._times.new_stragglers(timing):
+                self.notify("on_message", sentence, "warning")
+        return timing.metrics()
 
     def validate(self) -> None:
         """Score the held-out text; a best score makes this step's checkpoint the ``best``."""
         if self.held_out is None:
             return
+        self._feed_watchdog(FIRST_STEP_FACTOR)
         began = time.perf_counter()
-        scores = self._evaluate(self.held_out)
+        scores = self.score(self.held_out)
         figure = -scores.loss
         if self.training.checkpoint.best_by == "token_accuracy":
             figure = scores.token_accuracy
@@ -232,7 +267,25 @@ class Trainer:
             self.validate()
         if self.is_best or self.save_wanted or progress.last_checkpoint < progress.step:
             self.save()
+        if self.watchdog is not None:
+            self.watchdog.stop()  # a disk may be waited for
         self.saving.wait_until_written()
+
+    def _feed_watchdog(self, factor: float) -> None:
+        if self.watchdog is not None:
+            self.watchdog.feed(factor)
+
+    def score(self, held_out: ValidationSet, max_batches: int | None = None) -> Scores:
+        """Score the model on held-out text, or on its first batches."""
+        return evaluate(
+            self.model,
+            held_out,
+            device=self.device,
+            batch_size=self.training.eval.batch_size,
+            max_tokens=self.training.eval.max_tokens,
+            max_batches=max_batches,
+            world=self.world,
+        )
 
     def _end_if_over(self) -> None:
         assert self.budget is not None
@@ -240,33 +293,6 @@ class Trainer:
             self.ending = self.budget.ending(
                 self.progress.step, self.elapsed_s(), self.training.max_minutes
             )
-
-    def settle_length(self) -> None:
-        """Correct a length in minutes once, where real steps are not as fast as the first ones."""
-        minutes, budget = self.training.max_minutes, self.budget
-        assert budget is not None
-        if minutes is None or budget.is_settled or self.ending is not None:
-            return
-        is_early = self.elapsed_s() < _SETTLED_AFTER * minutes * 60
-        if is_early and self.progress.step < budget.total_steps:
-            return
-        num_steps, seconds = self._paced
-        speed = Speed(seconds / num_steps, self._estimate_validation(), self.elapsed_s())
-        total = self.progress.step + steps_within(minutes, speed, self.training.eval.every_steps)
-        corrected = Budget(total, self.tokens_per_step, speed.step_s, speed.validation_s)
-        self.budget = replace(budget, is_settled=True)
-        is_over = self.elapsed_s() >= minutes * 60 - corrected.reserve_s
-        differs = max(total, budget.total_steps) > _SETTLED_WITHIN * min(total, budget.total_steps)
-        if is_over or not differs:
-            return
-        self.budget = corrected
-        self._schedule = continued_schedule(self.training.schedule, self.budget, self.settings)
-        reason = f"a step takes {speed.step_s:.3g} s, not {budget.seconds_per_step:.3g}"
-        change = Change(
-            self.progress.step, "training.step_budget", budget.total_steps, total, reason
-        )
-        self.notify("on_change", change)
-        self.notify("on_budget", total)
 
     # -- changes -------------------------------------------------------------------------------
 
@@ -286,11 +312,27 @@ class Trainer:
             except UltrathinkError as error:  # a request that cannot be met, such as odd weights
                 self._report_failure(f"the change of {setting} ({reason})", error)
             else:
-                self.notify("on_change", change)
+                if change is not None:
+                    self.notify("on_change", change)
 
-    def take_snapshot(self) -> Snapshot:
+    def agree(self) -> None:
+        """Let all processes hear every request, and decide by the clock of the first."""
+        if self.world.size == 1:
+            return
+        num_steps, seconds = self.paced
+        mine = (self.elapsed_s(), seconds) if self.world.is_main else (0.0, 0.0)
+        own = (self.control.num_waiting, self.saving.is_idle)
+        self._agreed_s, seconds, waiting, num_idle = self.world.sums([*mine, *own])
+        self.paced = (num_steps, seconds)
+        self._all_have_written = num_idle == self.world.size
+        if waiting:
+            everyones = self.world.gathered(self.control.take())
+            self.control.put([request for requests in everyones for request in requests])
+
+    def copied_state(self) -> State:
         """A copy of the whole state, in memory."""
-        return Snapshot(self.progress.step, _cloned(self.state_dict()))
+        state: State = cloned(self.state_dict())
+        return state
 
     def notify(self, event: str, *details: Any) -> None:
         """Tell every callback; one that fails is reported once and changes nothing."""
@@ -318,7 +360,8 @@ class Trainer:
         is_due = self.is_best or self.save_wanted or self._checkpoint_is_due()
         if is_due and self.ending is None:  # the end saves after its validation
             self.save()
-        self.saving.collect()
+        if self._all_have_written:
+            self.saving.collect()
 
     def save(self) -> None:
         """Have a checkpoint of this step written; training goes on meanwhile."""
@@ -326,20 +369,23 @@ class Trainer:
         self.progress.last_checkpoint_s = self.elapsed_s()
         self.saving.save(self.progress.step, self.state_dict(), is_best=self.is_best)
         self.is_best = self.save_wanted = False
+        self._all_have_written = self.world.size == 1
 
     def state_dict(self) -> State:
         """All that a run remembers; with the same files it goes on bit for bit from here."""
         self.progress.elapsed_s = self.elapsed_s()
         return {
             "model": dict(self.model.state_dict()),
-            "optimizer": optimizer_state(self.stepper.optimizers, self.model),
+            "optimizer": optimizer_state(
+                self.stepper.optimizers, self.model, self.stepper.host_names
+            ),
             "random": random_state(),
             "data": self.loader.state_dict(),
             "settings": self.settings.state_dict(),
             "progress": asdict(self.progress),
             "budget": self.budget.to_dict() if self.budget is not None else None,
-            "callbacks": _states(self.callbacks),
-            "controllers": _states(self.controllers),
+            "callbacks": states_of(self.callbacks),
+            "controllers": states_of(self.controllers),
             "identity": self.identity,
             "config": self.config,
         }
@@ -347,19 +393,37 @@ class Trainer:
     def load_state_dict(self, state: State) -> None:
         """Go back to what ``state_dict`` returned."""
         values: dict[str, Any] = dict(state)
-        self.model.load_state_dict(values["model"])
-        load_optimizer_state(self.stepper.optimizers, self.model, values["optimizer"])
+        weights = self.model.state_dict()
+        self.model.load_state_dict(
+            {name: placed_like(value, weights[name]) for name, value in values["model"].items()}
+        )
+        load_optimizer_state(
+            self.stepper.optimizers, self.model, values["optimizer"], self.stepper.host_names
+        )
+        if self.stepper.host is not None:
+            self.stepper.host.take_weights()
         set_random_state(values["random"])
         self.loader.load_state_dict(values["data"])
         self.settings.load_state_dict(values["settings"])
         self.progress = Progress(**values["progress"])
         if values["budget"] is not None:
             self.budget = Budget(**values["budget"])
-        _load_states(self.callbacks, values["callbacks"])
-        _load_states(self.controllers, values["controllers"])
+        load_states(self.callbacks, values["callbacks"])
+        load_states(self.controllers, values["controllers"])
+
+    def fit_micro_batch(self) -> None:
+        """Let micro-batches divide this process's share of the batch, however many there were."""
+        share = self.training.batch_size // self.world.size
+        size = self.settings.micro_batch_size
+        self.settings.micro_batch_size = largest_divisor(share, size)
 
     def elapsed_s(self) -> float:
-        """Seconds of training so far, over all its sessions, compilation included."""
+        """Seconds of training so far, over all its sessions, compilation included.
+
+        From ``agree`` to the next step it is the same moment for all processes.
+        """
+        if self._agreed_s is not None:
+            return self._agreed_s
         if self._clock is None:
             return self.progress.elapsed_s
         return time.perf_counter() - self._clock
@@ -374,67 +438,3 @@ class Trainer:
         since = self.elapsed_s() - self.progress.last_checkpoint_s
         is_time = rule.every_minutes is not None and since >= rule.every_minutes * 60
         return is_time or self._is_due(rule.every_steps)
-
-    # -- speed ---------------------------------------------------------------------------------
-
-    def _measure_speed(self) -> Speed:
-        """Time a few real steps and a piece of validation, then undo them."""
-        before = self.take_snapshot()
-        trial_s = (self.training.max_minutes or 0.0) * 60 * _TRIAL_SHARE
-        self.stepper.take_step(self.loader.next_batch(), self.settings, 0.0)  # compiles
-        step_s: list[float] = []
-        while len(step_s) < _TRIAL_MIN_STEPS or sum(step_s) < trial_s:
-            began = time.perf_counter()
-            self.stepper.take_step(self.loader.next_batch(), self.settings, 0.0)
-            synchronize(self.device)
-            step_s.append(time.perf_counter() - began)
-        validation_s = self._estimate_validation()
-        self.load_state_dict(before.state)
-        return Speed(
-            step_s=sum(step_s) / len(step_s),
-            validation_s=validation_s,
-            elapsed_s=self.elapsed_s(),
-        )
-
-    def _estimate_validation(self) -> float:
-        """Seconds that a whole validation will take, from three batches of it."""
-        if self.held_out is None:
-            return 0.0
-        self._evaluate(self.held_out, max_batches=1)  # the first pays for fresh memory
-        began = time.perf_counter()
-        scores = self._evaluate(self.held_out, max_batches=3)
-        num_tokens, _ = self.held_out.extent(self.training.eval.max_tokens)
-        return (time.perf_counter() - began) * num_tokens / max(1, scores.num_tokens)
-
-    def _evaluate(self, held_out: ValidationSet, max_batches: int | None = None) -> Scores:
-        return evaluate(
-            self.model,
-            held_out,
-            device=self.device,
-            batch_size=self.training.eval.batch_size,
-            max_tokens=self.training.eval.max_tokens,
-            max_batches=max_batches,
-        )
-
-
-def _states(parts: Sequence[Stateful]) -> State:
-    return {
-        f"{number}:{type(part).__name__}": part.state_dict() for number, part in enumerate(parts)
-    }
-
-
-def _load_states(parts: Sequence[Stateful], states: dict[str, Any]) -> None:
-    for number, part in enumerate(parts):
-        name = f"{number}:{type(part).__name__}"
-        if name in states:
-            part.load_state_dict(states[name])
-
-
-def _cloned(node: Any) -> Any:
-    if isinstance(node, Tensor):
-        return node.detach().clone()
-    if isinstance(node, dict):
-        return {key: _cloned(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_cloned(value) for value in node]
-    return node

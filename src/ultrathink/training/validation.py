@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ultrathink.data.validation import ValidationSet
+from ultrathink.parallel.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ def evaluate(
     batch_size: int,
     max_tokens: int | None = None,
     max_batches: int | None = None,
+    world: World = ALONE,
 ) -> Scores:
     """Score ``model`` on ``held_out``; its train or eval mode is left as it was.
 
     Bits per byte = mean nats per token x tokens / UTF-8 bytes / ln 2: comparable between
-    tokenizers. ``max_batches`` ends early, for timing.
+    tokenizers. ``max_batches`` ends early, for timing. On several processes each scores its share
+    of every batch, and all get the sums.
     """
     was_training = model.training
     model.eval()
@@ -49,18 +52,19 @@ def evaluate(
         for number, batch in enumerate(held_out.batches(batch_size, max_tokens)):
             if max_batches is not None and number >= max_batches:
                 break
-            batch = batch.to(device)
+            batch = batch.share(world.rank, world.size).to(device)
             output = model(batch.input_ids, labels=batch.labels)
             loss += output.loss.double().cpu()
             correct += int(output.stats["num_correct"])
             tokens += int(output.num_tokens)
     finally:
         model.train(was_training)
-    mean = loss.item() / max(1, tokens)
+    loss_sum, num_correct, num_scored = world.sums([loss.item(), correct, tokens])
+    mean = loss_sum / max(1, num_scored)
     num_tokens, num_bytes = held_out.extent(max_tokens)
     return Scores(
         loss=mean,
         bits_per_byte=mean * num_tokens / num_bytes / math.log(2),
-        token_accuracy=correct / max(1, tokens),
-        num_tokens=tokens,
+        token_accuracy=num_correct / max(1, num_scored),
+        num_tokens=int(num_scored),
     )

@@ -6,6 +6,7 @@ import pytest
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, Recorder, records, without_time
 from ultrathink.recipe.resume import resume_trainer
+from ultrathink.training import length
 from ultrathink.training import trainer as trainer_module
 from ultrathink.training.budget import MARGIN, Budget, Speed
 from ultrathink.training.callbacks import Callback, StepReport
@@ -15,17 +16,16 @@ from ultrathink.training.trainer import Trainer
 def test_minutes_become_steps_once_and_trying_out_leaves_no_trace(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer_module, "_TRIAL_SHARE", 0.0)
-    monkeypatch.setattr(Trainer, "settle_length", lambda self: None)  # has tests of its own
+    monkeypatch.setattr(length, "TRIAL_SHARE", 0.0)
+    monkeypatch.setattr(trainer_module, "settle_length", lambda trainer: None)  # tested below
     timed = make_trainer("training.max_minutes=10", "training.schedule.warmup=2")
-    measure = timed._measure_speed
 
-    def measured() -> Speed:
+    def measured(trainer: Trainer) -> Speed:
         """The steps are tried out for real; the figure is one that no machine can change."""
-        assert measure().step_s > 0
+        assert length.measure_speed(trainer).step_s > 0
         return Speed(step_s=(600 * (1 - MARGIN) - 1) / 12)
 
-    monkeypatch.setattr(timed, "_measure_speed", measured)
+    monkeypatch.setattr(trainer_module, "measure_speed", measured)
     assert timed.fit() == "finished"
     config = timed.run.read_config()
     assert config.training.step_budget == 12
@@ -63,7 +63,7 @@ def test_a_bad_moment_at_the_start_does_not_decide_the_length(
         "training.max_minutes=0.05", "training.schedule.warmup=1", callbacks=[recorder]
     )
     slow = Speed(step_s=measured_s, validation_s=measured_s)
-    monkeypatch.setattr(trainer, "_measure_speed", lambda: slow)
+    monkeypatch.setattr(trainer_module, "measure_speed", lambda trainer: slow)
     trainer.fit()
     assert trainer.budget is not None
     assert trainer.budget.is_settled
@@ -86,7 +86,7 @@ def test_a_corrected_length_is_that_of_a_resumed_run_too(
         "training.max_minutes=0.1",
         controllers=[At(step60=lambda control: control.stop(reason="test"))],
     )
-    monkeypatch.setattr(trainer, "_measure_speed", lambda: Speed(step_s=1.0))
+    monkeypatch.setattr(trainer_module, "measure_speed", lambda trainer: Speed(step_s=1.0))
     assert trainer.fit() == "stopped"
     assert trainer.budget is not None
     resumed = resume_trainer(trainer.run)

@@ -1,0 +1,53 @@
+"""Section ``parallel``: how a run is spread over processes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ultrathink.config.base import Section, off_means
+
+
+class ParallelConfig(Section):
+    """How a run is spread over processes; one process needs nothing of it.
+
+    ``dp_replicate`` x ``dp_shard`` is the number of processes. What ``zero_stage`` shards is that
+    of ZeRO (https://arxiv.org/abs/1910.02054), by FSDP2.
+    """
+
+    dp_replicate: int = Field(
+        1, gt=0, description="Copies of the model; each has dp_shard processes that share it."
+    )
+    dp_shard: int = Field(
+        -1,
+        description="Processes that share one copy of the model; -1: as many as dp_replicate "
+        "leaves.",
+    )
+    zero_stage: Literal[1, 2, 3] = Field(
+        3,
+        description="What the processes of one copy divide among them: optimizer state (1), also "
+        "gradients (2), also parameters (3). More takes less memory and more communication.",
+    )
+    offload: Annotated[Literal["none", "optimizer", "params"], off_means("none")] = Field(
+        "none",
+        description="What waits in the memory of the host and not of the GPU: the optimizer's "
+        "state, or the parameters with it.",
+    )
+    engine: Literal["native"] = Field("native", description="native: PyTorch's FSDP2.")
+    hang_minutes: float = Field(
+        10.0,
+        gt=0,
+        description="Minutes without a step after which a process of several writes where it "
+        "stands to logs/ and ends, so that the launcher can start all again; the first step has "
+        "ten times as long.",
+    )
+
+    @model_validator(mode="after")
+    def _degree_is_a_number(self) -> ParallelConfig:
+        if self.dp_shard < -1 or self.dp_shard == 0:
+            raise ValueError(
+                f"dp_shard is {self.dp_shard}; give the number of processes that share one copy "
+                f"of the model, or -1 for as many as there are"
+            )
+        return self

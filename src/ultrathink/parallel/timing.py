@@ -1,0 +1,155 @@
+"""How long each process computes and how long it waits for others; who holds all of them up.
+
+Communication is timed where it blocks the process: on CPUs all of it but the sums of gradients
+between copies of the model (``dp_replicate``). On GPUs it runs beside computing and is not told
+apart here; a profiler shows it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
+    DefaultAllGather,
+    DefaultReduceScatter,
+)
+
+from ultrathink.parallel.world import World
+
+# A process that computes so much longer than the one in the middle holds all of them up.
+STRAGGLING = 1.3
+# ... if it does so over so many steps: single ones differ by chance.
+JUDGED_STEPS = 50
+
+
+class CommunicationClock:
+    """Counts the seconds that this process spends in collectives."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count what happens within."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - began
+
+    def take(self) -> float:
+        """The seconds counted since this was last asked."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
+class TimedAllGather(DefaultAllGather):
+    """FSDP's gathering of weights, timed."""
+
+    def __init__(self, clock: CommunicationClock) -> None:
+        self.clock = clock
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **options: Any):  # type: ignore[no-untyped-def]
+        with self.clock.running():
+            return super().__call__(output_tensor, input_tensor, *args, **options)
+
+
+class TimedReduceScatter(DefaultReduceScatter):
+    """FSDP's summing of gradients, timed."""
+
+    def __init__(self, clock: CommunicationClock) -> None:
+        self.clock = clock
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **options: Any):  # type: ignore[no-untyped-def]
+        with self.clock.running():
+            return super().__call__(output_tensor, input_tensor, *args, **options)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Mean seconds of a step over the last few, by rank."""
+
+    computing: tuple[float, ...]
+    communicating: tuple[float, ...]
+    num_steps: int = 1
+
+    @property
+    def communication_share(self) -> float:
+        """The part of all processes' time that went to communication and waiting."""
+        total = sum(self.computing) + sum(self.communicating)
+        return sum(self.communicating) / total if total > 0 else 0.0
+
+    def stragglers(self) -> dict[int, float]:
+        """The ranks that compute much longer than the median, and how many times as long."""
+        middle = statistics.median_low(self.computing)
+        return {
+            rank: seconds / middle
+            for rank, seconds in enumerate(self.computing)
+            if middle > 0 and seconds > STRAGGLING * middle
+        }
+
+    def metrics(self) -> dict[str, float]:
+        """What goes into metrics.jsonl."""
+        return {
+            "communication_share": self.communication_share,
+            "compute_s_fastest": min(self.computing),
+            "compute_s_slowest": max(self.computing),
+        }
+
+
+class StepTimes:
+    """Collects the times of steps, and compares them between processes when asked."""
+
+    def __init__(self, world: World, clock: CommunicationClock) -> None:
+        self.world = world
+        self.clock = clock
+        self._steps = 0
+        self._computing = self._communicating = 0.0
+        self._told: set[int] = set()
+        self._judged: list[Timing] = []
+
+    def add(self, seconds: float) -> None:
+        """Count a step that took ``seconds`` in all."""
+        communicating = self.clock.take()
+        self._steps += 1
+        self._communicating += communicating
+        self._computing += max(0.0, seconds - communicating)
+
+    def compare(self) -> Timing:
+        """The times of all processes since this was last asked; all processes ask together."""
+        size, rank = self.world.size, self.world.rank
+        mine = [0.0] * (2 * size)
+        steps = max(1, self._steps)
+        mine[rank], mine[size + rank] = self._computing / steps, self._communicating / steps
+        self._steps, self._computing, self._communicating = 0, 0.0, 0.0
+        everyones = self.world.sums(mine)
+        return Timing(tuple(everyones[:size]), tuple(everyones[size:]), steps)
+
+    def new_stragglers(self, timing: Timing) -> list[str]:
+        """A sentence for each process that has begun to hold up the others.
+
+        Judged over ``JUDGED_STEPS`` steps, of which this is told by one ``timing`` after another.
+        """
+        self._judged.append(timing)
+        num_steps = sum(each.num_steps for each in self._judged)
+        if num_steps < JUDGED_STEPS:
+            return []
+        computing = [
+            sum(each.computing[rank] * each.num_steps for each in self._judged) / num_steps
+            for rank in range(len(timing.computing))
+        ]
+        self._judged.clear()
+        slow = Timing(tuple(computing), (), num_steps).stragglers()
+        sentences = [
+            f"process {rank} computes {factor:.1f} times as long as the others, which wait for it"
+            for rank, factor in slow.items()
+            if rank not in self._told
+        ]
+        self._told = set(slow)
+        return sentences

@@ -1,0 +1,36 @@
+"""States of a run's parts: gathered, put back, copied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ultrathink.core.protocols import State, Stateful
+
+
+def states_of(parts: Sequence[Stateful]) -> State:
+    """The state of each part, by its place and class."""
+    return {
+        f"{number}:{type(part).__name__}": part.state_dict() for number, part in enumerate(parts)
+    }
+
+
+def load_states(parts: Sequence[Stateful], states: dict[str, Any]) -> None:
+    """Give each part its state back, where there is one."""
+    for number, part in enumerate(parts):
+        name = f"{number}:{type(part).__name__}"
+        if name in states:
+            part.load_state_dict(states[name])
+
+
+def cloned(node: Any) -> Any:
+    """A copy of nested state with tensors of its own, each where it was."""
+    if isinstance(node, Tensor):
+        return node.detach().clone()
+    if isinstance(node, dict):
+        return {key: cloned(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [cloned(value) for value in node]
+    return node

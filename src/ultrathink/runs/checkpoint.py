@@ -9,10 +9,18 @@ A checkpoint is a folder; nothing in it is pickled:
     checksums.json                     size and SHA-256 of all these, written last
 
 It is written beside its final name and renamed, so a crash never leaves half of one there.
+
+Several processes write files of their own, at the same time, of what each holds:
+
+    shard-00001-model-00001-of-00002.safetensors   the first one's part of the model's tensors
+
+Where a part belongs stands in the head of its file, which files hold a tensor in the index
+(``pieces``). Any number of processes may read it.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -23,7 +31,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import replace_folder, sync_file, sync_folder, write_atomic
+from ultrathink.core.pieces import Piece
 from ultrathink.core.protocols import State
+from ultrathink.core.team import Alone, Team
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +44,8 @@ STATE_FILE = "state.json"
 INDEX_FILE = "model.safetensors.index.json"
 CHECKSUM_FILE = "checksums.json"
 MODEL = "model/"  # how the names of the model's tensors begin
-FORMAT = 1
+# A reader that does not know of pieces would take the first one for the whole.
+FORMAT, FORMAT_IN_PIECES = 1, 2
 _TENSOR = "__tensor__"  # in state.json, stands where a tensor was, with the tensor's name
 
 Wanted: TypeAlias = Callable[[str], bool]  # chooses tensors by name
@@ -65,37 +76,109 @@ def weights(name: str) -> bool:
 # -- writing and reading --------------------------------------------------------------------------
 
 
-def save_checkpoint(folder: Path, state: State, check: Callable[[], None] = lambda: None) -> None:
-    """Write nested ``state`` (plain values and tensors) to ``folder``, whole or not at all.
+def save_checkpoint(
+    folder: Path,
+    state: State,
+    check: Callable[[], None] = lambda: None,
+    team: Team | None = None,
+    once_whole: Callable[[], None] = lambda: None,
+) -> None:
+    """Write nested ``state`` (plain values, tensors, pieces) to ``folder``, whole or not at all.
 
     ``check`` is called often; what it raises ends the save. Raises OSError with its number and file
-    where the disk does not take it. Any thread may call it.
+    where the disk does not take it. Any thread may call it. Each process of ``team`` calls it with
+    its own pieces; what is no piece is the first one's, which also calls ``once_whole``.
     """
-    from ultrathink.runs.tensor_files import write_tensors  # a second to import
-
-    tensors: dict[str, Tensor] = {}
+    team = team or Alone()
+    tensors: dict[str, Tensor | Piece] = {}
     plain = _take_tensors(state, "", tensors)
     beside = folder.with_name(f".{folder.name}.tmp")
     with _disk_errors_named(folder):
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        if team.rank > 0:
+            [has_begun] = team.wait_for(["begun"], check)
+            if has_begun:
+                _write_my_files(beside, tensors, check, team)
+            [failure] = team.wait_for(["end"], check)
+            if failure is not None:
+                raise OSError(*failure)
+            return
+        has_begun = False
         try:
-            write_tensors(beside, tensors, _file_numbers(tensors), check)
-            text = json.dumps({"format": FORMAT, "state": plain}, allow_nan=True)
-            (beside / STATE_FILE).write_text(text, encoding="utf-8")
-            files = sorted(beside.iterdir())
-            sums = {}
-            for file in files:
-                check()
-                sync_file(file)
-                sums[file.name] = _checksum(file)
-            write_atomic(beside / CHECKSUM_FILE, json.dumps(sums, separators=(",", ":")))
-            sync_folder(beside)
-            check()
-            replace_folder(beside, folder)
-        except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            has_begun = True
+            team.put("begun", True)
+            _write_my_files(beside, tensors, check, team)
+            _complete(beside, plain, check, team)
+            replace_folder(beside, folder)
+            once_whole()
+        except BaseException as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            if not has_begun:
+                team.put("begun", False)
+            team.put("end", _plainly(error))
             raise
+        team.put("end", None)
+
+
+def _write_my_files(
+    beside: Path, tensors: dict[str, Tensor | Piece], check: Callable[[], None], team: Team
+) -> None:
+    """Write this process's tensors, and tell the first what is in which file, with checksums."""
+    from ultrathink.runs.tensor_files import write_tensors  # a second to import
+
+    shard = team.rank + 1 if team.size > 1 else None
+    try:
+        names = write_tensors(beside, tensors, _file_numbers(tensors), check, shard)
+        sums = {}
+        for name in names:
+            check()
+            sync_file(beside / name)
+            sums[name] = _checksum(beside / name)
+    except BaseException as error:
+        team.put(f"written/{team.rank}", {"failure": _plainly(error)})
+        raise
+    team.put(f"written/{team.rank}", {"names": names, "sums": sums})
+
+
+def _complete(beside: Path, plain: Any, check: Callable[[], None], team: Team) -> None:
+    """Write what is beside the tensors, once all processes have written theirs."""
+    written = [f"written/{rank}" for rank in range(team.size)]
+    everyones = team.wait_for(written, check)
+    team.forget(written)
+    for one in everyones:
+        if "failure" in one:
+            raise OSError(*one["failure"])
+    sums = {name: entry for one in everyones for name, entry in one["sums"].items()}
+    files_of_name: dict[str, list[str]] = {}
+    for one in everyones:
+        for file, names in one["names"].items():
+            for name in names:
+                files_of_name.setdefault(name, []).append(file)
+    index: dict[str, Any] = {
+        "metadata": {"total_size": sum(entry["size"] for entry in sums.values())},
+        "weight_map": {name: files[0] for name, files in files_of_name.items()},
+    }
+    if team.size > 1:
+        index["pieces"] = files_of_name
+    form = FORMAT if team.size == 1 else FORMAT_IN_PIECES
+    text = json.dumps({"format": form, "state": plain}, allow_nan=True)
+    (beside / STATE_FILE).write_text(text, encoding="utf-8")
+    (beside / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    for name in (STATE_FILE, INDEX_FILE):
+        check()
+        sync_file(beside / name)
+        sums[name] = _checksum(beside / name)
+    write_atomic(beside / CHECKSUM_FILE, json.dumps(sums, separators=(",", ":"), sort_keys=True))
+    sync_folder(beside)
+    check()
+
+
+def _plainly(error: BaseException) -> tuple[int, str]:
+    """An error as its number and words, to be raised again by another process."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno, error.strerror or str(error)
+    return errno.EIO, f"{type(error).__name__}: {error}"
 
 
 def load_checkpoint(folder: Path, wanted: Wanted = everything) -> State:
@@ -129,9 +212,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(
             folder, f"{STATE_FILE} cannot be read ({_reason(error)})"
         ) from None
-    if form != FORMAT:
+    if form not in (FORMAT, FORMAT_IN_PIECES):
         raise CheckpointError(
-            f"{path} has format {form!r}, this version reads {FORMAT}; "
+            f"{path} has format {form!r}, this version reads {FORMAT} and {FORMAT_IN_PIECES}; "
             f"use the version of ultrathink that wrote it."
         )
     assert isinstance(state, dict)
@@ -246,12 +329,13 @@ def _disk_errors_named(folder: Path) -> Iterator[None]:
 # -- the state without its tensors ----------------------------------------------------------------
 
 
-def _take_tensors(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _take_tensors(node: Any, path: str, tensors: dict[str, Tensor | Piece]) -> Any:
     """A copy of ``node`` with each tensor moved to ``tensors`` and named in its place."""
     from torch import Tensor  # only here: who reads no tensors need not wait for torch
 
-    if isinstance(node, Tensor):
-        tensors[path] = node.detach().contiguous()  # safetensors takes no other
+    if isinstance(node, Tensor | Piece):
+        # safetensors takes no tensor that is not contiguous
+        tensors[path] = node.detach().contiguous() if isinstance(node, Tensor) else node
         return {_TENSOR: path}
     if isinstance(node, Mapping):
         return {
@@ -285,12 +369,13 @@ def _file_numbers(names: Iterable[str]) -> dict[str, int]:
     return {name: 1 if weights(name) or not has_weights else 2 for name in names}
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """The file of each tensor."""
+def holding(folder: Path) -> dict[str, list[str]]:
+    """The files that hold each tensor: one, or several with a piece each."""
     try:
         content = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-        files: dict[str, str] = dict(content["weight_map"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        files: dict[str, list[str]] = {name: [file] for name, file in content["weight_map"].items()}
+        files.update(content.get("pieces", {}))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(
             folder, f"{INDEX_FILE} cannot be read ({_reason(error)})"
         ) from None
@@ -299,4 +384,4 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def _holding(folder: Path, wanted: Wanted) -> set[str]:
     """The files that hold ``wanted`` tensors."""
-    return {file for name, file in _weight_map(folder).items() if wanted(name)}
+    return {file for name, files in holding(folder).items() if wanted(name) for file in files}

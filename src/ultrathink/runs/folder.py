@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError, suggestion
 from ultrathink.core.files import remove_folder, write_atomic
 from ultrathink.core.protocols import State
+from ultrathink.core.team import Team
 from ultrathink.runs.checkpoint import (
     CHECKSUM_FILE,
     STATE_FILE,
@@ -32,6 +33,9 @@ _STEP_FOLDER = re.compile(r"^step_(\d{8,})$")
 # What a process that was killed leaves behind: see write_atomic, save_checkpoint, remove_folder.
 _UNFINISHED_FILE = re.compile(r"^\..+\.\d+\.tmp$")
 _UNFINISHED_FOLDER = re.compile(r"^\.(step_\d{8,})\.(tmp|old|deleted)$")
+
+
+NAME_IN_USE = "chosen at run time: name in use"
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class RunFolder:
             except FileExistsError:
                 number += 1
         if number > 1:
-            config = config.replace({"run.name": name}, origin="chosen at run time: name in use")
+            config = config.replace({"run.name": name}, origin=NAME_IN_USE)
         folder = cls(parent / name)
         try:
             folder.checkpoints.mkdir()
@@ -274,12 +278,17 @@ class RunFolder:
         is_best: bool,
         keep: int,
         check: Callable[[], None] = lambda: None,
+        team: Team | None = None,
     ) -> Path:
         """Write the checkpoint of ``step``, point ``last`` (and ``best``) to it, drop old ones.
 
-        ``check`` is called often until it is whole; what it raises ends the save.
+        ``check`` is called often until it is whole; what it raises ends the save. Each process of
+        ``team`` calls it; the first one sees to links and old checkpoints.
         """
         path = self.step_path(step)
+        if team is not None and team.rank > 0:
+            save_checkpoint(path, state, check, team)
+            return path
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         # A step that was kept back while the disk was full may come after a newer one.
         is_newest = step >= max(self.steps(), default=0)
@@ -287,9 +296,7 @@ class RunFolder:
         try:
             for name in names:  # first, so that clean() knows of them after a crash
                 self._prepare_link(name, path)
-            save_checkpoint(path, state, check)
-            for name in names:
-                os.replace(self._coming(name), self.checkpoints / name)
+            save_checkpoint(path, state, check, team, lambda: self._set_links(names))
         except BaseException:
             for name in names:
                 with suppress(OSError):
@@ -323,6 +330,10 @@ class RunFolder:
     def _prepare_link(self, name: str, target: Path) -> None:
         self._coming(name).unlink(missing_ok=True)
         self._coming(name).symlink_to(target.name, target_is_directory=True)
+
+    def _set_links(self, names: Sequence[str]) -> None:
+        for name in names:
+            os.replace(self._coming(name), self.checkpoints / name)
 
     def _mend_links(self) -> None:
         """Let ``last`` name the newest checkpoint, and drop links to what is not there."""

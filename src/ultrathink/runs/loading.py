@@ -16,6 +16,7 @@ from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
 from ultrathink.model.transformer import Transformer
 from ultrathink.runs.checkpoint import MODEL, load_checkpoint, tensor_shapes, weights
 from ultrathink.runs.folder import RunFolder, find_run, split_run
+from ultrathink.runs.inspection import WEIGHTS_FILE, read_weights_file
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -30,15 +31,19 @@ def load_model(
 ) -> tuple[Transformer, Tokenizer]:
     """The model of a run's checkpoint, in evaluation mode, and the tokenizer it was trained with.
 
+    ``run`` may be a folder that ``ultrathink checkpoint consolidate`` wrote.
     ``checkpoint`` is ``"best"``, ``"last"`` or a step; ``dtype`` converts the weights. Warns where
     the best or last is damaged and an earlier one stands in. Raises CheckpointError where something
     is missing, damaged or does not fit.
     """
     folder = find_run(str(run))
     config = folder.read_config()
-    path, notes = folder.sound_checkpoint(checkpoint, weights)
-    for note in notes:
-        warnings.warn(note, UserWarning, stacklevel=2)
+    if (folder.path / WEIGHTS_FILE).is_file():  # consolidated
+        path = folder.path
+    else:
+        path, notes = folder.sound_checkpoint(checkpoint, weights)
+        for note in notes:
+            warnings.warn(note, UserWarning, stacklevel=2)
     model = empty_model(config.model)
     load_weights(model, path)
     if dtype is not None:
@@ -56,9 +61,15 @@ def empty_model(config: ModelConfig) -> Transformer:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Fill ``model`` with the weights of a checkpoint; CheckpointError where they do not fit."""
-    state: dict[str, Any] = dict(load_checkpoint(folder, weights))
-    found = state.get("model") or {}
+    """Fill ``model`` with the weights of a checkpoint, or of a consolidated model.
+
+    CheckpointError where they do not fit.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        found = read_weights_file(folder / WEIGHTS_FILE)
+    else:
+        state: dict[str, Any] = dict(load_checkpoint(folder, weights))
+        found = state.get("model") or {}
     check_fit(_shapes(model.state_dict()), _shapes(found), folder)
     model.load_state_dict(found)
 
@@ -109,6 +120,8 @@ def weights_from(text: str, runs_dir: str) -> tuple[Path, RunFolder | None]:
     Warns where the last or best is damaged and an earlier one stands in.
     """
     path = Path(text)
+    if (path / WEIGHTS_FILE).is_file():
+        return path, RunFolder(path) if (path / "config.yaml").is_file() else None
     if (path / "state.json").is_file():
         parent = path.resolve().parent.parent
         is_run = (parent / "config.yaml").is_file()

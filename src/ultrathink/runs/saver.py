@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ultrathink.core.protocols import State
+from ultrathink.core.team import Alone, Team
 from ultrathink.runs.folder import RunFolder
 
 _LOOK_S = 0.1  # between looks at a save that is waited for; a signal is heard in each
@@ -48,6 +49,7 @@ class _Save:
     step: int
     state: State
     is_best: bool
+    team: Team
     given_up: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -80,11 +82,14 @@ class CheckpointSaver:
         save = self._newest
         return save is not None and not save.done.is_set() and not save.given_up.is_set()
 
-    def submit(self, step: int, state: State, *, is_best: bool) -> None:
-        """Write ``state``, which nobody else may change, after the save under way has ended."""
+    def submit(self, step: int, state: State, *, is_best: bool, team: Team | None = None) -> None:
+        """Write ``state``, which nobody else may change, after the save under way has ended.
+
+        With ``team``, whose processes all do this, each with what it holds.
+        """
         if self._newest is not None:
             self._newest.wait()
-        save = _Save(step, state, is_best)
+        save = _Save(step, state, is_best, team or Alone())
         self._newest = save
         _WRITING.add(save)
         thread = threading.Thread(
@@ -122,11 +127,17 @@ class CheckpointSaver:
         error: Exception | None = None
         _step_back()
         try:
-            restored = self._run.restore_founding(self._founding)
-            with suppress(OSError):  # they change: what length was chosen, segments
-                self._founding.update(self._run.founding())
+            if save.team.rank == 0:
+                restored = self._run.restore_founding(self._founding)
+                with suppress(OSError):  # they change: what length was chosen, segments
+                    self._founding.update(self._run.founding())
             self._run.save(
-                save.step, save.state, is_best=save.is_best, keep=self._keep, check=save.check
+                save.step,
+                save.state,
+                is_best=save.is_best,
+                keep=self._keep,
+                check=save.check,
+                team=save.team,
             )
         except BaseException as caught:  # nobody else would hear of it, and all would wait
             _forget_locals(caught)

@@ -1,8 +1,9 @@
 """The tensors of a checkpoint: safetensors through torch's distributed checkpoint.
 
-These are the steps of ``dcp.save`` and ``dcp.load`` for one process, taken one by one: those
-functions warn that no process group is there, and a thread cannot silence a warning without
-silencing those of others meanwhile.
+These are the steps of ``dcp.save`` and ``dcp.load``, taken one by one: those functions warn where
+no process group is there, and a thread cannot silence a warning without silencing those of others
+meanwhile; where one is there they exchange plans, for which the training thread would have to wait.
+Each process knows what it holds, and the heads of its files say where that belongs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,19 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
 )
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+from ultrathink.core.pieces import Piece
 
 Shapes: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -35,26 +49,64 @@ _PIECE_BYTES = 1 << 22
 
 def write_tensors(
     folder: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Piece],
     file_numbers: Mapping[str, int],
     check: Callable[[], None],
-) -> None:
-    """Write each tensor to the file of its number (from 1 on), and an index of them.
+    shard: int | None = None,
+) -> dict[str, list[str]]:
+    """Write each tensor, or this process's piece of it, to the file of its number (from 1 on).
 
-    ``check`` is called every few megabytes.
+    ``shard`` counts the processes from 1 where there are several; each has files of its own, a
+    tensor that is no piece is written by the first. Returns the names in each file. ``check`` is
+    called every few megabytes.
     """
+    pieces = {name: _as_piece(value, shard) for name, value in tensors.items()}
+    local = {name: piece.local for name, piece in pieces.items() if piece.local is not None}
     writer = HuggingFaceStorageWriter(path=str(folder), fqn_to_index_mapping=dict(file_numbers))
     writer.per_thread_copy_ahead = 0  # else it waits for the work of the default CUDA stream
     writer.fs = _CheckedFiles(check)
-    planner = DefaultSavePlanner()
-    planner.set_up_planner(dict(tensors), writer.storage_meta(), is_coordinator=True)
     writer.set_up_storage_writer(is_coordinator=True)
-    local_plan = writer.prepare_local_plan(planner.create_local_plan())
-    plans, metadata = planner.create_global_plan([local_plan])
-    [plan] = writer.prepare_global_plan(plans)
-    writes = writer.write_data(planner.finish_plan(plan), planner)
+    plan = SavePlan(
+        [_write_item(name, pieces[name], tensor) for name, tensor in local.items()],
+        storage_data={"fqn_to_index_mapping": dict(file_numbers), "shard_index": shard},
+    )
+    writes = writer.write_data(plan, _Resolver(local))
     writes.wait()
-    writer.finish(metadata, [writes.value()])
+    files: dict[str, list[str]] = {}
+    for result in writes.value():
+        files.setdefault(result.storage_data.relative_path, []).append(result.index.fqn)
+    return files
+
+
+def _as_piece(value: Tensor | Piece, shard: int | None) -> Piece:
+    if isinstance(value, Piece):
+        return value
+    local = value if shard in (None, 1) else None
+    return Piece(local, (0,) * value.ndim, tuple(value.shape), value.dtype)
+
+
+def _write_item(name: str, piece: Piece, local: Tensor) -> WriteItem:
+    offset = torch.Size(piece.offset)
+    return WriteItem(
+        index=MetadataIndex(name, offset),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offset, sizes=local.shape),
+            properties=TensorProperties.create_from_tensor(local),
+            size=torch.Size(piece.shape),
+        ),
+    )
+
+
+class _Resolver(DefaultSavePlanner):
+    """Hands the writer the tensor of each item."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self.tensors[write_item.index.fqn]
 
 
 def read_tensors(

@@ -1,0 +1,102 @@
+"""``ultrathink checkpoint``: what is in one, and its model as one file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ultrathink.core.errors import UltrathinkError, closest
+
+if TYPE_CHECKING:
+    from ultrathink.runs.inspection import Contents
+
+ACTIONS = ("info", "consolidate")
+_EPILOG = """what to do:
+  checkpoint info RUN           list what the last checkpoint of a run holds
+  checkpoint consolidate RUN    write its model as one safetensors file, with configuration and
+                                tokenizer: whatever number of processes wrote it
+
+examples:
+  ultrathink checkpoint info demo
+  ultrathink checkpoint info demo@500 --tensors
+  ultrathink checkpoint consolidate demo@best --output demo-model
+  ultrathink generate demo-model "import "
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink checkpoint``."""
+    parser.epilog = _EPILOG
+    parser.add_argument("action", metavar="ACTION", help="info or consolidate")
+    parser.add_argument("run", metavar="RUN", help="run name or folder, or RUN@best|last|step")
+    parser.add_argument("--tensors", action="store_true", help="info: list every tensor")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="consolidate: where to")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what was asked for."""
+    if args.action not in ACTIONS:
+        near = closest(args.action, ACTIONS)
+        hint = f"did you mean {near}?" if near else f"use {' or '.join(ACTIONS)}."
+        raise UltrathinkError(f"there is no action {args.action!r}; {hint}")
+    from ultrathink.runs.folder import find_run, split_run
+
+    name, which = split_run(args.run)
+    found = find_run(name)
+    if args.action == "info":
+        from ultrathink.runs.inspection import inspect_checkpoint
+
+        contents = inspect_checkpoint(found.checkpoint(which))
+        _show(contents, with_tensors=args.tensors, as_json=args.json)
+        return 0
+    from ultrathink.runs.inspection import consolidate
+
+    folder, remark = consolidate(found, which, args.output)
+    if remark:
+        print(f"warning: {remark}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"folder": str(folder)}))
+    else:
+        print(f'Written: {folder}\n  let it write:  ultrathink generate {folder} "import "')
+    return 0
+
+
+def _show(contents: Contents, *, with_tensors: bool, as_json: bool) -> None:
+    if as_json:
+        tensors = [
+            {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "pieces": t.num_pieces}
+            for t in contents.tensors
+        ]
+        plain = {
+            "folder": str(contents.folder),
+            "step": contents.step,
+            "tokens": contents.tokens,
+            "minutes": contents.minutes,
+            "processes": contents.num_processes,
+            "parameters": contents.num_parameters,
+            "optimizer": contents.optimizer,
+            "size_bytes": contents.size_bytes,
+            "files": contents.files,
+            "tensors": tensors,
+        }
+        print(json.dumps(plain))
+        return
+    writers = f"{contents.num_processes} process{'es' if contents.num_processes > 1 else ''}"
+    print(
+        f"{contents.folder}\n"
+        f"  step {contents.step:,}, {contents.tokens:,} tokens, {contents.minutes:.1f} minutes\n"
+        f"  {contents.num_parameters:,} parameters, optimizer {contents.optimizer}, written by "
+        f"{writers}\n"
+        f"  {contents.size_bytes / 2**20:.1f} MiB in {len(contents.files)} files:"
+    )
+    for name, size in contents.files.items():
+        print(f"    {size / 2**20:8.1f} MiB  {name}")
+    if with_tensors:
+        print(f"  {len(contents.tensors)} tensors:")
+        for tensor in contents.tensors:
+            pieces = f"  in {tensor.num_pieces} pieces" if tensor.num_pieces > 1 else ""
+            print(f"    {tensor.dtype:<9} {list(tensor.shape)!s:<14} {tensor.name}{pieces}")

@@ -1,0 +1,146 @@
+"""What is inside a checkpoint, and all its weights in one file."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ultrathink.core.errors import CheckpointError
+from ultrathink.core.files import replace_folder, sync_file, sync_folder
+from ultrathink.runs.checkpoint import (
+    DamagedCheckpointError,
+    holding,
+    load_checkpoint,
+    read_state,
+    tensor_shapes,
+    weights,
+)
+from ultrathink.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    size_bytes: int
+    num_pieces: int  # files that hold parts of it
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds."""
+
+    folder: Path
+    step: int
+    tokens: int
+    minutes: float
+    num_processes: int  # that wrote it
+    size_bytes: int
+    files: dict[str, int]  # and their bytes
+    tensors: tuple[TensorInfo, ...]
+    optimizer: str
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the model's tensors."""
+        return sum(math.prod(t.shape) for t in self.tensors if weights(t.name))
+
+
+def inspect_checkpoint(folder: Path) -> Contents:
+    """Look into a checkpoint without reading its tensors; raises CheckpointError."""
+    state = read_state(folder)
+    pieces = holding(folder)
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    tensors = tuple(
+        TensorInfo(
+            name,
+            shape,
+            str(dtype).removeprefix("torch."),
+            math.prod(shape) * dtype.itemsize,
+            len(pieces[name]),
+        )
+        for name, (shape, dtype) in sorted(tensor_shapes(folder).items())
+    )
+    progress = state["progress"]
+    return Contents(
+        folder=folder,
+        step=progress["step"],
+        tokens=progress["tokens"],
+        minutes=progress["elapsed_s"] / 60,
+        num_processes=max(1, *_shards(files)),
+        size_bytes=sum(files.values()),
+        files=files,
+        tensors=tensors,
+        optimizer=_inside(state, "config", "training", "optimizer", "type"),
+    )
+
+
+def _shards(files: Mapping[str, int]) -> list[int]:
+    """The numbers of the processes whose files these are."""
+    numbers = [name.split("-")[1] for name in files if name.startswith("shard-")]
+    return [0, *(int(number) for number in numbers)]
+
+
+def _inside(tree: Any, *keys: str) -> str:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return str(tree)
+
+
+def read_weights_file(path: Path) -> dict[str, Tensor]:
+    """The weights that ``consolidate`` wrote; raises DamagedCheckpointError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DamagedCheckpointError(
+            path.parent, f"{path.name} cannot be read ({error})", "Consolidate the run again."
+        ) from None
+
+
+def consolidate(run: RunFolder, checkpoint: str, output: Path | None = None) -> tuple[Path, str]:
+    """Write the weights of a run's checkpoint as one file, with configuration and tokenizer.
+
+    Returns the folder, ``RUN/consolidated/STEP`` unless given, and a remark where another
+    checkpoint had to stand in ("" else). It appears whole or not at all. Raises CheckpointError
+    where it exists already.
+    """
+    from safetensors.torch import save_file
+
+    folder, notes = run.sound_checkpoint(checkpoint, weights)
+    target = output or run.path / "consolidated" / folder.name
+    if target.exists():
+        raise CheckpointError(
+            f"{target} exists already and is not overwritten; delete it, or name another folder "
+            f"with --output."
+        )
+    state: dict[str, Any] = dict(load_checkpoint(folder, weights))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        save_file(state["model"], beside / WEIGHTS_FILE, metadata={"format": "pt"})
+        sync_file(beside / WEIGHTS_FILE)
+        RunFolder(beside).write_config(run.read_config())
+        shutil.copytree(run.tokenizer, beside / "tokenizer")
+        sync_folder(beside)
+        replace_folder(beside, target)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return target, "; ".join(notes)

@@ -19,8 +19,13 @@ from ultrathink.core.streams import discard
 # offers `configure(parser)` and `run(args) -> exit status`.
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ultrathink.cli.train", "train a model, or go on with a run that stopped"),
+    "launch": ("ultrathink.cli.launch", "train on several processes, on one machine or more"),
     "generate": ("ultrathink.cli.generate", "let a trained model write"),
     "runs": ("ultrathink.cli.runs", "list the runs, or check that one is sound"),
+    "checkpoint": (
+        "ultrathink.cli.checkpoint",
+        "say what is in a checkpoint, or write its model as one file",
+    ),
     "compare": ("ultrathink.cli.compare", "set runs side by side: settings, curves, figures"),
     "config": ("ultrathink.cli.config", "show, check and explain configurations"),
     "doctor": ("ultrathink.cli.doctor", "say what this machine can do, and what it lacks"),
@@ -70,24 +75,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except SystemExit as stop:  # argparse, after --help
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except UltrathinkError as error:
-        if debug:
+    except (UltrathinkError, KeyboardInterrupt, OSError) as error:
+        if debug and not isinstance(error, BrokenPipeError):
             raise
+        return report(error)
+
+
+def report(error: UltrathinkError | KeyboardInterrupt | OSError) -> int:
+    """Tell in a sentence what ended a command; returns its exit status."""
+    if isinstance(error, UltrathinkError):
         _complain(str(error))
         return USER_ERROR
-    except KeyboardInterrupt:
-        if debug:
-            raise
+    if isinstance(error, KeyboardInterrupt):
         _tell("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         discard(sys.stdout)
         return READER_GONE
-    except OSError as error:
-        if debug:
-            raise
-        _complain(_system_message(error))
-        return SYSTEM_ERROR
+    _complain(_system_message(error))
+    return SYSTEM_ERROR
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from ultrathink.cli.arguments import (
     load_plugins,
     split_config_and_overrides,
 )
+from ultrathink.cli.together import is_one_of_several, run_together
 from ultrathink.config import load_config
 from ultrathink.core.errors import UltrathinkError
 
@@ -60,6 +62,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; returns 0 at the end of a run, 128 plus the signal's number where one stopped it."""
     load_plugins(args)
+    if is_one_of_several():
+        run_together(lambda: _run(args))
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    if is_one_of_several():
+        from ultrathink.parallel.restarts import run_to_go_on_with
+
+        path = run_to_go_on_with()
+        if path is not None:
+            return _go_on(str(path), [], [], args.json)
     source, overrides = split_config_and_overrides(args.positionals)
     if args.resume is None:
         if args.reset:
@@ -72,15 +86,20 @@ def run(args: argparse.Namespace) -> int:
             f"give what is to change as key=value, or begin a new run with the weights: "
             f"ultrathink train {source} training.init_from={args.resume}"
         )
+    return _go_on(args.resume, overrides, args.reset, args.json)
+
+
+def _go_on(run: str, overrides: list[str], reset: list[str], as_json: bool) -> int:
+    """Resume ``run`` (its name or folder, or RUN@step)."""
     from ultrathink.recipe.resume import plan_resume
     from ultrathink.runs.folder import find_run, split_run
 
-    name, checkpoint = split_run(args.resume)
-    plan = plan_resume(find_run(name), checkpoint, overrides=overrides, reset=args.reset)
+    name, checkpoint = split_run(run)
+    plan = plan_resume(find_run(name), checkpoint, overrides=overrides, reset=reset)
     if plan.is_finished:
-        plan.lock.release()
-        return _say_finished(plan.run.path, plan.step, args.json)
-    return _train(plan.build, args.json)
+        plan.release()
+        return _say_finished(plan.run.path, plan.step, as_json)
+    return _train(plan.build, as_json)
 
 
 def _new_trainer(config: Any, **options: Any) -> Trainer:
@@ -94,12 +113,15 @@ def _train(make: Any, as_json: bool) -> int:
     from ultrathink.training.callbacks import LastReports
 
     last = LastReports()
-    with PreparationDisplay() as display:
+    is_main = int(os.environ.get("RANK", "0")) == 0  # of several processes, one shows
+    with PreparationDisplay() if is_main else nullcontext() as display:
         trainer = make(callbacks=[last], progress=display)
     with _stop_on_signals(trainer) as received:
         trainer.fit()
     result = _result(trainer, last)
-    if as_json:
+    if not is_main:
+        pass
+    elif as_json:
         print(json.dumps(result))
     else:
         _say_what_next(trainer, result)

@@ -1,0 +1,103 @@
+"""``ultrathink launch``: one run on several processes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ultrathink.cli import train
+from ultrathink.core.errors import UltrathinkError
+
+_EPILOG = """examples:
+  ultrathink launch --nproc 2 debug                  two processes on this machine
+  ultrathink launch my.yaml                          one process for each of its GPUs
+  ultrathink launch --nproc 4 my.yaml parallel.dp_replicate=2 parallel.zero_stage=2
+  ultrathink launch --nproc 2 --resume runs/my       go on, with as many as you like
+  ultrathink launch --nnodes 2 --rdzv-endpoint node0:29400 my.yaml
+                                                     the same command on each of two machines
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink launch``: its own, and those of ``train``."""
+    train.configure(parser)
+    parser.epilog = _EPILOG
+    group = parser.add_argument_group("processes")
+    group.add_argument(
+        "--nproc", type=int, metavar="N", help="processes on this machine (default: its GPUs)"
+    )
+    group.add_argument(
+        "--nnodes", type=int, default=1, metavar="M", help="machines that train together"
+    )
+    group.add_argument(
+        "--rdzv-endpoint",
+        metavar="HOST:PORT",
+        help="where several machines meet: one of them, and a port that is free there",
+    )
+    group.add_argument(
+        "--rdzv-id", default="ultrathink", metavar="ID", help="a name for this job among others"
+    )
+    group.add_argument(
+        "--max-restarts",
+        type=int,
+        default=3,
+        metavar="K",
+        help="times that all start again when one was killed or hung (default: 3)",
+    )
+    group.add_argument(
+        "--log-dir", type=Path, metavar="FOLDER", help="keep what each process prints, in files"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Start the processes and wait for them; returns what ``train`` would."""
+    if args.nnodes > 1 and args.rdzv_endpoint is None:
+        raise UltrathinkError(
+            f"--nnodes {args.nnodes}: say where the machines meet, for example --rdzv-endpoint "
+            f"node0:29400, the same on all of them."
+        )
+    num_processes = args.nproc if args.nproc is not None else _num_gpus()
+    if num_processes < 1:
+        raise UltrathinkError(f"--nproc is {num_processes}; it must be at least 1.")
+    from ultrathink.parallel.launching import Launch, launch
+
+    command = (sys.executable, "-u", "-m", "ultrathink", "train", *_train_arguments(args))
+    ending = launch(
+        Launch(
+            command,
+            num_processes,
+            num_nodes=args.nnodes,
+            endpoint=args.rdzv_endpoint,
+            run_id=args.rdzv_id,
+            max_restarts=args.max_restarts,
+            log_folder=args.log_dir,
+        ),
+        tell=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    if ending.reason and ending.status not in (2, 70):
+        print(f"error: {ending.reason}.", file=sys.stderr)
+    return ending.status
+
+
+def _num_gpus() -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UltrathinkError(
+            "this machine shows no GPU; say how many processes to start, for example --nproc 2."
+        )
+    return torch.cuda.device_count()
+
+
+def _train_arguments(args: argparse.Namespace) -> list[str]:
+    """The arguments that each process is started with."""
+    words = [*args.positionals]
+    if args.resume is not None:
+        words += ["--resume", args.resume]
+    for part in args.reset:
+        words += ["--reset", part]
+    for plugin in args.plugin:
+        words += ["--plugin", str(plugin)]
+    words += ["--json"] * args.json + ["--debug"] * args.debug
+    return words

@@ -1,0 +1,58 @@
+"""A command that several processes run together: one of them speaks, one tells what went wrong."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
+
+from ultrathink.core.errors import UltrathinkError
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun or ``ultrathink launch`` started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def run_together(act: Callable[[], int]) -> NoReturn:
+    """``act()`` on each process; of a failure, the process where it arose tells, and no other.
+
+    Ends the process: what the interpreter would tidy up may wait for processes that are gone.
+    """
+    from ultrathink.cli.main import report
+    from ultrathink.parallel.launching import EXCEPTION, PEER_GONE
+    from ultrathink.parallel.world import (
+        PeerFailedError,
+        is_first_to_fail,
+        is_lost_connection,
+        join_world,
+        leave_world,
+    )
+
+    world = join_world()
+    try:
+        status = act()
+        leave_world()
+    except PeerFailedError:
+        _end(PEER_GONE)
+    except (UltrathinkError, OSError, KeyboardInterrupt) as error:
+        _end(report(error) if is_first_to_fail(world) else PEER_GONE)
+    except Exception as error:
+        if is_lost_connection(error) or not is_first_to_fail(world):
+            _end(PEER_GONE)
+        print(f"error: process {world.rank} failed:", file=sys.stderr)
+        traceback.print_exc()
+        _end(EXCEPTION)
+    # The launcher knows which signal it handed on; to it, a run that was stopped and saved went
+    # well, and is not to be started again.
+    _end(0 if status > 128 else status)
+
+
+def _end(status: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)

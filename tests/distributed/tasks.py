@@ -1,0 +1,147 @@
+"""What the processes of the pool are asked to do."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ultrathink.config import load_config
+from ultrathink.core.errors import UltrathinkError
+from ultrathink.parallel.world import PeerFailedError, join_world
+from ultrathink.recipe.build import build_trainer
+from ultrathink.recipe.resume import resume_trainer
+from ultrathink.runs.folder import RunFolder
+from ultrathink.training.callbacks import Controller, StepReport
+from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.trainer import Trainer
+
+TINY = (
+    "model.hidden_size=32",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "data.seq_len=32",
+    "data.train=[{type: dummy, num_documents: 60, num_words: 40}]",
+    "training.batch_size=4",
+    "training.log_every=1",
+    "training.clip=0.5",
+    "training.sample.prompts=[]",
+    "training.eval.batch_size=3",
+    "monitoring.sinks=[jsonl]",
+)
+
+
+def new_trainer(place: str, *overrides: str, **parts: Any) -> Trainer:
+    os.environ["ULTRATHINK_CACHE"] = f"{place}/cache"
+    config = load_config("debug", [*TINY, f"run.dir={place}/runs", *overrides])
+    return build_trainer(config, **parts)
+
+
+def train(place: str, *overrides: str) -> str:
+    """Train a tiny model; returns its run folder."""
+    trainer = new_trainer(place, *overrides)
+    trainer.fit()
+    return str(trainer.run.path)
+
+
+def resume(path: str, *overrides: str) -> str:
+    """Go on with a run to its end."""
+    os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
+    resume_trainer(RunFolder(Path(path)), overrides=overrides).fit()
+    return path
+
+
+def loaded_state(path: str, checkpoint: str = "last") -> dict[str, Any]:
+    """All tensors of a trainer that goes on from a checkpoint, whole."""
+    os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
+    trainer = resume_trainer(RunFolder(Path(path)), checkpoint)
+    try:
+        state = trainer.state_dict()
+        return {
+            "model": _whole(state["model"]),
+            "optimizer": _whole(state["optimizer"]),
+            "data": state["data"],
+        }
+    finally:
+        trainer.close()
+
+
+def _whole(node: Any) -> Any:
+    if isinstance(node, DTensor):
+        return node.full_tensor().numpy()
+    if isinstance(node, torch.Tensor):
+        return node.numpy()
+    if isinstance(node, dict):
+        return {key: _whole(value) for key, value in node.items()}
+    return node
+
+
+def train_with_nan_on_rank_1(place: str) -> list[tuple[bool, float]]:
+    """Spoil the loss of one process in step 2; whether each step was skipped, and a weight."""
+    trainer = new_trainer(place, "training.max_steps=4")
+    losses = trainer.stepper.losses
+    found: list[tuple[bool, float]] = []
+
+    def spoiled(*args: Any) -> Any:
+        loss, aux = losses(*args)
+        is_hit = len(found) == 1 and join_world().rank == 1
+        return (loss * float("nan") if is_hit else loss), aux
+
+    trainer.stepper.losses = spoiled
+    trainer.start()
+    try:
+        for _ in range(4):
+            report = trainer.train_step()
+            weight = trainer.model.get_parameter("norm.weight")
+            assert isinstance(weight, DTensor)
+            found.append((report.skipped, float(weight.detach().full_tensor().sum())))
+    finally:
+        trainer.close()
+    return found
+
+
+class _Steering(Controller):
+    """Keeps a snapshot after step 2, goes back to it after step 4, halves the rate after step 3."""
+
+    def __init__(self) -> None:
+        self.kept: list[Snapshot] = []
+        self.returned = False
+
+    def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
+        if report.step == 2 and not self.kept:
+            self.kept.append(control.snapshot())
+        if report.step == 4 and not self.returned:
+            self.returned = True
+            control.restore(self.kept[0], reason="test")
+        if report.step == 5:
+            control.set_lr_factor(0.5, reason="test")
+            control.skip_samples(3, reason="test")
+
+
+def train_with_a_controller(place: str, *overrides: str) -> tuple[str, float, list[int]]:
+    """Steer a run; its folder, the live rate factor, and the step and samples it ended with."""
+    trainer = new_trainer(place, "training.max_steps=7", *overrides, controllers=[_Steering()])
+    trainer.fit()
+    loader = trainer.loader
+    counts = [trainer.progress.step, loader.samples_seen, loader.samples_skipped]
+    return str(trainer.run.path), trainer.settings.lr_factor, counts
+
+
+def message_of_a_mistake(place: str, by_rank: list[list[str]]) -> str | None:
+    """What building a trainer is answered with, each process with overrides of its own."""
+    try:
+        new_trainer(place, *by_rank[join_world().rank])
+    except PeerFailedError:
+        return None
+    except UltrathinkError as error:
+        return str(error)
+    return "no error"
+
+
+def gathered(values: list[Any]) -> list[Any]:
+    """What every process of the world says, as each of them hears it."""
+    world = join_world()
+    return world.gathered(values[world.rank])

@@ -1,0 +1,104 @@
+"""Checkpoints of one mesh on another: every bit, the order of samples, the optimizer."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed import tasks
+from tests.distributed.pool import Pool
+from tests.distributed.test_parity import assert_equal
+from ultrathink.runs.checkpoint import load_checkpoint, read_state
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.inspection import consolidate, inspect_checkpoint
+from ultrathink.runs.loading import load_model
+
+HALF = ("training.max_steps=3", "training.precision=fp64")
+STAGES = {
+    "ddp": "parallel.dp_replicate=2",
+    **{f"zero {n}": f"parallel.zero_stage={n}" for n in (1, 2, 3)},
+}
+
+
+def saved(run: str) -> dict[str, Any]:
+    """The tensors of the last checkpoint as one process reads them."""
+    state: Any = load_checkpoint(Path(run) / "checkpoints" / "last")
+    return {"model": state["model"], "optimizer": state["optimizer"], "data": state["data"]}
+
+
+def assert_same_bits(here: Any, there: Any, path: str = "") -> None:
+    if isinstance(here, dict):
+        assert set(here) == set(there), path
+        for key in here:
+            assert_same_bits(here[key], there[key], f"{path}/{key}")
+    elif hasattr(here, "shape"):
+        np.testing.assert_array_equal(np.asarray(here), np.asarray(there), err_msg=path)
+    else:
+        assert here == there, path
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_saved_by_two_it_loads_on_one_and_on_two(two: Pool, tmp_path: Path, stage: str) -> None:
+    run, _ = two.run(tasks.train, str(tmp_path), *HALF, STAGES[stage])
+    on_disk = saved(run)
+    assert_same_bits(on_disk, tasks.loaded_state(run) if stage != "ddp" else on_disk)
+    for loaded in two.run(tasks.loaded_state, run):
+        assert_same_bits(on_disk, loaded)
+
+
+def test_saved_by_one_it_loads_on_two(two: Pool, tmp_path: Path) -> None:
+    run = tasks.train(str(tmp_path), *HALF)
+    for loaded in two.run(tasks.loaded_state, run):
+        assert_same_bits(saved(run), loaded)
+
+
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_a_run_that_moves_between_meshes_takes_the_same_samples(
+    two: Pool, tmp_path: Path, first: str
+) -> None:
+    words = ("training.max_steps=6", "training.precision=fp64")
+    whole = tasks.train(str(tmp_path / "whole"), *words)
+    moved = (*words, "training.checkpoint={every_steps: 3, keep: 9}")
+    if first == "one":
+        run = tasks.train(str(tmp_path / "moved"), *moved)
+    else:
+        run, _ = two.run(tasks.train, str(tmp_path / "moved"), *moved)
+    for path in (Path(run) / "checkpoints").glob("step_00000006"):
+        for file in path.iterdir():
+            file.unlink()
+        path.rmdir()
+    if first == "one":
+        two.run(tasks.resume, run)
+    else:
+        tasks.resume(run)
+    assert_equal(whole, run, 1e-9)
+
+
+def test_what_two_wrote_is_listed_and_made_one_file(two: Pool, tmp_path: Path) -> None:
+    run, _ = two.run(tasks.train, str(tmp_path), "training.max_steps=2")
+    folder = RunFolder(Path(run))
+    contents = inspect_checkpoint(folder.checkpoint("last"))
+    assert contents.num_processes == 2
+    pieces = {tensor.name: tensor.num_pieces for tensor in contents.tensors}
+    assert pieces["model/embedding.weight"] == 2
+    target, remark = consolidate(folder, "last")
+    assert (remark, sorted(path.name for path in target.iterdir())) == (
+        "",
+        ["config.yaml", "model.safetensors", "origins.yaml", "tokenizer"],
+    )
+    whole, _ = load_model(target)
+    from_run, _ = load_model(run, "last")
+    for name, weight in from_run.state_dict().items():
+        assert (weight == whole.state_dict()[name]).all(), name
+
+
+def test_a_piece_that_is_missing_is_named(two: Pool, tmp_path: Path) -> None:
+    run, _ = two.run(tasks.train, str(tmp_path), "training.max_steps=2")
+    last = (Path(run) / "checkpoints" / "last").resolve()
+    (last / "shard-00002-model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(
+        Exception, match=r"shard-00002-model-00001-of-00002\.safetensors is missing"
+    ):
+        load_checkpoint(last)
+    assert read_state(last)["progress"]["step"] == 2

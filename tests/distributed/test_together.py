@@ -1,0 +1,52 @@
+"""All processes skip, change course and complain together."""
+
+from pathlib import Path
+
+from tests.distributed import tasks
+from tests.distributed.pool import Pool
+from tests.distributed.test_parity import assert_equal
+
+
+def test_everyone_hears_everyone(two: Pool) -> None:
+    said = [{"a": [1, 2.5, None]}, "ü" * 5000]
+    assert two.run(tasks.gathered, said) == [said, said]
+
+
+def test_not_a_number_on_one_process_is_skipped_by_all(two: Pool, tmp_path: Path) -> None:
+    first, second = two.run(tasks.train_with_nan_on_rank_1, str(tmp_path))
+    assert first == second
+    assert [skipped for skipped, _ in first] == [False, True, False, False]
+    weights = [weight for _, weight in first]
+    assert weights[0] == weights[1]
+    assert weights[1] != weights[2]
+
+
+def test_a_controller_on_the_first_process_steers_all(two: Pool, tmp_path: Path) -> None:
+    words = ("training.precision=fp64",)
+    alone = tasks.train_with_a_controller(str(tmp_path / "one"), *words)
+    first, second = two.run(tasks.train_with_a_controller, str(tmp_path / "two"), *words)
+    assert first == second
+    assert first[1:] == alone[1:] == (0.5, [7, 28, 3])
+    assert_equal(alone[0], first[0], 1e-9)
+
+
+def test_other_configurations_are_told_by_the_first_process(two: Pool, tmp_path: Path) -> None:
+    words = [["training.optimizer.lr=0.01"], ["training.optimizer.lr=0.02"]]
+    first, second = two.run(tasks.message_of_a_mistake, str(tmp_path), words)
+    assert second is None
+    assert "process 1 was started with another configuration than process 0" in first
+    assert "training.optimizer.lr is 0.02 there and 0.01 here" in first
+
+
+def test_degrees_that_do_not_fit_name_the_numbers(two: Pool, tmp_path: Path) -> None:
+    words = [["parallel.dp_replicate=2", "parallel.dp_shard=3"]] * 2
+    first, _ = two.run(tasks.message_of_a_mistake, str(tmp_path), words)
+    assert "2 x 3 = 6, but there are 2 processes" in first
+    first, _ = two.run(tasks.message_of_a_mistake, str(tmp_path), [["parallel.dp_replicate=3"]] * 2)
+    assert "2 processes cannot be divided into 3 equal groups" in first
+
+
+def test_a_batch_that_cannot_be_divided(two: Pool, tmp_path: Path) -> None:
+    words = [["training.batch_size=5", "training.micro_batch_size=1"]] * 2
+    first, _ = two.run(tasks.message_of_a_mistake, str(tmp_path), words)
+    assert "training.batch_size = 5 cannot be divided by 2 processes; use 4 or 6" in first

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +23,12 @@ class Turns:
         # Standard output is for answers only; whatever else prints goes to standard error.
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        self._begin()
+        self.beside: dict[str, float] = {}  # what else is to be answered
+        self._is_first = os.environ.get("RANK", "0") == "0"  # others wait for it
+        self._seconds = math.inf
+        self._steps, self._began = 0, time.perf_counter()
+        if self._is_first:
+            self._begin()
 
     def step_is_done(self) -> None:
         """Call after each step, when the device has done it; blocks between turns."""
@@ -32,6 +39,7 @@ class Turns:
         answer = {
             "tokens_per_second": self._steps * self._tokens_per_step / (now - self._began),
             "peak_memory_mib": peak_memory_mib(self._is_cuda),
+            **self.beside,
         }
         self._answers.write(json.dumps(answer) + "\n")
         self._answers.flush()
@@ -85,18 +93,25 @@ def config_of(shape: dict[str, Any], folder: str, *overrides: str) -> Any:
 def ultrathink(shape: dict[str, Any]) -> None:
     """The whole trainer: loader, step, callbacks, sinks, bookkeeping."""
     from ultrathink import build_trainer
+
+    turns = Turns(shape)
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(shape, folder, *shape.get("overrides", []))
+        build_trainer(config, controllers=[_paced(turns)]).fit()
+
+
+def _paced(turns: Turns) -> Any:
+    """A controller that counts steps, and holds up training between turns."""
     from ultrathink.training.callbacks import Controller, StepReport
     from ultrathink.training.control import TrainerControl
 
-    turns = Turns(shape)
-
     class Paced(Controller):
         def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
+            if "communication_share" in report.timing:
+                turns.beside["communication_share"] = report.timing["communication_share"]
             turns.step_is_done()
 
-    with tempfile.TemporaryDirectory() as folder:
-        config = config_of(shape, folder, *shape.get("overrides", []))
-        build_trainer(config, controllers=[Paced()]).fit()
+    return Paced()
 
 
 def bare_loop(shape: dict[str, Any]) -> None:
@@ -139,6 +154,76 @@ def _bare_loop(shape: dict[str, Any], *, whole_logits: bool) -> None:
                 optimizer.zero_grad(set_to_none=True)
             loss.item()
             turns.step_is_done()
+
+
+def _start_others(shape: dict[str, Any]) -> None:
+    """Start the other processes of a contender of several, each as this one; all meet at a file."""
+    if "RANK" in os.environ:
+        return
+    meeting = tempfile.mktemp(prefix="benchmark-")
+    os.environ.update(
+        RANK="0",
+        LOCAL_RANK="0",
+        WORLD_SIZE=str(shape["processes"]),
+        ULTRATHINK_RENDEZVOUS=meeting,
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    for rank in range(1, shape["processes"]):
+        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.DEVNULL, env=environment)
+
+
+def ultrathink_together(shape: dict[str, Any]) -> None:
+    """The whole trainer on several processes."""
+    _start_others(shape)
+    overrides = [f"parallel.zero_stage={shape['zero_stage']}"]
+    folder = os.environ["ULTRATHINK_RENDEZVOUS"] + "-runs"  # the same for all
+    from ultrathink import build_trainer
+
+    turns = Turns(shape)
+
+    config = config_of(shape, folder, *overrides)
+    build_trainer(config, controllers=[_paced(turns)]).fit()
+
+
+def plain_fsdp2(shape: dict[str, Any]) -> None:
+    """What a person would write with FSDP2 for the same model, on batches that lie ready."""
+    _start_others(shape)
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    from ultrathink.config.model import ModelConfig
+    from ultrathink.model.transformer import Transformer
+    from ultrathink.parallel.world import join_world
+    from ultrathink.training.hardware import choose_precision
+
+    turns, world, device = Turns(shape), join_world(), torch.device(shape["device"])
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**shape["model"])).to(device)
+    is_bf16 = choose_precision("auto", device)[0] == "bf16"
+    model.compute_dtype = torch.bfloat16 if is_bf16 else None
+    model.rope.reserve(shape["seq_len"])
+    model.set_attention_backend("blocks" if device.type == "cpu" else "sdpa")
+    mesh = init_device_mesh(device.type, (world.size,))
+    policy = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
+    whole = MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False)
+    reshard = shape["zero_stage"] == 3
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=whole, reshard_after_forward=reshard)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    rows = shape["batch_size"] // world.size
+    ids = torch.randint(shape["model"]["vocab_size"], (rows, shape["seq_len"]), device=device)
+    while True:
+        loss = model(ids, labels=ids.roll(-1, 1)).loss / ids.numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        turns.step_is_done()
 
 
 def _hugging_face(shape: dict[str, Any], *, bf16: bool, compiled: bool) -> None:

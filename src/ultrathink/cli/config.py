@@ -58,6 +58,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     source, overrides = split_config_and_overrides(args.positionals)
     config = load_config(source, overrides)
+    if config.training.init_from is not None:
+        from ultrathink.recipe.pretrained import shown_with_pretrained
+
+        config = shown_with_pretrained(config)
     if args.action == "check":
         _print_check(source or "demo", config, as_json=args.json)
     else:

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ultrathink.cli.train", "train a model, or go on with a run that stopped"),
     "launch": ("ultrathink.cli.launch", "train on several processes, on one machine or more"),
     "generate": ("ultrathink.cli.generate", "let a trained model write"),
+    "export": ("ultrathink.cli.export", "write a run's model for Hugging Face transformers"),
     "runs": ("ultrathink.cli.runs", "list the runs, or check that one is sound"),
     "checkpoint": (
         "ultrathink.cli.checkpoint",

@@ -116,8 +116,17 @@ class ModelConfig(Section):
     rope_scaling: RopeScalingConfig | None = Field(
         None, description="Stretching of rotary positions; none when unset."
     )
+    max_positions: int | None = Field(
+        None,
+        gt=0,
+        description="Context length the model is meant for, in tokens; data.seq_len when unset. "
+        "Nothing here depends on it: an export tells it to other programs.",
+    )
     tie_embeddings: bool = Field(True, description="Share the embedding with the output head.")
     qk_norm: bool = Field(False, description="RMSNorm on each query and key head before RoPE.")
+    qkv_bias: bool = Field(
+        False, description="Biases on queries, keys and values, as in Qwen2; they start at zero."
+    )
     norm_eps: float = Field(1e-5, gt=0, description="Constant inside the RMSNorm root.")
     dropout: float = Field(
         0.0, ge=0, lt=1, description="Dropout on the embedding and on each block's two outputs."

@@ -19,6 +19,7 @@ def parameter_count(model: ModelConfig) -> int:
     num_matrices = 3 if model.feed_forward == "swiglu" else 2
     feed_forward = num_matrices * hidden * model.intermediate_size
     norms = 2 * hidden + (2 * head_dim if model.qk_norm else 0)
-    layer = queries + keys_and_values + output + feed_forward + norms
+    biases = (model.num_heads + 2 * model.num_kv_heads) * head_dim if model.qkv_bias else 0
+    layer = queries + keys_and_values + output + feed_forward + norms + biases
     embeddings = model.vocab_size * hidden * (1 if model.tie_embeddings else 2)
     return embeddings + model.num_layers * layer + hidden

@@ -50,7 +50,24 @@ class ByteTokenizerConfig(TokenizerConfig):
         return 257  # 256 bytes and the end-of-text token
 
 
+class HuggingFaceTokenizerConfig(TokenizerConfig):
+    """The tokenizer that came with pretrained weights; `training.init_from=hf:…` sets it."""
+
+    type: Literal["hf"] = "hf"
+    vocab_size: int = Field(
+        1, gt=0, lt=2**31, description="Number of ids; taken from the tokenizer itself."
+    )
+
+    def size(self) -> int:
+        return self.vocab_size
+
+
 TOKENIZERS.add("bpe", "ultrathink.data.tokenizers.bpe:BpeTokenizer", options=BpeTokenizerConfig)
 TOKENIZERS.add("byte", "ultrathink.data.tokenizers.byte:ByteTokenizer", options=ByteTokenizerConfig)
+TOKENIZERS.add(
+    "hf",
+    "ultrathink.data.tokenizers.huggingface:HuggingFaceTokenizer",
+    options=HuggingFaceTokenizerConfig,
+)
 
 TokenizerField = Annotated[TokenizerConfig, PartOf(TOKENIZERS)]

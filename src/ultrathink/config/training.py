@@ -118,7 +118,9 @@ class TrainingConfig(Section):
     eval: EvalConfig = Field(EvalConfig(), description="Validation.")
     sample: SampleConfig = Field(SampleConfig(), description="Text written at the end.")
     init_from: str | None = Field(
-        None, description="Run folder or checkpoint whose weights training starts from."
+        None,
+        description="Run folder or checkpoint whose weights training starts from, or "
+        "hf:PATH_OR_NAME for a model of Hugging Face, which brings its shape and its tokenizer.",
     )
 
     @model_validator(mode="after")

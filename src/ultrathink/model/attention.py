@@ -19,8 +19,9 @@ from ultrathink.model.rope import apply_rotary
 class Attention(nn.Module):
     """Causal self-attention; queries, keys and values come from one product.
 
-    Rows of ``qkv.weight`` are H·D of the queries, K·D of the keys, K·D of the values, each head by
-    head. ``layer`` is the layer's index, under which a cache keeps its keys and values.
+    Rows of ``qkv.weight`` (and of ``qkv.bias``, where the configuration asks for one) are H·D of
+    the queries, K·D of the keys, K·D of the values, each head by head. ``layer`` is the layer's
+    index, under which a cache keeps its keys and values.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -34,7 +35,7 @@ class Attention(nn.Module):
         query_width = self.num_heads * self.head_dim
         key_width = self.num_kv_heads * self.head_dim
         widths = (query_width, key_width, key_width)
-        self.qkv = Linear(config.hidden_size, sum(widths), *widths)
+        self.qkv = Linear(config.hidden_size, sum(widths), *widths, bias=config.qkv_bias)
         self.output = Linear(self.num_heads * self.head_dim, config.hidden_size)
         self.query_norm: RMSNorm | None = None
         self.key_norm: RMSNorm | None = None

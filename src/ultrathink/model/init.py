@@ -20,11 +20,13 @@ RESIDUAL_WEIGHTS = ("attention.output.weight", "feed_forward.down.weight")
 def init_parameters(
     model: nn.Module, config: ModelConfig, generator: torch.Generator | None = None
 ) -> None:
-    """Set every parameter of ``model`` in place; norms to one, matrices by ``config.init``."""
+    """Set every parameter of ``model``: norms one, biases zero, matrices by ``config.init``."""
     std = config.init.std
     residual_std = 0.0 if config.init.residual == "zero" else std / (2 * config.num_layers) ** 0.5
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
+        if name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 1:
             nn.init.ones_(parameter)
         elif not name.endswith(RESIDUAL_WEIGHTS):
             _truncated_normal(parameter, std, generator)

@@ -11,24 +11,28 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """A product with a weight ``[O, I]``, without bias, in the precision of its input.
+    """A product with a weight ``[O, I]``, in the precision of its input; a bias ``[O]`` if asked.
 
     The weight may be kept in float32 while activations are bfloat16: it is cast here, explicitly,
     so that its gradient arrives in the weight's own precision. ``row_splits`` counts the outputs
     of each matrix where several are fused into one product: an optimizer may treat them apart.
     """
 
-    def __init__(self, in_features: int, out_features: int, *row_splits: int) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, *row_splits: int, bias: bool = False
+    ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
         self.row_splits = row_splits or (out_features,)
         assert sum(self.row_splits) == out_features, "the splits are the outputs"
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``[..., I]`` to ``[..., O]``."""
-        return F.linear(x, self.weight.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"

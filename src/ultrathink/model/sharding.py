@@ -3,7 +3,7 @@
 Roles:
 
 - ``vocab``: ``[V, C]``, split by vocabulary rows.
-- ``colwise``: ``[O, I]``, outputs are split: rows of the weight.
+- ``colwise``: ``[O, I]``, outputs are split: rows of the weight (or of a bias ``[O]``).
 - ``colwise_qkv``, ``colwise_gate_up``: as colwise, but the rows are several projections one after
   the other (queries, keys, values; gate, up), and each is split by itself.
 - ``rowwise``: ``[O, I]``, inputs are split: columns of the weight; partial results are added.
@@ -30,6 +30,7 @@ SHARDING_RULES: tuple[ShardingRule, ...] = (
     ShardingRule("embedding.weight", "vocab"),
     ShardingRule("head.weight", "vocab"),
     ShardingRule("blocks.*.attention.qkv.weight", "colwise_qkv"),
+    ShardingRule("blocks.*.attention.qkv.bias", "colwise_qkv"),
     ShardingRule("blocks.*.attention.output.weight", "rowwise"),
     ShardingRule("blocks.*.feed_forward.gate_up.weight", "colwise_gate_up"),
     ShardingRule("blocks.*.feed_forward.up.weight", "colwise"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from ultrathink.core.random import seed_everything
 from ultrathink.data.documents import Progress
 from ultrathink.data.loader import Share, TrainLoader
 from ultrathink.data.prepare import PreparedData, prepare_data
-from ultrathink.data.tokenizers.base import behavior_hash, load_tokenizer
+from ultrathink.data.tokenizers.base import Tokenizer, behavior_hash, load_tokenizer
 from ultrathink.data.validation import ValidationSet
+from ultrathink.interop.fetching import is_pretrained
 from ultrathink.model.flops import count_parameters, flops_per_token
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.records import Level
@@ -28,6 +30,7 @@ from ultrathink.parallel.watchdog import Watchdog
 from ultrathink.parallel.world import check_same, join_world
 from ultrathink.recipe.callbacks import SampleWriter, StepBudgetRecorder
 from ultrathink.recipe.choices import Choices, choose_together
+from ultrathink.recipe.pretrained import adopt_pretrained
 from ultrathink.runs.folder import NAME_IN_USE, RunFolder
 from ultrathink.runs.loading import load_weights, weights_from
 from ultrathink.runs.lock import RunLock
@@ -91,18 +94,17 @@ def _begin(
     """A trainer at step 0, in ``run`` or in a folder made for it."""
     world = join_world()
     check_same(world, "configuration", flatten(config.model_dump(mode="json")), _SAME_CONFIG)
-    weights, parent = None, None
-    if config.training.init_from is not None:
-        weights, parent = weights_from(config.training.init_from, config.run.dir)
-    tokenizer = load_tokenizer(parent.tokenizer) if parent is not None else None
+    config, beginning = world.main_first(lambda: _beginning(config))
     data = world.main_first(
-        lambda: prepare_data(config.data, tokenizer or config.tokenizer, progress=progress)
+        lambda: prepare_data(
+            config.data, beginning.tokenizer or config.tokenizer, progress=progress
+        )
     )
     check_vocabulary(config, data)
     config, choices = choose_together(config, data.num_samples, world)
     model = build_model(config)
-    if weights is not None:
-        load_weights(model, weights)
+    if beginning.fill is not None:
+        beginning.fill(model)
     run, config, lock = _found(run, config, data, model, choices)
     trainer = assemble(config, run, data, model, choices, callbacks, controllers)
     trainer.lock = lock
@@ -139,6 +141,27 @@ def _found(
     if run is None:
         run, config = RunFolder(Path(path)), config.replace({"run.name": name}, origin=NAME_IN_USE)
     return run, config, lock
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where training starts from: weights to fill a model with, and the tokenizer they go with."""
+
+    fill: Callable[[Transformer], None] | None = None
+    tokenizer: Tokenizer | None = None
+
+
+def _beginning(config: Config) -> tuple[Config, Beginning]:
+    """What ``training.init_from`` names, and the configuration that goes with it."""
+    source = config.training.init_from
+    if source is None:
+        return config, Beginning()
+    if is_pretrained(source):
+        config, pretrained = adopt_pretrained(config)
+        return config, Beginning(pretrained.load_into, pretrained.tokenizer)
+    weights, parent = weights_from(source, config.run.dir)
+    tokenizer = load_tokenizer(parent.tokenizer) if parent is not None else None
+    return config, Beginning(lambda model: load_weights(model, weights), tokenizer)
 
 
 def environment(choices: Choices) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def build_optimizers(config: OptimizerConfig, model: nn.Module) -> Optimizers:
 
 
 def build_adamw(config: AdamWConfig, model: nn.Module) -> Optimizers:
-    """AdamW on every parameter; vectors (norms) are not decayed."""
+    """AdamW on every parameter; vectors (norms, biases) are not decayed."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [_adamw(parameters, config.lr, config)]
 

@@ -97,6 +97,7 @@ def test_why_stands_beside_every_value() -> None:
         [],
         ["model.tie_embeddings=false", "model.qk_norm=false"],
         ["model.feed_forward=relu2", "model.num_kv_heads=1", "model.head_dim=24"],
+        ["model.qkv_bias=true", "model.num_kv_heads=1", "model.head_dim=24"],
     ],
 )
 def test_the_estimated_size_is_the_size_of_the_model(overrides: list[str]) -> None:

@@ -36,8 +36,8 @@ UNKNOWN_KEYS = {
     "data.train.0.path=x": "data.train.0.path (override): there is no such key. 'path' belongs to "
     "type text and jsonl, and data.train.0 is of type stdlib, with: type, name, weight.",
     "data.train.0.pth=x": "'path' belongs to type text and jsonl, and data.train.0 is of type",
-    "tokenizer={type: byte, vocab_size: 300}": "'vocab_size' belongs to type bpe, and tokenizer "
-    "is of type byte, with: type.",
+    "tokenizer={type: byte, vocab_size: 300}": "'vocab_size' belongs to type bpe and hf, and "
+    "tokenizer is of type byte, with: type.",
     "training.schedule={type: cosine, decay: 3}": "'decay' belongs to type wsd, and "
     "training.schedule is of type cosine",
 }

@@ -224,7 +224,7 @@ def test_another_tokenizer_is_refused_before_anything_is_read(
         resume_data(config_of(folder, on_change="keep"), ByteTokenizer(), record)
     tokenizer = before.tokenizer
     assert isinstance(tokenizer, BpeTokenizer)
-    cut_otherwise = BpeTokenizer(tokenizer._definition, tokenizer.engine)
+    cut_otherwise = BpeTokenizer(tokenizer.definition, tokenizer.engine)
     cut_otherwise._pattern = r"\S|\s"  # what other code would do with the same files
     with pytest.raises(CheckpointError, match="this version of the code, or of the libraries"):
         resume_data(config_of(folder, on_change="keep"), cut_otherwise, record)

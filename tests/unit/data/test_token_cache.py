@@ -178,7 +178,7 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 def test_other_code_that_cuts_text_otherwise_has_its_own_stores(
     bpe: BpeTokenizer, tmp_path: Path
 ) -> None:
-    other = BpeTokenizer(bpe._definition, bpe.engine)
+    other = BpeTokenizer(bpe.definition, bpe.engine)
     other._pattern = r"\S|\s"
     assert other.fingerprint == bpe.fingerprint
     stores = [open_or_build(dummy(), "train", each, tmp_path) for each in (bpe, other)]

@@ -281,7 +281,7 @@ def test_code_that_does_other_things_has_another_behavior(
     monkeypatch: pytest.MonkeyPatch,
     change: Callable[[BpeTokenizer, pytest.MonkeyPatch], None],
 ) -> None:
-    same, other = (BpeTokenizer(bpe._definition, bpe.engine) for _ in range(2))
+    same, other = (BpeTokenizer(bpe.definition, bpe.engine) for _ in range(2))
     expected = behavior_hash(bpe)
     assert behavior_hash(same) == expected
     change(other, monkeypatch)
@@ -344,7 +344,7 @@ def test_damage_is_told_from_absence(bpe: BpeTokenizer, tmp_path: Path) -> None:
 
     meta = json.loads((tmp_path / META_FILE).read_text())
     (tmp_path / META_FILE).write_text(json.dumps({**meta, "type": "bqe"}))
-    with pytest.raises(CheckpointError, match=r"type 'bqe', .* Known: bpe, byte\."):
+    with pytest.raises(CheckpointError, match=r"type 'bqe', .* Known: bpe, byte, hf\."):
         load_tokenizer(tmp_path)
     (tmp_path / META_FILE).write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):

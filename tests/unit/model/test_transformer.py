@@ -108,6 +108,28 @@ def test_residual_projections_can_start_at_zero(
     torch.testing.assert_close(model(tokens).logits, expected)
 
 
+@torch.no_grad()
+def test_biases_start_at_zero_and_are_added_to_what_they_belong_to(
+    make_model: Any, tokens: Tensor
+) -> None:
+    torch.manual_seed(7)
+    plain = make_model()
+    torch.manual_seed(7)
+    model = make_model(qkv_bias=True)
+    biases = {n: p for n, p in model.named_parameters() if n.endswith("bias")}
+    assert list(biases) == [f"blocks.{layer}.attention.qkv.bias" for layer in range(2)]
+    assert all(torch.all(bias == 0) for bias in biases.values())
+    assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    for bias in biases.values():
+        bias[-2 * 8 :] = 0.5  # the values, whose weights sum to one
+    model.compute_dtype = torch.bfloat16
+    x = torch.zeros(1, 3, 32, dtype=torch.bfloat16)
+    products = model.blocks[0].attention.qkv(x)
+    assert products.dtype == torch.bfloat16
+    assert torch.equal(products[..., -16:], torch.full((1, 3, 16), 0.5, dtype=torch.bfloat16))
+    assert torch.all(products[..., :-16] == 0)
+
+
 def test_layers_start_differently(make_model: Any) -> None:
     model = make_model()
     first, second = (block.attention.qkv.weight for block in model.blocks)
@@ -291,16 +313,17 @@ VARIANTS = [
     {},
     {"tie_embeddings": False, "qk_norm": True},
     {"feed_forward": "relu2", "num_kv_heads": 1, "head_dim": 6},
+    {"qkv_bias": True},
 ]
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_every_parameter_has_exactly_one_role(make_model: Any, changes: dict[str, Any]) -> None:
     model = make_model(**changes)
-    for name, parameter in model.named_parameters():
+    for name, _ in model.named_parameters():
         roles = [rule.role for rule in SHARDING_RULES if fnmatchcase(name, rule.pattern)]
         assert len(roles) == 1, f"{name}: {roles}"
-        assert (roles[0] == "replicated") == (parameter.dim() == 1)
+        assert (roles[0] == "replicated") == name.endswith("norm.weight")
 
 
 def test_every_rule_is_used(make_model: Any) -> None:

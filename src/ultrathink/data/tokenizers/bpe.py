@@ -29,6 +29,7 @@ from ultrathink.data.tokenizers.base import (
     join_bytes,
     write_meta,
 )
+from ultrathink.data.tokenizers.byte_names import BYTE_OF_NAME
 from ultrathink.data.tokenizers.patterns import PATTERNS
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class BpeTokenizer:
         """``definition`` is the content of a ``tokenizer.json`` that ``train`` wrote."""
         parsed = json.loads(definition)
         vocab: dict[str, int] = parsed["model"]["vocab"]
-        self._definition = definition
+        self.definition = definition
         self.engine = engine
         self._pattern: str = parsed["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
         self.eot_id: int = vocab[END_OF_TEXT]
@@ -102,7 +103,7 @@ class BpeTokenizer:
     @property
     def fingerprint(self) -> str:
         """A hash of all that decides the ids."""
-        return hashlib.sha256(f"{self.engine}\n{self._definition}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.engine}\n{self.definition}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, no special ones added."""
@@ -140,7 +141,7 @@ class BpeTokenizer:
     def save(self, folder: Path) -> None:
         """Write ``tokenizer.json``, which Hugging Face reads too, and the meta file."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / TOKENIZER_FILE, self._definition)
+        write_atomic(folder / TOKENIZER_FILE, self.definition)
         write_meta(
             folder,
             {
@@ -184,7 +185,7 @@ class BpeTokenizer:
         if self._standard is None:
             import tokenizers
 
-            self._standard = tokenizers.Tokenizer.from_str(self._definition)
+            self._standard = tokenizers.Tokenizer.from_str(self.definition)
             self._standard.encode_special_tokens = True  # written-out ones are plain text
         return self._standard
 
@@ -252,18 +253,6 @@ def _all_merges(vocab: dict[str, int]) -> list[list[str]]:
     return merges
 
 
-def _byte_names() -> dict[str, int]:
-    """The printable character that GPT-2's vocabularies write for each byte, and the byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    names = {chr(value): value for value in printable}
-    others = (value for value in range(256) if value not in printable)
-    names.update({chr(256 + position): value for position, value in enumerate(others)})
-    return names
-
-
-_BYTE_OF_NAME = _byte_names()
-
-
 def _to_bytes(name: str) -> bytes | None:
     """The bytes that a vocabulary entry stands for; None for the end-of-text token."""
-    return None if name == END_OF_TEXT else bytes(_BYTE_OF_NAME[char] for char in name)
+    return None if name == END_OF_TEXT else bytes(BYTE_OF_NAME[char] for char in name)

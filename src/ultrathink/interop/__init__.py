@@ -1,0 +1,1 @@
+"""Models and tokenizers of others: Hugging Face folders read and written."""

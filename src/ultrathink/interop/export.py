@@ -1,0 +1,148 @@
+"""From a run's checkpoint to a folder that ``transformers`` loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from safetensors.torch import save_file
+
+from ultrathink.core.errors import ConfigError
+from ultrathink.core.files import replace_folder, sync_file, sync_folder
+from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
+from ultrathink.data.tokenizers.huggingface import TOKENIZER_FILE, HuggingFaceTokenizer
+from ultrathink.interop.families import write_family
+from ultrathink.interop.tensors import WEIGHTS_FILE, split
+from ultrathink.interop.tokenizers import special_ids, tokenizer_files
+from ultrathink.interop.weights import pieces
+from ultrathink.runs.checkpoint import load_checkpoint, weights
+from ultrathink.runs.folder import RunFolder, find_run
+from ultrathink.runs.loading import check_loads
+
+WeightType: TypeAlias = Literal["fp32", "bf16"]
+_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# transformers 5 does not heed the tokenizer_class of a folder whose model_type is qwen2.
+_QWEN2_TOKENIZER = (
+    "AutoTokenizer takes the tokenizer of any Qwen2 for Qwen's own and cuts text as that does; "
+    "load this one with PreTrainedTokenizerFast.from_pretrained"
+)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and where."""
+
+    folder: Path
+    run: Path
+    checkpoint: Path
+    step: int
+    model_type: str
+    """The family of Hugging Face that the model became one of."""
+    dtype: str
+    """The type of the weights as ``torch`` calls it: float32."""
+    tokenizer_class: str | None
+    """The class of ``transformers`` that reads the tokenizer; None where there is none."""
+    remarks: tuple[str, ...]
+    """What a user should know of it, each a sentence."""
+
+
+def export_run(
+    run: str,
+    checkpoint: str = "best",
+    *,
+    output: str | Path | None = None,
+    dtype: WeightType | None = None,
+) -> Export:
+    """Write the model of a run's checkpoint and its tokenizer as a Hugging Face folder.
+
+    ``output`` is ``RUN/export/NAME`` when None; a folder that is there is never overwritten. The
+    weights keep their type when ``dtype`` is None. The folder is written beside its place, flushed
+    and renamed. Raises ConfigError where no family of Hugging Face has such models, and
+    CheckpointError where the run or the checkpoint is missing or damaged.
+    """
+    found = find_run(run)
+    config = found.read_config()
+    description = write_family(config.model, config.data.seq_len)  # before anything heavy is read
+    source, remarks = found.sound_checkpoint(checkpoint, weights)
+    check_loads(source, config.model)
+    folder = Path(output) if output is not None else _usual_place(found, source, dtype)
+    if folder.exists():
+        raise ConfigError(
+            f"{folder} is there already, and an export overwrites nothing; name another folder "
+            f"with --output FOLDER, or remove it."
+        )
+    tensors = split(
+        dict(load_checkpoint(source, weights))["model"],  # type: ignore[arg-type]
+        pieces(config.model),
+        None if dtype is None else _DTYPES[dtype],
+    )
+    name = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    tokenizer = load_tokenizer(found.tokenizer)
+    files = _texts(description | {"torch_dtype": name}, tokenizer)
+    tokenizer_class: str | None = "AutoTokenizer"
+    if TOKENIZER_FILE not in files:
+        tokenizer_class = None
+        remarks = [
+            *remarks,
+            f"the tokenizer ({type(tokenizer).__name__}) cannot be written for transformers; the "
+            f"folder has the model only",
+        ]
+    elif description["model_type"] == "qwen2" and not isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer_class = "PreTrainedTokenizerFast"
+        remarks = [*remarks, _QWEN2_TOKENIZER]
+    _write(folder, files, tensors)
+    return Export(
+        folder=folder,
+        run=found.path,
+        checkpoint=source,
+        step=int(source.name.removeprefix("step_")),
+        model_type=description["model_type"],
+        dtype=name,
+        tokenizer_class=tokenizer_class,
+        remarks=tuple(remarks),
+    )
+
+
+def _usual_place(run: RunFolder, checkpoint: Path, dtype: WeightType | None) -> Path:
+    name = f"hf-{checkpoint.name}" + (f"-{dtype}" if dtype is not None else "")
+    return run.path / "export" / name
+
+
+def _texts(description: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
+    """The files beside the weights, by name."""
+    ids = special_ids(tokenizer)
+    writing = {name: value for name, value in ids.items() if value is not None}
+    return {
+        "config.json": _json(description | ids),
+        "generation_config.json": _json(writing),
+        **(tokenizer_files(tokenizer, description["max_position_embeddings"]) or {}),
+    }
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _write(folder: Path, texts: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
+    """Write all of a folder beside its place, flush it, and rename it there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        for name, text in texts.items():
+            (beside / name).write_bytes(text.encode())
+        # transformers wants to be told which library's tensors these are.
+        save_file(tensors, beside / WEIGHTS_FILE, metadata={"format": "pt"})
+        for file in beside.iterdir():
+            sync_file(file)
+        sync_folder(beside)
+        replace_folder(beside, folder)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise

@@ -1,0 +1,77 @@
+"""From a checkpoint of Hugging Face to a model and its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ultrathink.config.model import ModelConfig
+from ultrathink.data.tokenizers.huggingface import HuggingFaceTokenizer
+from ultrathink.interop.families import Described, check_length, read_family
+from ultrathink.interop.fetching import find_folder
+from ultrathink.interop.tokenizers import check_size, read_model_file, read_tokenizer
+from ultrathink.interop.weights import pieces
+
+if TYPE_CHECKING:
+    from ultrathink.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A checkpoint of Hugging Face that was read, but for its weights."""
+
+    source: str
+    folder: Path
+    described: Described
+    tokenizer: HuggingFaceTokenizer
+
+    @property
+    def model(self) -> ModelConfig:
+        """Our configuration of it, with every size set."""
+        return self.described.model
+
+    def check_length(self, seq_len: int) -> None:
+        """Raise CheckpointError where texts of ``seq_len`` tokens are too long for it."""
+        check_length(self.described, seq_len, self.folder / "config.json")
+
+    def load_into(self, model: Transformer) -> None:
+        """Fill ``model``, of this shape, with the weights; CheckpointError where they do not fit.
+
+        Weights are converted to the type that the model has. Positions may be stretched otherwise.
+        """
+        from ultrathink.interop.tensors import check_tensors, fill, find_tensors
+
+        wanted = pieces(self.model)
+        assert wanted == pieces(model.config), "the model was made for this checkpoint"
+        files = find_tensors(self.folder)
+        check_tensors(files, wanted, self.folder)
+        fill(model, files, wanted)
+
+
+def open_pretrained(text: str, *, with_weights: bool = True) -> Pretrained:
+    """The checkpoint that ``hf:PATH`` or ``hf:NAME[@REVISION]`` names, its weights not yet read.
+
+    Without ``with_weights`` a download leaves them out. Raises CheckpointError where it is missing,
+    damaged or not expressible here.
+    """
+    folder = find_folder(text, with_weights=with_weights)
+    values = read_model_file(folder)
+    described = read_family(values, folder / "config.json")
+    tokenizer = read_tokenizer(folder, values)
+    assert described.model.vocab_size is not None, "every config.json has one"
+    check_size(tokenizer, described.model.vocab_size, folder)
+    return Pretrained(text, folder, described, tokenizer)
+
+
+def load_pretrained(text: str) -> tuple[Transformer, HuggingFaceTokenizer]:
+    """The model of ``hf:PATH_OR_NAME`` on the CPU in fp32, in evaluation mode, and its tokenizer.
+
+    Raises CheckpointError.
+    """
+    from ultrathink.runs.loading import empty_model
+
+    pretrained = open_pretrained(text)
+    model = empty_model(pretrained.model)
+    pretrained.load_into(model)
+    return model.eval(), pretrained.tokenizer

@@ -1,0 +1,263 @@
+"""What a ``config.json`` may say: what it means here, and what is refused, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ultrathink.config.model import ModelConfig
+from ultrathink.core.errors import CheckpointError, ConfigError
+from ultrathink.interop.families import (
+    check_length,
+    choose_family,
+    read_family,
+    write_family,
+)
+
+PATH = Path("there/config.json")
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 50,
+}
+
+
+def read(**values: Any) -> ModelConfig:
+    return read_family(LLAMA | values, PATH).model
+
+
+def refused(**values: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        read(**values)
+    message = str(caught.value)
+    assert message.startswith("there/config.json")
+    assert "\n" not in message
+    return message
+
+
+# -- defaults --------------------------------------------------------------------------------------
+
+
+def test_what_is_left_out_has_the_default_of_its_family() -> None:
+    llama = read()
+    assert (llama.num_kv_heads, llama.head_dim, llama.max_positions) == (4, 16, 2048)
+    assert (llama.norm_eps, llama.tie_embeddings, llama.rope_theta) == (1e-6, False, 10_000.0)
+    assert (llama.qk_norm, llama.qkv_bias, llama.rope_scaling) == (False, False, None)
+    heads = {"num_attention_heads": 32, "hidden_size": 512}
+    mistral = read_family({**LLAMA, **heads, "model_type": "mistral"}, PATH)
+    assert (mistral.model.num_kv_heads, mistral.window) == (8, 4096)
+    assert mistral.model.max_positions == 4096, "beyond its window attention is another"
+    qwen2 = read(model_type="qwen2", **heads)
+    assert (qwen2.num_kv_heads, qwen2.head_dim, qwen2.qkv_bias) == (32, 16, True)
+    qwen3 = read(model_type="qwen3", **heads)
+    assert (qwen3.num_kv_heads, qwen3.head_dim, qwen3.qk_norm) == (32, 128, True)
+
+
+def test_null_heads_are_all_heads() -> None:
+    assert read(model_type="mistral", num_key_value_heads=None).num_kv_heads == 4
+    assert read(model_type="qwen3", num_key_value_heads=2, head_dim=None).head_dim == 16
+
+
+# -- refused ---------------------------------------------------------------------------------------
+
+
+def test_another_kind_of_model_is_refused_with_those_that_are_known() -> None:
+    message = refused(model_type="gemma2")
+    assert 'model_type is "gemma2"' in message
+    assert "llama, mistral, qwen2, qwen3" in message
+    assert "Did you mean 'qwen2'?" in refused(model_type="qwen2_moe")
+    assert "model_type is null" in refused(model_type=None)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"hidden_act": "gelu"}, ['hidden_act is "gelu"', "silu"]),
+        ({"attention_bias": True}, ["attention_bias is true", "Qwen2"]),
+        ({"mlp_bias": True}, ["mlp_bias is true", "without them"]),
+        (
+            {"quantization_config": {"bits": 4}},
+            ['quantization_config is {"bits": 4}', "made from"],
+        ),
+        ({"hidden_size": None}, ["does not say hidden_size"]),
+        ({"hidden_size": "64"}, ['hidden_size is "64"', "whole number above 0"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers is 0"]),
+        ({"rms_norm_eps": True}, ["rms_norm_eps is true", "must be a number"]),
+        ({"num_key_value_heads": 3}, ["describes no model that works", "num_kv_heads (3)"]),
+        ({"rms_norm_eps": 0}, ["describes no model that works: norm_eps: "]),
+        ({"rope_scaling": 8}, ["rope_scaling is 8", "must be an object"]),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 4.0}},
+            ['rope_scaling.type is "longrope"', "default, linear, llama3, yarn"],
+        ),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+            ['rope_parameters.rope_type is "dynamic"', "Up to 2048 tokens", "to null"],
+        ),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            ["rope_parameters.full_attention is {", "some layers"],
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}},
+            ["rope_scaling.truncate is false"],
+        ),
+        ({"rope_scaling": {"rope_type": "linear"}}, ["does not say rope_scaling.factor"]),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
+            ["does not say rope_scaling.high_freq_factor"],
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 4.0,
+                }
+            },
+            ["rope_scaling: high_freq_factor (4.0) must exceed"],
+        ),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5", "whole heads"]),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+            ["rope_parameters.partial_rotary_factor is 0.25"],
+        ),
+    ],
+)
+def test_what_cannot_be_expressed_is_named(values: dict[str, Any], said: list[str]) -> None:
+    message = refused(**values)
+    for words in said:
+        assert words in message
+
+
+# -- positions -------------------------------------------------------------------------------------
+
+
+def test_positions_in_both_layouts() -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    older = read(
+        rope_theta=5e5,
+        rope_scaling={"rope_type": "llama3", "original_max_position_embeddings": 64, **scaling},
+    )
+    newer = read(
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "original_max_position_embeddings": 64,
+            **scaling,
+        }
+    )
+    assert older == newer
+    assert older.rope_theta == 5e5
+    assert older.rope_scaling is not None
+    assert older.rope_scaling.original_max_positions == 64
+
+
+def test_the_length_before_stretching_is_found_where_transformers_looks() -> None:
+    yarn = {"type": "yarn", "factor": 4.0}
+    inside = yarn | {"original_max_position_embeddings": 64}
+    for values, original in (
+        ({"rope_scaling": yarn}, 2048),
+        ({"rope_scaling": inside}, 64),
+        ({"rope_scaling": inside, "original_max_position_embeddings": 32}, 32),
+    ):
+        scaling = read(**values).rope_scaling
+        assert scaling is not None
+        assert scaling.original_max_positions == original
+    scaling = read(rope_scaling=inside | {"factor": None}).rope_scaling
+    assert scaling is not None
+    assert scaling.factor == 2048 / 64
+    scaling = read(rope_scaling=inside | {"beta_fast": 0}).rope_scaling
+    assert scaling is not None
+    assert scaling.beta_fast == 32.0
+
+
+# -- windows ---------------------------------------------------------------------------------------
+
+
+def test_a_text_beyond_the_window_is_refused() -> None:
+    described = read_family(
+        {**LLAMA, "model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 16}, PATH
+    )
+    check_length(described, 16, PATH)
+    with pytest.raises(CheckpointError, match=r"sliding_window is 16, .*data\.seq_len=16 or less"):
+        check_length(described, 17, PATH)
+
+
+@pytest.mark.parametrize(
+    ("values", "window"),
+    [
+        ({"sliding_window": 16}, None),
+        ({"sliding_window": 16, "use_sliding_window": True}, 16),
+        ({"use_sliding_window": True}, 4096),
+        (
+            {
+                "sliding_window": 16,
+                "use_sliding_window": True,
+                "layer_types": ["full_attention", "full_attention"],
+            },
+            None,
+        ),
+        (
+            {
+                "sliding_window": 16,
+                "use_sliding_window": True,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            16,
+        ),
+    ],
+)
+def test_qwen_has_a_switch_for_its_window(values: dict[str, Any], window: int | None) -> None:
+    qwen = {**LLAMA, "model_type": "qwen2", "num_key_value_heads": 2, **values}
+    assert read_family(qwen, PATH).window == window
+
+
+# -- out -------------------------------------------------------------------------------------------
+
+
+def test_what_no_family_has_is_refused_with_the_alternative() -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_family(ModelConfig(feed_forward="relu2"))
+    assert "model.feed_forward is relu2" in str(caught.value)
+    assert "model.feed_forward=swiglu" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        choose_family(ModelConfig(qk_norm=True, qkv_bias=True))
+    assert "model.qk_norm and model.qkv_bias are both true" in str(caught.value)
+    assert "Qwen3 has the norms, Qwen2 the biases" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [
+        ({}, 128),
+        ({"max_positions": 4096}, 4096),
+        ({"max_positions": 64}, 128),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 128),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_positions": 100}},
+            400,
+        ),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_positions": 10}}, 128),
+    ],
+)
+def test_the_context_length_that_is_told(changes: dict[str, Any], length: int) -> None:
+    config = ModelConfig.model_validate({"vocab_size": 50, **changes})
+    assert write_family(config, 128)["max_position_embeddings"] == length
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"qkv_bias": True}, {"qk_norm": True}, {"hidden_size": 44, "head_dim": 16}],
+)
+def test_what_is_written_is_read_back(changes: dict[str, Any]) -> None:
+    config = ModelConfig.model_validate({"vocab_size": 50, "max_positions": 128, **changes})
+    written = write_family(config, 128)
+    assert read_family(written, PATH).model == config.resolved()
+    assert read_family(written, PATH).window is None

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -160,7 +161,7 @@ def _start_others(shape: dict[str, Any]) -> None:
     """Start the other processes of a contender of several, each as this one; all meet at a file."""
     if "RANK" in os.environ:
         return
-    meeting = tempfile.mktemp(prefix="benchmark-")
+    meeting = str(Path(tempfile.mkdtemp(prefix="benchmark-")) / "meeting")
     os.environ.update(
         RANK="0",
         LOCAL_RANK="0",
@@ -177,7 +178,7 @@ def ultrathink_together(shape: dict[str, Any]) -> None:
     """The whole trainer on several processes."""
     _start_others(shape)
     overrides = [f"parallel.zero_stage={shape['zero_stage']}"]
-    folder = os.environ["ULTRATHINK_RENDEZVOUS"] + "-runs"  # the same for all
+    folder = str(Path(os.environ["ULTRATHINK_RENDEZVOUS"]).parent / "runs")  # the same for all
     from ultrathink import build_trainer
 
     turns = Turns(shape)

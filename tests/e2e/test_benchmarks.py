@@ -52,6 +52,7 @@ def speedrun(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("speedrun.py", ["--only", "dmeo"], "'dmeo' is not in speedrun.yaml. Did you mean 'demo'"),
         ("speedrun.py", ["--steps", "demo=many"], "give it as NAME=STEPS, such as demo=800"),
         ("speedrun.py", ["--equal-tokens", "some"], "some tokens"),
+        ("scale.py", ["--processes", "3"], "give 2 or more that divide the batch of 8"),
     ],
 )
 def test_a_wrong_argument_is_told_in_a_sentence(
@@ -97,6 +98,17 @@ def test_a_checkpoint_is_timed_beside_training_and_alone() -> None:
     for figure in ("copy_s", "write_s", "write_alone_s"):
         assert 0 < result[figure]["low"] <= result[figure]["median"]
     assert "stall_share" in result
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+def test_processes_are_timed_beside_one_and_beside_plain_code() -> None:
+    result = run("scale.py", "--shape", "XS", "--rounds", "2", "--seconds", "0.5")
+    names = {"one process", "2 processes", "plain FSDP2"}
+    assert set(result["tokens_per_second"]) == set(result["per_process"]) == names
+    assert 0 < result["communication_share"] < 1
+    assert result["beside_plain"] > 0
+    assert all(mib > 50 for mib in result["peak_memory_mib"].values())
 
 
 def test_a_speedrun_finds_the_fewest_steps(speedrun: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,21 @@ def test_a_mistake_is_told_once(start: type[Launched]) -> None:
     assert run.finish() == 2
     assert run.errors.count("error:") == 1
     assert "2 processes cannot be divided into 3 equal groups" in run.errors
+
+
+@pytest.mark.slow
+def test_machines_meet_at_an_address(start: type[Launched]) -> None:
+    """Two launchers of one process each, as on two machines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = (sys.executable, "-m", "ultrathink", "launch", "--nproc", "1", "--nnodes", "2")
+    command = (*launcher, "--rdzv-endpoint", f"127.0.0.1:{port}")
+    first, second = (start("debug", *TINY, command=command) for _ in range(2))
+    assert first.finish() == 0, first.errors
+    assert second.finish() == 0, second.errors
+    assert first.rows()[-1]["step"] == 20
+    assert [path.name for path in first.run.parent.iterdir()] == ["together"]
 
 
 @pytest.mark.slow

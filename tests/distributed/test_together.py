@@ -19,6 +19,9 @@ def test_not_a_number_on_one_process_is_skipped_by_all(two: Pool, tmp_path: Path
     weights = [weight for _, weight in first]
     assert weights[0] == weights[1]
     assert weights[1] != weights[2]
+    for log in ("run.log", "rank-1.log"):
+        told = (tmp_path / "runs" / "debug" / "logs" / log).read_text()
+        assert "warning: step 2 was skipped: loss nan" in told
 
 
 def test_a_controller_on_the_first_process_steers_all(two: Pool, tmp_path: Path) -> None:

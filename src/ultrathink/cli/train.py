@@ -113,19 +113,21 @@ def _train(make: Any, as_json: bool) -> int:
     from ultrathink.training.callbacks import LastReports
 
     last = LastReports()
-    is_main = int(os.environ.get("RANK", "0")) == 0  # of several processes, one shows
-    with PreparationDisplay() if is_main else nullcontext() as display:
+    with PreparationDisplay() if _is_main() else nullcontext() as display:
         trainer = make(callbacks=[last], progress=display)
     with _stop_on_signals(trainer) as received:
         trainer.fit()
     result = _result(trainer, last)
-    if not is_main:
-        pass
-    elif as_json:
+    if as_json and _is_main():
         print(json.dumps(result))
-    else:
+    elif _is_main():
         _say_what_next(trainer, result)
     return 128 + received[0] if received else 0
+
+
+def _is_main() -> bool:
+    """Whether this process is the one, of those that train together, that shows what happens."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
@@ -198,6 +200,8 @@ def _say_what_next(trainer: Trainer, result: dict[str, Any]) -> None:
 
 
 def _say_finished(run: Path, step: int, as_json: bool) -> int:
+    if not _is_main():
+        return 0
     if as_json:
         print(json.dumps({"run": str(run), "ending": "finished", "step": step}))
     else:

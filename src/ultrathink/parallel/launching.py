@@ -231,7 +231,8 @@ def _forwarding_signals(agent: _Agent) -> Iterator[list[int]]:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    before = {number: signal.signal(number, forward) for number in _FORWARDED}
+    heard = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heard}  # not SIGHUP under nohup
     try:
         yield received
     finally:

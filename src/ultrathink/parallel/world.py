@@ -74,7 +74,7 @@ class World:
         everyones = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(everyones, padded)
         return [
-            json.loads(bytes(one[:size].tolist()))
+            json.loads(one[:size].numpy().tobytes())
             for one, size in zip(everyones, length.tolist(), strict=True)
         ]
 

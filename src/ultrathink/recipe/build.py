@@ -42,7 +42,7 @@ from ultrathink.training.control import LiveSettings
 from ultrathink.training.hardware import DTYPES, keep_freed_memory
 from ultrathink.training.offload import HostCopies
 from ultrathink.training.optimizers import build_optimizers
-from ultrathink.training.run_log import RunLog
+from ultrathink.training.run_log import RankLog, RunLog
 from ultrathink.training.stepping import Stepper, loss_function
 from ultrathink.training.trainer import Trainer
 
@@ -242,7 +242,7 @@ def assemble(
             metrics,
         ]
         if world.is_main
-        else [samples],
+        else [RankLog(run, world.rank), samples],
         controllers=controllers if world.is_main else (),
         world=world,
         watchdog=Watchdog(60 * config.parallel.hang_minutes, run.logs / f"stacks-{world.rank}.txt")

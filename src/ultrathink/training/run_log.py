@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from ultrathink.monitoring.appending import ResilientAppender
 from ultrathink.monitoring.health import Health
 from ultrathink.monitoring.jsonl import line_appender
-from ultrathink.monitoring.records import Level, RunInfo, Tell
+from ultrathink.monitoring.records import Level, Note, RunInfo, Tell
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Ending, StepReport
 from ultrathink.training.control import Change
@@ -50,26 +50,25 @@ class RunLog(Callback):
         self.on_message(f"checkpoint of step {step} written", "info")
 
     def on_message(self, text: str, level: Level) -> None:
-        moment = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._append(self._log, f"{moment} {level}: {text}")
+        self._append(self._log, _told(text, level))
 
     def on_end(self, ending: Ending | None) -> None:
         for file in (self._decisions, self._log):
             self._do(file, ResilientAppender.close)
 
     def _append(self, file: _Watched, line: str) -> None:
-        entry = f"{line}\n".encode(errors="backslashreplace")
-        self._do(file, lambda appender: appender.append(entry))
+        self._tell_of(file.write(line))
 
     def _do(self, file: _Watched, action: Callable[[ResilientAppender], None]) -> None:
-        try:
-            action(file.appender)
-        except OSError as error:
-            notes = file.health.failed("write", error)
-        else:
-            notes = file.health.worked("write")
-        for text, level in [*notes, *file.appender.take_notes()]:
+        self._tell_of(file.do(action))
+
+    def _tell_of(self, notes: Sequence[Note]) -> None:
+        for text, level in notes:
             self._tell(text, level)
+
+
+def _told(text: str, level: Level) -> str:
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level}: {text}"
 
 
 class _Watched:
@@ -78,3 +77,36 @@ class _Watched:
     def __init__(self, appender: ResilientAppender, name: str) -> None:
         self.appender = appender
         self.health = Health(name, "training goes on, and its lines wait until there is room")
+
+    def write(self, line: str) -> list[Note]:
+        """Append ``line``; what is to be told of how that went."""
+        entry = f"{line}\n".encode(errors="backslashreplace")
+        return self.do(lambda appender: appender.append(entry))
+
+    def do(self, action: Callable[[ResilientAppender], None]) -> list[Note]:
+        """Do something with the file; what is to be told of how that went."""
+        try:
+            action(self.appender)
+        except OSError as error:
+            notes = self.health.failed("write", error)
+        else:
+            notes = self.health.worked("write")
+        return [*notes, *self.appender.take_notes()]
+
+
+class RankLog(Callback):
+    """What a process beside the first has to tell, in ``logs/rank-N.log``."""
+
+    def __init__(self, run: RunFolder, rank: int) -> None:
+        name = f"rank-{rank}.log"
+        self._log = _Watched(line_appender(run.logs / name), f"logs/{name}")
+
+    def on_message(self, text: str, level: Level) -> None:
+        self._log.write(_told(text, level))
+
+    def on_change(self, change: Change) -> None:
+        self.on_message(f"{change.setting}: {change.before} -> {change.after}", "info")
+
+    def on_end(self, ending: Ending | None) -> None:
+        self.on_message(f"the end: {ending or 'an exception'}", "info")
+        self._log.do(ResilientAppender.close)

@@ -54,10 +54,10 @@ def resume(path: str, *overrides: str) -> str:
     return path
 
 
-def loaded_state(path: str, checkpoint: str = "last") -> dict[str, Any]:
+def loaded_state(path: str, checkpoint: str = "last", *overrides: str) -> dict[str, Any]:
     """All tensors of a trainer that goes on from a checkpoint, whole."""
     os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
-    trainer = resume_trainer(RunFolder(Path(path)), checkpoint)
+    trainer = resume_trainer(RunFolder(Path(path)), checkpoint, overrides=overrides)
     try:
         state = trainer.state_dict()
         return {

@@ -103,6 +103,27 @@ def train_with_nan_on_rank_1(place: str) -> list[tuple[bool, float]]:
     return found
 
 
+def random_number_and_scored_tokens(place: str) -> tuple[float, int, int]:
+    """A random number drawn in the first step; tokens scored by validation, and those there are."""
+    trainer = new_trainer(place, "model.dropout=0.5")
+    drawn: list[float] = []
+    losses = trainer.stepper.losses
+
+    def watched(*args: Any) -> Any:
+        drawn.append(float(torch.rand(())))
+        return losses(*args)
+
+    trainer.stepper.losses = watched
+    trainer.start()
+    try:
+        trainer.train_step()
+        assert trainer.held_out is not None
+        scores = trainer.score(trainer.held_out)
+        return drawn[0], scores.num_tokens, trainer.held_out.num_tokens
+    finally:
+        trainer.close()
+
+
 class _Steering(Controller):
     """Keeps a snapshot after step 2, goes back to it after step 4, halves the rate after step 3."""
 

@@ -24,6 +24,12 @@ def test_not_a_number_on_one_process_is_skipped_by_all(two: Pool, tmp_path: Path
         assert "warning: step 2 was skipped: loss nan" in told
 
 
+def test_each_draws_its_own_numbers_and_scores_its_own_part(two: Pool, tmp_path: Path) -> None:
+    first, second = two.run(tasks.random_number_and_scored_tokens, str(tmp_path))
+    assert first[0] != second[0]
+    assert first[1] == second[1] == first[2]
+
+
 def test_a_controller_on_the_first_process_steers_all(two: Pool, tmp_path: Path) -> None:
     words = ("training.precision=fp64",)
     alone = tasks.train_with_a_controller(str(tmp_path / "one"), *words)

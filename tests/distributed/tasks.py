@@ -14,6 +14,7 @@ from ultrathink.core.errors import UltrathinkError
 from ultrathink.parallel.world import PeerFailedError, join_world
 from ultrathink.recipe.build import build_trainer
 from ultrathink.recipe.resume import resume_trainer
+from ultrathink.runs.checkpoint import load_checkpoint, weights
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Controller, StepReport
 from ultrathink.training.control import Snapshot, TrainerControl
@@ -65,6 +66,20 @@ def loaded_state(path: str, checkpoint: str = "last", *overrides: str) -> dict[s
             "optimizer": _whole(state["optimizer"]),
             "data": state["data"],
         }
+    finally:
+        trainer.close()
+
+
+def numbers_read(path: str) -> tuple[int, int]:
+    """How many numbers of the model a process reads to go on with a run, and how many there are."""
+    os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
+    run = RunFolder(Path(path))
+    trainer = resume_trainer(run)
+    try:
+        state: Any = load_checkpoint(run.checkpoint("last"), weights, trainer.region)
+        mine = [piece.local.numel() for piece in state["model"].values()]
+        whole = [torch.Size(piece.shape).numel() for piece in state["model"].values()]
+        return sum(mine), sum(whole)
     finally:
         trainer.close()
 

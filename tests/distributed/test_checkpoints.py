@@ -89,6 +89,13 @@ def test_a_run_that_moves_between_meshes_takes_the_same_samples(
     assert_equal(whole, run, 1e-9)
 
 
+def test_each_process_reads_its_own_part(two: Pool, tmp_path: Path) -> None:
+    run = tasks.train(str(tmp_path), *HALF)
+    (first, whole), (second, _) = two.run(tasks.numbers_read, run)
+    assert first + second == whole
+    assert max(first, second) < 0.6 * whole
+
+
 def test_what_two_wrote_is_listed_and_made_one_file(two: Pool, tmp_path: Path) -> None:
     run, _ = two.run(tasks.train, str(tmp_path), "training.max_steps=2")
     folder = RunFolder(Path(run))

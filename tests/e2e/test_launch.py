@@ -138,6 +138,17 @@ def test_a_checkpoint_of_a_newer_version_is_told_once(start: type[Launched]) -> 
 
 
 @pytest.mark.slow
+def test_a_single_process_is_replaced_too(start: type[Launched]) -> None:
+    launcher = (sys.executable, "-m", "ultrathink", "launch", "--nproc", "1")
+    run = start("debug", *TINY, "training.max_steps=200", CHECKPOINTS, command=launcher)
+    run.wait_for_step(12)
+    os.kill(run.workers()[0], signal.SIGKILL)
+    assert run.finish() == 0, run.errors
+    assert run.rows()[-1]["step"] == 200
+    assert [path.name for path in run.run.parent.iterdir()] == ["together"]
+
+
+@pytest.mark.slow
 def test_machines_meet_at_an_address(start: type[Launched]) -> None:
     """Two launchers of one process each, as on two machines."""
     with socket.socket() as free:

@@ -12,9 +12,9 @@ from typing import NoReturn
 from ultrathink.core.errors import UltrathinkError
 
 
-def is_one_of_several() -> bool:
-    """Whether torchrun or ``ultrathink launch`` started this process beside others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def is_launched() -> bool:
+    """Whether torchrun or ``ultrathink launch`` started this process, mostly beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def run_together(act: Callable[[], int]) -> NoReturn:

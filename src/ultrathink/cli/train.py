@@ -18,7 +18,7 @@ from ultrathink.cli.arguments import (
     load_plugins,
     split_config_and_overrides,
 )
-from ultrathink.cli.together import is_one_of_several, run_together
+from ultrathink.cli.together import is_launched, run_together
 from ultrathink.config import load_config
 from ultrathink.core.errors import UltrathinkError
 
@@ -62,13 +62,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train; returns 0 at the end of a run, 128 plus the signal's number where one stopped it."""
     load_plugins(args)
-    if is_one_of_several():
+    if is_launched():
         run_together(lambda: _run(args))
     return _run(args)
 
 
 def _run(args: argparse.Namespace) -> int:
-    if is_one_of_several():
+    if is_launched():
         from ultrathink.parallel.restarts import run_to_go_on_with
 
         path = run_to_go_on_with()

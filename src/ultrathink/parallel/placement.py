@@ -10,16 +10,22 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from ultrathink.core.pieces import Piece
 
 
-def placed_like(value: Tensor, reference: Tensor) -> Tensor:
-    """``value``, which is whole, divided as ``reference`` is: this process's part, on its device.
+def placed_like(value: Tensor | Piece, reference: Tensor) -> Tensor:
+    """``value``, whole or a piece, divided as ``reference`` is: this process's part, on its device.
 
     Where ``reference`` is whole, or ``value`` divided already, that is ``value`` itself.
     """
-    if not isinstance(reference, DTensor) or isinstance(value, DTensor):
+    if isinstance(value, DTensor) or not isinstance(reference, DTensor):
+        assert isinstance(value, Tensor), "pieces are read for what is divided only"
         return value
     mesh, placements = reference.device_mesh, reference.placements
-    size, offset = compute_local_shape_and_global_offset(reference.shape, mesh, placements)
-    part = value[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
+    offset, size = region_of(reference)
+    if isinstance(value, Piece):
+        assert value.local is not None, "it was read"
+        assert value.offset == offset, "it was read for this process"
+        part = value.local
+    else:
+        part = value[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
     return DTensor.from_local(
         part.to(reference.device_mesh.device_type).contiguous(),
         mesh,
@@ -30,10 +36,18 @@ def placed_like(value: Tensor, reference: Tensor) -> Tensor:
     )
 
 
+def region_of(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Offset and size of what this process holds of ``tensor``."""
+    size, offset = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    return tuple(offset), tuple(size)
+
+
 def piece_of(tensor: DTensor) -> Piece:
     """What this process holds of ``tensor``; nothing where another one holds the same."""
     mesh, placements = tensor.device_mesh, tensor.placements
-    size, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    offset, size = region_of(tensor)
     position = mesh.get_coordinate()
     assert position is not None, "every process is in the mesh"
     is_copy = any(
@@ -41,7 +55,7 @@ def piece_of(tensor: DTensor) -> Piece:
         for placement, coordinate in zip(placements, position, strict=True)
     )
     local = None if is_copy or 0 in size else tensor.to_local()
-    return Piece(local, tuple(offset), tuple(tensor.shape), tensor.dtype)
+    return Piece(local, offset, tuple(tensor.shape), tensor.dtype)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,8 @@ def restart_count() -> int:
 
 def remember_run(path: Path, world: World) -> None:
     """Leave a word for who is started in this process's place: the run that it trains."""
-    if world.size > 1 and world.local_rank == 0:
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ
+    if is_launched and world.local_rank == 0:
         pointer = _pointer()
         pointer.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(pointer, str(path.resolve()))

@@ -143,7 +143,7 @@ class ResumePlan:
         config, choices = choose_together(self.config, data.num_samples, world)
         check_loads(self.folder, config.model)  # names what differs, where the model is another
         trainer = assemble(config, run, data, build_model(config), choices, callbacks, controllers)
-        state: State = load_checkpoint(self.folder)
+        state: State = load_checkpoint(self.folder, region=trainer.region)
         reset = self.reset | {"data"} if found.other_samples else self.reset
         adapt_state(
             state, trainer, self.before, self.changes, reset, other_scores=found.other_scores

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import replace_folder, sync_file, sync_folder, write_atomic
-from ultrathink.core.pieces import Piece
+from ultrathink.core.pieces import Piece, Region
 from ultrathink.core.protocols import State
 from ultrathink.core.team import Alone, Team
 
@@ -181,18 +181,20 @@ def _plainly(error: BaseException) -> tuple[int, str]:
     return errno.EIO, f"{type(error).__name__}: {error}"
 
 
-def load_checkpoint(folder: Path, wanted: Wanted = everything) -> State:
+def load_checkpoint(
+    folder: Path, wanted: Wanted = everything, region: Region | None = None
+) -> State:
     """Read a checkpoint back as it was saved, on the CPU, after comparing it with its checksums.
 
     ``wanted`` chooses tensors by their slash-separated name ("model/layers.0…"); in place of the
-    others stands None, and files with none that is wanted are not touched. Raises
-    DamagedCheckpointError.
+    others stands None, and files with none that is wanted are not touched. ``region`` chooses
+    pieces of tensors. Raises DamagedCheckpointError.
     """
     from ultrathink.runs.tensor_files import read_tensors
 
     verify_checkpoint(folder, files_of(folder, wanted))
     plain = read_state(folder)
-    tensors = read_tensors(folder, _holding(folder, wanted), wanted)
+    tensors = read_tensors(folder, _holding(folder, wanted), wanted, region)
     state: State = _put_tensors(plain, tensors)
     return state
 
@@ -349,7 +351,7 @@ def _take_tensors(node: Any, path: str, tensors: dict[str, Tensor | Piece]) -> A
     raise TypeError(f"a checkpoint cannot hold {type(node).__name__} (at {path})")
 
 
-def _put_tensors(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _put_tensors(node: Any, tensors: Mapping[str, Tensor | Piece]) -> Any:
     """``node`` with each named tensor in its place, None where it was not wanted."""
     if isinstance(node, dict):
         if _TENSOR in node:

@@ -34,13 +34,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
     SavePlan,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from ultrathink.core.pieces import Piece
+from ultrathink.core.pieces import Piece, Region
 
 Shapes: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -110,23 +113,54 @@ class _Resolver(DefaultSavePlanner):
 
 
 def read_tensors(
-    folder: Path, files: Collection[str], wanted: Callable[[str], bool]
-) -> dict[str, Tensor]:
-    """The ``wanted`` tensors that are in ``files`` of ``folder``."""
+    folder: Path,
+    files: Collection[str],
+    wanted: Callable[[str], bool],
+    region: Region | None = None,
+) -> dict[str, Tensor | Piece]:
+    """The ``wanted`` tensors that are in ``files`` of ``folder``.
+
+    Of a tensor for which ``region(name, shape)`` gives an offset and a size, only that piece.
+    """
     reader = _reader(folder, files)
     metadata = reader.read_metadata()
-    tensors = {
-        name: torch.empty(shape, dtype=dtype)
-        for name, (shape, dtype) in _shapes(metadata).items()
-        if wanted(name)
-    }
-    planner = DefaultLoadPlanner()
-    planner.set_up_planner(dict(tensors), metadata, is_coordinator=True)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
-    local_plan = reader.prepare_local_plan(planner.create_local_plan())
-    [plan] = reader.prepare_global_plan(planner.create_global_plan([local_plan]))
-    reader.read_data(planner.finish_plan(plan), planner).wait()
-    return tensors
+    found: dict[str, Tensor | Piece] = {}
+    targets: dict[str, Tensor] = {}
+    items: list[ReadItem] = []
+    for name, (shape, dtype) in _shapes(metadata).items():
+        if not wanted(name):
+            continue
+        part = region(name, shape) if region is not None else None
+        offset, size = part or ((0,) * len(shape), shape)
+        targets[name] = torch.empty(size, dtype=dtype)
+        found[name] = targets[name] if part is None else Piece(targets[name], offset, shape, dtype)
+        chunk = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(size))
+        if 0 not in size:
+            entry = metadata.state_dict_metadata[name]
+            assert isinstance(entry, TensorStorageMetadata), "it has a shape"
+            items += create_read_items_for_chunk_list(name, entry, [chunk])
+    reader.read_data(LoadPlan(items), _Filler(targets)).wait()
+    return found
+
+
+class _Filler(DefaultLoadPlanner):
+    """Gives the reader the place of each item."""
+
+    def __init__(self, targets: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.targets = targets
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        target = self.targets[read_item.dest_index.fqn]
+        for axis, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            target = target.narrow(axis, start, length)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Nothing is left to do: the tensor is a view of its target."""
 
 
 def read_shapes(folder: Path, files: Collection[str]) -> Shapes:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ultrathink.config.optimizer import OPTIMIZERS, AdamWConfig, MuonConfig, OptimizerConfig
 from ultrathink.core.errors import CheckpointError
+from ultrathink.core.pieces import Piece
 from ultrathink.core.protocols import State
 from ultrathink.model.linear import Linear
 from ultrathink.parallel.placement import placed_like
@@ -134,7 +135,7 @@ def _copied(values: Any, parameter: Tensor) -> dict[str, Any]:
     copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
     return {
         key: placed_like(value, parameter)
-        if isinstance(value, Tensor) and value.shape == parameter.shape
+        if isinstance(value, Tensor | Piece) and tuple(value.shape) == tuple(parameter.shape)
         else value
         for key, value in copies.items()
     }

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ultrathink.config.training import TrainingConfig
 from ultrathink.core.divisors import largest_divisor
@@ -18,7 +19,7 @@ from ultrathink.core.random import random_state, seed_everything, set_random_sta
 from ultrathink.data.loader import TrainLoader
 from ultrathink.data.validation import ValidationSet
 from ultrathink.monitoring.records import Level, RunInfo
-from ultrathink.parallel.placement import placed_like
+from ultrathink.parallel.placement import placed_like, region_of
 from ultrathink.parallel.timing import StepTimes
 from ultrathink.parallel.watchdog import FIRST_STEP_FACTOR, Watchdog
 from ultrathink.parallel.world import ALONE, World, is_lost_connection
@@ -410,6 +411,15 @@ class Trainer:
             self.budget = Budget(**values["budget"])
         load_states(self.callbacks, values["callbacks"])
         load_states(self.controllers, values["controllers"])
+
+    def region(self, name: str, shape: tuple[int, ...]) -> tuple[Any, Any] | None:
+        """Which part of a tensor of a checkpoint this process needs; None: all of it."""
+        kind, _, inside = name.partition("/")
+        weight = inside if kind == "model" else inside.rpartition("/")[0]
+        reference: Tensor | None = dict(self.model.named_parameters()).get(weight)
+        if isinstance(reference, DTensor) and tuple(reference.shape) == shape:
+            return region_of(reference)
+        return None
 
     def fit_micro_batch(self) -> None:
         """Let micro-batches divide this process's share of the batch, however many there were."""

@@ -10,6 +10,7 @@ from ultrathink.parallel.world import World
 def pointer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "pointers" / "run"
     monkeypatch.setenv("ULTRATHINK_RUN_POINTER", str(path))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
     return path
 
 
@@ -31,6 +32,9 @@ def test_a_first_start_does_not_trust_what_another_left(
     assert run_to_go_on_with() is None
 
 
-def test_one_process_leaves_no_word(pointer: Path, tmp_path: Path) -> None:
+def test_who_was_not_launched_leaves_no_word(
+    pointer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     remember_run(tmp_path, World())
     assert not pointer.exists()

@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from ultrathink.parallel import watchdog
 from ultrathink.parallel.world import RENDEZVOUS_VARIABLE, RUN_POINTER_VARIABLE
 
 # A process that ends with one of these made up its mind: starting it again would end the same way.
@@ -146,6 +147,8 @@ def _how(rank: int, exit_code: int) -> str:
         return f"process {rank} was killed by {signal.Signals(-exit_code).name}"
     if exit_code == PEER_GONE:
         return f"process {rank} lost the connection to another"
+    if exit_code == watchdog.STATUS:
+        return f"process {rank} took no step for too long (RUN/logs/stacks-{rank}.txt says where)"
     return f"process {rank} ended with status {exit_code}"
 
 

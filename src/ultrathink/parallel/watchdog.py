@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,11 +15,11 @@ FIRST_STEP_FACTOR = 10
 # leave.
 _GRACE_S = 2.0
 _LOOK_S = 0.25
-STATUS = 1
+STATUS = 74
 
 
 class Watchdog:
-    """Ends this process with status 1 when ``feed`` is not called for ``seconds``.
+    """Ends this process with status 74 when ``feed`` is not called for ``seconds``.
 
     The stacks of all threads go to ``path`` first. That is the work of a thread which needs no
     lock of the interpreter, so that one who holds it in some library's code does not hinder it;
@@ -56,6 +55,4 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stopped.wait(_LOOK_S):
             if time.monotonic() >= self._deadline:
-                sys.stderr.write(f"no step for too long; the stacks are in {self.path}\n")
-                sys.stderr.flush()
                 os._exit(STATUS)

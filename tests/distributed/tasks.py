@@ -48,11 +48,12 @@ def train(place: str, *overrides: str) -> str:
     return str(trainer.run.path)
 
 
-def resume(path: str, *overrides: str) -> str:
-    """Go on with a run to its end."""
+def resume(path: str, *overrides: str) -> list[str]:
+    """Go on with a run to its end; what was remarked on the way."""
     os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
-    resume_trainer(RunFolder(Path(path)), overrides=overrides).fit()
-    return path
+    trainer = resume_trainer(RunFolder(Path(path)), overrides=overrides)
+    trainer.fit()
+    return [text for text, _ in trainer.remarks]
 
 
 def loaded_state(path: str, checkpoint: str = "last", *overrides: str) -> dict[str, Any]:

@@ -83,9 +83,10 @@ def test_a_run_that_moves_between_meshes_takes_the_same_samples(
         run, _ = two.run(tasks.train, str(tmp_path / "moved"), *moved)
     shutil.rmtree(Path(run) / "checkpoints" / "step_00000006")
     if first == "one":
-        two.run(tasks.resume, run)
+        remarks, _ = two.run(tasks.resume, run)
+        assert any("processes 1 -> 2" in text for text in remarks)
     else:
-        tasks.resume(run)
+        assert any("processes 2 -> 1" in text for text in tasks.resume(run))
     assert_equal(whole, run, 1e-9)
 
 

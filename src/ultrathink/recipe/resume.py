@@ -52,6 +52,7 @@ _BITS_DEPEND_ON = {
     "processor": ("hardware", "cpu"),
     "threads": ("hardware", "threads"),
     "device": ("device",),
+    "processes": ("processes",),
 }
 # Values that may differ between a checkpoint and config.yaml without anybody having changed them.
 _NOT_COMPARED = ("run.name", "run.dir", "training.step_budget")
@@ -311,7 +312,8 @@ def _other_surroundings(run: RunFolder, here: dict[str, Any]) -> list[str]:
         return []
     differing = []
     for name, keys in _BITS_DEPEND_ON.items():
-        then, now = (_inside(place, keys) for place in (segments[-1].environment, here))
+        before = {"processes": 1, **segments[-1].environment}  # an older one does not say
+        then, now = (_inside(place, keys) for place in (before, here))
         if then != now:
             differing.append(f"{name} {then} -> {now}")
     if not differing:

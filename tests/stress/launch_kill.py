@@ -4,8 +4,8 @@
     python -m tests.stress.launch_kill --times 30 --seed 7
 
 The killed process is the first or the second, at a random step. Each run must end by itself with
-status 0 and equal an undisturbed run in every logged line and every bit. Ends with status 1 where
-one does not.
+status 0 and equal an undisturbed run in every logged line and every weight. Ends with status 1
+where one does not.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> int:
             finally:
                 run.kill()
             failures += bool(problems)
-            told = "; ".join(problems) if problems else "went on, the same bits"
+            told = "; ".join(problems) if problems else "went on, the same weights"
             print(
                 f"{number + 1:>3}  process {rank} killed behind step {step:>2}: {told} "
                 f"({time.monotonic() - began:.1f} s)",

@@ -4,8 +4,8 @@
     python -m tests.stress.parity --quick    two processes only
 
 In fp64 six steps must agree to 1e-9, in fp32 three steps to 1e-5, with clipping, accumulation,
-masked tokens and activation checkpointing; with Muon, which computes in bf16, to 5e-3 in fp32. Ends
-with status 1 where one does not.
+masked tokens and activation checkpointing. Muon, which computes in bf16 beside fp32, is compared in
+fp64 only. Ends with status 1 where one does not.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ COMMON = [
 ]
 STEPS = {"fp64": 6, "fp32": 3}
 LIMITS = {"fp64": 1e-9, "fp32": 1e-5}
-# Muon's products are in bf16 where weights are in fp32: there the last bit of a sum may turn into
-# the last of bf16's eight.
-MUON_LIMIT_FP32 = 5e-3
+# Muon's products are in bf16 where weights are in fp32: the last bit of a sum may turn into the
+# last of bf16's eight, so there is no fp32 to compare.
+ONLY_FP64 = ("muon",)
 
 
 def train(place: Path, name: str, words: Sequence[str], num_processes: int) -> Path:
@@ -132,6 +132,8 @@ def main() -> int:
         place = Path(folder)
         for precision in ["fp64"] if args.quick else ["fp64", "fp32"]:
             for variant in args.only:
+                if precision == "fp32" and variant in ONLY_FP64:
+                    continue
                 words = [
                     *VARIANTS[variant],
                     f"training.precision={precision}",
@@ -142,11 +144,9 @@ def main() -> int:
                     name = f"{precision}-{variant}-{mesh.name}".replace(" ", "").replace(",", "-")
                     run = train(place, name, [*words, *mesh.overrides], mesh.num_processes)
                     worst = largest_difference(reference, run)
-                    is_rounded = (precision, variant) == ("fp32", "muon")
-                    limit = MUON_LIMIT_FP32 if is_rounded else LIMITS[precision]
-                    holds = worst <= limit
+                    holds = worst <= LIMITS[precision]
                     failures += not holds
-                    told = "" if holds else f"  FAILED: above {limit:g}"
+                    told = "" if holds else f"  FAILED: above {LIMITS[precision]:g}"
                     print(
                         f"{precision}  {variant:<13}  {mesh.name:<20}  {worst:.1e}{told}",
                         flush=True,

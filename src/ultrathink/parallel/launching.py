@@ -53,10 +53,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class Ending:
-    """How it went: the exit status, and the signal that stopped it where one did."""
+    """How it went: the exit status, and what went wrong where something did."""
 
     status: int
-    signal: int | None = None
     reason: str = ""
 
 
@@ -71,7 +70,7 @@ def launch(what: Launch, tell: Callable[[str], None]) -> Ending:
         with _forwarding_signals(agent) as received:
             result = agent.run()
     if received and not result.is_failed():
-        return Ending(128 + received[0], received[0])
+        return Ending(128 + received[0])
     if not result.is_failed():
         return Ending(0)
     rank, code = agent.failure or _first_failure(result)

@@ -18,11 +18,6 @@ class Degrees(NamedTuple):
     replicate: int
     shard: int
 
-    @property
-    def size(self) -> int:
-        """The processes of the whole world."""
-        return self.replicate * self.shard
-
 
 SINGLE = Degrees(1, 1)
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ultrathink.config.base import Section, off_means
+from ultrathink.config.experts import WIDTH_STEP, MoeConfig
 from ultrathink.core.registry import Registry
 
 ATTENTION_BACKENDS: Registry[Callable[..., Any]] = Registry("attention backend")
@@ -19,6 +20,7 @@ ATTENTION_BACKENDS.add("eager", "ultrathink.model.attention_backends:eager_atten
 FEED_FORWARDS: Registry[Any] = Registry("feed-forward")
 FEED_FORWARDS.add("swiglu", "ultrathink.model.feed_forward:SwiGLU")
 FEED_FORWARDS.add("relu2", "ultrathink.model.feed_forward:ReLUSquared")
+EXPERT_FEED_FORWARDS = ("swiglu", "relu2")  # what an expert can be, a small one of its own
 
 
 class RopeScalingConfig(Section):
@@ -136,6 +138,9 @@ class ModelConfig(Section):
     )
     attention: AttentionConfig = Field(AttentionConfig(), description="How attention runs.")
     init: InitConfig = Field(InitConfig(), description="How weights start.")
+    moe: MoeConfig | None = Field(
+        None, description="Groups of experts in place of feed-forward layers; none when unset."
+    )
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:
@@ -159,8 +164,32 @@ class ModelConfig(Section):
         FEED_FORWARDS.entry(self.feed_forward)
         return self
 
+    @model_validator(mode="after")
+    def _experts_fit(self) -> ModelConfig:
+        if self.moe is None:
+            return self
+        if self.feed_forward not in EXPERT_FEED_FORWARDS:
+            raise ValueError(
+                f"experts compute {' or '.join(EXPERT_FEED_FORWARDS)}, and feed_forward is "
+                f"{self.feed_forward!r}; choose one of them, or leave moe out"
+            )
+        if self.hidden_size % WIDTH_STEP:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of {WIDTH_STEP} for a model "
+                f"with experts, because the grouped product reads rows of 16 bytes"
+            )
+        if not self.moe.layer_indices(self.num_layers):
+            raise ValueError(
+                f"moe.layers is {self.moe.layers!r}, which is no layer of a model with num_layers "
+                f"= {self.num_layers}; use all, or name layers"
+            )
+        return self
+
     def derived(self) -> dict[str, tuple[int, str]]:
-        """The sizes left unset, each with its value and what it follows from."""
+        """The sizes left unset, each with its value and what it follows from.
+
+        A size within ``moe`` is named by its dotted key.
+        """
         sizes: dict[str, tuple[int, str]] = {}
         if self.num_kv_heads is None:
             sizes["num_kv_heads"] = (self.num_heads, "num_heads")
@@ -170,11 +199,26 @@ class ModelConfig(Section):
             ratio = 4.0 if self.feed_forward == "relu2" else 8 / 3
             width = math.ceil(self.hidden_size * ratio / 16) * 16
             sizes["intermediate_size"] = (width, f"hidden_size x {ratio:.3g}, in steps of 16")
+        if self.moe is not None and self.moe.intermediate_size is None:
+            dense = self.intermediate_size or sizes["intermediate_size"][0]
+            num_experts = self.moe.experts_per_token
+            width = math.ceil(dense / num_experts / WIDTH_STEP) * WIDTH_STEP
+            reason = f"model.intermediate_size / {num_experts} experts of a token"
+            sizes["moe.intermediate_size"] = (width, reason)
         return sizes
 
     def resolved(self) -> ModelConfig:
         """This configuration with every size set, except a vocabulary that was not given."""
-        return self.model_copy(update={name: value for name, (value, _) in self.derived().items()})
+        sizes: dict[str, Any] = {name: value for name, (value, _) in self.derived().items()}
+        width = sizes.pop("moe.intermediate_size", None)
+        if self.moe is not None and width is not None:
+            sizes["moe"] = self.moe.model_copy(update={"intermediate_size": width})
+        return self.model_copy(update=sizes)
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Layers that have experts."""
+        return () if self.moe is None else self.moe.layer_indices(self.num_layers)
 
 
 Checkpointing = Annotated[Literal["none", "selective", "full"], off_means("none")]

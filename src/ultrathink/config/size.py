@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ultrathink.config.model import ModelConfig
+
+
+class Sizes(NamedTuple):
+    """Numbers of trained weights."""
+
+    total: int
+    active: int
+    """Those that a token meets, the lookup in the embedding counted as the head's."""
 
 
 def parameter_count(model: ModelConfig) -> int:
     """Number of trained weights; a feed-forward of your own is counted as two matrices."""
+    return sizes(model).total
+
+
+def sizes(model: ModelConfig) -> Sizes:
+    """Trained weights of ``model``, all of them and those that one token meets."""
     model = model.resolved()
     hidden, head_dim = model.hidden_size, model.head_dim
     assert model.vocab_size is not None, "the vocabulary is set when a configuration is loaded"
@@ -16,10 +31,21 @@ def parameter_count(model: ModelConfig) -> int:
     queries = hidden * model.num_heads * head_dim
     keys_and_values = 2 * hidden * model.num_kv_heads * head_dim
     output = model.num_heads * head_dim * hidden
-    num_matrices = 3 if model.feed_forward == "swiglu" else 2
-    feed_forward = num_matrices * hidden * model.intermediate_size
     norms = 2 * hidden + (2 * head_dim if model.qk_norm else 0)
     biases = (model.num_heads + 2 * model.num_kv_heads) * head_dim if model.qkv_bias else 0
-    layer = queries + keys_and_values + output + feed_forward + norms + biases
     embeddings = model.vocab_size * hidden * (1 if model.tie_embeddings else 2)
-    return embeddings + model.num_layers * layer + hidden
+    shared = embeddings + model.num_layers * (queries + keys_and_values + output + norms + biases)
+    shared += hidden
+    num_dense = model.num_layers - len(model.expert_layers)
+    num_matrices = 3 if model.feed_forward == "swiglu" else 2
+    shared += num_dense * num_matrices * hidden * model.intermediate_size
+    if model.moe is None:
+        return Sizes(shared, shared)
+    assert model.moe.intermediate_size is not None
+    expert = num_matrices * hidden * model.moe.intermediate_size
+    always = hidden * model.moe.num_slots + num_matrices * hidden * (model.moe.shared_size or 0)
+    num_layers = len(model.expert_layers)
+    return Sizes(
+        shared + num_layers * (always + model.moe.num_slots * expert),
+        shared + num_layers * (always + model.moe.experts_per_token * expert),
+    )

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import ultrathink.model.experts.products  # noqa: F401 - it makes the operator named below
 from ultrathink.core.errors import ConfigError, suggestion
 
 CheckpointingMode = Literal["none", "selective", "full"]
 MODES: tuple[str, ...] = ("none", "selective", "full")
+
+Result = TypeVar("Result")
 
 _aten = torch.ops.aten
 # What "selective" keeps: the products, which are dear to compute again.
@@ -29,6 +31,7 @@ PRODUCTS = [
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.ultrathink.grouped_product.default,
 ]
 _KEEPING_PRODUCTS = partial(create_selective_checkpoint_contexts, PRODUCTS)
 # By this the compiler's cache knows the function, which it cannot read.
@@ -44,7 +47,7 @@ def check_mode(mode: str) -> CheckpointingMode:
     return mode  # type: ignore[return-value]
 
 
-def run_checkpointed(mode: CheckpointingMode, block: Callable[..., Tensor], *args: Any) -> Tensor:
+def run_checkpointed(mode: CheckpointingMode, block: Callable[..., Result], *args: Any) -> Result:
     """``block(*args)``, of which the backward pass computes again what ``mode`` does not keep.
 
     ``full`` keeps the block's input alone, ``selective`` its products too.
@@ -54,5 +57,5 @@ def run_checkpointed(mode: CheckpointingMode, block: Callable[..., Tensor], *arg
     options: dict[str, Any] = {}
     if mode == "selective":
         options["context_fn"] = _KEEPING_PRODUCTS
-    out: Tensor = checkpoint(block, *args, use_reentrant=False, **options)
+    out: Result = checkpoint(block, *args, use_reentrant=False, **options)
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ultrathink.core.errors import ConfigError
+from ultrathink.core.layers import layer_index
 
 
 @dataclass(frozen=True)
@@ -26,24 +27,6 @@ class ComputePath:
             return tuple(range(num_layers))
         if not self.layers:
             raise ConfigError("ComputePath.layers is empty; name a layer, or None for all of them.")
-        return tuple(sorted({_index(layer, num_layers) for layer in self.layers}))
-
-
-def _index(layer: int | float, num_layers: int) -> int:
-    if isinstance(layer, bool) or not isinstance(layer, int | float):
-        raise ConfigError(
-            f"ComputePath.layers: {layer!r} is no layer; write an index (3) or a fraction (0.5)."
+        return tuple(
+            sorted({layer_index(layer, num_layers, "ComputePath.layers") for layer in self.layers})
         )
-    if isinstance(layer, float):
-        if not 0.0 <= layer <= 1.0:
-            raise ConfigError(
-                f"ComputePath.layers: the fraction {layer} is outside 0.0 to 1.0; an index is "
-                f"written without a point."
-            )
-        return min(int(layer * num_layers), num_layers - 1)
-    if not 0 <= layer < num_layers:
-        raise ConfigError(
-            f"ComputePath.layers: there is no layer {layer}; the model has {num_layers}, "
-            f"0 to {num_layers - 1}."
-        )
-    return layer

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ultrathink.config.model import ModelConfig
+from ultrathink.model.experts.layer import Experts
 
 
 class ParameterCounts(NamedTuple):
@@ -17,7 +18,8 @@ class ParameterCounts(NamedTuple):
 
     total: int
     matrices: int
-    """Those a token is multiplied with: all matrices and the head, not the embedding lookup."""
+    """Those a token is multiplied with: all matrices and the head, not the embedding lookup, and of
+    experts those that it is sent to."""
 
 
 def count_parameters(model: nn.Module) -> ParameterCounts:
@@ -27,8 +29,11 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     for name, parameter in model.named_parameters():
         total += parameter.numel()
         is_tied = is_tied and not name.startswith("head.")
-        if parameter.dim() > 1 and not name.startswith("embedding."):
+        if parameter.dim() == 2 and not name.startswith("embedding."):
             matrices += parameter.numel()
+    for module in model.modules():
+        if isinstance(module, Experts):
+            matrices += module.per_token * (module.inner[0].numel() + module.down[0].numel())
     if is_tied:
         matrices += model.get_parameter("embedding.weight").numel()
     return ParameterCounts(total, matrices)
@@ -38,9 +43,10 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Floating point operations of a forward and backward pass for one token of ``seq_len``.
 
     ``6 * M + 6 * num_layers * num_heads * head_dim * (seq_len + 1)``: M parameters in matrices
-    (head included, embedding lookup not) take 2 operations forward and 4 backward each; a query
-    meets (seq_len + 1) / 2 keys on average, twice (scores and values). Nothing is counted for
-    recomputation, norms and softmax. ``config.vocab_size`` must be set.
+    (head included, embedding lookup not; of experts those that a token is sent to) take 2
+    operations forward and 4 backward each; a query meets (seq_len + 1) / 2 keys on average, twice
+    (scores and values). Nothing is counted for recomputation, norms and softmax. The
+    vocabulary must be set.
     """
     config = config.resolved()
     assert config.vocab_size is not None, "the vocabulary is set before training"
@@ -48,8 +54,15 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     assert config.head_dim is not None, "the configuration is resolved first"
     assert config.intermediate_size is not None, "the configuration is resolved first"
     attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    feed_forward = (3 if config.feed_forward == "swiglu" else 2) * config.intermediate_size
-    block = config.hidden_size * (attention + feed_forward)
-    matrices = config.num_layers * block + config.vocab_size * config.hidden_size
+    num_matrices = 3 if config.feed_forward == "swiglu" else 2
+    num_expert_layers = len(config.expert_layers)
+    widths = (config.num_layers - num_expert_layers) * num_matrices * config.intermediate_size
+    if config.moe is not None:
+        assert config.moe.intermediate_size is not None, "the configuration is resolved first"
+        width = config.moe.experts_per_token * config.moe.intermediate_size
+        width += config.moe.shared_size or 0
+        widths += num_expert_layers * (num_matrices * width + config.moe.num_slots)
+    rows = config.num_layers * attention + widths + config.vocab_size
+    matrices = config.hidden_size * rows
     heads_width = config.num_heads * config.head_dim
     return 6.0 * matrices + 6.0 * config.num_layers * heads_width * (seq_len + 1)

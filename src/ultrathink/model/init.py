@@ -11,16 +11,25 @@ import torch
 from torch import nn
 
 from ultrathink.config.model import ModelConfig
+from ultrathink.model.experts.layer import MixtureOfExperts
 
 CUT = 3.0  # in standard deviations
-RESIDUAL_WEIGHTS = ("attention.output.weight", "feed_forward.down.weight")
+RESIDUAL_WEIGHTS = (
+    "attention.output.weight",
+    "feed_forward.down.weight",
+    "feed_forward.shared.down.weight",
+    "feed_forward.experts.down",
+)
 
 
 @torch.no_grad()
 def init_parameters(
     model: nn.Module, config: ModelConfig, generator: torch.Generator | None = None
 ) -> None:
-    """Set every parameter of ``model``: norms one, biases zero, matrices by ``config.init``."""
+    """Set every parameter of ``model``: norms one, biases zero, matrices by ``config.init``.
+
+    Slots without an expert are zero, so that no optimizer moves them.
+    """
     std = config.init.std
     residual_std = 0.0 if config.init.residual == "zero" else std / (2 * config.num_layers) ** 0.5
     for name, parameter in model.named_parameters():
@@ -34,6 +43,9 @@ def init_parameters(
             nn.init.zeros_(parameter)
         else:
             _truncated_normal(parameter, residual_std, generator)
+    for module in model.modules():
+        if isinstance(module, MixtureOfExperts):
+            module.empty_slots()
 
 
 def _truncated_normal(

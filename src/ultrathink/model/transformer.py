@@ -22,6 +22,11 @@ from ultrathink.model.attention_mask import AttentionMask, build_mask
 from ultrathink.model.cache import KVCache
 from ultrathink.model.compute_path import ComputePath
 from ultrathink.model.embedding import Embedding
+from ultrathink.model.experts.balance import LOSSES
+from ultrathink.model.experts.controls import Controls, RoutingControls
+from ultrathink.model.experts.layer import MixtureOfExperts
+from ultrathink.model.experts.router import LayerRouting
+from ultrathink.model.experts.sequences import Sequences, find_sequences
 from ultrathink.model.init import init_parameters
 from ultrathink.model.linear import Linear
 from ultrathink.model.loss import IGNORED_LABEL, linear_cross_entropy
@@ -39,7 +44,12 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config, layer)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.feed_forward = FEED_FORWARDS.load(config.feed_forward)(config)
+        self.has_experts = layer in config.expert_layers
+        self.feed_forward = (
+            MixtureOfExperts(config)
+            if self.has_experts
+            else FEED_FORWARDS.load(config.feed_forward)(config)
+        )
 
     def forward(
         self,
@@ -48,12 +58,21 @@ class Block(nn.Module):
         mask: AttentionMask | None,
         backend: AttentionBackend,
         cache: KVCache | None,
-    ) -> Tensor:
-        """Map the residual stream ``[B, T, C]`` to ``[B, T, C]``."""
+        routed: tuple[Sequences, Controls] | None = None,
+    ) -> tuple[Tensor, LayerRouting | None]:
+        """Map the residual stream ``[B, T, C]`` to ``[B, T, C]``, and tell of its experts.
+
+        A block with experts needs ``routed``: which tokens belong together, and the live controls.
+        """
         attended = self.attention(self.attention_norm(x), cos_sin, mask, backend, cache)
         x = x + F.dropout(attended, self.dropout, self.training)
-        fed = self.feed_forward(self.feed_forward_norm(x))
-        return x + F.dropout(fed, self.dropout, self.training)
+        fed, routing = self.feed_forward_norm(x), None
+        if self.has_experts:
+            assert routed is not None, "experts are told of sequences and controls"
+            fed, routing = self.feed_forward(fed, *routed)
+        else:
+            fed = self.feed_forward(fed)
+        return x + F.dropout(fed, self.dropout, self.training), routing
 
 
 class Transformer(nn.Module):
@@ -81,6 +100,7 @@ class Transformer(nn.Module):
         if not self.config.tie_embeddings:
             self.head = Linear(self.config.hidden_size, self.config.vocab_size)
         self.rope = RotaryEmbedding(self.config)
+        self.routing = RoutingControls(self.config.moe) if self.config.moe is not None else None
         self.set_attention_backend(self.config.attention.backend)
         if not self.embedding.weight.is_meta:
             self.init_weights()
@@ -142,14 +162,26 @@ class Transformer(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         recompute = torch.is_grad_enabled() and cache is None
         mode: CheckpointingMode = self.activation_checkpointing if recompute else "none"
+        routed = None
+        if self.routing is not None:
+            sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL)
+            routed = (sequences, self.routing.now())
+        routings: list[LayerRouting] = []
         for layer in layers:
-            x = run_checkpointed(mode, self.blocks[layer], x, cos_sin, mask, self._backend, cache)
+            x, routing = run_checkpointed(
+                mode, self.blocks[layer], x, cos_sin, mask, self._backend, cache, routed
+            )
+            if routing is not None:
+                routings.append(routing)
         if cache is not None:
             cache.advance(T)
+        stats = _stacked(routings)
         if labels is not None:
-            return self.head_loss(self.norm(x), labels.flatten())
+            output = self.head_loss(self.norm(x), labels.flatten())
+            losses = _expert_losses(routings) | output.aux_losses
+            return output._replace(aux_losses=losses, stats=stats | output.stats)
         x = self.norm(x[:, -1:] if last_only else x)
-        return ModelOutput(logits=F.linear(x, self.head_weight.to(x.dtype)))
+        return ModelOutput(logits=F.linear(x, self.head_weight.to(x.dtype)), stats=stats)
 
     def head_loss(self, x: Tensor, labels: Tensor) -> ModelOutput:
         """The summed loss of ``labels`` ``[B*T]`` at the normalized states ``x`` ``[B, T, C]``."""
@@ -168,9 +200,36 @@ class Transformer(nn.Module):
         )
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Start every weight anew by ``config.init``, and compute the rotary tables again."""
+        """Start every weight anew by ``config.init``, and every buffer as configured."""
+        self.reset_buffers()
         init_parameters(self, self.config, generator)
+
+    def reset_buffers(self) -> None:
+        """Compute again what follows from the configuration alone (after ``to_empty``)."""
         self.rope.reset_tables()
+        if self.routing is not None:
+            self.routing.reset()
+        for layer in self.expert_layers().values():
+            layer.router.reset_buffers()
+
+    def expert_layers(self) -> dict[int, MixtureOfExperts]:
+        """The layers that have experts, by their index."""
+        return {
+            index: block.feed_forward
+            for index, block in enumerate(self.blocks)
+            if isinstance(block.feed_forward, MixtureOfExperts)
+        }
+
+    @torch.no_grad()
+    def move_selection_biases(self, load: Tensor) -> None:
+        """Even out the experts' load by their biases, once after each optimizer step.
+
+        ``load`` ``[L, E]`` is what ``stats["expert_load"]`` told of the whole step.
+        """
+        assert self.routing is not None, "a model with experts"
+        rate = self.routing.now().bias_rate
+        for number, layer in enumerate(self.expert_layers().values()):
+            layer.router.move_bias(load[number], rate)
 
     def set_attention_backend(self, name: str) -> None:
         """Compute attention with the registered backend ``name``; ``auto`` means sdpa here."""
@@ -198,6 +257,25 @@ class Transformer(nn.Module):
             device=self.device,
             dtype=self.dtype,
         )
+
+
+def _stacked(routings: list[LayerRouting]) -> dict[str, Tensor]:
+    """What layers tell of their routing, ``[L, E]`` or ``[L, G]`` each; L layers with experts."""
+    if not routings:
+        return {}
+    return {
+        f"expert_{name}": torch.stack([getattr(routing, name) for routing in routings]).detach()
+        for name in LayerRouting._fields
+        if name != "losses"
+    }
+
+
+def _expert_losses(routings: list[LayerRouting]) -> dict[str, Tensor]:
+    """The auxiliary losses of routing, summed over layers."""
+    if not routings:
+        return {}
+    total = torch.stack([routing.losses for routing in routings]).sum(0)
+    return {f"moe_{name}": value for name, value in zip(LOSSES, total.unbind(0), strict=True)}
 
 
 def _check_shapes(

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ultrathink.core.errors import UltrathinkError
 
@@ -56,6 +57,14 @@ class World:
         dist.all_reduce(total)
         summed: list[float] = total.tolist()
         return summed
+
+    def summed(self, values: Tensor) -> Tensor:
+        """``values``, of one shape on every process, summed over all of them, on their device."""
+        if self.size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
 
     def from_main(self, value: Any = None) -> Any:
         """The ``value`` of rank 0, anything that JSON knows, on every process."""

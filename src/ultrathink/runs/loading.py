@@ -56,7 +56,7 @@ def empty_model(config: ModelConfig) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device="cpu")
-    model.rope.reset_tables()
+    model.reset_buffers()
     return model
 
 

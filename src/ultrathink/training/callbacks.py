@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from ultrathink.core.protocols import State
+from ultrathink.monitoring.experts import ExpertStatistics
 from ultrathink.monitoring.records import Level, MetricRecord, RunInfo, Sink, Tell
 from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.training.control import Change, TrainerControl
@@ -47,6 +48,7 @@ class StepReport:
     skipped: bool  # the optimizer was left out: nothing finite, or nothing to learn
     num_skipped: int  # such steps since the run began
     timing: dict[str, float] = field(default_factory=dict)  # of several processes, now and then
+    experts: ExpertStatistics | None = None  # of this step's tokens, in steps that are logged
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,11 @@ class Controller:
     def load_state_dict(self, state: State) -> None: ...
 
 
+def is_logged(step: int, log_every: int, total_steps: int) -> bool:
+    """Whether the figures of ``step`` are handed to sinks: those of the first and the last are."""
+    return step == 1 or step % log_every == 0 or step == total_steps
+
+
 class MetricsCallback(Callback):
     """Turns reports into records and hands each to every sink.
 
@@ -138,7 +145,7 @@ class MetricsCallback(Callback):
         self._seconds_since_record += report.seconds
         if self._tokens_at_last_record is None:
             self._tokens_at_last_record = report.tokens - int(report.num_tokens)
-        if self._is_logged(report.step):
+        if is_logged(report.step, self.log_every, self._total_steps):
             self._write_step(report)
         self.sinks.progress(report.step)
 
@@ -167,9 +174,6 @@ class MetricsCallback(Callback):
 
     def on_end(self, ending: Ending | None) -> None:
         self.sinks.close()
-
-    def _is_logged(self, step: int) -> bool:
-        return step == 1 or step % self.log_every == 0 or step == self._total_steps
 
     def _write_step(self, report: StepReport) -> None:
         assert self._tokens_at_last_record is not None

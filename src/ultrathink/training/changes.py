@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ultrathink.core.divisors import largest_divisor
+from ultrathink.core.errors import ConfigError
 from ultrathink.training.control import Change
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def apply_change(trainer: Trainer, setting: str, value: Any, reason: str) -> Cha
         trainer.snapshots.pop(value, None)
         return None
     before, after = _APPLY[setting](trainer, value)
+    if setting == "routing":
+        setting = f"routing.{value[0]}"
     return Change(trainer.progress.step, setting, before, after, reason)
 
 
@@ -48,6 +51,21 @@ def _mixture_weights(trainer: Trainer, weights: list[float]) -> tuple[list[float
     before = list(trainer.loader.weights)
     trainer.loader.set_weights(weights)
     return before, list(trainer.loader.weights)
+
+
+def _routing(
+    trainer: Trainer, change: tuple[str, float | None]
+) -> tuple[float | None, float | None]:
+    """Change one live value of the router's."""
+    routing = trainer.model.routing
+    if routing is None:
+        raise ConfigError(
+            f"routing.{change[0]} cannot be changed: this model has no experts; model.moe gives it "
+            f"some."
+        )
+    before = routing.get(change[0])
+    routing.set(*change)
+    return before, routing.get(change[0])
 
 
 def _skip_samples(trainer: Trainer, count: int) -> tuple[int, int]:
@@ -85,6 +103,7 @@ _APPLY: dict[str, Apply] = {
     "clip": _live_setting("clip"),
     "micro_batch_size": _micro_batch_size,
     "mixture_weights": _mixture_weights,
+    "routing": _routing,
     "skip_samples": _skip_samples,
     "restore": _restore,
     "checkpoint": _checkpoint,

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.protocols import State
+from ultrathink.model.experts.controls import check_control
 
 
 @dataclass
@@ -72,6 +73,10 @@ class TrainerControl(Protocol):
     def set_mixture_weights(self, weights: Sequence[float], *, reason: str) -> None:
         """Draw the coming samples from the sources in these proportions."""
 
+    def set_routing(self, name: str, value: float | None, *, reason: str) -> None:
+        """Change how tokens find experts, in every layer: a value of ``model.moe.routing`` or
+        ``model.moe.balance`` by its name (``capacity_factor`` may be None)."""
+
     def skip_samples(self, count: int, *, reason: str) -> None:
         """Leave out the next ``count`` samples."""
 
@@ -127,6 +132,10 @@ class ControlQueue:
 
     def set_mixture_weights(self, weights: Sequence[float], *, reason: str) -> None:
         self._ask("mixture_weights", [float(weight) for weight in weights], reason)
+
+    def set_routing(self, name: str, value: float | None, *, reason: str) -> None:
+        check_control(name, value)
+        self._ask("routing", [name, value], reason)
 
     def skip_samples(self, count: int, *, reason: str) -> None:
         self._ask("skip_samples", int(_positive("the number of samples", count)), reason)

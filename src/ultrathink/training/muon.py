@@ -55,8 +55,9 @@ def _orthogonalize_together(matrices: Tensor, num_iterations: int) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for matrices, many of one shape orthogonalized at a time.
 
-    ``row_splits`` maps a parameter to the row counts of the matrices stacked in it (a fused
-    query-key-value projection holds three); each is orthogonalized on its own. The step is scaled
+    A parameter ``[E, R, C]`` is E matrices. ``row_splits`` maps a parameter to the row counts of
+    the matrices stacked in it (a fused query-key-value projection holds three); each is
+    orthogonalized on its own. The step is scaled
     by √max(1, R/C), so that one learning rate serves every shape.
     """
 
@@ -80,7 +81,7 @@ class Muon(torch.optim.Optimizer):
         self.row_splits = dict(row_splits or {})
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.ndim != 2:
+                if parameter.ndim not in (2, 3):
                     raise ValueError(
                         f"Muon moves matrices; got a parameter of shape {tuple(parameter.shape)}"
                     )
@@ -96,7 +97,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # [n, R, C] each
         divided: list[tuple[DTensor, Tensor]] = []  # and what is to be added to them, whole
         for parameter in group["params"]:
             if parameter.grad is None:
@@ -109,15 +110,18 @@ class Muon(torch.optim.Optimizer):
                 update = update.full_tensor()
                 moved = torch.zeros_like(update)
                 divided.append((parameter, moved))
-            rows = list(self.row_splits.get(parameter, (parameter.shape[0],)))
-            for weight, part in zip(moved.split(rows), update.split(rows), strict=True):
-                by_shape.setdefault(tuple(weight.shape), []).append((weight, part))
+            if parameter.ndim == 2:
+                moved, update = moved[None], update[None]
+            rows = list(self.row_splits.get(parameter, (parameter.shape[-2],)))
+            for weight, part in zip(moved.split(rows, 1), update.split(rows, 1), strict=True):
+                by_shape.setdefault(tuple(weight.shape[1:]), []).append((weight, part))
         for (rows_, columns), members in by_shape.items():
-            stacked = torch.stack([part for _, part in members])
+            stacked = torch.cat([part for _, part in members])
             orthogonal = _orthogonalize_together if divided else orthogonalize
             directions = orthogonal(stacked, group["num_iterations"])
             scale = group["lr"] * max(1.0, rows_ / columns) ** 0.5
-            for (weight, _), direction in zip(members, directions.unbind(0), strict=True):
+            numbers = [len(weight) for weight, _ in members]
+            for (weight, _), direction in zip(members, directions.split(numbers), strict=True):
                 weight.add_(direction.to(weight.dtype), alpha=-scale)
         for parameter, change in divided:
             parameter.add_(placed_like(change, parameter))

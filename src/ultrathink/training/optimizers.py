@@ -13,6 +13,7 @@ from ultrathink.config.optimizer import OPTIMIZERS, AdamWConfig, MuonConfig, Opt
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.pieces import Piece
 from ultrathink.core.protocols import State
+from ultrathink.model.experts.layer import Experts
 from ultrathink.model.linear import Linear
 from ultrathink.parallel.placement import placed_like
 from ultrathink.training.muon import Muon
@@ -42,12 +43,20 @@ def build_adamw(config: AdamWConfig, model: nn.Module) -> Optimizers:
 
 
 def build_muon(config: MuonConfig, model: nn.Module) -> Optimizers:
-    """Muon on the matrices inside the blocks, AdamW on embeddings, head and vectors."""
+    """Muon on the matrices inside the blocks, each expert's too; AdamW on all else.
+
+    That is embeddings, head and vectors, and routers: their rows are experts, which should not be
+    made alike in size.
+    """
     hidden: list[Tensor] = []
     other: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_hidden = parameter.ndim == 2 and name.startswith("blocks.")
+            is_hidden = (
+                parameter.ndim >= 2
+                and name.startswith("blocks.")
+                and not name.endswith("router.weight")
+            )
             (hidden if is_hidden else other).append(parameter)
     muon = Muon(
         hidden,
@@ -81,9 +90,13 @@ def _adamw(
 
 def _row_splits(model: nn.Module) -> dict[Tensor, Sequence[int]]:
     """The row counts of the matrices that fused projections stack (``Linear.row_splits``)."""
-    return {
-        module.weight: module.row_splits for module in model.modules() if isinstance(module, Linear)
-    }
+    found: dict[Tensor, Sequence[int]] = {}
+    for module in model.modules():
+        if isinstance(module, Linear):
+            found[module.weight] = module.row_splits
+        elif isinstance(module, Experts):
+            found |= {p: module.row_splits(name) for name, p in module.named_parameters()}
+    return found
 
 
 def optimizer_state(

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ultrathink.data.batch import Batch
+from ultrathink.model.transformer import Transformer
 from ultrathink.parallel.sharding import Accumulation
 from ultrathink.parallel.timing import CommunicationClock
 from ultrathink.parallel.world import ALONE, World
@@ -24,10 +26,17 @@ from ultrathink.training.optimizers import NO_COPIES, Optimizers
 
 _CLIP_EPS = 1e-6  # what torch adds to the norm that it divides by
 
-# input_ids, labels, positions, document_ids -> summed cross-entropy, summed auxiliary losses
-LossFunction = Callable[
-    [Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, dict[str, Tensor]]
-]
+
+class Sums(NamedTuple):
+    """What a model tells of a micro-batch, each summed over its trained tokens."""
+
+    loss: Tensor  # cross-entropy, nats
+    aux_losses: dict[str, Tensor]
+    stats: dict[str, Tensor]  # without gradients
+
+
+# input_ids, labels, positions, document_ids
+LossFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Sums]
 
 
 def loss_function(model: nn.Module) -> LossFunction:
@@ -35,9 +44,9 @@ def loss_function(model: nn.Module) -> LossFunction:
 
     def summed_losses(
         input_ids: Tensor, labels: Tensor, positions: Tensor | None, document_ids: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> Sums:
         output = model(input_ids, labels=labels, positions=positions, document_ids=document_ids)
-        return output.loss, output.aux_losses
+        return Sums(output.loss, output.aux_losses, output.stats)
 
     return summed_losses
 
@@ -51,6 +60,7 @@ class StepResult:
     grad_norm: float
     num_tokens: int
     skipped: bool
+    stats: dict[str, Tensor]  # summed over this process's share of the batch, on the device
 
 
 class Stepper:
@@ -62,7 +72,7 @@ class Stepper:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Transformer,
         optimizers: Optimizers,
         losses: LossFunction,
         *,
@@ -72,6 +82,7 @@ class Stepper:
         accumulation: Accumulation | None = None,
         host: HostCopies | None = None,
     ) -> None:
+        self.model = model
         self.optimizers = optimizers
         self.losses = losses
         self.device = device
@@ -90,7 +101,9 @@ class Stepper:
         """
         with self.clock.running():
             num_tokens = int(self.world.sums([batch.num_target_tokens])[0])
-        loss, aux_losses = self._backward(batch, settings.micro_batch_size, max(1, num_tokens))
+        loss, aux_losses, stats = self._backward(
+            batch, settings.micro_batch_size, max(1, num_tokens)
+        )
         norm = total_norm([p.grad for p in self.parameters if p.grad is not None])
         shares = [value.item() for value in (loss, *aux_losses.values())]
         with self.clock.running():
@@ -102,6 +115,7 @@ class Stepper:
             if settings.clip is not None and norm_value + _CLIP_EPS > settings.clip:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, settings.clip, norm)
             self._update(settings, lr_factor)
+            self._even_out_experts(stats)
         for parameter in self.parameters:
             parameter.grad = None
         return StepResult(
@@ -110,6 +124,7 @@ class Stepper:
             grad_norm=norm_value,
             num_tokens=num_tokens,
             skipped=not is_sound,
+            stats=stats,
         )
 
     def learning_rate(self, settings: LiveSettings, lr_factor: float) -> float:
@@ -117,16 +132,13 @@ class Stepper:
         peak: float = self.optimizers[0].param_groups[0]["peak_lr"]
         return peak * lr_factor * settings.lr_factor
 
-    def _backward(
-        self, batch: Batch, micro_batch_size: int, num_tokens: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _backward(self, batch: Batch, micro_batch_size: int, num_tokens: int) -> Sums:
         """Accumulate gradients of the mean over the whole batch's trained tokens.
 
         Micro-batches are weighted by their tokens, not equally: each sum is divided by the count
-        of the whole batch.
+        of the whole batch. Returns those means, and sums of what else the model told.
         """
-        total: Tensor | None = None
-        totals: dict[str, Tensor] = {}
+        total: Sums | None = None
         micro_batches = batch.split(micro_batch_size)
         for number, micro_batch in enumerate(micro_batches, start=1):
             if self.accumulation is not None:
@@ -135,18 +147,19 @@ class Stepper:
             isolated = (
                 (part.positions, part.document_ids) if self.isolate_documents else (None,) * 2
             )
-            loss_sum, aux_sums = self.losses(part.input_ids, part.labels, *isolated)
-            objective = loss_sum
-            for value in aux_sums.values():
+            sums = self.losses(part.input_ids, part.labels, *isolated)
+            objective = sums.loss
+            for value in sums.aux_losses.values():
                 objective = objective + value
             (objective / num_tokens).backward()
-            loss = loss_sum.detach() / num_tokens
-            total = loss if total is None else total + loss
-            for name, value in aux_sums.items():
-                share = value.detach() / num_tokens
-                totals[name] = totals[name] + share if name in totals else share
+            means = Sums(
+                sums.loss.detach() / num_tokens,
+                {name: value.detach() / num_tokens for name, value in sums.aux_losses.items()},
+                sums.stats,
+            )
+            total = means if total is None else _added(total, means)
         assert total is not None
-        return total, totals
+        return total
 
     def _update(self, settings: LiveSettings, lr_factor: float) -> None:
         if self.host is not None:
@@ -159,6 +172,22 @@ class Stepper:
             optimizer.step()
         if self.host is not None:
             self.host.give_weights()
+
+    def _even_out_experts(self, stats: dict[str, Tensor]) -> None:
+        """Move the biases by which experts are chosen; by the load of the whole batch."""
+        load = stats.get("expert_load")
+        if load is not None:
+            with self.clock.running():
+                load = self.world.summed(load)
+            self.model.move_selection_biases(load)
+
+
+def _added(total: Sums, more: Sums) -> Sums:
+    return Sums(
+        total.loss + more.loss,
+        {name: total.aux_losses[name] + value for name, value in more.aux_losses.items()},
+        {name: total.stats[name] + value for name, value in more.stats.items()},
+    )
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ultrathink.config.training import TrainingConfig
@@ -18,6 +18,8 @@ from ultrathink.core.protocols import State
 from ultrathink.core.random import random_state, seed_everything, set_random_state, step_seed
 from ultrathink.data.loader import TrainLoader
 from ultrathink.data.validation import ValidationSet
+from ultrathink.model.transformer import Transformer
+from ultrathink.monitoring.experts import ExpertStatistics
 from ultrathink.monitoring.records import Level, RunInfo
 from ultrathink.parallel.placement import placed_like, region_of
 from ultrathink.parallel.timing import StepTimes
@@ -26,15 +28,23 @@ from ultrathink.parallel.world import ALONE, World, is_lost_connection
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
 from ultrathink.training.budget import Budget, Done, resolve_budget
-from ultrathink.training.callbacks import Callback, Controller, Ending, StepReport, ValidationReport
+from ultrathink.training.callbacks import (
+    Callback,
+    Controller,
+    Ending,
+    StepReport,
+    ValidationReport,
+    is_logged,
+)
 from ultrathink.training.changes import apply_change
 from ultrathink.training.control import ControlQueue, LiveSettings
+from ultrathink.training.experts import read_experts
 from ultrathink.training.length import measure_speed, settle_length
 from ultrathink.training.optimizers import load_optimizer_state, optimizer_state
 from ultrathink.training.saving import Saving
 from ultrathink.training.schedules import Factor, continued_schedule
 from ultrathink.training.states import cloned, load_states, states_of
-from ultrathink.training.stepping import Stepper
+from ultrathink.training.stepping import Stepper, StepResult
 from ultrathink.training.validation import Scores, evaluate
 
 
@@ -60,7 +70,7 @@ class Trainer:
     the step boundary.
     """
 
-    model: nn.Module
+    model: Transformer
     loader: TrainLoader
     stepper: Stepper
     training: TrainingConfig
@@ -189,6 +199,8 @@ class Trainer:
         for note in self.loader.take_notes():
             self.notify("on_message", note, "warning")
         lr_factor = self._schedule(self.progress.step + 1)
+        if self.model.routing is not None:
+            self.model.routing.warm_up(self.progress.step + 1)
         result = self.stepper.take_step(batch, self.settings, lr_factor)
         self.progress.step += 1
         self.progress.tokens += self.tokens_per_step
@@ -214,7 +226,15 @@ class Trainer:
             skipped=result.skipped,
             num_skipped=self.progress.num_skipped,
             timing=self._compare_times(seconds),
+            experts=self._read_experts(result),
         )
+
+    def _read_experts(self, result: StepResult) -> ExpertStatistics | None:
+        """How tokens were spread over experts, in steps that are logged; this waits for a GPU."""
+        total_steps = self.budget.total_steps if self.budget is not None else 0
+        if not is_logged(self.progress.step, self.training.log_every, total_steps):
+            return None
+        return read_experts(self.model, result, self.world)
 
     def _compare_times(self, seconds: float) -> dict[str, float]:
         """What of a step's time went where on all processes, now and then."""

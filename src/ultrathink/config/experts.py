@@ -1,0 +1,193 @@
+"""Section ``model.moe``: groups of experts in place of feed-forward layers.
+
+Mixtral is one group of 8, top-2 (https://arxiv.org/abs/2401.04088); MoE³ is four groups side by
+side: knowledge 64 top-2, skill 32 top-2, meta 16 top-1, safety 8 top-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ultrathink.config.base import Section
+from ultrathink.core.layers import layer_index
+from ultrathink.core.registry import Registry
+
+EXPERT_BACKENDS: Registry[Callable[..., Any]] = Registry("expert backend")
+EXPERT_BACKENDS.add("grouped_mm", "ultrathink.model.experts.products:GroupedMM")
+EXPERT_BACKENDS.add("batched", "ultrathink.model.experts.products:Batched")
+EXPERT_BACKENDS.add("loop", "ultrathink.model.experts.products:Loop")
+
+# Rows of a matrix must begin at multiples of 16 bytes for the grouped product: 8 numbers of bf16.
+WIDTH_STEP = 8
+
+
+class ExpertGroupConfig(Section):
+    """Experts that compete with each other for tokens; groups do not compete."""
+
+    name: str = Field(
+        min_length=1,
+        pattern=r"^[A-Za-z][A-Za-z0-9_-]*$",
+        description="What the group is called in metrics and messages.",
+    )
+    num_experts: int = Field(gt=0, description="Experts of the group.")
+    top_k: int = Field(gt=0, description="Experts of the group that each token is sent to.")
+    max_experts: int | None = Field(
+        None,
+        gt=0,
+        description="Slots for experts, those beyond num_experts empty: room to add experts while "
+        "training; num_experts when unset.",
+    )
+
+    @property
+    def num_slots(self) -> int:
+        """Experts there is room for."""
+        return self.max_experts or self.num_experts
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> ExpertGroupConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k ({self.top_k}) of group {self.name!r} is above its num_experts "
+                f"({self.num_experts}); a token cannot be sent to more experts than there are"
+            )
+        if self.max_experts is not None and self.max_experts < self.num_experts:
+            raise ValueError(
+                f"max_experts ({self.max_experts}) of group {self.name!r} is below its "
+                f"num_experts ({self.num_experts}); it counts all slots, the empty ones too"
+            )
+        return self
+
+
+class RoutingConfig(Section):
+    """How tokens find experts; each value can be changed while training goes on."""
+
+    temperature: float = Field(1.0, gt=0, description="Divides the router's logits.")
+    jitter: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="What the router reads is multiplied by noise between 1 - jitter and "
+        "1 + jitter, in training.",
+    )
+    capacity_factor: float | None = Field(
+        None,
+        gt=0,
+        description="Tokens that an expert takes of one sequence, as a multiple of the even share; "
+        "those with the lowest scores beyond it are dropped, in training. None are when unset.",
+    )
+    expert_dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Probability that an expert is closed to a sequence, in training.",
+    )
+    warmup_steps: int = Field(
+        100, ge=0, description="Steps over which routing goes from nearly uniform to learned."
+    )
+
+
+class BalanceConfig(Section):
+    """What keeps the load of a group's experts even; 0 leaves a term out.
+
+    The losses are summed over groups and layers.
+    """
+
+    load: float = Field(
+        0.01, ge=0, description="Weight of N·Σ P_i·f_i, mean probability times load (Switch)."
+    )
+    importance: float = Field(
+        0.005, ge=0, description="Weight of the squared coefficient of variation of Σ P_i."
+    )
+    entropy: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of 1 - H/ln N, which rewards a token's router distribution for being "
+        "spread.",
+    )
+    z: float = Field(0.001, ge=0, description="Weight of the squared log-partition of the router.")
+    bias_rate: float = Field(
+        0.001,
+        ge=0,
+        description="Change per step of a bias that is added to scores where experts are chosen, "
+        "up for those with less than the mean load, down for those with more.",
+    )
+
+
+class MoeConfig(Section):
+    """Groups of experts: each token is sent to the top_k of every group."""
+
+    groups: tuple[ExpertGroupConfig, ...] = Field(
+        min_length=1, description="Groups of experts; a token is sent to the top_k of each."
+    )
+    intermediate_size: int | None = Field(
+        None,
+        gt=0,
+        description="Width of each expert, a multiple of 8; the dense width divided by the experts "
+        "of a token, rounded up to a multiple of 8, when unset.",
+    )
+    shared_size: int | None = Field(
+        None, gt=0, description="Width of an expert that every token is sent to; none when unset."
+    )
+    layers: Literal["all", "interleaved", "sandwich"] | tuple[int | float, ...] = Field(
+        "all",
+        description="Layers that have experts: all, every second one, all but the first and last, "
+        "or a list of indices and fractions of the depth.",
+    )
+    score: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="How logits of the router become scores within a group."
+    )
+    normalize_gates: bool = Field(
+        True,
+        description="Divide the scores of a token's chosen experts by their sum in each group with "
+        "top_k above 1.",
+    )
+    backend: str = Field(
+        "auto",
+        description="Kernel of the grouped product: a registered name (batched, grouped_mm, loop), "
+        "or auto to choose for the device.",
+    )
+    routing: RoutingConfig = Field(RoutingConfig(), description="How tokens find experts.")
+    balance: BalanceConfig = Field(BalanceConfig(), description="What keeps the load even.")
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> MoeConfig:
+        names = [group.name for group in self.groups]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two groups are called {twice[0]!r}; give each its own name")
+        for key in ("intermediate_size", "shared_size"):
+            width = getattr(self, key)
+            if width is not None and width % WIDTH_STEP:
+                below = width // WIDTH_STEP * WIDTH_STEP
+                nearest = f"{below} or {below + WIDTH_STEP}" if below else str(WIDTH_STEP)
+                raise ValueError(
+                    f"{key} ({width}) must be a multiple of {WIDTH_STEP}, because the grouped "
+                    f"product reads rows of 16 bytes; use {nearest}"
+                )
+        if self.backend != "auto":
+            EXPERT_BACKENDS.entry(self.backend)
+        return self
+
+    @property
+    def num_slots(self) -> int:
+        """Slots for experts, of all groups."""
+        return sum(group.num_slots for group in self.groups)
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts that a token is sent to, over all groups."""
+        return sum(group.top_k for group in self.groups)
+
+    def layer_indices(self, num_layers: int) -> tuple[int, ...]:
+        """The layers with experts, ascending; ConfigError for one that is not there."""
+        if self.layers == "all":
+            return tuple(range(num_layers))
+        if self.layers == "interleaved":
+            return tuple(range(1, num_layers, 2))
+        if self.layers == "sandwich":
+            return tuple(range(1, num_layers - 1))
+        where = "model.moe.layers"
+        return tuple(sorted({layer_index(layer, num_layers, where) for layer in self.layers}))

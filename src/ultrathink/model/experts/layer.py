@@ -1,0 +1,204 @@
+"""A layer of experts, in place of a feed-forward layer.
+
+``y_n = Σ_k gate_n,k · expert_k(x_n)``, each expert a small feed-forward layer: SwiGLU or squared
+ReLU. https://arxiv.org/abs/1701.06538
+
+Shapes: B rows of a batch, T tokens, N = B * T, C hidden size, E experts, K of them for a token, M
+width of an expert, R rows of a grouped product (``layout.py``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ultrathink.config.experts import EXPERT_BACKENDS
+from ultrathink.config.model import FEED_FORWARDS, ModelConfig
+from ultrathink.model.experts.controls import Controls
+from ultrathink.model.experts.layout import Layout, lay_out
+from ultrathink.model.experts.products import ExpertBackend, grouped_product
+from ultrathink.model.experts.router import Choice, LayerRouting, Router
+from ultrathink.model.experts.sequences import Sequences
+
+BACKENDS = ("batched", "grouped_mm", "loop")  # those that ``auto`` may choose
+
+
+class MixtureOfExperts(nn.Module):
+    """Groups of experts behind one router, and a shared expert if there is one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.moe is not None, "a layer of experts is configured"
+        self.router = Router(config.moe, config.hidden_size)
+        self.experts = Experts(config)
+        self.shared: nn.Module | None = None
+        if config.moe.shared_size is not None:
+            width = {"intermediate_size": config.moe.shared_size}
+            self.shared = FEED_FORWARDS.load(config.feed_forward)(config.model_copy(update=width))
+
+    @torch.no_grad()
+    def empty_slots(self) -> None:
+        """Set the weights of slots without an expert to zero."""
+        for weight in (self.router.weight, self.experts.inner, self.experts.down):
+            weight[~self.router.active] = 0.0
+
+    def forward(
+        self, x: Tensor, sequences: Sequences, controls: Controls
+    ) -> tuple[Tensor, LayerRouting]:
+        """Map ``[B, T, C]`` to ``[B, T, C]``, and tell how."""
+        choice, routing = self.router(x, sequences, controls)
+        out = self.experts(x.flatten(0, 1), choice).view_as(x)
+        if self.shared is not None:
+            out = out + self.shared(x)
+        return out, routing
+
+
+class Experts(nn.Module):
+    """The weights of all experts of a layer, slots that are empty included.
+
+    ``gate_up`` is ``[E, 2M, C]``, rows ``[:M]`` of an expert its gate and ``[M:]`` its up
+    projection; squared ReLU has ``up`` ``[E, M, C]`` instead. ``down`` is ``[E, C, M]``.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.moe is not None, "a layer of experts is configured"
+        assert config.moe.intermediate_size is not None, "the configuration is resolved first"
+        self.num_slots = config.moe.num_slots
+        self.per_token = config.moe.experts_per_token
+        self.width = config.moe.intermediate_size
+        self.backend = config.moe.backend
+        names = BACKENDS if self.backend == "auto" else (self.backend,)
+        self._kernels: dict[str, ExpertBackend] = {
+            name: EXPERT_BACKENDS.load(name)() for name in names
+        }
+        self.is_gated = config.feed_forward == "swiglu"
+        inner = 2 * self.width if self.is_gated else self.width
+        weight = nn.Parameter(torch.empty(self.num_slots, inner, config.hidden_size))
+        self.register_parameter("gate_up" if self.is_gated else "up", weight)
+        self.down = nn.Parameter(torch.empty(self.num_slots, config.hidden_size, self.width))
+
+    @property
+    def inner(self) -> Tensor:
+        """The weight that reads the residual stream."""
+        return self.get_parameter("gate_up" if self.is_gated else "up")
+
+    def row_splits(self, name: str) -> tuple[int, ...]:
+        """Rows of each matrix that an expert's weight ``name`` stacks."""
+        return (
+            (self.width, self.width) if name == "gate_up" else (self.get_parameter(name).shape[1],)
+        )
+
+    def forward(self, x: Tensor, choice: Choice) -> Tensor:
+        """Map ``[N, C]`` to ``[N, C]``: each token's experts, times their gates, summed."""
+        if not torch.is_grad_enabled() and choice.experts.numel() <= self.num_slots:
+            return self._of_few(x, choice)
+        backend = self._choose_backend(x)
+        kernel = self._kernels[backend]
+        layout = lay_out(
+            choice.experts, self.num_slots, multiple=kernel.multiple, by_size=kernel.by_size
+        )
+        rows: Tensor = _Spread.apply(x, layout.place, layout.source)  # type: ignore[no-untyped-call]
+        gates: Tensor = _Spread.apply(  # type: ignore[no-untyped-call]
+            choice.gates.view(-1, 1), layout.place, layout.source
+        )
+        inner, down = (
+            _arranged(weight, layout, x.dtype, kernel.by_size) for weight in (self.inner, self.down)
+        )
+        hidden = self._activated(grouped_product(rows, inner, layout.ends, backend))
+        # The gate may as well be applied here, where rows are narrower.
+        hidden = hidden * gates.to(hidden.dtype)
+        out = grouped_product(hidden, down, layout.ends, backend)
+        gathered: Tensor = _Gather.apply(  # type: ignore[no-untyped-call]
+            out, layout.place, layout.source, len(x)
+        )
+        return gathered
+
+    def _activated(self, hidden: Tensor) -> Tensor:
+        if self.is_gated:
+            gate, up = hidden.chunk(2, dim=-1)
+            return F.silu(gate) * up
+        return F.relu(hidden).square()
+
+    def _of_few(self, x: Tensor, choice: Choice) -> Tensor:
+        """As ``forward``, reading the chosen experts only: for a token or a few, in generation."""
+        experts, gates = choice.experts.flatten(), choice.gates.to(x.dtype)
+        repeated = x.repeat_interleave(choice.experts.shape[1], 0)[..., None]  # [N * K, C, 1]
+        hidden = self._activated((self.inner[experts].to(x.dtype) @ repeated)[..., 0])
+        out = self.down[experts].to(x.dtype) @ hidden[..., None]  # [N * K, C, 1]
+        return (out.view(*gates.shape, -1) * gates[..., None]).sum(1)
+
+    def _choose_backend(self, x: Tensor) -> str:
+        """``auto`` is the fastest that takes this device and precision."""
+        if self.backend != "auto":
+            return self.backend
+        if x.device.type == "cpu":
+            return "batched"
+        return "grouped_mm" if x.dtype in (torch.bfloat16, torch.float32) else "loop"
+
+
+class _Spread(torch.autograd.Function):
+    """Rows ``[R, X]`` of values ``[N, X]`` of tokens, or ``[N * K, X]`` of assignments.
+
+    The gradient is a gather as well, and a sum over K, in the same order in every run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, place: Tensor, source: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.num_values = len(values)
+        return _rows(values, place.numel() // len(values), source, place.numel())
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return grad_outputs[0][place].unflatten(0, (ctx.num_values, -1)).sum(1), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Sums ``[N, X]`` over the rows ``[R, X]`` of each token: the transpose of ``_Spread``."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, place: Tensor, source: Tensor, num_tokens: int) -> Tensor:
+        ctx.save_for_backward(source)
+        ctx.num_assignments = place.numel()
+        ctx.per_token = place.numel() // num_tokens
+        return rows[place].view(num_tokens, ctx.per_token, rows.shape[1]).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (source,) = ctx.saved_tensors
+        rows = _rows(grad_outputs[0], ctx.per_token, source, ctx.num_assignments)
+        return rows, None, None, None
+
+
+def _rows(values: Tensor, per_value: int, source: Tensor, num_assignments: int) -> Tensor:
+    is_used = (source < num_assignments)[:, None]
+    index = source.clamp(max=num_assignments - 1) // per_value
+    return torch.where(is_used, values[index], 0.0)
+
+
+def _arranged(weight: Tensor, layout: Layout, dtype: torch.dtype, by_size: bool) -> Tensor:
+    """``weight`` ``[E, O, I]`` in ``dtype``, its experts in the order of ``layout``."""
+    if not by_size:
+        return weight.to(dtype)
+    arranged: Tensor = _Arranged.apply(weight, layout.order, dtype)  # type: ignore[no-untyped-call]
+    return arranged
+
+
+class _Arranged(torch.autograd.Function):
+    """A permutation, whose gradient is the inverse one."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.dtype = weight.dtype
+        return weight[order].to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        return grad_outputs[0][order.argsort()].to(ctx.dtype), None, None

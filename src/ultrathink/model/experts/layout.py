@@ -1,0 +1,87 @@
+"""Where each assignment of a token to an expert lies among the rows of a grouped product.
+
+Rows of one expert follow each other; each expert's are filled up to a multiple of some number with
+rows of zeros, so that products have few shapes. The last rows belong to no expert: they are zero
+too, and stand for assignments that were dropped.
+
+Shapes: N tokens, K experts of a token, E slots for experts, R rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """The rows of ``N * K`` assignments; assignment ``n * K + k`` is the k-th of token n."""
+
+    place: Tensor
+    """int64 ``[N * K]``: the row of each assignment; R - 1, a row of zeros, if it was dropped."""
+
+    source: Tensor
+    """int64 ``[R]``: the assignment in each row; N * K where there is none."""
+
+    ends: Tensor
+    """int32 ``[E]``: the row after the last one of each expert, in the order of ``order``."""
+
+    order: Tensor
+    """int64 ``[E]``: which expert's rows come first, second and so on."""
+
+
+def num_rows(num_assignments: int, num_experts: int, multiple: int) -> int:
+    """R: what the worst distribution over experts needs, and one row that is always free."""
+    rows = num_assignments + num_experts * (multiple - 1) + 1
+    return -(-rows // multiple) * multiple
+
+
+# One operator, because the compiler makes of its parts what is slower than they are.
+@torch.library.custom_op("ultrathink::expert_layout", mutates_args=())
+def _layout(
+    experts: Tensor, num_experts: int, multiple: int, by_size: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    flat, device = experts.flatten(), experts.device
+    num_assignments = flat.numel()
+    rows = num_rows(num_assignments, num_experts, multiple)
+    ordered, assignments = torch.sort(flat, stable=True)
+    slots = torch.arange(num_experts, device=device)
+    begins = torch.searchsorted(ordered, slots)
+    counts = torch.searchsorted(ordered, slots, right=True) - begins
+    filled = (counts + multiple - 1) // multiple * multiple
+    order = torch.argsort(filled, stable=True) if by_size else slots
+    ends = filled[order].cumsum(0)
+    first_rows = torch.empty_like(ends)
+    first_rows[order] = ends - filled[order]
+    is_kept = ordered < num_experts
+    clamped = ordered.clamp(max=num_experts - 1)
+    within = torch.arange(num_assignments, device=device) - begins[clamped]
+    targets = torch.where(is_kept, first_rows[clamped] + within, rows - 1)
+    place = torch.empty_like(targets).scatter_(0, assignments, targets)
+    source = torch.full((rows,), num_assignments, dtype=torch.int64, device=device)
+    source.scatter_(0, targets, assignments)
+    source[-1] = num_assignments  # where those that were dropped met
+    return place, source, ends.to(torch.int32), order
+
+
+@_layout.register_fake
+def _(
+    experts: Tensor, num_experts: int, multiple: int, by_size: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = num_rows(experts.numel(), num_experts, multiple)
+    return (
+        experts.new_empty(experts.numel()),
+        experts.new_empty(rows),
+        experts.new_empty(num_experts, dtype=torch.int32),
+        experts.new_empty(num_experts),
+    )
+
+
+def lay_out(experts: Tensor, num_experts: int, *, multiple: int, by_size: bool) -> Layout:
+    """The layout of ``experts`` ``[N, K]`` (int64; ``num_experts`` for a dropped assignment).
+
+    Each expert has a ``multiple`` of rows. With ``by_size`` experts with as many rows lie side by
+    side, fewest first; else experts lie in their own order.
+    """
+    return Layout(*_layout(experts, num_experts, multiple, by_size))

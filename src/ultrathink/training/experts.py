@@ -1,0 +1,44 @@
+"""From what a model tells of its routing to what observers are told."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ultrathink.model.experts.router import LayerRouting
+from ultrathink.model.transformer import Transformer
+from ultrathink.monitoring.experts import ExpertStatistics, GroupSlots
+from ultrathink.parallel.world import World
+from ultrathink.training.stepping import StepResult
+
+
+def read_experts(model: Transformer, result: StepResult, world: World) -> ExpertStatistics | None:
+    """How a step's tokens were spread over experts, on all processes together; all call it.
+
+    None for a model without experts.
+    """
+    layers = model.expert_layers()
+    if not layers:
+        return None
+    routers = [layer.router for layer in layers.values()]
+    names = [name for name in LayerRouting._fields if name != "losses"]
+    parts = [result.stats[f"expert_{name}"].double() for name in names]
+    sizes = [part.shape[1] for part in parts]
+    sums = world.summed(torch.cat(parts, 1)).cpu()  # one exchange for all
+    values = {name: _array(part) for name, part in zip(names, sums.split(sizes, 1), strict=True)}
+    return ExpertStatistics(
+        groups=tuple(
+            GroupSlots(group.name, group.top_k, slots.start, slots.stop)
+            for group, slots in routers[0].groups()
+        ),
+        layers=tuple(layers),
+        num_tokens=result.num_tokens,
+        active=np.stack([router.active.cpu().numpy() for router in routers]),
+        **values,
+    )
+
+
+def _array(values: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    array: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = values.numpy()
+    return array

@@ -131,6 +131,7 @@ def _bare_loop(shape: dict[str, Any], *, whole_logits: bool) -> None:
 
     from ultrathink import build_trainer
     from ultrathink.training.compiling import compile_function
+    from ultrathink.training.stepping import Sums
 
     turns = Turns(shape)
     with tempfile.TemporaryDirectory() as folder:
@@ -143,11 +144,12 @@ def _bare_loop(shape: dict[str, Any], *, whole_logits: bool) -> None:
 
             def plain(ids: Any, labels: Any, *_: Any) -> Any:
                 logits = trainer.model(ids).logits.float()
-                return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"), {}
+                loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+                return Sums(loss, {}, {})
 
             losses = compile_function(plain)
         while True:
-            loss, _ = losses(batch.input_ids, batch.labels, None, None)
+            loss = losses(batch.input_ids, batch.labels, None, None).loss
             (loss / batch.labels.numel()).backward()
             torch.nn.utils.clip_grad_norm_(stepper.parameters, 1.0)
             for optimizer in optimizers:
@@ -231,20 +233,31 @@ def _hugging_face(shape: dict[str, Any], *, bf16: bool, compiled: bool) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes, device = shape["model"], torch.device(shape["device"])
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes["intermediate_size"],
-        num_hidden_layers=sizes["num_layers"],
-        num_attention_heads=sizes["num_heads"],
-        num_key_value_heads=sizes["num_kv_heads"],
-        max_position_embeddings=shape["seq_len"],
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config).to(device).train()
+    model = LlamaForCausalLM(LlamaConfig(**_hugging_face_sizes(shape)))
+    _train_hugging_face(shape, model, bf16=bf16, compiled=compiled)
+
+
+def _hugging_face_sizes(shape: dict[str, Any]) -> dict[str, Any]:
+    sizes = shape["model"]
+    return {
+        "vocab_size": sizes["vocab_size"],
+        "hidden_size": sizes["hidden_size"],
+        "intermediate_size": sizes["intermediate_size"],
+        "num_hidden_layers": sizes["num_layers"],
+        "num_attention_heads": sizes["num_heads"],
+        "num_key_value_heads": sizes["num_kv_heads"],
+        "max_position_embeddings": shape["seq_len"],
+        "tie_word_embeddings": True,
+        "use_cache": False,
+    }
+
+
+def _train_hugging_face(shape: dict[str, Any], model: Any, *, bf16: bool, compiled: bool) -> None:
+    import torch
+
+    sizes, device = shape["model"], torch.device(shape["device"])
+    model = model.to(device).train()
     call: Callable[..., Any] = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     batches = torch.randint(sizes["vocab_size"], (8, shape["batch_size"], shape["seq_len"]))
@@ -266,6 +279,25 @@ def _hugging_face(shape: dict[str, Any], *, bf16: bool, compiled: bool) -> None:
 def hf_compiled_bf16(shape: dict[str, Any]) -> None:
     """Hugging Face's Llama as it is fastest here: bf16 products, compiled."""
     _hugging_face(shape, bf16=True, compiled=True)
+
+
+def hf_mixtral(shape: dict[str, Any]) -> None:
+    """Hugging Face's Mixtral by its grouped products: bf16 products, eager."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    moe = shape["model"]["moe"]
+    (group,) = moe["groups"]
+    torch.manual_seed(0)
+    sizes = _hugging_face_sizes(shape) | {
+        "intermediate_size": moe["intermediate_size"],
+        "num_local_experts": group["num_experts"],
+        "num_experts_per_tok": group["top_k"],
+        "experts_implementation": "grouped_mm",
+    }
+    model = MixtralForCausalLM(MixtralConfig(**sizes))
+    assert model.config._experts_implementation == "grouped_mm"
+    _train_hugging_face(shape, model, bf16=True, compiled=False)
 
 
 def hf_default_fp32(shape: dict[str, Any]) -> None:

@@ -24,6 +24,32 @@ from ultrathink.config.model import ModelConfig
 from ultrathink.model.flops import flops_per_token
 from ultrathink.training.hardware import choose_device, choose_precision, peak_flops
 
+_S: dict[str, Any] = {
+    "model": {"hidden_size": 256, "num_layers": 6, "num_heads": 8, "num_kv_heads": 4}
+    | {"intermediate_size": 688, "vocab_size": 8192},
+    "seq_len": 256,
+    "batch_size": 8,
+}
+
+
+def _group(name: str, num_experts: int, top_k: int) -> dict[str, Any]:
+    return {"name": name, "num_experts": num_experts, "top_k": top_k}
+
+
+def _sparse(width: int, groups: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """Shape S with groups of experts, each (number, top-k), of one width."""
+    moe = {
+        "intermediate_size": width,
+        "groups": [_group(name, number, top_k) for name, (number, top_k) in groups.items()],
+    }
+    return _S | {"model": _S["model"] | {"moe": moe}}
+
+
+def _twin(width: int) -> dict[str, Any]:
+    """Shape S, dense, of another width."""
+    return _S | {"model": _S["model"] | {"intermediate_size": width}}
+
+
 SHAPES: dict[str, dict[str, Any]] = {
     "XS": {  # to try this script
         "model": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
@@ -31,18 +57,35 @@ SHAPES: dict[str, dict[str, Any]] = {
         "seq_len": 64,
         "batch_size": 4,
     },
-    "S": {
-        "model": {"hidden_size": 256, "num_layers": 6, "num_heads": 8, "num_kv_heads": 4}
-        | {"intermediate_size": 688, "vocab_size": 8192},
-        "seq_len": 256,
-        "batch_size": 8,
-    },
+    "S": _S,
     "M": {
         "model": {"hidden_size": 512, "num_layers": 8, "num_heads": 8, "num_kv_heads": 4}
         | {"intermediate_size": 1376, "vocab_size": 16384},
         "seq_len": 512,
         "batch_size": 4,
     },
+    "XS-moe": {  # to try sparse_speed.py
+        "model": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+        | {"intermediate_size": 128, "vocab_size": 512}
+        | {"moe": {"intermediate_size": 32, "groups": [_group("experts", 4, 2)]}},
+        "seq_len": 64,
+        "batch_size": 4,
+    },
+    "XS-moe-dense": {
+        "model": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+        | {"intermediate_size": 64, "vocab_size": 512},
+        "seq_len": 64,
+        "batch_size": 4,
+    },
+    # Experts of the same active width in three shapes, and their dense twins.
+    "X": _sparse(344, {"experts": (8, 2)}),
+    "X-dense": _twin(2 * 344),
+    "X64": _sparse(128, {"experts": (64, 2)}),
+    "X64-dense": _twin(2 * 128),
+    "MoE3": _sparse(
+        64, {"knowledge": (64, 2), "skill": (32, 2), "meta": (16, 1), "safety": (8, 1)}
+    ),
+    "MoE3-dense": _twin(6 * 64),
     "760M": {  # for a GPU
         "model": {"hidden_size": 1536, "num_layers": 24, "num_heads": 12, "num_kv_heads": 12}
         | {"intermediate_size": 4096, "vocab_size": 32768},

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ultrathink.config.experts import EXPERT_BACKENDS
 from ultrathink.config.model import FEED_FORWARDS, ModelConfig
 from ultrathink.model.experts.controls import Controls
-from ultrathink.model.experts.layout import Layout, lay_out
+from ultrathink.model.experts.layout import Layout, lay_out, sum_of_rows
 from ultrathink.model.experts.products import ExpertBackend, grouped_product
 from ultrathink.model.experts.router import Choice, LayerRouting, Router
 from ultrathink.model.experts.sequences import Sequences
@@ -99,7 +99,10 @@ class Experts(nn.Module):
         backend = self._choose_backend(x)
         kernel = self._kernels[backend]
         layout = lay_out(
-            choice.experts, self.num_slots, multiple=kernel.multiple, by_size=kernel.by_size
+            choice.experts,
+            self.num_slots,
+            multiple=kernel.multiple(choice.experts.numel() // self.num_slots),
+            by_size=kernel.by_size,
         )
         rows: Tensor = _Spread.apply(x, layout.place, layout.source)  # type: ignore[no-untyped-call]
         gates: Tensor = _Spread.apply(  # type: ignore[no-untyped-call]
@@ -155,7 +158,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (place,) = ctx.saved_tensors
-        return grad_outputs[0][place].unflatten(0, (ctx.num_values, -1)).sum(1), None, None
+        return sum_of_rows(grad_outputs[0], place, ctx.num_values), None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -166,7 +169,7 @@ class _Gather(torch.autograd.Function):
         ctx.save_for_backward(source)
         ctx.num_assignments = place.numel()
         ctx.per_token = place.numel() // num_tokens
-        return rows[place].view(num_tokens, ctx.per_token, rows.shape[1]).sum(1)
+        return sum_of_rows(rows, place, num_tokens)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:

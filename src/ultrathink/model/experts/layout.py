@@ -1,7 +1,7 @@
 """Where each assignment of a token to an expert lies among the rows of a grouped product.
 
-Rows of one expert follow each other; each expert's are filled up to a multiple of some number with
-rows of zeros, so that products have few shapes. The last rows belong to no expert: they are zero
+Rows of one expert follow each other; each expert's are filled up with rows of zeros to a round
+number, so that products have few shapes. The last rows belong to no expert: they are zero
 too, and stand for assignments that were dropped.
 
 Shapes: N tokens, K experts of a token, E slots for experts, R rows.
@@ -31,10 +31,25 @@ class Layout(NamedTuple):
     """int64 ``[E]``: which expert's rows come first, second and so on."""
 
 
-def num_rows(num_assignments: int, num_experts: int, multiple: int) -> int:
+# With ``by_size`` rows are filled up to a multiple of at least this share of their number.
+COARSENESS = 8
+
+
+def num_rows(num_assignments: int, num_experts: int, multiple: int, by_size: bool) -> int:
     """R: what the worst distribution over experts needs, and one row that is always free."""
     rows = num_assignments + num_experts * (multiple - 1) + 1
+    if by_size:
+        rows += num_assignments // COARSENESS
     return -(-rows // multiple) * multiple
+
+
+def _filled(counts: Tensor, multiple: int, by_size: bool) -> Tensor:
+    """How many rows each expert has, for ``counts`` that are used."""
+    step: int | Tensor = multiple
+    if by_size:  # an eighth of the power of two below
+        exponents = torch.frexp(counts.double()).exponent.to(torch.int64) - 1
+        step = (2 ** exponents.clamp(min=0) // COARSENESS).clamp(min=multiple)
+    return (counts + step - 1) // step * step
 
 
 # One operator, because the compiler makes of its parts what is slower than they are.
@@ -44,12 +59,12 @@ def _layout(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     flat, device = experts.flatten(), experts.device
     num_assignments = flat.numel()
-    rows = num_rows(num_assignments, num_experts, multiple)
+    rows = num_rows(num_assignments, num_experts, multiple, by_size)
     ordered, assignments = torch.sort(flat, stable=True)
     slots = torch.arange(num_experts, device=device)
     begins = torch.searchsorted(ordered, slots)
     counts = torch.searchsorted(ordered, slots, right=True) - begins
-    filled = (counts + multiple - 1) // multiple * multiple
+    filled = _filled(counts, multiple, by_size)
     order = torch.argsort(filled, stable=True) if by_size else slots
     ends = filled[order].cumsum(0)
     first_rows = torch.empty_like(ends)
@@ -69,7 +84,7 @@ def _layout(
 def _(
     experts: Tensor, num_experts: int, multiple: int, by_size: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = num_rows(experts.numel(), num_experts, multiple)
+    rows = num_rows(experts.numel(), num_experts, multiple, by_size)
     return (
         experts.new_empty(experts.numel()),
         experts.new_empty(rows),
@@ -81,7 +96,20 @@ def _(
 def lay_out(experts: Tensor, num_experts: int, *, multiple: int, by_size: bool) -> Layout:
     """The layout of ``experts`` ``[N, K]`` (int64; ``num_experts`` for a dropped assignment).
 
-    Each expert has a ``multiple`` of rows. With ``by_size`` experts with as many rows lie side by
-    side, fewest first; else experts lie in their own order.
+    Each expert has a ``multiple`` (a power of two) of rows. With ``by_size`` a large number of rows
+    is rounded more coarsely, and experts with as many rows lie side by side, fewest first; else
+    experts lie in their own order.
     """
     return Layout(*_layout(experts, num_experts, multiple, by_size))
+
+
+def sum_of_rows(rows: Tensor, place: Tensor, num_sums: int) -> Tensor:
+    """Sums ``[n, X]`` over as many of ``rows`` ``[R, X]`` each, which ``place`` names in turn.
+
+    An embedding bag: one pass, in a fixed order, which the compiler does not repeat in whatever
+    reads the sums.
+    """
+    offsets = torch.arange(0, len(place), len(place) // num_sums, device=place.device)
+    bag = torch.ops.aten._embedding_bag_forward_only(rows.contiguous(), place, offsets, False, 0)
+    sums: Tensor = bag[0]
+    return sums

@@ -1,0 +1,77 @@
+"""Whole training steps of models with experts, beside Mixtral and beside a dense twin.
+
+    python benchmarks/sparse_speed.py --shape X64
+    python benchmarks/sparse_speed.py --shape X
+    python benchmarks/sparse_speed.py --shape MoE3 --json
+
+X is shape S with 8 experts of width 344, top-2; X64 has 64 of width 128, top-2; MoE3 the groups
+knowledge 64 top-2, skill 32 top-2, meta 16 top-1, safety 8 top-1, of width 64. The dense twin is
+our own model with a feed-forward layer as wide as the experts of a token together. Mixtral is that
+of Hugging Face with `experts_implementation="grouped_mm"` in bf16; it knows one group, so MoE3 is
+compared with the twin only. Ours is the real trainer, as in `train_speed.py`. Printed are medians
+over the rounds and the medians of the ratios within a round; MFU counts the active parameters.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from typing import Any
+
+from harness import Contender, by_turns, parser, setting, show, spread, start
+from train_speed import SHAPES, describe, utilization
+
+from ultrathink.training.hardware import choose_device
+
+SPARSE = ("X", "X64", "MoE3", "XS-moe")
+
+
+def main() -> None:
+    """Run the contenders and print what came out."""
+    options = parser(__doc__)
+    options.add_argument("--shape", choices=SPARSE, default="X64")
+    options.add_argument("--device", default="auto")
+    options.add_argument("--rounds", type=int, default=8)
+    options.add_argument("--seconds", type=float, default=4.0, help="of training in each turn")
+    options.add_argument("--threads", type=int, default=os.cpu_count())
+    args = options.parse_args()
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    device = choose_device(args.device)
+    shape, twin = SHAPES[args.shape], SHAPES[f"{args.shape}-dense"]
+    contenders = {"ultrathink": ("ultrathink", shape), "dense twin": ("ultrathink", twin)}
+    if len(shape["model"]["moe"]["groups"]) == 1:
+        contenders["Mixtral grouped_mm"] = ("hf_mixtral", shape)
+    started = [
+        Contender(name, {**sizes, "device": str(device)}) for name, sizes in contenders.values()
+    ]
+    labels = dict(zip(started, contenders, strict=True))
+    turns = by_turns(started, args.rounds, args.seconds)
+    taken = [{labels[one]: answer for one, answer in turn.items()} for turn in turns]
+    result = {
+        "benchmark": "sparse_speed",
+        "shape": args.shape,
+        "setting": setting(),
+        **summarize(taken),
+        **utilization(tuple(contenders), taken, shape, device),
+    }
+    show(result, describe(result), args.json)
+
+
+def summarize(taken: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, Any]]:
+    """Tokens per second, how many times the others' ours are, and peak memory in MiB."""
+    names = list(taken[0])
+    speeds = {name: [turn[name]["tokens_per_second"] for turn in taken] for name in sorted(names)}
+    ours = speeds["ultrathink"]
+    return {
+        "tokens_per_second": {name: spread(figures) for name, figures in speeds.items()},
+        "ratio": {
+            name: statistics.median(a / b for a, b in zip(ours, figures, strict=True))
+            for name, figures in speeds.items()
+            if name != "ultrathink"
+        },
+        "peak_memory_mib": {name: taken[-1][name]["peak_memory_mib"] for name in speeds},
+    }
+
+
+if __name__ == "__main__":
+    start(main)

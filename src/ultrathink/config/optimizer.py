@@ -45,6 +45,11 @@ class MuonConfig(OptimizerConfig):
     )
     momentum: float = Field(0.95, ge=0, lt=1, description="Nesterov momentum of Muon.")
     num_iterations: int = Field(5, ge=1, le=20, description="Newton-Schulz iterations.")
+    experts: Literal["muon", "adamw"] = Field(
+        "muon",
+        description="What moves the matrices of experts: muon, or adamw (at adamw_lr), which takes "
+        "a fraction of the time where there are many.",
+    )
     adamw_lr: float = Field(
         0.008, gt=0, description="Peak learning rate of embeddings, head, norms and biases."
     )

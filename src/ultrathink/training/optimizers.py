@@ -43,19 +43,18 @@ def build_adamw(config: AdamWConfig, model: nn.Module) -> Optimizers:
 
 
 def build_muon(config: MuonConfig, model: nn.Module) -> Optimizers:
-    """Muon on the matrices inside the blocks, each expert's too; AdamW on all else.
+    """Muon on the matrices inside the blocks, AdamW on all else.
 
-    That is embeddings, head and vectors, and routers: their rows are experts, which should not be
-    made alike in size.
+    That is embeddings, head and vectors, experts if so configured, and routers: their rows are
+    experts, which should not be made alike in size.
     """
     hidden: list[Tensor] = []
     other: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            is_matrix = parameter.ndim == 2 or (parameter.ndim == 3 and config.experts == "muon")
             is_hidden = (
-                parameter.ndim >= 2
-                and name.startswith("blocks.")
-                and not name.endswith("router.weight")
+                is_matrix and name.startswith("blocks.") and not name.endswith("router.weight")
             )
             (hidden if is_hidden else other).append(parameter)
     muon = Muon(

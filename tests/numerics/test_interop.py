@@ -54,6 +54,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 16}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "mixtral, tied, windowed beyond the text": (
+        "mixtral",
+        {"tie_word_embeddings": True, "sliding_window": 130, "rms_norm_eps": 1e-3},
+    ),
+    "mixtral, wide heads": ("mixtral", {"hidden_size": 40, "head_dim": 16}),
 }
 
 

@@ -53,7 +53,20 @@ def load_config(source: str | Path | None = None, overrides: Sequence[str] = ())
     draft.drop_replaced_lengths()
     # Its length has no default, and a message about that says more than "training is missing".
     draft.tree.setdefault("training", {})
+    _leave_groups_to_checkpoint(draft.tree)
     return _derive(_validated(draft), name)
+
+
+def _leave_groups_to_checkpoint(tree: dict[str, Any]) -> None:
+    """Let the experts of a model of Hugging Face be spoken of without saying how many there are.
+
+    What stands in for its groups has no origin, so what the checkpoint says replaces it.
+    """
+    model, training = tree.get("model"), tree["training"]
+    moe = model.get("moe") if isinstance(model, dict) else None
+    source = training.get("init_from") if isinstance(training, dict) else None
+    if isinstance(moe, dict) and isinstance(source, str) and source.startswith("hf:"):
+        moe.setdefault("groups", [{"name": "experts", "num_experts": 1, "top_k": 1}])
 
 
 def change_config(config: Config, overrides: Sequence[str]) -> Config:

@@ -16,6 +16,7 @@ from ultrathink.core.files import replace_folder, sync_file, sync_folder
 from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
 from ultrathink.data.tokenizers.huggingface import TOKENIZER_FILE, HuggingFaceTokenizer
 from ultrathink.interop.families import write_family
+from ultrathink.interop.routing import fold_routing
 from ultrathink.interop.tensors import WEIGHTS_FILE, split
 from ultrathink.interop.tokenizers import special_ids, tokenizer_files
 from ultrathink.interop.weights import pieces
@@ -76,11 +77,10 @@ def export_run(
             f"{folder} is there already, and an export overwrites nothing; name another folder "
             f"with --output FOLDER, or remove it."
         )
-    tensors = split(
-        dict(load_checkpoint(source, weights))["model"],  # type: ignore[arg-type]
-        pieces(config.model),
-        None if dtype is None else _DTYPES[dtype],
-    )
+    state: Any = load_checkpoint(source, weights)
+    plain, folded = fold_routing(state["model"], config.model, source)
+    remarks = [*remarks, *folded]
+    tensors = split(plain, pieces(config.model), None if dtype is None else _DTYPES[dtype])
     name = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     tokenizer = load_tokenizer(found.tokenizer)
     files = _texts(description | {"torch_dtype": name}, tokenizer)

@@ -1,8 +1,9 @@
 """Which models of Hugging Face are ours under another name, and which of ours are theirs.
 
-The dense decoders of Llama, Mistral, Qwen2 and Qwen3 differ in few things: Qwen2 has biases on
-queries, keys and values, Qwen3 normalizes queries and keys, Mistral and Qwen may look back a
-window only. What a ``config.json`` leaves out has the default of its family in transformers.
+The decoders of Llama, Mistral, Qwen2 and Qwen3 differ in few things: Qwen2 has biases on queries,
+keys and values, Qwen3 normalizes queries and keys, Mistral and Qwen may look back a window only.
+Mixtral is a Mistral with experts. What a ``config.json`` leaves out has the default of its family
+in transformers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from ultrathink.config.model import ModelConfig
 from ultrathink.core.errors import CheckpointError, ConfigError, suggestion
+from ultrathink.interop.experts import check_mixtral, read_mixtral, write_mixtral
 from ultrathink.interop.rope import read_rope, write_rope
 from ultrathink.interop.values import Values
 
@@ -37,6 +39,15 @@ SHAPE = (
     "qkv_bias",
     "norm_eps",
 )
+# The same of the section ``model.moe``: what its experts are, not how tokens are spread over them.
+EXPERTS_SHAPE = (
+    "groups",
+    "intermediate_size",
+    "shared_size",
+    "layers",
+    "score",
+    "normalize_gates",
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,8 @@ class Family:
     num_kv_heads: int | None = None  # None: as many as there are query heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     max_positions: int = 32_768
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
     sliding_window: int | None = None  # where ``config.json`` does not say
     options: Mapping[str, bool] = field(default_factory=dict)  # in our configuration
 
@@ -58,6 +71,13 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "qwen2": Family("Qwen2ForCausalLM", num_kv_heads=32, options={"qkv_bias": True}),
     "qwen3": Family("Qwen3ForCausalLM", num_kv_heads=32, head_dim=128, options={"qk_norm": True}),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        num_kv_heads=8,
+        max_positions=131_072,
+        rope_theta=1e6,
+        norm_eps=1e-5,
+    ),
 }
 
 
@@ -81,13 +101,13 @@ def read_family(values: Mapping[str, Any], path: Path) -> Described:
         hint = suggestion(kind, FAMILIES) if isinstance(kind, str) else ""
         raise config.unfit(
             "model_type",
-            f"supported are the dense decoders {', '.join(FAMILIES)}. {hint}".rstrip(" ."),
+            f"supported are the decoders {', '.join(FAMILIES)}. {hint}".rstrip(" ."),
         )
     family = FAMILIES[kind]
     _refuse_the_inexpressible(config)
     heads = config.count("num_attention_heads")
     max_positions = config.count("max_position_embeddings", family.max_positions)
-    theta, scaling = read_rope(config, max_positions)
+    theta, scaling = read_rope(config, max_positions, family.rope_theta)
     window = _window(config, kind, family)
     model = {
         "hidden_size": config.count("hidden_size"),
@@ -102,7 +122,8 @@ def read_family(values: Mapping[str, Any], path: Path) -> Described:
         "rope_theta": theta,
         "rope_scaling": scaling,
         "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-        "norm_eps": config.number("rms_norm_eps", 1e-6),
+        "norm_eps": config.number("rms_norm_eps", family.norm_eps),
+        "moe": read_mixtral(config) if kind == "mixtral" else None,
         **family.options,
     }
     try:
@@ -142,7 +163,7 @@ def _window(config: Values, kind: str, family: Family) -> int | None:
     """How far attention looks back."""
     if kind == "llama":
         return None
-    if kind == "mistral":
+    if kind in ("mistral", "mixtral"):
         return _count_or_null(config, "sliding_window", family.sliding_window)
     types = config.get("layer_types")  # Qwen has a switch, and may have layers of either kind
     slides = bool(config.get("use_sliding_window", False))
@@ -174,6 +195,9 @@ def choose_family(config: ModelConfig) -> str:
             f"trained with model.feed_forward=swiglu. ultrathink generate and load_model read "
             f"this run as it is."
         )
+    if config.moe is not None:
+        check_mixtral(config)
+        return "mixtral"
     if config.qk_norm and config.qkv_bias:
         raise ConfigError(
             "model.qk_norm and model.qkv_bias are both true, which no family of Hugging Face has: "
@@ -218,10 +242,12 @@ def write_family(config: ModelConfig, seq_len: int) -> dict[str, Any]:
         values["attention_bias"] = False
     if kind == "llama":
         values["mlp_bias"] = False
-    if kind == "mistral":
+    if kind in ("mistral", "mixtral"):
         values["sliding_window"] = None
     if kind in ("qwen2", "qwen3"):
         values["use_sliding_window"] = False
+    if config.moe is not None:
+        values |= write_mixtral(config.moe)
     return values
 
 

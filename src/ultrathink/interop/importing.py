@@ -11,7 +11,7 @@ from ultrathink.data.tokenizers.huggingface import HuggingFaceTokenizer
 from ultrathink.interop.families import Described, check_length, read_family
 from ultrathink.interop.fetching import find_folder
 from ultrathink.interop.tokenizers import check_size, read_model_file, read_tokenizer
-from ultrathink.interop.weights import pieces
+from ultrathink.interop.weights import expert_names, pieces
 
 if TYPE_CHECKING:
     from ultrathink.model.transformer import Transformer
@@ -42,9 +42,9 @@ class Pretrained:
         """
         from ultrathink.interop.tensors import check_tensors, fill, find_tensors
 
-        wanted = pieces(self.model)
-        assert wanted == pieces(model.config), "the model was made for this checkpoint"
+        assert pieces(self.model) == pieces(model.config), "it was made for this checkpoint"
         files = find_tensors(self.folder)
+        wanted = pieces(self.model, expert_names(files))
         check_tensors(files, wanted, self.folder)
         fill(model, files, wanted)
 

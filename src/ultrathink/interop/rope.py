@@ -16,14 +16,16 @@ from ultrathink.config.model import RopeScalingConfig
 from ultrathink.core.errors import CheckpointError
 from ultrathink.interop.values import Values
 
-_DEFAULT_THETA = 10_000.0
 _KNOWN = ("default", "linear", "llama3", "yarn")
 
 
-def read_rope(config: Values, max_positions: int) -> tuple[float, RopeScalingConfig | None]:
+def read_rope(
+    config: Values, max_positions: int, default_theta: float
+) -> tuple[float, RopeScalingConfig | None]:
     """The base of the frequencies and how they are stretched; CheckpointError for other rules.
 
-    ``max_positions`` is the context length, in tokens, that ``config`` or its family says.
+    ``max_positions`` is the context length, in tokens, that ``config`` or its family says, and
+    ``default_theta`` the base where ``config`` says none.
     """
     # Where both layouts stand in one file, transformers follows the older.
     section = next((n for n in ("rope_scaling", "rope_parameters") if config.get(n)), None)
@@ -39,7 +41,7 @@ def read_rope(config: Values, max_positions: int) -> tuple[float, RopeScalingCon
             raise source.unfit(
                 "partial_rotary_factor", "only whole heads can be rotated here, which is 1.0"
             )
-    theta = float(rope.number("rope_theta", config.number("rope_theta", _DEFAULT_THETA)))
+    theta = float(rope.number("rope_theta", config.number("rope_theta", default_theta)))
     kind = rope.get("rope_type") or rope.get("type", "default")
     if kind == "default":
         return theta, None

@@ -110,8 +110,7 @@ def fill(model: Transformer, files: Mapping[str, Path], wanted: Sequence[Piece])
         with _opened(path) as file:
             for piece in wanted:
                 if files[piece.theirs] == path:
-                    place = parameters[piece.ours][piece.begin : piece.end]
-                    place.copy_(file.get_tensor(piece.theirs))
+                    piece.of(parameters[piece.ours]).copy_(file.get_tensor(piece.theirs))
 
 
 def split(
@@ -120,7 +119,7 @@ def split(
     """A copy of our weights under their names, converted to ``dtype`` unless that is None."""
     theirs: dict[str, Tensor] = {}
     for piece in wanted:
-        part = state[piece.ours][piece.begin : piece.end]
+        part = piece.of(state[piece.ours])
         theirs[piece.theirs] = part.to(dtype or part.dtype, copy=True)
     return theirs
 

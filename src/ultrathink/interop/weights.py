@@ -1,15 +1,19 @@
 """The weights of a model under Hugging Face's names, and where each lies in ours.
 
-Ours fuses what is multiplied with the same input: queries, keys and values; gate and up. Each of
-their tensors is a run of rows of one of ours, so splitting and joining lose nothing.
+Ours fuses what is multiplied with the same input: queries, keys and values; gate and up; and the
+experts of a layer. Each of their tensors is a run of rows of one of ours, or of one expert's part
+of it, so splitting and joining lose nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from ultrathink.config.model import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -22,56 +26,113 @@ class Piece(NamedTuple):
     ours: str
     begin: int
     end: int
-    columns: int | None  # None for a vector
+    row: tuple[int, ...]
+    """The shape of each row: nothing for a vector."""
+
+    expert: int | None = None
+    """The expert whose rows they are, in a parameter of all experts."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rows = self.end - self.begin
-        return (rows,) if self.columns is None else (rows, self.columns)
+        return (self.end - self.begin, *self.row)
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """Where the tensor lies in ``parameter``, a view."""
+        rows = parameter if self.expert is None else parameter[self.expert]
+        return rows[self.begin : self.end]
 
 
-def pieces(config: ModelConfig) -> list[Piece]:
-    """Every tensor of a checkpoint of Hugging Face for ``config``; each parameter is covered."""
+class ExpertNames(NamedTuple):
+    """How a checkpoint calls the tensors of experts."""
+
+    place: str
+    is_fused: bool  # one tensor for all experts, not three for each
+
+
+WRITTEN = ExpertNames("block_sparse_moe", is_fused=False)  # which every transformers reads
+
+
+def expert_names(tensors: Collection[str]) -> ExpertNames:
+    """The names in a checkpoint that holds ``tensors``; inside transformers 5 they are others."""
+    is_newer = any(".mlp.gate." in name or ".mlp.experts." in name for name in tensors)
+    is_fused = any(name.endswith(".experts.gate_up_proj") for name in tensors)
+    return ExpertNames("mlp" if is_newer else WRITTEN.place, is_fused)
+
+
+def pieces(config: ModelConfig, names: ExpertNames = WRITTEN) -> list[Piece]:
+    """Every tensor of a checkpoint of Hugging Face for ``config``; each parameter is covered.
+
+    Slots without an expert, which are zero, are not.
+    """
     config = config.resolved()
     assert config.vocab_size is not None, "a checkpoint has a vocabulary"
     hidden, vocabulary = config.hidden_size, config.vocab_size
     found = [
-        Piece(EMBEDDING, "embedding.weight", 0, vocabulary, hidden),
-        Piece("model.norm.weight", "norm.weight", 0, hidden, None),
+        Piece(EMBEDDING, "embedding.weight", 0, vocabulary, (hidden,)),
+        Piece("model.norm.weight", "norm.weight", 0, hidden, ()),
     ]
     if not config.tie_embeddings:
-        found.append(Piece(HEAD, "head.weight", 0, vocabulary, hidden))
+        found.append(Piece(HEAD, "head.weight", 0, vocabulary, (hidden,)))
     for layer in range(config.num_layers):
-        found.extend(_of_layer(config, f"model.layers.{layer}.", f"blocks.{layer}."))
+        theirs, ours = f"model.layers.{layer}.", f"blocks.{layer}."
+        found.extend(_attention(config, f"{theirs}self_attn.", f"{ours}attention."))
+        if config.moe is None:
+            found.extend(_feed_forward(config, f"{theirs}mlp.", f"{ours}feed_forward."))
+        else:
+            assert layer in config.expert_layers, "what cannot be exported was refused"
+            found.extend(_experts(config, names, theirs, f"{ours}feed_forward."))
+        for name, norm in (
+            ("input_layernorm", "attention_norm"),
+            ("post_attention_layernorm", "feed_forward_norm"),
+        ):
+            found.append(Piece(f"{theirs}{name}.weight", f"{ours}{norm}.weight", 0, hidden, ()))
     return found
 
 
-def _of_layer(config: ModelConfig, theirs: str, ours: str) -> Iterator[Piece]:
+def _attention(config: ModelConfig, theirs: str, ours: str) -> Iterator[Piece]:
     assert config.head_dim is not None, "the configuration is resolved first"
     assert config.num_kv_heads is not None, "the configuration is resolved first"
-    assert config.intermediate_size is not None, "the configuration is resolved first"
-    hidden, width = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     rows = {"q": (0, queries), "k": (queries, queries + keys)}
     rows["v"] = (queries + keys, queries + 2 * keys)
     for name, (begin, end) in rows.items():
-        place, qkv = f"{theirs}self_attn.{name}_proj", f"{ours}attention.qkv"
-        yield Piece(f"{place}.weight", f"{qkv}.weight", begin, end, hidden)
+        yield Piece(f"{theirs}{name}_proj.weight", f"{ours}qkv.weight", begin, end, (hidden,))
         if config.qkv_bias:
-            yield Piece(f"{place}.bias", f"{qkv}.bias", begin, end, None)
-    output = f"{ours}attention.output.weight"
-    yield Piece(f"{theirs}self_attn.o_proj.weight", output, 0, hidden, queries)
+            yield Piece(f"{theirs}{name}_proj.bias", f"{ours}qkv.bias", begin, end, ())
+    yield Piece(f"{theirs}o_proj.weight", f"{ours}output.weight", 0, hidden, (queries,))
     if config.qk_norm:
         for name, norm in (("q_norm", "query_norm"), ("k_norm", "key_norm")):
-            place = f"{ours}attention.{norm}.weight"
-            yield Piece(f"{theirs}self_attn.{name}.weight", place, 0, config.head_dim, None)
-    gate_up = f"{ours}feed_forward.gate_up.weight"
-    yield Piece(f"{theirs}mlp.gate_proj.weight", gate_up, 0, width, hidden)
-    yield Piece(f"{theirs}mlp.up_proj.weight", gate_up, width, 2 * width, hidden)
-    down = f"{ours}feed_forward.down.weight"
-    yield Piece(f"{theirs}mlp.down_proj.weight", down, 0, hidden, width)
-    for name, norm in (
-        ("input_layernorm", "attention_norm"),
-        ("post_attention_layernorm", "feed_forward_norm"),
-    ):
-        yield Piece(f"{theirs}{name}.weight", f"{ours}{norm}.weight", 0, hidden, None)
+            yield Piece(f"{theirs}{name}.weight", f"{ours}{norm}.weight", 0, config.head_dim, ())
+
+
+def _feed_forward(config: ModelConfig, theirs: str, ours: str) -> Iterator[Piece]:
+    assert config.intermediate_size is not None, "the configuration is resolved first"
+    hidden, width = config.hidden_size, config.intermediate_size
+    gate_up = f"{ours}gate_up.weight"
+    yield Piece(f"{theirs}gate_proj.weight", gate_up, 0, width, (hidden,))
+    yield Piece(f"{theirs}up_proj.weight", gate_up, width, 2 * width, (hidden,))
+    yield Piece(f"{theirs}down_proj.weight", f"{ours}down.weight", 0, hidden, (width,))
+
+
+def _experts(config: ModelConfig, names: ExpertNames, theirs: str, ours: str) -> Iterator[Piece]:
+    assert config.moe is not None, "a layer of experts is configured"
+    assert config.moe.intermediate_size is not None, "the configuration is resolved first"
+    hidden, width = config.hidden_size, config.moe.intermediate_size
+    (group,) = config.moe.groups
+    number = group.num_experts
+    place, gate_up, down = (
+        f"{theirs}{names.place}.",
+        f"{ours}experts.gate_up",
+        f"{ours}experts.down",
+    )
+    yield Piece(f"{place}gate.weight", f"{ours}router.weight", 0, number, (hidden,))
+    if names.is_fused:
+        yield Piece(f"{place}experts.gate_up_proj", gate_up, 0, number, (2 * width, hidden))
+        yield Piece(f"{place}experts.down_proj", down, 0, number, (hidden, width))
+        return
+    for expert in range(number):
+        of = f"{place}experts.{expert}."
+        yield Piece(f"{of}w1.weight", gate_up, 0, width, (hidden,), expert)
+        yield Piece(f"{of}w3.weight", gate_up, width, 2 * width, (hidden,), expert)
+        yield Piece(f"{of}w2.weight", down, 0, hidden, (width,), expert)

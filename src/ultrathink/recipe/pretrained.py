@@ -1,8 +1,9 @@
 """A configuration that begins with weights of others takes on their shape and their tokenizer.
 
 The checkpoint decides the shape of the model; what the configuration itself sets (in its file or
-as an override, not in a preset) has to agree with it. Only how positions are stretched is free,
-since that is how a model is taught longer texts.
+as an override, not in a preset) has to agree with it. How positions are stretched is free, since
+that is how a model is taught longer texts; so is how tokens are spread over experts, but what a
+checkpoint could not be written back with begins switched off.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from typing import Any
 
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import ConfigError
-from ultrathink.interop.families import SHAPE
+from ultrathink.interop.families import EXPERTS_SHAPE, SHAPE
 from ultrathink.interop.fetching import is_pretrained
 from ultrathink.interop.importing import Pretrained, open_pretrained
 
 _OVERRIDE = "override "
 _OWN = ("file ", _OVERRIDE)  # how the origins of values begin that the user gave
+# Training from nothing begins with these, trained weights go on without, unless the user asks: a
+# warm-up would send tokens to other experts than they are used to, and so would a bias.
+_BEGUN = ("routing.warmup_steps", "balance.bias_rate")
 
 
 def adopt_pretrained(config: Config, *, with_weights: bool = True) -> tuple[Config, Pretrained]:
@@ -34,6 +38,7 @@ def adopt_pretrained(config: Config, *, with_weights: bool = True) -> tuple[Conf
     chosen = {name for name in SHAPE if _is_stretched(config, name)}
     _refuse_another_model(config, theirs, chosen, source)
     values: dict[str, Any] = {f"model.{name}": theirs[name] for name in SHAPE if name not in chosen}
+    values.update(_experts(config, theirs["moe"]))
     if "rope_scaling" in chosen and "max_positions" not in chosen:
         values["model.max_positions"] = None  # what it comes to follows from the stretching
     tokenizer = {"type": "hf", "vocab_size": pretrained.tokenizer.vocab_size}
@@ -81,6 +86,21 @@ def _own_origin(config: Config, key: str) -> str | None:
     return None
 
 
+def _experts(config: Config, theirs: dict[str, Any] | None) -> dict[str, Any]:
+    """What a checkpoint decides of ``model.moe``, by dotted key."""
+    ours = config.model.moe
+    if theirs is None or ours is None:
+        return {"model.moe": theirs}
+    values = {f"model.moe.{name}": theirs[name] for name in EXPERTS_SHAPE}
+    if _own_origin(config, "model.moe.groups"):  # their numbers agree; the names are the user's
+        del values["model.moe.groups"]
+    for key in _BEGUN:
+        section, name = key.split(".")
+        if not _own_origin(config, f"model.moe.{key}"):
+            values[f"model.moe.{key}"] = theirs[section][name]
+    return values
+
+
 def _refuse_another_model(
     config: Config, theirs: dict[str, Any], chosen: Collection[str], source: str
 ) -> None:
@@ -92,6 +112,7 @@ def _refuse_another_model(
         and ours[name] != theirs[name]
         and (origin := _own_origin(config, f"model.{name}"))
     ]
+    found.extend(_other_experts(config, ours["moe"], theirs["moe"]))
     origin = _own_origin(config, "tokenizer")
     if origin is not None and config.tokenizer.type != "hf":
         found.append(f"tokenizer is {config.tokenizer.type} ({origin}), the checkpoint has its own")
@@ -101,3 +122,29 @@ def _refuse_another_model(
             f"{'; '.join(found)}. Leave these keys out, and the checkpoint decides them "
             f"(ultrathink config show CONFIG training.init_from={source} shows how)."
         )
+
+
+def _other_experts(
+    config: Config, ours: dict[str, Any] | None, theirs: dict[str, Any] | None
+) -> list[str]:
+    """What the user says of experts, and the checkpoint says otherwise."""
+    origin = _own_origin(config, "model.moe")
+    if origin is None or ours is theirs is None:
+        return []
+    if ours is None or theirs is None:
+        is_set, has = ("null", "has") if ours is None else ("set", "has no")
+        return [f"model.moe is {is_set} ({origin}), the checkpoint {has} experts"]
+    found = []
+    for name in EXPERTS_SHAPE:
+        own = _own_origin(config, f"model.moe.{name}")
+        here, there = (_shown(name, moe[name]) for moe in (ours, theirs))
+        if own is not None and here != there:
+            found.append(f"model.moe.{name} is {here} ({own}), the checkpoint's {there}")
+    return found
+
+
+def _shown(name: str, value: Any) -> Any:
+    """A value of ``model.moe``; of groups, what has to agree: their names and room are free."""
+    if name != "groups":
+        return value
+    return ", ".join(f"{group['num_experts']} top-{group['top_k']}" for group in value)

@@ -25,6 +25,7 @@ LLAMA: dict[str, Any] = {
     "intermediate_size": 96,
     "vocab_size": 50,
 }
+MIXTRAL: dict[str, Any] = {"model_type": "mixtral", "num_key_value_heads": 2}
 
 
 def read(**values: Any) -> ModelConfig:
@@ -56,6 +57,33 @@ def test_what_is_left_out_has_the_default_of_its_family() -> None:
     assert (qwen2.num_kv_heads, qwen2.head_dim, qwen2.qkv_bias) == (32, 16, True)
     qwen3 = read(model_type="qwen3", **heads)
     assert (qwen3.num_kv_heads, qwen3.head_dim, qwen3.qk_norm) == (32, 128, True)
+    assert (qwen3.norm_eps, qwen3.rope_theta, qwen3.moe) == (1e-6, 10_000.0, None)
+    mixtral = read_family({**LLAMA, **heads, "model_type": "mixtral"}, PATH)
+    assert (mixtral.model.num_kv_heads, mixtral.window) == (8, None)
+    assert (mixtral.model.norm_eps, mixtral.model.rope_theta) == (1e-5, 1e6)
+    assert mixtral.model.max_positions == 131_072
+    moe = mixtral.model.moe
+    assert moe is not None
+    assert [(group.num_experts, group.top_k) for group in moe.groups] == [(8, 2)]
+    assert (moe.intermediate_size, moe.layers, moe.score) == (96, "all", "softmax")
+
+
+def test_the_defaults_of_a_mixtral_are_those_of_transformers() -> None:
+    import transformers
+
+    theirs = transformers.MixtralConfig()
+    described = read_family(
+        {
+            "model_type": "mixtral",
+            "hidden_size": theirs.hidden_size,
+            "num_hidden_layers": theirs.num_hidden_layers,
+            "num_attention_heads": theirs.num_attention_heads,
+            "intermediate_size": theirs.intermediate_size,
+            "vocab_size": theirs.vocab_size,
+        },
+        PATH,
+    )
+    assert described == read_family(theirs.to_dict(), PATH)
 
 
 def test_null_heads_are_all_heads() -> None:
@@ -128,6 +156,16 @@ def test_another_kind_of_model_is_refused_with_those_that_are_known() -> None:
             {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}},
             ["rope_parameters.partial_rotary_factor is 0.25"],
         ),
+        (MIXTRAL | {"num_experts_per_tok": 1}, ["num_experts_per_tok is 1", "2 or more"]),
+        (MIXTRAL | {"num_local_experts": 0}, ["num_local_experts is 0", "whole number above 0"]),
+        (
+            MIXTRAL | {"num_experts_per_tok": 9},
+            ["describes no model that works: moe: groups: 0: top_k (9)"],
+        ),
+        (
+            MIXTRAL | {"intermediate_size": 100},
+            ["no model that works: moe: intermediate_size (100) must be a multiple of 8"],
+        ),
     ],
 )
 def test_what_cannot_be_expressed_is_named(values: dict[str, Any], said: list[str]) -> None:
@@ -181,9 +219,10 @@ def test_the_length_before_stretching_is_found_where_transformers_looks() -> Non
 # -- windows ---------------------------------------------------------------------------------------
 
 
-def test_a_text_beyond_the_window_is_refused() -> None:
+@pytest.mark.parametrize("kind", ["mistral", "mixtral"])
+def test_a_text_beyond_the_window_is_refused(kind: str) -> None:
     described = read_family(
-        {**LLAMA, "model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 16}, PATH
+        {**LLAMA, "model_type": kind, "num_key_value_heads": 2, "sliding_window": 16}, PATH
     )
     check_length(described, 16, PATH)
     with pytest.raises(CheckpointError, match=r"sliding_window is 16, .*data\.seq_len=16 or less"):
@@ -233,6 +272,55 @@ def test_what_no_family_has_is_refused_with_the_alternative() -> None:
     assert "Qwen3 has the norms, Qwen2 the biases" in str(caught.value)
 
 
+GROUPS = [{"name": "experts", "num_experts": 4, "top_k": 2}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "moe", "said"),
+    [
+        ({"qk_norm": True}, {}, ["model.qk_norm is true", "model.qk_norm=false"]),
+        ({"qkv_bias": True}, {}, ["model.qkv_bias is true", "model.qkv_bias=false"]),
+        ({"feed_forward": "relu2"}, {}, ["model.feed_forward is relu2", "mixtral"]),
+        (
+            {},
+            {"groups": [*GROUPS, {"name": "meta", "num_experts": 4, "top_k": 1}]},
+            ["model.moe.groups has 2 groups (experts, meta)", "with one group"],
+        ),
+        ({}, {"shared_size": 16}, ["model.moe.shared_size is 16", "model.moe.shared_size=null"]),
+        ({}, {"layers": "interleaved"}, ["model.moe.layers is interleaved", "layers=all"]),
+        ({}, {"layers": [1, 0.0, 2]}, ["model.moe.layers is [1, 0.0, 2]"]),
+        ({}, {"score": "sigmoid"}, ["model.moe.score is sigmoid", "score=softmax"]),
+        (
+            {},
+            {"groups": [{"name": "experts", "num_experts": 4, "top_k": 1}]},
+            ["model.moe.groups.0.top_k is 1", "the weight 1", "2 or more"],
+        ),
+        ({}, {"normalize_gates": False}, ["normalize_gates is false", "normalize_gates=true"]),
+    ],
+)
+def test_experts_that_no_mixtral_has_are_refused(
+    changes: dict[str, Any], moe: dict[str, Any], said: list[str]
+) -> None:
+    config = ModelConfig.model_validate({**changes, "moe": {"groups": GROUPS, **moe}})
+    with pytest.raises(ConfigError) as caught:
+        choose_family(config)
+    for words in [*said, "a model that is to be exported", "read this run as it is"]:
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"layers": [0, 1, 2, 3]},
+        {"groups": [{"name": "any", "num_experts": 1, "top_k": 1}]},
+        {"groups": [{"name": "any", "num_experts": 3, "top_k": 3}], "normalize_gates": False},
+    ],
+)
+def test_experts_that_are_the_same_otherwise_said_are_a_mixtral(moe: dict[str, Any]) -> None:
+    config = ModelConfig.model_validate({"moe": {"groups": GROUPS, **moe}})
+    assert choose_family(config) == "mixtral"
+
+
 @pytest.mark.parametrize(
     ("changes", "length"),
     [
@@ -254,7 +342,21 @@ def test_the_context_length_that_is_told(changes: dict[str, Any], length: int) -
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"qkv_bias": True}, {"qk_norm": True}, {"hidden_size": 44, "head_dim": 16}],
+    [
+        {},
+        {"qkv_bias": True},
+        {"qk_norm": True},
+        {"hidden_size": 44, "head_dim": 16},
+        {
+            "intermediate_size": 96,
+            "moe": {
+                "groups": GROUPS,
+                "intermediate_size": 96,
+                "routing": {"warmup_steps": 0},
+                "balance": {"bias_rate": 0.0},
+            },
+        },
+    ],
 )
 def test_what_is_written_is_read_back(changes: dict[str, Any]) -> None:
     config = ModelConfig.model_validate({"vocab_size": 50, "max_positions": 128, **changes})

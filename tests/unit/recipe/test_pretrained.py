@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from tests.unit.interop.checkpoints import (
     small_bpe,
     to_older_layout,
 )
-from ultrathink import load_model
+from ultrathink import build_model, load_model
 from ultrathink.config import load_config
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError, ConfigError
 from ultrathink.data.tokenizers.huggingface import HuggingFaceTokenizer
+from ultrathink.inference.engine import Engine
+from ultrathink.inference.sampling import SamplingParams
 from ultrathink.interop.export import export_run
 from ultrathink.interop.importing import load_pretrained
 from ultrathink.recipe.build import begin_again, build_trainer
@@ -186,3 +189,123 @@ def test_a_run_folder_is_named_without_the_prefix(load: Load, tmp_path: Path) ->
     run = make_random_run(tmp_path)
     with pytest.raises(CheckpointError, match=r"has no config\.json\. A run of ultrathink is"):
         build_trainer(load(f"training.init_from=hf:{run.path}"))
+
+
+# -- experts ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixtral(folder: Path) -> Path:
+    """A tiny Mixtral in place of the Qwen2."""
+    shutil.rmtree(folder)
+    save_theirs(folder, "mixtral", num_local_experts=4)
+    return folder
+
+
+def test_a_mixtral_trains_on_and_goes_back(load: Load, mixtral: Path) -> None:
+    theirs, _ = load_pretrained(f"hf:{mixtral}")
+    trainer = build_trainer(load("training.max_steps=2"))
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    for name, tensor in theirs.named_parameters():
+        assert torch.equal(before[name], tensor), name
+    assert trainer.fit() == "finished"
+    model, tokenizer = load_model(trainer.run.path, "last")
+    params = SamplingParams(max_new_tokens=4, temperature=0.0)
+    assert Engine(model, tokenizer).generate("the fox", params).new_tokens > 0
+    after = model.state_dict()
+    for name, _ in model.named_parameters():
+        assert not torch.equal(after[name], before[name]), name
+    done = export_run(str(trainer.run.path), "last")
+    assert (done.model_type, done.remarks) == ("mixtral", ())
+    again, _ = load_pretrained(f"hf:{done.folder}")
+    for name, tensor in again.named_parameters():
+        assert torch.equal(after[name], tensor), name
+
+
+def test_how_experts_are_trained_stays_the_users(load: Load, mixtral: Path) -> None:
+    config, _ = adopt_pretrained(
+        load(
+            "model.moe.balance.load=0.02", "model.moe.routing.jitter=0.1", "model.moe.backend=loop"
+        )
+    )
+    moe = config.model.moe
+    assert moe is not None
+    assert (moe.balance.load, moe.routing.jitter, moe.backend) == (0.02, 0.1, "loop")
+    assert [(group.name, group.num_experts, group.top_k) for group in moe.groups] == [
+        ("experts", 4, 2)
+    ]
+    assert (moe.intermediate_size, moe.layers, moe.score) == (64, "all", "softmax")
+    assert (moe.routing.warmup_steps, moe.balance.bias_rate) == (0, 0.0)
+    for key in ("groups", "intermediate_size", "routing.warmup_steps", "balance.bias_rate"):
+        assert config.origin(f"model.moe.{key}") == f"from the weights hf:{mixtral}", key
+    assert config.origin("model.moe.balance.load") == "override model.moe.balance.load=0.02"
+    config, _ = adopt_pretrained(
+        load("model.moe.balance.bias_rate=0.002", "model.moe.routing.warmup_steps=5")
+    )
+    assert config.model.moe is not None
+    assert config.model.moe.balance.bias_rate == 0.002
+    assert config.model.moe.routing.warmup_steps == 5
+
+
+def test_no_word_of_experts_is_needed(load: Load, mixtral: Path) -> None:
+    config, pretrained = adopt_pretrained(load())
+    assert config.model.moe == pretrained.model.moe
+    assert config.origin("model.moe.groups") == f"from the weights hf:{mixtral}"
+    assert shown_with_pretrained(config) == config
+
+
+@pytest.mark.usefixtures("mixtral")
+def test_a_bias_keeps_a_mixtral_from_going_back(load: Load) -> None:
+    trainer = build_trainer(load("training.max_steps=1", "model.moe.balance.bias_rate=0.01"))
+    trainer.fit()
+    with pytest.raises(ConfigError, match=r"selection_bias is up to 0\.01, .*bias_rate=0 from"):
+        export_run(str(trainer.run.path))
+
+
+def test_groups_of_the_user_have_their_names_and_their_room(load: Load, mixtral: Path) -> None:
+    groups = "{name: mine, num_experts: 4, top_k: 2, max_experts: 6}"
+    trainer = build_trainer(load(f"model.moe.groups=[{groups}]", "training.max_steps=1"))
+    theirs, _ = load_pretrained(f"hf:{mixtral}")
+    layer, plain = (model.expert_layers()[1] for model in (trainer.model, theirs))
+    assert layer.router.config.groups[0].name == "mine"
+    assert layer.router.active.tolist() == [True] * 4 + [False] * 2
+    assert torch.equal(layer.experts.down[:4], plain.experts.down)
+    assert not layer.experts.down[4:].any()
+    ids = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = trainer.model.eval()(ids).logits
+        torch.testing.assert_close(logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_other_experts_than_the_checkpoints_are_refused(load: Load, mixtral: Path) -> None:
+    groups = "model.moe.groups=[{name: a, num_experts: 4, top_k: 1}]"
+    with pytest.raises(ConfigError) as caught:
+        adopt_pretrained(load(groups, "model.moe.shared_size=16", "model.moe.score=softmax"))
+    message = str(caught.value)
+    assert f"training.init_from=hf:{mixtral} holds another model" in message
+    assert f"model.moe.groups is 4 top-1 (override {groups}), the checkpoint's 4 top-2" in message
+    assert "model.moe.shared_size is 16 (override model.moe.shared_size=16), the" in message
+    assert "score" not in message
+    with pytest.raises(
+        ConfigError, match=r"model\.moe is null \(override .*checkpoint has experts"
+    ):
+        adopt_pretrained(load("model.moe=null"))
+
+
+def test_experts_for_a_checkpoint_that_has_none(load: Load, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        adopt_pretrained(load("model.moe.balance.load=0.02"))
+    assert "model.moe is set (override model.moe.balance.load=0.02), the" in str(caught.value)
+    assert "checkpoint has no experts" in str(caught.value)
+    adopt_pretrained(load("model.moe=null"))
+    config = load("model.moe.groups=[{name: a, num_experts: 4, top_k: 1}]")
+    preset = config.with_origins({"model.moe.groups.0.name": "preset some"})
+    adopted, _ = adopt_pretrained(preset)
+    assert adopted.model.moe is None, "what a preset says gives way"
+    assert build_model(adopted).routing is None
+
+
+@pytest.mark.parametrize("source", ["null", "runs/some"])
+def test_without_a_checkpoint_of_hugging_face_groups_are_named(load: Load, source: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.moe\.groups"):
+        load("model.moe.balance.load=0.02", f"training.init_from={source}")

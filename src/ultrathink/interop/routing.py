@@ -1,0 +1,62 @@
+"""Live routing of a checkpoint, worked into weights where that changes no result.
+
+In evaluation the router's logits are multiplied by warm-up over temperature, which its weights can
+hold. A bias that is added where experts are chosen, and not in what they count, has no place there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ultrathink.config.model import ModelConfig
+from ultrathink.core.errors import CheckpointError, ConfigError
+
+
+def fold_routing(
+    state: Mapping[str, Tensor], config: ModelConfig, source: Path
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights ``state`` of ``source`` for a plain router, and what was done, in sentences.
+
+    Raises ConfigError where experts are chosen with a bias, CheckpointError where other experts
+    are in use than ``config`` says.
+    """
+    folded = dict(state)
+    if config.moe is None:
+        return folded, []
+    (group,) = config.moe.groups
+    scale = (state["routing.warmup"] / state["routing.temperature"]).double()
+    for layer in range(config.num_layers):
+        router = f"blocks.{layer}.feed_forward.router"
+        active, bias = state[f"{router}.active"], state[f"{router}.selection_bias"]
+        wanted = torch.arange(len(active)) < group.num_experts
+        if not torch.equal(active.cpu(), wanted):
+            raise CheckpointError(
+                f"{source}: {router}.active has {int(active.sum())} experts in other slots than "
+                f"the first {group.num_experts} that model.moe.groups.0.num_experts says; an "
+                f"export would leave some out."
+            )
+        largest = bias[active].abs().max().item()
+        if largest > 0:
+            raise ConfigError(
+                f"{source}: {router}.selection_bias is up to {largest:.3g}, and Mixtral has no "
+                f"bias with which experts are chosen: without it, tokens would go to others. A "
+                f"model that is to be exported is trained with model.moe.balance.bias_rate=0 from "
+                f"its first step. ultrathink generate and load_model read this run as it is."
+            )
+        if scale != 1:
+            weight = state[f"{router}.weight"]
+            folded[f"{router}.weight"] = (weight.double() * scale).to(weight.dtype)
+    return folded, _remarks(state)
+
+
+def _remarks(state: Mapping[str, Tensor]) -> list[str]:
+    return [
+        f"routing has a {name} of {state[f'routing.{name}'].item():.3g}, which Mixtral has not; "
+        f"the router's weights are {verb} by it"
+        for name, verb in (("temperature", "divided"), ("warmup", "multiplied"))
+        if state[f"routing.{name}"] != 1
+    ]

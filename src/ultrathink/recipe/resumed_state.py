@@ -34,6 +34,7 @@ _FREE = (
     "model.attention",
     "model.dropout",
     "model.z_loss",
+    *(f"model.moe.{name}" for name in ("routing", "balance", "backend")),
     "model.rope_theta",
     "model.rope_scaling",
 )
@@ -104,8 +105,20 @@ def adapt_state(
         settings["clip"] = trainer.settings.clip
     if touches(changes, "training.micro_batch_size", "training.batch_size"):
         settings["micro_batch_size"] = trainer.settings.micro_batch_size
+    _adapt_routing(values["model"], trainer, changes)
     if other_scores or touches(changes, "training.checkpoint.best_by"):
         progress["best"] = None  # it does not compare with those to come
+
+
+def _adapt_routing(
+    weights: dict[str, Any], trainer: Trainer, changes: Sequence[ConfigChange]
+) -> None:
+    """Let the live controls of routing that were configured anew be as configured."""
+    if trainer.model.routing is None:
+        return
+    for name, value in trainer.model.routing.named_buffers():
+        if touches(changes, f"model.moe.routing.{name}", f"model.moe.balance.{name}"):
+            weights[f"routing.{name}"] = value.clone()
 
 
 def _adapt_schedule(

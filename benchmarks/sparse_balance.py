@@ -86,9 +86,7 @@ def main() -> None:
 def summarize(runs: list[dict[str, Any]], unbalanced: list[dict[str, Any]]) -> dict[str, Any]:
     """Over the seeds: mean loss, its mean change, and each group's worst load."""
     losses = [run["loss"] for run in runs]
-    changes = [
-        run["loss"] / other["loss"] - 1 for run, other in zip(runs, unbalanced, strict=True)
-    ]
+    changes = [run["loss"] / other["loss"] - 1 for run, other in zip(runs, unbalanced, strict=True)]
     groups = {
         name: {
             "gini": max(max(run["groups"][name]["gini"]) for run in runs),

@@ -1,0 +1,132 @@
+"""What experts are worth: a dense model, 8 experts and MoE³ at equal work and in equal time.
+
+    python benchmarks/sparse_quality.py --steps 600 --minutes 3
+    python benchmarks/sparse_quality.py --only dense moe3 --seeds 0 1 2 --json
+
+All are the preset `demo` with other feed-forward layers: dense of width 1024; 8 experts of 512,
+top-2; MoE³ (knowledge 64 top-2, skill 32 top-2, meta 16 top-1, safety 8 top-1) of width 160. A token
+meets as many weights in each, routers included, within three per cent. At equal work they train on as many
+tokens; in equal time for as many minutes, compilation included. Bits per byte are those of all
+held-out files.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from typing import Any
+
+from harness import parser, rows, setting, show, start
+from training_runs import train_all
+
+from ultrathink.core.errors import UltrathinkError, suggestion
+
+_EIGHT = "[{name: experts, num_experts: 8, top_k: 2}]"
+_MOE3 = (
+    "[{name: knowledge, num_experts: 64, top_k: 2}, {name: skill, num_experts: 32, top_k: 2}, "
+    "{name: meta, num_experts: 16, top_k: 1}, {name: safety, num_experts: 8, top_k: 1}]"
+)
+MODELS: dict[str, list[str]] = {
+    "dense": [],
+    "8 experts": [f"model.moe={{groups: {_EIGHT}, intermediate_size: 512}}"],
+    "MoE3": [f"model.moe={{groups: {_MOE3}, intermediate_size: 160}}"],
+    "8 experts, AdamW": [
+        f"model.moe={{groups: {_EIGHT}, intermediate_size: 512}}",
+        "training.optimizer.experts=adamw",
+    ],
+    "MoE3, AdamW": [
+        f"model.moe={{groups: {_MOE3}, intermediate_size: 160}}",
+        "training.optimizer.experts=adamw",
+    ],
+}
+
+
+def main() -> None:
+    """Run every model with every seed, both ways, and print what came out."""
+    options = parser(__doc__)
+    options.add_argument("--only", nargs="*", default=list(MODELS), metavar="MODEL")
+    options.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    options.add_argument("--steps", type=int, default=600, help="for equal work; 0 leaves it out")
+    options.add_argument("--minutes", type=float, default=3, help="in equal time; 0 leaves it out")
+    options.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for all runs")
+    options.add_argument("--quiet", action="store_true", help="do not tell of each run on its end")
+    args = options.parse_args()
+    for name in args.only:
+        if name not in MODELS:
+            raise UltrathinkError(f"there is no model {name!r}. {suggestion(name, MODELS)}")
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    lengths = {}
+    if args.steps:
+        lengths["equal work"] = [f"training.max_steps={args.steps}", "training.compile=true"]
+    if args.minutes:
+        lengths["equal time"] = [f"training.max_minutes={args.minutes}"]
+    runs = {
+        f"{way}, {name}, seed {seed}": [
+            *length,
+            f"run.seed={seed}",
+            *MODELS[name],
+            *args.set,
+        ]
+        for seed in args.seeds  # those that are compared run one after the other
+        for way, length in lengths.items()
+        for name in args.only
+    }
+    done = train_all(runs, preset="demo", processes=1, verbose=not args.quiet)
+    result = {
+        "benchmark": "sparse_quality",
+        "steps": args.steps,
+        "minutes": args.minutes,
+        "seeds": args.seeds,
+        "setting": setting(),
+        "ways": {
+            way: {
+                name: summarize([done[f"{way}, {name}, seed {seed}"] for seed in args.seeds])
+                for name in args.only
+            }
+            for way in lengths
+        },
+    }
+    show(result, describe(result), args.json)
+
+
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Scores over the seeds, and what a run takes."""
+    scores = [run["bits_per_byte"] for run in runs]
+    return {
+        "parameters": runs[0]["parameters"],
+        "flops_per_token": runs[0]["flops_per_token"],
+        "steps": statistics.median(run["step"] for run in runs),
+        "minutes": statistics.median(run["minutes"] for run in runs),
+        "losses": [run["loss"] for run in runs],
+        "bits_per_byte": scores,
+        "mean": statistics.mean(scores),
+        "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The result as a table; change is that of the mean against the first model."""
+    lines = []
+    for way, models in result["ways"].items():
+        first = next(iter(models.values()))["mean"]
+        for name, figures in models.items():
+            deviation = figures["deviation"]
+            lines.append(
+                (
+                    f"{way}: {name}",
+                    f"{figures['parameters'] / 1e6:.1f}M",
+                    f"{figures['flops_per_token'] / 1e6:.1f}M",
+                    f"{figures['steps']:,.0f}",
+                    f"{figures['minutes']:.2f}",
+                    f"{figures['mean']:.3f}",
+                    "" if deviation is None else f"{deviation:.3f}",
+                    f"{figures['mean'] / first - 1:+.1%}",
+                    " ".join(f"{score:.3f}" for score in figures["bits_per_byte"]),
+                )
+            )
+    header = ("", "weights", "FLOPs/token", "steps", "minutes", "bits/byte", "deviation", "change")
+    return rows((*header, "by seed"), lines)
+
+
+if __name__ == "__main__":
+    start(main)

@@ -4,10 +4,10 @@
     python benchmarks/sparse_quality.py --only dense moe3 --seeds 0 1 2 --json
 
 All are the preset `demo` with other feed-forward layers: dense of width 1024; 8 experts of 512,
-top-2; MoE³ (knowledge 64 top-2, skill 32 top-2, meta 16 top-1, safety 8 top-1) of width 160. A token
-meets as many weights in each, routers included, within three per cent. At equal work they train on as many
-tokens; in equal time for as many minutes, compilation included. Bits per byte are those of all
-held-out files.
+top-2; MoE³ (knowledge 64 top-2, skill 32 top-2, meta 16 top-1, safety 8 top-1) of width 160. A
+token meets as many weights in each, routers included, within three per cent. At equal work they
+train on as many tokens; in equal time for as many minutes, compilation included. Bits per byte are
+those of all held-out files.
 """
 
 from __future__ import annotations

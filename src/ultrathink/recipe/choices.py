@@ -9,6 +9,8 @@ import torch
 
 from ultrathink.config.schema import Config
 from ultrathink.core.divisors import largest_divisor
+from ultrathink.core.errors import ConfigError
+from ultrathink.model.experts.products import GROUPED_MM_DTYPES, choose_expert_backend
 from ultrathink.model.flops import flops_per_token
 from ultrathink.parallel.mesh import SINGLE, Degrees, check_batch, resolve_degrees
 from ultrathink.parallel.world import ALONE, World
@@ -100,8 +102,26 @@ def choose(
         planned_s = planned_seconds(training, planned_flops, reckoned)
         backend = choose_attention(config, DTYPES[precision], device, planned_s)
         config = _replaced(config, {"model.attention.backend": backend})
+    config = _with_expert_backend(config, device, DTYPES[precision])
     warnings = (f"training.compile: {compile_reason}.",) if is_warning else ()
     return config, Choices(device, precision, peak, warnings)
+
+
+def _with_expert_backend(config: Config, device: torch.device, dtype: torch.dtype) -> Config:
+    """``config`` with the kernel of its experts, if it has any; ConfigError for one that cannot."""
+    if config.model.moe is None:
+        return config
+    name = config.model.moe.backend
+    if name == "auto":
+        chosen = choose_expert_backend(device.type, dtype)
+        reason = f"the fastest for {device.type} in {str(dtype).removeprefix('torch.')}"
+        return _replaced(config, {"model.moe.backend": (chosen, reason)})
+    if name == "grouped_mm" and dtype not in GROUPED_MM_DTYPES:
+        raise ConfigError(
+            f"model.moe.backend = 'grouped_mm' takes fp32 and bf16, and training.precision is "
+            f"{config.training.precision}; use model.moe.backend=auto."
+        )
+    return config
 
 
 def _replaced(config: Config, chosen: Mapping[str, tuple[object, str]]) -> Config:

@@ -19,11 +19,14 @@ from ultrathink.config.experts import EXPERT_BACKENDS
 from ultrathink.config.model import FEED_FORWARDS, ModelConfig
 from ultrathink.model.experts.controls import Controls
 from ultrathink.model.experts.layout import Layout, lay_out, sum_of_rows
-from ultrathink.model.experts.products import ExpertBackend, grouped_product
+from ultrathink.model.experts.products import (
+    AUTOMATIC,
+    ExpertBackend,
+    choose_expert_backend,
+    grouped_product,
+)
 from ultrathink.model.experts.router import Choice, LayerRouting, Router
 from ultrathink.model.experts.sequences import Sequences
-
-BACKENDS = ("batched", "grouped_mm", "loop")  # those that ``auto`` may choose
 
 
 class MixtureOfExperts(nn.Module):
@@ -71,7 +74,7 @@ class Experts(nn.Module):
         self.per_token = config.moe.experts_per_token
         self.width = config.moe.intermediate_size
         self.backend = config.moe.backend
-        names = BACKENDS if self.backend == "auto" else (self.backend,)
+        names = AUTOMATIC if self.backend == "auto" else (self.backend,)
         self._kernels: dict[str, ExpertBackend] = {
             name: EXPERT_BACKENDS.load(name)() for name in names
         }
@@ -135,12 +138,9 @@ class Experts(nn.Module):
         return (out.view(*gates.shape, -1) * gates[..., None]).sum(1)
 
     def _choose_backend(self, x: Tensor) -> str:
-        """``auto`` is the fastest that takes this device and precision."""
         if self.backend != "auto":
             return self.backend
-        if x.device.type == "cpu":
-            return "batched"
-        return "grouped_mm" if x.dtype in (torch.bfloat16, torch.float32) else "loop"
+        return choose_expert_backend(x.device.type, x.dtype)
 
 
 class _Spread(torch.autograd.Function):

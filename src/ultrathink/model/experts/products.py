@@ -19,6 +19,19 @@ from torch import Tensor
 
 from ultrathink.config.experts import EXPERT_BACKENDS
 
+AUTOMATIC = ("batched", "grouped_mm", "loop")  # those that ``choose_expert_backend`` knows
+
+
+def choose_expert_backend(device_type: str, dtype: torch.dtype) -> str:
+    """The name of the fastest backend that takes this device and precision.
+
+    On a CPU ``batched`` is faster than ``grouped_mm`` (see ``Batched``); on a GPU it would wait
+    for the number of each expert's rows.
+    """
+    if device_type == "cpu":
+        return "batched"
+    return "grouped_mm" if dtype in GROUPED_MM_DTYPES else "loop"
+
 
 class ExpertBackend(Protocol):
     """A kernel of the grouped product and of its gradient."""
@@ -37,6 +50,9 @@ class ExpertBackend(Protocol):
 
     def outer(self, grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
         """``grad[R, O]`` transposed times ``rows[R, I]`` for each expert: ``[E, O, I]``."""
+
+
+GROUPED_MM_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class GroupedMM:

@@ -82,7 +82,6 @@ def held_out_load(trainer: Any) -> dict[str, Any]:
     """How the held-out text spreads over the experts of each group, in evaluation mode."""
     import torch
 
-    from ultrathink.monitoring.experts import gini_of_noise
     from ultrathink.training.experts import read_experts
     from ultrathink.training.stepping import StepResult
 
@@ -101,21 +100,15 @@ def held_out_load(trainer: Any) -> dict[str, Any]:
     result = StepResult(0.0, {}, 0.0, num_tokens, False, stats)
     statistics = read_experts(model, result, trainer.world)
     assert statistics is not None, "a model with experts"
-    groups: dict[str, dict[str, Any]] = {}
-    for _, name, load in statistics.of_groups():
-        group = groups.setdefault(
-            name,
-            {
-                "gini": [],
-                "utilization": [],
-                "dead": 0,
-                "gini_of_noise": gini_of_noise(len(load.load), load.top_k, num_tokens),
-            },
-        )
-        figures = load.metrics()
-        group["gini"].append(figures["gini"])
-        group["utilization"].append(figures["utilization"])
-        group["dead"] += int(figures["dead"])
+    groups = {
+        name: {
+            "gini": figures["gini"].tolist(),
+            "gini_of_noise": float(figures["gini_of_noise"][0]),
+            "utilization": figures["utilization"].tolist(),
+            "dead": int(figures["dead"].sum()),
+        }
+        for name, figures in statistics.figures.items()
+    }
     return {"scored_tokens": num_tokens, "groups": groups}
 
 

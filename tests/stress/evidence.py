@@ -15,6 +15,7 @@ from ultrathink.core.errors import UltrathinkError
 from ultrathink.runs.checkpoint import verify_checkpoint
 
 Row = dict[str, Any]
+EXPERTS = "experts.jsonl"
 
 # What the clock and the machine decide, and what a run is called. The number of loader workers may
 # differ too: it has no bearing on anything.
@@ -30,11 +31,13 @@ _LEFT_OUT_OF_STATE = {
 def differences(reference: Path, other: Path) -> list[str]:
     """Where run folder ``other`` differs from ``reference``, in words; empty where it does not.
 
-    Compared are all lines of metrics.jsonl, the tensors (bit for bit) and state.json of ``last``
-    and ``best``, which checkpoints there are, and what was left lying about. Times and rates are
-    left out.
+    Compared are all lines of metrics.jsonl and, where there is one, experts.jsonl, the tensors (bit
+    for bit) and state.json of ``last`` and ``best``, which checkpoints there are, and what was left
+    lying about. Times and rates are left out.
     """
     found = row_differences(rows(reference), rows(other))
+    experts = [rows(run, EXPERTS) if (run / EXPERTS).exists() else [] for run in (reference, other)]
+    found += row_differences(*experts, EXPERTS)
     found += _listing_differences(reference, other)
     for name in ("last", "best"):
         here, there = reference / "checkpoints" / name, other / "checkpoints" / name
@@ -44,27 +47,29 @@ def differences(reference: Path, other: Path) -> list[str]:
     return found
 
 
-def rows(run: Path) -> list[Row]:
-    """The lines of metrics.jsonl without times and rates."""
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+def rows(run: Path, name: str = "metrics.jsonl") -> list[Row]:
+    """The lines of a file of metrics without times and rates."""
+    text = (run / name).read_text(encoding="utf-8")
     return [
         {key: value for key, value in json.loads(line).items() if key not in _LEFT_OUT_OF_ROWS}
         for line in text.splitlines()
     ]
 
 
-def row_differences(reference: list[Row], other: list[Row]) -> list[str]:
+def row_differences(
+    reference: list[Row], other: list[Row], name: str = "metrics.jsonl"
+) -> list[str]:
     """Which logged lines differ, each named by its number, step and first field that differs."""
     found = []
     for number, (here, there) in enumerate(zip(reference, other, strict=False), start=1):
         if here != there:
             key = next(k for k in [*here, *there] if here.get(k) != there.get(k))
             found.append(
-                f"metrics.jsonl line {number} (step {here['step']}, {here['split']}): "
+                f"{name} line {number} (step {here['step']}, {here.get('split', 'train')}): "
                 f"{key} is {here.get(key)!r} undisturbed, {there.get(key)!r} after the kills"
             )
     if len(reference) != len(other):
-        found.append(f"metrics.jsonl has {len(reference)} lines undisturbed, {len(other)} here")
+        found.append(f"{name} has {len(reference)} lines undisturbed, {len(other)} here")
     return found
 
 

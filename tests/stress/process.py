@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 POLL_S = 0.001
-_TAIL_BYTES = 2048  # holds the last line of metrics.jsonl
+_TAIL_BYTES = 8192  # holds the last line of metrics.jsonl
 
 
 class Session:

@@ -128,8 +128,11 @@ def _print_remarks(report: Report, comparison: Comparison) -> None:
         words = [said for agreement in agreements if (said := _agreement_in_words(agreement))]
         if words:
             remarks.append(f"{comparison.sides[0].label} and {side.label}: {'; '.join(words)}")
-    for name, having in comparison.lone_metrics.items():
-        remarks.append(f"only {' and '.join(having)} {_has(having)} the metric {name}")
+    remarks += dict.fromkeys(  # of a family of metrics, such as experts/skill/gini, one line
+        f"only {' and '.join(having)} {_has(having)} the "
+        + (f"metrics {name.rpartition('/')[0]}/*" if "/" in name else f"metric {name}")
+        for name, having in comparison.lone_metrics.items()
+    )
     for remark in remarks:
         report.line(f"  {remark}")
     if remarks:

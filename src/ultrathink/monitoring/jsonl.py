@@ -1,4 +1,7 @@
-"""The lasting record of a run: ``metrics.jsonl`` and ``samples.jsonl``, one JSON object a line."""
+"""The lasting record of a run, one JSON object a line.
+
+``metrics.jsonl`` has the figures, ``experts.jsonl`` those of experts, ``samples.jsonl`` texts.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,22 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ultrathink.core.files import write_atomic
 from ultrathink.monitoring.appending import ResilientAppender
 from ultrathink.monitoring.records import BaseSink, MetricRecord, Note, RunInfo
 
+if TYPE_CHECKING:
+    from ultrathink.monitoring.experts import ExpertRecord
+
 METRICS_FILE = "metrics.jsonl"
+EXPERTS_FILE = "experts.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 
 
 class JsonlSink(BaseSink):
-    """Appends every record to ``metrics.jsonl`` and every sample to ``samples.jsonl``.
+    """Appends every record to the file of its kind, which is made when the first one comes.
 
     What cannot be written waits until it can; the method that tried raises OSError.
     """
@@ -27,13 +34,17 @@ class JsonlSink(BaseSink):
 
     def open(self, info: RunInfo) -> None:
         """Drop what lies beyond the step that the run continues from, and begin to append."""
-        for name in (METRICS_FILE, SAMPLES_FILE):
+        for name in (METRICS_FILE, EXPERTS_FILE, SAMPLES_FILE):
             self._files[name] = line_appender(info.folder / name, cut_beyond=info.start_step)
         self._each(ResilientAppender.flush)
 
     def write(self, record: MetricRecord) -> None:
         """Append one line."""
         self._append(METRICS_FILE, record.to_json())
+
+    def experts(self, record: ExpertRecord) -> None:
+        """Append one line with every figure, and the load of every expert."""
+        self._append(EXPERTS_FILE, record.to_json())
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Append one line with the prompt and what the model wrote after it."""

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
-from typing import Literal, Protocol, SupportsFloat, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat, TypeAlias, runtime_checkable
+
+if TYPE_CHECKING:  # it needs NumPy, which takes a while to import
+    from ultrathink.monitoring.experts import ExpertRecord
 
 Split = Literal["train", "val"]
 Level = Literal["info", "warning"]
@@ -87,6 +90,9 @@ class Sink(Protocol):
     def write(self, record: MetricRecord) -> None:
         """Take the figures of a logged step or of a validation."""
 
+    def experts(self, record: ExpertRecord) -> None:
+        """Take what the experts of a logged step did, of a model that has some."""
+
     def message(self, text: str, level: Level) -> None:
         """Take something worth a person's attention."""
 
@@ -113,6 +119,9 @@ class BaseSink:
         """Do nothing."""
 
     def write(self, record: MetricRecord) -> None:
+        """Do nothing."""
+
+    def experts(self, record: ExpertRecord) -> None:
         """Do nothing."""
 
     def message(self, text: str, level: Level) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from ultrathink.monitoring.health import Health
 from ultrathink.monitoring.records import Level, MetricRecord, Note, RunInfo, Sink, Tell
+
+if TYPE_CHECKING:
+    from ultrathink.monitoring.experts import ExpertRecord
 
 
 class SinkGroup:
@@ -41,6 +45,10 @@ class SinkGroup:
     def write(self, record: MetricRecord) -> None:
         """Hand a record to every sink."""
         self._each("write", lambda sink: sink.write(record))
+
+    def experts(self, record: ExpertRecord) -> None:
+        """Hand what experts did to every sink."""
+        self._each("experts", lambda sink: sink.experts(record))
 
     def message(self, text: str, level: Level) -> None:
         """Hand a message to every sink."""

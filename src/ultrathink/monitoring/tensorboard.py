@@ -18,11 +18,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ultrathink.monitoring.appending import ResilientAppender
+from ultrathink.monitoring.heat_map import DESCRIPTION, load_map
 from ultrathink.monitoring.records import BaseSink, MetricRecord, Note, RunInfo
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
+
+    from ultrathink.monitoring.experts import ExpertRecord
 
 FOLDER = "tensorboard"
 _FILE_VERSION = "brain.Event:2"
@@ -32,6 +37,9 @@ _number = itertools.count()  # event files that begin in one second differ by it
 
 class TensorBoardSink(BaseSink):
     """Writes scalars such as ``train/loss`` and ``val/bits_per_byte``, and samples as text.
+
+    Each group of experts has scalars ``experts/<group>/<figure>/layer_<i>``, and a picture of its
+    load, ``experts/<group>/load``.
 
     What cannot be written waits until it can; the method that tried raises OSError.
     """
@@ -51,6 +59,12 @@ class TensorBoardSink(BaseSink):
         """Write each figure as the scalar ``split/name``, all of them or none."""
         with _quiet():
             entry = _scalars(record)
+        self._append(entry)
+
+    def experts(self, record: ExpertRecord) -> None:
+        """Write the figures and pictures of every group of experts."""
+        with _quiet():
+            entry = _of_experts(record)
         self._append(entry)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -104,6 +118,29 @@ def _scalars(record: MetricRecord) -> bytes:
         Summary.Value(tag=f"{record.split}/{name}", simple_value=float(value))
         for name, value in record.values.items()
     ]
+    return _framed(Event(wall_time=record.time, step=record.step, summary=Summary(value=values)))
+
+
+def _of_experts(record: ExpertRecord) -> bytes:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.image.metadata import create_summary_metadata
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    given = record.statistics
+    values = [
+        Summary.Value(tag=f"experts/{group}/{name}/layer_{layer}", simple_value=value)
+        for group, figures in given.figures.items()
+        for name, of_layers in figures.items()
+        for layer, value in zip(given.layers, of_layers.tolist(), strict=True)
+    ]
+    about = create_summary_metadata(None, DESCRIPTION)
+    for group in given.groups:
+        picture = load_map(given.load[:, group.slots], given.active[:, group.slots])
+        width, height = (f"{size}".encode() for size in (picture.width, picture.height))
+        image = make_tensor_proto([width, height, picture.png], dtype=np.object_)
+        tag = f"experts/{group.name}/load"
+        values.append(Summary.Value(tag=tag, metadata=about, tensor=image))
     return _framed(Event(wall_time=record.time, step=record.step, summary=Summary(value=values)))
 
 

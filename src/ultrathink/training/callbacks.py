@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Literal
 
 from ultrathink.core.protocols import State
-from ultrathink.monitoring.experts import ExpertStatistics
+from ultrathink.monitoring.expert_watch import ExpertWatch
+from ultrathink.monitoring.experts import ExpertRecord, ExpertStatistics
 from ultrathink.monitoring.records import Level, MetricRecord, RunInfo, Sink, Tell
 from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.training.control import Change, TrainerControl
@@ -130,6 +131,8 @@ class MetricsCallback(Callback):
         self.log_every = log_every
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
+        self._tell = tell if tell is not None else self.on_message
+        self._expert_watch = ExpertWatch()
         self._total_steps = 0
         self._tokens_at_last_record: int | None = None
         self._seconds_since_record = 0.0
@@ -175,6 +178,12 @@ class MetricsCallback(Callback):
     def on_end(self, ending: Ending | None) -> None:
         self.sinks.close()
 
+    def state_dict(self) -> State:
+        return self._expert_watch.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        self._expert_watch.load_state_dict(state)
+
     def _write_step(self, report: StepReport) -> None:
         assert self._tokens_at_last_record is not None
         tokens = report.tokens - self._tokens_at_last_record
@@ -191,8 +200,14 @@ class MetricsCallback(Callback):
             "skipped_steps": report.num_skipped,
             **report.aux_losses,
             **report.timing,
+            **(report.experts.summary() if report.experts is not None else {}),
         }
-        self.sinks.write(MetricRecord(report.step, "train", time.time(), values))
+        now = time.time()
+        self.sinks.write(MetricRecord(report.step, "train", now, values))
+        if report.experts is not None:
+            self.sinks.experts(ExpertRecord(report.step, now, report.experts))
+            for text, level in self._expert_watch.observe(report.experts):
+                self._tell(text, level)
 
 
 def resident_memory_gib() -> float:

@@ -19,7 +19,7 @@ def read_experts(model: Transformer, result: StepResult, world: World) -> Expert
     None for a model without experts.
     """
     layers = model.expert_layers()
-    if not layers:
+    if not layers or model.routing is None:
         return None
     routers = [layer.router for layer in layers.values()]
     names = [name for name in LayerRouting._fields if name != "losses"]
@@ -34,6 +34,7 @@ def read_experts(model: Transformer, result: StepResult, world: World) -> Expert
         ),
         layers=tuple(layers),
         num_tokens=result.num_tokens,
+        warmup=model.routing.now().warmup.item(),
         active=np.stack([router.active.cpu().numpy() for router in routers]),
         **values,
     )

@@ -192,6 +192,19 @@ def test_three_runs_with_a_metric_that_one_lacks(two: None, capsys: Out) -> None
     assert "  only c has the metric train aux_balance\n" in out
 
 
+def test_what_only_a_mixture_of_experts_measures_is_told_group_by_group(
+    two: None, capsys: Out
+) -> None:
+    figures = {f"experts/{group}/{name}": 0.5 for group in ("skill", "meta")
+               for name in ("gini", "dead", "dropped")}  # fmt: skip
+    with_course(make_run(Path("runs"), "c"), 3.0, **figures)
+    out = compare(capsys, "a", "c")
+    assert "  only c has the metrics train experts/meta/*\n" in out
+    assert out.count("experts/") == 2
+    answer = json.loads(compare(capsys, "a", "c", "--json"))
+    assert answer["curves"]["lone_metrics"]["train experts/skill/gini"] == ["c"]
+
+
 def test_steps_of_another_size_are_compared_by_tokens(two: None, capsys: Out) -> None:
     wide = make_run(Path("runs"), "wide")
     write_lines(wide.metrics, [train_line(n, 2.0, tokens=1024 * n) for n in range(1, 5)])

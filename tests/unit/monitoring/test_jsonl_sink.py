@@ -1,15 +1,18 @@
-"""metrics.jsonl and samples.jsonl: strict lines, on the disk at once, cut when a run resumes."""
+"""metrics.jsonl and its like: strict lines, on the disk at once, cut when a run resumes."""
 
 import json
 import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.unit.monitoring.disks import fill, small_disk
+from tests.unit.monitoring.routed import with_loads
 from ultrathink.monitoring import MetricRecord, RunInfo
+from ultrathink.monitoring.experts import ExpertRecord
 from ultrathink.monitoring.jsonl import JsonlSink, cut_after, read_records
 
 
@@ -21,6 +24,14 @@ def opened(folder: Path, start_step: int = 0) -> JsonlSink:
 
 def record(step: int, split: str = "train", **values: float) -> MetricRecord:
     return MetricRecord(step, "val" if split == "val" else "train", float(step), values)
+
+
+def experts(step: int) -> ExpertRecord:
+    return ExpertRecord(step, float(step), with_loads([3.0, step], num_tokens=3 + step))
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_each_record_is_a_strict_line_on_the_disk_at_once(tmp_path: Path) -> None:
@@ -61,6 +72,36 @@ def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path: Path) -> None:
     steps = [(r.step, r.split) for r in read_records(tmp_path / "metrics.jsonl")]
     assert steps == [(1, "train"), (10, "train"), (20, "train"), (20, "val"), (21, "train")]
     assert (tmp_path / "samples.jsonl").read_text().count("\n") == 1
+
+
+def test_experts_have_a_file_of_their_own_where_there_are_any(tmp_path: Path) -> None:
+    sink = opened(tmp_path)
+    sink.write(record(1, loss=1.0))
+    path = tmp_path / "experts.jsonl"
+    assert not path.exists()
+    for step in (1, 2):
+        sink.experts(experts(step))
+        assert lines_of(path)[-1] == experts(step).to_json()  # on the disk at once
+    sink.close()
+    assert [line["groups"]["skill"]["load"] for line in lines_of(path)] == [[[3, 1]], [[3, 2]]]
+    assert len(lines_of(tmp_path / "metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize("start", [0, 20])
+def test_a_resumed_run_cuts_what_its_experts_did_later(start: int, tmp_path: Path) -> None:
+    sink = opened(tmp_path)
+    for step in (1, 10, 20, 21, 30):
+        sink.experts(experts(step))
+    sink.close()
+    path = tmp_path / "experts.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(before + b'{"step": 31, "gro')
+    resumed = opened(tmp_path, start_step=start)
+    assert path.read_bytes() == b"".join(before.splitlines(keepends=True)[: 3 if start else 0])
+    resumed.experts(experts(start + 1))
+    resumed.close()
+    steps = [line["step"] for line in lines_of(path)]
+    assert steps == ([1, 10, 20, 21] if start else [1])
 
 
 def test_a_run_that_starts_over_forgets_its_steps(tmp_path: Path) -> None:
@@ -173,6 +214,27 @@ def test_a_resume_on_a_full_disk_cuts_and_writes_when_there_is_room(tmp_path: Pa
         resumed.write(record(152, loss=0.5))
         resumed.close()
         assert [r.step for r in read_records(path)] == list(range(1, 153))
+
+
+def test_a_full_disk_keeps_what_experts_did_waiting(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        sink = opened(disk)
+        sink.experts(experts(1))
+        filler = fill(disk)
+        failed = 0
+        for step in range(2, 100):
+            try:
+                sink.experts(experts(step))
+            except OSError:
+                failed += 1
+            lines_of(disk / "experts.jsonl")  # all whole
+        assert failed > 20
+        filler.unlink()
+        sink.experts(experts(100))
+        assert lines_of(disk / "experts.jsonl") == [experts(n).to_json() for n in range(1, 101)]
+        ((note, _),) = sink.take_notes()
+        assert f"experts.jsonl has caught up with {failed} entries" in note
+        sink.close()
 
 
 @pytest.mark.parametrize("how", ["file deleted", "folder deleted", "file moved"])

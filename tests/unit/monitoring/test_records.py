@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.unit.monitoring.routed import with_loads
 from ultrathink.monitoring import BaseSink, MetricRecord, RunInfo, Sink
 from ultrathink.monitoring.console import ConsoleSink
+from ultrathink.monitoring.experts import ExpertRecord
 from ultrathink.monitoring.jsonl import JsonlSink
 from ultrathink.monitoring.tensorboard import TensorBoardSink
 
@@ -52,6 +54,7 @@ def test_a_base_sink_takes_everything_and_does_nothing(tmp_path: Path) -> None:
     sink.set_total_steps(20)
     sink.progress(1)
     sink.write(MetricRecord(1, "train", 0.0))
+    sink.experts(ExpertRecord(1, 0.0, with_loads([1.0], num_tokens=1)))
     sink.message("text", "info")
     sink.sample(1, "a", "b")
     sink.close()

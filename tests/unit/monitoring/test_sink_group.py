@@ -5,17 +5,21 @@ from typing import Any
 
 import pytest
 
+from tests.unit.monitoring.routed import with_loads
 from ultrathink.monitoring import BaseSink, Level, MetricRecord, RunInfo, Sink
+from ultrathink.monitoring.experts import ExpertRecord
 from ultrathink.monitoring.records import Note
 from ultrathink.monitoring.sink_group import SinkGroup
 
 INFO = RunInfo("a", Path("runs/a"), 10, 0, "")
 RECORD = MetricRecord(1, "train", 0.0, {"loss": 1.0})
+EXPERTS = ExpertRecord(1, 0.0, with_loads([3.0, 1.0], num_tokens=4))
 CALLS: dict[str, tuple[Any, ...]] = {
     "open": (INFO,),
     "set_total_steps": (10,),
     "progress": (1,),
     "write": (RECORD,),
+    "experts": (EXPERTS,),
     "message": ("hello", "info"),
     "sample": (1, "a", "b"),
     "close": (),

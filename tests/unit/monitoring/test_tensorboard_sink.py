@@ -1,5 +1,6 @@
 """The TensorBoard sink: what TensorBoard itself reads back."""
 
+import importlib
 import math
 import shutil
 import threading
@@ -10,7 +11,10 @@ from typing import Any
 import pytest
 
 from tests.unit.monitoring.disks import fill, small_disk
+from tests.unit.monitoring.routed import routed, statistics
 from ultrathink.monitoring import MetricRecord, RunInfo
+from ultrathink.monitoring.experts import ExpertRecord
+from ultrathink.monitoring.heat_map import load_map
 from ultrathink.monitoring.tensorboard import TensorBoardSink
 
 
@@ -20,12 +24,12 @@ def opened(folder: Path, start_step: int = 0) -> TensorBoardSink:
     return sink
 
 
-def read(folder: Path) -> Any:
+def read(folder: Path, how: str = "event_accumulator") -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        reader = importlib.import_module(f"tensorboard.backend.event_processing.{how}")
 
-        events = EventAccumulator(str(folder / "tensorboard"))
+        events = reader.EventAccumulator(str(folder / "tensorboard"))
         events.Reload()
     return events
 
@@ -68,6 +72,48 @@ def test_samples_are_kept_word_for_word(tmp_path: Path) -> None:
     first, second = events.Tensors("samples/1")
     assert first.tensor_proto.string_val[0] == b"    def f(x):\n      *return* ?"
     assert (first.step, second.step) == (5, 9)
+
+
+def test_experts_have_scalars_of_each_layer_and_a_picture_of_each_group(tmp_path: Path) -> None:
+    layers = [{"skill": routed(seed, 8, 2, 60), "meta": routed(seed, 4, 1, 60)} for seed in (1, 2)]
+    given = statistics(*layers)
+    sink = opened(tmp_path)
+    sink.experts(ExpertRecord(10, 1000.0, given))
+    sink.close()
+    events = read(tmp_path)
+    for group, figures in given.figures.items():
+        for name, values in figures.items():
+            for layer, value in zip((1, 3), values.tolist(), strict=True):
+                (scalar,) = events.Scalars(f"experts/{group}/{name}/layer_{layer}")
+                assert scalar.value == pytest.approx(value, rel=1e-6)
+                assert (scalar.step, scalar.wall_time) == (10, 1000.0)
+    assert len(events.Tags()["scalars"]) == 2 * 2 * len(given.figures["skill"])
+    assert events.Tags()["tensors"] == ["experts/skill/load", "experts/meta/load"]
+    for group in given.groups:
+        tag = f"experts/{group.name}/load"
+        (image,) = events.Tensors(tag)
+        expected = load_map(given.load[:, group.slots], given.active[:, group.slots])
+        width, height, png = image.tensor_proto.string_val
+        assert png == expected.png
+        assert (int(width), int(height)) == (expected.width, expected.height)
+        assert image.step == 10
+        about = events.SummaryMetadata(tag)
+        assert about.plugin_data.plugin_name == "images"
+        assert "White: 1." in about.summary_description
+
+
+def test_a_resumed_run_hides_what_its_experts_did_later(tmp_path: Path) -> None:
+    given = statistics({"skill": routed(1, 8, 2, 60)})
+    sink = opened(tmp_path)
+    for step in (10, 20, 30):
+        sink.experts(ExpertRecord(step, float(step), given))
+    sink.close()
+    resumed = opened(tmp_path, start_step=20)
+    resumed.experts(ExpertRecord(21, 99.0, given))
+    resumed.close()
+    events = read(tmp_path, "plugin_event_accumulator")  # as the program reads; scalars are tensors
+    for tag in ("experts/skill/load", "experts/skill/gini/layer_1"):
+        assert [event.step for event in events.Tensors(tag)] == [10, 20, 21]
 
 
 def test_warnings_of_its_packages_stay_inside(

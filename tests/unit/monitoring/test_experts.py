@@ -1,0 +1,270 @@
+"""The figures of experts, against counting token by token, and what holds for any load."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.monitoring.routed import Routed, routed, statistics, with_loads
+from ultrathink.monitoring.experts import ExpertRecord, ExpertStatistics, gini, gini_of_noise
+
+
+def figures(tokens: Routed) -> dict[str, float]:
+    (values,) = statistics({"g": tokens}).figures.values()
+    return {name: float(value) for name, (value,) in values.items()}
+
+
+def counted(tokens: Routed) -> dict[str, float]:
+    """Every figure from its definition, in plain numbers."""
+    T, N = tokens.chosen.shape
+    k = tokens.top_k
+    n = [sum(bool(tokens.chosen[t, i]) for t in range(T)) for i in range(N)]
+    m = [sum(bool(tokens.kept[t, i]) for t in range(T)) for i in range(N)]
+    p = tokens.probabilities.tolist()
+    mean = sum(n) / N
+    entropy = sum(-sum(q * math.log(q) for q in row) for row in p) / T
+    return {
+        "entropy": entropy,
+        "entropy_normalized": entropy / math.log(N),
+        "confidence": sum(max(row) for row in p) / T,
+        "k_max": max(n) / T,
+        "k_rel": max(n) / T / (k / N),
+        "s_rel": max(sum(row[i] for row in p) / T for i in range(N)) / (1 / N),
+        "load_variance": sum((x / T - mean / T) ** 2 for x in n) / N,
+        "max_exp_multi": max(m) / (sum(m) / N),
+        "gini": sum(abs(x - y) for x in n for y in n) / (2 * N * sum(n)),
+        "utilization": mean / max(n),
+        "balance_score": 1 - math.sqrt(sum((x - mean) ** 2 for x in n) / N) / mean,
+        "max_min": max(n) / max(1, min(n)),
+        "capacity_utilization": sum(min(x, k * T / N) for x in m) / (k * T),
+        "experts_per_token": sum(m) / T,
+        "dropped": sum(n) - sum(m),
+        "dead": sum(x == 0 for x in n),
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("N", "k", "T"), [(8, 1, 50), (8, 2, 300), (16, 2, 40), (5, 4, 33)])
+def test_figures_are_what_counting_token_by_token_gives(N: int, k: int, T: int, seed: int) -> None:
+    tokens = routed(seed, N, k, T, skew=0.5 * seed)
+    found = figures(tokens)
+    assert found.pop("gini_of_noise") == gini_of_noise(N, k, T)
+    assert found == pytest.approx(counted(tokens), rel=1e-12)
+
+
+def test_the_tokens_that_are_counted_leave_nothing_out() -> None:
+    """Among them are dead experts, dropped tokens and a group that is anything but even."""
+    tokens = routed(3, 16, 2, 40, skew=1.5)
+    found = counted(tokens)
+    assert found["dead"] > 0
+    assert found["dropped"] > 0
+    assert found["max_min"] > 5
+    assert found["capacity_utilization"] < found["experts_per_token"] / 2 < 1
+
+
+@pytest.mark.parametrize(
+    ("N", "k", "T"),
+    [(64, 2, 2048), (32, 2, 512), (16, 1, 300), (8, 1, 500), (8, 2, 64), (4, 3, 99)],
+)
+def test_the_gini_of_noise_is_that_of_random_choices(N: int, k: int, T: int) -> None:
+    rng = np.random.default_rng(0)
+    trials = 400 if T * N < 20_000 else 60
+    found = []
+    for _ in range(trials):
+        chosen = rng.random((T, N)).argsort(1)[:, :k]  # k of N, without replacement
+        loads = np.bincount(chosen.ravel(), minlength=N)
+        pairs = itertools.product(loads.tolist(), repeat=2)
+        found.append(sum(abs(x - y) for x, y in pairs) / (2 * N * k * T))
+    assert gini_of_noise(N, k, T) == pytest.approx(float(np.mean(found)), rel=0.03)
+
+
+def test_the_gini_of_noise_is_a_gini_however_few_tokens_there_are() -> None:
+    for N, k, T in itertools.product((1, 2, 8, 64), (1, 2), (0, 1, 3)):
+        if k <= N:
+            assert 0 <= gini_of_noise(N, k, T) <= 1 - 1 / N
+    assert gini_of_noise(4, 4, 100) == 0  # all are chosen by all
+
+
+# -- whatever the loads ---------------------------------------------------------------------------
+
+sizes = st.tuples(st.integers(1, 12), st.integers(1, 12)).map(lambda pair: (max(pair), min(pair)))
+tokens_of = st.builds(
+    lambda seed, size, T, skew, drop: routed(seed, *size, T, skew, drop),
+    st.integers(0, 2**32 - 1),
+    sizes,
+    st.integers(0, 40),
+    st.floats(0, 20),
+    st.sampled_from([0.0, 0.3, 1.0]),
+)
+
+
+@given(tokens_of)
+@settings(deadline=None)
+def test_every_figure_is_finite_and_within_its_bounds(tokens: Routed) -> None:
+    T, N = tokens.chosen.shape
+    k, none = tokens.top_k, T == 0
+    found = figures(tokens)
+    nothing_taken = not tokens.kept.any()
+    bounds = {
+        "entropy": (0, math.log(N)),
+        "entropy_normalized": (0, 1),
+        "confidence": (0 if none else 1 / N, 1),
+        "k_max": (0 if none else k / N, 1),
+        "k_rel": (0 if none else 1, N / k),
+        "s_rel": (0 if none else 1, N),
+        "load_variance": (0, 0.25),
+        "max_exp_multi": (0 if nothing_taken else 1, N),
+        "gini": (0, 1 - 1 / N),
+        "gini_of_noise": (0, 1 - 1 / N),
+        "utilization": (0 if none else k / N, 1),
+        "balance_score": (1 - math.sqrt(N - 1), 1),
+        "max_min": (0 if none else 1, max(1, T)),
+        "capacity_utilization": (0, 1),
+        "experts_per_token": (0, k),
+        "dropped": (0, k * T),
+        "dead": (0, N - k),
+    }
+    assert found.keys() == bounds.keys()
+    for name, (low, high) in bounds.items():
+        assert low - 1e-9 <= found[name] <= high + 1e-9, (name, found[name])
+
+
+@given(tokens_of, st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_the_order_of_experts_changes_nothing(tokens: Routed, random: object) -> None:
+    order = list(range(tokens.chosen.shape[1]))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    other = Routed(
+        tokens.top_k,
+        *(part[:, order] for part in (tokens.probabilities, tokens.chosen, tokens.kept)),
+    )
+    assert figures(other) == pytest.approx(figures(tokens), rel=1e-9, abs=1e-12)
+
+
+@given(sizes, st.integers(1, 50))
+def test_even_loads_are_as_good_as_can_be(size: tuple[int, int], each: int) -> None:
+    N, k = size
+    given = with_loads([float(k * each)] * N, num_tokens=N * each, top_k=k)
+    found = {name: float(value) for name, (value,) in given.figures["skill"].items()}
+    best = {
+        "k_max": k / N,
+        "k_rel": 1,
+        "load_variance": 0,
+        "max_exp_multi": 1,
+        "gini": 0,
+        "utilization": 1,
+        "balance_score": 1,
+        "max_min": 1,
+        "capacity_utilization": 1,
+        "experts_per_token": k,
+        "dropped": 0,
+        "dead": 0,
+    }
+    assert {name: found[name] for name in best} == pytest.approx(best, abs=1e-12)
+
+
+def test_all_tokens_on_one_expert() -> None:
+    (found,) = with_loads([0.0, 0.0, 12.0, 0.0], num_tokens=12).figures.values()
+    worst = {"gini": 0.75, "k_rel": 4, "max_exp_multi": 4, "utilization": 0.25, "max_min": 12,
+             "dead": 3, "capacity_utilization": 0.25, "balance_score": 1 - 3**0.5}  # fmt: skip
+    assert {name: found[name].item() for name in worst} == pytest.approx(worst)
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=20), st.integers(2, 9))
+def test_gini_does_not_depend_on_the_number_of_tokens(loads: list[int], factor: int) -> None:
+    load = np.array(loads, dtype=float)
+    assert gini(factor * load) == pytest.approx(float(gini(load)), abs=1e-12)
+
+
+# -- layers and groups ----------------------------------------------------------------------------
+
+
+def two_layers() -> ExpertStatistics:
+    layers = [
+        {"knowledge": routed(seed, 16, 2, 60), "safety": routed(seed + 9, 4, 1, 60)}
+        for seed in (1, 2)
+    ]
+    return statistics(*layers)
+
+
+def test_layers_and_groups_are_kept_apart() -> None:
+    found = two_layers().figures
+    assert list(found) == ["knowledge", "safety"]
+    for number, seed in enumerate((1, 2)):
+        for name, tokens in (
+            ("knowledge", routed(seed, 16, 2, 60)),
+            ("safety", routed(seed + 9, 4, 1, 60)),
+        ):
+            here = {figure: values[number].item() for figure, values in found[name].items()}
+            here.pop("gini_of_noise")
+            assert here == pytest.approx(counted(tokens), rel=1e-12)
+
+
+def test_empty_slots_are_no_experts() -> None:
+    """Also where one layer has more experts of a group than another."""
+    whole = statistics({"a": routed(1, 6, 2, 50)}, {"a": routed(2, 6, 2, 50)})
+    small = statistics({"a": routed(3, 4, 2, 50)})
+    wide = {
+        name: np.concatenate([getattr(whole, name), np.pad(getattr(small, name), ((0, 0), (1, 1)))])
+        for name in ("load", "dropped", "probability", "active")
+    }
+    given = replace(
+        whole,
+        layers=(0, 1, 2),
+        entropy=np.concatenate([whole.entropy, small.entropy]),
+        confidence=np.concatenate([whole.confidence, small.confidence]),
+        **wide,
+    )
+    for name, values in given.figures["a"].items():
+        parts = (whole.figures["a"][name], small.figures["a"][name])
+        assert values.tolist() == np.concatenate(parts).tolist(), name
+    loads = ExpertRecord(1, 0.0, given).to_json()["groups"]["a"]["load"]
+    assert loads[2][0] is loads[2][5] is None
+    assert loads[2][1:5] == small.load[0].tolist()
+
+
+def test_a_summary_has_a_few_figures_of_each_group() -> None:
+    given = two_layers()
+    found = given.summary()
+    assert len(found) == 14
+    for group, of_layers in given.figures.items():
+        mean = {name: of_layers[name].mean() for name in
+                ("entropy_normalized", "confidence", "utilization")}  # fmt: skip
+        worst = {name: of_layers[name].max() for name in ("gini", "max_exp_multi")}
+        total = {name: of_layers[name].sum() for name in ("dead", "dropped")}
+        expected = {f"experts/{group}/{k}": v for k, v in {**mean, **worst, **total}.items()}
+        here = {name: value for name, value in found.items() if f"/{group}/" in name}
+        assert here == pytest.approx(expected, rel=1e-5)
+        assert isinstance(here[f"experts/{group}/dropped"], int)
+    assert found["experts/knowledge/dropped"] > 0
+
+
+def test_a_record_as_json_has_everything() -> None:
+    given = two_layers()
+    line = json.loads(json.dumps(ExpertRecord(7, 12.5, given).to_json(), allow_nan=False))
+    assert {name: line[name] for name in ("step", "time", "num_tokens", "layers")} == {
+        "step": 7, "time": 12.5, "num_tokens": 60, "layers": [1, 3],
+    }  # fmt: skip
+    assert list(line["groups"]) == ["knowledge", "safety"]
+    for group in given.groups:
+        told = line["groups"][group.name]
+        assert told.pop("load") == given.load[:, group.slots].tolist()
+        for name, values in given.figures[group.name].items():
+            assert told.pop(name) == pytest.approx(values.tolist(), rel=1e-5)
+        assert told == {}
+
+
+def test_what_is_not_finite_becomes_null_and_counts_stay_whole() -> None:
+    given = with_loads([1234567.0, 0.0], num_tokens=1234567)
+    given.entropy[0] = math.nan
+    line = ExpertRecord(1, 0.0, given).to_json()
+    text = json.dumps(line, allow_nan=False)
+    assert line["groups"]["skill"]["entropy"] == [None]
+    assert line["groups"]["skill"]["load"] == [[1234567, 0]]
+    assert '"dead": [1]' in text
+    assert math.isnan(given.summary()["experts/skill/entropy_normalized"])

@@ -1,0 +1,140 @@
+"""What a run of a mixture of experts tells: in its files, and to who watches."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.stress.evidence import differences
+from tests.unit.training.conftest import MakeTrainer
+from tests.unit.training.observers import At, Recorder, records
+from tests.unit.training.test_resume_matrix import break_off_after
+from ultrathink import resume_trainer
+from ultrathink.runs.checking import check_run
+from ultrathink.runs.comparison import compare, read_side
+from ultrathink.runs.folder import RunFolder
+from ultrathink.training.trainer import Trainer
+
+GROUPS = "[{name: skill, num_experts: 4, top_k: 2}, {name: meta, num_experts: 3, top_k: 1}]"
+EXPERTS = (
+    f"model.moe={{groups: {GROUPS}, intermediate_size: 8}}",
+    "model.moe.routing.warmup_steps=3",
+    "training.max_steps=9",
+)
+UNBALANCED = (
+    "model.moe.balance={load: 0, importance: 0, entropy: 0, z: 0, bias_rate: 0}",
+    "training.checkpoint={every_steps: 2, keep: 9}",
+)
+
+
+def lines(run: RunFolder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / "experts.jsonl").read_text().splitlines()]
+
+
+def without_expert(trainer: Trainer, expert: int) -> Trainer:
+    """Let nobody choose ``expert`` of the first group in the first layer."""
+    trainer.model.blocks[0].feed_forward.router.selection_bias[expert] = -1e4
+    return trainer
+
+
+def test_every_logged_step_has_its_line(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(*EXPERTS, "training.log_every=4")
+    trainer.fit()
+    told = lines(trainer.run)
+    assert [line["step"] for line in told] == [1, 4, 8, 9]
+    for line in told:
+        assert line["num_tokens"] == 4 * 32
+        assert line["layers"] == [0, 1]
+        for group, top_k in (("skill", 2), ("meta", 1)):
+            for loads in line["groups"][group]["load"]:
+                assert sum(loads) == top_k * line["num_tokens"]
+
+
+def test_metrics_tell_the_same_in_short(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(*EXPERTS)
+    trainer.fit()
+    rows = [row for row in records(trainer.run) if row["split"] == "train"]
+    for row, line in zip(rows, lines(trainer.run), strict=True):
+        assert row["step"] == line["step"]
+        assert row["time"] == line["time"]
+        for group in ("skill", "meta"):
+            layers = line["groups"][group]
+            assert row[f"experts/{group}/gini"] == max(layers["gini"])
+            assert row[f"experts/{group}/dead"] == sum(layers["dead"])
+            mean = sum(layers["utilization"]) / 2
+            assert row[f"experts/{group}/utilization"] == pytest.approx(mean, rel=1e-4)
+
+
+def test_a_model_without_experts_has_none_of_it(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("training.max_steps=2")
+    trainer.fit()
+    assert not (trainer.run.path / "experts.jsonl").exists()
+    assert not any("experts/" in name for row in records(trainer.run) for name in row)
+
+
+def test_commands_that_read_runs_cope(make_trainer: MakeTrainer) -> None:
+    trainers = [make_trainer(*EXPERTS), make_trainer("training.max_steps=9")]
+    for trainer in trainers:
+        trainer.fit()
+        assert {finding.status for finding in check_run(trainer.run).findings} == {"ok"}
+    mixture, dense = (read_side(trainer.run, trainer.run.name) for trainer in trainers)
+    found = compare([mixture, dense])
+    assert found.lone_metrics["train experts/skill/gini"] == (mixture.label,)
+    assert compare([mixture, mixture]).agreements[0][0].is_identical
+
+
+@pytest.mark.parametrize("saved", [4, 8])
+def test_a_run_that_broke_off_has_the_same_experts_in_the_end(
+    saved: int, make_trainer: MakeTrainer
+) -> None:
+    """Line for line but for time; and what was told, or was about to be, is told once."""
+    options = (*EXPERTS, *UNBALANCED, "training.max_steps=14")
+    recorder = Recorder()
+    whole = without_expert(make_trainer(*options, callbacks=[Recorder()]), 2)
+    whole.fit()
+    broken = without_expert(make_trainer(*options, callbacks=[recorder]), 2)
+    end = break_off_after(broken.run.path / f"checkpoints/step_{saved:08}")
+    broken.controllers = [At(**{f"step{saved + 1}": end})]
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit()
+    assert lines(broken.run)[-1]["step"] == saved + 1
+    resumed = resume_trainer(broken.run, callbacks=[recorder])
+    assert resumed.progress.step == saved
+    assert resumed.fit() == "finished"
+    assert differences(whole.run.path, resumed.run.path) == []
+    assert len(lines(resumed.run)) == 14
+    assert len([text for text in recorder.messages if "group skill has" in text]) == 1
+
+
+def test_a_dead_expert_is_told_after_warm_up_and_in_the_log(make_trainer: MakeTrainer) -> None:
+    recorder = Recorder()
+    trainer = without_expert(make_trainer(*EXPERTS, *UNBALANCED, callbacks=[recorder]), 1)
+    trainer.notify = _noting(trainer, told_at := [])
+    trainer.fit()
+    (text,) = [text for text in recorder.messages if "skill has 1 dead expert" in text]
+    assert text.startswith("group skill has 1 dead expert (1 in layer 0), without a token at 5 ")
+    assert told_at == [7]  # the fifth from the last of warm-up on
+    assert f"warning: {text}" in (trainer.run.logs / "run.log").read_text()
+
+
+def _noting(trainer: Trainer, told_at: list[int]) -> Any:
+    notify = trainer.notify
+
+    def note(event: str, *details: Any) -> None:
+        if event == "on_message" and "skill has 1 dead expert" in details[0]:
+            told_at.append(trainer.progress.step)
+        notify(event, *details)
+
+    return note
+
+
+def test_a_file_of_experts_that_vanished_is_begun_anew(make_trainer: MakeTrainer) -> None:
+    def remove(_: object) -> None:
+        path: Path = trainer.run.path / "experts.jsonl"
+        path.unlink()
+
+    trainer = make_trainer(*EXPERTS, controllers=[At(step4=remove)])
+    assert trainer.fit() == "finished"
+    assert [line["step"] for line in lines(trainer.run)] == [5, 6, 7, 8, 9]
+    assert "experts.jsonl was deleted" in (trainer.run.logs / "run.log").read_text()

@@ -7,9 +7,11 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -33,15 +35,25 @@ def run(script: str, *arguments: str) -> Any:
 
 
 @pytest.fixture
-def speedrun(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script as a module."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("speedrun", BENCHMARKS / "speedrun.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """A script as a module, by its name."""
+
+    def imported(name: str) -> Any:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        found = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found)
+        return found
+
+    return imported
+
+
+@pytest.fixture
+def speedrun(module: Callable[[str], Any]) -> Any:
+    """``speedrun.py``."""
+    return module("speedrun")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +64,12 @@ def speedrun(monkeypatch: pytest.MonkeyPatch) -> Any:
         ("speedrun.py", ["--only", "dmeo"], "'dmeo' is not in speedrun.yaml. Did you mean 'demo'"),
         ("speedrun.py", ["--steps", "demo=many"], "give it as NAME=STEPS, such as demo=800"),
         ("speedrun.py", ["--equal-tokens", "some"], "some tokens"),
+        (
+            "sparse_balance.py",
+            ["--only", "bais"],
+            "'bais' is no way to balance. Did you mean 'bias'",
+        ),
+        ("sparse_quality.py", ["--only", "dens"], "no model 'dens'. Did you mean 'dense'"),
         ("scale.py", ["--processes", "3"], "give 2 or more that divide the batch of 8"),
     ],
 )
@@ -132,3 +150,58 @@ def test_every_contender_of_the_speedrun_is_a_configuration(speedrun: Any) -> No
     assert {"demo", "plain"} <= set(contenders)
     for overrides in contenders.values():
         load_config("demo", overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+def test_experts_are_timed_beside_mixtral_and_a_dense_twin() -> None:
+    options = ["--shape", "XS-moe", "--rounds", "2", "--seconds", "0.2", "--threads", "1"]
+    result = run("sparse_speed.py", *options)
+    names = {"ultrathink", "dense twin", "Mixtral grouped_mm"}
+    assert set(result["tokens_per_second"]) == set(result["mfu"]) == names
+    assert set(result["ratio"]) == names - {"ultrathink"}
+
+
+SMALL = (
+    "training.compile=false",
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.intermediate_size=64",
+    "data.seq_len=64",
+    "training.schedule.warmup=1",
+)
+
+
+@pytest.mark.slow
+def test_ways_to_balance_are_compared_with_none() -> None:
+    options = ["--only", "bias", "--seeds", "0", "--steps", "4", "--quiet", "--set"]
+    result = run("sparse_balance.py", *options, *SMALL, "model.moe.intermediate_size=8")
+    assert set(result["ways"]) == {"bias", "none"}
+    assert result["scored_tokens"] >= 150_000
+    assert result["ways"]["none"]["change"] == 0
+    for figures in result["ways"].values():
+        assert set(figures["groups"]) == {"knowledge", "skill", "meta", "safety"}
+        assert all(
+            0 < group["gini_of_noise"] < group["gini"] for group in figures["groups"].values()
+        )
+
+
+@pytest.mark.slow
+def test_models_are_compared_at_equal_work() -> None:
+    options = ["--only", "dense", "8 experts", "--seeds", "0", "--steps", "3", "--minutes", "0"]
+    result = run("sparse_quality.py", *options, "--quiet", "--set", *SMALL)
+    models = result["ways"]["equal work"]
+    assert models["8 experts"]["parameters"] > 2 * models["dense"]["parameters"]
+    assert all(figures["steps"] == 3 for figures in models.values())
+
+
+def test_mutual_information_of_sources_and_experts(module: Any) -> None:
+    specialization = module("specialization")
+    apart = [np.array([[6.0, 0.0]]), np.array([[0.0, 6.0]]), np.array([[6.0, 0.0]])]
+    assert specialization.information(apart, ["a", "b", "a"]) == pytest.approx(1.0)
+    alike = [np.array([[3.0, 3.0]])] * 3
+    assert specialization.information(alike, ["a", "b", "a"]) == pytest.approx(0.0, abs=1e-9)
+    mixed = [np.array([[3.0, 1.0]]), np.array([[1.0, 3.0]])]
+    joint = np.array([[3, 1], [1, 3]]) / 8  # H(S) = H(E) = ln 2
+    mutual = sum(p * math.log(p / 0.25) for p in joint.flatten())
+    assert specialization.information(mixed, ["a", "b"]) == pytest.approx(mutual / math.log(2))

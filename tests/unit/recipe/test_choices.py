@@ -143,3 +143,25 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("cuda:3")
     with pytest.raises(ConfigError, match="no such kind of device; use auto, cpu, cuda"):
         choose_device("gpu")
+
+
+EXPERTS = "model.moe={groups: [{name: experts, num_experts: 4, top_k: 2}], intermediate_size: 8}"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_the_kernel_of_experts_is_chosen_and_written_down(precision: str) -> None:
+    config = load_config("debug", [EXPERTS, f"training.precision={precision}"])
+    chosen, _ = choose(config, None)
+    assert chosen.model.moe is not None
+    assert chosen.model.moe.backend == "batched"
+    assert "chosen at run time: the fastest for cpu" in chosen.origin("model.moe.backend")
+    asked = load_config("debug", [EXPERTS, "model.moe.backend=loop"])
+    assert choose(asked, None)[0].model.moe.backend == "loop"
+
+
+def test_a_kernel_that_does_not_take_the_precision_is_told() -> None:
+    config = load_config(
+        "debug", [EXPERTS, "model.moe.backend=grouped_mm", "training.precision=fp64"]
+    )
+    with pytest.raises(ConfigError, match="takes fp32 and bf16, and training.precision is fp64"):
+        choose(config, None)

@@ -351,3 +351,41 @@ def test_other_code_for_the_tokenizer_is_noticed(
     monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: original(self, text)[::-1])
     with pytest.raises(CheckpointError, match="cuts text into other tokens"):
         resume_trainer(run)
+
+
+# -- experts --------------------------------------------------------------------------------------
+
+EXPERTS = (
+    "model.moe={groups: [{name: knowledge, num_experts: 4, top_k: 2}], intermediate_size: 8, "
+    "balance: {load: 0.02}}"
+)
+
+
+def test_routing_and_balance_may_change_and_other_live_values_stay(
+    make_trainer: MakeTrainer,
+) -> None:
+    trainer = make_trainer(
+        "training.max_steps=10",
+        STOP_AT_4,
+        EXPERTS,
+        controllers=[
+            At(
+                step2=lambda control: control.set_routing("temperature", 2.0, reason="test"),
+                step4=lambda control: control.stop(reason="test"),
+            )
+        ],
+    )
+    trainer.fit()
+    overrides = ["model.moe.routing.capacity_factor=1.5", "model.moe.balance.load=0.5"]
+    resumed = resume_trainer(trainer.run, overrides=overrides)
+    routing = resumed.model.routing
+    assert routing is not None
+    names = ("capacity_factor", "load", "temperature")
+    assert [routing.get(name) for name in names] == [1.5, 0.5, 2.0]
+    assert resumed.fit() == "finished"
+
+
+def test_groups_of_experts_cannot_change(make_trainer: MakeTrainer) -> None:
+    run = stopped(make_trainer, EXPERTS).run
+    with pytest.raises(UltrathinkError, match=r"model\.moe\.groups\.0\.top_k cannot change"):
+        resume_trainer(run, overrides=["model.moe.groups.0.top_k=1"])

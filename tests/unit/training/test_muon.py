@@ -59,3 +59,17 @@ def test_fused_matrices_are_orthogonalized_apart() -> None:
 def test_vectors_are_refused() -> None:
     with pytest.raises(ValueError, match="Muon moves matrices"):
         Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+
+
+def test_each_matrix_of_a_stack_moves_as_if_it_were_alone() -> None:
+    """Experts: ``[E, R, C]``, each with the row splits of a fused projection."""
+    torch.manual_seed(3)
+    gradient = torch.randn(5, 24, 16)
+    stack = torch.nn.Parameter(torch.zeros(5, 24, 16))
+    stack.grad = gradient.clone()
+    Muon([stack], lr=1.0, row_splits={stack: (16, 8)}).step()
+    for number in range(5):
+        alone = torch.nn.Parameter(torch.zeros(24, 16))
+        alone.grad = gradient[number].clone()
+        Muon([alone], lr=1.0, row_splits={alone: (16, 8)}).step()
+        assert torch.allclose(stack[number], alone, atol=1e-2)

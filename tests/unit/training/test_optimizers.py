@@ -83,3 +83,26 @@ def test_state_of_an_unknown_parameter_is_named() -> None:
     model = Transformer(MODEL)
     with pytest.raises(CheckpointError, match=r"state for 'blocks\.9', which this model lacks"):
         load_optimizer_state(build_optimizers(AdamWConfig(), model), model, {"blocks.9": {}})
+
+
+@pytest.mark.parametrize("moved_by", ["muon", "adamw"])
+def test_experts_are_moved_as_configured_and_routers_by_adamw(moved_by: str) -> None:
+    group = {"name": "experts", "num_experts": 4, "top_k": 2}
+    model = Transformer(
+        ModelConfig(
+            hidden_size=16,
+            num_layers=1,
+            num_heads=2,
+            vocab_size=16,
+            moe={"groups": [group], "intermediate_size": 8},
+        )
+    )
+    muon, adamw = build_optimizers(MuonConfig(experts=moved_by), model)
+    by_muon = {p for g in muon.param_groups for p in g["params"]}
+    by_adamw = {p for g in adamw.param_groups for p in g["params"]}
+    experts = dict(model.named_parameters(prefix=""))
+    for name in ("gate_up", "down"):
+        weight = experts[f"blocks.0.feed_forward.experts.{name}"]
+        assert (weight in by_muon, weight in by_adamw) == (moved_by == "muon", moved_by == "adamw")
+    assert experts["blocks.0.feed_forward.router.weight"] in by_adamw
+    assert muon.row_splits[experts["blocks.0.feed_forward.experts.gate_up"]] == (8, 8)

@@ -79,7 +79,7 @@ def run(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def held_out_load(trainer: Any) -> dict[str, Any]:
-    """How the held-out text spreads over the experts of each group, in evaluation mode."""
+    """How the text that was scored spreads over the experts of each group, in evaluation mode."""
     import torch
 
     from ultrathink.training.experts import read_experts
@@ -92,7 +92,7 @@ def held_out_load(trainer: Any) -> dict[str, Any]:
     stats: dict[str, Any] = {}
     num_tokens = 0
     with torch.no_grad():
-        for batch in held_out.batches(8, None):
+        for batch in held_out.batches(8, trainer.training.eval.max_tokens):
             output = model(batch.input_ids, labels=batch.labels)
             num_tokens += int(output.num_tokens)
             for name, value in output.stats.items():

@@ -92,14 +92,15 @@ class RoutingConfig(Section):
 class BalanceConfig(Section):
     """What keeps the load of a group's experts even; 0 leaves a term out.
 
-    The losses are summed over groups and layers.
+    The losses are summed over groups and layers. The defaults are what kept experts busiest at the
+    least loss of learning (docs/experts.md).
     """
 
     load: float = Field(
         0.01, ge=0, description="Weight of N·Σ P_i·f_i, mean probability times load (Switch)."
     )
     importance: float = Field(
-        0.005, ge=0, description="Weight of the squared coefficient of variation of Σ P_i."
+        0.0, ge=0, description="Weight of the squared coefficient of variation of Σ P_i."
     )
     entropy: float = Field(
         0.0,
@@ -107,11 +108,11 @@ class BalanceConfig(Section):
         description="Weight of 1 - H/ln N, which rewards a token's router distribution for being "
         "spread.",
     )
-    z: float = Field(0.001, ge=0, description="Weight of the squared log-partition of the router.")
+    z: float = Field(0.0, ge=0, description="Weight of the squared log-partition of the router.")
     bias_rate: float = Field(
-        0.001,
+        0.005,
         ge=0,
-        description="Change per step of a bias that is added to scores where experts are chosen, "
+        description="Change per step of a bias that is added to logits where experts are chosen, "
         "up for those with less than the mean load, down for those with more.",
     )
 

@@ -26,7 +26,13 @@ from ultrathink import build_trainer
 # The first whose words are all in a kernel's name.
 KINDS = (
     ("products of matrices", ("aten::mm",)),
-    ("products in attention", ("aten::bmm",)),
+    ("products in attention, and of experts on a CPU", ("aten::bmm",)),
+    ("products of experts", ("aten::_grouped_mm",)),
+    ("calls of experts' products, and where rows lie", ("ultrathink::",)),
+    ("router, its losses, and rows of experts", ("masked_fill",)),
+    ("router, its losses, and rows of experts", ("clamp", "log")),
+    ("rows and weights of experts", ("grouped",)),
+    ("sums over a token's experts", ("embedding_bag",)),
     ("softmax of attention, forward", ("amax",)),
     ("softmax and loss of the head", ("logsumexp",)),
     ("SwiGLU", ("silu",)),

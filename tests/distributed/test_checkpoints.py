@@ -20,6 +20,8 @@ STAGES = {
     "ddp": "parallel.dp_replicate=2",
     **{f"zero {n}": f"parallel.zero_stage={n}" for n in (1, 2, 3)},
 }
+NOISE = "model.moe.routing={warmup_steps: 10, jitter: 0.1, expert_dropout: 0.1}"
+EXPERTS = {"dense": (), "experts": tasks.EXPERTS}
 
 
 def saved(run: str) -> dict[str, Any]:
@@ -39,9 +41,12 @@ def assert_same_bits(here: Any, there: Any, path: str = "") -> None:
         assert here == there, path
 
 
+@pytest.mark.parametrize("kind", EXPERTS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_saved_by_two_it_loads_on_one_and_on_two(two: Pool, tmp_path: Path, stage: str) -> None:
-    run, _ = two.run(tasks.train, str(tmp_path), *HALF, STAGES[stage])
+def test_saved_by_two_it_loads_on_one_and_on_two(
+    two: Pool, tmp_path: Path, stage: str, kind: str
+) -> None:
+    run, _ = two.run(tasks.train, str(tmp_path), *HALF, *EXPERTS[kind], STAGES[stage])
     on_disk = saved(run)
     assert_same_bits(on_disk, tasks.loaded_state(run, "last", "parallel.dp_replicate=1"))
     for loaded in two.run(tasks.loaded_state, run):
@@ -54,9 +59,11 @@ def test_copies_of_the_model_are_written_once(two: Pool, tmp_path: Path) -> None
     assert {tensor.num_pieces for tensor in contents.tensors} == {1}
 
 
-def test_a_resumed_run_of_two_is_the_run_that_went_on(two: Pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_a_resumed_run_of_two_is_the_run_that_went_on(two: Pool, tmp_path: Path, kind: str) -> None:
     """Dropout included: what is drawn depends on the step, not on what came before."""
     words = ("training.max_steps=6", "model.dropout=0.3", "training.checkpoint={every_steps: 3}")
+    words = (*words, *EXPERTS[kind], *(() if kind == "dense" else (NOISE,)))
     whole, _ = two.run(tasks.train, str(tmp_path / "whole"), *words)
     half, _ = two.run(tasks.train, str(tmp_path / "half"), *words)
     shutil.rmtree(Path(half) / "checkpoints" / "step_00000006")
@@ -64,17 +71,19 @@ def test_a_resumed_run_of_two_is_the_run_that_went_on(two: Pool, tmp_path: Path)
     assert_same_bits(saved(whole), saved(half))
 
 
-def test_saved_by_one_it_loads_on_two(two: Pool, tmp_path: Path) -> None:
-    run = tasks.train(str(tmp_path), *HALF)
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_saved_by_one_it_loads_on_two(two: Pool, tmp_path: Path, kind: str) -> None:
+    run = tasks.train(str(tmp_path), *HALF, *EXPERTS[kind])
     for loaded in two.run(tasks.loaded_state, run):
         assert_same_bits(saved(run), loaded)
 
 
+@pytest.mark.parametrize("kind", EXPERTS)
 @pytest.mark.parametrize("first", ["one", "two"])
 def test_a_run_that_moves_between_meshes_takes_the_same_samples(
-    two: Pool, tmp_path: Path, first: str
+    two: Pool, tmp_path: Path, first: str, kind: str
 ) -> None:
-    words = ("training.max_steps=6", "training.precision=fp64")
+    words = ("training.max_steps=6", "training.precision=fp64", *EXPERTS[kind])
     whole = tasks.train(str(tmp_path / "whole"), *words)
     moved = (*words, "training.checkpoint={every_steps: 3, keep: 9}")
     if first == "one":

@@ -27,14 +27,18 @@ def weights(run: str) -> dict[str, Tensor]:
 def assert_equal(reference: str, other: str, limit: float) -> None:
     for here, there in zip(rows(reference), rows(other), strict=True):
         assert (here["step"], here["split"]) == (there["step"], there["split"])
-        for key in ("loss", "grad_norm", "bits_per_byte", "token_accuracy"):
+        for key in ("loss", "grad_norm", "bits_per_byte", "token_accuracy", *expert_losses(here)):
             if key in here:
                 assert there[key] == pytest.approx(here[key], abs=limit, rel=limit)
     expected = weights(reference)
     found = weights(other)
     assert list(expected) == list(found)
     for name, tensor in expected.items():
-        assert float((tensor - found[name]).abs().max()) <= limit, name
+        assert float((tensor.double() - found[name].double()).abs().max()) <= limit, name
+
+
+def expert_losses(row: dict[str, Any]) -> list[str]:
+    return [key for key in row if key.startswith("moe_")]
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +67,46 @@ def test_two_processes_equal_one(
     assert_equal(reference, run, LIMIT)
 
 
+MUON = "training.optimizer={type: muon, lr: 0.01, weight_decay: 0.1}"
+
+
+@pytest.fixture(scope="module", params=["adamw", "muon"])
+def with_experts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, tuple[str, ...]]:
+    """A run of a model with experts on one process, and what it was asked for."""
+    words = (*FP64, *tasks.EXPERTS, *([MUON] if request.param == "muon" else []))
+    return tasks.train(str(tmp_path_factory.mktemp("experts")), *words), words
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("parallel.dp_replicate=2",),
+        ("parallel.zero_stage=1", "training.micro_batch_size=1"),
+        ("parallel.zero_stage=2", "training.activation_checkpointing=full"),
+        ("parallel.zero_stage=3", "training.activation_checkpointing=selective"),
+        ("parallel.offload=params", "training.micro_batch_size=1"),
+    ],
+    ids=lambda overrides: ", ".join(word.partition(".")[2] for word in overrides),
+)
+def test_experts_on_two_processes(
+    two: Pool,
+    tmp_path: Path,
+    with_experts: tuple[str, tuple[str, ...]],
+    overrides: tuple[str, ...],
+) -> None:
+    """Their losses, their biases, empty slots and what is dropped, too."""
+    alone, words = with_experts
+    run, _ = two.run(tasks.train, str(tmp_path), *words, *overrides)
+    assert_equal(alone, run, LIMIT)
+    assert len(expert_losses(rows(alone)[0])) == 4
+    biases = [value for name, value in weights(run).items() if name.endswith("selection_bias")]
+    assert [bool(bias.any()) for bias in biases] == [True, True]
+
+
 def test_muon_on_parts_of_matrices(two: Pool, tmp_path: Path) -> None:
-    words = (*FP64, "training.optimizer={type: muon, lr: 0.01, weight_decay: 0.1}")
+    words = (*FP64, MUON)
     alone = tasks.train(str(tmp_path / "one"), *words)
     run, _ = two.run(tasks.train, str(tmp_path / "two"), *words)
     assert_equal(alone, run, LIMIT)

@@ -151,7 +151,7 @@ def _kinds(annotation: Any) -> list[str]:
         return _kinds(arguments[0])
     if origin is tuple:
         if arguments[-1] is Ellipsis:
-            return [f"list of {_plural(_kinds(arguments[0])[0])}"]
+            return [f"list of {' or '.join(map(_plural, _kinds(arguments[0])))}"]
         return [f"list of {len(arguments)} {_plural(_kinds(arguments[0])[0])}"]
     return [kind for member in arguments if member is not type(None) for kind in _kinds(member)]
 

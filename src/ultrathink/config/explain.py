@@ -74,9 +74,14 @@ _EXPECTED = {
     "too_short": "a list with at least one item",
     "model_type": "a section with keys of its own",
     "model_attributes_type": "a section with keys of its own",
-    "string_pattern_mismatch": "a name of letters, digits, '.', '_' and '-' that starts with a "
-    "letter or digit",
     "finite_number": "a finite number",
+}
+
+
+_PATTERNS = {
+    r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "a name of letters, digits, '.', '_' and '-' that starts with "
+    "a letter or digit",
+    r"^[A-Za-z][A-Za-z0-9_-]*$": "a name of letters, digits, '_' and '-' that starts with a letter",
 }
 
 
@@ -85,6 +90,8 @@ def _expected(detail: ErrorDetails) -> str:
     context = detail.get("ctx", {})
     if kind in _EXPECTED:
         return _EXPECTED[kind]
+    if kind == "string_pattern_mismatch":
+        return _PATTERNS.get(context["pattern"], f"text like {context['pattern']}")
     if kind == "literal_error":
         return str(context["expected"])
     if kind == "too_long":

@@ -275,7 +275,8 @@ def _expert_losses(routings: list[LayerRouting]) -> dict[str, Tensor]:
     if not routings:
         return {}
     total = torch.stack([routing.losses for routing in routings]).sum(0)
-    return {f"moe_{name}": value for name, value in zip(LOSSES, total.unbind(0), strict=True)}
+    # Copies, because FSDP warns of an output that is a view.
+    return {f"moe_{name}": total[index].clone() for index, name in enumerate(LOSSES)}
 
 
 def _check_shapes(

@@ -161,7 +161,13 @@ def _beginning(config: Config) -> tuple[Config, Beginning]:
         return config, Beginning(pretrained.load_into, pretrained.tokenizer)
     weights, parent = weights_from(source, config.run.dir)
     tokenizer = load_tokenizer(parent.tokenizer) if parent is not None else None
-    return config, Beginning(lambda model: load_weights(model, weights), tokenizer)
+
+    def fill(model: Transformer) -> None:
+        load_weights(model, weights)
+        if model.routing is not None:
+            model.routing.reset()  # how tokens find experts is this configuration's to say
+
+    return config, Beginning(fill, tokenizer)
 
 
 def environment(choices: Choices) -> dict[str, Any]:

@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ultrathink.config.experts import MoeConfig
 from ultrathink.config.model import ModelConfig
 from ultrathink.core.errors import CheckpointError
 from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
 from ultrathink.model.transformer import Transformer
-from ultrathink.runs.checkpoint import MODEL, load_checkpoint, tensor_shapes, weights
+from ultrathink.runs.checkpoint import (
+    MODEL,
+    load_checkpoint,
+    read_state,
+    tensor_shapes,
+    weights,
+)
 from ultrathink.runs.folder import RunFolder, find_run, split_run
 from ultrathink.runs.inspection import WEIGHTS_FILE, read_weights_file
 
@@ -70,6 +77,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     else:
         state: dict[str, Any] = dict(load_checkpoint(folder, weights))
         found = state.get("model") or {}
+    if isinstance(model, Transformer):
+        check_groups(model.config.moe, folder)
     check_fit(_shapes(model.state_dict()), _shapes(found), folder)
     model.load_state_dict(found)
 
@@ -112,6 +121,41 @@ def check_fit(
             f"{folder} holds another model: {difference}.{advice} Set the model section to that "
             f"of the checkpoint's run (ultrathink config show RUN)."
         )
+
+
+def check_groups(moe: MoeConfig | None, folder: Path) -> None:
+    """Raise CheckpointError where a checkpoint's groups of experts have other sizes than ``moe``'s.
+
+    Their weights may have the same shapes all the same: two groups of 8 are no group of 16.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        is_told = (folder / "config.yaml").is_file()
+        theirs = RunFolder(folder).read_config().model.moe if is_told else moe
+    else:
+        config = read_state(folder).get("config") or {}
+        known = config.get("model", {}).get("moe", ...)
+        theirs = moe if known is ... else known and MoeConfig.model_validate(known)
+    if _group_sizes(theirs) != _group_sizes(moe):
+        raise CheckpointError(
+            f"{folder} holds another model: it has {_told(theirs)}, and this one {_told(moe)}. Set "
+            f"model.moe.groups to that of the checkpoint's run (ultrathink config show RUN)."
+        )
+
+
+def _group_sizes(moe: MoeConfig | None) -> list[tuple[int, int]]:
+    return [(group.num_experts, group.num_slots) for group in moe.groups] if moe else []
+
+
+def _told(moe: MoeConfig | None) -> str:
+    """The groups in words."""
+    if moe is None:
+        return "no experts"
+    groups = [
+        f"{group.name} {group.num_experts}"
+        + (f" of {group.num_slots} slots" if group.num_slots > group.num_experts else "")
+        for group in moe.groups
+    ]
+    return f"the expert groups {' + '.join(groups)}"
 
 
 def weights_from(text: str, runs_dir: str) -> tuple[Path, RunFolder | None]:

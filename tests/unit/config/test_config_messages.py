@@ -53,12 +53,14 @@ def test_a_slip_in_any_key_is_answered_with_that_key(key: str) -> None:
     prefix, _, name = key.rpartition(".")
     slip = f"{name[:-2]}{name[-1]}{name[-2]}" if name[-1] != name[-2] else name[:-1]
     where = prefix.replace("data.train", "data.train.0").replace("data.val", "data.val.0")
+    where = where.replace("moe.groups", "moe.groups.0")
     # A type that has the key, so that the message need not name another.
     file = Path("all.yaml")
     for optimizer in ("adamw", "muon"):
         for source in ("stdlib", "{type: jsonl, path: x}", "dummy"):
             file.write_text(
-                f"model: {{rope_scaling: {{type: linear, factor: 2}}}}\n"
+                f"model: {{rope_scaling: {{type: linear, factor: 2}}, "
+                f"moe: {{groups: [{{name: a, num_experts: 8, top_k: 2}}]}}}}\n"
                 f"training: {{max_steps: 3, optimizer: {optimizer}, schedule: wsd}}\n"
                 f"data: {{train: [{source}], val: [{source}]}}\n"
             )
@@ -172,11 +174,11 @@ def test_a_malformed_override_is_quoted_with_the_right_form(override: str) -> No
 
 def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
     assert "there is no preset 'dmo'. Did you mean 'demo'?" in message(source="dmo")
-    assert "Known: debug, demo." in message(source="nothing")
+    assert "Known: debug, demo, demo-moe." in message(source="nothing")
 
 
 def test_a_missing_file_or_folder_is_named() -> None:
-    assert message(source="my.yaml") == "there is no file my.yaml. Presets: debug, demo."
+    assert message(source="my.yaml") == "there is no file my.yaml. Presets: debug, demo, demo-moe."
     assert "there is no file or run folder runs/x." in message(source="runs/x")
     Path("empty").mkdir()
     text = "the folder empty is not a run folder: it has no config.yaml."

@@ -57,7 +57,7 @@ def test_float32_weights_get_float32_gradients_from_bfloat16_products(
     model.compute_dtype = torch.bfloat16
     seen: list[torch.dtype] = []
     for block in model.blocks:
-        block.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+        block.register_forward_hook(lambda module, args, out: seen.append(out[0].dtype))
     model(tokens, tokens).loss.backward()
     assert seen == [torch.bfloat16, torch.bfloat16]  # the residual stream too
     assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
@@ -315,19 +315,23 @@ VARIANTS = [
     {"feed_forward": "relu2", "num_kv_heads": 1, "head_dim": 6},
     {"qkv_bias": True},
 ]
+EXPERTS = {"groups": [{"name": "experts", "num_experts": 3, "top_k": 2}], "shared_size": 8}
+WITH_EXPERTS = [{"moe": EXPERTS}, {"moe": EXPERTS, "feed_forward": "relu2"}]
 
 
-@pytest.mark.parametrize("changes", VARIANTS)
+@pytest.mark.parametrize("changes", [*VARIANTS, *WITH_EXPERTS])
 def test_every_parameter_has_exactly_one_role(make_model: Any, changes: dict[str, Any]) -> None:
     model = make_model(**changes)
     for name, _ in model.named_parameters():
         roles = [rule.role for rule in SHARDING_RULES if fnmatchcase(name, rule.pattern)]
         assert len(roles) == 1, f"{name}: {roles}"
-        assert (roles[0] == "replicated") == name.endswith("norm.weight")
+        assert (roles[0] == "replicated") == name.endswith(("norm.weight", "router.weight"))
+        assert (roles[0] == "experts") == (".experts." in name)
 
 
 def test_every_rule_is_used(make_model: Any) -> None:
-    names = {name for changes in VARIANTS for name, _ in make_model(**changes).named_parameters()}
+    models = [make_model(**changes) for changes in (*VARIANTS, *WITH_EXPERTS)]
+    names = {name for model in models for name, _ in model.named_parameters()}
     for rule in SHARDING_RULES:
         assert any(fnmatchcase(name, rule.pattern) for name in names), rule
 

@@ -62,8 +62,9 @@ def group_losses(
     share = sequences.mean(scores.chosen) / top_k
     load = num_active * (mean * share).sum(-1, keepdim=True)
     importance = num_active * mean.square().sum(-1, keepdim=True) - 1
-    spread = scores.entropy()[..., None] / num_active.log().clamp(min=1e-6)
-    each = (load, importance, 1 - spread, scores.log_partition.square())
+    largest = num_active.log()
+    narrowness = (largest - scores.entropy()[..., None]) / largest.clamp(min=1e-6)
+    each = (load, importance, narrowness, scores.log_partition.square())
     return torch.cat([sequences.total(values) for values in each])
 
 

@@ -79,7 +79,8 @@ class RoutingControls(nn.Module):
         ``capacity_factor`` may be None: nothing is dropped. UltrathinkError for a name there is not
         or a value that cannot be.
         """
-        self.get_buffer(name).fill_(check_control(name, value))
+        checked = check_control(name, value)
+        self.get_buffer(name).fill_(checked)
 
     def warm_up(self, step: int) -> None:
         """Set how far routing is from uniform to learned in ``step``, counted from 1."""

@@ -97,7 +97,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, choice: Choice) -> Tensor:
         """Map ``[N, C]`` to ``[N, C]``: each token's experts, times their gates, summed."""
-        if not torch.is_grad_enabled() and choice.experts.numel() <= self.num_slots:
+        is_few = choice.experts.numel() <= self.num_slots
+        if is_few and not self.training and not torch.is_grad_enabled():  # so none was dropped
             return self._of_few(x, choice)
         backend = self._choose_backend(x)
         kernel = self._kernels[backend]

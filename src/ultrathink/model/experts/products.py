@@ -118,7 +118,7 @@ class Batched:
 
     def multiple(self, mean_rows: int) -> int:
         """From 8 to 32 rows, about half of what an expert has."""
-        return min(32, max(8, 1 << max(0, mean_rows // 2).bit_length() - 1))
+        return min(32, max(8, 1 << max(1, mean_rows // 2).bit_length() - 1))
 
     def product(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
         """A batched product for each number of rows."""

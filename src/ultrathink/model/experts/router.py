@@ -148,17 +148,19 @@ class Router(nn.Module):
         if self.config.score == "softmax":
             probabilities = (logits - log_partition).exp()
             return GroupScores(probabilities, probabilities, log_partition, logits)
-        scores = logits.sigmoid()
-        total = scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
-        return GroupScores(scores, scores / total, log_partition, logits)
+        logs = F.logsigmoid(logits)  # which has a ratio, and a gradient, where all scores vanish
+        probabilities = (logs - logs.logsumexp(-1, keepdim=True)).exp()
+        return GroupScores(logs.exp(), probabilities, log_partition, logits)
 
     def _within_capacity(
         self, scores: list[GroupScores], sequences: Sequences, controls: Controls
     ) -> Tensor:
         """Which tokens each expert takes, boolean ``[B, T, E]``."""
         chosen = torch.cat([group.chosen for group in scores], -1)
-        # Tokens that nothing is trained on are the first to be dropped.
-        rank = torch.cat([group.scores for group in scores], -1) - 2 * (1 - sequences.counted)
+        # Tokens that nothing is trained on are the first to be dropped; of them the last of a
+        # sequence, as padding is.
+        rank = torch.cat([group.scores for group in scores], -1)
+        rank = torch.where(sequences.counted.bool(), rank, -1.0)
         shares = torch.cat(
             [
                 sequences.num_counted

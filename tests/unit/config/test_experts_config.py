@@ -1,0 +1,135 @@
+"""The section ``model.moe``: what it derives, and what it answers to mistakes."""
+
+from __future__ import annotations
+
+import pytest
+
+from ultrathink.config import load_config
+from ultrathink.config.model import FEED_FORWARDS
+from ultrathink.core.errors import ConfigError
+
+ONE = "model.moe.groups=[{name: a, num_experts: 8, top_k: 2}]"
+
+
+def groups(text: str) -> str:
+    return f"model.moe.groups=[{text}]"
+
+
+MISTAKES: dict[tuple[str, ...], str] = {
+    (groups("{name: a, num_experts: 4, top_k: 5}"),): r"top_k \(5\) of group 'a' is above its "
+    r"num_experts \(4\)",
+    (groups("{name: a, num_experts: 4, top_k: 0}"),): r"groups\.0\.top_k = 0 .*greater than 0",
+    (groups("{name: a, num_experts: 4}"),): r"groups\.0\.top_k: a value is needed here",
+    (groups("{name: a, num_experts: 4, topk: 1}"),): r"Did you mean 'model\.moe\.groups\.0\.top_k'",
+    (groups("{name: a, num_experts: 4, top_k: 1, max_experts: 3}"),): r"max_experts \(3\) of group "
+    r"'a' is below its num_experts \(4\)",
+    (groups("{name: a, num_experts: 4, top_k: 1}, {name: a, num_experts: 2, top_k: 1}"),): "two "
+    "groups are called 'a'; give each its own name",
+    (groups("{name: 1a, num_experts: 4, top_k: 1}"),): r"groups\.0\.name = '1a' .*should be a name "
+    r"of letters, digits, '_' and '-' that starts with a letter\.",
+    (groups(""),): r"model\.moe\.groups = \[\] .*a list with at least one item",
+    ("model.moe.routing.jitter=0.1",): r"model\.moe\.groups: a value is needed here",
+    (ONE, "model.moe.intermediate_size=12"): r"intermediate_size \(12\) must be a multiple of 8.*"
+    r"use 8 or 16\.",
+    (ONE, "model.moe.intermediate_size=5"): r"intermediate_size \(5\) .*use 8\.",
+    (ONE, "model.moe.shared_size=20"): r"shared_size \(20\) must be a multiple of 8.*use 16 or 24",
+    (ONE, "model.hidden_size=36", "model.num_heads=2"): r"hidden_size \(36\) must be a multiple of "
+    r"8 for a model with experts",
+    (ONE, "model.moe.routing.capacity_factor=0"): r"capacity_factor = 0 .*greater than 0, or null",
+    (ONE, "model.moe.routing.capacity_factor=-1.5"): r"capacity_factor = -1\.5 .*greater than 0",
+    (ONE, "model.moe.routing.temperature=0"): r"routing\.temperature = 0 .*greater than 0",
+    (ONE, "model.moe.routing.expert_dropout=1"): r"expert_dropout = 1 .*less than 1",
+    (ONE, "model.moe.routing.jitter=1"): r"routing\.jitter = 1 .*less than 1",
+    (ONE, "model.moe.balance.z=-1"): r"balance\.z = -1 .*greater than or equal to 0",
+    (ONE, "model.moe.layers=evry"): r"layers = 'evry' .*'all', 'interleaved' or 'sandwich' or a "
+    r"list",
+    (
+        ONE,
+        "model.moe.layers=[2]",
+    ): r"model\.moe\.layers: there is no layer 2; the model has 2, 0 to "
+    r"1",
+    (ONE, "model.moe.layers=[1.5]"): r"model\.moe\.layers: the fraction 1\.5 is outside 0\.0 to 1",
+    (ONE, "model.moe.layers=sandwich"): r"moe\.layers is 'sandwich', which is no layer of a model "
+    r"with num_layers = 2",
+    (ONE, "model.moe.layers=interleaved", "model.num_layers=1"): r"moe\.layers is 'interleaved', "
+    r"which is no layer of a model with num_layers = 1; use all",
+    (
+        ONE,
+        "model.moe.backend=lopo",
+    ): "there is no expert backend called 'lopo'. Did you mean 'loop'",
+    (ONE, "model.moe.score=softmx"): r"score = 'softmx' .*should be 'softmax' or 'sigmoid'",
+}
+
+
+@pytest.mark.parametrize("overrides", MISTAKES, ids=lambda overrides: overrides[-1])
+def test_a_mistake_names_the_key_the_value_and_the_fix(overrides: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=MISTAKES[overrides]):
+        load_config("debug", list(overrides))
+
+
+def test_a_feed_forward_of_ones_own_is_no_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FEED_FORWARDS, "_entries", dict(FEED_FORWARDS._entries))
+    FEED_FORWARDS.add("mine", "ultrathink.model.feed_forward:SwiGLU")
+    load_config("debug", ["model.feed_forward=mine"])
+    with pytest.raises(
+        ConfigError, match="experts compute swiglu or relu2, and feed_forward is 'm"
+    ):
+        load_config("debug", [ONE, "model.feed_forward=mine"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "width"),
+    [
+        (("model.intermediate_size=64",), 32),  # two experts of a token have the dense width
+        (("model.intermediate_size=65",), 40),
+        (("model.hidden_size=64", "model.feed_forward=relu2"), 128),
+        (("model.intermediate_size=64", "model.moe.intermediate_size=8"), 8),
+        (("model.intermediate_size=64", "model.moe.shared_size=32"), 32),
+    ],
+)
+def test_the_width_of_an_expert_follows_from_the_dense_one(
+    overrides: tuple[str, ...], width: int
+) -> None:
+    config = load_config("debug", [ONE, *overrides])
+    assert config.model.moe is not None
+    assert config.model.moe.intermediate_size == width
+    if width != 8:
+        origin = config.origin("model.moe.intermediate_size")
+        assert "model.intermediate_size / 2 experts of a token" in origin
+
+
+@pytest.mark.parametrize(
+    ("layers", "num_layers", "expected"),
+    [
+        ("all", 3, (0, 1, 2)),
+        ("interleaved", 5, (1, 3)),
+        ("sandwich", 5, (1, 2, 3)),
+        ("[2, 0]", 5, (0, 2)),
+        ("[0.0, 0.5, 1.0]", 8, (0, 4, 7)),
+        ("[0.5, 2]", 4, (2,)),
+        ("[1]", 5, (1,)),  # an index
+        ("[1.0]", 5, (4,)),  # the end
+    ],
+)
+def test_layers_by_name_index_and_fraction(
+    layers: str, num_layers: int, expected: tuple[int, ...]
+) -> None:
+    words = [ONE, f"model.num_layers={num_layers}", f"model.moe.layers={layers}"]
+    assert load_config("debug", words).model.expert_layers == expected
+
+
+def test_slots_and_experts_of_a_token_are_counted_over_groups() -> None:
+    text = (
+        "{name: a, num_experts: 8, top_k: 2, max_experts: 12}, {name: b, num_experts: 3, top_k: 1}"
+    )
+    moe = load_config("debug", [groups(text)]).model.moe
+    assert moe is not None
+    assert (moe.num_slots, moe.experts_per_token) == (15, 3)
+
+
+def test_one_control_of_a_group_is_set_by_its_number() -> None:
+    config = load_config("debug", [ONE, "model.moe.groups.0.top_k=1", "model.moe.balance.z=0"])
+    assert config.model.moe is not None
+    assert config.model.moe.groups[0].top_k == 1
+    assert config.model.moe.balance.z == 0
+    assert config.model.moe.balance.load == 0.01

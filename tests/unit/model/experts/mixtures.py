@@ -1,0 +1,51 @@
+"""Mixtures of experts to test, and what there is to compare of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultrathink.model.transformer import Transformer
+
+ONE: list[dict[str, Any]] = [{"name": "experts", "num_experts": 4, "top_k": 2}]
+# The four groups of MoE³, small, and none of them a power of two.
+FOUR: list[dict[str, Any]] = [
+    {"name": "knowledge", "num_experts": 7, "top_k": 2},
+    {"name": "skill", "num_experts": 6, "top_k": 2},
+    {"name": "meta", "num_experts": 5, "top_k": 1},
+    {"name": "safety", "num_experts": 3, "top_k": 1},
+]
+BALANCE = {"load": 0.3, "importance": 0.2, "entropy": 0.1, "z": 0.05}  # none is out of sight
+CAPACITY = {"capacity_factor": 1.0}
+
+
+def mixture(groups: Sequence[dict[str, Any]] = ONE, **options: Any) -> dict[str, Any]:
+    """The section ``model.moe`` of a tiny model."""
+    return {"groups": groups, "intermediate_size": 16, "balance": BALANCE, **options}
+
+
+def trained(
+    model: Transformer, input_ids: Tensor, labels: Tensor, **options: Any
+) -> dict[str, Tensor]:
+    """All that a model tells of labelled tokens, sums, and the gradient of every weight."""
+    model.zero_grad()
+    output = model(input_ids, labels, **options)
+    (output.loss + sum(output.aux_losses.values())).backward()
+    found = {"loss": output.loss, **output.aux_losses, **output.stats}
+    found |= {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: value.detach().clone() for name, value in found.items()}
+
+
+def added(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What several parts of a batch tell together."""
+    return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
+
+
+def assert_same(expected: dict[str, Tensor], found: dict[str, Tensor], limit: float = 1e-9) -> None:
+    """Every loss, sum and gradient of two passes within ``limit``, relative and absolute."""
+    assert list(expected) == list(found)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=limit, atol=limit, msg=name)

@@ -1,0 +1,248 @@
+"""Runs of a mixture: live controls, warm-up, resuming, going back, and weights of other runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.stress.evidence import differences
+from tests.unit.training.conftest import MakeTrainer
+from tests.unit.training.experts import GROUPS, MIXTURE, NOISE, ROUTING
+from tests.unit.training.observers import At, Recorder
+from tests.unit.training.test_resume_matrix import whole_and_resumed
+from ultrathink import load_model, resume_trainer
+from ultrathink.core.errors import CheckpointError, UltrathinkError
+from ultrathink.runs.inspection import consolidate
+from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.trainer import Trainer
+
+GROUPS_OF_16 = "{groups: [{name: all, num_experts: 16, top_k: 2}], intermediate_size: 8}"
+TWO_OF_8 = (
+    "{groups: [{name: knowledge, num_experts: 8, top_k: 1}, "
+    "{name: skill, num_experts: 8, top_k: 1}], intermediate_size: 8}"
+)
+
+
+def buffers(trainer: Trainer) -> dict[str, Tensor]:
+    """What is remembered of routing beside weights."""
+    state = trainer.model.state_dict()
+    parameters = dict(trainer.model.named_parameters())
+    return {name: value.clone() for name, value in state.items() if name not in parameters}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("training.optimizer={type: adamw, lr: 0.01}", "training.precision=fp32"),
+        (
+            "training.optimizer={type: muon, lr: 0.01}",
+            "training.precision=bf16",
+            "training.micro_batch_size=2",
+        ),
+    ],
+    ids=["adamw", "muon"],
+)
+def test_a_run_that_broke_off_goes_on_bit_for_bit(
+    make_trainer: MakeTrainer, options: tuple[str, ...]
+) -> None:
+    """Noise, warm-up, biases and dropped tokens included."""
+    every = "training.checkpoint={every_steps: 2, keep: 9}"
+    whole, resumed = whole_and_resumed(make_trainer, *MIXTURE, NOISE, *options, every)
+    assert differences(whole, resumed) == []
+
+
+def test_going_back_takes_biases_and_controls_along(make_trainer: MakeTrainer) -> None:
+    kept: list[Snapshot] = []
+    found: list[dict[str, Tensor]] = []
+
+    def keep(control: TrainerControl) -> None:
+        if not kept:
+            kept.append(control.snapshot())
+            found.append(buffers(trainer))
+            control.set_routing("temperature", 2.0, reason="test")
+
+    def go_back(control: TrainerControl) -> None:
+        if len(found) == 1:
+            found.append(buffers(trainer))
+            control.restore(kept[0], reason="test")
+
+    recorder = Recorder()
+    trainer = make_trainer(
+        *MIXTURE,
+        ROUTING,
+        "training.max_steps=4",
+        callbacks=[recorder],
+        controllers=[At(step2=keep, step4=go_back)],
+    )
+    assert sum("selection_bias" in name for name in buffers(trainer)) == 2
+    trainer.start()
+    for _ in range(4):
+        report = trainer.train_step()
+        trainer.ask_controllers(report)
+        trainer.apply_changes()
+    trainer.close()
+    first, last = found
+    assert any(not torch.equal(first[name], last[name]) for name in first if "bias" in name)
+    assert last["routing.temperature"] == 2.0
+    assert trainer.progress.step == 2
+    after = buffers(trainer)
+    assert [name for name in first if not torch.equal(after[name], first[name])] == []
+
+
+def test_live_controls_are_recorded_and_survive_a_resume(make_trainer: MakeTrainer) -> None:
+    def act(control: TrainerControl) -> None:
+        control.set_routing("capacity_factor", 0.5, reason="test")
+        control.set_routing("load", 0.7, reason="collapse")
+
+    def stop(control: TrainerControl) -> None:
+        control.set_routing("capacity_factor", None, reason="enough")
+        control.set_routing("temperature", 1.5, reason="test")
+        control.stop(reason="test")
+
+    recorder = Recorder()
+    trainer = make_trainer(
+        *MIXTURE,
+        "model.moe.routing={warmup_steps: 0}",
+        "training.max_steps=6",
+        callbacks=[recorder],
+        controllers=[At(step2=act, step4=stop)],
+    )
+    assert trainer.fit() == "stopped"
+    changes = [(c.step, c.setting, c.before, c.after) for c in recorder.changes[:4]]
+    assert [change[:2] for change in changes] == [
+        (2, "routing.capacity_factor"),
+        (2, "routing.load"),
+        (4, "routing.capacity_factor"),
+        (4, "routing.temperature"),
+    ]
+    assert [change[2:] for change in changes] == [
+        (None, 0.5),
+        (pytest.approx(0.1), pytest.approx(0.7)),
+        (0.5, None),
+        (1.0, 1.5),
+    ]
+    lines = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
+    assert [line["reason"] for line in lines[:2]] == ["test", "collapse"]
+    dropped = [float(report.experts.dropped.sum()) for report in recorder.steps if report.experts]
+    assert [value > 0 for value in dropped] == [False, False, True, True]
+    ratio = recorder.steps[2].aux_losses["moe_load"] / recorder.steps[1].aux_losses["moe_load"]
+    assert ratio == pytest.approx(7, rel=0.1)
+
+    resumed = resume_trainer(trainer.run)
+    routing = resumed.model.routing
+    assert routing is not None
+    assert routing.get("capacity_factor") is None
+    assert routing.get("temperature") == 1.5
+    assert routing.get("load") == pytest.approx(0.7)
+    resumed.close()
+    model, _ = load_model(trainer.run.path, "last")
+    assert model.routing is not None
+    assert model.routing.get("temperature") == 1.5
+
+
+def test_a_control_that_cannot_be_is_refused_at_once(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(*MIXTURE)
+    with pytest.raises(UltrathinkError, match=r"'temprature'\. Did you mean 'temperature'"):
+        trainer.control.set_routing("temprature", 1.0, reason="test")
+    with pytest.raises(UltrathinkError, match=r"jitter must be 0 or more and below 1, not 1\.5"):
+        trainer.control.set_routing("jitter", 1.5, reason="test")
+    assert trainer.control.num_waiting == 0
+
+
+def test_a_model_without_experts_says_so(make_trainer: MakeTrainer) -> None:
+    recorder = Recorder()
+    ask = At(step1=lambda control: control.set_routing("jitter", 0.1, reason="test"))
+    make_trainer("training.max_steps=2", callbacks=[recorder], controllers=[ask]).fit()
+    assert any(
+        "routing.jitter cannot be changed: this model has no experts" in text
+        for text in recorder.messages
+    )
+
+
+def test_warm_up_begins_nearly_even(make_trainer: MakeTrainer) -> None:
+    """A router that has favourites by its weights, at some steps of the default warm-up."""
+    trainer = make_trainer(
+        *MIXTURE,
+        "model.moe.balance.bias_rate=0",
+        "training.optimizer={type: adamw, lr: 1.0e-9}",
+        "training.batch_size=16",
+        "training.max_steps=200",
+    )
+    with torch.no_grad():
+        for layer in trainer.model.expert_layers().values():
+            layer.router.weight.mul_(20)
+    trainer.start()
+    spread = {}
+    for step in (1, 20, 100, 150):
+        trainer.progress.step = step - 1
+        experts = trainer.train_step().experts
+        assert experts is not None
+        load = experts.load[:, GROUPS[0]]
+        spread[step] = float((load.std(1) / load.mean(1)).max())
+    trainer.close()
+    assert spread[1] < 0.1 < spread[20] < spread[100]
+    assert spread[100] > 0.4
+    assert spread[150] == pytest.approx(spread[100], rel=0.2)  # learned from here on
+
+
+def test_another_configuration_says_how_tokens_find_experts_of_a_run_it_begins_with(
+    make_trainer: MakeTrainer,
+) -> None:
+    first = make_trainer(*MIXTURE, ROUTING, "training.max_steps=3")
+    first.fit()
+    second = make_trainer(
+        *MIXTURE,
+        "model.moe.routing={temperature: 0.5, warmup_steps: 7}",
+        "model.moe.balance.load=0.9",
+        f"training.init_from={first.run.path}",
+    )
+    routing = second.model.routing
+    assert routing is not None
+    assert (routing.get("temperature"), routing.get("capacity_factor")) == (0.5, None)
+    assert routing.get("load") == pytest.approx(0.9)
+    learned = {name: value for name, value in buffers(first).items() if "routing." not in name}
+    assert all(torch.equal(buffers(second)[name], value) for name, value in learned.items())
+    second.close()
+
+
+@pytest.mark.parametrize("is_consolidated", [False, True])
+def test_weights_of_other_groups_are_refused_though_their_shapes_agree(
+    make_trainer: MakeTrainer, is_consolidated: bool
+) -> None:
+    first = make_trainer(f"model.moe={TWO_OF_8}", "training.max_steps=1")
+    first.fit()
+    source: Path = consolidate(first.run, "last")[0] if is_consolidated else first.run.path
+    with pytest.raises(CheckpointError) as caught:
+        make_trainer(f"model.moe={GROUPS_OF_16}", f"training.init_from={source}")
+    assert (
+        "it has the expert groups knowledge 8 + skill 8, and this one the expert groups all 16"
+        in (str(caught.value))
+    )
+    with pytest.raises(CheckpointError, match=r"knowledge 8 \+ skill 8, and this one no experts"):
+        make_trainer(f"training.init_from={source}")
+    renamed = TWO_OF_8.replace("skill", "talent")
+    make_trainer(f"model.moe={renamed}", f"training.init_from={source}").close()
+
+
+def test_a_run_keeps_its_groups_when_it_is_resumed(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(f"model.moe={TWO_OF_8}", "training.max_steps=1")
+    trainer.fit()
+    for change in (f"model.moe={GROUPS_OF_16}", "model.moe=null"):
+        with pytest.raises(UltrathinkError, match=r"model\.moe cannot change while a run goes on"):
+            resume_trainer(trainer.run, overrides=[change, "training.max_steps=2"])
+
+
+def test_a_step_tells_its_experts_when_it_is_logged(make_trainer: MakeTrainer) -> None:
+    recorder = Recorder()
+    make_trainer(
+        *MIXTURE, ROUTING, "training.max_steps=4", "training.log_every=3", callbacks=[recorder]
+    ).fit()
+    told: list[Any] = [report.experts for report in recorder.steps]
+    assert [experts is not None for experts in told] == [True, False, True, True]
+    assert told[0].active.sum(1).tolist() == [9, 9]
+    assert told[0].layers == (1, 2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ultrathink.config.base import Section
 from ultrathink.core.layers import layer_index
@@ -152,6 +152,15 @@ class MoeConfig(Section):
     )
     routing: RoutingConfig = Field(RoutingConfig(), description="How tokens find experts.")
     balance: BalanceConfig = Field(BalanceConfig(), description="What keeps the load even.")
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_are_no_truth_values(cls, value: Any) -> Any:
+        """``true`` would be read as layer 1."""
+        for layer in value if isinstance(value, list | tuple) else ():
+            if isinstance(layer, bool):
+                raise ValueError(f"{layer} is no layer; write an index (3) or a fraction (0.5)")
+        return value
 
     @model_validator(mode="after")
     def _groups_fit(self) -> MoeConfig:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ultrathink.config.monitoring import SINKS
-from ultrathink.config.schema import Config, flatten
+from ultrathink.config.schema import DEFAULT, Config, flatten
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import ConfigError
 from ultrathink.core.random import seed_everything
@@ -167,7 +167,15 @@ def _beginning(config: Config) -> tuple[Config, Beginning]:
         if model.routing is not None:
             model.routing.reset()  # how tokens find experts is this configuration's to say
 
-    return config, Beginning(fill, tokenizer)
+    return _without_warmup(config), Beginning(fill, tokenizer)
+
+
+def _without_warmup(config: Config) -> Config:
+    """``config`` with no warm-up of routing, which is learned already, unless one is asked for."""
+    key = "model.moe.routing.warmup_steps"
+    if config.model.moe is None or config.origin(key) != DEFAULT:
+        return config
+    return config.replace({key: 0}, origin="derived from training.init_from: routing is learned")
 
 
 def environment(choices: Choices) -> dict[str, Any]:

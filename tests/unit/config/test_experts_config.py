@@ -48,6 +48,7 @@ MISTAKES: dict[tuple[str, ...], str] = {
         "model.moe.layers=[2]",
     ): r"model\.moe\.layers: there is no layer 2; the model has 2, 0 to "
     r"1",
+    (ONE, "model.moe.layers=[true]"): r"model\.moe\.layers.*True is no layer; write an index",
     (ONE, "model.moe.layers=[1.5]"): r"model\.moe\.layers: the fraction 1\.5 is outside 0\.0 to 1",
     (ONE, "model.moe.layers=sandwich"): r"moe\.layers is 'sandwich', which is no layer of a model "
     r"with num_layers = 2",

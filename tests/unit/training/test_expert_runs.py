@@ -205,8 +205,22 @@ def test_another_configuration_says_how_tokens_find_experts_of_a_run_it_begins_w
     assert routing is not None
     assert (routing.get("temperature"), routing.get("capacity_factor")) == (0.5, None)
     assert routing.get("load") == pytest.approx(0.9)
+    assert routing.config.routing.warmup_steps == 7
     learned = {name: value for name, value in buffers(first).items() if "routing." not in name}
     assert all(torch.equal(buffers(second)[name], value) for name, value in learned.items())
+    second.close()
+
+
+def test_learned_routing_is_not_warmed_up_again(make_trainer: MakeTrainer) -> None:
+    first = make_trainer(f"model.moe={TWO_OF_8}", "training.max_steps=2")
+    first.fit()
+    second = make_trainer(f"model.moe={TWO_OF_8}", f"training.init_from={first.run.path}")
+    assert second.model.config.moe is not None
+    assert second.model.config.moe.routing.warmup_steps == 0
+    second.start()
+    second.train_step()
+    assert second.model.routing is not None
+    assert second.model.routing.get("warmup") == 1.0
     second.close()
 
 

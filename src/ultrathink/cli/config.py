@@ -14,7 +14,7 @@ from ultrathink.cli.arguments import (
 from ultrathink.config import docs
 from ultrathink.config.loading import load_config
 from ultrathink.config.schema import Config, flatten
-from ultrathink.config.size import parameter_count
+from ultrathink.config.size import sizes
 from ultrathink.config.training import BUDGETS
 from ultrathink.core.errors import UltrathinkError, suggestion
 
@@ -95,7 +95,7 @@ def _print_config(config: Config, *, why: bool, as_json: bool) -> None:
 
 
 def _print_check(name: str, config: Config, *, as_json: bool) -> None:
-    parameters = parameter_count(config.model)
+    parameters = sizes(config.model)
     tokens_per_step = config.training.batch_size * config.data.seq_len
     length = next(key for key in BUDGETS if getattr(config.training, key) is not None)
     amount = getattr(config.training, length)
@@ -103,7 +103,8 @@ def _print_check(name: str, config: Config, *, as_json: bool) -> None:
         _print_json(
             {
                 "config": name,
-                "parameters": parameters,
+                "parameters": parameters.total,
+                "active_parameters": parameters.active,
                 "tokens_per_step": tokens_per_step,
                 length: amount,
             }
@@ -111,8 +112,9 @@ def _print_check(name: str, config: Config, *, as_json: bool) -> None:
         return
     model = config.model
     print(f"{name}: fine")
+    active = f", {parameters.active:,} active" if model.moe is not None else ""
     print(
-        f"  model   {parameters:,} parameters "
+        f"  model   {parameters.total:,} parameters{active} "
         f"({model.num_layers} layers of {model.hidden_size}, {model.vocab_size:,} tokens)"
     )
     print(

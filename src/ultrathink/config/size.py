@@ -15,13 +15,11 @@ class Sizes(NamedTuple):
     """Those that a token meets, the lookup in the embedding counted as the head's."""
 
 
-def parameter_count(model: ModelConfig) -> int:
-    """Number of trained weights; a feed-forward of your own is counted as two matrices."""
-    return sizes(model).total
-
-
 def sizes(model: ModelConfig) -> Sizes:
-    """Trained weights of ``model``, all of them and those that one token meets."""
+    """Trained weights of ``model``, all of them and those that one token meets.
+
+    A feed-forward of your own is counted as two matrices.
+    """
     model = model.resolved()
     hidden, head_dim = model.hidden_size, model.head_dim
     assert model.vocab_size is not None, "the vocabulary is set when a configuration is loaded"

@@ -11,6 +11,7 @@ import torch
 
 from ultrathink.config.monitoring import SINKS
 from ultrathink.config.schema import DEFAULT, Config, flatten
+from ultrathink.config.size import sizes
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import ConfigError
 from ultrathink.core.random import seed_everything
@@ -264,7 +265,7 @@ def assemble(
         else None,
         tokens_per_step=tokens_per_step,
         config=config.model_dump(mode="json"),
-        heading=_heading(config, model, choices),
+        heading=_heading(config, choices),
     )
     remember_run(run.path, world)
     trainer.identity = {
@@ -321,13 +322,14 @@ def _skipped(data: PreparedData) -> list[str]:
     ]
 
 
-def _heading(config: Config, model: Transformer, choices: Choices) -> str:
-    millions = count_parameters(model).total / 1e6
+def _heading(config: Config, choices: Choices) -> str:
+    counts = sizes(config.model)
+    active = f" ({counts.active / 1e6:.1f}M active)" if config.model.moe is not None else ""
     compiled = "compiled" if config.training.compile else "eager"
     sources = ", ".join(source.name or source.type for source in config.data.train)
     return (
-        f"{millions:.1f}M parameters on {sources}; {choices.precision}, {compiled}, "
-        f"{choices.device}, {torch.get_num_threads()} threads{_spread(config, choices)}"
+        f"{counts.total / 1e6:.1f}M parameters{active} on {sources}; {choices.precision}, "
+        f"{compiled}, {choices.device}, {torch.get_num_threads()} threads{_spread(config, choices)}"
     )
 
 

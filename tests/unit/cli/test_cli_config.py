@@ -77,9 +77,21 @@ def test_check_sums_up(capsys: Out) -> None:
     assert json.loads(capsys.readouterr().out) == {
         "config": "debug",
         "parameters": 108_928,
+        "active_parameters": 108_928,
         "tokens_per_step": 512,
         "max_steps": 20,
     }
+
+
+def test_check_tells_how_many_parameters_a_token_meets(capsys: Out) -> None:
+    """A layer of 4 experts of width 8 has 4 * 64 more for its router, and a token meets 2."""
+    groups = "model.moe={groups: [{name: experts, num_experts: 4, top_k: 2}], intermediate_size: 8}"
+    main(["config", "check", *SMALL, groups, "training.max_steps=1"])
+    shared = 108_928 - 2 * 3 * 64 * 176
+    expert, routers = 3 * 64 * 8, 2 * 4 * 64
+    total, active = (shared + routers + 2 * number * expert for number in (4, 2))
+    told = f"  model   {total:,} parameters, {active:,} active (2 layers of 64, 257 tokens)"
+    assert capsys.readouterr().out.splitlines()[1] == told
 
 
 @pytest.mark.parametrize(

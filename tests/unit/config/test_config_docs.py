@@ -11,7 +11,7 @@ import yaml
 import ultrathink.config
 from ultrathink.config import docs, load_config, preset_names
 from ultrathink.config.reflection import all_keys, field_at
-from ultrathink.config.size import parameter_count
+from ultrathink.config.size import sizes
 
 ROOT = Path(__file__).parents[3]
 PRESETS = Path(ultrathink.config.__file__).parent / "presets"
@@ -106,4 +106,4 @@ def test_the_estimated_size_is_the_size_of_the_model(overrides: list[str]) -> No
 
     config = load_config("demo", ["model.num_layers=2", "tokenizer.vocab_size=300", *overrides])
     model = build_model(config)
-    assert parameter_count(config.model) == sum(p.numel() for p in model.parameters())
+    assert sizes(config.model).total == sum(p.numel() for p in model.parameters())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import ultrathink
 from ultrathink.config.schema import Config
-from ultrathink.config.size import parameter_count
+from ultrathink.config.size import sizes
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.data.cache import cache_folder
 from ultrathink.recipe.diagnosis import machine
@@ -83,7 +83,7 @@ def _packages() -> tuple[Package, ...] | None:
 
 
 def _run(config: Config, name: str) -> Run:
-    parameters = parameter_count(config.model)
+    parameters = sizes(config.model).total
     itemsize = 8 if config.training.precision == "fp64" else 4
     # The weights and, of most optimizers, two moments of each; while training a gradient as well.
     checkpoint_bytes = 3 * itemsize * parameters

@@ -23,6 +23,8 @@ EXPERT_BACKENDS.add("loop", "ultrathink.model.experts.products:Loop")
 # Rows of a matrix must begin at multiples of 16 bytes for the grouped product: 8 numbers of bf16.
 WIDTH_STEP = 8
 
+BIAS_RATE = 0.005  # of several groups; one group is a Mixtral, which has no bias
+
 
 class ExpertGroupConfig(Section):
     """Experts that compete with each other for tokens; groups do not compete."""
@@ -109,11 +111,12 @@ class BalanceConfig(Section):
         "spread.",
     )
     z: float = Field(0.0, ge=0, description="Weight of the squared log-partition of the router.")
-    bias_rate: float = Field(
-        0.005,
+    bias_rate: float | None = Field(
+        None,
         ge=0,
         description="Change per step of a bias that is added to logits where experts are chosen, "
-        "up for those with less than the mean load, down for those with more.",
+        "up for those with less than the mean load, down for those with more. When unset 0.005 "
+        "for several groups, and 0 for one, which then can be exported as a Mixtral.",
     )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ultrathink.config.base import Section, off_means
-from ultrathink.config.experts import WIDTH_STEP, MoeConfig
+from ultrathink.config.experts import BIAS_RATE, WIDTH_STEP, MoeConfig
 from ultrathink.core.registry import Registry
 
 ATTENTION_BACKENDS: Registry[Callable[..., Any]] = Registry("attention backend")
@@ -185,12 +185,12 @@ class ModelConfig(Section):
             )
         return self
 
-    def derived(self) -> dict[str, tuple[int, str]]:
+    def derived(self) -> dict[str, tuple[float, str]]:
         """The sizes left unset, each with its value and what it follows from.
 
         A size within ``moe`` is named by its dotted key.
         """
-        sizes: dict[str, tuple[int, str]] = {}
+        sizes: dict[str, tuple[float, str]] = {}
         if self.num_kv_heads is None:
             sizes["num_kv_heads"] = (self.num_heads, "num_heads")
         if self.head_dim is None:
@@ -205,20 +205,30 @@ class ModelConfig(Section):
             width = math.ceil(dense / num_experts / WIDTH_STEP) * WIDTH_STEP
             reason = f"model.intermediate_size / {num_experts} experts of a token"
             sizes["moe.intermediate_size"] = (width, reason)
+        if self.moe is not None and self.moe.balance.bias_rate is None:
+            is_mixtral = len(self.moe.groups) == 1
+            reason = "the number of groups, one as in Mixtral" if is_mixtral else "several groups"
+            sizes["moe.balance.bias_rate"] = (0.0 if is_mixtral else BIAS_RATE, reason)
         return sizes
 
     def resolved(self) -> ModelConfig:
         """This configuration with every size set, except a vocabulary that was not given."""
-        sizes: dict[str, Any] = {name: value for name, (value, _) in self.derived().items()}
-        width = sizes.pop("moe.intermediate_size", None)
-        if self.moe is not None and width is not None:
-            sizes["moe"] = self.moe.model_copy(update={"intermediate_size": width})
-        return self.model_copy(update=sizes)
+        resolved: ModelConfig = self
+        for name, (value, _) in self.derived().items():
+            resolved = _with_value(resolved, name.split("."), value)
+        return resolved
 
     @property
     def expert_layers(self) -> tuple[int, ...]:
         """Layers that have experts."""
         return () if self.moe is None else self.moe.layer_indices(self.num_layers)
+
+
+def _with_value(section: Any, path: list[str], value: float) -> Any:
+    """A copy of ``section`` with one value, given by its path, changed."""
+    name, *rest = path
+    inner = _with_value(getattr(section, name), rest, value) if rest else value
+    return section.model_copy(update={name: inner})
 
 
 Checkpointing = Annotated[Literal["none", "selective", "full"], off_means("none")]

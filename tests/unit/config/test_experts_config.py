@@ -134,3 +134,19 @@ def test_one_control_of_a_group_is_set_by_its_number() -> None:
     assert config.model.moe.groups[0].top_k == 1
     assert config.model.moe.balance.z == 0
     assert config.model.moe.balance.load == 0.01
+
+
+def test_several_groups_are_balanced_by_a_bias_and_one_is_not() -> None:
+    """A Mixtral has one group and no bias."""
+    one = "{name: knowledge, num_experts: 8, top_k: 2}"
+    two = one.replace("knowledge", "skill")
+    for groups, rate in ((one, 0.0), (f"{one}, {two}", 0.005)):
+        config = load_config("debug", [f"model.moe.groups=[{groups}]"])
+        assert config.model.moe is not None
+        assert config.model.moe.balance.bias_rate == rate
+        assert config.origin("model.moe.balance.bias_rate").startswith("derived from")
+        asked = load_config(
+            "debug", [f"model.moe.groups=[{groups}]", "model.moe.balance.bias_rate=0.25"]
+        )
+        assert asked.model.moe is not None
+        assert asked.model.moe.balance.bias_rate == 0.25

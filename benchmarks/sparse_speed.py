@@ -15,11 +15,9 @@ over the rounds and the medians of the ratios within a round; MFU counts the act
 from __future__ import annotations
 
 import os
-import statistics
-from typing import Any
 
-from harness import Contender, by_turns, parser, setting, show, spread, start
-from train_speed import SHAPES, describe, utilization
+from harness import Contender, by_turns, parser, setting, show, start
+from train_speed import SHAPES, describe, summarize, utilization
 
 from ultrathink.training.hardware import choose_device
 
@@ -44,33 +42,18 @@ def main() -> None:
     started = [
         Contender(name, {**sizes, "device": str(device)}) for name, sizes in contenders.values()
     ]
-    labels = dict(zip(started, contenders, strict=True))
+    names = tuple(contenders)
+    labels = dict(zip(started, names, strict=True))
     turns = by_turns(started, args.rounds, args.seconds)
     taken = [{labels[one]: answer for one, answer in turn.items()} for turn in turns]
     result = {
         "benchmark": "sparse_speed",
         "shape": args.shape,
         "setting": setting(),
-        **summarize(taken),
-        **utilization(tuple(contenders), taken, shape, device),
+        **summarize(names, taken),
+        **utilization(names, taken, shape, device),
     }
     show(result, describe(result), args.json)
-
-
-def summarize(taken: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, Any]]:
-    """Tokens per second, how many times the others' ours are, and peak memory in MiB."""
-    names = list(taken[0])
-    speeds = {name: [turn[name]["tokens_per_second"] for turn in taken] for name in sorted(names)}
-    ours = speeds["ultrathink"]
-    return {
-        "tokens_per_second": {name: spread(figures) for name, figures in speeds.items()},
-        "ratio": {
-            name: statistics.median(a / b for a, b in zip(ours, figures, strict=True))
-            for name, figures in speeds.items()
-            if name != "ultrathink"
-        },
-        "peak_memory_mib": {name: taken[-1][name]["peak_memory_mib"] for name in speeds},
-    }
 
 
 if __name__ == "__main__":

@@ -27,4 +27,9 @@ class ModelOutput(NamedTuple):
     """Weighted auxiliary losses by name, summed over trained tokens; add them to the loss."""
 
     stats: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
-    """Observations that carry no gradient: ``num_correct`` in evaluation mode."""
+    """Observations that carry no gradient, summed over trained tokens (all without labels).
+
+    ``num_correct`` in evaluation mode; of L layers with experts in E slots and G groups
+    ``expert_load``, ``expert_dropped``, ``expert_probability`` ``[L, E]``, ``expert_entropy`` and
+    ``expert_confidence`` ``[L, G]``, as ``LayerRouting`` says.
+    """

@@ -39,6 +39,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return result
 
 
+def add_turns(options: argparse.ArgumentParser) -> None:
+    """The options of a benchmark whose contenders train by turns."""
+    options.add_argument("--device", default="auto")
+    options.add_argument("--rounds", type=int, default=8)
+    options.add_argument("--seconds", type=float, default=4.0, help="of training in each turn")
+    options.add_argument("--threads", type=int, default=os.cpu_count())
+
+
 def setting() -> dict[str, Any]:
     """When and on what the figures were taken."""
     facts = hardware()

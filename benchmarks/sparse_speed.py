@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 
-from harness import Contender, by_turns, parser, setting, show, start
+from harness import Contender, add_turns, by_turns, parser, setting, show, start
 from train_speed import SHAPES, describe, summarize, utilization
 
 from ultrathink.training.hardware import choose_device
@@ -28,10 +28,7 @@ def main() -> None:
     """Run the contenders and print what came out."""
     options = parser(__doc__)
     options.add_argument("--shape", choices=SPARSE, default="X64")
-    options.add_argument("--device", default="auto")
-    options.add_argument("--rounds", type=int, default=8)
-    options.add_argument("--seconds", type=float, default=4.0, help="of training in each turn")
-    options.add_argument("--threads", type=int, default=os.cpu_count())
+    add_turns(options)
     args = options.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     device = choose_device(args.device)

@@ -18,7 +18,7 @@ import statistics
 from typing import Any
 
 import torch
-from harness import Contender, by_turns, parser, rows, setting, show, spread, start
+from harness import Contender, add_turns, by_turns, parser, rows, setting, show, spread, start
 
 from ultrathink.config.model import ModelConfig
 from ultrathink.model.flops import flops_per_token
@@ -107,10 +107,7 @@ def main() -> None:
     options.add_argument(
         "--overhead", action="store_true", help="our trainer beside a bare loop of the same step"
     )
-    options.add_argument("--device", default="auto")
-    options.add_argument("--rounds", type=int, default=8)
-    options.add_argument("--seconds", type=float, default=4.0, help="of training in each turn")
-    options.add_argument("--threads", type=int, default=os.cpu_count())
+    add_turns(options)
     args = options.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     device = choose_device(args.device)

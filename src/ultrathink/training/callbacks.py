@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Literal
 
 from ultrathink.core.protocols import State
-from ultrathink.monitoring.expert_watch import ExpertWatch
 from ultrathink.monitoring.experts import ExpertRecord, ExpertStatistics
 from ultrathink.monitoring.records import Level, MetricRecord, RunInfo, Sink, Tell
 from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.training.control import Change, TrainerControl
+from ultrathink.training.memory import memory_in_use
 
 Ending = Literal["finished", "out of time", "stopped"]
 
@@ -48,7 +48,9 @@ class StepReport:
     seconds: float
     skipped: bool  # the optimizer was left out: nothing finite, or nothing to learn
     num_skipped: int  # such steps since the run began
+    data_wait: float = 0.0  # seconds of them until the batch was there
     timing: dict[str, float] = field(default_factory=dict)  # of several processes, now and then
+    norms: dict[str, float] = field(default_factory=dict)  # by layer, in steps that are logged
     experts: ExpertStatistics | None = None  # of this step's tokens, in steps that are logged
 
 
@@ -131,8 +133,6 @@ class MetricsCallback(Callback):
         self.log_every = log_every
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
-        self._tell = tell if tell is not None else self.on_message
-        self._expert_watch = ExpertWatch()
         self._total_steps = 0
         self._tokens_at_last_record: int | None = None
         self._seconds_since_record = 0.0
@@ -178,12 +178,6 @@ class MetricsCallback(Callback):
     def on_end(self, ending: Ending | None) -> None:
         self.sinks.close()
 
-    def state_dict(self) -> State:
-        return self._expert_watch.state_dict()
-
-    def load_state_dict(self, state: State) -> None:
-        self._expert_watch.load_state_dict(state)
-
     def _write_step(self, report: StepReport) -> None:
         assert self._tokens_at_last_record is not None
         tokens = report.tokens - self._tokens_at_last_record
@@ -196,35 +190,18 @@ class MetricsCallback(Callback):
             "grad_norm": report.grad_norm,
             "tokens_per_sec": rate,
             "mfu": rate * self.flops_per_token / self.peak_flops,
-            "memory_gib": resident_memory_gib(),
+            "memory_gib": memory_in_use()["memory"],
+            "data_wait": report.data_wait,
             "skipped_steps": report.num_skipped,
             **report.aux_losses,
             **report.timing,
+            **report.norms,
             **(report.experts.summary() if report.experts is not None else {}),
         }
         now = time.time()
         self.sinks.write(MetricRecord(report.step, "train", now, values))
         if report.experts is not None:
             self.sinks.experts(ExpertRecord(report.step, now, report.experts))
-            for text, level in self._expert_watch.observe(report.experts):
-                self._tell(text, level)
-
-
-def resident_memory_gib() -> float:
-    """Memory in use: of the accelerator where there is one, else of this process."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.memory_allocated() / 2**30
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * 4096 / 2**30
-    except OSError:  # not Linux
-        import resource
-        import sys
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 class LastReports(Callback):

@@ -7,13 +7,12 @@ loss, the norm) is summed over all of them, so all come to the same decision.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ultrathink.data.batch import Batch
 from ultrathink.model.transformer import Transformer
@@ -21,6 +20,7 @@ from ultrathink.parallel.sharding import Accumulation
 from ultrathink.parallel.timing import CommunicationClock
 from ultrathink.parallel.world import ALONE, World
 from ultrathink.training.control import LiveSettings
+from ultrathink.training.norms import LayerNorms, total_norm
 from ultrathink.training.offload import HostCopies
 from ultrathink.training.optimizers import NO_COPIES, Optimizers
 
@@ -61,13 +61,32 @@ class StepResult:
     num_tokens: int
     skipped: bool
     stats: dict[str, Tensor]  # summed over this process's share of the batch, on the device
+    norms: dict[str, float] = field(default_factory=dict)  # by layer, where they were asked for
+
+
+class Verdict(NamedTuple):
+    """What a guard says of an update: the largest norm it may have, or that it is left out."""
+
+    clip: float | None = None  # None: as configured; else the stricter of the two holds
+    skip: bool = False
+
+
+class UpdateGuard(Protocol):
+    """Is asked before each update that is finite; where it has a state, checkpoints hold it.
+
+    All processes ask it about the same numbers, and so come to the same verdict.
+    """
+
+    def judge(self, step_loss: float, grad_norm: float) -> Verdict:
+        """Say what to do with the update of a step: its loss in nats, its norm before clipping."""
+        ...
 
 
 class Stepper:
     """Takes optimizer steps; a step that is not finite, or has nothing to learn, is left out.
 
     A left-out step touches neither weights nor optimizer state, so step counts and bias
-    correction go on as if its batch had never been.
+    correction go on as if its batch had never been. ``guard`` may leave out more.
     """
 
     def __init__(
@@ -81,6 +100,7 @@ class Stepper:
         world: World = ALONE,
         accumulation: Accumulation | None = None,
         host: HostCopies | None = None,
+        guard: UpdateGuard | None = None,
     ) -> None:
         self.model = model
         self.optimizers = optimizers
@@ -90,14 +110,18 @@ class Stepper:
         self.world = world
         self.accumulation = accumulation
         self.host = host
+        self.guard = guard
         self.host_names = host.names if host is not None else NO_COPIES
         self.clock = accumulation.clock if accumulation is not None else CommunicationClock()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.layer_norms = LayerNorms(model)
 
-    def take_step(self, batch: Batch, settings: LiveSettings, lr_factor: float) -> StepResult:
+    def take_step(
+        self, batch: Batch, settings: LiveSettings, lr_factor: float, *, with_norms: bool = False
+    ) -> StepResult:
         """Learn from one batch, of which this process has its share.
 
-        ``lr_factor`` is the schedule's share of the peak rate.
+        ``lr_factor`` is the schedule's share of the peak rate; ``with_norms`` measures each layer.
         """
         with self.clock.running():
             num_tokens = int(self.world.sums([batch.num_target_tokens])[0])
@@ -110,12 +134,19 @@ class Stepper:
             loss_value, *aux_values = self.world.sums(shares)
         norm_value = norm.item()
         is_sound = num_tokens > 0 and math.isfinite(loss_value) and math.isfinite(norm_value)
-        if is_sound:
+        norms: dict[str, float] = {}
+        verdict = Verdict(skip=not is_sound)
+        if is_sound and self.guard is not None:
+            verdict = self.guard.judge(loss_value, norm_value)
+        if not verdict.skip:
+            norms = self.layer_norms.before_update() if with_norms else {}
+            limits = [limit for limit in (settings.clip, verdict.clip) if limit is not None]
             # Where nothing is clipped the factor would be 1: a pass over all gradients for nothing.
-            if settings.clip is not None and norm_value + _CLIP_EPS > settings.clip:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, settings.clip, norm)
+            if limits and norm_value + _CLIP_EPS > min(limits):
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, min(limits), norm)
             self._update(settings, lr_factor)
             self._even_out_experts(stats)
+            norms |= self.layer_norms.after_update()
         for parameter in self.parameters:
             parameter.grad = None
         return StepResult(
@@ -123,8 +154,9 @@ class Stepper:
             aux_losses=dict(zip(aux_losses, aux_values, strict=True)),
             grad_norm=norm_value,
             num_tokens=num_tokens,
-            skipped=not is_sound,
+            skipped=verdict.skip,
             stats=stats,
+            norms=norms,
         )
 
     def learning_rate(self, settings: LiveSettings, lr_factor: float) -> float:
@@ -188,9 +220,3 @@ def _added(total: Sums, more: Sums) -> Sums:
         {name: total.aux_losses[name] + value for name, value in more.aux_losses.items()},
         {name: total.stats[name] + value for name, value in more.stats.items()},
     )
-
-
-def total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The norm of all gradients together, over all processes that hold parts of them."""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -14,12 +14,11 @@ from torch.distributed.tensor import DTensor
 from ultrathink.config.training import TrainingConfig
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.core.protocols import State
+from ultrathink.core.protocols import State, Stateful
 from ultrathink.core.random import random_state, seed_everything, set_random_state, step_seed
 from ultrathink.data.loader import TrainLoader
 from ultrathink.data.validation import ValidationSet
 from ultrathink.model.transformer import Transformer
-from ultrathink.monitoring.experts import ExpertStatistics
 from ultrathink.monitoring.records import Level, RunInfo
 from ultrathink.parallel.placement import placed_like, region_of
 from ultrathink.parallel.timing import StepTimes
@@ -44,7 +43,7 @@ from ultrathink.training.optimizers import load_optimizer_state, optimizer_state
 from ultrathink.training.saving import Saving
 from ultrathink.training.schedules import Factor, continued_schedule
 from ultrathink.training.states import cloned, load_states, states_of
-from ultrathink.training.stepping import Stepper, StepResult
+from ultrathink.training.stepping import Stepper, UpdateGuard
 from ultrathink.training.validation import Scores, evaluate
 
 
@@ -110,6 +109,7 @@ class Trainer:
         self._agreed_s: float | None = None  # by the first process's clock, at a step boundary
         self._all_have_written = True  # the last checkpoint, as far as all processes know
         self._failures: set[str] = set()
+        self._guard_state: Any = None  # of a checkpoint whose guard is not here, or not yet
         self._times = StepTimes(self.world, self.stepper.clock)
         self.paced: tuple[int, float] = (0, 0.0)  # steps since the start, and their seconds
 
@@ -183,6 +183,14 @@ class Trainer:
         self.agree()
         self._end_if_over()
 
+    def set_guard(self, guard: UpdateGuard) -> None:
+        """Ask ``guard`` before each update, from where the loaded checkpoint left it.
+
+        On several processes each has one of its own.
+        """
+        self.stepper.guard = guard
+        self._load_guard_state(self._guard_state)
+
     def set_budget(self, budget: Budget) -> None:
         """Let the run, and the schedule of its learning rate, be so long from here on."""
         self.budget = budget
@@ -196,12 +204,14 @@ class Trainer:
         if self.world.size > 1:  # each with random numbers of its own, whatever came before
             seed_everything(step_seed(self.loader.seed, self.progress.step, self.world.rank))
         batch = self.loader.next_batch()
+        data_wait = time.perf_counter() - began
         for note in self.loader.take_notes():
             self.notify("on_message", note, "warning")
         lr_factor = self._schedule(self.progress.step + 1)
         if self.model.routing is not None:
             self.model.routing.warm_up(self.progress.step + 1)
-        result = self.stepper.take_step(batch, self.settings, lr_factor)
+        is_told = self._is_logged(self.progress.step + 1)
+        result = self.stepper.take_step(batch, self.settings, lr_factor, with_norms=is_told)
         self.progress.step += 1
         self.progress.tokens += self.tokens_per_step
         self.progress.num_skipped += result.skipped
@@ -225,16 +235,15 @@ class Trainer:
             seconds=seconds,
             skipped=result.skipped,
             num_skipped=self.progress.num_skipped,
+            data_wait=data_wait,
+            norms=result.norms,
             timing=self._compare_times(seconds),
-            experts=self._read_experts(result),
+            experts=read_experts(self.model, result, self.world) if is_told else None,
         )
 
-    def _read_experts(self, result: StepResult) -> ExpertStatistics | None:
-        """How tokens were spread over experts, in steps that are logged; this waits for a GPU."""
+    def _is_logged(self, step: int) -> bool:
         total_steps = self.budget.total_steps if self.budget is not None else 0
-        if not is_logged(self.progress.step, self.training.log_every, total_steps):
-            return None
-        return read_experts(self.model, result, self.world)
+        return is_logged(step, self.training.log_every, total_steps)
 
     def _compare_times(self, seconds: float) -> dict[str, float]:
         """What of a step's time went where on all processes, now and then."""
@@ -407,6 +416,7 @@ class Trainer:
             "budget": self.budget.to_dict() if self.budget is not None else None,
             "callbacks": states_of(self.callbacks),
             "controllers": states_of(self.controllers),
+            "guard": self._current_guard_state(),
             "identity": self.identity,
             "config": self.config,
         }
@@ -431,6 +441,17 @@ class Trainer:
             self.budget = Budget(**values["budget"])
         load_states(self.callbacks, values["callbacks"])
         load_states(self.controllers, values["controllers"])
+        self._load_guard_state(values.get("guard"))  # older checkpoints have none
+
+    def _current_guard_state(self) -> Any:
+        guard: object = self.stepper.guard
+        return guard.state_dict() if isinstance(guard, Stateful) else self._guard_state
+
+    def _load_guard_state(self, state: Any) -> None:
+        self._guard_state = state
+        guard: object = self.stepper.guard
+        if state is not None and isinstance(guard, Stateful):
+            guard.load_state_dict(state)
 
     def region(self, name: str, shape: tuple[int, ...]) -> tuple[Any, Any] | None:
         """Which part of a tensor of a checkpoint this process needs; None: all of it."""

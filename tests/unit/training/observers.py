@@ -47,7 +47,7 @@ def records(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def without_time(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    dropped = ("time", "tokens_per_sec", "mfu", "memory_gib")
+    dropped = ("time", "tokens_per_sec", "mfu", "memory_gib", "data_wait")
     return [{k: v for k, v in row.items() if k not in dropped} for row in rows]
 
 

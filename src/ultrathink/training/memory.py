@@ -1,0 +1,72 @@
+"""How much memory a run takes, and how much there is."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+_GIB = 2**30
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def memory_in_use() -> dict[str, float]:
+    """GiB in use (``memory``) and available in all (``memory_limit``, where that is known).
+
+    On an accelerator both are its own, with ``memory_reserved`` and ``memory_peak`` as its
+    allocator counts them; else they are this process's.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        stats = torch.cuda.memory_stats()
+        return {
+            "memory": stats.get("allocated_bytes.all.current", 0) / _GIB,
+            "memory_reserved": stats.get("reserved_bytes.all.current", 0) / _GIB,
+            "memory_peak": stats.get("allocated_bytes.all.peak", 0) / _GIB,
+            "memory_limit": _device_memory(),
+        }
+    used = {"memory": _resident_bytes() / _GIB}
+    limit = _host_memory()
+    return used if limit is None else {**used, "memory_limit": limit}
+
+
+def _resident_bytes() -> int:
+    """Of this process alone: pages of mapped files, which data is read from, cost nothing."""
+    try:
+        _, resident, shared, *_ = Path("/proc/self/statm").read_text(encoding="ascii").split()
+        return (int(resident) - int(shared)) * _page_size()
+    except OSError:  # not Linux
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+@cache
+def _page_size() -> int:
+    return os.sysconf("SC_PAGE_SIZE")
+
+
+@cache
+def _device_memory() -> float:
+    import torch
+
+    return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory) / _GIB
+
+
+@cache
+def _host_memory() -> float | None:
+    """What this process may take, GiB: of the machine, or of its container."""
+    limits = []
+    for path in _CGROUP_LIMITS:
+        try:
+            text = Path(path).read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if text.isdigit():  # "max" where there is none
+            limits.append(int(text))
+    with suppress(ValueError, OSError):  # not told on every system
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits) / _GIB if limits else None

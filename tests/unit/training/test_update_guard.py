@@ -1,0 +1,192 @@
+"""A guard is asked before each update: it may clip it, leave it out, and it is in checkpoints."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.training.conftest import MakeTrainer
+from tests.unit.training.observers import At, final_state
+from ultrathink.core.protocols import State
+from ultrathink.recipe.resume import resume_trainer
+from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.stepping import Verdict
+from ultrathink.training.trainer import Trainer
+
+FP64 = ("training.precision=fp64", "training.optimizer={type: adamw, lr: 0.01}")
+
+
+class Asked:
+    """Keeps what it is asked, and says what it was given to say."""
+
+    def __init__(self, *verdicts: Verdict) -> None:
+        self.verdicts = list(verdicts)
+        self.seen: list[tuple[float, float]] = []
+
+    def judge(self, step_loss: float, grad_norm: float) -> Verdict:
+        self.seen.append((step_loss, grad_norm))
+        return self.verdicts.pop(0) if self.verdicts else Verdict()
+
+
+class Counting(Asked):
+    """One that remembers; it leaves out every third step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def judge(self, step_loss: float, grad_norm: float) -> Verdict:
+        self.count += 1
+        return Verdict(skip=self.count % 3 == 0)
+
+    def state_dict(self) -> State:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: State) -> None:
+        self.count = int(state["count"])  # type: ignore[arg-type]
+
+
+def tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Weights and all that the optimizers remember, copied."""
+    state: dict[str, Any] = trainer.copied_state()
+    found = {f"model/{name}": value for name, value in state["model"].items()}
+    for name, values in state["optimizer"].items():
+        found |= {f"{name}/{key}": value for key, value in values.items()}
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_guard_that_lets_all_pass_changes_no_bit(make_trainer: MakeTrainer) -> None:
+    results = []
+    for guard in (None, Asked()):
+        trainer = make_trainer("training.max_steps=5", "training.clip=0.3")
+        if guard is not None:
+            trainer.set_guard(guard)
+        trainer.fit()
+        results.append(final_state(trainer.run))
+    assert are_equal(*results)
+
+
+def test_it_is_asked_of_the_loss_and_the_norm_before_clipping(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(*FP64, "training.clip=0.01")
+    guard = Asked()
+    trainer.set_guard(guard)
+    result = trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
+    assert guard.seen == [(result.loss, result.grad_norm)]
+    assert result.grad_norm > 0.01
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_it_leaves_out_touches_nothing(
+    make_trainer: MakeTrainer, optimizer: str
+) -> None:
+    trainer = make_trainer(f"training.optimizer={{type: {optimizer}, lr: 0.01}}")
+    trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
+    before = tensors(trainer)
+    trainer.set_guard(Asked(Verdict(skip=True)))
+    result = trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
+    assert result.skipped
+    assert are_equal(tensors(trainer), before)
+    assert all(parameter.grad is None for parameter in trainer.stepper.parameters)
+    assert not trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0).skipped
+    assert not are_equal(tensors(trainer), before)
+
+
+@pytest.mark.parametrize(
+    ("configured", "asked", "applied"),
+    [(None, 0.05, 0.05), (0.02, 0.05, 0.02), (0.05, 0.02, 0.02), (0.05, None, 0.05)],
+)
+def test_the_stricter_limit_holds(
+    make_trainer: MakeTrainer, configured: float | None, asked: float | None, applied: float
+) -> None:
+    trainer = make_trainer(*FP64)
+    trainer.settings.clip = configured
+    trainer.set_guard(Asked(Verdict(clip=asked)))
+    norms: list[float] = []
+
+    def measure(*_: Any) -> None:
+        gradients = [p.grad for p in trainer.stepper.parameters if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    trainer.stepper.optimizers[0].register_step_pre_hook(measure)
+    trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
+    assert norms == [pytest.approx(applied, rel=1e-4)]
+
+
+def test_what_is_not_finite_is_left_out_without_asking(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    guard = Asked()
+    trainer.set_guard(guard)
+    losses = trainer.stepper.losses
+
+    def poisoned(*inputs: Any) -> Any:
+        sums = losses(*inputs)
+        return sums._replace(loss=sums.loss * float("nan"))
+
+    trainer.stepper.losses = poisoned
+    assert trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0).skipped
+    assert guard.seen == []
+
+
+def stop(control: TrainerControl) -> None:
+    control.stop(reason="test")
+
+
+def test_a_resumed_guard_goes_on_where_it_was(make_trainer: MakeTrainer) -> None:
+    whole = make_trainer("training.max_steps=8")
+    whole.set_guard(Counting())
+    whole.fit()
+    assert whole.progress.num_skipped == 2
+    half = make_trainer("training.max_steps=8", controllers=[At(step4=stop)])
+    half.set_guard(Counting())
+    half.fit()
+    again = resume_trainer(half.run)
+    guard = Counting()
+    again.set_guard(guard)
+    assert guard.count == 4
+    again.fit()
+    assert guard.count == 8
+    assert are_equal(final_state(whole.run), final_state(again.run))
+
+
+def test_a_state_outlives_a_start_without_its_guard(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("training.max_steps=8", controllers=[At(step2=stop)])
+    trainer.set_guard(Counting())
+    trainer.fit()
+    without = resume_trainer(trainer.run, controllers=[At(step4=stop)])
+    without.fit()
+    again = resume_trainer(trainer.run)
+    guard = Counting()
+    again.set_guard(guard)
+    again.close()
+    assert guard.count == 2
+
+
+def test_a_rollback_takes_the_guard_back(make_trainer: MakeTrainer) -> None:
+    kept: list[Snapshot] = []
+    guard = Counting()
+    counts: list[int] = []
+
+    def keep(control: TrainerControl) -> None:
+        kept.append(control.snapshot())
+
+    def go_back(control: TrainerControl) -> None:
+        if not counts:
+            counts.append(guard.count)
+            control.restore(kept[0], reason="test")
+
+    trainer = make_trainer("training.max_steps=6", controllers=[At(step2=keep, step5=go_back)])
+    trainer.set_guard(guard)
+    trainer.fit()
+    assert counts == [5]
+    assert guard.count == 6  # and not 9
+
+
+def test_a_checkpoint_from_before_there_were_guards_loads(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    state = trainer.copied_state()
+    assert state.pop("guard") is None
+    trainer.load_state_dict(state)

@@ -1,0 +1,1 @@
+"""Watching a run: signals, detectors, phases and a forecast, in plain Python and NumPy."""

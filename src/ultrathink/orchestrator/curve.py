@@ -1,0 +1,94 @@
+"""A whole loss curve in a few hundred points, however long the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ultrathink.core.protocols import State
+from ultrathink.orchestrator.windows import deviation, median
+
+MOST_POINTS = 512
+FIRST_BLOCK = 8  # observed steps a point; twice as many whenever there are too many points
+
+Floats = npt.NDArray[np.float64]
+
+
+class Curve:
+    """Medians of blocks of steps, all blocks of one size, which doubles as the run grows."""
+
+    def __init__(self) -> None:
+        self.block_size = FIRST_BLOCK
+        self._steps: list[float] = []
+        self._levels: list[float] = []
+        self._spreads: list[float] = []
+        self._block: list[tuple[float, float]] = []
+
+    def __len__(self) -> int:
+        return len(self._levels)
+
+    @property
+    def steps(self) -> Floats:
+        """The mean step of each point."""
+        return np.array(self._steps)
+
+    @property
+    def levels(self) -> Floats:
+        """The median of each point."""
+        return np.array(self._levels)
+
+    @property
+    def spread(self) -> float:
+        """The robust standard deviation of single values around their point, over the last."""
+        return median(np.array(self._spreads[-32:]))
+
+    def add(self, step: int, value: float) -> bool:
+        """Add a value; whether it completed a point."""
+        self._block.append((float(step), value))
+        if len(self._block) < self.block_size:
+            return False
+        steps, values = np.array(self._block).T
+        self._block = []
+        self._steps.append(float(steps.mean()))
+        self._levels.append(median(values))
+        # Neighbours differ by the noise of two; a trend within a block hardly matters then.
+        self._spreads.append(deviation(np.diff(values)) / np.sqrt(2))
+        if len(self._levels) > MOST_POINTS:
+            self._merge()
+        return True
+
+    def cut(self, step: int) -> None:
+        """Forget what lies beyond ``step``."""
+        kept = sum(mean <= step for mean in self._steps)
+        del self._steps[kept:], self._levels[kept:], self._spreads[kept:]
+        self._block = [(at, value) for at, value in self._block if at <= step]
+
+    def _merge(self) -> None:
+        def paired(values: list[float]) -> list[float]:
+            return [sum(pair) / 2 for pair in zip(values[::2], values[1::2], strict=False)]
+
+        if len(self._levels) % 2:  # the odd one out goes back: its middle stands for all
+            self._block = [(self._steps[-1], self._levels[-1])] * self.block_size
+        self._steps, self._levels = paired(self._steps), paired(self._levels)
+        self._spreads = paired(self._spreads)
+        self.block_size *= 2
+
+    def state_dict(self) -> State:
+        """What to remember over a restart."""
+        return {
+            "block_size": self.block_size,
+            "steps": list(self._steps),
+            "levels": list(self._levels),
+            "spreads": list(self._spreads),
+            "block": [list(point) for point in self._block],
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go back to what ``state_dict`` returned."""
+        values: dict[str, Any] = dict(state)
+        self.block_size = values["block_size"]
+        self._steps, self._levels = list(values["steps"]), list(values["levels"])
+        self._spreads = list(values["spreads"])
+        self._block = [(step, value) for step, value in values["block"]]

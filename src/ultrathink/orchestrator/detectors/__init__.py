@@ -1,0 +1,32 @@
+"""What goes wrong in training, one small class a kind of it; all see the same signals."""
+
+from __future__ import annotations
+
+from ultrathink.orchestrator.detectors.base import Detector
+from ultrathink.orchestrator.detectors.experts import Experts
+from ultrathink.orchestrator.detectors.gradient import GradientNorm, GradientTrend
+from ultrathink.orchestrator.detectors.loss import AboveStart, Divergence, LossSpike, NonFinite
+from ultrathink.orchestrator.detectors.precision import LossScale, SkippedSteps
+from ultrathink.orchestrator.detectors.resources import Memory, Throughput
+from ultrathink.orchestrator.detectors.trend import Oscillation, Plateau, RateLoss
+from ultrathink.orchestrator.detectors.validation import AccuracyDrop, Forgetting, Overfitting
+
+DETECTORS: tuple[type[Detector], ...] = (
+    NonFinite,
+    LossSpike,
+    AboveStart,
+    Divergence,
+    GradientNorm,
+    GradientTrend,
+    Plateau,
+    RateLoss,
+    Oscillation,
+    Overfitting,
+    Forgetting,
+    AccuracyDrop,
+    LossScale,
+    SkippedSteps,
+    Experts,
+    Memory,
+    Throughput,
+)

@@ -1,0 +1,118 @@
+"""Groups of experts: collapse, imbalance, dead experts, tokens that are dropped.
+
+The figures are those of ``experts.jsonl`` (docs/experts.md), the worst over the layers of a group:
+``gini``, ``gini_of_noise``, ``entropy_normalized``, ``dead``, ``dropped_share``, and ``even_load``,
+the tokens that an expert would get if all got equally many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from ultrathink.core.protocols import State
+from ultrathink.orchestrator.events import Finding
+from ultrathink.orchestrator.signals import Signals
+from ultrathink.orchestrator.windows import Window
+
+IN_A_ROW = 5  # logged steps
+SETTLED = (24, 200)  # logged steps with an even load, and steps of the run; before, balancing is
+# still finding its way
+STEPS = {"dead_expert": 50}  # what must have lasted for so many steps besides
+EARLY_STEPS = 300  # anything, in a group that was never settled
+NO_ACCIDENT = 8.0  # tokens: of those who should have so many, hardly one has none by chance
+UNEVEN = 0.5  # Gini coefficient over what chance gives: half of the experts do nearly all
+COLLAPSED = 0.8
+SHARP = 0.02  # normalized entropy: every token is sure of its expert
+MUCH_DROPPED = 0.1
+RISEN = 0.2  # of the Gini coefficient, over its usual value
+
+
+class Experts:
+    """Judges the figures of every group; each finding has lasted some logged steps."""
+
+    def __init__(self) -> None:
+        self._lasting: dict[str, tuple[int, int]] = {}  # kind/group -> first step, logged steps
+        self._usual: dict[str, Window] = {}  # Gini coefficients of a group
+
+    def observe(self, signals: Signals) -> list[Finding]:
+        groups: dict[str, dict[str, float]] = defaultdict(dict)
+        for name, value in signals.having("experts/").items():
+            group, _, figure = name.rpartition("/")
+            groups[group][figure] = value
+        findings = []
+        for group, figures in groups.items():
+            findings += self._judge(signals.step, group, figures)
+        return findings
+
+    def finish(self) -> list[Finding]:
+        return []
+
+    def rewind(self) -> None:
+        self._lasting.clear()
+
+    def _judge(self, step: int, group: str, figures: Mapping[str, float]) -> list[Finding]:
+        found: list[tuple[str, str, str]] = []  # kind, severity, message
+        gini = figures.get("gini", 0.0) - figures.get("gini_of_noise", 0.0)
+        entropy = figures.get("entropy_normalized", 1.0)
+        usual = self._usual.setdefault(group, Window(32))
+        is_settled = len(usual) >= SETTLED[0] and step >= SETTLED[1]
+        risen = gini - usual.median() if is_settled else 0.0
+        if gini > COLLAPSED:
+            text = f"group {group} has collapsed onto few experts (Gini coefficient {gini:.2f})"
+            found.append(("expert_collapse", "high", text))
+        elif gini > UNEVEN or risen > RISEN:
+            text = f"the load of group {group} is uneven (Gini coefficient {gini:.2f})"
+            if risen > RISEN:
+                text += f"; it was {usual.median():.2f}"
+            found.append(("expert_imbalance", "medium", text))
+        else:
+            usual.add(gini)
+        if entropy < SHARP:
+            text = f"the router of group {group} no longer weighs: normalized entropy {entropy:.3f}"
+            found.append(("expert_collapse", "medium", text))
+        if figures.get("dead", 0.0) > 0 and figures.get("even_load", math.inf) >= NO_ACCIDENT:
+            number = round(figures["dead"])
+            text = f"group {group} has {number} dead expert{'s' * (number > 1)}, without a token"
+            found.append(("dead_expert", "medium", text))
+        if figures.get("dropped_share", 0.0) > MUCH_DROPPED:
+            share = figures["dropped_share"]
+            text = f"group {group} drops {share:.0%} of the tokens that it is sent"
+            found.append(("dropped_tokens", "medium", text))
+        kinds = self._that_last(step, group, {kind for kind, _, _ in found}, is_settled)
+        return [
+            Finding(step, kind, severity, text, subject=group, values=dict(figures))
+            for kind, severity, text in found
+            if kind in kinds
+        ]
+
+    def _that_last(self, step: int, group: str, kinds: set[str], is_settled: bool) -> set[str]:
+        """Those of ``kinds`` that have lasted long enough to be told; the others are forgotten."""
+        for key in list(self._lasting):
+            kind, _, name = key.partition("/")
+            if name == group and kind not in kinds:
+                del self._lasting[key]
+        told = set()
+        for kind in kinds:
+            first, count = self._lasting.get(f"{kind}/{group}", (step, 0))
+            self._lasting[f"{kind}/{group}"] = (first, count + 1)
+            least = STEPS.get(kind, 0) if is_settled else EARLY_STEPS
+            if count + 1 >= IN_A_ROW and step - first >= least:
+                told.add(kind)
+        return told
+
+    def state_dict(self) -> State:
+        return {
+            "lasting": {key: list(value) for key, value in self._lasting.items()},
+            "usual": {group: window.state_dict() for group, window in self._usual.items()},
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        values: dict[str, Any] = dict(state)
+        self._lasting = {key: (first, count) for key, (first, count) in values["lasting"].items()}
+        self._usual = {}
+        for group, kept in values["usual"].items():
+            self._usual[group] = Window(32)
+            self._usual[group].load_state_dict(kept)

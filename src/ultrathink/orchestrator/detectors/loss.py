@@ -1,0 +1,362 @@
+"""The training loss: hard batches, spikes that last, divergence, values that are no numbers.
+
+Losses are judged by their logarithms, since noise goes with size; losses of which one was negative
+are judged as they are. A jump is held until the next steps are seen: if they are back where they
+were, it was a *hard batch*; if not, an instability.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+from ultrathink.core.protocols import State
+from ultrathink.orchestrator.detectors.base import Baseline
+from ultrathink.orchestrator.events import Finding
+from ultrathink.orchestrator.signals import Signals
+from ultrathink.orchestrator.windows import Window
+
+JUMP = 6.0  # standard deviations
+SMALLEST_JUMP = 0.01  # in the logarithm: less is no matter, however steady the loss
+BACK = 3.0  # standard deviations: as good as before
+NEARLY_BACK = 0.25  # of the jump
+SURE = (10.0, 3)  # standard deviations, or steps: two neighbours may both be a little unusual
+CLEAR_JUMP = (math.log(1.5), 20.0)  # in the logarithm, in deviations: grave at the end of a log
+SMALL = 0.01  # nats: what a loss of zero and one of this differ by is no matter
+LASTS = 24  # observed steps; then the new level counts
+BLOCK = 16  # observed steps, of whose losses the median is taken
+NUM_BLOCKS = 64
+SLOW_RISE = (math.log(1.05), 8.0)  # above the best block: in the logarithm, in standard errors
+FLAT = 1e-6  # the least deviation of losses that are judged as they are
+START = 16  # observed steps that say where a loss began
+ABOVE_START = (math.log(1.5), 3)  # above the largest of them: in the logarithm, steps in a row
+
+
+class Scale:
+    """Maps a loss to what is judged: its logarithm, or itself once one was negative."""
+
+    def __init__(self) -> None:
+        self.is_log = True
+
+    def __call__(self, loss: float) -> float:
+        return math.log(loss + SMALL) if self.is_log else loss
+
+    def loss(self, value: float) -> float:
+        """The loss that is judged as ``value``."""
+        return math.exp(min(value, 700.0)) - SMALL if self.is_log else value
+
+    def described(self, excess: float) -> str:
+        """An excess in words."""
+        if not self.is_log:
+            return f"{excess:.3g} above"
+        ratio = math.exp(min(excess, 50.0))
+        return f"{ratio:.2f} times" if ratio >= 1.1 else f"{ratio - 1:.1%} above"
+
+
+class LossSpike:
+    """Tells a hard batch (one step) from a spike that lasts, and a spike from a divergence."""
+
+    def __init__(self) -> None:
+        self.scale = Scale()
+        self.baseline = Baseline()
+        self._begin: int | None = None  # the step of the jump that is judged
+        self._jump = 0.0  # its excess
+        self._peak = 0.0
+        self._since: list[float] = []  # values from the jump on
+
+    def observe(self, signals: Signals) -> list[Finding]:
+        loss = signals.finite("loss")
+        if loss is None:
+            return []
+        if loss < 0 and self.scale.is_log:
+            self.scale.is_log = False
+            self.baseline = Baseline(floor=FLAT)
+            self._end()
+        value = self.scale(loss)
+        if self._begin is not None:
+            return self._during(signals.step, value)
+        score, excess = self.baseline.score(value), self.baseline.excess(value)
+        if score < JUMP or excess < self._smallest():
+            self.baseline.add(value)
+            return []
+        self._begin, self._jump, self._peak, self._since = signals.step, excess, excess, [value]
+        return []
+
+    def finish(self) -> list[Finding]:
+        if self._begin is None or len(self._since) > 1:
+            return []
+        is_clear = self._jump >= CLEAR_JUMP[0] and self._score() >= CLEAR_JUMP[1]
+        severity = "medium" if self.scale.is_log and is_clear else "low"
+        text = f"the loss jumped to {self._described(self._since[0])} at the last step of the log"
+        return [Finding(self._begin, "loss_spike", severity, text, values=self._figures())]
+
+    def rewind(self) -> None:
+        self._end()
+
+    def _during(self, step: int, value: float) -> list[Finding]:
+        assert self._begin is not None
+        self._since.append(value)
+        score, excess = self.baseline.score(value), self.baseline.excess(value)
+        self._peak = max(self._peak, excess)
+        is_back = score < BACK or (score < JUMP and excess < NEARLY_BACK * self._peak)
+        if is_back:
+            findings = []
+            if len(self._since) == 2:
+                findings = [self._hard_batch(step)]
+                self.baseline.add(self._since[0])
+            self.baseline.add(value)
+            self._end()
+            return findings
+        if len(self._since) < LASTS:
+            return [self._spike(step)]
+        return self._settle(step)
+
+    def _settle(self, step: int) -> list[Finding]:
+        """The loss did not come back: its new level counts from here."""
+        last = sorted(self._since[-8:])[4]
+        excess, least = self.baseline.excess(last), NEARLY_BACK * self._jump
+        if self.scale.is_log:
+            least = max(least, SLOW_RISE[0])
+        severity = "critical" if self.scale.is_log and excess > math.log(1.5) else "high"
+        message = f"the loss stays at {self._described(last)} {LASTS} steps after it jumped"
+        figures = self._figures(last)
+        finding = Finding(
+            step, "divergence", severity, message, self._begin, values=figures, pause=4 * BLOCK
+        )
+        since = self._since
+        self._end()
+        self.baseline.restart()
+        for value in since[-16:]:
+            self.baseline.add(value)
+        return [] if excess < least else [finding]
+
+    def _spike(self, step: int) -> Finding:
+        is_sure = self._score() >= SURE[0] or len(self._since) >= SURE[1]
+        severity = "medium" if is_sure else "low"
+        if self.scale.is_log and self._peak >= math.log(1.5):
+            severity = "high"
+        message = f"the loss jumped to {self._described(self._since[0])} and is not back"
+        return Finding(step, "loss_spike", severity, message, self._begin, values=self._figures())
+
+    def _hard_batch(self, step: int) -> Finding:
+        message = f"one step at {self._described(self._since[0])}, then back: a hard batch"
+        severity = "low" if self.scale.is_log and self._jump >= math.log(1.5) else "info"
+        return Finding(step, "hard_batch", severity, message, self._begin, values=self._figures())
+
+    def _score(self) -> float:
+        """Of the highest value since the jump, in standard deviations."""
+        return self.baseline.score(max(self._since))
+
+    def _described(self, value: float) -> str:
+        excess = self.scale.described(self.baseline.excess(value))
+        score = self.baseline.score(value)
+        return f"{self.scale.loss(value):.4g} ({excess} its level, {score:.0f} deviations)"
+
+    def _figures(self, value: float | None = None) -> dict[str, float]:
+        """What a finding about ``value``, or about the highest one, rests on."""
+        value = max(self._since) if value is None else value
+        return {
+            "loss": self.scale.loss(value),
+            "level": self.scale.loss(value - self.baseline.excess(value)),
+            "score": self.baseline.score(value),
+        }
+
+    def _smallest(self) -> float:
+        return SMALLEST_JUMP if self.scale.is_log else 0.0
+
+    def _end(self) -> None:
+        self._begin, self._jump, self._peak, self._since = None, 0.0, 0.0, []
+
+    def state_dict(self) -> State:
+        return {
+            "is_log": self.scale.is_log,
+            "baseline": self.baseline.state_dict(),
+            "begin": self._begin,
+            "jump": self._jump,
+            "peak": self._peak,
+            "since": list(self._since),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        values: dict[str, Any] = dict(state)
+        self.scale.is_log = values["is_log"]
+        self.baseline.load_state_dict(values["baseline"])
+        self._begin, self._jump = values["begin"], values["jump"]
+        self._peak, self._since = values["peak"], list(values["since"])
+
+
+class AboveStart:
+    """Finds a loss far above all of the first ones, several steps in a row.
+
+    A model worse than before training needs no long baseline. What the first losses vary by is
+    told by the largest rise from one to the next: a loss falls steeply then.
+    """
+
+    def __init__(self) -> None:
+        self._start: list[float] = []
+        self._above: list[float] = []  # values in a row that are far above the start
+        self._since = 0
+
+    def observe(self, signals: Signals) -> list[Finding]:
+        loss = signals.finite("loss")
+        if loss is None or loss <= 0:
+            return []
+        value = math.log(loss)
+        if len(self._start) < 2 or value <= self._limit():
+            self._above = []
+            if len(self._start) < START:
+                self._start.append(value)
+            return []
+        self._since = signals.step if not self._above else self._since
+        self._above = [*self._above[-START:], value]
+        return self._found(signals.step) if len(self._above) >= ABOVE_START[1] else []
+
+    def finish(self) -> list[Finding]:
+        if not 0 < len(self._above) < ABOVE_START[1]:
+            return []
+        return self._found(self._since, "medium" if len(self._above) > 1 else "low")
+
+    def rewind(self) -> None:
+        self._above = []
+
+    def _limit(self) -> float:
+        changes = [after - before for before, after in pairwise(self._start)]
+        usual = max(map(abs, changes)) if len(changes) == 1 else max(changes)
+        return max(self._start) + max(ABOVE_START[0], 2 * usual)
+
+    def _found(self, step: int, severity: str = "high") -> list[Finding]:
+        loss, start = math.exp(max(self._above)), math.exp(max(self._start))
+        message = f"the loss, up to {loss:.4g}, is far above the {start:.4g} of the start"
+        figures = {"loss": loss, "start": start}
+        return [Finding(step, "divergence", severity, message, self._since, values=figures)]
+
+    def state_dict(self) -> State:
+        return {"start": list(self._start), "above": list(self._above), "since": self._since}
+
+    def load_state_dict(self, state: State) -> None:
+        values: dict[str, Any] = dict(state)
+        self._start, self._above = list(values["start"]), list(values["above"])
+        self._since = values["since"]
+
+
+class Divergence:
+    """Finds a loss that rises without a jump: block by block, far above its best block."""
+
+    def __init__(self) -> None:
+        self.scale = Scale()
+        self._block: list[float] = []
+        self._levels = Window(NUM_BLOCKS)  # medians of blocks
+        self._spreads = Window(NUM_BLOCKS)  # of the values of a block
+        self._num_risen = 0
+
+    def observe(self, signals: Signals) -> list[Finding]:
+        loss = signals.finite("loss")
+        if loss is None:
+            return []
+        if loss < 0:
+            self.scale.is_log = False
+        if not self.scale.is_log:
+            return []
+        self._block.append(self.scale(loss))
+        if len(self._block) < BLOCK:
+            return []
+        block, self._block = sorted(self._block), []
+        level = (block[BLOCK // 2 - 1] + block[BLOCK // 2]) / 2
+        quarter = BLOCK // 4
+        findings = self._judge(signals.step, level)
+        self._levels.add(level)
+        self._spreads.add((block[-quarter] - block[quarter - 1]) / 1.349)
+        return findings
+
+    def finish(self) -> list[Finding]:
+        return []
+
+    def rewind(self) -> None:
+        self._block, self._num_risen = [], 0
+
+    def _judge(self, step: int, level: float) -> list[Finding]:
+        if len(self._levels) < 4:
+            return []
+        levels = self._levels.values
+        best = float(levels.min())
+        # Of the median of a block, and of the least of many such medians.
+        error = 1.2533 * self._spreads.median() / math.sqrt(BLOCK)
+        rise = level - best - 2 * error
+        is_rising = level - float(levels[-4:].min()) > 2 * error  # and has not settled high up
+        if rise < max(SLOW_RISE[0], SLOW_RISE[1] * error) or not is_rising:
+            self._num_risen = 0
+            return []
+        self._num_risen += 1
+        if self._num_risen < 2:
+            return []
+        severity = "medium" if rise < math.log(1.2) else "high"
+        loss, least = self.scale.loss(level), self.scale.loss(best)
+        more = self.scale.described(level - best)
+        message = f"the loss has been rising: {loss:.4g}, {more} its best"
+        figures = {"loss": loss, "best": least, "score": rise / error if error else math.inf}
+        begin = max(0, step - 2 * BLOCK + 1)
+        return [
+            Finding(step, "divergence", severity, message, begin, values=figures, pause=4 * BLOCK)
+        ]
+
+    def state_dict(self) -> State:
+        return {
+            "is_log": self.scale.is_log,
+            "block": list(self._block),
+            "levels": self._levels.state_dict(),
+            "spreads": self._spreads.state_dict(),
+            "num_risen": self._num_risen,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        values: dict[str, Any] = dict(state)
+        self.scale.is_log = values["is_log"]
+        self._block, self._num_risen = list(values["block"]), values["num_risen"]
+        self._levels.load_state_dict(values["levels"])
+        self._spreads.load_state_dict(values["spreads"])
+
+
+class NonFinite:
+    """Finds losses and gradient norms that are NaN or infinite."""
+
+    SIGNALS = (("loss", "the loss"), ("val_loss", "the validation loss"), ("grad_norm", "the norm"))
+
+    def __init__(self) -> None:
+        self._in_a_row: dict[str, int] = {}
+
+    def observe(self, signals: Signals) -> list[Finding]:
+        findings = []
+        for name, words in self.SIGNALS:
+            value = signals.values.get(name)
+            if value is None:
+                continue
+            if math.isfinite(value):
+                self._in_a_row[name] = 0
+                continue
+            count = self._in_a_row[name] = self._in_a_row.get(name, 0) + 1
+            if name == "grad_norm" and "loss_scale" in signals.values and count < 3:
+                severity, more = "info", ", as when an fp16 loss is scaled too much"
+            else:
+                severity, more = ("critical" if count >= 3 else "high"), ""
+            if count > 1:
+                more += f", {count} times in a row"
+            text = f"{words} is {value}{more}"
+            figures = {"in_a_row": float(count)}
+            findings.append(
+                Finding(signals.step, "non_finite", severity, text, subject=name, values=figures)
+            )
+        return findings
+
+    def finish(self) -> list[Finding]:
+        return []
+
+    def rewind(self) -> None:
+        self._in_a_row = {}
+
+    def state_dict(self) -> State:
+        return {"in_a_row": dict(self._in_a_row)}
+
+    def load_state_dict(self, state: State) -> None:
+        values: dict[str, Any] = dict(state)
+        self._in_a_row = dict(values["in_a_row"])

@@ -1,0 +1,171 @@
+"""What a run takes: memory, and time a step, of which some is spent waiting for data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ultrathink.core.protocols import State
+from ultrathink.orchestrator.events import Finding
+from ultrathink.orchestrator.signals import Signals
+from ultrathink.orchestrator.windows import Window, median
+
+PRESSURE = (0.92, 0.97)  # of the limit
+LEAK_SPANS = 8  # side by side, each higher than the one before
+LEAK_SPAN = 16  # observed steps
+LEAK = 0.1  # growth over all spans
+STEADY = 0.7  # of the growth in their first half is in their last half: caches fill up and stay
+FRAGMENTED = 0.4  # of what is reserved is not in use
+USUAL = 128  # observed steps
+RECENT = 16
+SLOW = 0.6  # of the usual speed
+SLOWEST_USUAL = (0.9, 1.1)  # a quantile of the usual times, and so many times that
+STALLED = 10.0  # times the usual time of a step, for a single one
+WAITING = 0.3  # of a step's time
+IN_A_ROW = 8
+
+
+class Memory:
+    """Finds memory that is nearly used up, that keeps growing, or is reserved and not in use."""
+
+    def __init__(self) -> None:
+        self._used = Window(LEAK_SPANS * LEAK_SPAN)
+        self._num_steps = 0
+        self._num_fragmented = 0
+
+    def observe(self, signals: Signals) -> list[Finding]:
+        used, limit = signals.finite("memory"), signals.finite("memory_limit")
+        reserved = signals.finite("memory_reserved")
+        if used is None or used <= 0:
+            return []
+        findings = []
+        # What an allocator reserves beyond what is in use, it can give away.
+        peak = max(used, signals.finite("memory_peak") or 0.0)
+        if limit and peak > PRESSURE[0] * limit:
+            severity = "high" if peak > PRESSURE[1] * limit else "medium"
+            text = f"{peak:.2f} of {limit:.2f} GiB of memory are in use"
+            figures = {"memory": peak, "limit": limit}
+            findings.append(
+                Finding(signals.step, "memory_pressure", severity, text, values=figures)
+            )
+        findings += self._leak(signals.step, used, limit)
+        if reserved:
+            findings += self._fragmentation(signals.step, used, reserved, limit)
+        return findings
+
+    def finish(self) -> list[Finding]:
+        return []
+
+    def rewind(self) -> None:
+        self._used.clear()
+
+    def _leak(self, step: int, used: float, limit: float | None) -> list[Finding]:
+        self._used.add(used)
+        self._num_steps += 1
+        if len(self._used) < self._used.size or self._num_steps % LEAK_SPAN:
+            return []
+        levels = np.median(self._used.values.reshape(LEAK_SPANS, LEAK_SPAN), axis=1)
+        grown = np.diff(levels)
+        share = float(levels[-1] / levels[0] - 1)
+        if grown.min() <= 0 or share < LEAK or grown.max() > 4 * np.median(grown):
+            return []
+        if grown[-3:].sum() < STEADY * grown[:3].sum():
+            return []
+        rate = float(np.median(grown)) / LEAK_SPAN
+        text = f"memory keeps growing: {levels[0]:.2f} to {levels[-1]:.2f} GiB in "
+        text += f"{self._used.size} logged steps"
+        severity = "medium"
+        if limit:
+            left = (limit - used) / rate
+            text += f"; at this rate the {limit:.2f} GiB are full in {left:,.0f} more"
+            severity = "high" if left < 10 * self._used.size else "medium"
+        figures = {"memory": used, "per_step": rate, "grown": share}
+        found = Finding(step, "memory_leak", severity, text, values=figures, pause=2 * LEAK_SPAN)
+        return [found]
+
+    def _fragmentation(
+        self, step: int, used: float, reserved: float, limit: float | None
+    ) -> list[Finding]:
+        idle = 1 - used / reserved
+        is_scarce = limit is not None and reserved > 0.8 * limit
+        self._num_fragmented = self._num_fragmented + 1 if idle > FRAGMENTED and is_scarce else 0
+        if self._num_fragmented < IN_A_ROW:
+            return []
+        text = f"{idle:.0%} of the {reserved:.2f} GiB reserved are not in use, and memory is scarce"
+        figures = {"memory": used, "reserved": reserved}
+        return [Finding(step, "memory_fragmentation", "medium", text, values=figures)]
+
+    def state_dict(self) -> State:
+        return {
+            "used": self._used.state_dict(),
+            "num_steps": self._num_steps,
+            "num_fragmented": self._num_fragmented,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        values: dict[str, Any] = dict(state)
+        self._used.load_state_dict(values["used"])
+        self._num_steps, self._num_fragmented = values["num_steps"], values["num_fragmented"]
+
+
+class Throughput:
+    """Finds a speed that falls for good, single steps that stall, and a loader that starves."""
+
+    def __init__(self) -> None:
+        self._times = Window(USUAL + RECENT)  # relative: only ratios count
+        self._num_waiting = 0
+
+    def observe(self, signals: Signals) -> list[Finding]:
+        findings = []
+        seconds, wait = signals.finite("step_time"), signals.finite("data_wait")
+        speed = signals.finite("tokens_per_sec")
+        taken = 1 / speed if speed else seconds  # batches may differ in size
+        if taken is not None and 0 < taken < math.inf:
+            findings += self._speed(signals.step, taken)
+        if wait is not None and seconds is not None and seconds > 0:
+            share = wait / seconds
+            self._num_waiting = self._num_waiting + 1 if share > WAITING else 0
+            if self._num_waiting >= IN_A_ROW:
+                text = f"steps wait for data {share:.0%} of their time"
+                figures = {"data_wait": wait, "step_time": seconds}
+                findings.append(
+                    Finding(signals.step, "starving_loader", "medium", text, values=figures)
+                )
+        return findings
+
+    def finish(self) -> list[Finding]:
+        return []
+
+    def rewind(self) -> None:
+        self._num_waiting = 0
+
+    def _speed(self, step: int, taken: float) -> list[Finding]:
+        self._times.add(taken)
+        times = self._times.values
+        before = times[:-RECENT]
+        if len(before) < 2 * RECENT:
+            return []
+        usual = median(before)
+        if taken * SLOW <= usual:
+            return []
+        recent = median(times[-RECENT:])
+        figures = {"recent": recent, "usual": usual, "ratio": usual / recent}
+        # Some runs have slow steps all the time: for evaluation, for checkpoints, for neighbours.
+        quantile, times_that = SLOWEST_USUAL
+        if recent * SLOW > usual and recent > times_that * np.quantile(before, quantile):
+            text = f"the speed has fallen to {usual / recent:.0%} of what was usual"
+            return [Finding(step, "throughput_drop", "medium", text, values=figures)]
+        if taken > STALLED * usual:
+            text = f"one step took {taken / usual:.0f} times as long as usual"
+            return [Finding(step, "slow_step", "info", text, values={"ratio": taken / usual})]
+        return []
+
+    def state_dict(self) -> State:
+        return {"times": self._times.state_dict(), "num_waiting": self._num_waiting}
+
+    def load_state_dict(self, state: State) -> None:
+        values: dict[str, Any] = dict(state)
+        self._times.load_state_dict(values["times"])
+        self._num_waiting = values["num_waiting"]

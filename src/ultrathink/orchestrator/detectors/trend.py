@@ -1,0 +1,234 @@
+"""The course of the training loss over hundreds of steps: plateaus and oscillation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ultrathink.core.protocols import State
+from ultrathink.orchestrator.events import Finding
+from ultrathink.orchestrator.signals import Signals
+from ultrathink.orchestrator.windows import Window, deviation, median
+
+Floats = npt.NDArray[np.float64]
+
+SPAN = 32  # observed steps, of which a mean is taken
+STALLED = 0.1  # of the fall that the spans before promise
+SURE = 6.0  # standard errors of that promise
+LEAST = 0.005  # in the logarithm: what logs round away promises nothing
+AT_ONCE = 0.7  # of a fall, within a quarter of its steps
+SMALL = 0.01  # nats: what a loss of zero and one of this differ by is no matter
+RATE_CUT = 0.5  # a learning rate lowered so far explains slower learning
+RATE_LOST = 20.0  # times lower at once: steps of a schedule are smaller
+STAYS = 16  # observed steps
+SWING = 3.0  # times the usual spread
+REGULAR = 0.5  # correlation of the loss with itself half a period or a period later
+
+
+class Plateau:
+    """Finds a loss that fell clearly and has stopped to.
+
+    Three spans of steps side by side: the fall from the first to the second promises one at least
+    half as large from the second to the third (falls shrink, but slowly). Where that promise is
+    beyond doubt and next to nothing came, learning has stalled. A fall at once, as at the end of an
+    epoch or where a learning rate is lowered, promises nothing.
+    """
+
+    def __init__(self) -> None:
+        self._losses = Window(3 * SPAN)
+        self._rates = Window(3 * SPAN)
+        self._num_steps = 0
+
+    def observe(self, signals: Signals) -> list[Finding]:
+        loss = signals.finite("loss")
+        if loss is None or loss <= 0:
+            return []
+        self._losses.add(math.log(loss + SMALL))
+        rate = signals.finite("lr")
+        if rate is not None:
+            self._rates.add(rate)
+        self._num_steps += 1
+        if len(self._losses) < 3 * SPAN or self._num_steps % (SPAN // 4):
+            return []
+        losses = self._losses.values
+        first, second, third = (_without_outliers(part) for part in np.split(losses, 3))
+        error = float(second.std()) * math.sqrt(2 / SPAN)
+        fell, fallen = float(first.mean() - second.mean()), float(second.mean() - third.mean())
+        promised = 0.5 * fell
+        if promised < max(SURE * error, LEAST) or fallen > STALLED * promised or fallen < -promised:
+            return []
+        if _is_a_step(losses[: 2 * SPAN]):
+            return []
+        more = "; the learning rate has been lowered meanwhile" if self._is_lowered() else ""
+        message = (
+            f"the loss fell {-math.expm1(-fell):.1%} over {SPAN} logged steps and then "
+            f"{-math.expm1(-max(fallen, 0.0)):.1%} over as many{more}"
+        )
+        figures = {"loss": loss, "fell": fell, "fallen": fallen, "error": error}
+        return [Finding(signals.step, "plateau", "medium", message, values=figures, pause=SPAN)]
+
+    def finish(self) -> list[Finding]:
+        return []
+
+    def rewind(self) -> None:
+        self._losses.clear()
+        self._rates.clear()
+
+    def _is_lowered(self) -> bool:
+        rates = self._rates.values
+        return len(rates) == 3 * SPAN and bool(
+            np.median(rates[-SPAN:]) < RATE_CUT * np.median(rates[:SPAN])
+        )
+
+    def state_dict(self) -> State:
+        return {
+            "losses": self._losses.state_dict(),
+            "rates": self._rates.state_dict(),
+            "num_steps": self._num_steps,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        values: dict[str, Any] = dict(state)
+        self._losses.load_state_dict(values["losses"])
+        self._rates.load_state_dict(values["rates"])
+        self._num_steps = values["num_steps"]
+
+
+class RateLoss:
+    """Finds a learning rate that falls to next to nothing at once, and stays there."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._before = 0.0  # the rate from which it fell
+        self._begin = 0
+        self._count = 0
+
+    def observe(self, signals: Signals) -> list[Finding]:
+        rate = signals.finite("lr")
+        if rate is None or rate < 0:
+            return []
+        last, self._last = self._last, rate
+        if self._count and 0 < rate * RATE_LOST <= self._before:
+            self._count += 1
+        elif last is not None and 0 < rate * RATE_LOST <= last:
+            self._before, self._begin, self._count = last, signals.step, 1
+        else:
+            self._count = 0
+        if self._count != STAYS:
+            return []
+        message = (
+            f"the learning rate fell at once from {self._before:.3g} to {rate:.3g}, "
+            f"and learning all but stopped"
+        )
+        figures = {"lr": rate, "before": self._before}
+        found = Finding(signals.step, "plateau", "medium", message, self._begin, values=figures)
+        return [found]
+
+    def finish(self) -> list[Finding]:
+        return []
+
+    def rewind(self) -> None:
+        self._last, self._count = None, 0
+
+    def state_dict(self) -> State:
+        return {
+            "last": self._last,
+            "before": self._before,
+            "begin": self._begin,
+            "count": self._count,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        values: dict[str, Any] = dict(state)
+        self._last, self._before = values["last"], values["before"]
+        self._begin, self._count = values["begin"], values["count"]
+
+
+class Oscillation:
+    """Finds a loss that swings to and fro far more widely than it used to, and regularly.
+
+    Over the last 64 steps, trend taken out: a robust spread several times that of the spans before,
+    and an autocorrelation that is strongly negative at some lag and positive at twice that lag.
+    """
+
+    def __init__(self) -> None:
+        self._losses = Window(2 * SPAN)
+        self._spreads = Window(16)
+        self._num_steps = 0
+
+    def observe(self, signals: Signals) -> list[Finding]:
+        loss = signals.finite("loss")
+        if loss is None or loss <= 0:
+            return []
+        self._losses.add(math.log(loss + SMALL))
+        self._num_steps += 1
+        if len(self._losses) < 2 * SPAN or self._num_steps % (SPAN // 2):
+            return []
+        values = self._losses.values
+        steps = np.arange(len(values), dtype=np.float64)
+        flat = values - np.polyval(np.polyfit(steps, values, 1), steps)
+        spread, usual = deviation(flat), self._spreads.median()
+        if len(self._spreads) >= 4 and spread > max(SWING * usual, LEAST):
+            lag = regular_lag(flat)
+            if lag is not None:
+                message = (
+                    f"the loss swings with a period of about {2 * lag} logged steps, "
+                    f"{spread / usual:.1f} times as wide as it used to vary"
+                )
+                figures = {"spread": spread, "usual": usual, "period": 2.0 * lag}
+                found = Finding(
+                    signals.step, "oscillation", "medium", message, values=figures, pause=SPAN
+                )
+                return [found]
+            return []
+        self._spreads.add(spread)
+        return []
+
+    def finish(self) -> list[Finding]:
+        return []
+
+    def rewind(self) -> None:
+        self._losses.clear()
+
+    def state_dict(self) -> State:
+        return {
+            "losses": self._losses.state_dict(),
+            "spreads": self._spreads.state_dict(),
+            "num_steps": self._num_steps,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        values: dict[str, Any] = dict(state)
+        self._losses.load_state_dict(values["losses"])
+        self._spreads.load_state_dict(values["spreads"])
+        self._num_steps = values["num_steps"]
+
+
+def _without_outliers(values: Floats) -> Floats:
+    kept: Floats = values[np.abs(values - median(values)) <= max(4 * deviation(values), LEAST)]
+    return kept
+
+
+def _is_a_step(values: Floats) -> bool:
+    """Whether most of a fall happens at once: between neighbours of eighths of its steps."""
+    eighths = np.median(values.reshape(8, -1), axis=1)
+    fall = eighths[0] - eighths[-1]
+    return bool((eighths[:-2] - eighths[2:]).max() > AT_ONCE * fall)
+
+
+def regular_lag(values: Floats) -> int | None:
+    """Half the period of a regular swing, in steps; None where there is none."""
+    limit = 4 * deviation(values)
+    clipped = np.clip(values - median(values), -limit, limit)
+    power = float(clipped @ clipped)
+    if power == 0:
+        return None
+    for lag in range(1, len(values) // 4 + 1):
+        half = float(clipped[lag:] @ clipped[:-lag]) / power
+        whole = float(clipped[2 * lag :] @ clipped[: -2 * lag]) / power
+        if half < -REGULAR and whole > REGULAR:
+            return lag
+    return None

@@ -1,0 +1,266 @@
+"""Figures of held-out text, of single sources, and accuracies: what was learned and is lost."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ultrathink.core.protocols import State
+from ultrathink.orchestrator.detectors.base import Baseline, Rhythm
+from ultrathink.orchestrator.events import Finding
+from ultrathink.orchestrator.signals import Signals
+from ultrathink.orchestrator.windows import Window, deviation
+
+RISEN = 0.01  # of the best validation loss
+MUCH_RISEN = 0.1
+CLEAR_RISE = 4.0  # standard errors
+UNSURE = 2.0  # noise of n differences is taken (1 + 2/n) times as large: it may be too small
+SMALL = 0.01  # nats: what a loss of zero and one of this differ by is no matter
+WORSE_IN_A_ROW = 3  # validations
+BEYOND_NOISE = (0.2, 2)  # rise of each of so many validations in a row
+FORGOTTEN = (0.05, 6.0)  # rise of a source's loss over its best: share, standard errors
+BLOCK = 16  # observed steps, of which a source's median loss is taken
+DROP = (0.1, 6.0)  # of an accuracy: share of its level, standard deviations
+
+
+class Overfitting:
+    """Finds a validation loss that keeps rising while the training loss falls.
+
+    The mean of the last validations must be clear of the best one, given what validations vary by
+    and that the best of many is low by chance.
+    """
+
+    def __init__(self) -> None:
+        self._best = math.inf
+        self._best_step = 0
+        self._train_then = math.nan  # the training loss about the best validation
+        self._last = Window(32)
+        self._num_seen = 0
+        self._num_worse = 0
+        self._train = Window(32)
+        self._since = Rhythm()
+
+    def observe(self, signals: Signals) -> list[Finding]:
+        self._since.step()
+        train, loss = signals.finite("loss"), signals.finite("val_loss")
+        if train is not None:
+            self._train.add(train)
+        if loss is None:
+            return []
+        pause = self._since.pause()
+        self._last.add(loss)
+        self._num_seen += 1
+        now = self._train.median()
+        if loss <= self._best:
+            self._best, self._best_step, self._train_then = loss, signals.step, now
+            self._num_worse = 0
+            return []
+        self._num_worse += 1
+        if now > self._train_then:
+            return []
+        last = self._last.values
+        error = noise(last)
+        sure = CLEAR_RISE / math.sqrt(WORSE_IN_A_ROW) + math.sqrt(2 * math.log(self._num_seen))
+        rise = float(last[-min(WORSE_IN_A_ROW, self._num_worse) :].mean()) - self._best
+        size = max(abs(self._best), SMALL)
+        share = rise / size
+        is_clear = (
+            self._num_worse >= WORSE_IN_A_ROW and share >= RISEN and rise >= sure * error
+        ) or (
+            self._num_worse >= BEYOND_NOISE[1]
+            and float(last[-BEYOND_NOISE[1] :].min()) - self._best > BEYOND_NOISE[0] * size
+        )
+        if not is_clear:
+            return []
+        severity = "high" if share > MUCH_RISEN else "medium"
+        message = (
+            f"the validation loss has risen to {loss:.4g} from its best of step "
+            f"{self._best_step:,}, {self._best:.4g}, while the training loss fell"
+        )
+        figures = {"val_loss": loss, "best": self._best, "rise": rise, "noise": error}
+        begin = self._best_step + 1
+        found = Finding(signals.step, "overfitting", severity, message, begin, values=figures)
+        return [replace(found, pause=pause)]
+
+    def finish(self) -> list[Finding]:
+        return []
+
+    def rewind(self) -> None:
+        self._num_worse = 0
+
+    def state_dict(self) -> State:
+        return {
+            "best": self._best if math.isfinite(self._best) else None,
+            "best_step": self._best_step,
+            "train_then": self._train_then if math.isfinite(self._train_then) else None,
+            "last": self._last.state_dict(),
+            "num_seen": self._num_seen,
+            "num_worse": self._num_worse,
+            "train": self._train.state_dict(),
+            "since": self._since.since,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        values: dict[str, Any] = dict(state)
+        self._best = math.inf if values["best"] is None else values["best"]
+        self._train_then = math.nan if values["train_then"] is None else values["train_then"]
+        self._last.load_state_dict(values["last"])
+        self._best_step, self._num_worse = values["best_step"], values["num_worse"]
+        self._num_seen, self._since.since = values["num_seen"], values["since"]
+        self._train.load_state_dict(values["train"])
+
+
+def noise(values: npt.NDArray[np.float64]) -> float:
+    """What validations vary by, however they rise or fall: from third differences."""
+    bends = np.diff(values, 3)
+    if len(bends) < 2:
+        return math.inf
+    return deviation(bends) / math.sqrt(20) * (1 + UNSURE / len(bends))
+
+
+class Forgetting:
+    """Finds a source whose loss rises far above its best while the loss of another falls."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, list[float]] = {}
+        self._levels: dict[str, Window] = {}
+        self._errors: dict[str, float] = {}
+        self._since: dict[str, Rhythm] = {}
+
+    def observe(self, signals: Signals) -> list[Finding]:
+        findings = []
+        for rhythm in self._since.values():
+            rhythm.step()
+        for prefix, size in (("loss/", BLOCK), ("val_loss/", 1)):
+            for source, loss in signals.having(prefix).items():
+                if loss < 0:
+                    continue
+                block = self._blocks.setdefault(prefix + source, [])
+                block.append(math.log(loss + SMALL))
+                if len(block) >= size:
+                    self._close(prefix + source)
+                    findings += self._judge(signals.step, prefix, source)
+        return findings
+
+    def finish(self) -> list[Finding]:
+        return []
+
+    def rewind(self) -> None:
+        self._blocks = {}
+
+    def _close(self, name: str) -> None:
+        block = sorted(self._blocks.pop(name))
+        middle = len(block) // 2
+        level = block[middle] if len(block) % 2 else (block[middle - 1] + block[middle]) / 2
+        levels = self._levels.setdefault(name, Window(64))
+        levels.add(level)
+        values = levels.values
+        if len(values) >= 4:  # what neighbours differ by, which a trend hardly changes
+            self._errors[name] = deviation(values[1:] - values[:-1]) / math.sqrt(2)
+
+    def _judge(self, step: int, prefix: str, source: str) -> list[Finding]:
+        pause = self._since.setdefault(prefix + source, Rhythm()).pause()
+        values = self._levels[prefix + source].values
+        if len(values) < 6:
+            return []
+        error = self._errors[prefix + source]
+        rise = min(values[-1], values[-2]) - values[:-2].min() - 2 * error
+        if rise < max(math.log1p(FORGOTTEN[0]), FORGOTTEN[1] * error):
+            return []
+        falling = [
+            name.removeprefix(prefix)
+            for name, window in self._levels.items()
+            if name.startswith(prefix) and name != prefix + source
+            if len(window) >= 6 and window.values[-2:].mean() < window.values[-6:-2].mean()
+        ]
+        if not falling:
+            return []
+        loss, best = (math.exp(value) - SMALL for value in (values[-1], values[:-2].min()))
+        message = (
+            f"the loss of {source} has risen to {loss:.4g} from its best of {best:.4g}, "
+            f"while that of {falling[0]} falls"
+        )
+        figures = {"loss": loss, "best": best, "rise": float(rise), "noise": error}
+        found = Finding(step, "forgetting", "medium", message, subject=source, values=figures)
+        return [replace(found, pause=pause)]
+
+    def state_dict(self) -> State:
+        return {
+            "blocks": {name: list(block) for name, block in self._blocks.items()},
+            "levels": {name: window.state_dict() for name, window in self._levels.items()},
+            "errors": dict(self._errors),
+            "since": {name: rhythm.since for name, rhythm in self._since.items()},
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        values: dict[str, Any] = dict(state)
+        self._blocks = {name: list(block) for name, block in values["blocks"].items()}
+        self._levels = {}
+        for name, kept in values["levels"].items():
+            self._levels[name] = Window(64)
+            self._levels[name].load_state_dict(kept)
+        self._errors = dict(values["errors"])
+        self._since = {name: Rhythm(since) for name, since in values["since"].items()}
+
+
+class AccuracyDrop:
+    """Finds an accuracy that falls far below its level and stays there for a second step."""
+
+    NAMES = ("accuracy", "val_accuracy")
+
+    def __init__(self) -> None:
+        self._baselines = {name: Baseline(level=16, spread=64, floor=0.002) for name in self.NAMES}
+        self._num_low = dict.fromkeys(self.NAMES, 0)
+        self._since = {name: Rhythm() for name in self.NAMES}
+
+    def observe(self, signals: Signals) -> list[Finding]:
+        findings = []
+        for name, baseline in self._baselines.items():
+            self._since[name].step()
+            value = signals.finite(name)
+            if value is None:
+                continue
+            pause = self._since[name].pause()
+            if len(baseline) < 8:
+                baseline.add(-value)  # a baseline watches for what rises
+                continue
+            level = -baseline.level
+            is_low = baseline.score(-value) > DROP[1] and level - value > DROP[0] * abs(level)
+            self._num_low[name] = self._num_low[name] + 1 if is_low else 0
+            if not is_low:
+                baseline.add(-value)
+            elif self._num_low[name] > 1:
+                message = f"the {name.replace('_', ' ')} is {value:.3g}; it was about {level:.3g}"
+                figures = {"accuracy": value, "level": level, "score": baseline.score(-value)}
+                found = Finding(
+                    signals.step, "accuracy_drop", "medium", message, subject=name, values=figures
+                )
+                findings.append(replace(found, pause=pause))
+            if self._num_low[name] >= 24:
+                baseline.restart()
+                self._num_low[name] = 0
+        return findings
+
+    def finish(self) -> list[Finding]:
+        return []
+
+    def rewind(self) -> None:
+        self._num_low = dict.fromkeys(self.NAMES, 0)
+
+    def state_dict(self) -> State:
+        return {
+            "baselines": {name: kept.state_dict() for name, kept in self._baselines.items()},
+            "num_low": dict(self._num_low),
+            "since": {name: rhythm.since for name, rhythm in self._since.items()},
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        values: dict[str, Any] = dict(state)
+        for name, kept in values["baselines"].items():
+            self._baselines[name].load_state_dict(kept)
+        self._num_low = dict(values["num_low"])
+        self._since = {name: Rhythm(since) for name, since in values["since"].items()}

@@ -1,0 +1,158 @@
+"""What detectors find, and how findings at consecutive steps become one event."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
+
+from ultrathink.core.protocols import State
+
+SEVERITIES = ("info", "low", "medium", "high", "critical")
+ALARM = SEVERITIES.index("medium")  # from here on, somebody should look
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that a detector sees at one step.
+
+    ``since`` is the step at which it began, where that was seen only later; ``subject`` is what it
+    is about where there are several (a source, a group of experts). ``pause`` is how many observed
+    steps may pass before the next finding of the same incident: a detector that judges blocks of
+    steps does not speak at every one. Of ``values`` those are kept that are finite.
+    """
+
+    step: int
+    kind: str
+    severity: str
+    message: str
+    since: int | None = None
+    subject: str = ""
+    values: dict[str, float] = field(default_factory=dict)  # the figures it rests on
+    pause: int = 8
+
+    def __post_init__(self) -> None:
+        assert self.severity in SEVERITIES, self.severity
+        finite = {name: float(x) for name, x in self.values.items() if math.isfinite(x)}
+        object.__setattr__(self, "values", finite)
+
+
+@dataclass(frozen=True)
+class Event:
+    """One incident: from ``step`` to ``to_step``, told by its gravest finding."""
+
+    step: int
+    kind: str
+    severity: str
+    message: str
+    to_step: int
+    found_at: int  # the step at which it was first seen
+    subject: str = ""
+    values: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_alarm(self) -> bool:
+        """Whether somebody should look: ``medium`` or above."""
+        return is_alarm(self.severity)
+
+    def to_json(self) -> dict[str, Any]:
+        """The event as a JSON object."""
+        return asdict(self)
+
+
+def is_alarm(severity: str) -> bool:
+    """Whether somebody should look: ``medium`` or above."""
+    return SEVERITIES.index(severity) >= ALARM
+
+
+class Incidents:
+    """Joins findings of one kind and subject into an event, as long as pauses are short."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self._open: dict[str, _Open] = {}  # the last event of each kind/subject
+        self._count = 0  # observed steps
+
+    def add(self, findings: Iterable[Finding]) -> list[Event]:
+        """Take the findings of one observed step; the events that are new, or graver now."""
+        self._count += 1
+        changed = []
+        for finding in findings:
+            last = self._open.get(_key(finding))
+            if last is not None and self._count <= last.until:
+                number, before = last.number, self.events[last.number]
+                self.events[number] = event = _joined(before, finding)
+                is_graver = event.severity != before.severity
+            else:
+                number, is_graver = len(self.events), True
+                event = _begun(finding, self.events[last.number] if last is not None else None)
+                self.events.append(event)
+            self._open[_key(finding)] = _Open(number, self._count + finding.pause)
+            if is_graver:
+                changed.append(event)
+        return changed
+
+    def close(self) -> None:
+        """What comes is no part of the incidents so far, as after steps were undone."""
+        self._open.clear()
+
+    def current(self, findings: Iterable[Finding]) -> list[Event]:
+        """The events that ``findings`` of the last observed step belong to."""
+        keys = dict.fromkeys(_key(finding) for finding in findings)
+        return [self.events[self._open[key].number] for key in keys]
+
+    def state_dict(self) -> State:
+        """What to remember over a restart."""
+        return {
+            "events": [event.to_json() for event in self.events],
+            "open": {key: list(value) for key, value in self._open.items()},
+            "count": self._count,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go back to what ``state_dict`` returned."""
+        values: dict[str, Any] = dict(state)
+        self.events = [Event(**event) for event in values["events"]]
+        self._open = {key: _Open(*kept) for key, kept in values["open"].items()}
+        self._count = values["count"]
+
+
+class _Open(NamedTuple):
+    number: int  # of the event
+    until: int  # observed steps: later findings are another incident
+
+
+def _key(finding: Finding) -> str:
+    return f"{finding.kind}/{finding.subject}"
+
+
+def _begun(finding: Finding, before: Event | None) -> Event:
+    begin = finding.step if finding.since is None else min(finding.since, finding.step)
+    if before is not None:  # what was told already is not told again
+        begin = min(max(begin, before.to_step + 1), finding.step)
+    return Event(
+        begin,
+        finding.kind,
+        finding.severity,
+        finding.message,
+        to_step=finding.step,
+        found_at=finding.step,
+        subject=finding.subject,
+        values=finding.values,
+    )
+
+
+def _joined(event: Event, finding: Finding) -> Event:
+    """The event with one more finding; the gravest says what it was, the first of equals."""
+    longer = replace(event, to_step=finding.step)
+    if SEVERITIES.index(finding.severity) <= SEVERITIES.index(event.severity):
+        return longer
+    return replace(
+        longer, severity=finding.severity, message=finding.message, values=finding.values
+    )
+
+
+def in_order(events: Sequence[Event]) -> list[Event]:
+    """Events by the steps at which they began."""
+    return sorted(events, key=lambda event: (event.step, event.kind))

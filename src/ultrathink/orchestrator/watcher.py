@@ -1,0 +1,144 @@
+"""Watches one run: gives every step to all detectors and keeps events, phases and the curve."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ultrathink.core.protocols import State
+from ultrathink.orchestrator.curve import Curve
+from ultrathink.orchestrator.detectors import DETECTORS
+from ultrathink.orchestrator.detectors.base import Detector
+from ultrathink.orchestrator.events import Event, Finding, Incidents, in_order
+from ultrathink.orchestrator.forecast import Forecast, forecast
+from ultrathink.orchestrator.phases import Phase, Phases
+from ultrathink.orchestrator.signals import Signals
+
+
+class Watcher:
+    """Sees the signals of a run in order and says what an expert would say about them.
+
+    ``total_steps`` is the budget that the forecast is made for; without one it looks ahead to twice
+    the steps so far. Signals of one step may come in several parts.
+    """
+
+    def __init__(
+        self, *, total_steps: int | None = None, detectors: Sequence[Detector] | None = None
+    ) -> None:
+        self.total_steps = total_steps
+        self.detectors: Sequence[Detector] = (
+            [make() for make in DETECTORS] if detectors is None else detectors
+        )
+        self._incidents = Incidents()
+        self._phases = Phases()
+        self._curve = Curve()
+        self._last_step: int | None = None
+        self._is_log = True  # the curve is of logarithms, until a loss is negative
+
+    @property
+    def events(self) -> list[Event]:
+        """All events so far, by the steps at which they began."""
+        return in_order(self._incidents.events)
+
+    @property
+    def phases(self) -> list[Phase]:
+        """The phases so far; the last one goes on."""
+        return list(self._phases.list)
+
+    @property
+    def phase(self) -> str | None:
+        """The phase that the run is in; None before the first step."""
+        return self._phases.list[-1].phase if self._phases.list else None
+
+    def observe(self, signals: Signals) -> list[Event]:
+        """Take the figures of the next step; the events that are new, or graver than before.
+
+        A step that lies before the last one means that the steps since were undone.
+        """
+        told: list[Event] = []
+        if self._last_step is not None and signals.step < self._last_step:
+            told += self.rewind(signals.step - 1)
+        self._last_step = signals.step
+        findings = [one for detector in self.detectors for one in detector.observe(signals)]
+        changed = self._incidents.add(findings)
+        loss = signals.finite("loss")
+        if loss is not None:
+            is_new = self._extend(signals.step, loss)
+            current = self._incidents.current(findings)
+            self._phases.observe(signals.step, self._curve, is_new, current)
+        return told + changed
+
+    def _extend(self, step: int, loss: float) -> bool:
+        """Add a loss to the curve; whether that has a new point."""
+        if loss < 0 and self._is_log:
+            self._curve, self._is_log = Curve(), False
+        if not self._is_log:
+            return self._curve.add(step, loss)
+        return loss > 0 and self._curve.add(step, math.log(loss))
+
+    def finish(self) -> list[Event]:
+        """The log is over: judge what waits for later steps; the events that are new."""
+        return self._incidents.add(
+            [one for detector in self.detectors for one in detector.finish()]
+        )
+
+    def rewind(self, step: int) -> list[Event]:
+        """The steps beyond ``step`` were undone, by a rollback or a resume."""
+        before, self._last_step = self._last_step, step
+        for detector in self.detectors:
+            detector.rewind()
+        self._incidents.close()
+        self._curve.cut(step)
+        self._phases.rewind(step)
+        if before is None or before <= step:
+            return []
+        text = f"the log goes back from step {before:,} to {step + 1:,}, as after a resume"
+        return self._incidents.add([Finding(step + 1, "resumed", "info", text)])
+
+    def forecast(self) -> Forecast | None:
+        """What the loss should be at the end of the budget.
+
+        None while too little is known, and for losses of which some are negative: the law that is
+        fitted is one of losses above a floor.
+        """
+        if self._last_step is None or not self._is_log:
+            return None
+        step = self.total_steps or 2 * self._last_step
+        return forecast(self._curve, max(step, self._last_step))
+
+    def report(self) -> dict[str, Any]:
+        """Events, phases and the forecast as one JSON object."""
+        ahead = self.forecast()
+        return {
+            "events": [event.to_json() for event in self.events],
+            "phases": [phase.to_json() for phase in self.phases],
+            "forecast": ahead.to_json() if ahead is not None else None,
+        }
+
+    def state_dict(self) -> State:
+        """What to remember over a restart."""
+        return {
+            "detectors": {
+                type(detector).__name__: detector.state_dict() for detector in self.detectors
+            },
+            "incidents": self._incidents.state_dict(),
+            "phases": self._phases.state_dict(),
+            "curve": self._curve.state_dict(),
+            "last_step": self._last_step,
+            "total_steps": self.total_steps,
+            "is_log": self._is_log,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go back to what ``state_dict`` returned."""
+        values: dict[str, Any] = dict(state)
+        for detector in self.detectors:
+            kept = values["detectors"].get(type(detector).__name__)
+            if kept is not None:  # a detector that is new since then begins afresh
+                detector.load_state_dict(kept)
+        self._incidents.load_state_dict(values["incidents"])
+        self._phases.load_state_dict(values["phases"])
+        self._curve.load_state_dict(values["curve"])
+        self._is_log = values["is_log"]
+        self._last_step, self.total_steps = values["last_step"], values["total_steps"]

@@ -1,0 +1,129 @@
+"""Findings become events: consecutive ones of one kind and subject are one incident."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ultrathink.orchestrator.events import SEVERITIES, Finding, Incidents, in_order, is_alarm
+
+
+def test_findings_a_few_steps_apart_are_one_event() -> None:
+    incidents = Incidents()
+    assert len(incidents.add([Finding(1, "spike", "medium", "first")])) == 1
+    for _ in range(2, 9):
+        assert incidents.add([]) == []
+    assert incidents.add([Finding(9, "spike", "medium", "again")]) == []
+    (event,) = incidents.events
+    assert (event.step, event.to_step, event.message) == (1, 9, "first")
+
+
+def test_after_a_pause_it_is_another_event() -> None:
+    incidents = Incidents()
+    incidents.add([Finding(1, "spike", "low", "first")])
+    for _ in range(8):
+        incidents.add([])
+    assert len(incidents.add([Finding(10, "spike", "low", "second")])) == 1
+    assert [event.step for event in incidents.events] == [1, 10]
+
+
+def test_a_finding_says_how_long_its_incident_may_pause() -> None:
+    incidents = Incidents()
+    for step in range(1, 100):
+        finding = Finding(step, "plateau", "medium", "blocks", pause=16)
+        incidents.add([finding] if step % 16 == 0 else [])
+    assert len(incidents.events) == 1
+
+
+def test_the_gravest_finding_tells_the_event_and_is_reported() -> None:
+    incidents = Incidents()
+    incidents.add([Finding(1, "spike", "low", "a", values={"score": 7.0})])
+    (graver,) = incidents.add([Finding(2, "spike", "high", "b", values={"score": 20.0})])
+    assert incidents.add([Finding(3, "spike", "medium", "c", values={"score": 9.0})]) == []
+    (event,) = incidents.events
+    assert (event.severity, event.message, event.values) == ("high", "b", {"score": 20.0})
+    assert (event.step, event.to_step, event.found_at) == (1, 3, 1)
+    assert graver.severity == "high"
+
+
+def test_kinds_and_subjects_are_apart() -> None:
+    incidents = Incidents()
+    incidents.add([Finding(1, "dead_expert", "medium", "x", subject="a")])
+    incidents.add([Finding(2, "dead_expert", "medium", "x", subject="b")])
+    incidents.add([Finding(3, "dropped_tokens", "medium", "x", subject="a")])
+    assert len(incidents.events) == 3
+
+
+def test_an_event_begins_where_it_began_but_not_within_the_one_before() -> None:
+    incidents = Incidents()
+    incidents.add([Finding(40, "divergence", "medium", "x", since=10)])
+    for _ in range(9):
+        incidents.add([])
+    incidents.add([Finding(60, "divergence", "medium", "x", since=30)])
+    assert [(event.step, event.to_step) for event in incidents.events] == [(10, 40), (41, 60)]
+
+
+def test_closed_incidents_do_not_go_on() -> None:
+    incidents = Incidents()
+    incidents.add([Finding(100, "spike", "medium", "x")])
+    incidents.close()
+    incidents.add([Finding(51, "spike", "medium", "x")])
+    assert [(event.step, event.to_step) for event in incidents.events] == [(100, 100), (51, 51)]
+    assert [event.step for event in in_order(incidents.events)] == [51, 100]
+
+
+def test_an_alarm_is_medium_or_above() -> None:
+    assert [severity for severity in SEVERITIES if is_alarm(severity)] == [
+        "medium",
+        "high",
+        "critical",
+    ]
+
+
+def test_a_finding_has_a_known_severity_and_finite_values() -> None:
+    with pytest.raises(AssertionError):
+        Finding(1, "spike", "grave", "x")
+    values = {"a": 1.0, "b": math.nan, "c": math.inf}
+    assert Finding(1, "spike", "low", "x", values=values).values == {"a": 1.0}
+
+
+FINDINGS = st.lists(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["a", "b"]),
+            st.sampled_from(SEVERITIES),
+            st.integers(0, 40),
+            st.sampled_from([8, 20]),
+        ),
+        max_size=2,
+    ),
+    max_size=80,
+)
+
+
+@given(FINDINGS, st.integers(0, 80))
+def test_incidents_of_a_key_never_overlap_and_survive_a_restart(
+    steps: list[list[tuple[str, str, int, int]]], restart: int
+) -> None:
+    incidents, other = Incidents(), Incidents()
+    for number, found in enumerate(steps, 1):
+        findings = [
+            Finding(number, kind, severity, "x", since=number - ago, pause=pause)
+            for kind, severity, ago, pause in found
+        ]
+        if number == restart:
+            other.load_state_dict(json.loads(json.dumps(incidents.state_dict())))
+        changed = incidents.add(findings)
+        if number >= restart:
+            same = other.add(findings) if restart else changed
+            assert same == changed
+        assert {event.kind for event in changed} <= {finding.kind for finding in findings}
+    for kind in "ab":
+        own = [event for event in incidents.events if event.kind == kind]
+        assert all(event.step <= event.to_step for event in own)
+        assert all(one.to_step < other.step for one, other in pairwise(own))

@@ -1,0 +1,36 @@
+"""Healthy runs of many shapes raise at most one alarm per 10,000 logged steps."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.orchestrator.synthetic_runs import SHAPES, alarms, healthy, watched
+from ultrathink.orchestrator.events import Event
+
+STEPS = 2500
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_healthy_run_raises_no_alarm(name: str) -> None:
+    every = (1, 5, 10, 20)[list(SHAPES).index(name) % 4]
+    told = alarms(healthy(name, STEPS, every=every))
+    assert not told, [f"{event.step}: {event.kind}: {event.message}" for event in told]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_short_log_raises_none(name: str) -> None:
+    told: list[Event] = []
+    for seed in range(3):
+        told += alarms(healthy(name, 40, every=20, seed=seed))
+    assert not told, [f"{event.step}: {event.kind}: {event.message}" for event in told]
+
+
+def test_hard_batches_are_told_as_such() -> None:
+    events = watched(healthy("hard batches", STEPS)).events
+    assert {event.kind for event in events} == {"hard_batch"}
+    assert len(events) >= 8
+
+
+def test_losses_below_and_at_zero_are_among_them() -> None:
+    assert any(one.values["loss"] < 0 for one in healthy("negative", 500))
+    assert any(one.values["loss"] == 0 for one in healthy("exact zeros", 2500))

@@ -1,0 +1,183 @@
+"""Hard batches, spikes, divergence and values that are no numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from tests.unit.orchestrator.synthetic_runs import (
+    found,
+    law,
+    signals,
+    steady,
+    watched,
+)
+from ultrathink.orchestrator.signals import Signals
+
+
+def test_one_step_far_out_is_a_hard_batch() -> None:
+    loss = steady(400)
+    loss[300] *= 1.3
+    (event,) = watched(signals({"loss": loss})).events
+    assert (event.kind, event.severity, event.step, event.found_at) == (
+        "hard_batch",
+        "info",
+        301,
+        302,
+    )
+    assert event.values["loss"] == pytest.approx(loss[300])
+    assert event.values["score"] > 6
+
+
+def test_a_hard_batch_is_no_alarm_however_hard() -> None:
+    loss = steady(400)
+    loss[300] *= 4
+    (event,) = watched(signals({"loss": loss})).events
+    assert (event.kind, event.severity) == ("hard_batch", "low")
+
+
+@pytest.mark.parametrize(("size", "severity"), [(1.15, "medium"), (1.8, "high")])
+def test_a_jump_that_lasts_a_few_steps_is_a_spike(size: float, severity: str) -> None:
+    loss = steady(400)
+    loss[300:306] *= 1 + (size - 1) * np.array([1, 0.9, 0.7, 0.5, 0.4, 0.3])
+    (event,) = found({"loss": loss}, "loss_spike")
+    assert (event.step, event.severity) == (301, severity)
+    assert event.found_at <= 303
+    assert 304 <= event.to_step <= 308
+    assert event.values["level"] == pytest.approx(law(400)[300], rel=0.05)
+
+
+def test_two_neighbours_a_little_out_are_no_alarm() -> None:
+    loss = steady(400)
+    loss[300:302] = law(400)[300:302] * 1.085
+    (event,) = watched(signals({"loss": loss})).events
+    assert event.severity in ("info", "low")
+
+
+def test_a_jump_of_less_than_a_percent_is_nothing() -> None:
+    loss = steady(400, share=0.0005)
+    loss[300:310] *= 1.008
+    assert watched(signals({"loss": loss})).events == []
+
+
+def test_a_spike_is_found_again_and_does_not_hide_the_next() -> None:
+    loss = steady(900)
+    for step in (300, 360, 420, 480, 540):
+        loss[step : step + 5] *= 1.3
+    assert [event.step for event in found({"loss": loss}, "loss_spike")] == [
+        301,
+        361,
+        421,
+        481,
+        541,
+    ]
+
+
+def test_a_loss_that_stays_high_has_diverged_and_its_level_counts_anew() -> None:
+    loss = steady(900)
+    loss[300:] *= 1.7
+    events = watched(signals({"loss": loss})).events
+    assert {event.kind for event in events} == {"loss_spike", "divergence"}
+    (divergence,) = (event for event in events if event.kind == "divergence")
+    assert (divergence.step, divergence.severity) == (301, "critical")
+    assert divergence.found_at <= 301 + 24
+    assert divergence.to_step < 450
+    assert all(event.to_step < 400 for event in events if event.kind == "loss_spike")
+
+
+def test_a_jump_at_the_end_of_a_log_is_told_by_its_size() -> None:
+    loss = steady(400)
+    assert watched(signals({"loss": [*loss, loss[-1] * 1.2]})).events[0].severity == "low"
+    assert watched(signals({"loss": [*loss, loss[-1] * 3]})).events[0].severity == "medium"
+
+
+def test_spikes_of_losses_below_zero_are_found() -> None:
+    rng = np.random.default_rng(0)
+    loss = -0.5 + 0.05 * rng.standard_normal(400)
+    loss[300:305] += 1.0
+    (event,) = found({"loss": loss}, "loss_spike")
+    assert event.step == 301
+
+
+def test_spikes_are_found_in_short_logs() -> None:
+    loss = steady(60)
+    loss[40:44] *= 1.5
+    assert [event.step for event in found({"loss": loss}, "loss_spike")] == [41]
+
+
+def test_a_slow_rise_is_a_divergence() -> None:
+    loss = steady(1000, share=0.02)
+    loss[500:] *= np.exp(0.0015 * np.arange(500))
+    (event,) = found({"loss": loss}, "divergence")
+    assert event.severity == "high"
+    assert event.found_at < 501 + 150
+    assert event.to_step > 980
+    assert event.values["loss"] > event.values["best"]
+
+
+def test_a_rise_of_four_percent_is_none() -> None:
+    loss = 3 * np.exp(0.002 * np.random.default_rng(0).standard_normal(1000))
+    loss[500:] *= np.linspace(1, 1.04, 500)
+    assert found({"loss": loss}, "divergence") == []
+    loss[500:] *= np.linspace(1, 1.04, 500)
+    assert [event.severity for event in found({"loss": loss}, "divergence")] == ["medium"]
+
+
+def test_a_rise_and_fall_at_the_end_of_the_warm_up_is_none() -> None:
+    loss = law(1000) * (1 + 0.05 * np.exp(-(((np.arange(1000) - 200) / 60) ** 2)))
+    assert watched(signals({"loss": loss})).events == []
+
+
+def test_a_loss_above_that_of_the_start_needs_no_long_baseline() -> None:
+    loss = np.array([11.1, 7.1, 4.0, 36.0, 24.2, 26.5, 20.7, 27.5, 21.5, 4.9, 8.5])
+    (event,) = found({"loss": loss}, "divergence")
+    assert (event.step, event.found_at, event.severity) == (4, 6, "high")
+    assert event.values == {"loss": pytest.approx(36.0), "start": pytest.approx(11.1)}
+
+
+def test_two_steps_above_the_start_are_told_at_the_end_of_a_log() -> None:
+    assert found({"loss": [3.0, 3.1, 3.05, 7.7]}, "divergence")[0].severity == "low"
+    assert found({"loss": [3.0, 3.1, 3.05, 7.7, 7.2]}, "divergence")[0].severity == "medium"
+    assert found({"loss": [3.0, 3.1, 3.05, 7.7, 3.1, 7.7, 3.0]}, "divergence") == []
+
+
+def test_noisy_first_losses_are_no_divergence() -> None:
+    rng = np.random.default_rng(0)
+    loss = 1.5 * np.exp(0.3 * rng.standard_normal(300))
+    assert found({"loss": loss}, "divergence") == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_no_numbers(value: float) -> None:
+    loss = steady(50)
+    loss[30] = value
+    (event,) = watched(signals({"loss": loss})).events
+    assert (event.kind, event.severity, event.step, event.subject) == (
+        "non_finite",
+        "high",
+        31,
+        "loss",
+    )
+
+
+def test_a_loss_that_is_nan_for_good_is_one_critical_event() -> None:
+    loss = steady(80)
+    loss[30:] = math.nan
+    (event,) = watched(signals({"loss": loss})).events
+    assert (event.severity, event.step, event.to_step) == ("critical", 31, 80)
+    assert event.values == {"in_a_row": 3.0}
+
+
+def test_an_overflow_under_a_loss_scale_is_as_it_should_be() -> None:
+    def severities(*, scaled: bool, times: int) -> list[str]:
+        run = []
+        for step in range(20):
+            values = {"loss": 2.0, "grad_norm": math.inf if step in range(5, 5 + times) else 1.0}
+            run.append(Signals(step, values | ({"loss_scale": 1024.0} if scaled else {})))
+        return [event.severity for event in watched(run).events]
+
+    assert severities(scaled=True, times=1) == ["info"]
+    assert severities(scaled=False, times=1) == ["high"]
+    assert severities(scaled=True, times=4) == ["critical"]

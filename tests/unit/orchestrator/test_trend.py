@@ -1,0 +1,89 @@
+"""Plateaus and oscillation of the training loss."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.unit.orchestrator.synthetic_runs import Floats, found, steady
+from ultrathink.orchestrator.detectors.trend import regular_lag
+
+
+def falling(count: int, stop: int, share: float = 0.003, seed: int = 0) -> Floats:
+    """Falls by 0.2% a step until it stops."""
+    level = 4 * np.exp(-0.002 * np.minimum(np.arange(count), stop))
+    noise: Floats = level * np.exp(share * np.random.default_rng(seed).standard_normal(count))
+    return noise
+
+
+def test_a_fall_that_stops_is_a_plateau() -> None:
+    (event,) = found({"loss": falling(500, 300)}, "plateau")
+    assert event.severity == "medium"
+    assert 310 <= event.found_at <= 300 + 72
+    assert event.values["fell"] > 0.03
+
+
+def test_a_fall_that_goes_on_is_none() -> None:
+    assert found({"loss": falling(500, 500)}, "plateau") == []
+
+
+def test_a_fall_that_slows_down_is_none() -> None:
+    assert found({"loss": steady(3000, share=0.003)}, "plateau") == []
+    slower = 4 * np.exp(-0.002 * np.minimum(np.arange(500), 300))
+    slower[300:] *= np.exp(-0.0006 * np.arange(200))
+    assert found({"loss": slower}, "plateau") == []
+
+
+def test_a_fall_at_once_promises_nothing() -> None:
+    loss = np.where(np.arange(400) < 200, 2.0, 1.5) * steady(400) / steady(400, seed=1)
+    assert found({"loss": loss}, "plateau") == []
+
+
+def test_a_plateau_says_where_the_rate_was_lowered() -> None:
+    rate = np.where(np.arange(500) < 300, 1e-3, 1e-4)
+    (event,) = found({"loss": falling(500, 300), "lr": rate}, "plateau")
+    assert "learning rate" in event.message
+
+
+@pytest.mark.parametrize("period", [2, 6, 16])
+def test_a_wide_regular_swing_is_an_oscillation(period: int) -> None:
+    rng = np.random.default_rng(0)
+    loss = 3 * np.exp(0.01 * rng.standard_normal(600))
+    loss[300:] *= np.exp(0.06 * np.sin(2 * np.pi * (np.arange(300) + 0.5) / period))
+    events = found({"loss": loss}, "oscillation")
+    assert events[0].severity == "medium"
+    assert events[0].found_at <= 301 + 80
+    assert events[0].values["period"] == pytest.approx(period, abs=2)
+
+
+def test_wider_noise_and_a_narrow_swing_are_none() -> None:
+    rng = np.random.default_rng(0)
+    wider = 3 * np.exp(0.01 * rng.standard_normal(600) * np.where(np.arange(600) < 300, 1, 6))
+    assert found({"loss": wider}, "oscillation") == []
+    narrow = 3 * np.exp(0.01 * rng.standard_normal(600))
+    narrow[300:] *= np.exp(0.01 * np.sin(np.arange(300)))
+    assert found({"loss": narrow}, "oscillation") == []
+
+
+def test_the_lag_of_a_swing_is_half_its_period() -> None:
+    steps = np.arange(64)
+    assert regular_lag(np.sin(2 * np.pi * steps / 12)) in (5, 6)
+    assert regular_lag(np.random.default_rng(0).standard_normal(64)) is None
+    assert regular_lag(np.zeros(64)) is None
+
+
+def test_a_rate_that_is_lost_at_once_is_a_plateau() -> None:
+    steps = np.arange(300)
+    lost = np.where(steps < 150, 1e-3, 1e-5)
+    (event,) = found({"lr": lost}, "plateau")
+    assert (event.step, event.found_at, event.severity) == (151, 166, "medium")
+    assert event.values == {"lr": 1e-5, "before": 1e-3}
+
+
+def test_schedules_and_short_losses_of_the_rate_are_none() -> None:
+    steps = np.arange(300)
+    tenth = np.where(steps < 150, 1e-3, 1e-4)
+    linear = 1e-3 * (1 - steps / 300)
+    short = np.where((steps > 150) & (steps < 160), 1e-6, 1e-3)
+    for rates in (tenth, linear, short):
+        assert found({"lr": rates}, "plateau") == []

@@ -274,7 +274,7 @@ def test_packages_are_those_of_the_metadata() -> None:
     assert torch_package.installed == torch.__version__
     assert torch_package.fits
     assert torch_package.extra is None
-    assert {p.extra for p in packages} == {None, "hf", "test"}
+    assert {p.extra for p in packages} == {None, "hf", "plot", "test"}
     assert read_packages("a-package-that-nobody-has-installed") is None
 
 

@@ -1,0 +1,182 @@
+"""``ultrathink watch``: say what an expert would say about a training log."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ultrathink.core.errors import UltrathinkError
+
+if TYPE_CHECKING:
+    from ultrathink.cli.watch_view import FollowView
+    from ultrathink.orchestrator.watching import Watching
+
+POLL_S = 0.5
+PICTURES = (".png", ".svg", ".pdf")
+_EPILOG = """FILE is a run (its folder or name), or anybody's log: metrics.jsonl, Hugging Face's
+trainer_state.json, CSV, Megatron's JSON, lines of JSON, or what a trainer printed
+(llm.c, DeepSpeed, Megatron-LM, nanoGPT, torchtitan, OLMo and others). It is recognized by
+its content. Columns are guessed, or named with --columns.
+
+examples:
+  ultrathink watch demo
+  ultrathink watch runs/demo --follow
+  ultrathink watch trainer_state.json --plot course.png
+  ultrathink watch log.csv --columns loss=nll,step=it --json
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink watch``."""
+    parser.epilog = _EPILOG
+    parser.add_argument("file", metavar="FILE", help="a training log, or a run")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object; one a line with --follow"
+    )
+    parser.add_argument(
+        "--follow", action="store_true", help="go on as the log grows, until Ctrl-C"
+    )
+    parser.add_argument(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="SIGNAL=COLUMN,...",
+        help="which column is the loss, the step, …",
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE.png", help="draw the curve with events and phases (or .svg, .pdf)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Watch a log to its end, or with ``--follow`` until Ctrl-C (status 130)."""
+    from ultrathink.orchestrator.logs.names import parse_columns
+
+    columns = parse_columns(args.columns)
+    picture = _picture_path(args.plot)
+    if args.follow:
+        _Follower(args.file, columns, picture, as_json=args.json).run()
+    else:
+        _watch(args.file, columns, picture, as_json=args.json)
+    return 0
+
+
+def _watch(file: str, columns: Mapping[str, str], picture: Path | None, *, as_json: bool) -> None:
+    from ultrathink.cli.watch_view import print_watching
+    from ultrathink.orchestrator.logs.opening import open_log
+    from ultrathink.orchestrator.watching import Watching
+
+    log = open_log(file, columns)
+    watching = Watching(log)
+    for signals in log.signals():
+        watching.observe(signals)
+    watching.finish()
+    if picture is not None:
+        _draw(watching, picture)
+    if as_json:
+        print(json.dumps(watching.report(), ensure_ascii=False))
+    else:
+        print_watching(watching)
+        if picture is not None:
+            print(f"\nThe curve with events and phases: {picture}")
+
+
+class _Follower:
+    """Waits for a log, and tells events as they come; a log that is replaced begins anew."""
+
+    def __init__(
+        self, file: str, columns: Mapping[str, str], picture: Path | None, *, as_json: bool
+    ) -> None:
+        self._file = file
+        self._columns = columns
+        self._picture = picture
+        self._as_json = as_json
+        self._watching: Watching | None = None
+        self._view: FollowView | None = None
+        self._waits_for = ""
+
+    def run(self) -> None:
+        """Go on until Ctrl-C, and draw what was seen until then."""
+        try:
+            while True:
+                self._look()
+                time.sleep(POLL_S)
+        except KeyboardInterrupt:
+            if self._picture is not None and self._watching is not None:
+                _draw(self._watching, self._picture)
+            raise
+
+    def _look(self) -> None:
+        from ultrathink.orchestrator.logs.log import NotYetError
+
+        try:
+            if self._watching is None:
+                self._begin()
+            self._read()
+        except FileNotFoundError:  # it may come again, as another file
+            self._wait(f"{self._file} is gone")
+        except NotYetError as error:
+            self._wait(str(error).rstrip("."))
+
+    def _begin(self) -> None:
+        from ultrathink.cli.watch_view import FollowView
+        from ultrathink.orchestrator.logs.opening import open_log
+        from ultrathink.orchestrator.watching import Watching
+
+        log = open_log(self._file, self._columns)
+        self._watching = Watching(log)
+        self._waits_for = ""
+        if self._view is None:
+            self._view = FollowView(as_json=self._as_json)
+        self._view.begin(log)
+
+    def _read(self) -> None:
+        assert self._watching is not None
+        assert self._view is not None
+        news = self._watching.log.poll()
+        if news.is_anew:
+            _tell(f"{self._file} was cut or replaced; it is read from its beginning")
+            self._watching = None
+            return self._look()
+        for signals in news.signals:
+            events = self._watching.observe(signals)
+            self._view.show(self._watching, events)
+        return None
+
+    def _wait(self, reason: str) -> None:
+        if reason != self._waits_for:
+            self._waits_for = reason
+            _tell(f"waiting: {reason}")
+
+
+def _picture_path(text: str | None) -> Path | None:
+    """The file of ``--plot``, checked before anything is read."""
+    if text is None:
+        return None
+    from ultrathink.orchestrator.picture import require_matplotlib
+
+    path = Path(text)
+    if path.suffix.lower() not in PICTURES:
+        raise UltrathinkError(
+            f"--plot: {text!r} does not end in {', '.join(PICTURES)}; name a picture, for example "
+            f"{path.with_suffix('.png')}"
+        )
+    if not path.parent.is_dir():
+        raise UltrathinkError(f"--plot: there is no folder {str(path.parent)!r}; make it first.")
+    require_matplotlib()
+    return path
+
+
+def _draw(watching: Watching, path: Path) -> None:
+    from ultrathink.orchestrator.picture import draw_picture
+
+    draw_picture(watching, path)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

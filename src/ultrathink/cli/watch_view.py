@@ -1,0 +1,231 @@
+"""What was found in a log, as a person reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+
+from ultrathink.monitoring.plot import Scale, bars, draw
+from ultrathink.monitoring.report import Cell, Column, Report
+from ultrathink.orchestrator.events import SEVERITIES, Event
+from ultrathink.orchestrator.logs.log import Log
+from ultrathink.orchestrator.phases import (
+    CONVERGING,
+    DIVERGING,
+    INITIALIZATION,
+    PLATEAU,
+    VOLATILE,
+    Phase,
+)
+from ultrathink.orchestrator.watching import Course, Watching, without_nan, without_start
+
+SEVERITY_STYLES = {
+    "info": "dim",
+    "low": "cyan",
+    "medium": "yellow",
+    "high": "red",
+    "critical": "bold white on red",
+}
+PHASE_STYLES = {
+    INITIALIZATION: "dim",
+    VOLATILE: "yellow",
+    CONVERGING: "green",
+    PLATEAU: "blue",
+    DIVERGING: "red",
+}
+_HEIGHT = 9
+_MAX_WIDTH = 90
+_MAX_EVENTS = 40
+_MAX_PHASES = 8
+_MAX_SIGNALS = 10
+_FAMILIES = ("experts/", "grad_norm/")
+
+
+def print_watching(watching: Watching) -> None:
+    """Print all that was found on standard output, for a person."""
+    report = Report()
+    _print_log(report, watching)
+    for course in watching.courses:
+        report.line()
+        if watching.has_several:
+            report.line(Cell(course.name, "bold"))
+        _print_curve(report, course)
+        _print_events(report, course.watcher.events)
+        _print_phases(report, course.watcher.phases)
+    _print_forecast(report, watching)
+
+
+class FollowView:
+    """Prints events as they come: a line each, or a JSON object each."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._report = Report()
+        self._told: set[tuple[str, int, str, str, str]] = set()
+        self._phase: str | None = None
+
+    def begin(self, log: Log) -> None:
+        """A log was recognized."""
+        if not self._as_json:
+            self._line(Cell(str(log.path), "bold"), f"  {log.format}")
+
+    def show(self, watching: Watching, events: Sequence[Event]) -> None:
+        """Print what is new at this step; what was told before a restart is not told again."""
+        course = watching.courses[-1]
+        for event in events:
+            key = (course.name, event.step, event.kind, event.subject, event.severity)
+            if key not in self._told:
+                self._told.add(key)
+                self._show_event(watching, course, event)
+        phase = course.watcher.phase
+        if phase != self._phase and phase is not None and not self._as_json:
+            last = course.watcher.phases[-1]
+            self._line(f"{last.to_step:>10,}  ", Cell(f"phase {phase}", PHASE_STYLES[phase]))
+        self._phase = phase
+
+    def _show_event(self, watching: Watching, course: Course, event: Event) -> None:
+        if self._as_json:
+            named = {"run": course.name} if watching.has_several else {}
+            text = json.dumps(without_nan({**named, **event.to_json()}), ensure_ascii=False)
+            print(text, flush=True)
+            return
+        self._line(
+            f"{event.step:>10,}  ",
+            Cell(f"{event.severity:<8}", SEVERITY_STYLES[event.severity]),
+            f"  {event.kind}: {event.message}",
+        )
+
+    def _line(self, *parts: str | Cell) -> None:
+        self._report.line(*parts)
+        print(end="", flush=True)
+
+
+def _print_log(report: Report, watching: Watching) -> None:
+    summary = watching.summary()
+    report.line(Cell(summary["path"], "bold"), f"  {summary['format']}")
+    first, last, total = (summary[name] for name in ("first_step", "last_step", "total_steps"))
+    if first is None:
+        report.line("  nothing was recorded")
+        return
+    of = f" of {total:,}" if total and total > last else ""
+    runs = f" in {len(watching.courses)} runs" if watching.has_several else ""
+    report.line(f"  {summary['num_steps']:,} steps logged, {first:,} to {last:,}{of}{runs}")
+    # Of a family, as experts/skill/gini, one name.
+    names = list(
+        dict.fromkeys(
+            f"{name.partition('/')[0]}/*" if name.startswith(_FAMILIES) else name
+            for name in summary["signals"]
+        )
+    )
+    more = f" and {len(names) - _MAX_SIGNALS} more" if len(names) > _MAX_SIGNALS else ""
+    report.line(f"  signals: {', '.join(names[:_MAX_SIGNALS])}{more}")
+    for note in summary["notes"]:
+        report.line(Cell(f"  {note}", "yellow"))
+
+
+def _print_curve(report: Report, course: Course) -> None:
+    """The loss over steps with a mark below for every alarm."""
+    curve = course.losses
+    scale = Scale.of([without_start(curve)])
+    if scale is None or len(curve) < 2 or not report.can_draw:
+        return
+    begin, end = curve[0][0], curve[-1][0]
+    span = max(1.0, end - begin)
+    shifted = [(step - begin, min(max(loss, scale.low), scale.high)) for step, loss in curve]
+    top, bottom = f"{scale.high:.3f}", f"{scale.low:.3f}"
+    margin = max(len(top), len(bottom)) + 2
+    width = max(20, min(_MAX_WIDTH, report.width - margin - 4))
+    marks = _marks(course.watcher.events, begin, span, width)
+    if not report.is_styled:
+        below = "; alarms are marked below" if any(marks) else ""
+        report.line(f"  loss from {bottom} (low) to {top} (high){below}")
+        report.line(f"  {bars(shifted, scale, end=span, width=width)}")
+        if any(marks):
+            report.line("  " + "".join("▲" if severity else " " for severity in marks))
+        return
+    rows = draw([shifted], scale, end=span, width=width, height=_HEIGHT)
+    for number, row in enumerate(rows):
+        label = {0: top, len(rows) - 1: bottom}.get(number, "")
+        cells = [Cell(dots.character, "cyan") for dots in row]
+        report.line(Cell(f"{label:>{margin}} │", "dim"), *cells)
+    report.line(
+        Cell(f"{'':>{margin}} └", "dim"),
+        *(
+            Cell("▲", SEVERITY_STYLES[severity]) if severity else Cell("─", "dim")
+            for severity in marks
+        ),
+    )
+    left, right = f"{begin:,.0f}", f"step {end:,.0f}"
+    report.line(Cell(f"{'':>{margin + 2}}{left}{right:>{max(0, width - len(left))}}", "dim"))
+
+
+def _marks(events: Sequence[Event], begin: float, span: float, width: int) -> list[str]:
+    """For each column the gravest alarm that began there; an empty text where none did."""
+    marks = [""] * width
+    for event in events:
+        if event.is_alarm and begin <= event.step <= begin + span:
+            column = min(width - 1, int((event.step - begin) / span * width))
+            marks[column] = max(marks[column], event.severity, key=_gravity)
+    return marks
+
+
+def _gravity(severity: str) -> int:
+    return SEVERITIES.index(severity) if severity else -1
+
+
+def _print_events(report: Report, events: Sequence[Event]) -> None:
+    alarms = sum(event.is_alarm for event in events)
+    report.line()
+    if not events:
+        report.line(Cell("Nothing was found.", "green"))
+        return
+    told = f"{alarms} alarm{'' if alarms == 1 else 's'}" if alarms else "no alarm"
+    title = f"{len(events)} event{'' if len(events) == 1 else 's'}, {told}"
+    report.line(Cell(title, "bold" if alarms else "green"))
+    gravest = sorted(range(len(events)), key=lambda n: -_gravity(events[n].severity))
+    shown = sorted(gravest[:_MAX_EVENTS])
+    rows: list[list[str | Cell]] = [
+        [
+            _steps(events[number]),
+            Cell(events[number].severity, SEVERITY_STYLES[events[number].severity]),
+            events[number].kind,
+            events[number].message,
+        ]
+        for number in shown
+    ]
+    columns = [Column("step", right=True), Column(""), Column(""), Column("", folds=True)]
+    report.table(columns, rows, indent=2, heading=False)
+    if len(events) > len(shown):
+        hidden = len(events) - len(shown)
+        report.line(Cell(f"  and {hidden} more, none graver; --json has all", "dim"))
+
+
+def _steps(event: Event) -> str:
+    if event.to_step == event.step:
+        return f"{event.step:,}"
+    return f"{event.step:,} to {event.to_step:,}"
+
+
+def _print_phases(report: Report, phases: Sequence[Phase]) -> None:
+    if not phases:
+        return
+    parts: list[str | Cell] = ["phases: "]
+    if len(phases) > _MAX_PHASES:
+        parts.append(Cell(f"({len(phases) - _MAX_PHASES} earlier) ", "dim"))
+    for number, phase in enumerate(phases[-_MAX_PHASES:]):
+        parts.append(" → " if number else "")
+        parts.append(Cell(phase.phase, PHASE_STYLES[phase.phase]))
+        parts.append(Cell(f" {phase.from_step:,} to {phase.to_step:,}", "dim"))
+    report.line()
+    report.line(*parts)
+
+
+def _print_forecast(report: Report, watching: Watching) -> None:
+    ahead = watching.forecast()
+    if ahead is None or ahead.step <= ahead.at_step or not math.isfinite(ahead.loss):
+        return
+    report.line(
+        f"forecast: loss {ahead.loss:.4g} at step {ahead.step:,}, with {ahead.level:.0%} between "
+        f"{ahead.low:.4g} and {ahead.high:.4g}"
+    )

@@ -11,6 +11,7 @@ from ultrathink.config.base import Section
 from ultrathink.config.data import DataConfig
 from ultrathink.config.model import ModelConfig
 from ultrathink.config.monitoring import MonitoringConfig
+from ultrathink.config.orchestrator import OrchestratorConfig
 from ultrathink.config.parallel import ParallelConfig
 from ultrathink.config.run import RunConfig
 from ultrathink.config.tokenizer import BpeTokenizerConfig, TokenizerField
@@ -29,6 +30,9 @@ class Config(Section):
     )
     data: DataConfig = Field(DataConfig(), description="Text sources and sequences.")
     training: TrainingConfig = Field(description="The course of training.")
+    orchestrator: OrchestratorConfig = Field(
+        OrchestratorConfig(), description="Who watches the run."
+    )
     parallel: ParallelConfig = Field(
         ParallelConfig(), description="How the run is spread over processes."
     )

@@ -24,6 +24,7 @@ from ultrathink.interop.fetching import is_pretrained
 from ultrathink.model.flops import count_parameters, flops_per_token
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.records import Level
+from ultrathink.orchestrator.live import LiveWatch
 from ultrathink.parallel.mesh import build_mesh
 from ultrathink.parallel.restarts import remember_run
 from ultrathink.parallel.sharding import shard_model
@@ -255,6 +256,7 @@ def assemble(
             *callbacks,
             samples,
             metrics,
+            *([LiveWatch(run, tell)] if config.orchestrator.mode != "off" else []),
         ]
         if world.is_main
         else [RankLog(run, world.rank), samples],

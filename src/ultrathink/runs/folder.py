@@ -95,6 +95,10 @@ class RunFolder:
         return self.path / "decisions.jsonl"
 
     @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
     def manifest(self) -> Path:
         return self.path / "manifest.json"
 

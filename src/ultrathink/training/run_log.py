@@ -27,13 +27,13 @@ class RunLog(Callback):
     def __init__(self, run: RunFolder, tell: Tell | None = None) -> None:
         self.run = run
         self._tell = tell if tell is not None else self.on_message
-        self._log = _Watched(line_appender(run.logs / "run.log"), "logs/run.log")
-        self._decisions = _Watched(line_appender(run.decisions), "decisions.jsonl")
+        self._log = WatchedFile(line_appender(run.logs / "run.log"), "logs/run.log")
+        self._decisions = WatchedFile(line_appender(run.decisions), "decisions.jsonl")
 
     def on_start(self, info: RunInfo) -> None:
         if info.start_step:
             appender = line_appender(self.run.decisions, cut_beyond=info.start_step)
-            self._decisions = _Watched(appender, "decisions.jsonl")
+            self._decisions = WatchedFile(appender, "decisions.jsonl")
             self._do(self._decisions, ResilientAppender.flush)
         self.on_message(f"training starts after step {info.start_step}", "info")
 
@@ -56,10 +56,10 @@ class RunLog(Callback):
         for file in (self._decisions, self._log):
             self._do(file, ResilientAppender.close)
 
-    def _append(self, file: _Watched, line: str) -> None:
+    def _append(self, file: WatchedFile, line: str) -> None:
         self._tell_of(file.write(line))
 
-    def _do(self, file: _Watched, action: Callable[[ResilientAppender], None]) -> None:
+    def _do(self, file: WatchedFile, action: Callable[[ResilientAppender], None]) -> None:
         self._tell_of(file.do(action))
 
     def _tell_of(self, notes: Sequence[Note]) -> None:
@@ -71,8 +71,8 @@ def _told(text: str, level: Level) -> str:
     return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level}: {text}"
 
 
-class _Watched:
-    """A file, and what was told of its failures."""
+class WatchedFile:
+    """A file of lines that outlives failures, and what was told of them."""
 
     def __init__(self, appender: ResilientAppender, name: str) -> None:
         self.appender = appender
@@ -99,7 +99,7 @@ class RankLog(Callback):
 
     def __init__(self, run: RunFolder, rank: int) -> None:
         name = f"rank-{rank}.log"
-        self._log = _Watched(line_appender(run.logs / name), f"logs/{name}")
+        self._log = WatchedFile(line_appender(run.logs / name), f"logs/{name}")
 
     def on_message(self, text: str, level: Level) -> None:
         self._log.write(_told(text, level))

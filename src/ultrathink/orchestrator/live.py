@@ -1,0 +1,104 @@
+"""The bridge to the trainer: what it reports becomes signals, what is found is told and kept."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+
+from ultrathink.core.protocols import State
+from ultrathink.monitoring.appending import ResilientAppender
+from ultrathink.monitoring.experts import ExpertRecord
+from ultrathink.monitoring.jsonl import line_appender
+from ultrathink.monitoring.records import Note, RunInfo, Tell
+from ultrathink.orchestrator.events import Event
+from ultrathink.orchestrator.logs.run_folder import figures_of
+from ultrathink.orchestrator.signals import Signals
+from ultrathink.orchestrator.watcher import Watcher
+from ultrathink.runs.folder import RunFolder
+from ultrathink.training.callbacks import (
+    Callback,
+    Ending,
+    StepReport,
+    ValidationReport,
+)
+from ultrathink.training.memory import memory_in_use
+from ultrathink.training.run_log import WatchedFile
+
+
+class LiveWatch(Callback):
+    """Watches a run as it trains: alarms are told, all events are kept in ``events.jsonl``.
+
+    It never changes the run.
+    """
+
+    def __init__(self, run: RunFolder, tell: Tell) -> None:
+        self.run = run
+        self.watcher = Watcher()
+        self._tell = tell
+        self._file = WatchedFile(line_appender(run.events), run.events.name)
+
+    def on_start(self, info: RunInfo) -> None:
+        if info.start_step:
+            appender = line_appender(self.run.events, cut_beyond=info.start_step)
+            self._file = WatchedFile(appender, self.run.events.name)
+            self._notes(self._file.do(ResilientAppender.flush))
+
+    def on_budget(self, total_steps: int) -> None:
+        self.watcher.total_steps = total_steps
+
+    def on_step(self, report: StepReport) -> None:
+        self._keep(report.step, self.watcher.observe(step_signals(report)))
+        if self._file.appender.is_waiting:
+            self._notes(self._file.do(ResilientAppender.flush))
+
+    def on_validation(self, report: ValidationReport) -> None:
+        values = {"val_loss": report.loss, "val_accuracy": report.token_accuracy}
+        self._keep(report.step, self.watcher.observe(Signals(report.step, values)))
+
+    def on_end(self, ending: Ending | None) -> None:
+        self._notes(self._file.do(ResilientAppender.close))
+
+    def state_dict(self) -> State:
+        return self.watcher.state_dict()
+
+    def load_state_dict(self, state: State) -> None:
+        if state:  # a checkpoint of a run that nobody watched has none
+            self.watcher.load_state_dict(state)
+
+    def _keep(self, step: int, events: Sequence[Event]) -> None:
+        for event in events:
+            # `step` is that of the line, by which a resume cuts the file; `began` the event's.
+            record = {**event.to_json(), "step": step, "began": event.step, "time": time.time()}
+            self._notes(self._file.write(json.dumps(record, ensure_ascii=False)))
+            if event.is_alarm:
+                self._tell(described(event), "warning")
+
+    def _notes(self, notes: Sequence[Note]) -> None:
+        for text, level in notes:
+            self._tell(text, level)
+
+
+def described(event: Event) -> str:
+    """An event in a line of the console."""
+    return f"{event.kind} at step {event.step:,} ({event.severity}): {event.message}"
+
+
+def step_signals(report: StepReport) -> Signals:
+    """What a step's report tells, under standard names."""
+    values: dict[str, float] = {
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "lr": report.lr,
+        "step_time": report.seconds,
+        "data_wait": report.data_wait,
+        "skipped_steps": report.num_skipped,
+        **memory_in_use(),
+        **report.norms,
+    }
+    if report.skipped and report.num_tokens == 0:
+        values.pop("loss")  # nothing to learn is no loss of zero
+        values.pop("grad_norm")
+    if report.experts is not None and report.experts.warmup >= 1 and report.experts.num_tokens:
+        values |= figures_of(ExpertRecord(report.step, 0.0, report.experts).to_json())
+    return Signals(report.step, values)

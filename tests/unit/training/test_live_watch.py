@@ -1,0 +1,152 @@
+"""The watcher beside a real run: what it is told, what it tells, and that it changes nothing."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.training.conftest import MakeTrainer
+from tests.unit.training.observers import At, Recorder, final_state
+from ultrathink import resume_trainer
+from ultrathink.monitoring.experts import ExpertStatistics, GroupSlots
+from ultrathink.orchestrator.live import LiveWatch, step_signals
+from ultrathink.runs.folder import RunFolder
+from ultrathink.training.callbacks import StepReport
+from ultrathink.training.trainer import Trainer
+
+LONG = ("training.max_steps=60", "training.optimizer.lr=0.003")
+
+
+def watch_of(trainer: Trainer) -> LiveWatch:
+    (watch,) = [part for part in trainer.callbacks if isinstance(part, LiveWatch)]
+    return watch
+
+
+def kept(run: RunFolder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.events.read_text().splitlines()]
+
+
+def scaled_at(trainer: Trainer, steps: range, factor: float) -> None:
+    """Multiply the loss of some steps, as a fault in it would; each once."""
+    losses, to_come = trainer.stepper.losses, set(steps)
+
+    def faulty(*inputs: Any) -> Any:
+        sums, step = losses(*inputs), trainer.progress.step + 1
+        if step not in to_come:
+            return sums
+        to_come.remove(step)
+        return sums._replace(loss=sums.loss * factor)
+
+    trainer.stepper.losses = faulty
+
+
+def test_an_alarm_is_told_and_kept(make_trainer: MakeTrainer) -> None:
+    recorder = Recorder()
+    trainer = make_trainer(*LONG, callbacks=[recorder])
+    scaled_at(trainer, range(50, 54), 3.0)
+    trainer.fit()
+    spikes = [event for event in kept(trainer.run) if event["kind"] == "loss_spike"]
+    assert spikes[0]["began"] == 50
+    assert spikes[0]["severity"] == "high"
+    assert any(text.startswith("loss_spike at step 50 (high): ") for text in recorder.messages)
+    assert "warning: loss_spike at step 50" in (trainer.run.logs / "run.log").read_text()
+
+
+def test_watching_changes_no_bit_and_off_watches_nothing(
+    make_trainer: MakeTrainer,
+) -> None:
+    states = []
+    for mode in ("advise", "off"):
+        trainer = make_trainer("training.max_steps=30", f"orchestrator.mode={mode}")
+        trainer.fit()
+        states.append(final_state(trainer.run))
+        watchers = [part for part in trainer.callbacks if isinstance(part, LiveWatch)]
+        assert len(watchers) == (mode == "advise")
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+def test_a_resumed_run_is_watched_as_if_it_had_not_stopped(
+    make_trainer: MakeTrainer,
+) -> None:
+    whole = make_trainer(*LONG)
+    scaled_at(whole, range(50, 54), 3.0)
+    whole.fit()
+    first = make_trainer(
+        *LONG, controllers=[At(step45=lambda control: control.stop(reason="for the test"))]
+    )
+    first.fit()
+    second = resume_trainer(first.run)
+    scaled_at(second, range(50, 54), 3.0)
+    second.fit()
+
+    def judged(trainer: Trainer) -> list[tuple[int, str, str]]:
+        of_the_machine = ("throughput_drop", "slow_step", "memory_leak", "memory_pressure")
+        events = watch_of(trainer).watcher.events
+        return [
+            (event.step, event.kind, event.severity)
+            for event in events
+            if event.kind not in of_the_machine
+        ]
+
+    assert judged(second) == judged(whole)
+    assert "loss_spike" in {kind for _, kind, _ in judged(whole)}
+
+
+def test_a_rollback_takes_the_watcher_back(make_trainer: MakeTrainer) -> None:
+    held: list[Any] = []
+    trainer = make_trainer(
+        *LONG,
+        controllers=[
+            At(
+                step40=lambda control: held.append(control.snapshot()),
+                step52=lambda control: control.restore(held.pop(), reason="for the test"),
+            )
+        ],
+    )
+    scaled_at(trainer, range(50, 53), 3.0)
+    trainer.fit()
+    kinds = [event.kind for event in watch_of(trainer).watcher.events]
+    assert "resumed" not in kinds  # its memory went back with the run
+    assert "divergence" not in kinds
+
+
+def test_a_step_without_anything_to_learn_has_no_loss() -> None:
+    report = StepReport(3, 0.0, {}, 0.0, 0.1, 0, 30, 0.5, skipped=True, num_skipped=1)
+    values = step_signals(report).values
+    assert "loss" not in values
+    assert "grad_norm" not in values
+    assert values["skipped_steps"] == 1
+
+
+def test_a_loss_that_is_no_number_is_passed_on() -> None:
+    report = StepReport(3, math.nan, {}, 1.0, 0.1, 10, 30, 0.5, skipped=True, num_skipped=1)
+    assert math.isnan(step_signals(report).values["loss"])
+
+
+def test_figures_of_experts_are_the_worst_of_the_layers() -> None:
+    load = np.array([[10.0, 10, 10, 10], [40.0, 0, 0, 0]])
+    dropped = np.array([[0.0, 0, 0, 0], [10.0, 0, 0, 0]])
+    statistics = ExpertStatistics(
+        groups=(GroupSlots("skill", 1, 0, 4),),
+        layers=(0, 1),
+        num_tokens=40,
+        active=np.ones((2, 4), dtype=bool),
+        load=load,
+        dropped=dropped,
+        probability=load,
+        entropy=np.array([[40 * math.log(4)], [0.0]]),
+        confidence=np.array([[10.0], [40.0]]),
+    )
+    report = StepReport(
+        3, 2.0, {}, 1.0, 0.1, 40, 120, 0.5, skipped=False, num_skipped=0, experts=statistics
+    )
+    signals = step_signals(report).values
+    assert signals["experts/skill/gini"] == pytest.approx(0.75)
+    assert signals["experts/skill/dead"] == 3
+    assert signals["experts/skill/even_load"] == 10
+    assert signals["experts/skill/dropped_share"] == pytest.approx(10 / 80)
+    assert signals["experts/skill/entropy_normalized"] == pytest.approx(0.0)

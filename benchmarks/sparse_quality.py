@@ -49,6 +49,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=600, help="for equal work; 0 leaves it out")
     options.add_argument("--minutes", type=float, default=3, help="in equal time; 0 leaves it out")
     options.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for all runs")
+    options.add_argument("--processes", type=int, default=1, help="runs at a time")
     options.add_argument("--quiet", action="store_true", help="do not tell of each run on its end")
     args = options.parse_args()
     for name in args.only:
@@ -71,12 +72,13 @@ def main() -> None:
         for way, length in lengths.items()
         for name in args.only
     }
-    done = train_all(runs, preset="demo", processes=1, verbose=not args.quiet)
+    done = train_all(runs, preset="demo", processes=args.processes, verbose=not args.quiet)
     result = {
         "benchmark": "sparse_quality",
         "steps": args.steps,
         "minutes": args.minutes,
         "seeds": args.seeds,
+        "processes": args.processes,
         "setting": setting(),
         "ways": {
             way: {

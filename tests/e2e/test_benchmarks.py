@@ -187,6 +187,14 @@ def test_ways_to_balance_are_compared_with_none() -> None:
         )
 
 
+def test_what_watching_costs() -> None:
+    options = ["--preset", "debug", "--steps", "12", "--threads", "1", "--set"]
+    result = run("watch_cost.py", *options, "training.log_every=4")
+    assert 0 < result["watcher_ms"] < result["step_ms"]
+    assert 0 < result["norms_ms"] < result["step_ms"]
+    assert result["share"] < 1
+
+
 @pytest.mark.slow
 def test_models_are_compared_at_equal_work() -> None:
     options = ["--only", "dense", "8 experts", "--seeds", "0", "--steps", "3", "--minutes", "0"]

@@ -1,0 +1,210 @@
+"""The fault benchmark runs, goes on where it was stopped, and tells of mistakes in a sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ultrathink import build_trainer, load_config
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "faults.py"
+SMALL = ("model.hidden_size=32", "data.seq_len=32", "training.eval.max_tokens=1024")
+SIZE = ("--steps", "8", "24", "--healthy-steps", "20", "--scored-tokens", "2048")
+
+# Divides the rate by what it was multiplied with, as soon as that is seen.
+STEADY = """
+class Steady:
+    def __init__(self):
+        self.usual = None
+
+    def at_boundary(self, report, control):
+        self.usual = self.usual or report.lr
+        if report.lr > 2 * self.usual:
+            control.set_lr_factor(self.usual / report.lr, reason="the rate jumped")
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+CONTROLLER = Steady
+"""
+ZEROED = """
+import torch
+from fault_injection import Fault
+
+class ZeroedWeights(Fault):
+    '''All weights are lost.'''
+    name = "zeroed"
+    group = "loss"
+
+    @torch.no_grad()
+    def before_update(self, moment):
+        for weight in moment.model.parameters():
+            weight.zero_()
+
+FAULT = ZeroedWeights
+"""
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*arguments: str) -> tuple[Any, str]:
+    """The JSON object that the benchmark prints, and what it tells meanwhile."""
+    process = start(*arguments, "--json")
+    out, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    return json.loads(out), told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--only", "lr_10x"], "'lr_10x' is no fault. Did you mean 'lr_x10'?"),
+        (["--controllers", "zclap"], "'zclap' is no controller. Did you mean 'zclip'?"),
+        (["--fault", "{here}/x.py"], "x.py does not say what its FAULT is."),
+        (["--controller", "{here}/x.py"], "x.py does not say what its CONTROLLER is."),
+        (["--controller", "{here}/gone.py"], "there is no file {here}/gone.py."),
+        (["--steps", "9", "9"], "--steps 9 9: the snapshot must come after step 0 and before"),
+        (["--processes", "0"], "--processes 0: give 1 or more."),
+        (["--out", "{here}"], "{here} is not empty and holds no results; give another --out."),
+    ],
+)
+def test_a_mistake_is_told_in_a_sentence(tmp_path: Path, arguments: list[str], told: str) -> None:
+    (tmp_path / "x.py").write_text("x = 1")
+    process = start(*(argument.format(here=tmp_path) for argument in arguments))
+    out, error = process.communicate(timeout=100)
+    assert (process.returncode, out) == (1, "")
+    assert error.startswith("error: ")
+    assert told.format(here=tmp_path) in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_faults_and_controllers_meet(tmp_path: Path) -> None:
+    (tmp_path / "steady.py").write_text(STEADY)
+    (tmp_path / "zeroed.py").write_text(ZEROED)
+    out = tmp_path / "out"
+    arguments = [
+        *("--quick", "--out", str(out), "--processes", "2", *SIZE),
+        *("--only", "lr_x30", "router_collapse", "memory_leak", "out_of_memory_backward", "zeroed"),
+        *("--controllers", "zclip", "steady", "--controller", str(tmp_path / "steady.py")),
+        *("--fault", str(tmp_path / "zeroed.py"), "--set", *SMALL),
+    ]
+    result, told = run(*arguments)
+    total = 2 + 3 * (2 + 5 + 3)  # snapshots; clean, struck and healthy runs of each controller
+    assert f"[{total}/{total}]" in told
+    assert "about 0 min to go" in told
+    assert set(result["controllers"]) == {"none", "zclip", "steady"}
+    keys = {
+        *("recall", "delay_steps_median", "false_alarms_per_10k", "failed_share"),
+        *("recovered_share", "final_loss_ratio_median"),
+    }
+    assert all(keys <= figures.keys() for figures in result["controllers"].values())
+    assert result["controllers"]["none"]["num_runs"] == 3
+    assert result["controllers"]["none"]["clean_loss_ratio_median"] == 1
+    rate = result["faults"]["lr_x30"]["controllers"]
+    assert rate["none"]["final_loss_ratio_median"] > 1.01
+    assert rate["steady"]["recall"] == 1
+    assert rate["steady"]["delay_steps_median"] == 1
+    assert rate["steady"]["final_loss_ratio_median"] < rate["none"]["final_loss_ratio_median"]
+    assert rate["none"]["recall"] == 0
+    zeroed = result["faults"]["zeroed"]["controllers"]["none"]
+    assert zeroed["failed_share"] == 1
+    memory = result["faults"]["out_of_memory_backward"]["controllers"]["none"]
+    assert memory["died_share"] == 1
+    assert "can't allocate memory" in memory["died_of"][0]
+    assert result["faults"]["memory_leak"]["controllers"]["none"]["memory_growth_gib"] > 0.005
+    assert result["detectors"]["healthy_steps"] == 2 * 24 + 20
+    check_signals(out)
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("result.json")}
+    again, told = run(*arguments)
+    assert told == ""  # nothing was left to do
+    assert before == {file: file.stat().st_mtime_ns for file in out.rglob("result.json")}
+    for key in ("controllers", "faults", "detectors"):
+        assert again[key] == result[key]
+    (tmp_path / "zeroed.py").write_text(ZEROED + "# now another file")
+    told = run(*arguments)[1]
+    assert told.count("zeroed, ") == len(told.splitlines()) == 3
+
+
+def check_signals(out: Path) -> None:
+    """What a run records goes on where the snapshot's ends, under the standard names."""
+    first, then = (
+        [json.loads(line) for line in (out / folder / "signals.jsonl").read_text().splitlines()]
+        for folder in ("snapshots/moe-seed0", "runs/clean-moe/none-seed0")
+    )
+    assert [line["step"] for line in first + then] == list(range(1, 25))
+    names = {
+        *("loss", "grad_norm", "lr", "step_time", "data_wait", "tokens_per_sec", "memory"),
+        *("skipped_steps", "experts/knowledge/gini"),
+    }
+    assert all(names <= line.keys() for line in first + then)
+    assert "val_loss" in then[-1]
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_documentation_run(tmp_path: Path) -> None:
+    text = (SCRIPT.parents[1] / "docs" / "faults.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, re.DOTALL)
+    assert [name for name, _ in blocks] == ["my_fault.py", "my_controller.py"]
+    for name, code in blocks:
+        (tmp_path / name).write_text(code)
+    result, _ = run(
+        *("--fault", str(tmp_path / "my_fault.py"), "--only", "half_the_labels"),
+        *("--controller", str(tmp_path / "my_controller.py"), "--controllers", "my_controller"),
+        *("--quick", "--out", str(tmp_path / "out"), *SIZE, "--set", *SMALL),
+    )
+    assert set(result["faults"]) == {"half_the_labels"}
+    assert set(result["controllers"]) == {"none", "my_controller"}
+
+
+@pytest.mark.slow
+def test_a_stopped_benchmark_goes_on_and_its_twin_is_the_uncut_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--out", str(out), "--seeds", "0", *SIZE, "--only", "lr_x30", "tiny_lr"]
+    arguments += ["--controllers", "none", "--set", *SMALL]
+    process = start(*arguments)
+    assert process.stderr is not None
+    for _ in range(2):
+        process.stderr.readline()  # two runs are done
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    done = {file: file.stat().st_mtime_ns for file in out.rglob("result.json")}
+    assert 2 <= len(done) < 7
+    result, told = run(*arguments)
+    assert len(told.splitlines()) == 7 - len(done)
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+    assert set(result["faults"]) == {"lr_x30", "tiny_lr"}
+    # The clean run from the snapshot is, bit for bit, the one that was never stopped.
+    sys.path.insert(0, str(SCRIPT.parent))
+    from fault_runs import Recorder, score
+    from fault_setting import FULL
+
+    setting = json.loads((out / "setting.json").read_text())
+    size = type(FULL)(**{**setting, "overrides": tuple(setting["overrides"])})
+    recorder = Recorder(tmp_path / "signals.jsonl")
+    config = load_config("debug", [*size.config("dense", 24), f"run.dir={tmp_path}"])
+    trainer = build_trainer(config.replace({"run.seed": 0}, origin="test"), callbacks=[recorder])
+    trainer.fit()
+    clean = out / "runs/clean-dense/none-seed0"
+    lines = [json.loads(line) for line in (clean / "signals.jsonl").read_text().splitlines()]
+    uncut = [json.loads(line) for line in (tmp_path / "signals.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines] == [line["loss"] for line in uncut[8:]]
+    assert json.loads((clean / "result.json").read_text())["loss"] == score(trainer, size)

@@ -87,7 +87,7 @@ class Watcher:
         """The steps beyond ``step`` were undone, by a rollback or a resume."""
         before, self._last_step = self._last_step, step
         for detector in self.detectors:
-            detector.rewind()
+            detector.rewind(step)
         self._incidents.close()
         self._curve.cut(step)
         self._phases.rewind(step)

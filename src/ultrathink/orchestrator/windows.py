@@ -54,6 +54,12 @@ class Window:
         """Forget all values."""
         self._end = self._count = 0
 
+    def drop_last(self, count: int) -> None:
+        """Forget the ``count`` newest values."""
+        kept = self.values[: max(0, self._count - count)]
+        self.clear()
+        self.extend(kept)
+
     def median(self, last: int | None = None) -> float:
         """The median of the ``last`` values, or of all."""
         return median(self._last(self._count if last is None else min(last, self._count)))

@@ -205,6 +205,18 @@ def test_a_rollback_keeps_what_is_usual() -> None:
     assert "loss_spike" in [event.kind for event in watcher.events]
 
 
+@pytest.mark.parametrize("back", [40, 150, 299])
+def test_a_resume_on_a_steep_curve_is_no_rise(back: int) -> None:
+    """What lies beyond is forgotten: the losses of then were higher."""
+    noise = np.exp(0.01 * np.random.default_rng(0).standard_normal(600))
+    loss = 8 * np.exp(-0.008 * np.arange(600)) * noise
+    watcher = watched(signals({"loss": loss[:300]}), end=False)
+    for one in signals({"loss": loss[300 - back :]}, start=301 - back):
+        watcher.observe(one)
+    watcher.finish()
+    assert [event.kind for event in watcher.events if event.kind != "hard_batch"] == ["resumed"]
+
+
 def test_events_are_told_when_new_or_graver() -> None:
     loss = steady(400)
     loss[300:306] *= np.array([1.15, 1.15, 1.9, 1.9, 1.9, 1.9])

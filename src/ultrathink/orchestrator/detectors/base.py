@@ -22,8 +22,9 @@ class Detector(Protocol):
     def finish(self) -> list[Finding]:
         """The log is over: judge what still waits for later steps."""
 
-    def rewind(self) -> None:
-        """The last steps were undone (a rollback, a resume): forget what is pending."""
+    def rewind(self, step: int) -> None:
+        """What lies beyond ``step`` was undone (a rollback, a resume): forget it, and what is
+        pending."""
 
     def state_dict(self) -> State:
         """What to remember over a restart."""
@@ -68,6 +69,7 @@ class Baseline:
         self.floor = floor  # of the deviation, so that a constant signal is no miracle
         self.level = math.nan  # the median of the last values
         self._last = Window(level)
+        self._steps = Window(level)  # of those values
         self._residuals = Window(spread)
         self._num_new = 0  # residuals since they were last measured
         self._centre = 0.0
@@ -91,14 +93,15 @@ class Baseline:
             return 0.0
         return self.excess(value) / self._deviation
 
-    def add(self, value: float) -> None:
-        """Learn a value that is thought to be usual."""
+    def add(self, value: float, step: int = 0) -> None:
+        """Learn a value that is thought to be usual; ``step`` is for ``rewind``."""
         if len(self._last) >= FEWEST:
             self._residuals.add(value - self.level)
             self._num_new += 1
             if FEWEST <= len(self._residuals) < MANY or self._num_new >= FEWEST:
                 self._measure()
         self._last.add(value)
+        self._steps.add(step)
         self.level = self._last.median()
 
     def _measure(self) -> None:
@@ -114,12 +117,21 @@ class Baseline:
     def restart(self) -> None:
         """Forget the level, keep the spread: the signal has moved elsewhere for good."""
         self._last.clear()
+        self._steps.clear()
         self.level = math.nan
+
+    def rewind(self, step: int) -> None:
+        """Forget the values beyond ``step``, which lie where the signal was later."""
+        count = int((self._steps.values > step).sum())
+        for window in (self._last, self._steps):
+            window.drop_last(count)
+        self.level = self._last.median()
 
     def state_dict(self) -> State:
         """What to remember over a restart."""
         return {
             "last": self._last.state_dict(),
+            "steps": self._steps.state_dict(),
             "residuals": self._residuals.state_dict(),
             "num_new": self._num_new,
             "centre": self._centre,
@@ -130,6 +142,7 @@ class Baseline:
         """Go back to what ``state_dict`` returned."""
         values: dict[str, Any] = dict(state)
         self._last.load_state_dict(values["last"])
+        self._steps.load_state_dict(values["steps"])
         self.level = self._last.median()
         self._residuals.load_state_dict(values["residuals"])
         self._num_new, self._centre = values["num_new"], values["centre"]

@@ -50,7 +50,7 @@ class Experts:
     def finish(self) -> list[Finding]:
         return []
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._lasting.clear()
 
     def _judge(self, step: int, group: str, figures: Mapping[str, float]) -> list[Finding]:

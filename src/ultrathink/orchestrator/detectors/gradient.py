@@ -40,7 +40,7 @@ class GradientNorm:
             return []
         value = math.log(max(norm, 1e-30))
         if len(self.baseline) < ENOUGH:
-            self.baseline.add(value)
+            self.baseline.add(value, signals.step)
             return []
         level = self.baseline.level
         times, score = math.exp(min(value - level, 100.0)), self.baseline.score(value)
@@ -49,13 +49,13 @@ class GradientNorm:
         self._num_low = self._num_low + 1 if times <= VANISHING else 0
         if not self._num_high and not self._num_low:
             self._aside = []
-            self.baseline.add(value)
+            self.baseline.add(value, signals.step)
             return []
         self._aside.append(value)
         if len(self._aside) >= LASTS:
             self.baseline.restart()
             for one in self._aside:
-                self.baseline.add(one)
+                self.baseline.add(one, signals.step)
             self._aside = []
         figures = {"grad_norm": norm, "level": math.exp(level), "ratio": times, "score": score}
         if self._num_high:
@@ -71,9 +71,10 @@ class GradientNorm:
     def finish(self) -> list[Finding]:
         return []
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._num_high = self._num_low = 0
         self._aside = []
+        self.baseline.rewind(step)
 
     def _explosion(self, step: int, figures: dict[str, float]) -> Finding:
         times, severity = figures["ratio"], "low"
@@ -147,7 +148,7 @@ class GradientTrend:
     def finish(self) -> list[Finding]:
         return []
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._block, self._num_grown = [], 0
 
     def state_dict(self) -> State:

@@ -78,7 +78,7 @@ class LossSpike:
             return self._during(signals.step, value)
         score, excess = self.baseline.score(value), self.baseline.excess(value)
         if score < JUMP or excess < self._smallest():
-            self.baseline.add(value)
+            self.baseline.add(value, signals.step)
             return []
         self._begin, self._jump, self._peak, self._since = signals.step, excess, excess, [value]
         return []
@@ -91,8 +91,9 @@ class LossSpike:
         text = f"the loss jumped to {self._described(self._since[0])} at the last step of the log"
         return [Finding(self._begin, "loss_spike", severity, text, values=self._figures())]
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._end()
+        self.baseline.rewind(step)
 
     def _during(self, step: int, value: float) -> list[Finding]:
         assert self._begin is not None
@@ -104,8 +105,8 @@ class LossSpike:
             findings = []
             if len(self._since) == 2:
                 findings = [self._hard_batch(step)]
-                self.baseline.add(self._since[0])
-            self.baseline.add(value)
+                self.baseline.add(self._since[0], step - 1)
+            self.baseline.add(value, step)
             self._end()
             return findings
         if len(self._since) < LASTS:
@@ -128,7 +129,7 @@ class LossSpike:
         self._end()
         self.baseline.restart()
         for value in since[-16:]:
-            self.baseline.add(value)
+            self.baseline.add(value, step)
         return [] if excess < least else [finding]
 
     def _spike(self, step: int) -> Finding:
@@ -217,7 +218,7 @@ class AboveStart:
             return []
         return self._found(self._since, "medium" if len(self._above) > 1 else "low")
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._above = []
 
     def _limit(self) -> float:
@@ -247,6 +248,7 @@ class Divergence:
         self.scale = Scale()
         self._block: list[float] = []
         self._levels = Window(NUM_BLOCKS)  # medians of blocks
+        self._ends = Window(NUM_BLOCKS)  # their last steps
         self._spreads = Window(NUM_BLOCKS)  # of the values of a block
         self._num_risen = 0
 
@@ -266,14 +268,18 @@ class Divergence:
         quarter = BLOCK // 4
         findings = self._judge(signals.step, level)
         self._levels.add(level)
+        self._ends.add(signals.step)
         self._spreads.add((block[-quarter] - block[quarter - 1]) / 1.349)
         return findings
 
     def finish(self) -> list[Finding]:
         return []
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._block, self._num_risen = [], 0
+        count = int((self._ends.values > step).sum())
+        for window in (self._levels, self._ends, self._spreads):
+            window.drop_last(count)
 
     def _judge(self, step: int, level: float) -> list[Finding]:
         if len(self._levels) < 4:
@@ -294,7 +300,7 @@ class Divergence:
         loss, least = self.scale.loss(level), self.scale.loss(best)
         more = self.scale.described(level - best)
         message = f"the loss has been rising: {loss:.4g}, {more} its best"
-        figures = {"loss": loss, "best": least, "score": rise / error if error else math.inf}
+        figures = {"loss": loss, "best": least, "score": rise / max(error, FLAT)}
         begin = max(0, step - 2 * BLOCK + 1)
         return [
             Finding(step, "divergence", severity, message, begin, values=figures, pause=4 * BLOCK)
@@ -305,6 +311,7 @@ class Divergence:
             "is_log": self.scale.is_log,
             "block": list(self._block),
             "levels": self._levels.state_dict(),
+            "ends": self._ends.state_dict(),
             "spreads": self._spreads.state_dict(),
             "num_risen": self._num_risen,
         }
@@ -314,6 +321,7 @@ class Divergence:
         self.scale.is_log = values["is_log"]
         self._block, self._num_risen = list(values["block"]), values["num_risen"]
         self._levels.load_state_dict(values["levels"])
+        self._ends.load_state_dict(values["ends"])
         self._spreads.load_state_dict(values["spreads"])
 
 
@@ -351,7 +359,7 @@ class NonFinite:
     def finish(self) -> list[Finding]:
         return []
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._in_a_row = {}
 
     def state_dict(self) -> State:

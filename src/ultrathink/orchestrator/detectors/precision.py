@@ -68,7 +68,7 @@ class LossScale:
     def finish(self) -> list[Finding]:
         return []
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._last = None
 
     def state_dict(self) -> State:
@@ -103,7 +103,7 @@ class SkippedSteps:
             self._first_step = signals.step
         before = float(self._counts.values[-1]) if len(self._counts) else count
         if count < before:  # counted anew, as after a restart
-            self.rewind()
+            self.rewind(signals.step)
             before = count
         self._steps.add(float(signals.step))
         self._counts.add(count)
@@ -125,7 +125,7 @@ class SkippedSteps:
     def finish(self) -> list[Finding]:
         return []
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._steps.clear()
         self._counts.clear()
 

@@ -58,7 +58,7 @@ class Memory:
     def finish(self) -> list[Finding]:
         return []
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._used.clear()
 
     def _leak(self, step: int, used: float, limit: float | None) -> list[Finding]:
@@ -138,7 +138,7 @@ class Throughput:
     def finish(self) -> list[Finding]:
         return []
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._num_waiting = 0
 
     def _speed(self, step: int, taken: float) -> list[Finding]:

@@ -73,7 +73,7 @@ class Plateau:
     def finish(self) -> list[Finding]:
         return []
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._losses.clear()
         self._rates.clear()
 
@@ -130,7 +130,7 @@ class RateLoss:
     def finish(self) -> list[Finding]:
         return []
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._last, self._count = None, 0
 
     def state_dict(self) -> State:
@@ -190,7 +190,7 @@ class Oscillation:
     def finish(self) -> list[Finding]:
         return []
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._losses.clear()
 
     def state_dict(self) -> State:

@@ -89,7 +89,7 @@ class Overfitting:
     def finish(self) -> list[Finding]:
         return []
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._num_worse = 0
 
     def state_dict(self) -> State:
@@ -149,7 +149,7 @@ class Forgetting:
     def finish(self) -> list[Finding]:
         return []
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._blocks = {}
 
     def _close(self, name: str) -> None:
@@ -226,13 +226,13 @@ class AccuracyDrop:
                 continue
             pause = self._since[name].pause()
             if len(baseline) < 8:
-                baseline.add(-value)  # a baseline watches for what rises
+                baseline.add(-value, signals.step)  # a baseline watches for what rises
                 continue
             level = -baseline.level
             is_low = baseline.score(-value) > DROP[1] and level - value > DROP[0] * abs(level)
             self._num_low[name] = self._num_low[name] + 1 if is_low else 0
             if not is_low:
-                baseline.add(-value)
+                baseline.add(-value, signals.step)
             elif self._num_low[name] > 1:
                 message = f"the {name.replace('_', ' ')} is {value:.3g}; it was about {level:.3g}"
                 figures = {"accuracy": value, "level": level, "score": baseline.score(-value)}
@@ -248,8 +248,10 @@ class AccuracyDrop:
     def finish(self) -> list[Finding]:
         return []
 
-    def rewind(self) -> None:
+    def rewind(self, step: int) -> None:
         self._num_low = dict.fromkeys(self.NAMES, 0)
+        for baseline in self._baselines.values():
+            baseline.rewind(step)
 
     def state_dict(self) -> State:
         return {

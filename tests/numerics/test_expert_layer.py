@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gates as they are": {"groups": FOUR, "normalize_gates": False},
     "sigmoid": {"groups": FOUR, "score": "sigmoid"},
     "sigmoid as it is": {"groups": ONE, "score": "sigmoid", "normalize_gates": False},
+    "scaled gates": {"groups": FOUR, "gate_scale": 2.5},
     "shared": {"groups": ONE, "shared_size": 40},
     "hot": {"groups": FOUR, "routing": {"temperature": 2.5}},
     "loop": {"groups": FOUR, "backend": "loop"},
@@ -80,7 +81,8 @@ def reference(config: ModelConfig, layer: MixtureOfExperts, x: Tensor) -> Tensor
             total = sum(gates[i] for i in chosen) if is_normalized else 1
             for i in chosen:
                 inner, down = layer.experts.inner[i], layer.experts.down[i]
-                row = row + gates[i] / total * feed_forward(inner, down, token, is_gated)
+                gate = moe.gate_scale * gates[i] / total
+                row = row + gate * feed_forward(inner, down, token, is_gated)
             first += group.num_experts
         if layer.shared is not None:
             weights_ = dict(layer.shared.named_parameters())

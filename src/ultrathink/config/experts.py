@@ -148,6 +148,12 @@ class MoeConfig(Section):
         description="Divide the scores of a token's chosen experts by their sum in each group with "
         "top_k above 1.",
     )
+    gate_scale: float = Field(
+        1.0,
+        gt=0,
+        description="What the gates are multiplied with; DeepSeek-V3 calls it "
+        "routed_scaling_factor.",
+    )
     backend: str = Field(
         "auto",
         description="Kernel of the grouped product: a registered name (batched, grouped_mm, loop), "

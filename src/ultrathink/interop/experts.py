@@ -87,6 +87,9 @@ def _problems(config: ModelConfig) -> Iterator[tuple[str, str]]:
     if moe.score != "softmax":
         what = f"model.moe.score is {moe.score}, and Mixtral has softmax"
         yield what, "model.moe.score=softmax"
+    if moe.gate_scale != 1:
+        what = f"model.moe.gate_scale is {moe.gate_scale}, and Mixtral takes gates as they are"
+        yield what, "model.moe.gate_scale=1"
     group = moe.groups[0]
     if group.top_k == group.num_experts:
         return  # probabilities of all experts sum to 1 as they are

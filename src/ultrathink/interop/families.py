@@ -47,6 +47,7 @@ EXPERTS_SHAPE = (
     "layers",
     "score",
     "normalize_gates",
+    "gate_scale",
 )
 
 

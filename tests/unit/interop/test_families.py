@@ -296,6 +296,7 @@ GROUPS = [{"name": "experts", "num_experts": 4, "top_k": 2}]
             ["model.moe.groups.0.top_k is 1", "the weight 1", "2 or more"],
         ),
         ({}, {"normalize_gates": False}, ["normalize_gates is false", "normalize_gates=true"]),
+        ({}, {"gate_scale": 2}, ["model.moe.gate_scale is 2.0", "model.moe.gate_scale=1"]),
     ],
 )
 def test_experts_that_no_mixtral_has_are_refused(

@@ -115,7 +115,7 @@ class Router(nn.Module):
                 gate = gate / gate.sum(-1, keepdim=True).clamp(min=torch.finfo(precise).tiny)
             scores.append(group_scores._replace(chosen=one_hot.sum(-2)))
             experts.append(chosen + slots.start)
-            gates.append(gate)
+            gates.append(gate * self.config.gate_scale)
         kept = torch.cat([group.chosen for group in scores], -1)
         choice = Choice(torch.cat(experts, -1), torch.cat(gates, -1))
         if self.training:

@@ -18,6 +18,7 @@ from ultrathink.runs.checkpoint import load_checkpoint, weights
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Controller, StepReport
 from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.stepping import Verdict
 from ultrathink.training.trainer import Trainer
 
 TINY = (
@@ -173,6 +174,26 @@ def train_with_a_controller(place: str, *overrides: str) -> tuple[str, float, li
     loader = trainer.loader
     counts = [trainer.progress.step, loader.samples_seen, loader.samples_skipped]
     return str(trainer.run.path), trainer.settings.lr_factor, counts
+
+
+class _Guard:
+    """Clips hard, and leaves out the second step; keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[float, float]] = []
+
+    def judge(self, step_loss: float, grad_norm: float) -> Verdict:
+        self.asked.append((step_loss, grad_norm))
+        return Verdict(clip=grad_norm / 4, skip=len(self.asked) == 2)
+
+
+def train_with_a_guard(place: str, *overrides: str) -> tuple[str, list[tuple[float, float]]]:
+    """Train under a guard; the run folder, and the losses and norms that the guard was shown."""
+    trainer = new_trainer(place, "training.max_steps=4", *overrides)
+    guard = _Guard()
+    trainer.set_guard(guard)
+    trainer.fit()
+    return str(trainer.run.path), guard.asked
 
 
 def message_of_a_mistake(place: str, by_rank: list[list[str]]) -> str | None:

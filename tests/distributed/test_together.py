@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.distributed import tasks
 from tests.distributed.pool import Pool
 from tests.distributed.test_parity import assert_equal
@@ -37,6 +39,15 @@ def test_a_controller_on_the_first_process_steers_all(two: Pool, tmp_path: Path)
     assert first == second
     assert first[1:] == alone[1:] == (0.5, [7, 28, 3])
     assert_equal(alone[0], first[0], 1e-9)
+
+
+def test_a_guard_is_shown_the_whole_batch_on_each_process(two: Pool, tmp_path: Path) -> None:
+    words = ("training.precision=fp64", "training.clip=null")
+    alone, asked = tasks.train_with_a_guard(str(tmp_path / "one"), *words)
+    first, second = two.run(tasks.train_with_a_guard, str(tmp_path / "two"), *words)
+    assert first == second
+    assert first[1] == [pytest.approx(one, rel=1e-9) for one in asked]
+    assert_equal(alone, first[0], 1e-9)
 
 
 def test_other_configurations_are_told_by_the_first_process(two: Pool, tmp_path: Path) -> None:

@@ -39,6 +39,13 @@ def test_a_power_law_is_continued(floor: float, exponent: float) -> None:
     assert predicted.low < truth < predicted.high
 
 
+def test_noise_is_not_taken_for_a_floor() -> None:
+    losses = power_law(1000, 0.0, 0.3, 0.002, seed=0)
+    assert made(forecast(curve_of(losses), 10_000)).loss == pytest.approx(
+        9 * 10_000**-0.3, rel=0.01
+    )
+
+
 def test_the_interval_holds_as_often_as_it_says_and_is_not_idle() -> None:
     held, widths = [], []
     for seed in range(60):

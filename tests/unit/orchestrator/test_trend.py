@@ -34,6 +34,12 @@ def test_a_fall_that_slows_down_is_none() -> None:
     assert found({"loss": slower}, "plateau") == []
 
 
+def test_the_first_fall_of_a_run_promises_nothing() -> None:
+    noise = 0.01 * np.random.default_rng(0).standard_normal(200)
+    loss = 2.7 + 0.08 * np.maximum(32 - np.arange(200), 0) + noise
+    assert found({"loss": loss}, "plateau") == []
+
+
 def test_a_fall_at_once_promises_nothing() -> None:
     loss = np.where(np.arange(400) < 200, 2.0, 1.5) * steady(400) / steady(400, seed=1)
     assert found({"loss": loss}, "plateau") == []

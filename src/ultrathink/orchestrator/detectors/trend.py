@@ -16,6 +16,7 @@ from ultrathink.orchestrator.windows import Window, deviation, median
 Floats = npt.NDArray[np.float64]
 
 SPAN = 32  # observed steps, of which a mean is taken
+FIRST_FALL = 32  # observed steps, after which a fall promises more
 STALLED = 0.1  # of the fall that the spans before promise
 SURE = 6.0  # standard errors of that promise
 LEAST = 0.005  # in the logarithm: what logs round away promises nothing
@@ -34,7 +35,8 @@ class Plateau:
     Three spans of steps side by side: the fall from the first to the second promises one at least
     half as large from the second to the third (falls shrink, but slowly). Where that promise is
     beyond doubt and next to nothing came, learning has stalled. A fall at once, as at the end of an
-    epoch or where a learning rate is lowered, promises nothing.
+    epoch or where a learning rate is lowered, promises nothing; nor does the first one of a run, to
+    the loss of knowing how frequent each token is.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,9 @@ class Plateau:
         if rate is not None:
             self._rates.add(rate)
         self._num_steps += 1
-        if len(self._losses) < 3 * SPAN or self._num_steps % (SPAN // 4):
+        if self._num_steps < FIRST_FALL + 3 * SPAN or self._num_steps % (SPAN // 4):
+            return []
+        if len(self._losses) < 3 * SPAN:
             return []
         losses = self._losses.values
         first, second, third = (_without_outliers(part) for part in np.split(losses, 3))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-from ultrathink.core.protocols import State
+from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.windows import deviation, median
 
 MOST_POINTS = 512
@@ -16,15 +14,17 @@ FIRST_BLOCK = 8  # observed steps a point; twice as many whenever there are too 
 Floats = npt.NDArray[np.float64]
 
 
-class Curve:
+class Curve(Remembers):
     """Medians of blocks of steps, all blocks of one size, which doubles as the run grows."""
+
+    remembered = ("block_size", "_steps", "_levels", "_spreads", "_block")
 
     def __init__(self) -> None:
         self.block_size = FIRST_BLOCK
         self._steps: list[float] = []
         self._levels: list[float] = []
         self._spreads: list[float] = []
-        self._block: list[tuple[float, float]] = []
+        self._block: list[list[float]] = []  # steps and values
 
     def __len__(self) -> int:
         return len(self._levels)
@@ -46,7 +46,7 @@ class Curve:
 
     def add(self, step: int, value: float) -> bool:
         """Add a value; whether it completed a point."""
-        self._block.append((float(step), value))
+        self._block.append([float(step), value])
         if len(self._block) < self.block_size:
             return False
         steps, values = np.array(self._block).T
@@ -63,32 +63,14 @@ class Curve:
         """Forget what lies beyond ``step``."""
         kept = sum(mean <= step for mean in self._steps)
         del self._steps[kept:], self._levels[kept:], self._spreads[kept:]
-        self._block = [(at, value) for at, value in self._block if at <= step]
+        self._block = [point for point in self._block if point[0] <= step]
 
     def _merge(self) -> None:
         def paired(values: list[float]) -> list[float]:
             return [sum(pair) / 2 for pair in zip(values[::2], values[1::2], strict=False)]
 
         if len(self._levels) % 2:  # the odd one out goes back: its middle stands for all
-            self._block = [(self._steps[-1], self._levels[-1])] * self.block_size
+            self._block = [[self._steps[-1], self._levels[-1]]] * self.block_size
         self._steps, self._levels = paired(self._steps), paired(self._levels)
         self._spreads = paired(self._spreads)
         self.block_size *= 2
-
-    def state_dict(self) -> State:
-        """What to remember over a restart."""
-        return {
-            "block_size": self.block_size,
-            "steps": list(self._steps),
-            "levels": list(self._levels),
-            "spreads": list(self._spreads),
-            "block": [list(point) for point in self._block],
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Go back to what ``state_dict`` returned."""
-        values: dict[str, Any] = dict(state)
-        self.block_size = values["block_size"]
-        self._steps, self._levels = list(values["steps"]), list(values["levels"])
-        self._spreads = list(values["spreads"])
-        self._block = [(step, value) for step, value in values["block"]]

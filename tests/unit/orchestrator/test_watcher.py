@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.orchestrator.synthetic_runs import (
@@ -80,6 +80,7 @@ def troubled(seed: int, count: int = 400) -> list[Signals]:
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 419))
+@example(0, 415)  # within the last point of the curve
 def test_a_restart_at_any_step_changes_nothing(seed: int, stop: int) -> None:
     run = troubled(seed)
     watcher, other = Watcher(total_steps=500), Watcher()
@@ -101,6 +102,19 @@ ANY = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, 2.5, 1e-320, 1e308, -1e308, math.nan, math.inf]),
     st.floats(0, 10),
 )
+
+
+def test_negative_losses_are_judged_as_finely_after_a_restart() -> None:
+    loss = -5 + 1e-5 * np.random.default_rng(0).standard_normal(200)
+    loss[150:153] += 1e-3
+    run = list(signals({"loss": loss}))
+    whole, other = watched(run), Watcher()
+    other.load_state_dict(watched(run[:100], end=False).state_dict())
+    for one in run[100:]:
+        other.observe(one)
+    other.finish()
+    assert [event.kind for event in whole.events] == ["loss_spike"]
+    assert other.events == whole.events
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
 
 import numpy as np
 
 from ultrathink.core.protocols import State
 from ultrathink.orchestrator.events import Finding
+from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.windows import NORMAL, Window, median
 
+FEWEST = 8  # values of which a level, and residuals of which a deviation, can be taken
+MANY = 32  # residuals: eight more change little, and are measured together
+UNSURE = 64.0  # a deviation of n residuals is taken 1 + 64/n² times as large: it may be too small
+STEEP = 4.0  # deviations that the end of a fall may look like
 
-class Detector(Protocol):
+
+class Detector(Remembers, ABC):
     """Looks at every step once, in order, and remembers what it needs."""
 
+    @abstractmethod
     def observe(self, signals: Signals) -> list[Finding]:
         """Take the figures of the next step; what there is to say."""
 
-    def finish(self) -> list[Finding]:
-        """The log is over: judge what still waits for later steps."""
-
+    @abstractmethod
     def rewind(self, step: int) -> None:
         """What lies beyond ``step`` was undone (a rollback, a resume): forget it, and what is
         pending."""
 
-    def state_dict(self) -> State:
-        """What to remember over a restart."""
-
-    def load_state_dict(self, state: State) -> None:
-        """Go back to what ``state_dict`` returned."""
+    def finish(self) -> list[Finding]:
+        """The log is over: judge what still waits for later steps."""
+        return []
 
 
-class Rhythm:
+class Rhythm(Remembers):
     """Counts the observed steps between figures that come now and then, as validations do."""
 
-    def __init__(self, since: int = 0) -> None:
-        self.since = since  # observed steps since the last figure
+    remembered = ("since",)
+
+    def __init__(self) -> None:
+        self.since = 0  # observed steps since the last figure
 
     def step(self) -> None:
         """A step was observed, with the figure or without."""
@@ -49,21 +54,23 @@ class Rhythm:
         return 8 + 2 * since
 
 
-FEWEST = 8  # values of which a level, and residuals of which a deviation, can be taken
-MANY = 32  # residuals: eight more change little, and are measured together
-UNSURE = 64.0  # a deviation of n residuals is taken 1 + 64/n² times as large: it may be too small
-
-
-STEEP = 4.0  # deviations that the end of a fall may look like
-
-
-class Baseline:
+class Baseline(Remembers):
     """Where a signal usually is and how much it usually varies, trend taken out.
 
     The level is the median of the last ``level`` values; the residual of a value is its distance
     from the level before it. While a signal falls, residuals lie below zero: the score counts from
     their median, in robust standard deviations.
     """
+
+    remembered = (
+        "floor",
+        "_last",
+        "_steps",
+        "_residuals",
+        "_num_new",
+        "_centre",
+        "_deviation",
+    )
 
     def __init__(self, *, level: int = 32, spread: int = 128, floor: float = 0.002) -> None:
         self.floor = floor  # of the deviation, so that a constant signal is no miracle
@@ -73,7 +80,7 @@ class Baseline:
         self._residuals = Window(spread)
         self._num_new = 0  # residuals since they were last measured
         self._centre = 0.0
-        self._deviation = math.inf
+        self._deviation: float | None = None
 
     def __len__(self) -> int:
         return len(self._residuals)
@@ -81,7 +88,7 @@ class Baseline:
     @property
     def deviation(self) -> float:
         """The robust standard deviation of a value around the trend; infinite at the beginning."""
-        return self._deviation
+        return math.inf if self._deviation is None else self._deviation
 
     def excess(self, value: float) -> float:
         """How far ``value`` lies above where the trend puts it."""
@@ -89,7 +96,7 @@ class Baseline:
 
     def score(self, value: float) -> float:
         """The excess in standard deviations; 0 while nothing can be said."""
-        if len(self._last) < FEWEST or math.isinf(self._deviation):
+        if len(self._last) < FEWEST or self._deviation is None:
             return 0.0
         return self.excess(value) / self._deviation
 
@@ -127,23 +134,7 @@ class Baseline:
             window.drop_last(count)
         self.level = self._last.median()
 
-    def state_dict(self) -> State:
-        """What to remember over a restart."""
-        return {
-            "last": self._last.state_dict(),
-            "steps": self._steps.state_dict(),
-            "residuals": self._residuals.state_dict(),
-            "num_new": self._num_new,
-            "centre": self._centre,
-            "deviation": self._deviation if math.isfinite(self._deviation) else None,
-        }
-
     def load_state_dict(self, state: State) -> None:
         """Go back to what ``state_dict`` returned."""
-        values: dict[str, Any] = dict(state)
-        self._last.load_state_dict(values["last"])
-        self._steps.load_state_dict(values["steps"])
+        super().load_state_dict(state)
         self.level = self._last.median()
-        self._residuals.load_state_dict(values["residuals"])
-        self._num_new, self._centre = values["num_new"], values["centre"]
-        self._deviation = math.inf if values["deviation"] is None else values["deviation"]

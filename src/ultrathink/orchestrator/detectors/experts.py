@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
 
-from ultrathink.core.protocols import State
+from ultrathink.orchestrator.detectors.base import Detector
 from ultrathink.orchestrator.events import Finding
+from ultrathink.orchestrator.remembering import PerName
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.windows import Window
 
@@ -30,12 +30,14 @@ MUCH_DROPPED = 0.1
 RISEN = 0.2  # of the Gini coefficient, over its usual value
 
 
-class Experts:
+class Experts(Detector):
     """Judges the figures of every group; each finding has lasted some logged steps."""
 
+    remembered = ("_lasting", "_usual")
+
     def __init__(self) -> None:
-        self._lasting: dict[str, tuple[int, int]] = {}  # kind/group -> first step, logged steps
-        self._usual: dict[str, Window] = {}  # Gini coefficients of a group
+        self._lasting: dict[str, list[int]] = {}  # kind/group -> first step, logged steps
+        self._usual = PerName(lambda: Window(32))  # Gini coefficients of a group
 
     def observe(self, signals: Signals) -> list[Finding]:
         groups: dict[str, dict[str, float]] = defaultdict(dict)
@@ -47,9 +49,6 @@ class Experts:
             findings += self._judge(signals.step, group, figures)
         return findings
 
-    def finish(self) -> list[Finding]:
-        return []
-
     def rewind(self, step: int) -> None:
         self._lasting.clear()
 
@@ -57,7 +56,7 @@ class Experts:
         found: list[tuple[str, str, str]] = []  # kind, severity, message
         gini = figures.get("gini", 0.0) - figures.get("gini_of_noise", 0.0)
         entropy = figures.get("entropy_normalized", 1.0)
-        usual = self._usual.setdefault(group, Window(32))
+        usual = self._usual[group]
         is_settled = len(usual) >= SETTLED[0] and step >= SETTLED[1]
         risen = gini - usual.median() if is_settled else 0.0
         if gini > COLLAPSED:
@@ -97,22 +96,8 @@ class Experts:
         told = set()
         for kind in kinds:
             first, count = self._lasting.get(f"{kind}/{group}", (step, 0))
-            self._lasting[f"{kind}/{group}"] = (first, count + 1)
+            self._lasting[f"{kind}/{group}"] = [first, count + 1]
             least = STEPS.get(kind, 0) if is_settled else EARLY_STEPS
             if count + 1 >= IN_A_ROW and step - first >= least:
                 told.add(kind)
         return told
-
-    def state_dict(self) -> State:
-        return {
-            "lasting": {key: list(value) for key, value in self._lasting.items()},
-            "usual": {group: window.state_dict() for group, window in self._usual.items()},
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self._lasting = {key: (first, count) for key, (first, count) in values["lasting"].items()}
-        self._usual = {}
-        for group, kept in values["usual"].items():
-            self._usual[group] = Window(32)
-            self._usual[group].load_state_dict(kept)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
-from ultrathink.core.protocols import State
-from ultrathink.orchestrator.detectors.base import Baseline
+from ultrathink.orchestrator.detectors.base import Baseline, Detector
 from ultrathink.orchestrator.events import Finding
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.windows import Window, median
@@ -25,8 +23,10 @@ AT_ONCE = 0.5  # of that growth, from one block to the next
 GROWN = 10.0  # times what most of the last blocks were at least: growth that no step shows
 
 
-class GradientNorm:
+class GradientNorm(Detector):
     """Finds gradients many times as large, or as small, as the median of those before."""
+
+    remembered = ("baseline", "_num_high", "_num_low", "_aside")
 
     def __init__(self) -> None:
         self.baseline = Baseline(level=64, floor=0.05)
@@ -68,9 +68,6 @@ class GradientNorm:
         )
         return [Finding(signals.step, "gradient_vanishing", "medium", message, values=figures)]
 
-    def finish(self) -> list[Finding]:
-        return []
-
     def rewind(self, step: int) -> None:
         self._num_high = self._num_low = 0
         self._aside = []
@@ -88,27 +85,15 @@ class GradientNorm:
         )
         return Finding(step, "gradient_explosion", severity, message, values=figures)
 
-    def state_dict(self) -> State:
-        return {
-            "baseline": self.baseline.state_dict(),
-            "num_high": self._num_high,
-            "num_low": self._num_low,
-            "aside": list(self._aside),
-        }
 
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self.baseline.load_state_dict(values["baseline"])
-        self._num_high, self._num_low = values["num_high"], values["num_low"]
-        self._aside = list(values["aside"])
-
-
-class GradientTrend:
+class GradientTrend(Detector):
     """Finds gradients that have grown tenfold and more over hundreds of steps, none of them far.
 
     Medians of blocks are compared with the lower quartile of the last 64 of them, which gradients
     that were small for a moment do not move.
     """
+
+    remembered = ("_block", "_levels", "_num_grown")
 
     def __init__(self) -> None:
         self._block: list[float] = []
@@ -145,20 +130,5 @@ class GradientTrend:
         )
         return [found]
 
-    def finish(self) -> list[Finding]:
-        return []
-
     def rewind(self, step: int) -> None:
         self._block, self._num_grown = [], 0
-
-    def state_dict(self) -> State:
-        return {
-            "block": list(self._block),
-            "levels": self._levels.state_dict(),
-            "num_grown": self._num_grown,
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self._block, self._num_grown = list(values["block"]), values["num_grown"]
-        self._levels.load_state_dict(values["levels"])

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
 
-from ultrathink.core.protocols import State
-from ultrathink.orchestrator.detectors.base import Baseline
+from ultrathink.orchestrator.detectors.base import Baseline, Detector
 from ultrathink.orchestrator.events import Finding
+from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.windows import Window
 
@@ -33,8 +32,10 @@ START = 16  # observed steps that say where a loss began
 ABOVE_START = (math.log(1.5), 3)  # above the largest of them: in the logarithm, steps in a row
 
 
-class Scale:
+class Scale(Remembers):
     """Maps a loss to what is judged: its logarithm, or itself once one was negative."""
+
+    remembered = ("is_log",)
 
     def __init__(self) -> None:
         self.is_log = True
@@ -54,8 +55,10 @@ class Scale:
         return f"{ratio:.2f} times" if ratio >= 1.1 else f"{ratio - 1:.1%} above"
 
 
-class LossSpike:
+class LossSpike(Detector):
     """Tells a hard batch (one step) from a spike that lasts, and a spike from a divergence."""
+
+    remembered = ("scale", "baseline", "_begin", "_jump", "_peak", "_since")
 
     def __init__(self) -> None:
         self.scale = Scale()
@@ -169,30 +172,15 @@ class LossSpike:
     def _end(self) -> None:
         self._begin, self._jump, self._peak, self._since = None, 0.0, 0.0, []
 
-    def state_dict(self) -> State:
-        return {
-            "is_log": self.scale.is_log,
-            "baseline": self.baseline.state_dict(),
-            "begin": self._begin,
-            "jump": self._jump,
-            "peak": self._peak,
-            "since": list(self._since),
-        }
 
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self.scale.is_log = values["is_log"]
-        self.baseline.load_state_dict(values["baseline"])
-        self._begin, self._jump = values["begin"], values["jump"]
-        self._peak, self._since = values["peak"], list(values["since"])
-
-
-class AboveStart:
+class AboveStart(Detector):
     """Finds a loss far above all of the first ones, several steps in a row.
 
     A model worse than before training needs no long baseline. What the first losses vary by is
     told by the largest rise from one to the next: a loss falls steeply then.
     """
+
+    remembered = ("_start", "_above", "_since")
 
     def __init__(self) -> None:
         self._start: list[float] = []
@@ -232,17 +220,11 @@ class AboveStart:
         figures = {"loss": loss, "start": start}
         return [Finding(step, "divergence", severity, message, self._since, values=figures)]
 
-    def state_dict(self) -> State:
-        return {"start": list(self._start), "above": list(self._above), "since": self._since}
 
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self._start, self._above = list(values["start"]), list(values["above"])
-        self._since = values["since"]
-
-
-class Divergence:
+class Divergence(Detector):
     """Finds a loss that rises without a jump: block by block, far above its best block."""
+
+    remembered = ("scale", "_block", "_levels", "_ends", "_spreads", "_num_risen")
 
     def __init__(self) -> None:
         self.scale = Scale()
@@ -271,9 +253,6 @@ class Divergence:
         self._ends.add(signals.step)
         self._spreads.add((block[-quarter] - block[quarter - 1]) / 1.349)
         return findings
-
-    def finish(self) -> list[Finding]:
-        return []
 
     def rewind(self, step: int) -> None:
         self._block, self._num_risen = [], 0
@@ -306,27 +285,11 @@ class Divergence:
             Finding(step, "divergence", severity, message, begin, values=figures, pause=4 * BLOCK)
         ]
 
-    def state_dict(self) -> State:
-        return {
-            "is_log": self.scale.is_log,
-            "block": list(self._block),
-            "levels": self._levels.state_dict(),
-            "ends": self._ends.state_dict(),
-            "spreads": self._spreads.state_dict(),
-            "num_risen": self._num_risen,
-        }
 
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self.scale.is_log = values["is_log"]
-        self._block, self._num_risen = list(values["block"]), values["num_risen"]
-        self._levels.load_state_dict(values["levels"])
-        self._ends.load_state_dict(values["ends"])
-        self._spreads.load_state_dict(values["spreads"])
-
-
-class NonFinite:
+class NonFinite(Detector):
     """Finds losses and gradient norms that are NaN or infinite."""
+
+    remembered = ("_in_a_row",)
 
     SIGNALS = (("loss", "the loss"), ("val_loss", "the validation loss"), ("grad_norm", "the norm"))
 
@@ -356,15 +319,5 @@ class NonFinite:
             )
         return findings
 
-    def finish(self) -> list[Finding]:
-        return []
-
     def rewind(self, step: int) -> None:
         self._in_a_row = {}
-
-    def state_dict(self) -> State:
-        return {"in_a_row": dict(self._in_a_row)}
-
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self._in_a_row = dict(values["in_a_row"])

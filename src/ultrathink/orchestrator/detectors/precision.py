@@ -7,9 +7,7 @@ gradients that overflow at any scale, or that vanish once the scale is low.
 
 from __future__ import annotations
 
-from typing import Any
-
-from ultrathink.core.protocols import State
+from ultrathink.orchestrator.detectors.base import Detector
 from ultrathink.orchestrator.events import Finding
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.windows import Window
@@ -20,8 +18,10 @@ LOWEST = 1.0
 MANY = 0.2  # of the steps
 
 
-class LossScale:
+class LossScale(Detector):
     """Follows the loss scale: its search at the beginning, its falls, and underflow."""
+
+    remembered = ("_scales", "_first_step", "_last", "_calibrated", "_is_told")
 
     def __init__(self) -> None:
         self._scales = Window(64)
@@ -65,30 +65,14 @@ class LossScale:
             text += "; a dynamic scale is tried too high now and then, which is not told again"
         return [Finding(step, "fp16_overflow", severity, text, values=figures)]
 
-    def finish(self) -> list[Finding]:
-        return []
-
     def rewind(self, step: int) -> None:
         self._last = None
 
-    def state_dict(self) -> State:
-        return {
-            "scales": self._scales.state_dict(),
-            "first_step": self._first_step,
-            "last": self._last,
-            "calibrated": self._calibrated,
-            "is_told": self._is_told,
-        }
 
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self._scales.load_state_dict(values["scales"])
-        self._first_step, self._last = values["first_step"], values["last"]
-        self._calibrated, self._is_told = values["calibrated"], values["is_told"]
-
-
-class SkippedSteps:
+class SkippedSteps(Detector):
     """Finds stretches in which many steps are left out; single ones are told as information."""
+
+    remembered = ("_steps", "_counts", "_first_step")
 
     def __init__(self) -> None:
         self._steps = Window(9)
@@ -122,22 +106,6 @@ class SkippedSteps:
         figures = {"skipped": num_skipped, "steps": num_steps}
         return [Finding(signals.step, "skipped_steps", severity, message, values=figures)]
 
-    def finish(self) -> list[Finding]:
-        return []
-
     def rewind(self, step: int) -> None:
         self._steps.clear()
         self._counts.clear()
-
-    def state_dict(self) -> State:
-        return {
-            "steps": self._steps.state_dict(),
-            "counts": self._counts.state_dict(),
-            "first_step": self._first_step,
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self._steps.load_state_dict(values["steps"])
-        self._counts.load_state_dict(values["counts"])
-        self._first_step = values["first_step"]

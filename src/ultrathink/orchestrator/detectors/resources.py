@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
-from ultrathink.core.protocols import State
+from ultrathink.orchestrator.detectors.base import Detector
 from ultrathink.orchestrator.events import Finding
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.windows import Window, median
@@ -27,8 +26,10 @@ WAITING = 0.3  # of a step's time
 IN_A_ROW = 8
 
 
-class Memory:
+class Memory(Detector):
     """Finds memory that is nearly used up, that keeps growing, or is reserved and not in use."""
+
+    remembered = ("_used", "_num_steps", "_num_fragmented")
 
     def __init__(self) -> None:
         self._used = Window(LEAK_SPANS * LEAK_SPAN)
@@ -54,9 +55,6 @@ class Memory:
         if reserved:
             findings += self._fragmentation(signals.step, used, reserved, limit)
         return findings
-
-    def finish(self) -> list[Finding]:
-        return []
 
     def rewind(self, step: int) -> None:
         self._used.clear()
@@ -97,21 +95,11 @@ class Memory:
         figures = {"memory": used, "reserved": reserved}
         return [Finding(step, "memory_fragmentation", "medium", text, values=figures)]
 
-    def state_dict(self) -> State:
-        return {
-            "used": self._used.state_dict(),
-            "num_steps": self._num_steps,
-            "num_fragmented": self._num_fragmented,
-        }
 
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self._used.load_state_dict(values["used"])
-        self._num_steps, self._num_fragmented = values["num_steps"], values["num_fragmented"]
-
-
-class Throughput:
+class Throughput(Detector):
     """Finds a speed that falls for good, single steps that stall, and a loader that starves."""
+
+    remembered = ("_times", "_num_waiting")
 
     def __init__(self) -> None:
         self._times = Window(USUAL + RECENT)  # relative: only ratios count
@@ -134,9 +122,6 @@ class Throughput:
                     Finding(signals.step, "starving_loader", "medium", text, values=figures)
                 )
         return findings
-
-    def finish(self) -> list[Finding]:
-        return []
 
     def rewind(self, step: int) -> None:
         self._num_waiting = 0
@@ -161,11 +146,3 @@ class Throughput:
             text = f"one step took {taken / usual:.0f} times as long as usual"
             return [Finding(step, "slow_step", "info", text, values={"ratio": taken / usual})]
         return []
-
-    def state_dict(self) -> State:
-        return {"times": self._times.state_dict(), "num_waiting": self._num_waiting}
-
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self._times.load_state_dict(values["times"])
-        self._num_waiting = values["num_waiting"]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ultrathink.core.protocols import State
+from ultrathink.orchestrator.detectors.base import Detector
 from ultrathink.orchestrator.events import Finding
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.windows import Window, deviation, median
@@ -29,7 +28,7 @@ SWING = 3.0  # times the usual spread
 REGULAR = 0.5  # correlation of the loss with itself half a period or a period later
 
 
-class Plateau:
+class Plateau(Detector):
     """Finds a loss that fell clearly and has stopped to.
 
     Three spans of steps side by side: the fall from the first to the second promises one at least
@@ -38,6 +37,8 @@ class Plateau:
     epoch or where a learning rate is lowered, promises nothing; nor does the first one of a run, to
     the loss of knowing how frequent each token is.
     """
+
+    remembered = ("_losses", "_rates", "_num_steps")
 
     def __init__(self) -> None:
         self._losses = Window(3 * SPAN)
@@ -74,9 +75,6 @@ class Plateau:
         figures = {"loss": loss, "fell": fell, "fallen": fallen, "error": error}
         return [Finding(signals.step, "plateau", "medium", message, values=figures, pause=SPAN)]
 
-    def finish(self) -> list[Finding]:
-        return []
-
     def rewind(self, step: int) -> None:
         self._losses.clear()
         self._rates.clear()
@@ -87,22 +85,11 @@ class Plateau:
             np.median(rates[-SPAN:]) < RATE_CUT * np.median(rates[:SPAN])
         )
 
-    def state_dict(self) -> State:
-        return {
-            "losses": self._losses.state_dict(),
-            "rates": self._rates.state_dict(),
-            "num_steps": self._num_steps,
-        }
 
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self._losses.load_state_dict(values["losses"])
-        self._rates.load_state_dict(values["rates"])
-        self._num_steps = values["num_steps"]
-
-
-class RateLoss:
+class RateLoss(Detector):
     """Finds a learning rate that falls to next to nothing at once, and stays there."""
+
+    remembered = ("_last", "_before", "_begin", "_count")
 
     def __init__(self) -> None:
         self._last: float | None = None
@@ -131,32 +118,18 @@ class RateLoss:
         found = Finding(signals.step, "plateau", "medium", message, self._begin, values=figures)
         return [found]
 
-    def finish(self) -> list[Finding]:
-        return []
-
     def rewind(self, step: int) -> None:
         self._last, self._count = None, 0
 
-    def state_dict(self) -> State:
-        return {
-            "last": self._last,
-            "before": self._before,
-            "begin": self._begin,
-            "count": self._count,
-        }
 
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self._last, self._before = values["last"], values["before"]
-        self._begin, self._count = values["begin"], values["count"]
-
-
-class Oscillation:
+class Oscillation(Detector):
     """Finds a loss that swings to and fro far more widely than it used to, and regularly.
 
     Over the last 64 steps, trend taken out: a robust spread several times that of the spans before,
     and an autocorrelation that is strongly negative at some lag and positive at twice that lag.
     """
+
+    remembered = ("_losses", "_spreads", "_num_steps")
 
     def __init__(self) -> None:
         self._losses = Window(2 * SPAN)
@@ -191,24 +164,8 @@ class Oscillation:
         self._spreads.add(spread)
         return []
 
-    def finish(self) -> list[Finding]:
-        return []
-
     def rewind(self, step: int) -> None:
         self._losses.clear()
-
-    def state_dict(self) -> State:
-        return {
-            "losses": self._losses.state_dict(),
-            "spreads": self._spreads.state_dict(),
-            "num_steps": self._num_steps,
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self._losses.load_state_dict(values["losses"])
-        self._spreads.load_state_dict(values["spreads"])
-        self._num_steps = values["num_steps"]
 
 
 def _without_outliers(values: Floats) -> Floats:

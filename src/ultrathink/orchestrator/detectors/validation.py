@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ultrathink.core.protocols import State
-from ultrathink.orchestrator.detectors.base import Baseline, Rhythm
+from ultrathink.orchestrator.detectors.base import Baseline, Detector, Rhythm
 from ultrathink.orchestrator.events import Finding
+from ultrathink.orchestrator.remembering import PerName
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.windows import Window, deviation
 
@@ -27,17 +26,28 @@ BLOCK = 16  # observed steps, of which a source's median loss is taken
 DROP = (0.1, 6.0)  # of an accuracy: share of its level, standard deviations
 
 
-class Overfitting:
+class Overfitting(Detector):
     """Finds a validation loss that keeps rising while the training loss falls.
 
     The mean of the last validations must be clear of the best one, given what validations vary by
     and that the best of many is low by chance.
     """
 
+    remembered = (
+        "_best",
+        "_best_step",
+        "_train_then",
+        "_last",
+        "_num_seen",
+        "_num_worse",
+        "_train",
+        "_since",
+    )
+
     def __init__(self) -> None:
-        self._best = math.inf
+        self._best: float | None = None
         self._best_step = 0
-        self._train_then = math.nan  # the training loss about the best validation
+        self._train_then: float | None = None  # the training loss about the best validation
         self._last = Window(32)
         self._num_seen = 0
         self._num_worse = 0
@@ -55,12 +65,13 @@ class Overfitting:
         self._last.add(loss)
         self._num_seen += 1
         now = self._train.median()
-        if loss <= self._best:
-            self._best, self._best_step, self._train_then = loss, signals.step, now
+        if self._best is None or loss <= self._best:
+            self._best, self._best_step = loss, signals.step
+            self._train_then = None if math.isnan(now) else now
             self._num_worse = 0
             return []
         self._num_worse += 1
-        if now > self._train_then:
+        if self._train_then is not None and now > self._train_then:
             return []
         last = self._last.values
         error = noise(last)
@@ -86,32 +97,8 @@ class Overfitting:
         found = Finding(signals.step, "overfitting", severity, message, begin, values=figures)
         return [replace(found, pause=pause)]
 
-    def finish(self) -> list[Finding]:
-        return []
-
     def rewind(self, step: int) -> None:
         self._num_worse = 0
-
-    def state_dict(self) -> State:
-        return {
-            "best": self._best if math.isfinite(self._best) else None,
-            "best_step": self._best_step,
-            "train_then": self._train_then if math.isfinite(self._train_then) else None,
-            "last": self._last.state_dict(),
-            "num_seen": self._num_seen,
-            "num_worse": self._num_worse,
-            "train": self._train.state_dict(),
-            "since": self._since.since,
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self._best = math.inf if values["best"] is None else values["best"]
-        self._train_then = math.nan if values["train_then"] is None else values["train_then"]
-        self._last.load_state_dict(values["last"])
-        self._best_step, self._num_worse = values["best_step"], values["num_worse"]
-        self._num_seen, self._since.since = values["num_seen"], values["since"]
-        self._train.load_state_dict(values["train"])
 
 
 def noise(values: npt.NDArray[np.float64]) -> float:
@@ -122,14 +109,16 @@ def noise(values: npt.NDArray[np.float64]) -> float:
     return deviation(bends) / math.sqrt(20) * (1 + UNSURE / len(bends))
 
 
-class Forgetting:
+class Forgetting(Detector):
     """Finds a source whose loss rises far above its best while the loss of another falls."""
+
+    remembered = ("_blocks", "_levels", "_errors", "_since")
 
     def __init__(self) -> None:
         self._blocks: dict[str, list[float]] = {}
-        self._levels: dict[str, Window] = {}
+        self._levels = PerName(lambda: Window(64))
         self._errors: dict[str, float] = {}
-        self._since: dict[str, Rhythm] = {}
+        self._since = PerName(Rhythm)
 
     def observe(self, signals: Signals) -> list[Finding]:
         findings = []
@@ -146,9 +135,6 @@ class Forgetting:
                     findings += self._judge(signals.step, prefix, source)
         return findings
 
-    def finish(self) -> list[Finding]:
-        return []
-
     def rewind(self, step: int) -> None:
         self._blocks = {}
 
@@ -156,14 +142,14 @@ class Forgetting:
         block = sorted(self._blocks.pop(name))
         middle = len(block) // 2
         level = block[middle] if len(block) % 2 else (block[middle - 1] + block[middle]) / 2
-        levels = self._levels.setdefault(name, Window(64))
+        levels = self._levels[name]
         levels.add(level)
         values = levels.values
         if len(values) >= 4:  # what neighbours differ by, which a trend hardly changes
             self._errors[name] = deviation(values[1:] - values[:-1]) / math.sqrt(2)
 
     def _judge(self, step: int, prefix: str, source: str) -> list[Finding]:
-        pause = self._since.setdefault(prefix + source, Rhythm()).pause()
+        pause = self._since[prefix + source].pause()
         values = self._levels[prefix + source].values
         if len(values) < 6:
             return []
@@ -188,27 +174,11 @@ class Forgetting:
         found = Finding(step, "forgetting", "medium", message, subject=source, values=figures)
         return [replace(found, pause=pause)]
 
-    def state_dict(self) -> State:
-        return {
-            "blocks": {name: list(block) for name, block in self._blocks.items()},
-            "levels": {name: window.state_dict() for name, window in self._levels.items()},
-            "errors": dict(self._errors),
-            "since": {name: rhythm.since for name, rhythm in self._since.items()},
-        }
 
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        self._blocks = {name: list(block) for name, block in values["blocks"].items()}
-        self._levels = {}
-        for name, kept in values["levels"].items():
-            self._levels[name] = Window(64)
-            self._levels[name].load_state_dict(kept)
-        self._errors = dict(values["errors"])
-        self._since = {name: Rhythm(since) for name, since in values["since"].items()}
-
-
-class AccuracyDrop:
+class AccuracyDrop(Detector):
     """Finds an accuracy that falls far below its level and stays there for a second step."""
+
+    remembered = ("_baselines", "_num_low", "_since")
 
     NAMES = ("accuracy", "val_accuracy")
 
@@ -245,24 +215,7 @@ class AccuracyDrop:
                 self._num_low[name] = 0
         return findings
 
-    def finish(self) -> list[Finding]:
-        return []
-
     def rewind(self, step: int) -> None:
         self._num_low = dict.fromkeys(self.NAMES, 0)
         for baseline in self._baselines.values():
             baseline.rewind(step)
-
-    def state_dict(self) -> State:
-        return {
-            "baselines": {name: kept.state_dict() for name, kept in self._baselines.items()},
-            "num_low": dict(self._num_low),
-            "since": {name: rhythm.since for name, rhythm in self._since.items()},
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        values: dict[str, Any] = dict(state)
-        for name, kept in values["baselines"].items():
-            self._baselines[name].load_state_dict(kept)
-        self._num_low = dict(values["num_low"])
-        self._since = {name: Rhythm(since) for name, since in values["since"].items()}

@@ -1,0 +1,70 @@
+"""State that is named in one place: what is written to a checkpoint is what is read from it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+from ultrathink.core.protocols import State, Stateful
+
+Kept = TypeVar("Kept", bound=Stateful)
+
+
+class Remembers:
+    """Something whose state is the attributes that ``remembered`` names.
+
+    They are numbers, texts, None, lists and dictionaries of those, or objects with a state of their
+    own, also as the values of a dictionary that is there from the beginning.
+    """
+
+    remembered: ClassVar[tuple[str, ...]]
+
+    def state_dict(self) -> State:
+        """What to remember over a restart."""
+        return {name.lstrip("_"): _saved(getattr(self, name)) for name in self.remembered}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go back to what ``state_dict`` returned."""
+        for name in self.remembered:
+            setattr(self, name, _restored(getattr(self, name), state[name.lstrip("_")]))
+
+
+class PerName(dict[str, Kept]):
+    """Objects with a state, made when a name is first asked for."""
+
+    def __init__(self, make: Callable[[], Kept]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, name: str) -> Kept:
+        made = self[name] = self._make()
+        return made
+
+    def state_dict(self) -> State:
+        """What to remember over a restart."""
+        return {name: value.state_dict() for name, value in self.items()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go back to what ``state_dict`` returned."""
+        values: dict[str, Any] = dict(state)
+        self.clear()
+        for name, kept in values.items():
+            self[name].load_state_dict(kept)
+
+
+def _saved(value: Any) -> Any:
+    if isinstance(value, Stateful):
+        return value.state_dict()
+    if isinstance(value, dict):
+        return {name: _saved(kept) for name, kept in value.items()}
+    return copy.deepcopy(value)
+
+
+def _restored(value: Any, kept: Any) -> Any:
+    if isinstance(value, Stateful):
+        value.load_state_dict(kept)
+        return value
+    if isinstance(value, dict):
+        return {name: _restored(value.get(name), one) for name, one in kept.items()}
+    return copy.deepcopy(kept)

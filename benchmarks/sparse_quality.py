@@ -1,13 +1,15 @@
 """What experts are worth: a dense model, 8 experts and MoE³ at equal work and in equal time.
 
-    python benchmarks/sparse_quality.py --steps 600 --minutes 3
-    python benchmarks/sparse_quality.py --only dense moe3 --seeds 0 1 2 --json
+    python benchmarks/sparse_quality.py --processes 2
+    python benchmarks/sparse_quality.py --shape demo --steps 600 --minutes 3
+    python benchmarks/sparse_quality.py --only dense MoE3 --seeds 0 1 2 --json
 
-All are the preset `demo` with other feed-forward layers: dense of width 1024; 8 experts of 512,
-top-2; MoE³ (knowledge 64 top-2, skill 32 top-2, meta 16 top-1, safety 8 top-1) of width 160. A
-token meets as many weights in each, routers included, within three per cent. At equal work they
-train on as many tokens; in equal time for as many minutes, compilation included. Bits per byte are
-those of all held-out files.
+All are the preset `demo` with other feed-forward layers, in its own size or a small one (hidden
+size 128, three layers): dense; 8 experts of a quarter of that width, top-2, beside a shared one of
+half; MoE³ (knowledge 64 top-2, skill 32 top-2, meta 16 top-1, safety 8 top-1) beside a smaller
+shared one. Gates are scaled by 2. A token takes as many FLOPs in each, routers included, within
+half a per cent. At equal work they train on as many tokens; in equal time for as many minutes,
+compilation included. Bits per byte are those of all held-out files.
 """
 
 from __future__ import annotations
@@ -21,32 +23,41 @@ from training_runs import train_all
 
 from ultrathink.core.errors import UltrathinkError, suggestion
 
-_EIGHT = "[{name: experts, num_experts: 8, top_k: 2}]"
-_MOE3 = (
-    "[{name: knowledge, num_experts: 64, top_k: 2}, {name: skill, num_experts: 32, top_k: 2}, "
-    "{name: meta, num_experts: 16, top_k: 1}, {name: safety, num_experts: 8, top_k: 1}]"
-)
-MODELS: dict[str, list[str]] = {
-    "dense": [],
-    "8 experts": [f"model.moe={{groups: {_EIGHT}, intermediate_size: 512}}"],
-    "MoE3": [f"model.moe={{groups: {_MOE3}, intermediate_size: 160}}"],
-    "8 experts, AdamW": [
-        f"model.moe={{groups: {_EIGHT}, intermediate_size: 512}}",
-        "training.optimizer.experts=adamw",
-    ],
-    "MoE3, AdamW": [
-        f"model.moe={{groups: {_MOE3}, intermediate_size: 160}}",
-        "training.optimizer.experts=adamw",
-    ],
+GROUPS = {
+    "8 experts": "[{name: experts, num_experts: 8, top_k: 2}]",
+    "MoE3": "[{name: knowledge, num_experts: 64, top_k: 2}, {name: skill, num_experts: 32, "
+    "top_k: 2}, {name: meta, num_experts: 16, top_k: 1}, {name: safety, num_experts: 8, top_k: 1}]",
 }
+MODELS = ("dense", *GROUPS)
+SHAPES: dict[str, tuple[str, ...]] = {
+    "small": ("hidden_size=128", "num_layers=3", "num_heads=4", "intermediate_size=256"),
+    "demo": (),
+}
+WIDTHS = {  # of each expert, and of the one that every token meets
+    ("small", "8 experts"): (64, 128),
+    ("small", "MoE3"): (24, 56),
+    ("demo", "8 experts"): (256, 512),
+    ("demo", "MoE3"): (96, 384),
+}
+
+
+def model_overrides(shape: str, name: str) -> list[str]:
+    """What makes the preset `demo` one of the models in one of the shapes."""
+    found = [f"model.{option}" for option in SHAPES[shape]]
+    if name in GROUPS:
+        width, shared = WIDTHS[shape, name]
+        widths = f"intermediate_size: {width}, shared_size: {shared}"
+        found.append(f"model.moe={{groups: {GROUPS[name]}, {widths}, gate_scale: 2}}")
+    return found
 
 
 def main() -> None:
     """Run every model with every seed, both ways, and print what came out."""
     options = parser(__doc__)
+    options.add_argument("--shape", choices=list(SHAPES), default="small")
     options.add_argument("--only", nargs="*", default=list(MODELS), metavar="MODEL")
     options.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    options.add_argument("--steps", type=int, default=600, help="for equal work; 0 leaves it out")
+    options.add_argument("--steps", type=int, default=2500, help="for equal work; 0 leaves it out")
     options.add_argument("--minutes", type=float, default=3, help="in equal time; 0 leaves it out")
     options.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for all runs")
     options.add_argument("--processes", type=int, default=1, help="runs at a time")
@@ -65,7 +76,7 @@ def main() -> None:
         f"{way}, {name}, seed {seed}": [
             *length,
             f"run.seed={seed}",
-            *MODELS[name],
+            *model_overrides(args.shape, name),
             *args.set,
         ]
         for seed in args.seeds  # those that are compared run one after the other
@@ -75,6 +86,7 @@ def main() -> None:
     done = train_all(runs, preset="demo", processes=args.processes, verbose=not args.quiet)
     result = {
         "benchmark": "sparse_quality",
+        "shape": args.shape,
         "steps": args.steps,
         "minutes": args.minutes,
         "seeds": args.seeds,

@@ -144,6 +144,20 @@ def test_a_run_folder(tmp_path: Path) -> None:
     assert not any(name.startswith("experts/") for name in third.values)
 
 
+def test_alarms_that_a_run_raised_itself_are_counted(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo")
+    spike = {"step": 2, "began": 1, "kind": "loss_spike", "subject": "", "severity": "medium"}
+    graver, slow = {**spike, "severity": "high"}, {**spike, "kind": "slow_step", "severity": "info"}
+    log = open_log(run)
+    notes = []
+    for lines in ([slow], [slow, spike, graver]):
+        write_lines(run / "events.jsonl", lines)
+        list(log.signals())
+        notes.append(log.notes)
+    assert notes[0] == []
+    assert "raised 1 alarm: events.jsonl" in notes[1][0]
+
+
 def test_a_run_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(tmp_path / "runs/demo")
     monkeypatch.chdir(tmp_path)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ultrathink.core.errors import CheckpointError
+from ultrathink.orchestrator.events import ALARM, SEVERITIES
 from ultrathink.orchestrator.logs.json_lines import JsonReader, our_rows, parse_object
 from ultrathink.orchestrator.logs.line_log import LineLog
 from ultrathink.orchestrator.logs.log import Log, LogSignals, News
 from ultrathink.orchestrator.logs.tail import Tail, all_lines
 from ultrathink.runs.reading import config_tree
 
-METRICS_FILE, EXPERTS_FILE = "metrics.jsonl", "experts.jsonl"
+METRICS_FILE, EXPERTS_FILE, EVENTS_FILE = "metrics.jsonl", "experts.jsonl", "events.jsonl"
 _Summary = Callable[[Iterable[float]], float]
 
 
@@ -64,7 +65,7 @@ class RunLog(Log):
             experts = _figures_by_step(lines)
         for signals in self._metrics.signals():
             yield _joined(signals, experts)
-        self.notes = self._metrics.notes
+        self.notes = [*self._metrics.notes, *_told_while_training(self.path)]
 
     def poll(self) -> News:
         """What was appended to either file; figures of experts that come late come alone."""
@@ -110,6 +111,18 @@ def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
         figures[f"experts/{group}/dropped_share"] = dropped / max(1.0, float(sum(loads)))
         figures[f"experts/{group}/even_load"] = float(sum(loads)) / max(1, len(loads))
     return figures
+
+
+def _told_while_training(folder: Path) -> list[str]:
+    """How many alarms the run itself raised: it saw the steps between the logged ones too."""
+    told = set()
+    with suppress(FileNotFoundError):
+        for line, _ in all_lines(folder / EVENTS_FILE):
+            event = parse_object(line) or {}
+            if event.get("severity") in SEVERITIES[ALARM:]:
+                told.add((event.get("kind"), event.get("subject"), event.get("began")))
+    alarms = f"{len(told):,} alarm{'' if len(told) == 1 else 's'}"
+    return [f"It saw every step as it trained, and raised {alarms}: {EVENTS_FILE}"] if told else []
 
 
 def _figures_by_step(lines: Iterable[str]) -> dict[int, dict[str, float]]:

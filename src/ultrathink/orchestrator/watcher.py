@@ -134,8 +134,9 @@ class Watcher:
         """Go back to what ``state_dict`` returned."""
         values: dict[str, Any] = dict(state)
         for detector in self.detectors:
-            kept = values["detectors"].get(type(detector).__name__)
-            if kept is not None:  # a detector that is new since then begins afresh
+            kept = values["detectors"].get(type(detector).__name__, {})
+            # One that is new since then, or remembers other things now, begins afresh.
+            if kept.keys() == detector.state_dict().keys():
                 detector.load_state_dict(kept)
         self._incidents.load_state_dict(values["incidents"])
         self._phases.load_state_dict(values["phases"])

@@ -247,6 +247,22 @@ def test_every_detector_is_watched_by_and_remembers() -> None:
     assert set(names) == set(watcher.state_dict()["detectors"])  # type: ignore[arg-type]
 
 
+def test_a_detector_that_remembers_other_things_now_begins_afresh() -> None:
+    watcher, other = watched(troubled(0), end=False), Watcher()
+    state: Any = json.loads(json.dumps(watcher.state_dict()))
+    state["detectors"]["LossSpike"]["of_an_older_version"] = state["detectors"]["LossSpike"].pop(
+        "scale"
+    )
+    del state["detectors"]["Memory"]
+    other.load_state_dict(state)
+    found, new = other.state_dict()["detectors"], Watcher().state_dict()["detectors"]
+    assert isinstance(found, dict)
+    assert isinstance(new, dict)
+    for name in found:
+        is_known = name not in ("LossSpike", "Memory")
+        assert found[name] == (state["detectors"] if is_known else new)[name]
+
+
 def test_the_forecast_is_for_the_end_of_the_budget() -> None:
     run = list(signals({"loss": steady(1000)}))
     watcher = Watcher(total_steps=3000)

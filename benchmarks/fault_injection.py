@@ -113,7 +113,7 @@ class Injection:
     def _wrap_stepper(self, fault: Fault) -> None:
         stepper, moment = self._trainer.stepper, self.moment
         inner_losses = stepper.losses
-        take_step, learning_rate = stepper.take_step, stepper.learning_rate
+        take_step = stepper.take_step
 
         def losses(input_ids: Tensor, *rest: Any) -> Sums:
             if not self._is_active:
@@ -127,16 +127,12 @@ class Injection:
         ) -> StepResult:
             return take_step(batch, settings, lr_factor * self._lr_factor(), **rest)
 
-        def faulty_rate(settings: LiveSettings, lr_factor: float) -> float:
-            return learning_rate(settings, lr_factor * self._lr_factor())
-
         def update(*_: Any) -> None:
             if self._is_active:
                 fault.before_update(moment)
 
         stepper.losses = losses
         stepper.take_step = faulty_step  # type: ignore[method-assign]
-        stepper.learning_rate = faulty_rate  # type: ignore[method-assign]
         stepper.optimizers[0].register_step_pre_hook(update)
         for name, parameter in moment.model.named_parameters():
             parameter.register_hook(self._gradient_hook(fault, name))

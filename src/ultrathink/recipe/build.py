@@ -247,7 +247,9 @@ def assemble(
         training=training,
         run=run,
         settings=LiveSettings(
-            clip=training.clip, micro_batch_size=largest_divisor(share, training.micro_batch_size)
+            clip=training.clip,
+            micro_batch_size=largest_divisor(share, training.micro_batch_size),
+            eval_every=training.eval.every_steps,
         ),
         device=choices.device,
         callbacks=[

@@ -42,7 +42,7 @@ class StepReport:
     loss: float  # mean cross-entropy over the step's trained tokens, nats
     aux_losses: dict[str, float]  # each as a mean over the step's trained tokens
     grad_norm: float  # before clipping
-    lr: float
+    lr: float  # as the optimizer had it
     num_tokens: int  # trained tokens of this step
     tokens: int  # positions seen since the run began
     seconds: float
@@ -51,6 +51,7 @@ class StepReport:
     data_wait: float = 0.0  # seconds of them until the batch was there
     timing: dict[str, float] = field(default_factory=dict)  # of several processes, now and then
     norms: dict[str, float] = field(default_factory=dict)  # by layer, in steps that are logged
+    scheduled_lr: float | None = None  # as it should be, factors that were asked for included
     experts: ExpertStatistics | None = None  # of this step's tokens, in steps that are logged
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import ConfigError
-from ultrathink.training.control import Change
+from ultrathink.training.control import Change, Request
+from ultrathink.training.memory import memory_in_use
+from ultrathink.training.optimizers import set_option
 
 if TYPE_CHECKING:
     from ultrathink.training.trainer import Trainer
@@ -16,8 +22,12 @@ if TYPE_CHECKING:
 Apply = Callable[["Trainer", Any], tuple[Any, Any]]
 
 
-def apply_change(trainer: Trainer, setting: str, value: Any, reason: str) -> Change | None:
+_PAUSE_S = 0.1  # between looks at whether anything was asked for
+
+
+def apply_change(trainer: Trainer, request: Request) -> Change | None:
     """Apply one request at a step boundary; returns its record, where it changes anything."""
+    setting, value, reason, decision = request
     if setting == "snapshot":
         trainer.snapshots[value] = trainer.copied_state()
         return None
@@ -27,7 +37,9 @@ def apply_change(trainer: Trainer, setting: str, value: Any, reason: str) -> Cha
     before, after = _APPLY[setting](trainer, value)
     if setting == "routing":
         setting = f"routing.{value[0]}"
-    return Change(trainer.progress.step, setting, before, after, reason)
+    if setting == "optimizer_param":
+        setting = f"optimizer.{value[0]}"
+    return Change(trainer.progress.step, setting, before, after, reason, decision)
 
 
 def _live_setting(name: str) -> Apply:
@@ -37,6 +49,49 @@ def _live_setting(name: str) -> Apply:
         return before, value
 
     return apply
+
+
+def _lr_factor(trainer: Trainer, value: tuple[float, int | None]) -> tuple[float, float]:
+    settings, step = trainer.settings, trainer.progress.step
+    before = settings.lr_factor_at(step + 1)
+    settings.lr_factor, settings.lr_eases_over = value
+    settings.lr_eases_from = step + 1
+    return before, settings.lr_factor
+
+
+def _optimizer_param(trainer: Trainer, value: tuple[str, Any]) -> tuple[Any, Any]:
+    """Set an option in every group of every optimizer that has it."""
+    name, new = value
+    before = set_option(trainer.stepper.optimizers, name, new)
+    kept = trainer.settings.optimizer_params
+    trainer.settings.optimizer_params = {**kept, name: [kept.get(name, [before])[0], new]}
+    return before, new
+
+
+def _reset_schedule(trainer: Trainer, _: None) -> tuple[int, int]:
+    assert trainer.budget is not None
+    before = trainer.settings.schedule_start
+    trainer.settings.schedule_start = trainer.progress.step
+    trainer.settings.schedule_ceiling = 1.0
+    trainer.set_budget(trainer.budget)
+    return before, trainer.settings.schedule_start
+
+
+def _clear_memory(trainer: Trainer, _: None) -> tuple[float, float]:
+    """Returns GiB in use."""
+    before = memory_in_use()["memory"]
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return before, memory_in_use()["memory"]
+
+
+def _pause(trainer: Trainer, seconds: float) -> tuple[float, float]:
+    """Returns the seconds asked for and waited; a run of several processes waits together."""
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) < seconds and not trainer.control.num_waiting:
+        time.sleep(min(_PAUSE_S, seconds - waited))
+    return seconds, time.monotonic() - began
 
 
 def _micro_batch_size(trainer: Trainer, size: int) -> tuple[int, int]:
@@ -79,6 +134,8 @@ def _restore(trainer: Trainer, key: int) -> tuple[int, int]:
     before = trainer.progress.step
     trainer.saving.settle()
     trainer.load_state_dict(trainer.snapshots[key])
+    assert trainer.budget is not None
+    trainer.set_budget(trainer.budget)  # the schedule follows from the settings of then
     step = trainer.progress.step
     if trainer.world.is_main:
         trainer.run.remove_after(step)
@@ -98,7 +155,13 @@ def _stop(trainer: Trainer, _: None) -> tuple[None, str]:
 
 
 _APPLY: dict[str, Apply] = {
-    "lr_factor": _live_setting("lr_factor"),
+    "lr_factor": _lr_factor,
+    "lr_correction": _live_setting("lr_correction"),
+    "optimizer_param": _optimizer_param,
+    "schedule": _reset_schedule,
+    "eval_every": _live_setting("eval_every"),
+    "clear_memory": _clear_memory,
+    "pause": _pause,
     "weight_decay": _live_setting("weight_decay"),
     "clip": _live_setting("clip"),
     "micro_batch_size": _micro_batch_size,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple, Protocol
 
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.protocols import State
@@ -18,19 +19,32 @@ class LiveSettings:
     """What may change during a run; part of every checkpoint."""
 
     lr_factor: float = 1.0
+    lr_eases_from: int = 0  # from this step on the factor returns to 1 ...
+    lr_eases_over: int | None = None  # ... over so many steps; None: it stays
+    lr_correction: float = 1.0  # makes up for a rate that is not what was asked for
+    optimizer_params: dict[str, Any] = field(default_factory=dict)  # name: as configured, as it is
     weight_decay: float | None = None  # None: as configured
     clip: float | None = None
     micro_batch_size: int = 1
     # What a resume with another schedule or length leaves behind, so that the rate never jumps up.
     schedule_start: int = 0  # the schedule begins after this step
     schedule_ceiling: float = 1.0  # largest factor that the schedule may give
+    eval_every: int | None = None  # steps between validations
+
+    def lr_factor_at(self, step: int) -> float:
+        """What the schedule's rate is multiplied by in ``step``; even steps in its logarithm."""
+        if self.lr_eases_over is None:
+            return self.lr_factor
+        left = 1 - (step - self.lr_eases_from) / self.lr_eases_over
+        return float(self.lr_factor ** min(1.0, max(0.0, left)))
 
     def state_dict(self) -> State:
         return asdict(self)
 
     def load_state_dict(self, state: State) -> None:
-        for field in fields(self):
-            setattr(self, field.name, state[field.name])
+        for name in [field.name for field in fields(self)]:
+            if name in state:  # older checkpoints lack what is newer
+                setattr(self, name, state[name])
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,7 @@ class Change:
     before: Any
     after: Any
     reason: str
+    decision: int | None = None  # of the policy, by its number; None where somebody else asked
 
 
 @dataclass(frozen=True)
@@ -58,8 +73,30 @@ class Snapshot:
 class TrainerControl(Protocol):
     """What a controller may do to a run. A request takes effect before the next step."""
 
-    def set_lr_factor(self, factor: float, *, reason: str) -> None:
-        """Multiply the scheduled learning rate of every group by ``factor``."""
+    def set_lr_factor(self, factor: float, *, over_steps: int | None = None, reason: str) -> None:
+        """Multiply the scheduled learning rate of every group by ``factor``.
+
+        With ``over_steps`` the factor returns to 1 over so many steps.
+        """
+
+    def set_lr_correction(self, factor: float, *, reason: str) -> None:
+        """Multiply the rate by ``factor`` to make up for a fault: what is reported as the scheduled
+        rate stays."""
+
+    def set_optimizer_param(self, name: str, value: Any, *, reason: str) -> None:
+        """Set an option of the optimizer, such as ``betas`` or ``eps``, in every group with it."""
+
+    def reset_schedule(self, *, reason: str) -> None:
+        """Let the schedule of the learning rate begin anew for the steps that are left."""
+
+    def set_eval_every(self, steps: int | None, *, reason: str) -> None:
+        """Validate after every ``steps`` steps; None: only at the end."""
+
+    def clear_memory(self, *, reason: str) -> None:
+        """Give back what the process and its device hold without need."""
+
+    def pause(self, seconds: float, *, reason: str) -> None:
+        """Wait so long before the next step; anything asked of the run ends the wait."""
 
     def set_weight_decay(self, weight_decay: float, *, reason: str) -> None:
         """Use ``weight_decay`` for every parameter that is decayed."""
@@ -96,28 +133,66 @@ class TrainerControl(Protocol):
         """End the run after saving it."""
 
 
-Request: TypeAlias = tuple[str, Any, str]  # setting, value, reason
+class Request(NamedTuple):
+    """Something that is asked of a run: plain values, so that it can be sent to other processes."""
+
+    setting: str
+    value: Any
+    reason: str
+    decision: int | None = None
 
 
 class ControlQueue:
     """Requests that wait for the step boundary; ``TrainerControl`` for everyone but the trainer.
 
-    ``step`` tells the step of the boundary. A request is plain values, so that it can be sent to
-    other processes.
+    ``step`` tells the step of the boundary.
     """
 
     def __init__(self, step: Callable[[], int]) -> None:
         self._step = step
         self._keys = itertools.count()
         self._pending: list[Request] = []
+        self._decision: int | None = None
+
+    @contextmanager
+    def deciding(self, number: int) -> Iterator[None]:
+        """What is asked for inside belongs to the decision ``number``."""
+        self._decision = number
+        try:
+            yield
+        finally:
+            self._decision = None
 
     @property
     def num_waiting(self) -> int:
         """Requests that were not taken yet."""
         return len(self._pending)
 
-    def set_lr_factor(self, factor: float, *, reason: str) -> None:
-        self._ask("lr_factor", _positive("the learning-rate factor", factor), reason)
+    def set_lr_factor(self, factor: float, *, over_steps: int | None = None, reason: str) -> None:
+        factor = _positive("the learning-rate factor", factor)
+        if over_steps is not None:
+            _positive("the number of steps over which the factor returns to 1", over_steps)
+        self._ask("lr_factor", [factor, over_steps], reason)
+
+    def set_lr_correction(self, factor: float, *, reason: str) -> None:
+        self._ask("lr_correction", _positive("the correction of the rate", factor), reason)
+
+    def set_optimizer_param(self, name: str, value: Any, *, reason: str) -> None:
+        self._ask("optimizer_param", [name, value], reason)
+
+    def reset_schedule(self, *, reason: str) -> None:
+        self._ask("schedule", None, reason)
+
+    def set_eval_every(self, steps: int | None, *, reason: str) -> None:
+        if steps is not None:
+            steps = int(_positive("the number of steps between validations", steps))
+        self._ask("eval_every", steps, reason)
+
+    def clear_memory(self, *, reason: str) -> None:
+        self._ask("clear_memory", None, reason)
+
+    def pause(self, seconds: float, *, reason: str) -> None:
+        self._ask("pause", _positive("the pause", seconds), reason)
 
     def set_weight_decay(self, weight_decay: float, *, reason: str) -> None:
         if weight_decay < 0:
@@ -158,14 +233,14 @@ class ControlQueue:
     def take(self) -> list[Request]:
         """The waiting requests, snapshots first, then the oldest; the queue is empty after."""
         pending, self._pending = self._pending, []
-        return sorted(pending, key=lambda request: request[0] != "snapshot")
+        return sorted(pending, key=lambda request: request.setting != "snapshot")
 
     def put(self, requests: Sequence[Request]) -> None:
         """Add requests that came from elsewhere."""
-        self._pending += [(setting, value, reason) for setting, value, reason in requests]
+        self._pending += [Request(*request) for request in requests]
 
     def _ask(self, setting: str, value: Any, reason: str) -> None:
-        self._pending.append((setting, value, reason))
+        self._pending.append(Request(setting, value, reason, self._decision))
 
 
 def _positive(what: str, value: float) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ultrathink.config.optimizer import OPTIMIZERS, AdamWConfig, MuonConfig, OptimizerConfig
-from ultrathink.core.errors import CheckpointError
+from ultrathink.core.errors import CheckpointError, ConfigError, suggestion
 from ultrathink.core.pieces import Piece
 from ultrathink.core.protocols import State
 from ultrathink.model.experts.layer import Experts
@@ -25,14 +25,15 @@ NO_COPIES: Mapping[Tensor, str] = MappingProxyType({})
 def build_optimizers(config: OptimizerConfig, model: nn.Module) -> Optimizers:
     """The optimizers that ``config`` names, each parameter in exactly one of them.
 
-    Every group remembers its peak learning rate (``peak_lr``) and whether it is decayed
-    (``decayed``); the trainer sets ``lr`` from the schedule before each step.
+    Every group remembers its peak learning rate (``peak_lr``), whether it is decayed (``decayed``)
+    and by how much (``own_decay``); the trainer sets ``lr`` and the decay before each step.
     """
     optimizers: Optimizers = OPTIMIZERS.load(config.type)(config, model)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group.setdefault("peak_lr", group["lr"])
             group.setdefault("decayed", group.get("weight_decay", 0) != 0)
+            group["own_decay"] = group.get("weight_decay", 0.0)
     return optimizers
 
 
@@ -96,6 +97,28 @@ def _row_splits(model: nn.Module) -> dict[Tensor, Sequence[int]]:
         elif isinstance(module, Experts):
             found |= {p: module.row_splits(name) for name, p in module.named_parameters()}
     return found
+
+
+# Names, and what other settings decide.
+_NO_OPTIONS = ("params", "lr", "peak_lr", "decayed", "own_decay", "weight_decay")
+
+
+def set_option(optimizers: Optimizers, name: str, value: Any) -> Any:
+    """Set an option such as ``betas`` in every group that has it; returns what it was before.
+
+    ConfigError where no optimizer has it.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    having = [group for group in groups if name in group and name not in _NO_OPTIONS]
+    if not having:
+        known = sorted({key for group in groups for key in group} - set(_NO_OPTIONS))
+        raise ConfigError(
+            f"the optimizer has no option {name!r} that could be set. {suggestion(name, known)}"
+        )
+    before = having[0][name]
+    for group in having:
+        group[name] = tuple(value) if isinstance(before, tuple) else value
+    return before
 
 
 def optimizer_state(

@@ -121,8 +121,11 @@ class Stepper:
     ) -> StepResult:
         """Learn from one batch, of which this process has its share.
 
-        ``lr_factor`` is the schedule's share of the peak rate; ``with_norms`` measures each layer.
+        ``lr_factor`` is the share of the peak rate; ``with_norms`` measures each layer.
         """
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_factor
         with self.clock.running():
             num_tokens = int(self.world.sums([batch.num_target_tokens])[0])
         loss, aux_losses, stats = self._backward(
@@ -144,7 +147,7 @@ class Stepper:
             # Where nothing is clipped the factor would be 1: a pass over all gradients for nothing.
             if limits and norm_value + _CLIP_EPS > min(limits):
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, min(limits), norm)
-            self._update(settings, lr_factor)
+            self._update(settings)
             self._even_out_experts(stats)
             norms |= self.layer_norms.after_update()
         for parameter in self.parameters:
@@ -159,10 +162,13 @@ class Stepper:
             norms=norms,
         )
 
-    def learning_rate(self, settings: LiveSettings, lr_factor: float) -> float:
-        """The rate of the first group, which is the one that configs call ``lr``."""
-        peak: float = self.optimizers[0].param_groups[0]["peak_lr"]
-        return peak * lr_factor * settings.lr_factor
+    def learning_rate(self) -> float:
+        """The rate of the last step in the first group, which is the one that configs call ``lr``.
+
+        It is read from the optimizer: what was used, whatever was asked for.
+        """
+        rate: float = self.optimizers[0].param_groups[0]["lr"]
+        return rate
 
     def _backward(self, batch: Batch, micro_batch_size: int, num_tokens: int) -> Sums:
         """Accumulate gradients of the mean over the whole batch's trained tokens.
@@ -193,14 +199,14 @@ class Stepper:
         assert total is not None
         return total
 
-    def _update(self, settings: LiveSettings, lr_factor: float) -> None:
+    def _update(self, settings: LiveSettings) -> None:
         if self.host is not None:
             self.host.take_gradients()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_factor * settings.lr_factor
-                if group["decayed"] and settings.weight_decay is not None:
-                    group["weight_decay"] = settings.weight_decay
+                decay = settings.weight_decay
+                if group["decayed"]:
+                    group["weight_decay"] = group["own_decay"] if decay is None else decay
             optimizer.step()
         if self.host is not None:
             self.host.give_weights()

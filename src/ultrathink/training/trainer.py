@@ -39,7 +39,7 @@ from ultrathink.training.changes import apply_change
 from ultrathink.training.control import ControlQueue, LiveSettings
 from ultrathink.training.experts import read_experts
 from ultrathink.training.length import measure_speed, settle_length
-from ultrathink.training.optimizers import load_optimizer_state, optimizer_state
+from ultrathink.training.optimizers import load_optimizer_state, optimizer_state, set_option
 from ultrathink.training.saving import Saving
 from ultrathink.training.schedules import Factor, continued_schedule
 from ultrathink.training.states import cloned, load_states, states_of
@@ -122,7 +122,7 @@ class Trainer:
             while self.ending is None:
                 report = self.train_step()
                 self.notify("on_step", report)
-                if self._is_due(self.training.eval.every_steps):
+                if self._is_due(self.settings.eval_every):
                     self.validate()
                 self.ask_controllers(report)
                 self.agree()
@@ -208,10 +208,12 @@ class Trainer:
         for note in self.loader.take_notes():
             self.notify("on_message", note, "warning")
         lr_factor = self._schedule(self.progress.step + 1)
+        lr_factor *= self.settings.lr_factor_at(self.progress.step + 1)
         if self.model.routing is not None:
             self.model.routing.warm_up(self.progress.step + 1)
         is_told = self._is_logged(self.progress.step + 1)
-        result = self.stepper.take_step(batch, self.settings, lr_factor, with_norms=is_told)
+        corrected = lr_factor * self.settings.lr_correction
+        result = self.stepper.take_step(batch, self.settings, corrected, with_norms=is_told)
         self.progress.step += 1
         self.progress.tokens += self.tokens_per_step
         self.progress.num_skipped += result.skipped
@@ -229,7 +231,8 @@ class Trainer:
             loss=result.loss,
             aux_losses=result.aux_losses,
             grad_norm=result.grad_norm,
-            lr=self.stepper.learning_rate(self.settings, lr_factor),
+            lr=self.stepper.learning_rate(),
+            scheduled_lr=self.training.optimizer.lr * lr_factor,
             num_tokens=result.num_tokens,
             tokens=self.progress.tokens,
             seconds=seconds,
@@ -336,11 +339,11 @@ class Trainer:
 
     def apply_changes(self) -> None:
         """Do what was asked through ``control``, and report each change."""
-        for setting, value, reason in self.control.take():
+        for request in self.control.take():
             try:
-                change = apply_change(self, setting, value, reason)
+                change = apply_change(self, request)
             except UltrathinkError as error:  # a request that cannot be met, such as odd weights
-                self._report_failure(f"the change of {setting} ({reason})", error)
+                self._report_failure(f"the change of {request.setting} ({request.reason})", error)
             else:
                 if change is not None:
                     self.notify("on_change", change)
@@ -435,7 +438,11 @@ class Trainer:
             self.stepper.host.take_weights()
         set_random_state(values["random"])
         self.loader.load_state_dict(values["data"])
+        for name, (configured, _) in self.settings.optimizer_params.items():
+            set_option(self.stepper.optimizers, name, configured)
         self.settings.load_state_dict(values["settings"])
+        for name, (_, current) in self.settings.optimizer_params.items():
+            set_option(self.stepper.optimizers, name, current)
         self.progress = Progress(**values["progress"])
         if values["budget"] is not None:
             self.budget = Budget(**values["budget"])

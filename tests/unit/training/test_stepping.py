@@ -118,10 +118,9 @@ def test_clipping_scales_the_update_to_the_limit(make_trainer: MakeTrainer) -> N
 def test_weight_decay_and_rate_reach_the_groups(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(*FP64)
     trainer.settings.weight_decay = 0.25
-    trainer.settings.lr_factor = 0.5
     trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 0.1)
     matrices, vectors = trainer.stepper.optimizers[0].param_groups
-    assert matrices["lr"] == vectors["lr"] == pytest.approx(0.01 * 0.5 * 0.1)
+    assert matrices["lr"] == vectors["lr"] == pytest.approx(0.01 * 0.1)
     assert matrices["weight_decay"] == 0.25
     assert vectors["weight_decay"] == 0.0
     assert {p.ndim for p in vectors["params"]} == {1}

@@ -152,9 +152,11 @@ class Steering:
         self.watcher = _ChangeWatcher(self.interventions)
 
     def steer(self, trainer: Trainer) -> None:
-        """Let the controller judge the updates of ``trainer``, if that is what it does."""
-        if hasattr(self.one, "judge"):
-            trainer.set_guard(_WatchedGuard(self.one, trainer, self.interventions))
+        """Let the controller judge the updates of ``trainer``, if that is what it does; a guard
+        that its configuration brought along is watched likewise."""
+        guard = self.one if hasattr(self.one, "judge") else trainer.stepper.guard
+        if guard is not None:
+            trainer.set_guard(_WatchedGuard(guard, trainer, self.interventions))
 
 
 class _WatchedGuard:
@@ -181,10 +183,14 @@ class _ChangeWatcher(Callback):
 
     def __init__(self, interventions: list[int]) -> None:
         self.interventions = interventions
+        self._step = 0  # the last that was taken: a rollback sets the run's own count back
+
+    def on_step(self, report: StepReport) -> None:
+        self._step = report.step
 
     def on_change(self, change: Change) -> None:
         if change.setting not in _NO_INTERVENTIONS:
-            self.interventions.append(change.step + 1)
+            self.interventions.append(self._step + 1)
 
 
 class Recorder(Callback):

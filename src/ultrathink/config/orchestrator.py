@@ -1,24 +1,81 @@
-"""Section ``orchestrator``: who watches the run."""
+"""Section ``orchestrator``: who watches the run, and what may be done about what is seen."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ultrathink.config.base import Section
 
-Mode = Literal["off", "advise"]
+Mode = Literal["off", "advise", "act"]
+
+
+class RulesConfig(Section):
+    """Which rules may act; docs/steering.md says what each does and what its audits show."""
+
+    skip_outliers: bool = Field(
+        True, description="Leave out an update whose loss or gradient norm is unlike all before."
+    )
+    correct_rate: bool = Field(
+        True, description="Make up for a learning rate that is not the scheduled one."
+    )
+    roll_back: bool = Field(True, description="Go back to a snapshot from before the run broke.")
+    stop_overfitting: bool = Field(
+        True, description="End with the best weights once the held-out loss has risen far above."
+    )
+
+
+class LimitsConfig(Section):
+    """What the policy may do at most."""
+
+    lr_factor: tuple[float, float] = Field(
+        (0.01, 1.0), description="Least and largest factor on the scheduled learning rate."
+    )
+    lr_correction: float = Field(
+        100.0, ge=1, description="By how much a rate that is off may be corrected, either way."
+    )
+    rollbacks: int = Field(12, ge=0, description="How often a run may go back.")
+    skipped_share: float = Field(
+        0.25, ge=0, lt=1, description="Largest share of 256 steps that may be left out."
+    )
+    may_stop: bool = Field(True, description="Whether the run may be ended early.")
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> LimitsConfig:
+        low, high = self.lr_factor
+        if not 0 < low <= high:
+            raise ValueError(
+                f"lr_factor [{low:g}, {high:g}] leaves no room: give the least factor first, above "
+                f"0 and not above the largest"
+            )
+        return self
+
+
+class SnapshotsConfig(Section):
+    """Copies of the whole state in memory, to go back to."""
+
+    every_steps: int = Field(50, gt=0, description="Steps between snapshots.")
+    max_gib: float | None = Field(
+        None,
+        ge=0,
+        description="GiB that snapshots may take on each process; a fifth of what is free when "
+        "unset.",
+    )
 
 
 class OrchestratorConfig(Section):
-    """Watching the run while it trains."""
+    """Watching the run while it trains, and steering it."""
 
     mode: Mode = Field(
         "advise",
         description="advise: detectors watch every step, tell of what goes wrong and keep it in "
-        "events.jsonl, and change nothing; off: nobody watches.",
+        "events.jsonl, and change nothing; act: what goes wrong is dealt with, and each decision "
+        "is in decisions.jsonl; off: nobody watches.",
     )
+    rules: RulesConfig = Field(RulesConfig(), description="Which rules may act.")
+    limits: LimitsConfig = Field(LimitsConfig(), description="What they may do at most.")
+    snapshots: SnapshotsConfig = Field(SnapshotsConfig(), description="What to go back to.")
 
     @field_validator("mode", mode="before")
     @classmethod

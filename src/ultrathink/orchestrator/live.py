@@ -36,6 +36,7 @@ class LiveWatch(Callback):
         self.run = run
         self.watcher = Watcher()
         self._tell = tell
+        self._fresh: list[Event] = []  # since they were last taken
         self._file = WatchedFile(line_appender(run.events), run.events.name)
 
     def on_start(self, info: RunInfo) -> None:
@@ -66,7 +67,13 @@ class LiveWatch(Callback):
         if state:  # a checkpoint of a run that nobody watched has none
             self.watcher.load_state_dict(state)
 
+    def take_events(self) -> list[Event]:
+        """The events that are new, or graver than before, since the last call."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
     def _keep(self, step: int, events: Sequence[Event]) -> None:
+        self._fresh += events
         for event in events:
             # `step` is that of the line, by which a resume cuts the file; `began` the event's.
             record = {**event.to_json(), "step": step, "began": event.step, "time": time.time()}
@@ -90,6 +97,7 @@ def step_signals(report: StepReport) -> Signals:
         "loss": report.loss,
         "grad_norm": report.grad_norm,
         "lr": report.lr,
+        **({} if report.scheduled_lr is None else {"lr_scheduled": report.scheduled_lr}),
         "step_time": report.seconds,
         "data_wait": report.data_wait,
         "skipped_steps": report.num_skipped,
@@ -99,6 +107,8 @@ def step_signals(report: StepReport) -> Signals:
     if report.skipped and report.num_tokens == 0:
         values.pop("loss")  # nothing to learn is no loss of zero
         values.pop("grad_norm")
+    if report.skipped:
+        values.pop("lr_scheduled", None)  # no rate was used
     if report.experts is not None and report.experts.warmup >= 1 and report.experts.num_tokens:
         values |= figures_of(ExpertRecord(report.step, 0.0, report.experts).to_json())
     return Signals(report.step, values)

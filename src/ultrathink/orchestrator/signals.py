@@ -6,7 +6,7 @@
 ``loss/<source>``         training loss of one source; ``val_loss/<source>`` likewise
 ``accuracy``              training accuracy, 0 to 1; ``val_accuracy`` likewise
 ``grad_norm``             norm of the whole gradient before clipping
-``lr``                    learning rate
+``lr``                    learning rate; ``lr_scheduled`` is the one that the schedule asks for
 ``step_time``             seconds a step
 ``data_wait``             seconds a step waits for its batch
 ``tokens_per_sec``        speed; samples a second where a log has no tokens

@@ -33,6 +33,7 @@ from ultrathink.parallel.world import check_same, join_world
 from ultrathink.recipe.callbacks import SampleWriter, StepBudgetRecorder
 from ultrathink.recipe.choices import Choices, choose_together
 from ultrathink.recipe.pretrained import adopt_pretrained
+from ultrathink.recipe.steering import steer
 from ultrathink.runs.folder import NAME_IN_USE, RunFolder
 from ultrathink.runs.loading import load_weights, weights_from
 from ultrathink.runs.lock import RunLock
@@ -222,6 +223,8 @@ def assemble(
     def tell(text: str, level: Level) -> None:
         trainer.notify("on_message", text, level)
 
+    log = RunLog(run, tell)
+    watch = LiveWatch(run, tell) if config.orchestrator.mode != "off" and world.is_main else None
     metrics = MetricsCallback(
         [SINKS.load(name)() for name in config.monitoring.sinks if world.is_main],
         log_every=training.log_every,
@@ -254,11 +257,11 @@ def assemble(
         device=choices.device,
         callbacks=[
             StepBudgetRecorder(run, config),
-            RunLog(run, tell),
+            log,
             *callbacks,
             samples,
             metrics,
-            *([LiveWatch(run, tell)] if config.orchestrator.mode != "off" else []),
+            *([watch] if watch is not None else []),
         ]
         if world.is_main
         else [RankLog(run, world.rank), samples],
@@ -271,6 +274,8 @@ def assemble(
         config=config.model_dump(mode="json"),
         heading=_heading(config, choices),
     )
+    if config.orchestrator.mode == "act":
+        steer(trainer, config.orchestrator, watch, log)
     remember_run(run.path, world)
     trainer.identity = {
         "data_hash": data.data_hash,

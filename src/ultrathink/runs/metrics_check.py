@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError
+from ultrathink.runs.decisions import ROLLBACKS, read_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.reading import is_undone, parse_record
 from ultrathink.runs.segments import Segment, read_segments
@@ -90,14 +90,12 @@ def _read(path: Path, rollbacks: Sequence[tuple[int, int]]) -> _Lines:
 def _rollbacks(decisions: Path) -> list[tuple[int, int]]:
     """The steps that a run was rolled back from and to; a line that is torn tells of none."""
     found = []
-    if decisions.is_file():
-        for line in decisions.read_bytes().splitlines():
-            try:
-                change: Any = json.loads(line)
-                if change["setting"] == "restore":
-                    found.append((int(change["before"]), int(change["after"])))
-            except (ValueError, LookupError, TypeError):
-                continue
+    for change in read_decisions(decisions):
+        try:  # older runs call the action "setting"
+            if change.get("action", change.get("setting")) in ROLLBACKS:
+                found.append((int(change["before"]), int(change["after"])))
+        except (ValueError, LookupError, TypeError):
+            continue
     return found
 
 

@@ -42,7 +42,7 @@ class LiveSettings:
         return asdict(self)
 
     def load_state_dict(self, state: State) -> None:
-        for name in [field.name for field in fields(self)]:
+        for name in [one.name for one in fields(self)]:
             if name in state:  # older checkpoints lack what is newer
                 setattr(self, name, state[name])
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ultrathink.monitoring.appending import ResilientAppender
 from ultrathink.monitoring.health import Health
 from ultrathink.monitoring.jsonl import line_appender
 from ultrathink.monitoring.records import Level, Note, RunInfo, Tell
+from ultrathink.runs.decisions import fold_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Ending, StepReport
 from ultrathink.training.control import Change
@@ -43,8 +44,16 @@ class RunLog(Callback):
                 self._do(file, ResilientAppender.flush)
 
     def on_change(self, change: Change) -> None:
-        record = json.dumps({"time": time.time(), **asdict(change)}, ensure_ascii=False)
-        self._append(self._decisions, record)
+        if change.decision is None:  # else who decided it writes it down
+            self.write_decision(_by_hand(change))
+
+    def write_decision(self, record: Mapping[str, Any]) -> None:
+        """Append a record to ``decisions.jsonl``; a later one of the same number replaces it."""
+        self._append(self._decisions, json.dumps(record, ensure_ascii=False))
+
+    def fold_decisions(self) -> None:
+        """Leave the last record of each decision; for the end of the run."""
+        self._tell_of(self._decisions.do(lambda _: fold_decisions(self.run.decisions)))
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         self.on_message(f"checkpoint of step {step} written", "info")
@@ -65,6 +74,24 @@ class RunLog(Callback):
     def _tell_of(self, notes: Sequence[Note]) -> None:
         for text, level in notes:
             self._tell(text, level)
+
+
+def _by_hand(change: Change) -> dict[str, Any]:
+    """The record of a change that no rule of the policy decided."""
+    return {
+        "id": None,
+        "time": time.time(),
+        "step": change.step,
+        "rule": "by_hand",
+        "level": None,
+        "confidence": None,
+        "signals": {},
+        "action": change.setting,
+        "before": change.before,
+        "after": change.after,
+        "reasoning": change.reason,
+        "outcome": None,
+    }
 
 
 def _told(text: str, level: Level) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ultrathink.core.protocols import State, Stateful
 
@@ -34,3 +35,16 @@ def cloned(node: Any) -> Any:
     if isinstance(node, list):
         return [cloned(value) for value in node]
     return node
+
+
+def size_bytes(node: Any) -> int:
+    """The bytes that the tensors in nested state take on this process."""
+    if isinstance(node, DTensor):
+        return size_bytes(node.to_local())
+    if isinstance(node, Tensor):
+        return node.numel() * node.element_size()
+    if isinstance(node, dict):
+        return sum(size_bytes(value) for value in node.values())
+    if isinstance(node, list):
+        return sum(size_bytes(value) for value in node)
+    return 0

@@ -7,6 +7,7 @@ from ultrathink.orchestrator.detectors.experts import Experts
 from ultrathink.orchestrator.detectors.gradient import GradientNorm, GradientTrend
 from ultrathink.orchestrator.detectors.loss import AboveStart, Divergence, LossSpike, NonFinite
 from ultrathink.orchestrator.detectors.precision import LossScale, SkippedSteps
+from ultrathink.orchestrator.detectors.rate import OffSchedule
 from ultrathink.orchestrator.detectors.resources import Memory, Throughput
 from ultrathink.orchestrator.detectors.trend import Oscillation, Plateau, RateLoss
 from ultrathink.orchestrator.detectors.validation import AccuracyDrop, Forgetting, Overfitting
@@ -24,6 +25,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     Overfitting,
     Forgetting,
     AccuracyDrop,
+    OffSchedule,
     LossScale,
     SkippedSteps,
     Experts,

@@ -1,0 +1,1 @@
+"""The policy that acts on a run: evidence, proposals, decisions, interventions, outcomes."""

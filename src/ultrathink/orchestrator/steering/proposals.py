@@ -1,0 +1,101 @@
+"""What a rule proposes, how sure it is, and what became of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SOFT, MEDIUM, HARD, CRITICAL = 1, 2, 3, 4
+LEVELS = {SOFT: "soft", MEDIUM: "medium", HARD: "hard", CRITICAL: "critical"}
+SURE_ENOUGH = {SOFT: 0.7, MEDIUM: 0.8, HARD: 0.9, CRITICAL: 0.0}  # the least confidence
+
+
+@dataclass(frozen=True)
+class Action:
+    """One intervention by its name, and its argument."""
+
+    name: str
+    value: Any = None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a rule would do at this step, and why.
+
+    ``began`` is the first step of the trouble that it is about.
+    """
+
+    rule: str
+    level: int
+    confidence: float  # 0 to 1
+    actions: tuple[Action, ...]
+    reasoning: str
+    signals: Mapping[str, float] = field(default_factory=dict)
+    began: int | None = None
+
+    @property
+    def is_sure_enough(self) -> bool:
+        """Whether the confidence suffices for so hard an intervention."""
+        return self.confidence >= SURE_ENOUGH[self.level]
+
+
+@dataclass
+class Decision:
+    """A proposal that was carried out, as ``decisions.jsonl`` has it."""
+
+    id: int
+    step: int
+    rule: str
+    level: int
+    confidence: float
+    signals: dict[str, float]
+    action: str
+    before: Any
+    after: Any
+    reasoning: str
+    time: float = field(default_factory=time.time)
+    also: list[dict[str, Any]] = field(default_factory=list)  # further actions, before and after
+    outcome: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The decision as a JSON object."""
+        plain = asdict(self)
+        if not self.also:
+            del plain["also"]
+        return plain
+
+    @property
+    def line(self) -> str:
+        """The decision in a line of the console."""
+        did = f"{self.action}: {_short(self.before)} -> {_short(self.after)}"
+        if self.action == "skip_batch":
+            did = "left out the update"
+        elif self.action == "rollback_steps":
+            did = f"went back to step {self.after:,}"
+        for more in self.also:
+            did += f", {more['action']}: {_short(more['before'])} -> {_short(more['after'])}"
+        return (
+            f"step {self.step:,}, {self.rule} ({LEVELS[self.level]}, {self.confidence:.0%}): "
+            f"{did}. {self.reasoning}"
+        )
+
+
+def confidence_of(score: float) -> float:
+    """How sure a value so many standard deviations out is no accident.
+
+    At most 1 / (1 + k²) of the values of any distribution lie k deviations or more above its mean
+    (Cantelli's inequality).
+    """
+    return 1 - 1 / (1 + max(0.0, score) ** 2)
+
+
+def confidence_after(count: int) -> float:
+    """How sure something that was seen ``count`` times in a row will be seen again: (n+1) / (n+2),
+    Laplace's rule of succession."""
+    return (count + 1) / (count + 2)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,248 @@
+"""The rules of the policy: what is to be done about which evidence."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ultrathink.config.orchestrator import LimitsConfig
+from ultrathink.orchestrator.detectors.rate import FAR_OFF, OFF
+from ultrathink.orchestrator.events import Event, is_alarm
+from ultrathink.orchestrator.steering.guard import OutlierGuard
+from ultrathink.orchestrator.steering.proposals import (
+    CRITICAL,
+    HARD,
+    Action,
+    Decision,
+    Proposal,
+    confidence_after,
+    confidence_of,
+)
+from ultrathink.orchestrator.steering.snapshots import SnapshotRing
+
+if TYPE_CHECKING:
+    from ultrathink.training.control import LiveSettings
+
+NON_FINITE = 3  # steps in a row: the weights are no numbers any more
+LEFT_OUT = 8  # steps in a row: this is no single bad batch
+MARGIN = 2  # steps before a trouble shows, its cause may be in the weights already
+SAME_TROUBLE = 150  # steps after a rollback in which trouble counts as the same
+ATTEMPTS = 3
+GENTLER = 0.5  # the factor on the rate, once going back alone did not help
+EASES_OVER = 200
+LOSS_KINDS = ("loss_spike", "divergence", "gradient_explosion")
+EXPERT_KINDS = ("expert_collapse", "expert_imbalance", "dead_expert")
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the rules may look at, at one step boundary."""
+
+    step: int
+    values: Mapping[str, float]  # of this step, under the names of ``Signals``
+    events: Sequence[Event]  # new, or graver than before, at this step
+    guard: OutlierGuard
+    non_finite: int  # steps in a row whose loss or norm was no number
+    snapshots: SnapshotRing
+    decisions: Sequence[Decision]
+    settings: LiveSettings
+    limits: LimitsConfig
+    since_rollback: int | None  # updates since the last one; None before the first
+
+
+class Rule(ABC):
+    """Proposes one kind of thing; ``cool_down`` is how many steps it rests after a decision."""
+
+    name: ClassVar[str]
+    cool_down: ClassVar[int] = 8
+
+    @abstractmethod
+    def propose(self, now: Situation) -> Proposal | None:
+        """What to do at this boundary, if anything."""
+
+
+class CorrectRate(Rule):
+    """The rate that the optimizer used is not the scheduled one: make up for it, and undo the
+    steps that were too large."""
+
+    name = "correct_rate"
+    cool_down = 0
+
+    def propose(self, now: Situation) -> Proposal | None:
+        rate, scheduled = now.values.get("lr"), now.values.get("lr_scheduled")
+        if not rate or not scheduled or rate < 0 or scheduled < 0:
+            return None
+        off = math.log(rate / scheduled)
+        if abs(off) < OFF:
+            return None
+        most = now.limits.lr_correction
+        factor = min(most, max(1 / most, now.settings.lr_correction * scheduled / rate))
+        if math.isclose(factor, now.settings.lr_correction, rel_tol=1e-6):
+            return None
+        actions = [Action("correct_learning_rate", factor)]
+        reasoning = (
+            f"The optimizer used a rate of {rate:.3g}, {rate / scheduled:.3g} times the scheduled "
+            f"{scheduled:.3g}."
+        )
+        kept = now.snapshots.before(now.step - 1)
+        if off >= FAR_OFF and kept is not None:
+            actions.insert(0, Action("redo_steps", kept.step))
+            reasoning += f" What was learned since step {kept.step:,} is learned again."
+        figures = {"lr": rate, "lr_scheduled": scheduled, "ratio": rate / scheduled}
+        return Proposal(self.name, HARD, 1.0, tuple(actions), reasoning, figures, now.step)
+
+
+@dataclass(frozen=True)
+class _Trouble:
+    began: int
+    level: int
+    confidence: float
+    text: str
+    values: Mapping[str, float]
+    is_of_loss: bool = True
+    may_be_data: bool = False
+
+
+class RollBack(Rule):
+    """The run is broken, by what happened to its weights or its router: go back to before.
+
+    Once going back alone has not helped, the rate is lowered too, and then an older snapshot taken.
+    """
+
+    name = "roll_back"
+
+    def propose(self, now: Situation) -> Proposal | None:
+        trouble = self._trouble(now)
+        if trouble is None:
+            return None
+        attempt, before = self._attempt(now), trouble.began - MARGIN
+        if attempt >= ATTEMPTS:
+            return None
+        if attempt and trouble.may_be_data and not now.since_rollback:
+            # The weights are those of the snapshot: they, or the data, are bad. Once, go further.
+            if now.guard.streak < 3 * LEFT_OUT or attempt > 1:
+                return None
+            last = next(one for one in reversed(now.decisions) if one.rule == self.name)
+            before = min(before, last.after - 1)
+        elif attempt > 1:
+            before = min(before, min(now.snapshots.steps, default=before))
+        kept = now.snapshots.before(before)
+        if kept is None:
+            return self._without_snapshot(now, trouble)
+        actions = [Action("rollback_steps", kept.step)]
+        reasoning = f"{trouble.text}; step {kept.step:,} is the newest that is free of it."
+        if attempt and trouble.is_of_loss and not trouble.may_be_data:
+            factor = max(now.limits.lr_factor[0], GENTLER**attempt)
+            actions.append(Action("adjust_learning_rate", factor))
+            reasoning += (
+                f" Going back did not help before: the rate is lowered to {factor:g} of it."
+            )
+        return Proposal(
+            self.name,
+            trouble.level,
+            trouble.confidence,
+            tuple(actions),
+            reasoning,
+            trouble.values,
+            trouble.began,
+        )
+
+    def _trouble(self, now: Situation) -> _Trouble | None:
+        if now.non_finite >= NON_FINITE and now.non_finite % NON_FINITE == 0:
+            return _Trouble(
+                now.step - now.non_finite + 1,
+                CRITICAL,
+                confidence_after(now.non_finite),
+                f"{now.non_finite} steps in a row were no numbers",
+                {"non_finite_steps": now.non_finite},
+                may_be_data=True,
+            )
+        streak, seen = now.guard.streak, now.guard.last
+        if streak >= LEFT_OUT and streak % LEFT_OUT == 0 and seen is not None:
+            return _Trouble(
+                now.step - streak + 1,
+                HARD,
+                confidence_of(seen.score),
+                f"{streak} steps in a row were left out, the last with a loss of {seen.loss:.4g} "
+                f"where {seen.loss_level:.4g} is usual",
+                seen.values(),
+                may_be_data=True,
+            )
+        if streak or now.non_finite:
+            return None  # it is dealt with
+        return next((found for e in now.events if (found := self._of_event(e)) is not None), None)
+
+    def _of_event(self, event: Event) -> _Trouble | None:
+        if not is_alarm(event.severity):
+            return None
+        is_loss = event.kind in LOSS_KINDS
+        if not is_loss and event.kind not in EXPERT_KINDS:
+            return None
+        if event.kind == "gradient_explosion" and event.severity == "medium":
+            return None  # one large gradient is for the guard
+        score = event.values.get("score")
+        sure = confidence_after(8) if score is None else confidence_of(score)
+        text = event.message[0].upper() + event.message[1:]
+        return _Trouble(event.step, HARD, sure, text, event.values, is_of_loss=is_loss)
+
+    def _attempt(self, now: Situation) -> int:
+        """How often the run went back for this trouble already."""
+        if now.since_rollback is None or now.since_rollback > SAME_TROUBLE:
+            return 0
+        count = 0
+        for decision in reversed(now.decisions):
+            if decision.rule == self.name:
+                count += 1
+                outcome = decision.outcome
+                if outcome is not None and outcome.get("resolved"):
+                    return count - 1
+        return count
+
+    def _without_snapshot(self, now: Situation, trouble: _Trouble) -> Proposal | None:
+        if not trouble.is_of_loss or trouble.may_be_data:
+            return None
+        factor = max(now.limits.lr_factor[0], 0.1)
+        return Proposal(
+            self.name,
+            trouble.level,
+            trouble.confidence,
+            (Action("adjust_learning_rate", factor),),
+            f"{trouble.text}; no snapshot is old enough to go back to.",
+            trouble.values,
+            trouble.began,
+        )
+
+
+class StopOverfitting(Rule):
+    """The held-out loss rises far above its best: end with the weights that had the best."""
+
+    name = "stop_overfitting"
+
+    def propose(self, now: Situation) -> Proposal | None:
+        if not now.limits.may_stop:
+            return None
+        for event in now.events:
+            best = now.snapshots.best
+            if event.kind != "overfitting" or event.severity not in ("high", "critical"):
+                continue
+            if best is None or best.step >= event.step + 1:
+                continue
+            rise, noise = event.values.get("rise", 0.0), event.values.get("noise", math.inf)
+            sure = confidence_of(rise / noise if noise > 0 else math.inf)
+            text = event.message[0].upper() + event.message[1:]
+            return Proposal(
+                self.name,
+                HARD,
+                sure,
+                (Action("rollback_steps", best.step), Action("stop")),
+                f"{text}; the run ends with the weights of step {best.step:,}, which had the best.",
+                event.values,
+                event.step,
+            )
+        return None
+
+
+RULES: tuple[type[Rule], ...] = (CorrectRate, RollBack, StopOverfitting)

@@ -1,0 +1,336 @@
+"""The bridge from the policy to the trainer: decisions are asked for, recorded and followed up.
+
+It lives on the first process; the guard, which decides within a step, on each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ultrathink.config.orchestrator import OrchestratorConfig
+from ultrathink.core.protocols import State
+from ultrathink.monitoring.records import RunInfo, Tell
+from ultrathink.orchestrator.events import Event
+from ultrathink.orchestrator.interventions import Interventions
+from ultrathink.orchestrator.live import LiveWatch, step_signals
+from ultrathink.orchestrator.steering.guard import OutlierGuard
+from ultrathink.orchestrator.steering.policy import Policy
+from ultrathink.orchestrator.steering.proposals import (
+    SOFT,
+    Action,
+    Decision,
+    Proposal,
+    confidence_of,
+)
+from ultrathink.orchestrator.steering.rules import EASES_OVER, Situation
+from ultrathink.orchestrator.steering.snapshots import SnapshotRing
+from ultrathink.training.callbacks import Callback, Controller, Ending, StepReport, ValidationReport
+from ultrathink.training.control import Change, ControlQueue, LiveSettings, TrainerControl
+from ultrathink.training.run_log import RunLog
+from ultrathink.training.stepping import Verdict
+
+FOLLOWED_FOR = 64  # steps after which a decision is judged by what came of it
+_RECENT = 10
+
+
+class Guard(OutlierGuard):
+    """Speaks to the trainer for ``OutlierGuard``."""
+
+    def judge(self, step_loss: float, grad_norm: float) -> Verdict:
+        """The verdict on an update of this loss (nats) and norm."""
+        return Verdict(skip=self.leaves_out(step_loss, grad_norm))
+
+
+class Steering(Controller):
+    """Watches with ``watch`` and ``guard``, decides with its policy, and keeps every decision.
+
+    ``log`` has them in ``decisions.jsonl``. What it has decided outlives a rollback, which
+    takes back all else; checkpoints hold it.
+    """
+
+    def __init__(
+        self,
+        config: OrchestratorConfig,
+        *,
+        watch: LiveWatch,
+        guard: OutlierGuard,
+        settings: LiveSettings,
+        position: Callable[[], int],
+        most_snapshots: Callable[[], int],
+        log: RunLog,
+        tell: Tell,
+    ) -> None:
+        self.config = config
+        self.watch = watch
+        self.guard = guard
+        self.policy = Policy(config.rules, config.limits)
+        self.decisions: list[Decision] = []
+        self.ear = _Ear(self)
+        self.snapshots: SnapshotRing | None = None
+        self._settings = settings
+        self._position = position
+        self._most_snapshots = most_snapshots
+        self._log = log
+        self._tell = tell
+        self._step = 0
+        self._open: Decision | None = None  # carried out now, and not yet written
+        self._followed: list[int] = []  # numbers of decisions whose outcome is not known yet
+        self._num_skipped = 0  # of the incident that the guard deals with now
+        self._non_finite = 0
+        self._since_rollback: int | None = None
+        self._is_new_best = False
+        self._has_failed = False
+        self._has_begun = False
+
+    # -- a step boundary -----------------------------------------------------------------------
+
+    def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
+        """Look at the step that was taken and ask for what the policy decides."""
+        if self._has_failed:
+            return
+        try:
+            self._steer(report, control)
+        except Exception as error:
+            self._has_failed = True
+            self._tell(
+                f"the orchestrator failed at step {report.step} and steers no more; training goes "
+                f"on: {type(error).__name__}: {error}",
+                "warning",
+            )
+
+    def _steer(self, report: StepReport, control: TrainerControl) -> None:
+        assert isinstance(control, ControlQueue)
+        self._has_begun = True
+        self._step = report.step
+        if self.snapshots is None:
+            self.snapshots = SnapshotRing(
+                control.snapshot,
+                every=self.config.snapshots.every_steps,
+                most=self._most_snapshots(),
+            )
+        events = self.watch.take_events()
+        self._count(report)
+        self._note_skips(report)
+        self._follow_up(events)
+        proposal = self.policy.decide(self._situation(report, events, self.snapshots))
+        if proposal is not None:
+            self._carry_out(proposal, control, self.snapshots)
+        elif not self.guard.streak and not self._non_finite:
+            self._take_snapshot(self.snapshots)
+        self._is_new_best = False
+
+    def _take_snapshot(self, snapshots: SnapshotRing) -> None:
+        if self._is_new_best or snapshots.is_due(self._step):
+            snapshots.take(self._position(), is_best=self._is_new_best)
+
+    def _situation(
+        self, report: StepReport, events: Sequence[Event], snapshots: SnapshotRing
+    ) -> Situation:
+        return Situation(
+            step=report.step,
+            values=step_signals(report).values,
+            events=events,
+            guard=self.guard,
+            non_finite=self._non_finite,
+            snapshots=snapshots,
+            decisions=self.decisions,
+            settings=self._settings,
+            limits=self.config.limits,
+            since_rollback=self._since_rollback,
+        )
+
+    def _count(self, report: StepReport) -> None:
+        is_finite = math.isfinite(report.loss) and math.isfinite(report.grad_norm)
+        self._non_finite = 0 if is_finite else self._non_finite + 1
+        if self._since_rollback is not None and not report.skipped:
+            self._since_rollback += 1
+
+    # -- decisions -----------------------------------------------------------------------------
+
+    def _carry_out(
+        self, proposal: Proposal, control: ControlQueue, snapshots: SnapshotRing
+    ) -> None:
+        decision = self._decision(proposal)
+        self._open = decision
+        doing = Interventions(control, snapshots, position=self._position, step=lambda: self._step)
+        with control.deciding(decision.id):
+            for action in proposal.actions:
+                self._ask(doing, action, decision)
+
+    def _ask(self, doing: Interventions, action: Action, decision: Decision) -> None:
+        reason = f"decision {decision.id}, {decision.rule}"
+        if action.name in ("rollback_steps", "redo_steps"):
+            kept = doing.snapshots.before(action.value)
+            assert kept is not None, "the rule looked"
+            doing.roll_back_to(kept, skip=action.name == "rollback_steps", reason=reason)
+            self._since_rollback, self._non_finite = 0, 0
+        elif action.name == "adjust_learning_rate":
+            doing.adjust_learning_rate(action.value, over_steps=EASES_OVER, reason=reason)
+        elif action.value is None:
+            getattr(doing, action.name)(reason=reason)
+        else:
+            getattr(doing, action.name)(action.value, reason=reason)
+
+    def _decision(self, proposal: Proposal) -> Decision:
+        decision = Decision(
+            id=len(self.decisions) + 1,
+            step=self._step,
+            rule=proposal.rule,
+            level=proposal.level,
+            confidence=proposal.confidence,
+            signals={name: float(value) for name, value in proposal.signals.items()},
+            action=proposal.actions[0].name,
+            before=None,
+            after=None,
+            reasoning=proposal.reasoning,
+        )
+        self.decisions.append(decision)
+        self._followed.append(decision.id)
+        return decision
+
+    def heard(self, change: Change) -> None:
+        """A change took effect; where it belongs to a decision, its record is filled in."""
+        decision = self._open
+        if decision is None or change.decision != decision.id:
+            return
+        if decision.before is None and decision.after is None:
+            decision.before, decision.after = change.before, change.after
+        else:
+            more = {"action": change.setting, "before": change.before, "after": change.after}
+            decision.also.append(more)
+
+    def note_best(self, is_best: bool) -> None:
+        """A validation came, the best so far or not."""
+        self._is_new_best = is_best
+
+    def flush(self) -> None:
+        """Write the decision that was carried out, now that all of it took effect."""
+        if self._open is not None:
+            decision, self._open = self._open, None
+            self._tell(decision.line, "warning")
+            self._log.write_decision(decision.to_json())
+
+    def restore_records(self, step: int) -> None:
+        """Write down again what a resume at ``step`` cut: a run that went back decided it later."""
+        for decision in self.decisions:
+            if decision.step > step:
+                self._log.write_decision(decision.to_json())
+
+    def finish(self) -> None:
+        """The run is over."""
+        self.flush()
+        if self.decisions:
+            self._log.fold_decisions()
+
+    # -- what came of them ---------------------------------------------------------------------
+
+    def _note_skips(self, report: StepReport) -> None:
+        """Batches that the guard left out one after another are one decision."""
+        seen = self.guard.last
+        if self.guard.streak and seen is not None:
+            if self._num_skipped == 0:
+                self._open = self._decision(
+                    Proposal(
+                        "skip_outliers",
+                        SOFT,
+                        confidence_of(seen.score),
+                        (Action("skip_batch"),),
+                        f"A loss of {seen.loss:.4g} and a gradient norm of {seen.norm:.3g} are "
+                        f"unlike the steps before ({seen.loss_level:.4g}, {seen.norm_level:.3g}).",
+                        seen.values(),
+                        report.step,
+                    )
+                )
+                self.flush()
+            self._num_skipped += 1
+        elif self._num_skipped:
+            count, self._num_skipped = self._num_skipped, 0
+            text = f"{count} batch{'es were' if count > 1 else ' was'} left out, then it was over"
+            self._close("skip_outliers", {"resolved": True, "skipped": count, "text": text})
+
+    def _follow_up(self, events: Sequence[Event]) -> None:
+        alarms = [event for event in events if event.is_alarm]
+        for number in list(self._followed):
+            decision = self.decisions[number - 1]
+            if decision.rule == "skip_outliers":
+                continue
+            begun = decision.after if decision.action.endswith("_steps") else decision.step
+            if alarms and self._step > begun:
+                text = f"trouble again at step {self._step:,}: {alarms[0].message}"
+                self._settle(number, {"resolved": False, "text": text})
+            elif self._step >= begun + FOLLOWED_FOR:
+                text = f"{FOLLOWED_FOR} steps later no alarm"
+                self._settle(number, {"resolved": True, "text": text})
+
+    def _close(self, rule: str, outcome: dict[str, Any]) -> None:
+        for number in list(self._followed):
+            if self.decisions[number - 1].rule == rule:
+                self._settle(number, outcome)
+
+    def _settle(self, number: int, outcome: dict[str, Any]) -> None:
+        decision = self.decisions[number - 1]
+        decision.outcome = {"step": self._step, **outcome}
+        self._followed.remove(number)
+        self._log.write_decision(decision.to_json())
+
+    def get_adaptive_status(self) -> dict[str, Any]:
+        """What was decided so far, and how it went."""
+        outcomes = [one.outcome for one in self.decisions if one.outcome is not None]
+        return {
+            "monitoring_active": not self._has_failed,
+            "adaptive_decisions_made": len(self.decisions),
+            "recent_decisions": [one.to_json() for one in self.decisions[-_RECENT:]],
+            "anomalies_found": len([one for one in self.watch.watcher.events if one.is_alarm]),
+            "anomalies_resolved": sum(bool(one.get("resolved")) for one in outcomes),
+            "rollbacks": self.policy.num_rollbacks,
+            "phase": self.watch.watcher.phase,
+        }
+
+    # -- state ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> State:
+        """What to remember over a restart."""
+        return {
+            "policy": self.policy.state_dict(),
+            "decisions": [one.to_json() for one in self.decisions],
+            "followed": list(self._followed),
+            "num_skipped": self._num_skipped,
+            "non_finite": self._non_finite,
+            "since_rollback": self._since_rollback,
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go back to what ``state_dict`` returned; a rollback leaves all as it is."""
+        if self._has_begun or not state:
+            return
+        values: dict[str, Any] = dict(state)
+        self.policy.load_state_dict(values["policy"])
+        self.decisions = [Decision(**one) for one in values["decisions"]]
+        self._followed = list(values["followed"])
+        self._num_skipped = values["num_skipped"]
+        self._non_finite = values["non_finite"]
+        self._since_rollback = values["since_rollback"]
+
+
+class _Ear(Callback):
+    """Hears for ``steering`` what happens in the run."""
+
+    def __init__(self, steering: Steering) -> None:
+        self._steering = steering
+
+    def on_start(self, info: RunInfo) -> None:
+        self._steering.restore_records(info.start_step)
+
+    def on_step(self, report: StepReport) -> None:
+        self._steering.flush()
+
+    def on_validation(self, report: ValidationReport) -> None:
+        self._steering.note_best(report.is_best)
+
+    def on_change(self, change: Change) -> None:
+        self._steering.heard(change)
+
+    def on_end(self, ending: Ending | None) -> None:
+        self._steering.finish()

@@ -1,0 +1,48 @@
+"""Lets the orchestrator steer a trainer."""
+
+from __future__ import annotations
+
+from ultrathink.config.orchestrator import OrchestratorConfig
+from ultrathink.core.protocols import State
+from ultrathink.orchestrator.live import LiveWatch
+from ultrathink.orchestrator.steering.steering import Guard, Steering
+from ultrathink.training.memory import memory_in_use
+from ultrathink.training.run_log import RunLog
+from ultrathink.training.states import size_bytes
+from ultrathink.training.trainer import Trainer
+
+_SHARE_OF_FREE = 0.2
+_GIB = 2**30
+_MOST = 8  # snapshots; more would lie too far back to be of use
+
+
+def steer(
+    trainer: Trainer, config: OrchestratorConfig, watch: LiveWatch | None, log: RunLog
+) -> None:
+    """Give ``trainer`` a guard, and on the first process, which has a ``watch``, the policy."""
+    guard = Guard(most=config.limits.skipped_share)
+    if config.rules.skip_outliers:
+        trainer.set_guard(guard)
+    if watch is None:
+        return
+    steering = Steering(
+        config,
+        watch=watch,
+        guard=guard,
+        settings=trainer.settings,
+        position=lambda: trainer.loader.samples_seen + trainer.loader.samples_skipped,
+        most_snapshots=lambda: _room_for(trainer.state_dict(), config.snapshots.max_gib),
+        log=log,
+        tell=lambda text, level: trainer.notify("on_message", text, level),
+    )
+    trainer.callbacks = [*trainer.callbacks, steering.ear]
+    trainer.controllers = [*trainer.controllers, steering]
+
+
+def _room_for(state: State, max_gib: float | None) -> int:
+    """How many copies of ``state`` fit."""
+    if max_gib is None:
+        memory = memory_in_use()
+        free = memory.get("memory_limit", 2 * memory["memory"]) - memory["memory"]
+        max_gib = _SHARE_OF_FREE * max(0.0, free)
+    return min(_MOST, int(max_gib * _GIB // max(1, size_bytes(state))))

@@ -1,0 +1,38 @@
+"""``decisions.jsonl``: what was changed in a run, by whom and why, and what came of it.
+
+A decision whose outcome became known is written again with it; the last line of a number counts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ultrathink.core.files import write_atomic
+
+ROLLBACKS = ("restore", "rollback_steps", "redo_steps")  # actions that take a run back
+
+
+def read_decisions(path: Path) -> list[dict[str, Any]]:
+    """Every record, each decision as it was written last; lines that are torn are left out."""
+    if not path.is_file():
+        return []
+    records: dict[int | str, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_bytes().splitlines()):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            key = record.get("id")
+            records[key if isinstance(key, int) else f"line {number}"] = record
+    return list(records.values())
+
+
+def fold_decisions(path: Path) -> None:
+    """Leave one line for each decision."""
+    records = read_decisions(path)
+    if records and len(records) < len(path.read_bytes().splitlines()):
+        lines = [json.dumps(record, ensure_ascii=False) for record in records]
+        write_atomic(path, "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))

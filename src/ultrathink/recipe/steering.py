@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ultrathink.config.orchestrator import OrchestratorConfig
 from ultrathink.core.protocols import State
+from ultrathink.monitoring.records import Level
 from ultrathink.orchestrator.live import LiveWatch
 from ultrathink.orchestrator.steering.steering import Guard, Steering
 from ultrathink.training.memory import memory_in_use
@@ -20,7 +21,11 @@ def steer(
     trainer: Trainer, config: OrchestratorConfig, watch: LiveWatch | None, log: RunLog
 ) -> None:
     """Give ``trainer`` a guard, and on the first process, which has a ``watch``, the policy."""
-    guard = Guard(most=config.limits.skipped_share)
+
+    def tell(text: str, level: Level) -> None:
+        trainer.notify("on_message", text, level)
+
+    guard = Guard(most=config.limits.skipped_share, tell=tell)
     if config.rules.skip_outliers:
         trainer.set_guard(guard)
     if watch is None:
@@ -33,7 +38,7 @@ def steer(
         position=lambda: trainer.loader.samples_seen + trainer.loader.samples_skipped,
         most_snapshots=lambda: _room_for(trainer.state_dict(), config.snapshots.max_gib),
         log=log,
-        tell=lambda text, level: trainer.notify("on_message", text, level),
+        tell=tell,
     )
     trainer.callbacks = [*trainer.callbacks, steering.ear]
     trainer.controllers = [*trainer.controllers, steering]

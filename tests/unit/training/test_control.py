@@ -37,7 +37,7 @@ def test_changes_wait_for_the_boundary_and_are_recorded(make_trainer: MakeTraine
         ("skip_samples", 0, 8),
     ]
     lines = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
-    assert next(line["reason"] for line in lines) == "loss spiked"
+    assert next(line["reasoning"] for line in lines) == "loss spiked"
     assert {line["step"] for line in lines} == {2}
     assert (trainer.loader.samples_seen, trainer.loader.samples_skipped) == (16, 8)
 

@@ -127,7 +127,7 @@ def test_live_controls_are_recorded_and_survive_a_resume(make_trainer: MakeTrain
         (1.0, 1.5),
     ]
     lines = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
-    assert [line["reason"] for line in lines[:2]] == ["test", "collapse"]
+    assert [line["reasoning"] for line in lines[:2]] == ["test", "collapse"]
     dropped = [float(report.experts.dropped.sum()) for report in recorder.steps if report.experts]
     assert [value > 0 for value in dropped] == [False, False, True, True]
     ratio = recorder.steps[2].aux_losses["moe_load"] / recorder.steps[1].aux_losses["moe_load"]

@@ -16,6 +16,7 @@ class Kept:
 
     snapshot: Snapshot
     samples: int  # taken or skipped since the run began
+    number: int  # of all that were taken
 
     @property
     def step(self) -> int:
@@ -35,6 +36,7 @@ class SnapshotRing:
         self.best: Kept | None = None
         self._take = take
         self._kept: list[Kept] = []
+        self._count = 0
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -52,11 +54,12 @@ class SnapshotRing:
         """Take one at this step boundary."""
         if self.most < 1:
             return
-        kept = Kept(self._take(), samples)
+        kept = Kept(self._take(), samples, self._count + 1)
         if is_best:
             self.best = kept
         if not is_best or self.is_due(kept.step):
             self._kept.append(kept)
+            self._count += 1
         while len(self._all()) > self.most and len(self._kept) > 1:
             self._kept.pop(self._least_missed())
 
@@ -83,11 +86,14 @@ class SnapshotRing:
         return [*self._kept, *extra]
 
     def _least_missed(self) -> int:
-        """The place of the one, never the newest, whose neighbours are closest for its age."""
-        newest = self._kept[-1].step
-        gaps = []
-        for place, one in enumerate(self._kept[:-1]):
-            before = self._kept[place - 1].step if place else one.step - self.every
-            gap = self._kept[place + 1].step - before
-            gaps.append((gap / (newest - one.step + self.every), place))
-        return min(gaps)[1]
+        """The place of the one, not the newest, that lies farthest beyond its time.
+
+        Every second one is kept for a short time, every fourth for twice as long, and so on, as
+        the marks of a ruler have lengths: so the ages of those that stay double.
+        """
+        newest = self._kept[-1].number
+        overdue = [
+            ((newest - one.number) / (one.number & -one.number), -place)
+            for place, one in enumerate(self._kept[:-1])
+        ]
+        return -max(overdue)[1]

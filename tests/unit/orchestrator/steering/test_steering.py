@@ -1,0 +1,243 @@
+"""The orchestrator in real runs: what it does about real faults, and that it does nothing else."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.training.conftest import MakeTrainer, make_trainer
+from tests.unit.training.observers import At, Recorder, final_state
+from ultrathink.orchestrator.steering.steering import Steering
+from ultrathink.recipe.resume import resume_trainer
+from ultrathink.runs.decisions import read_decisions
+from ultrathink.training.callbacks import Callback, Controller, StepReport
+from ultrathink.training.control import TrainerControl
+from ultrathink.training.trainer import Trainer
+
+__all__ = ["make_trainer"]
+
+ACT = "orchestrator.mode=act"
+RUN = (
+    "training.max_steps=140",
+    "training.optimizer={type: adamw, lr: 0.003}",
+    "training.schedule={type: wsd, warmup: 10, decay: 20%}",
+    "training.clip=null",
+    "orchestrator.snapshots.every_steps=20",
+)
+
+
+class Breaks(Callback):
+    """Does something to a trainer after a step, once."""
+
+    def __init__(self, step: int, harm: Any) -> None:
+        self.step = step
+        self.harm = harm
+        self.trainer: Trainer | None = None
+
+    def on_step(self, report: StepReport) -> None:
+        if report.step == self.step and self.trainer is not None:
+            trainer, self.trainer = self.trainer, None
+            self.harm(trainer)
+
+
+def scale_a_weight(trainer: Trainer) -> None:
+    with torch.no_grad():
+        next(p for p in trainer.model.parameters() if p.ndim == 2).mul_(300.0)
+
+
+def steering_of(trainer: Trainer) -> Steering:
+    [found] = [one for one in trainer.controllers if isinstance(one, Steering)]
+    return found
+
+
+def broken_run(make: MakeTrainer, step: int, harm: Any, *overrides: str) -> Trainer:
+    breaks = Breaks(step, harm)
+    trainer = make(*RUN, *overrides, callbacks=[breaks])
+    breaks.trainer = trainer
+    trainer.fit()
+    return trainer
+
+
+def decisions(trainer: Trainer, *rules: str) -> list[dict[str, Any]]:
+    return [one for one in read_decisions(trainer.run.decisions) if one["rule"] in rules]
+
+
+def test_a_healthy_run_is_the_same_to_the_bit(make_trainer: MakeTrainer) -> None:
+    """Snapshots, the guard and the policy leave no trace."""
+    states = []
+    for mode in ("off", "advise", "act"):
+        trainer = make_trainer(*RUN, f"orchestrator.mode={mode}", "model.dropout=0.1")
+        trainer.fit()
+        states.append(final_state(trainer.run))
+        assert not trainer.run.decisions.exists()
+    for other in states[1:]:
+        assert states[0].keys() == other.keys()
+        assert all(torch.equal(states[0][name], other[name]) for name in states[0])
+    assert len(steering_of(trainer).snapshots.steps) > 2  # type: ignore[union-attr]
+
+
+def test_broken_weights_are_taken_back(make_trainer: MakeTrainer) -> None:
+    trainer = broken_run(make_trainer, 110, scale_a_weight, ACT)
+    [rollback] = decisions(trainer, "roll_back")
+    assert rollback["action"] == "rollback_steps"
+    assert rollback["before"] == rollback["step"] > 110
+    assert rollback["after"] <= 110
+    assert rollback["level"] in (3, 4)
+    assert rollback["confidence"] >= 0.9
+    assert rollback["reasoning"]
+    unhelped = broken_run(make_trainer, 110, scale_a_weight, "orchestrator.mode=advise")
+    clean = make_trainer(*RUN)
+    clean.fit()
+    losses = []
+    for one in (clean, trainer, unhelped):
+        assert one.progress.step == 140
+        assert one.held_out is not None
+        losses.append(one.score(one.held_out).loss)
+    assert losses[1] < losses[0] * 1.02
+    assert losses[2] > losses[0] * 1.05
+    assert trainer.loader.samples_skipped == 4 * (rollback["before"] - rollback["after"])
+
+
+def test_one_bad_batch_is_left_out_and_nothing_else(make_trainer: MakeTrainer) -> None:
+    def poison(trainer: Trainer) -> None:
+        original = trainer.loader.next_batch
+
+        def once() -> Any:
+            trainer.loader.next_batch = original  # type: ignore[method-assign]
+            batch = original()
+            draw = torch.Generator().manual_seed(1)
+            batch.input_ids.random_(0, 250, generator=draw)
+            batch.labels.random_(0, 250, generator=draw)
+            return batch
+
+        trainer.loader.next_batch = once  # type: ignore[method-assign]
+
+    trainer = broken_run(make_trainer, 110, poison, ACT)
+    [skipped] = read_decisions(trainer.run.decisions)
+    assert (skipped["rule"], skipped["action"], skipped["step"]) == (
+        "skip_outliers",
+        "skip_batch",
+        111,
+    )
+    assert skipped["outcome"]["resolved"] is True
+    assert skipped["outcome"]["skipped"] == 1
+    assert trainer.progress.num_skipped == 1
+
+
+def test_a_rate_that_is_off_is_put_right_and_its_steps_are_undone(
+    make_trainer: MakeTrainer,
+) -> None:
+    def raise_rate(trainer: Trainer) -> None:
+        for group in trainer.stepper.optimizers[0].param_groups:
+            group["peak_lr"] *= 10
+
+    trainer = broken_run(make_trainer, 110, raise_rate, ACT)
+    [correction] = decisions(trainer, "correct_rate")
+    assert (correction["step"], correction["action"]) == (111, "redo_steps")
+    assert [one["action"] for one in correction["also"]] == ["lr_correction"]
+    assert correction["also"][0]["after"] == pytest.approx(0.1)
+    assert trainer.loader.samples_skipped == 0
+    clean = make_trainer(*RUN)
+    clean.fit()
+    assert trainer.held_out is not None
+    assert trainer.score(trainer.held_out).loss == pytest.approx(
+        clean.score(trainer.held_out).loss, rel=1e-4
+    )
+
+
+def test_a_rate_that_is_too_small_is_put_right_where_it_is(make_trainer: MakeTrainer) -> None:
+    def lower_rate(trainer: Trainer) -> None:
+        for group in trainer.stepper.optimizers[0].param_groups:
+            group["peak_lr"] /= 50
+
+    recorder = Recorder()
+    breaks = Breaks(60, lower_rate)
+    trainer = make_trainer(*RUN, ACT, callbacks=[breaks, recorder])
+    breaks.trainer = trainer
+    trainer.fit()
+    [correction] = decisions(trainer, "correct_rate")
+    assert correction["action"] == "correct_learning_rate"
+    rates = [report.lr for report in recorder.steps]
+    assert rates[60] == pytest.approx(0.003 / 50)
+    assert rates[61] == pytest.approx(0.003)
+
+
+def test_its_own_failure_does_not_end_the_run(make_trainer: MakeTrainer) -> None:
+    recorder = Recorder()
+    trainer = make_trainer(*RUN, ACT, "training.max_steps=30", callbacks=[recorder])
+    steering = steering_of(trainer)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("test")
+
+    steering.policy.decide = fail  # type: ignore[method-assign, assignment]
+    steering.guard.leaves_out = fail  # type: ignore[method-assign, assignment]
+    assert trainer.fit() == "finished"
+    for who in ("the orchestrator failed at step 1", "the guard failed"):
+        [told] = [text for text in recorder.messages if who in text]
+        assert "training goes on" in told
+    assert steering.get_adaptive_status()["monitoring_active"] is False
+
+
+def test_it_resumes_with_all_that_it_knows(make_trainer: MakeTrainer) -> None:
+    """A run that went back is stopped and resumed, and is the one that was not."""
+
+    class StopsAt(Controller):
+        def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
+            if report.step == 125 and steering_of(trainer).decisions:
+                control.stop(reason="test")
+
+    whole = broken_run(make_trainer, 110, scale_a_weight, ACT)
+    breaks = Breaks(110, scale_a_weight)
+    trainer = make_trainer(*RUN, ACT, callbacks=[breaks], controllers=[StopsAt()])
+    breaks.trainer = trainer
+    assert trainer.fit() == "stopped"
+    before = steering_of(trainer).state_dict()
+    again = resume_trainer(trainer.run, controllers=[StopsAt()])
+    assert steering_of(again).state_dict() == before
+    again.fit()
+    one, other = final_state(whole.run), final_state(again.run)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    told = [
+        {name: value for name, value in record.items() if name != "time"}
+        for run in (whole.run, again.run)
+        for record in read_decisions(run.decisions)
+        if record["rule"] != "by_hand"
+    ]
+    assert told[: len(told) // 2] == told[len(told) // 2 :]
+
+
+def test_decisions_have_one_line_each_in_the_end(make_trainer: MakeTrainer) -> None:
+    trainer = broken_run(make_trainer, 110, scale_a_weight, ACT)
+    lines = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
+    assert [line["id"] for line in lines] == list(range(1, len(lines) + 1))
+    keys = {"step", "level", "signals", "rule", "confidence", "action", "before", "after"}
+    for line in lines:
+        assert keys | {"reasoning", "outcome", "time"} <= line.keys()
+    status = steering_of(trainer).get_adaptive_status()
+    assert status["adaptive_decisions_made"] == len(lines)
+    assert status["rollbacks"] == 1
+    assert len(status["recent_decisions"]) == min(10, len(lines))
+
+
+def test_rules_can_be_switched_off(make_trainer: MakeTrainer) -> None:
+    rules = "orchestrator.rules={roll_back: false, skip_outliers: false}"
+    trainer = broken_run(make_trainer, 110, scale_a_weight, ACT, rules)
+    assert read_decisions(trainer.run.decisions) == []
+
+
+def test_rollbacks_are_limited(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    trainer = broken_run(make_trainer, 110, scale_a_weight, ACT, "orchestrator.limits.rollbacks=0")
+    assert decisions(trainer, "roll_back") == []
+    assert trainer.progress.step == 140
+
+
+def test_a_change_by_hand_is_recorded_as_such(make_trainer: MakeTrainer) -> None:
+    act = At(step2=lambda control: control.set_clip(0.5, reason="I want to"))
+    trainer = make_trainer(*RUN, ACT, "training.max_steps=5", controllers=[act])
+    trainer.fit()
+    [record] = read_decisions(trainer.run.decisions)
+    assert record["rule"] == "by_hand"
+    assert (record["action"], record["after"], record["reasoning"]) == ("clip", 0.5, "I want to")

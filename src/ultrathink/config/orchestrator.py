@@ -77,6 +77,18 @@ class OrchestratorConfig(Section):
     limits: LimitsConfig = Field(LimitsConfig(), description="What they may do at most.")
     snapshots: SnapshotsConfig = Field(SnapshotsConfig(), description="What to go back to.")
 
+    audit: bool = Field(
+        False,
+        description="Audit the decisions whose states were kept once the run has ended: replay "
+        "with and without each of them.",
+    )
+    kept_states: int = Field(
+        2,
+        ge=0,
+        description="Decisions, the newest, whose state is kept on disk for an audit; each takes "
+        "as much as one checkpoint, or two where the run went back.",
+    )
+
     @field_validator("mode", mode="before")
     @classmethod
     def _false_is_off(cls, value: object) -> object:

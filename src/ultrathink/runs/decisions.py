@@ -14,6 +14,25 @@ from ultrathink.core.files import write_atomic
 ROLLBACKS = ("restore", "rollback_steps", "redo_steps")  # actions that take a run back
 
 
+def state_name(number: int) -> str:
+    """The folder, below ``states``, of the run's state when the decision was taken."""
+    return f"{number:05}"
+
+
+def target_name(number: int) -> str:
+    """The folder of the state that the decision took the run back to."""
+    return f"{number:05}-target"
+
+
+def add_to_decision(path: Path, number: int, **values: Any) -> None:
+    """Write more into the record of a decision; the run must not be training."""
+    records = read_decisions(path)
+    for record in records:
+        if record.get("id") == number:
+            record.update(values)
+    _write(path, records)
+
+
 def read_decisions(path: Path) -> list[dict[str, Any]]:
     """Every record, each decision as it was written last; lines that are torn are left out."""
     if not path.is_file():
@@ -34,5 +53,9 @@ def fold_decisions(path: Path) -> None:
     """Leave one line for each decision."""
     records = read_decisions(path)
     if records and len(records) < len(path.read_bytes().splitlines()):
-        lines = [json.dumps(record, ensure_ascii=False) for record in records]
-        write_atomic(path, "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
+        _write(path, records)
+
+
+def _write(path: Path, records: list[dict[str, Any]]) -> None:
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    write_atomic(path, "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))

@@ -95,6 +95,16 @@ class RunFolder:
         return self.path / "decisions.jsonl"
 
     @property
+    def states(self) -> Path:
+        return self.path / "states"
+
+    def kept_states(self) -> list[str]:
+        """The names of the states that were kept for audits, the oldest first."""
+        if not self.states.is_dir():
+            return []
+        return sorted(one.name for one in self.states.iterdir() if not one.name.startswith("."))
+
+    @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
 

@@ -34,6 +34,11 @@ def apply_change(trainer: Trainer, request: Request) -> Change | None:
     if setting == "forget":
         trainer.snapshots.pop(value, None)
         return None
+    if setting == "keep_state":
+        name, key, newest = value
+        state = trainer.state_dict() if key is None else trainer.snapshots[key]
+        trainer.saving.keep_state(name, state, newest=newest)
+        return None
     before, after = _APPLY[setting](trainer, value)
     if setting == "routing":
         setting = f"routing.{value[0]}"

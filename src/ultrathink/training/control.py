@@ -126,6 +126,12 @@ class TrainerControl(Protocol):
     def restore(self, snapshot: Snapshot, *, reason: str) -> None:
         """Return to ``snapshot``, all of it."""
 
+    def keep_state(self, name: str, snapshot: Snapshot | None = None, *, newest: int) -> None:
+        """Write the state of now, or of ``snapshot``, to the run's folder ``states/NAME``.
+
+        Of such folders the ``newest`` by name stay.
+        """
+
     def checkpoint_now(self, *, reason: str) -> None:
         """Write a checkpoint."""
 
@@ -223,6 +229,10 @@ class ControlQueue:
 
     def restore(self, snapshot: Snapshot, *, reason: str) -> None:
         self._ask("restore", snapshot.key, reason)
+
+    def keep_state(self, name: str, snapshot: Snapshot | None = None, *, newest: int) -> None:
+        key = snapshot.key if snapshot is not None else None
+        self._ask("keep_state", [name, key, newest], "")
 
     def checkpoint_now(self, *, reason: str) -> None:
         self._ask("checkpoint", None, reason)

@@ -13,10 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from ultrathink.config.training import CheckpointConfig
 from ultrathink.core.errors import CheckpointError
+from ultrathink.core.files import remove_folder
 from ultrathink.core.protocols import State
 from ultrathink.parallel.board import new_team
 from ultrathink.parallel.placement import piece_of
 from ultrathink.parallel.world import ALONE, World
+from ultrathink.runs.checkpoint import save_checkpoint
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.saver import CheckpointSaver, Outcome
 
@@ -51,6 +53,7 @@ class Saving:
         self._on_written = on_written
         self._on_restored = on_restored
         self._tell = tell
+        self._run = run
         self._world = world
         self._saver = CheckpointSaver(run, keep=rule.keep)
         self._under_way: _Request | None = None
@@ -81,6 +84,20 @@ class Saving:
         is_idle = self._under_way is None
         if self._unwritten and is_idle and self._now() >= self._retry_at:
             self._submit(min(self._unwritten.values(), key=lambda request: request.step))
+
+    def keep_state(self, name: str, state: State, *, newest: int) -> None:
+        """Write ``state`` beside the checkpoints, at once; one that cannot be written is told."""
+        self._saver.wait()
+        folder = self._run.states / name
+        try:
+            save_checkpoint(folder, private_copy(state), team=new_team(self._world))
+            if self._world.is_main:
+                for old in self._run.kept_states()[:-newest]:
+                    remove_folder(self._run.states / old)
+        except OSError as error:
+            self._tell(
+                f"the state for {folder.name} could not be kept: {_reason(error)}", "warning"
+            )
 
     def settle(self) -> None:
         """Wait for the write under way, and give up what could not be written so far."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from ultrathink.config.orchestrator import LimitsConfig, RulesConfig
 from ultrathink.orchestrator.remembering import Remembers
-from ultrathink.orchestrator.steering.proposals import Proposal
+from ultrathink.orchestrator.steering.proposals import GOES_BACK, Proposal
 from ultrathink.orchestrator.steering.rules import RULES, Rule, Situation
-
-_GOES_BACK = ("rollback_steps", "redo_steps")
 
 
 class Policy(Remembers):
@@ -39,11 +37,11 @@ class Policy(Remembers):
             return None
         _, _, cool_down, proposal = max(found, key=lambda one: one[:2])
         self._rests_until[proposal.rule] = self._count + cool_down + 1
-        self.num_rollbacks += any(action.name in _GOES_BACK for action in proposal.actions)
+        self.num_rollbacks += any(action.name in GOES_BACK for action in proposal.actions)
         return proposal
 
     def _is_allowed(self, proposal: Proposal) -> bool:
         names = {action.name for action in proposal.actions}
-        if names & set(_GOES_BACK) and self.num_rollbacks >= self.limits.rollbacks:
+        if names & set(GOES_BACK) and self.num_rollbacks >= self.limits.rollbacks:
             return False
         return "stop" not in names or self.limits.may_stop

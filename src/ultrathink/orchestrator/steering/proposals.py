@@ -9,6 +9,7 @@ from typing import Any
 
 SOFT, MEDIUM, HARD, CRITICAL = 1, 2, 3, 4
 LEVELS = {SOFT: "soft", MEDIUM: "medium", HARD: "hard", CRITICAL: "critical"}
+GOES_BACK = ("rollback_steps", "redo_steps")  # actions that take the run to a snapshot
 SURE_ENOUGH = {SOFT: 0.7, MEDIUM: 0.8, HARD: 0.9, CRITICAL: 0.0}  # the least confidence
 
 
@@ -57,6 +58,7 @@ class Decision:
     reasoning: str
     time: float = field(default_factory=time.time)
     also: list[dict[str, Any]] = field(default_factory=list)  # further actions, before and after
+    actions: list[list[Any]] = field(default_factory=list)  # each by name and argument, for audits
     outcome: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:

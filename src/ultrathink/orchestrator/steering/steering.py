@@ -18,6 +18,7 @@ from ultrathink.orchestrator.live import LiveWatch, step_signals
 from ultrathink.orchestrator.steering.guard import OutlierGuard
 from ultrathink.orchestrator.steering.policy import Policy
 from ultrathink.orchestrator.steering.proposals import (
+    GOES_BACK,
     SOFT,
     Action,
     Decision,
@@ -26,6 +27,7 @@ from ultrathink.orchestrator.steering.proposals import (
 )
 from ultrathink.orchestrator.steering.rules import EASES_OVER, Situation
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
+from ultrathink.runs.decisions import state_name, target_name
 from ultrathink.training.callbacks import Callback, Controller, Ending, StepReport, ValidationReport
 from ultrathink.training.control import Change, ControlQueue, LiveSettings, TrainerControl
 from ultrathink.training.run_log import RunLog
@@ -128,7 +130,7 @@ class Steering(Controller):
             )
         events = self.watch.take_events()
         self._count(report)
-        self._note_skips(report)
+        self._note_skips(report, control)
         self._follow_up(events)
         proposal = self.policy.decide(self._situation(report, events, self.snapshots))
         if proposal is not None:
@@ -171,13 +173,28 @@ class Steering(Controller):
         decision = self._decision(proposal)
         self._open = decision
         doing = Interventions(control, snapshots, position=self._position, step=lambda: self._step)
+        self._keep_states(decision, control, snapshots)
         with control.deciding(decision.id):
             for action in proposal.actions:
                 self._ask(doing, action, decision)
 
+    def _keep_states(
+        self, decision: Decision, control: TrainerControl, snapshots: SnapshotRing | None
+    ) -> None:
+        """Have what an audit begins from written down: the state of now, and of what the run goes
+        back to."""
+        if not self.config.kept_states:
+            return
+        newest = 2 * self.config.kept_states
+        target = next((value for name, value in decision.actions if name in GOES_BACK), None)
+        kept = snapshots.before(target) if snapshots is not None and target is not None else None
+        if kept is not None:
+            control.keep_state(target_name(decision.id), kept.snapshot, newest=newest)
+        control.keep_state(state_name(decision.id), newest=newest)
+
     def _ask(self, doing: Interventions, action: Action, decision: Decision) -> None:
         reason = f"decision {decision.id}, {decision.rule}"
-        if action.name in ("rollback_steps", "redo_steps"):
+        if action.name in GOES_BACK:
             kept = doing.snapshots.before(action.value)
             assert kept is not None, "the rule looked"
             doing.roll_back_to(kept, skip=action.name == "rollback_steps", reason=reason)
@@ -201,6 +218,7 @@ class Steering(Controller):
             before=None,
             after=None,
             reasoning=proposal.reasoning,
+            actions=[[one.name, one.value] for one in proposal.actions],
         )
         self.decisions.append(decision)
         self._followed.append(decision.id)
@@ -242,12 +260,12 @@ class Steering(Controller):
 
     # -- what came of them ---------------------------------------------------------------------
 
-    def _note_skips(self, report: StepReport) -> None:
+    def _note_skips(self, report: StepReport, control: TrainerControl) -> None:
         """Batches that the guard left out one after another are one decision."""
         seen = self.guard.last
         if self.guard.streak and seen is not None:
             if self._num_skipped == 0:
-                self._open = self._decision(
+                self._open = decision = self._decision(
                     Proposal(
                         "skip_outliers",
                         SOFT,
@@ -260,6 +278,7 @@ class Steering(Controller):
                     )
                 )
                 self.flush()
+                self._keep_states(decision, control, None)
             self._num_skipped += 1
         elif self._num_skipped:
             count, self._num_skipped = self._num_skipped, 0

@@ -1,0 +1,57 @@
+"""``ultrathink audit``: replay the decisions of a run, and say what each was worth."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from ultrathink.cli.arguments import add_plugin_argument, load_plugins
+
+_EPILOG = """Each decision is replayed from the state that was kept when it was taken, with and
+without it, over several data orders; the difference in validation loss is printed with its 95%
+interval and written into the run's decisions.jsonl. Negative means that the decision helped.
+
+examples:
+  ultrathink audit demo
+  ultrathink audit demo --decision 3 --orders 8 --horizon 500
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink audit``."""
+    parser.epilog = _EPILOG
+    parser.add_argument("run", metavar="RUN", help="name or folder of a run")
+    parser.add_argument("--decision", type=int, metavar="K", help="this one only, by its number")
+    parser.add_argument("--orders", type=int, default=4, metavar="N", help="data orders (4)")
+    parser.add_argument(
+        "--horizon", type=int, metavar="N", help="steps after the decision to judge at (200)"
+    )
+    add_plugin_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Audit; status 0 once every result is written."""
+    load_plugins(args)
+    from ultrathink.recipe.audit import audit_run
+    from ultrathink.runs.folder import find_run
+
+    results = audit_run(
+        find_run(args.run),
+        decision=args.decision,
+        orders=args.orders,
+        horizon=args.horizon,
+        tell=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+    if args.json:
+        print(json.dumps({number: asdict(audit) for number, audit in results.items()}))
+        return 0
+    for number, audit in results.items():
+        print(
+            f"decision {number}: {audit.mean:+.4f} nats a token after {audit.horizon} steps "
+            f"(95% {audit.low:+.4f} to {audit.high:+.4f}, {audit.orders} data orders): "
+            f"{audit.verdict}"
+        )
+    return 0

@@ -15,6 +15,7 @@ from ultrathink.parallel.world import PeerFailedError, join_world
 from ultrathink.recipe.build import build_trainer
 from ultrathink.recipe.resume import resume_trainer
 from ultrathink.runs.checkpoint import load_checkpoint, weights
+from ultrathink.runs.decisions import read_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Controller, StepReport
 from ultrathink.training.control import Snapshot, TrainerControl
@@ -174,6 +175,35 @@ def train_with_a_controller(place: str, *overrides: str) -> tuple[str, float, li
     loader = trainer.loader
     counts = [trainer.progress.step, loader.samples_seen, loader.samples_skipped]
     return str(trainer.run.path), trainer.settings.lr_factor, counts
+
+
+def train_and_break(place: str, *overrides: str) -> tuple[str, list[Any], int]:
+    """Break the weights after step 110 under an orchestrator that acts; the run folder, what it
+    decided, and how many samples were skipped."""
+    trainer = new_trainer(
+        place,
+        "training.max_steps=130",
+        "training.clip=null",
+        "orchestrator={mode: act, snapshots: {every_steps: 20}}",
+        *overrides,
+    )
+    take_step = trainer.stepper.take_step
+    is_broken = []
+
+    def breaking(*args: Any, **options: Any) -> Any:
+        if trainer.progress.step == 110 and not is_broken:
+            is_broken.append(True)
+            with torch.no_grad():
+                next(p for p in trainer.model.parameters() if p.ndim == 2).mul_(300.0)
+        return take_step(*args, **options)
+
+    trainer.stepper.take_step = breaking  # type: ignore[method-assign]
+    trainer.fit()
+    decided = [
+        [record["rule"], record["step"], record["after"]]
+        for record in read_decisions(trainer.run.decisions)
+    ]
+    return str(trainer.run.path), decided, trainer.loader.samples_skipped
 
 
 class _Guard:

@@ -70,3 +70,13 @@ def test_a_batch_that_cannot_be_divided(two: Pool, tmp_path: Path) -> None:
     words = [["training.batch_size=5", "training.micro_batch_size=1"]] * 2
     first, _ = two.run(tasks.message_of_a_mistake, str(tmp_path), words)
     assert "training.batch_size = 5 cannot be divided by 2 processes; use 4 or 6" in first
+
+
+def test_all_go_back_together_when_the_orchestrator_decides(two: Pool, tmp_path: Path) -> None:
+    words = ("training.precision=fp64", "parallel.zero_stage=3")
+    alone, decided, skipped = tasks.train_and_break(str(tmp_path / "one"), words[0])
+    assert [rule for rule, _, _ in decided] == ["skip_outliers", "roll_back"]
+    assert skipped > 0
+    results = two.run(tasks.train_and_break, str(tmp_path / "two"), *words)
+    assert [result[1:] for result in results] == [(decided, skipped)] * 2
+    assert_equal(alone, results[0][0], 1e-9)

@@ -82,6 +82,17 @@ class ConsoleSink(BaseSink):
         if self._display is not None:
             self._display.message(clean_text(text), level)
 
+    def phase(self, name: str) -> None:
+        """Show the phase in the line of progress."""
+        if self._display is not None:
+            self._display.status.phase = name.lower()
+
+    def decision(self, step: int, title: str, text: str) -> None:
+        """Print the decision, and show it in the line of progress until the next."""
+        if self._display is not None:
+            self._display.status.decision = f"{title} at {step:,}"
+            self._display.message(clean_text(text), "warning")
+
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Print a text that the model wrote, set apart from everything else."""
         if self._display is not None:
@@ -115,6 +126,8 @@ class _Status:
         self.step = info.start_step
         self.train: dict[str, float | int] = {}
         self.val: dict[str, float | int] = {}
+        self.phase = ""  # of training
+        self.decision = ""  # the last one
         self.closed = False
         self._clock = clock
         self._began = clock()
@@ -156,6 +169,11 @@ class _Status:
         if "tokens_per_sec" in self.train:
             figures.append(("tokens/s", short_number(self.train["tokens_per_sec"])))
         return figures
+
+    def situation(self) -> list[tuple[str, str]]:
+        """Label and value of the phase and of the last decision."""
+        shown = [("phase", self.phase), ("decision", self.decision)]
+        return [(label, value) for label, value in shown if value]
 
     def val_figures(self) -> list[tuple[str, str]]:
         """Label and value of the last validation."""
@@ -199,7 +217,7 @@ class _PlainDisplay:
         if now - self._last_line < PLAIN_INTERVAL_S and not status.is_done():
             return
         self._last_line = now
-        figures = _pairs(status.train_figures())
+        figures = _pairs([*status.train_figures(), *status.situation()])
         self._line(_joined([f"step {status.position()}", *figures, status.time_left()]))
 
     def message(self, text: str, level: Level) -> None:
@@ -302,7 +320,7 @@ class _LiveDisplay:
                 row.add_column(no_wrap=True, justify="right")
                 cells.append(Text(text, style=style))
         row.add_row(*cells)
-        figures = _styled([*status.train_figures(), *status.val_figures()[:2]])
+        figures = _styled([*status.train_figures(), *status.val_figures()[:2], *status.situation()])
         return Constrain(Group(row, _fitted(figures, self._width())), MAX_WIDTH)
 
 

@@ -99,6 +99,12 @@ class Sink(Protocol):
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Take a text that the model wrote, ``text`` being what follows ``prompt``."""
 
+    def phase(self, name: str) -> None:
+        """Hear that training is in another phase, such as CONVERGING."""
+
+    def decision(self, step: int, title: str, text: str) -> None:
+        """Take what the orchestrator decided: ``title`` in few words, ``text`` with its reason."""
+
     def take_notes(self) -> list[Note]:
         """Give what befell the sink itself since the last call; asked after each other call."""
 
@@ -128,6 +134,12 @@ class BaseSink:
         """Do nothing."""
 
     def sample(self, step: int, prompt: str, text: str) -> None:
+        """Do nothing."""
+
+    def phase(self, name: str) -> None:
+        """Do nothing."""
+
+    def decision(self, step: int, title: str, text: str) -> None:
         """Do nothing."""
 
     def take_notes(self) -> list[Note]:

@@ -58,6 +58,14 @@ class SinkGroup:
         """Hand a sample to every sink."""
         self._each("sample", lambda sink: sink.sample(step, prompt, text))
 
+    def phase(self, name: str) -> None:
+        """Tell every sink of another phase."""
+        self._each("phase", lambda sink: sink.phase(name))
+
+    def decision(self, step: int, title: str, text: str) -> None:
+        """Hand a decision to every sink."""
+        self._each("decision", lambda sink: sink.decision(step, title, text))
+
     def take_notes(self) -> list[Note]:
         """Nothing: notes of the sinks are told as they arise."""
         return []

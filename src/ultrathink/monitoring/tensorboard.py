@@ -76,6 +76,12 @@ class TensorBoardSink(BaseSink):
             entry = _text(tag, verbatim.encode("utf-8", "replace"), step)
         self._append(entry)
 
+    def decision(self, step: int, title: str, text: str) -> None:
+        """Write a decision with its reason."""
+        with _quiet():
+            entry = _text("decisions", text.encode("utf-8", "replace"), step)
+        self._append(entry)
+
     def take_notes(self) -> list[Note]:
         """What befell the event file."""
         return self._file.take_notes() if self._file is not None else []

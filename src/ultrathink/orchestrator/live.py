@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ultrathink.core.protocols import State
 from ultrathink.monitoring.appending import ResilientAppender
@@ -29,13 +29,17 @@ from ultrathink.training.run_log import WatchedFile
 class LiveWatch(Callback):
     """Watches a run as it trains: alarms are told, all events are kept in ``events.jsonl``.
 
-    It never changes the run.
+    It never changes the run. ``show_phase`` hears of each new phase.
     """
 
-    def __init__(self, run: RunFolder, tell: Tell) -> None:
+    def __init__(
+        self, run: RunFolder, tell: Tell, show_phase: Callable[[str], None] = lambda phase: None
+    ) -> None:
         self.run = run
         self.watcher = Watcher()
         self._tell = tell
+        self._show_phase = show_phase
+        self._shown = ""  # the phase that was shown last
         self._fresh: list[Event] = []  # since they were last taken
         self._file = WatchedFile(line_appender(run.events), run.events.name)
 
@@ -50,6 +54,10 @@ class LiveWatch(Callback):
 
     def on_step(self, report: StepReport) -> None:
         self._keep(report.step, self.watcher.observe(step_signals(report)))
+        phase = self.watcher.phase
+        if phase is not None and phase != self._shown:
+            self._shown = phase
+            self._show_phase(phase)
         if self._file.appender.is_waiting:
             self._notes(self._file.do(ResilientAppender.flush))
 

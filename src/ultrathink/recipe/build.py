@@ -224,7 +224,6 @@ def assemble(
         trainer.notify("on_message", text, level)
 
     log = RunLog(run, tell)
-    watch = LiveWatch(run, tell) if config.orchestrator.mode != "off" and world.is_main else None
     metrics = MetricsCallback(
         [SINKS.load(name)() for name in config.monitoring.sinks if world.is_main],
         log_every=training.log_every,
@@ -232,6 +231,8 @@ def assemble(
         peak_flops=choices.peak_flops * world.size,
         tell=tell,
     )
+    watches = config.orchestrator.mode != "off" and world.is_main
+    watch = LiveWatch(run, tell, metrics.sinks.phase) if watches else None
     samples = SampleWriter(config, model, data.tokenizer, metrics.sinks, world)
     trainer = Trainer(
         model=model,
@@ -275,7 +276,7 @@ def assemble(
         heading=_heading(config, choices),
     )
     if config.orchestrator.mode == "act":
-        steer(trainer, config.orchestrator, watch, log)
+        steer(trainer, config.orchestrator, watch, log, metrics.sinks)
     remember_run(run.path, world)
     trainer.identity = {
         "data_hash": data.data_hash,

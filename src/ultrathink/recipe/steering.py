@@ -5,6 +5,7 @@ from __future__ import annotations
 from ultrathink.config.orchestrator import OrchestratorConfig
 from ultrathink.core.protocols import State
 from ultrathink.monitoring.records import Level
+from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.orchestrator.live import LiveWatch
 from ultrathink.orchestrator.steering.steering import Guard, Steering
 from ultrathink.training.memory import memory_in_use
@@ -18,12 +19,20 @@ _MOST = 8  # snapshots; more would lie too far back to be of use
 
 
 def steer(
-    trainer: Trainer, config: OrchestratorConfig, watch: LiveWatch | None, log: RunLog
+    trainer: Trainer,
+    config: OrchestratorConfig,
+    watch: LiveWatch | None,
+    log: RunLog,
+    sinks: SinkGroup,
 ) -> None:
     """Give ``trainer`` a guard, and on the first process, which has a ``watch``, the policy."""
 
     def tell(text: str, level: Level) -> None:
         trainer.notify("on_message", text, level)
+
+    def show(step: int, title: str, text: str) -> None:
+        sinks.decision(step, title, text)
+        log.on_message(text, "info")
 
     guard = Guard(most=config.limits.skipped_share, tell=tell)
     if config.rules.skip_outliers:
@@ -38,6 +47,7 @@ def steer(
         position=lambda: trainer.loader.samples_seen + trainer.loader.samples_skipped,
         most_snapshots=lambda: _room_for(trainer.state_dict(), config.snapshots.max_gib),
         log=log,
+        show=show,
         tell=tell,
     )
     trainer.callbacks = [*trainer.callbacks, steering.ear]

@@ -64,8 +64,8 @@ class Guard(OutlierGuard):
 class Steering(Controller):
     """Watches with ``watch`` and ``guard``, decides with its policy, and keeps every decision.
 
-    ``log`` has them in ``decisions.jsonl``. What it has decided outlives a rollback, which
-    takes back all else; checkpoints hold it.
+    ``log`` has them in ``decisions.jsonl``, ``show(step, title, text)`` tells of each. What it has
+    decided outlives a rollback, which takes back all else; checkpoints hold it.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Steering(Controller):
         position: Callable[[], int],
         most_snapshots: Callable[[], int],
         log: RunLog,
+        show: Callable[[int, str, str], None],
         tell: Tell,
     ) -> None:
         self.config = config
@@ -91,6 +92,7 @@ class Steering(Controller):
         self._position = position
         self._most_snapshots = most_snapshots
         self._log = log
+        self._show = show
         self._tell = tell
         self._step = 0
         self._open: Decision | None = None  # carried out now, and not yet written
@@ -243,7 +245,7 @@ class Steering(Controller):
         """Write the decision that was carried out, now that all of it took effect."""
         if self._open is not None:
             decision, self._open = self._open, None
-            self._tell(decision.line, "warning")
+            self._show(decision.step, decision.rule, decision.line)
             self._log.write_decision(decision.to_json())
 
     def restore_records(self, step: int) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ultrathink.config import Config, load_config
     from ultrathink.recipe.build import build_model, build_trainer
     from ultrathink.recipe.resume import resume_trainer
+    from ultrathink.recipe.steering import orchestrator_of
     from ultrathink.runs.loading import load_model
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "build_trainer",
     "load_config",
     "load_model",
+    "orchestrator_of",
     "resume_trainer",
 ]
 
@@ -31,6 +33,7 @@ _HOMES = {
     "build_model": "ultrathink.recipe.build",
     "build_trainer": "ultrathink.recipe.build",
     "resume_trainer": "ultrathink.recipe.resume",
+    "orchestrator_of": "ultrathink.recipe.steering",
     "load_model": "ultrathink.runs.loading",
 }
 

@@ -20,7 +20,7 @@ BALANCE = ("load", "importance", "entropy", "z", "bias_rate")
 
 
 class Interventions:
-    """What may be done through ``control``, with ``snapshots`` to go back to.
+    """What may be done through ``control``; to go back it needs the rest.
 
     ``position`` tells how many samples were taken or skipped so far, ``step`` the step it is at.
     """
@@ -28,10 +28,10 @@ class Interventions:
     def __init__(
         self,
         control: TrainerControl,
-        snapshots: SnapshotRing,
+        snapshots: SnapshotRing | None = None,
         *,
-        position: Callable[[], int],
-        step: Callable[[], int],
+        position: Callable[[], int] = lambda: 0,
+        step: Callable[[], int] = lambda: 0,
     ) -> None:
         self.control = control
         self.snapshots = snapshots
@@ -85,12 +85,13 @@ class Interventions:
     def rollback_steps(self, count: int, *, reason: str = "by hand") -> None:
         """Go back to the newest snapshot that is at least ``count`` steps old, and skip the samples
         since; UltrathinkError where there is none."""
-        newest, now = max(self.snapshots.steps, default=None), self._step()
-        kept = self.snapshots.before(now - count)
+        steps, now = self.snapshots.steps if self.snapshots is not None else [], self._step()
+        kept = self.snapshots.before(now - count) if self.snapshots is not None else None
         if kept is None:
+            there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "none is"
             raise UltrathinkError(
-                f"there is no snapshot from {count} steps before step {now} or earlier to go back "
-                f"to; the newest is of step {newest}."
+                f"there is no snapshot that is {count} steps old to go back to from step {now}; "
+                f"{there} kept (orchestrator.mode=act keeps some)."
             )
         self.roll_back_to(kept, reason=reason)
 
@@ -100,7 +101,8 @@ class Interventions:
         passed = self._position() - kept.samples
         if skip and passed > 0:
             self.control.skip_samples(passed, reason=reason)
-        self.snapshots.forget_after(kept.step)
+        if self.snapshots is not None:
+            self.snapshots.forget_after(kept.step)
 
     def adjust_evaluation(self, every_steps: int | None, *, reason: str = "by hand") -> None:
         """Validate after every so many steps; None: at the end only."""

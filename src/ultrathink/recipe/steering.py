@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ultrathink.config.orchestrator import OrchestratorConfig
+from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.protocols import State
 from ultrathink.monitoring.records import Level
 from ultrathink.monitoring.sink_group import SinkGroup
@@ -52,6 +53,18 @@ def steer(
     )
     trainer.callbacks = [*trainer.callbacks, steering.ear]
     trainer.controllers = [*trainer.controllers, steering]
+
+
+def orchestrator_of(trainer: Trainer) -> Steering:
+    """What steers ``trainer``; UltrathinkError where nothing does.
+
+    Its ``get_adaptive_status()`` tells what was decided, its ``interventions`` are for steering by
+    hand.
+    """
+    for controller in trainer.controllers:
+        if isinstance(controller, Steering):
+            return controller
+    raise UltrathinkError("this run is not steered; build it with orchestrator.mode=act.")
 
 
 def _room_for(state: State, max_gib: float | None) -> int:

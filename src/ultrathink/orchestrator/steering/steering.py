@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ultrathink.config.orchestrator import OrchestratorConfig
+from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.protocols import State
+from ultrathink.monitoring.experts import ExpertStatistics
 from ultrathink.monitoring.records import RunInfo, Tell
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.interventions import Interventions
@@ -102,7 +104,8 @@ class Steering(Controller):
         self._since_rollback: int | None = None
         self._is_new_best = False
         self._has_failed = False
-        self._has_begun = False
+        self._control: ControlQueue | None = None  # None before the first boundary
+        self._report: StepReport | None = None
 
     # -- a step boundary -----------------------------------------------------------------------
 
@@ -122,7 +125,7 @@ class Steering(Controller):
 
     def _steer(self, report: StepReport, control: TrainerControl) -> None:
         assert isinstance(control, ControlQueue)
-        self._has_begun = True
+        self._control, self._report = control, report
         self._step = report.step
         if self.snapshots is None:
             self.snapshots = SnapshotRing(
@@ -174,7 +177,7 @@ class Steering(Controller):
     ) -> None:
         decision = self._decision(proposal)
         self._open = decision
-        doing = Interventions(control, snapshots, position=self._position, step=lambda: self._step)
+        doing = self._through(control)
         self._keep_states(decision, control, snapshots)
         with control.deciding(decision.id):
             for action in proposal.actions:
@@ -197,7 +200,7 @@ class Steering(Controller):
     def _ask(self, doing: Interventions, action: Action, decision: Decision) -> None:
         reason = f"decision {decision.id}, {decision.rule}"
         if action.name in GOES_BACK:
-            kept = doing.snapshots.before(action.value)
+            kept = doing.snapshots.before(action.value) if doing.snapshots is not None else None
             assert kept is not None, "the rule looked"
             doing.roll_back_to(kept, skip=action.name == "rollback_steps", reason=reason)
             self._since_rollback, self._non_finite = 0, 0
@@ -312,6 +315,33 @@ class Steering(Controller):
         self._followed.remove(number)
         self._log.write_decision(decision.to_json())
 
+    # -- for people ----------------------------------------------------------------------------
+
+    @property
+    def interventions(self) -> Interventions:
+        """What may be done to the run by hand, from its first step on; see docs/steering.md."""
+        if self._control is None:
+            raise UltrathinkError("the run has not taken a step yet; there is nothing to change.")
+        return self._through(self._control)
+
+    def _through(self, control: TrainerControl) -> Interventions:
+        return Interventions(
+            control, self.snapshots, position=self._position, step=lambda: self._step
+        )
+
+    def get_current_metrics(self) -> dict[str, float]:
+        """The signals of the last step, under the names of ``Signals``."""
+        return {} if self._report is None else dict(step_signals(self._report).values)
+
+    def get_expert_statistics(self) -> ExpertStatistics | None:
+        """What experts did in the last step, where that was logged and the model has some."""
+        return self._report.experts if self._report is not None else None
+
+    def throughput(self) -> float:
+        """Trained tokens a second in the last step."""
+        report = self._report
+        return report.num_tokens / report.seconds if report is not None and report.seconds else 0.0
+
     def get_adaptive_status(self) -> dict[str, Any]:
         """What was decided so far, and how it went."""
         outcomes = [one.outcome for one in self.decisions if one.outcome is not None]
@@ -340,7 +370,7 @@ class Steering(Controller):
 
     def load_state_dict(self, state: State) -> None:
         """Go back to what ``state_dict`` returned; a rollback leaves all as it is."""
-        if self._has_begun or not state:
+        if self._control is not None or not state:
             return
         values: dict[str, Any] = dict(state)
         self.policy.load_state_dict(values["policy"])

@@ -9,8 +9,10 @@ import torch
 
 from tests.unit.training.conftest import MakeTrainer, make_trainer
 from tests.unit.training.observers import At, Recorder, final_state
+from ultrathink.core.errors import UltrathinkError
 from ultrathink.orchestrator.steering.steering import Steering
 from ultrathink.recipe.resume import resume_trainer
+from ultrathink.recipe.steering import orchestrator_of
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.training.callbacks import Callback, Controller, StepReport
 from ultrathink.training.control import TrainerControl
@@ -241,3 +243,83 @@ def test_a_change_by_hand_is_recorded_as_such(make_trainer: MakeTrainer) -> None
     [record] = read_decisions(trainer.run.decisions)
     assert record["rule"] == "by_hand"
     assert (record["action"], record["after"], record["reasoning"]) == ("clip", 0.5, "I want to")
+
+
+def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
+    experts = "model.moe={groups: [{name: a, num_experts: 4, top_k: 1}], intermediate_size: 16}"
+
+    def act(_: TrainerControl) -> None:
+        do = orchestrator_of(trainer).interventions
+        do.adjust_learning_rate(0.5, over_steps=4)
+        do.adjust_weight_decay(0.2)
+        do.adjust_gradient_clip(0.7)
+        do.set_optimizer_param("betas", [0.8, 0.9])
+        do.adjust_batch_size(2)
+        do.adjust_mixture([1.0])
+        do.adjust_evaluation(3)
+        do.adjust_capacity_factor(1.5)
+        do.adjust_routing_temperature(1.2)
+        do.adjust_router_jitter(0.1)
+        do.adjust_balance_weights(load=0.02, z=0.002)
+        do.enable_expert_dropout(0.1)
+        do.clear_memory()
+        do.pause(0.01)
+        do.reset_schedule()
+        do.checkpoint_now()
+
+    recorder = Recorder()
+    trainer = make_trainer(
+        ACT,
+        experts,
+        "training.max_steps=12",
+        "training.schedule={type: wsd, warmup: 0, decay: 0}",
+        controllers=[At(step2=act, step8=lambda control: control.stop(reason="test"))],
+        callbacks=[recorder],
+    )
+    trainer.fit()
+    changed = {change.setting: change.after for change in recorder.changes}
+    assert changed["weight_decay"] == 0.2
+    assert changed["optimizer.betas"] == [0.8, 0.9]
+    assert changed["routing.z"] == pytest.approx(0.002)
+    assert len(recorder.changes) == 18
+    rates = [report.lr / recorder.steps[0].lr for report in recorder.steps]
+    assert rates[2:8] == pytest.approx([0.5, 0.5**0.75, 0.5**0.5, 0.5**0.25, 1, 1])
+    assert [report.step for report in recorder.validations] == [3, 6]
+    betas = {group["betas"] for group in trainer.stepper.optimizers[0].param_groups}
+    assert betas == {(0.8, 0.9)}
+    orchestrator = orchestrator_of(trainer)
+    assert orchestrator.throughput() > 0
+    assert orchestrator.get_current_metrics()["loss"] == recorder.steps[-1].loss
+    assert orchestrator.get_expert_statistics() is not None
+    again = resume_trainer(trainer.run)
+    assert {g["betas"] for g in again.stepper.optimizers[0].param_groups} == {(0.8, 0.9)}
+
+
+def test_going_back_by_hand(make_trainer: MakeTrainer) -> None:
+    done: list[int] = []
+
+    def back(_: TrainerControl) -> None:
+        if not done:
+            done.append(1)
+            do = orchestrator_of(trainer).interventions
+            with pytest.raises(UltrathinkError, match="no snapshot that is 500 steps old"):
+                do.rollback_steps(500)
+            do.set_optimizer_param("eps", 1e-3)
+            do.adjust_weight_decay(0.3)
+            do.rollback_steps(10, reason="I did not like it")
+
+    recorder = Recorder()
+    trainer = make_trainer(*RUN, ACT, controllers=[At(step50=back)], callbacks=[recorder])
+    trainer.fit()
+    taken = [report.step for report in recorder.steps]
+    assert taken[:50] == list(range(1, 51))
+    assert taken[50] == 22
+    assert trainer.loader.samples_skipped == 4 * (50 - 21)
+    matrices = trainer.stepper.optimizers[0].param_groups[0]
+    assert matrices["eps"] != 1e-3  # changed before the rollback, which took it back
+    assert matrices["weight_decay"] != 0.3
+
+
+def test_who_is_not_steered_says_so(make_trainer: MakeTrainer) -> None:
+    with pytest.raises(UltrathinkError, match=r"build it with orchestrator.mode=act"):
+        orchestrator_of(make_trainer("training.max_steps=2"))

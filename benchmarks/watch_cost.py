@@ -1,10 +1,12 @@
-"""What watching costs: the time of detectors and of layer norms, beside that of the steps.
+"""What watching and steering cost, beside the time of the steps.
 
     python benchmarks/watch_cost.py
     python benchmarks/watch_cost.py --preset demo-moe --steps 200 --json
 
-A run of the preset is trained for so many steps, and within it the clock is read before and after
-the watcher sees a step, and around the norms by layer, which are taken where a step is logged.
+A run of the preset is trained for so many steps with ``orchestrator.mode=act``, and within it the
+clock is read before and after the watcher sees a step, around the norms by layer, which are taken
+where a step is logged, and around what acting adds: the guard's verdict, the policy, and the
+snapshots, which are taken every ``orchestrator.snapshots.every_steps``.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def main() -> None:
 
 def measure(preset: str, num_steps: int, overrides: list[str]) -> dict[str, Any]:
     """Milliseconds: the median step, the watcher's at a step, the norms' at a logged step."""
-    from ultrathink import build_trainer, load_config
+    from ultrathink import build_trainer, load_config, orchestrator_of
     from ultrathink.orchestrator.live import LiveWatch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -53,6 +55,7 @@ def measure(preset: str, num_steps: int, overrides: list[str]) -> dict[str, Any]
                 "training.checkpoint.every_minutes=null",
                 "training.sample.prompts=[]",
                 "monitoring.sinks=[jsonl]",
+                "orchestrator.mode=act",
                 *overrides,
             ],
         )
@@ -61,6 +64,12 @@ def measure(preset: str, num_steps: int, overrides: list[str]) -> dict[str, Any]
         seen: list[float] = []
         norms: list[float] = []
         steps: list[float] = []
+        acting: list[float] = []
+        copying: list[float] = []
+        steering = orchestrator_of(trainer)
+        steering.at_boundary = timed(steering.at_boundary, acting)  # type: ignore[method-assign]
+        steering.guard.judge = timed(steering.guard.judge, acting)  # type: ignore[method-assign]
+        trainer.copied_state = timed(trainer.copied_state, copying)  # type: ignore[method-assign]
         observe, layers = watch.on_step, trainer.stepper.layer_norms
 
         def on_step(report: Any) -> None:
@@ -77,20 +86,26 @@ def measure(preset: str, num_steps: int, overrides: list[str]) -> dict[str, Any]
     step, watching = statistics.median(steps[tail]), statistics.mean(seen[tail])
     logged = sum(norms) / max(1, len(norms) // 2)
     added = watching + logged / config.training.log_every
+    deciding = sum(acting[len(acting) // 3 :]) / len(steps[tail])
+    copies = statistics.median(copying)
+    every = config.orchestrator.snapshots.every_steps
     return {
         "step_ms": 1e3 * step,
         "watcher_ms": 1e3 * watching,
         "norms_ms": 1e3 * logged,
         "share": added / step,
+        "policy_ms": 1e3 * deciding,
+        "snapshot_ms": 1e3 * copies,
+        "share_acting": (added + deciding + copies / every) / step,
     }
 
 
-def timed(function: Callable[[], Any], seconds: list[float]) -> Callable[[], Any]:
+def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
     """``function``, its time appended to ``seconds``."""
 
-    def call() -> Any:
+    def call(*arguments: Any) -> Any:
         began = time.perf_counter()
-        answer = function()
+        answer = function(*arguments)
         seconds.append(time.perf_counter() - began)
         return answer
 
@@ -99,9 +114,20 @@ def timed(function: Callable[[], Any], seconds: list[float]) -> Callable[[], Any
 
 def describe(result: dict[str, Any]) -> str:
     """The result as a table."""
-    line = [f"{result[name]:.3f}" for name in ("step_ms", "watcher_ms", "norms_ms")]
-    header = ("preset", "step, ms", "watcher, ms a step", "norms, ms a logged step", "of a step")
-    return rows(header, [(result["preset"], *line, f"{result['share']:.2%}")])
+    names = ("step_ms", "watcher_ms", "norms_ms", "policy_ms", "snapshot_ms")
+    line = [f"{result[name]:.3f}" for name in names]
+    header = (
+        "preset",
+        "step, ms",
+        "watcher, ms a step",
+        "norms, ms a logged step",
+        "policy, ms a step",
+        "ms a snapshot",
+        "watching",
+        "acting",
+    )
+    shares = (f"{result['share']:.2%}", f"{result['share_acting']:.2%}")
+    return rows(header, [(result["preset"], *line, *shares)])
 
 
 if __name__ == "__main__":

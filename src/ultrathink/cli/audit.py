@@ -6,8 +6,12 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from ultrathink.cli.arguments import add_plugin_argument, load_plugins
+
+if TYPE_CHECKING:
+    from ultrathink.recipe.audit import Audit
 
 _EPILOG = """Each decision is replayed from the state that was kept when it was taken, with and
 without it, over several data orders; the difference in validation loss is printed with its 95%
@@ -49,9 +53,13 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({number: asdict(audit) for number, audit in results.items()}))
         return 0
     for number, audit in results.items():
-        print(
-            f"decision {number}: {audit.mean:+.4f} nats a token after {audit.horizon} steps "
-            f"(95% {audit.low:+.4f} to {audit.high:+.4f}, {audit.orders} data orders): "
-            f"{audit.verdict}"
-        )
+        print(described(number, audit))
     return 0
+
+
+def described(number: int, audit: Audit) -> str:
+    """The result in a line."""
+    return (
+        f"decision {number}: {audit.mean:+.4f} nats a token after {audit.horizon} steps (95% "
+        f"{audit.low:+.4f} to {audit.high:+.4f}, {audit.orders} data orders): {audit.verdict}"
+    )

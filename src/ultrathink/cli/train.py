@@ -117,12 +117,34 @@ def _train(make: Any, as_json: bool) -> int:
         trainer = make(callbacks=[last], progress=display)
     with _stop_on_signals(trainer) as received:
         trainer.fit()
+    if not received:
+        _audit_if_asked(trainer)
     result = _result(trainer, last)
     if as_json and _is_main():
         print(json.dumps(result))
     elif _is_main():
         _say_what_next(trainer, result)
     return 128 + received[0] if received else 0
+
+
+def _audit_if_asked(trainer: Trainer) -> None:
+    """Replay what was decided, where the configuration says so."""
+    from ultrathink.config.schema import Config
+
+    config = Config.model_validate(trainer.config).orchestrator
+    if not config.audit or not trainer.run.kept_states() or not _is_main():
+        return
+    from ultrathink.cli.audit import described
+    from ultrathink.recipe.audit import audit_run
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if trainer.world.size > 1:
+        tell(f"audit the decisions with one process: ultrathink audit {trainer.run.path}")
+        return
+    for number, audit in audit_run(trainer.run, tell=tell).items():
+        tell(described(number, audit))
 
 
 def _is_main() -> bool:

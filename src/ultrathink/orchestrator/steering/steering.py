@@ -27,7 +27,7 @@ from ultrathink.orchestrator.steering.proposals import (
     Proposal,
     confidence_of,
 )
-from ultrathink.orchestrator.steering.rules import EASES_OVER, Situation
+from ultrathink.orchestrator.steering.rules import EASES_OVER, EXPERT_KINDS, LOSS_KINDS, Situation
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
 from ultrathink.runs.decisions import state_name, target_name
 from ultrathink.training.callbacks import Callback, Controller, Ending, StepReport, ValidationReport
@@ -37,6 +37,7 @@ from ultrathink.training.stepping import Verdict
 
 FOLLOWED_FOR = 64  # steps after which a decision is judged by what came of it
 _RECENT = 10
+_TROUBLE = (*LOSS_KINDS, *EXPERT_KINDS, "non_finite", "lr_off_schedule", "overfitting")
 
 
 class Guard(OutlierGuard):
@@ -128,10 +129,13 @@ class Steering(Controller):
         self._control, self._report = control, report
         self._step = report.step
         if self.snapshots is None:
+            most = self._most_snapshots()
+            if not most:
+                self._tell("there is no memory for snapshots: the run cannot go back", "warning")
             self.snapshots = SnapshotRing(
                 control.snapshot,
                 every=self.config.snapshots.every_steps,
-                most=self._most_snapshots(),
+                most=most,
             )
         events = self.watch.take_events()
         self._count(report)
@@ -204,6 +208,10 @@ class Steering(Controller):
             assert kept is not None, "the rule looked"
             doing.roll_back_to(kept, skip=action.name == "rollback_steps", reason=reason)
             self._since_rollback, self._non_finite = 0, 0
+            if self._num_skipped:
+                text = f"{self._num_skipped} batches were left out, and it was not over"
+                self._num_skipped = 0
+                self._close("skip_outliers", {"resolved": False, "text": text})
         elif action.name == "adjust_learning_rate":
             doing.adjust_learning_rate(action.value, over_steps=EASES_OVER, reason=reason)
         elif action.value is None:
@@ -291,7 +299,7 @@ class Steering(Controller):
             self._close("skip_outliers", {"resolved": True, "skipped": count, "text": text})
 
     def _follow_up(self, events: Sequence[Event]) -> None:
-        alarms = [event for event in events if event.is_alarm]
+        alarms = [one for one in events if one.is_alarm and one.kind in _TROUBLE]
         for number in list(self._followed):
             decision = self.decisions[number - 1]
             if decision.rule == "skip_outliers":

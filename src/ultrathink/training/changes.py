@@ -14,6 +14,7 @@ from ultrathink.core.errors import ConfigError
 from ultrathink.training.control import Change, Request
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.optimizers import set_option
+from ultrathink.training.states import cloned
 
 if TYPE_CHECKING:
     from ultrathink.training.trainer import Trainer
@@ -149,6 +150,29 @@ def _restore(trainer: Trainer, key: int) -> tuple[int, int]:
     return before, step
 
 
+def _average(trainer: Trainer, keys: list[int]) -> tuple[float, float]:
+    """Returns the validation loss before and after, which is the better of the two."""
+    if trainer.held_out is None:
+        raise ConfigError(
+            "weights are averaged by what held-out text says of it, and data.val is none."
+        )
+    alone = cloned(trainer.model.state_dict())
+    before = trainer.score(trainer.held_out).loss
+    others: list[Any] = [trainer.snapshots[key]["model"] for key in keys]
+    with torch.no_grad():
+        for name, weight in trainer.model.named_parameters():
+            for other in others:
+                weight.add_(other[name])
+            weight.div_(len(others) + 1)
+    after = trainer.score(trainer.held_out).loss
+    if not after < before:
+        trainer.model.load_state_dict(alone)
+        after = before
+    if trainer.stepper.host is not None:
+        trainer.stepper.host.take_weights()
+    return before, after
+
+
 def _checkpoint(trainer: Trainer, _: None) -> tuple[int, int]:
     trainer.save_wanted = True
     return trainer.progress.last_checkpoint, trainer.progress.step
@@ -174,6 +198,7 @@ _APPLY: dict[str, Apply] = {
     "routing": _routing,
     "skip_samples": _skip_samples,
     "restore": _restore,
+    "average": _average,
     "checkpoint": _checkpoint,
     "stop": _stop,
 }

@@ -126,6 +126,10 @@ class TrainerControl(Protocol):
     def restore(self, snapshot: Snapshot, *, reason: str) -> None:
         """Return to ``snapshot``, all of it."""
 
+    def average_weights(self, snapshots: Sequence[Snapshot], *, reason: str) -> None:
+        """Use the mean of the weights of now and of ``snapshots``, unless held-out text is the
+        worse for it (arXiv:2209.14981)."""
+
     def keep_state(self, name: str, snapshot: Snapshot | None = None, *, newest: int) -> None:
         """Write the state of now, or of ``snapshot``, to the run's folder ``states/NAME``.
 
@@ -229,6 +233,9 @@ class ControlQueue:
 
     def restore(self, snapshot: Snapshot, *, reason: str) -> None:
         self._ask("restore", snapshot.key, reason)
+
+    def average_weights(self, snapshots: Sequence[Snapshot], *, reason: str) -> None:
+        self._ask("average", [snapshot.key for snapshot in snapshots], reason)
 
     def keep_state(self, name: str, snapshot: Snapshot | None = None, *, newest: int) -> None:
         key = snapshot.key if snapshot is not None else None

@@ -2,6 +2,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, Recorder
@@ -162,3 +163,64 @@ def test_nonsense_is_refused_at_once(make_trainer: MakeTrainer) -> None:
     ):
         with pytest.raises(UltrathinkError, match=r"must be above 0|is negative"):
             ask()
+
+
+def test_weights_are_averaged_where_held_out_text_is_the_better_for_it(
+    make_trainer: MakeTrainer,
+) -> None:
+    """A high, constant rate leaves noise in the weights, which their mean has less of."""
+    kept: list[Snapshot] = []
+    weights: list[dict[str, torch.Tensor]] = []
+
+    def keep(control: TrainerControl) -> None:
+        kept.append(control.snapshot())
+        weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+
+    def average(control: TrainerControl) -> None:
+        weights.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+        control.average_weights(kept, reason="test")
+        control.stop(reason="test")
+
+    recorder = Recorder()
+    trainer = make_trainer(
+        "training.max_steps=200",
+        "training.optimizer={type: adamw, lr: 0.02}",
+        "training.schedule={type: wsd, warmup: 5, decay: 0}",
+        "training.eval.max_tokens=2048",
+        callbacks=[recorder],
+        controllers=[At(step140=keep, step160=keep, step180=average)],
+    )
+    trainer.fit()
+    [change] = [one for one in recorder.changes if one.setting == "average"]
+    assert change.after < change.before
+    assert trainer.held_out is not None
+    assert trainer.score(trainer.held_out).loss == pytest.approx(change.after, rel=1e-6)
+    for name, parameter in trainer.model.named_parameters():
+        mean = torch.stack([one[name].double() for one in weights]).mean(0)
+        assert torch.allclose(parameter.double(), mean, atol=1e-6)
+
+
+def test_weights_are_left_alone_where_their_mean_is_worse(make_trainer: MakeTrainer) -> None:
+    kept: list[Snapshot] = []
+    recorder = Recorder()
+    trainer = make_trainer(
+        "training.max_steps=60",
+        callbacks=[recorder],
+        controllers=[
+            At(
+                step1=lambda control: kept.append(control.snapshot()),
+                step59=lambda control: control.average_weights(kept, reason="test"),
+            )
+        ],
+    )
+    trainer.fit()
+    [change] = [one for one in recorder.changes if one.setting == "average"]
+    assert change.after == change.before
+    without = make_trainer("training.max_steps=60")
+    without.fit()
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(
+            trainer.model.state_dict().values(), without.model.state_dict().values(), strict=True
+        )
+    )

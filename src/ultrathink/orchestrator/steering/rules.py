@@ -33,6 +33,7 @@ SAME_TROUBLE = 150  # steps after a rollback in which trouble counts as the same
 ATTEMPTS = 3
 GENTLER = 0.5  # the factor on the rate, once going back alone did not help
 EASES_OVER = 200
+AVERAGED = 3  # snapshots before the best
 LOSS_KINDS = ("loss_spike", "divergence", "gradient_explosion")
 EXPERT_KINDS = ("expert_collapse", "expert_imbalance", "dead_expert")
 
@@ -217,7 +218,11 @@ class RollBack(Rule):
 
 
 class StopOverfitting(Rule):
-    """The held-out loss rises far above its best: end with the weights that had the best."""
+    """The held-out loss rises far above its best: end with the weights that had the best.
+
+    Their rate never fell, as it does before an end; averaging them with earlier ones makes up for
+    some of that.
+    """
 
     name = "stop_overfitting"
 
@@ -233,12 +238,15 @@ class StopOverfitting(Rule):
             rise, noise = event.values.get("rise", 0.0), event.values.get("noise", math.inf)
             sure = confidence_of(rise / noise if noise > 0 else math.inf)
             text = event.message[0].upper() + event.message[1:]
+            older = [step for step in now.snapshots.steps if step < best.step][-AVERAGED:]
+            averaging = (Action("average_snapshots", older),) if older else ()
             return Proposal(
                 self.name,
                 HARD,
                 sure,
-                (Action("rollback_steps", best.step), Action("stop")),
-                f"{text}; the run ends with the weights of step {best.step:,}, which had the best.",
+                (Action("rollback_steps", best.step), *averaging, Action("stop")),
+                f"{text}; the run ends with the weights of step {best.step:,}, which had the best, "
+                f"averaged with earlier ones if that is better still.",
                 event.values,
                 event.step,
             )

@@ -166,6 +166,39 @@ def test_a_rate_that_is_too_small_is_put_right_where_it_is(make_trainer: MakeTra
     assert rates[61] == pytest.approx(0.003)
 
 
+def repeat_one_batch(trainer: Trainer) -> None:
+    batch = trainer.loader.next_batch()
+    trainer.loader.next_batch = lambda: batch  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("may_stop", [True, False])
+def test_overfitting_ends_with_the_best_weights(make_trainer: MakeTrainer, may_stop: bool) -> None:
+    recorder = Recorder()
+    breaks = Breaks(70, repeat_one_batch)
+    trainer = make_trainer(
+        *RUN,
+        ACT,
+        f"orchestrator.limits.may_stop={str(may_stop).lower()}",
+        "training.optimizer={type: adamw, lr: 0.01}",
+        "training.eval={every_steps: 10, max_tokens: 4096}",
+        callbacks=[recorder, breaks],
+    )
+    breaks.trainer = trainer
+    ending = trainer.fit()
+    found = decisions(trainer, "stop_overfitting")
+    if not may_stop:
+        assert (ending, found) == ("finished", [])
+        return
+    assert ending == "stopped"
+    [decision] = found
+    best = min(recorder.validations, key=lambda report: report.loss)
+    assert decision["after"] == best.step == trainer.progress.step
+    assert [one["action"] for one in decision["also"]] == ["average", "stop"]
+    assert trainer.held_out is not None
+    scored = trainer.score(trainer.held_out).loss
+    assert scored <= best.loss
+
+
 def test_its_own_failure_does_not_end_the_run(make_trainer: MakeTrainer) -> None:
     recorder = Recorder()
     trainer = make_trainer(*RUN, ACT, "training.max_steps=30", callbacks=[recorder])

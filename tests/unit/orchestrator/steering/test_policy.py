@@ -1,0 +1,142 @@
+"""How sure a proposal is, and which of several is carried out."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ultrathink.config.orchestrator import LimitsConfig, RulesConfig
+from ultrathink.orchestrator.steering.guard import OutlierGuard
+from ultrathink.orchestrator.steering.policy import Policy
+from ultrathink.orchestrator.steering.proposals import (
+    CRITICAL,
+    HARD,
+    SOFT,
+    Action,
+    Decision,
+    Proposal,
+    confidence_after,
+    confidence_of,
+)
+from ultrathink.orchestrator.steering.rules import Rule, Situation
+from ultrathink.orchestrator.steering.snapshots import SnapshotRing
+from ultrathink.training.control import LiveSettings, Snapshot
+
+
+def situation(**values: Any) -> Situation:
+    plain: dict[str, Any] = {
+        "step": 100,
+        "values": {},
+        "events": [],
+        "guard": OutlierGuard(),
+        "non_finite": 0,
+        "snapshots": SnapshotRing(lambda: Snapshot(50, 0), every=50, most=4),
+        "decisions": [],
+        "settings": LiveSettings(),
+        "limits": LimitsConfig(),
+        "since_rollback": None,
+    }
+    return Situation(**{**plain, **values})
+
+
+def proposing(name: str, level: int, confidence: float, *actions: str, cool: int = 8) -> Rule:
+    class Given(Rule):
+        cool_down = cool
+
+        def propose(self, now: Situation) -> Proposal:
+            done = tuple(Action(action) for action in actions or ("clear_memory",))
+            return Proposal(name, level, confidence, done, "test")
+
+    Given.name = name
+    return Given()
+
+
+def policy(*rules: Rule, **limits: Any) -> Policy:
+    made = Policy(RulesConfig(), LimitsConfig(**limits))
+    made.rules = list(rules)
+    return made
+
+
+@pytest.mark.parametrize("draw", ["standard_normal", "standard_exponential", "standard_cauchy"])
+def test_no_distribution_has_more_beyond_a_score_than_the_confidence_leaves(draw: str) -> None:
+    values = getattr(np.random.default_rng(0), draw)(100_000)
+    for score in (0.5, 1.0, 2.0, 5.0):
+        beyond = float(np.mean(values > values.mean() + score * values.std()))
+        assert beyond <= 1 - confidence_of(score) + 1e-12
+    assert confidence_of(-3.0) == 0.0
+
+
+def test_what_was_seen_in_a_row_is_ever_surer() -> None:
+    """A coin of unknown fairness that came up heads n times does so again with (n+1)/(n+2)."""
+    draw = np.random.default_rng(1)
+    fairness = draw.random(400_000)
+    for count in (1, 3, 8):
+        heads = (draw.random((count, fairness.size)) < fairness).all(0)
+        again = draw.random(int(heads.sum())) < fairness[heads]
+        assert confidence_after(count) == pytest.approx(float(again.mean()), abs=0.01)
+
+
+def test_the_gravest_is_taken_then_the_surest() -> None:
+    rules = [proposing("a", SOFT, 1.0), proposing("b", HARD, 0.95), proposing("c", HARD, 0.99)]
+    taken = policy(*rules).decide(situation())
+    assert taken is not None
+    assert taken.rule == "c"
+
+
+@pytest.mark.parametrize(
+    ("level", "confidence", "is_taken"),
+    [(SOFT, 0.69, False), (SOFT, 0.7, True), (HARD, 0.89, False), (CRITICAL, 0.0, True)],
+)
+def test_how_sure_is_sure_enough(level: int, confidence: float, is_taken: bool) -> None:
+    taken = policy(proposing("a", level, confidence)).decide(situation())
+    assert (taken is not None) is is_taken
+
+
+def test_a_rule_rests_after_a_decision_while_others_may_act() -> None:
+    made = policy(proposing("a", HARD, 1.0, cool=3), proposing("b", SOFT, 1.0, cool=0))
+    taken = [made.decide(situation()) for _ in range(6)]
+    assert [one.rule for one in taken if one is not None] == ["a", "b", "b", "b", "a", "b"]
+
+
+def test_going_back_is_limited_and_remembered() -> None:
+    rule = proposing("a", HARD, 1.0, "rollback_steps", cool=0)
+    made = policy(rule, rollbacks=2)
+    assert [made.decide(situation()) is not None for _ in range(4)] == [True, True, False, False]
+    again = policy(rule, rollbacks=2)
+    again.load_state_dict(made.state_dict())
+    assert again.decide(situation()) is None
+    assert again.num_rollbacks == 2
+
+
+def test_ending_the_run_must_be_allowed() -> None:
+    assert policy(proposing("a", HARD, 1.0, "stop"), may_stop=False).decide(situation()) is None
+
+
+def test_rules_that_are_switched_off_are_not_asked() -> None:
+    names = [rule.name for rule in Policy(RulesConfig(roll_back=False), LimitsConfig()).rules]
+    assert names == ["correct_rate", "stop_overfitting"]
+
+
+def test_a_correction_stays_within_its_limit() -> None:
+    values = {"lr": 1.0, "lr_scheduled": 1e-6}
+    proposal = policy_for("correct_rate").decide(
+        situation(values=values, limits=LimitsConfig(lr_correction=50.0))
+    )
+    assert proposal is not None
+    assert proposal.actions == (Action("correct_learning_rate", 1 / 50),)
+
+
+def policy_for(name: str) -> Policy:
+    rules = {rule: rule == name for rule in RulesConfig.model_fields}
+    return Policy(RulesConfig(**rules), LimitsConfig())
+
+
+def test_a_decision_says_what_was_done_in_a_line() -> None:
+    decision = Decision(
+        3, 630, "roll_back", HARD, 0.97, {"loss": 7.1}, "rollback_steps", 630, 600, "Why."
+    )
+    decision.also.append({"action": "lr_factor", "before": 1.0, "after": 0.5})
+    assert decision.line == (
+        "step 630, roll_back (hard, 97%): went back to step 600, lr_factor: 1 -> 0.5. Why."
+    )
+    assert Decision(**decision.to_json()) == decision

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("ultrathink.cli.compare", "set runs side by side: settings, curves, figures"),
     "audit": ("ultrathink.cli.audit", "replay a run's decisions, and say what they were worth"),
     "watch": ("ultrathink.cli.watch", "say what an expert would say about a training log"),
+    "report": ("ultrathink.cli.report", "write a page that explains a run"),
     "config": ("ultrathink.cli.config", "show, check and explain configurations"),
     "doctor": ("ultrathink.cli.doctor", "say what this machine can do, and what it lacks"),
 }

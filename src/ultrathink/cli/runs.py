@@ -6,8 +6,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +79,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _list(folder: Path, *, as_json: bool) -> int:
     from ultrathink.runs.listing import list_runs
+    from ultrathink.training.budget import is_over
 
-    runs = list_runs(folder, _is_over)
+    runs = list_runs(folder, is_over)
     if as_json:
         print(json.dumps({"runs": [_to_json(run) for run in runs]}, ensure_ascii=False))
     elif not runs:
@@ -90,20 +90,6 @@ def _list(folder: Path, *, as_json: bool) -> int:
     else:
         _print_list(runs)
     return 0
-
-
-def _is_over(state: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's run has used up its steps or its minutes."""
-    from ultrathink.training.budget import Budget
-
-    progress, training = state["progress"], config["training"]
-    budget = Budget(**state["budget"])
-    # The configuration is newer where a run was made longer and has not saved since.
-    total = training.get("max_steps") or training.get("step_budget") or budget.total_steps
-    ending = replace(budget, total_steps=total).ending(
-        progress["step"], progress["elapsed_s"], training.get("max_minutes")
-    )
-    return ending is not None
 
 
 def _print_list(runs: Sequence[RunSummary]) -> None:
@@ -244,11 +230,12 @@ def _print_check(check: Check, command: str) -> None:
 def _is_finished(check: Check) -> bool:
     from ultrathink.runs.checkpoint import read_state
     from ultrathink.runs.reading import config_tree
+    from ultrathink.training.budget import is_over
 
     if check.newest_sound is None or not check.can_resume:
         return False
     state = read_state(check.run.checkpoint(check.newest_sound))
-    return _is_over(state, config_tree(check.run.path))
+    return is_over(state, config_tree(check.run.path))
 
 
 def _check_to_json(check: Check, command: str) -> dict[str, Any]:

@@ -50,6 +50,12 @@ def load_map(load: Floats, active: npt.NDArray[np.bool_]) -> Picture:
     return Picture(_png(pixels), pixels.shape[1], pixels.shape[0])
 
 
+def course_map(load: Floats, active: npt.NDArray[np.bool_]) -> Picture:
+    """The picture of a group over time, a pixel a cell: ``load`` ``[S, N]`` gives S columns."""
+    pixels = np.ascontiguousarray(_colours(load, active).T)
+    return Picture(_png(pixels), pixels.shape[1], pixels.shape[0])
+
+
 def _colours(load: Floats, active: npt.NDArray[np.bool_]) -> Pixels:
     """The number in the palette of each cell's colour."""
     total = (load * active).sum(1, keepdims=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from ultrathink.config.training import TrainingConfig
 from ultrathink.core.durations import Duration
@@ -53,6 +53,22 @@ class Budget:
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
+
+
+def is_over(state: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Whether the run of a checkpoint's state has used up its steps or its minutes.
+
+    ``config`` is the run's configuration as nested mappings, newer than the state where the run was
+    made longer and has not saved since. Raises LookupError, TypeError or ValueError where the state
+    is not a run's.
+    """
+    progress, training = state["progress"], config["training"]
+    budget = Budget(**state["budget"])
+    total = training.get("max_steps") or training.get("step_budget") or budget.total_steps
+    ending = replace(budget, total_steps=total).ending(
+        progress["step"], progress["elapsed_s"], training.get("max_minutes")
+    )
+    return ending is not None
 
 
 @dataclass(frozen=True)

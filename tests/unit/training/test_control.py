@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, Recorder
+from tests.unit.training.observers import At, Recorder, records
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.recipe.resume import resume_trainer
 from ultrathink.training.control import Snapshot, TrainerControl
@@ -81,6 +81,7 @@ def test_restoring_a_snapshot_replays_bit_for_bit(make_trainer: MakeTrainer) -> 
     assert steps == [1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6]
     losses = [report.loss for report in recorder.steps]
     assert losses[2:5] == losses[5:8] == losses[8:11]
+    assert all(line["tokens_per_sec"] > 0 for line in records(trainer.run) if "lr" in line)
     assert trainer.run.steps() == [1, 2, 3, 4, 5, 6]
 
 

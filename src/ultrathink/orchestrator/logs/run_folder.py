@@ -86,8 +86,10 @@ class RunLog(Log):
 def planned_steps(folder: Path) -> int | None:
     """How many steps a run is to take, as its configuration has it."""
     try:
-        training = config_tree(folder).get("training", {})
+        training = config_tree(folder).get("training")
     except CheckpointError:
+        return None
+    if not isinstance(training, dict):
         return None
     total = training.get("max_steps") or training.get("step_budget")
     return total if isinstance(total, int) else None

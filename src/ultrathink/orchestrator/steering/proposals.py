@@ -74,7 +74,7 @@ class Decision:
         did = f"{self.action}: {_short(self.before)} -> {_short(self.after)}"
         if self.action == "skip_batch":
             did = "left out the update"
-        elif self.action == "rollback_steps":
+        elif self.action in GOES_BACK:
             did = f"went back to step {self.after:,}"
         for more in self.also:
             did += f", {more['action']}: {_short(more['before'])} -> {_short(more['after'])}"

@@ -1,0 +1,170 @@
+"""Curves for a page: thinned with their extremes kept, smoothed, and set on a scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+MOST_POINTS = 2000
+_BLOCKS = 400  # medians that a smoothed curve rests on, ...
+_SPAN = 4  # ... each the mean of so many to either side
+_FEWEST = 24  # points that are worth smoothing
+_START = 40  # of so many points one belongs to the first fall, which would take most of the height
+_OUTLYING = 0.4  # per cent of raw values on either side that need not be inside
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values over steps, ``[N]`` each; a value may be NaN, where none was or it was not finite."""
+
+    steps: Floats
+    values: Floats
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @classmethod
+    def of(cls, points: Sequence[tuple[float, float]]) -> Curve:
+        """The curve through ``points``, pairs of a step and a value."""
+        array = np.array(points, dtype=np.float64).reshape(-1, 2)
+        return cls(array[:, 0], array[:, 1])
+
+    @property
+    def finite(self) -> Curve:
+        """Its points that have a number."""
+        kept = np.isfinite(self.values)
+        return Curve(self.steps[kept], self.values[kept])
+
+
+def thinned(curve: Curve, most: int = MOST_POINTS) -> Curve:
+    """At most about ``most`` points: of each stretch its lowest and highest, and both ends."""
+    count = len(curve)
+    if count <= most:
+        return curve
+    edges = np.linspace(0, count, max(2, most // 2) + 1).astype(int)
+    kept = {0, count - 1}
+    for begin, end in pairwise(edges):
+        part = curve.values[begin:end]
+        bad = np.flatnonzero(~np.isfinite(part))
+        if len(bad) < len(part):
+            kept |= {begin + int(np.nanargmin(part)), begin + int(np.nanargmax(part))}
+        if len(bad):  # a gap stays one
+            kept.add(begin + int(bad[0]))
+    chosen = np.array(sorted(kept))
+    return Curve(curve.steps[chosen], curve.values[chosen])
+
+
+def smoothed(curve: Curve) -> Curve:
+    """Medians of blocks of neighbours, then running means of these; empty for a short curve."""
+    curve = curve.finite
+    if len(curve) < _FEWEST:
+        return Curve(np.empty(0), np.empty(0))
+    blocks = np.array_split(np.arange(len(curve)), min(_BLOCKS, len(curve) // 2))
+    steps = np.array([curve.steps[block].mean() for block in blocks])
+    levels = np.array([np.median(curve.values[block]) for block in blocks])
+    # At the start, where the loss falls steeply, as many to either side as there are before it.
+    sums = np.concatenate([[0.0], np.cumsum(levels)])
+    places = np.arange(len(levels))
+    begin = places - np.minimum(places, _SPAN)
+    end = np.minimum(places + np.minimum(places, _SPAN), len(levels) - 1) + 1
+    means = (sums[end] - sums[begin]) / (end - begin)
+    return Curve(steps, means)
+
+
+def at(curve: Curve, step: float) -> float | None:
+    """The value at ``step``, between the points beside it; None for an empty curve."""
+    known = curve.finite
+    if not len(known):
+        return None
+    return float(np.interp(step, known.steps, known.values))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The values from the foot of a plot to its top."""
+
+    low: float
+    high: float
+    is_log: bool = False
+
+    def share(self, values: Floats) -> Floats:
+        """How high each value lies: 0 at the foot, 1 at the top; NaN where it has no place."""
+        low, high = self.low, self.high
+        if self.is_log:
+            low, high = math.log(low), math.log(high)
+            values = np.log(np.where(values > 0, values, np.nan))
+        shares: Floats = (values - low) / (high - low)
+        return shares
+
+    def ticks(self, most: int = 6) -> list[float]:
+        """Round values between the foot and the top."""
+        if self.is_log:
+            return _log_ticks(self.low, self.high, most)
+        return round_values(self.low, self.high, most)
+
+
+def scale_of(
+    raw: Sequence[Curve],
+    whole: Sequence[Curve] = (),
+    *,
+    is_log: bool = False,
+    from_zero: bool = False,
+) -> Scale | None:
+    """The scale that curves are drawn on; None where there is nothing to draw.
+
+    Linear: without the first fall and the few farthest values of each ``raw`` curve; all of the
+    ``whole`` ones past it. Logarithmic: everything; None where values are not above zero.
+    """
+    if is_log:
+        values = np.concatenate([c.finite.values for c in (*raw, *whole)] or [np.empty(0)])
+        if not len(values) or values.min() <= 0:
+            return None
+        ratio = max(float(values.max() / values.min()), 1.02) ** 0.04
+        return Scale(float(values.min()) / ratio, float(values.max()) * ratio, True)
+    ends: list[float] = []
+    for curve in raw:
+        values = curve.finite.values
+        values = values[len(values) // _START :]
+        if len(values):
+            ends += np.percentile(values, [_OUTLYING, 100 - _OUTLYING]).tolist()
+    for curve in whole:
+        values = curve.finite.values
+        ends += values[len(values) // _START :].tolist()
+    if not ends:
+        return None
+    low, high = min(ends), max(ends)
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return Scale(0.0 if from_zero and low >= 0 else low - margin, high + margin)
+
+
+def round_values(low: float, high: float, most: int) -> list[float]:
+    """At most ``most`` round values from ``low`` to ``high``, evenly spaced."""
+    span = high - low
+    if not span > 0 or not math.isfinite(span):
+        return [low]
+    power = 10.0 ** math.floor(math.log10(span / most))
+    stride = next(m * power for m in (1, 2, 2.5, 5, 10, 20) if span / (m * power) <= most)
+    first, last = math.ceil(low / stride - 1e-9), math.floor(high / stride + 1e-9)
+    # Twelve digits hide what a product adds; where they tell no two apart, it is one value.
+    ticks = (float(f"{number * stride:.12g}") for number in range(first, last + 1))
+    return list(dict.fromkeys(ticks)) or [low]
+
+
+def _log_ticks(low: float, high: float, most: int) -> list[float]:
+    for parts in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+        begin, end = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        powers = range(begin, end + 1)
+        ticks = [float(f"{part * 10.0**p:.6g}") for p in powers for part in parts]
+        inside = [tick for tick in ticks if low <= tick <= high]
+        if len(inside) <= most:
+            break
+    if len(inside) > most:  # many powers of ten
+        inside = inside[:: -(-len(inside) // most)]
+    return inside if len(inside) >= 2 else round_values(low, high, most)

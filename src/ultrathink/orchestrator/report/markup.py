@@ -1,0 +1,146 @@
+"""HTML whose text is escaped by construction, and figures as a person reads them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+_VOID = frozenset({"input", "img", "meta"})
+# A control character has no place in HTML; its picture shows that it was there.
+_PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
+_SURROGATE = 0xFFFD
+NOTHING = "\u2013"  # a dash, where there is no value
+
+
+class Html(str):
+    """Text that is markup already; any other text is escaped where it is put into markup."""
+
+    __slots__ = ()
+
+
+Content = Any  # Html, text, None (nothing), or an iterable of these
+
+
+def html(*content: Content) -> Html:
+    """``content`` as markup: text escaped, None left out, iterables joined."""
+    return Html("".join(_parts(content)))
+
+
+def tag(name: str, /, *content: Content, **attributes: str | float | bool | None) -> Html:
+    """An element. ``class_`` is ``class`` and ``data_x`` is ``data-x``; None leaves one out."""
+    parts = [f"<{name}"]
+    for key, value in attributes.items():
+        if value is None or value is False:
+            continue
+        # SVG has names with capitals (viewBox), and none with an underscore.
+        attribute = key.rstrip("_").replace("_", "-")
+        parts.append(f" {attribute}" if value is True else f' {attribute}="{_escaped(str(value))}"')
+    parts.append(">")
+    if name not in _VOID:
+        parts += [*_parts(content), f"</{name}>"]
+    return Html("".join(parts))
+
+
+def _parts(content: Iterable[Content]) -> Iterable[str]:
+    for part in content:
+        if part is None:
+            continue
+        if isinstance(part, Html):
+            yield part
+        elif isinstance(part, str):
+            yield _escaped(part)
+        elif isinstance(part, int | float):
+            yield str(part)
+        else:
+            yield from _parts(part)
+
+
+def _escaped(text: str) -> str:
+    return escape(clean(text), quote=True)
+
+
+def clean(text: str) -> str:
+    """``text`` without what an HTML page may not hold: control characters, lone surrogates."""
+    shown = text.replace("\r\n", "\n").translate(_PICTURES)
+    if shown.isascii():
+        return shown
+    return "".join(chr(_SURROGATE) if "\ud800" <= c <= "\udfff" else c for c in shown)
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def figure(value: float | None, digits: int = 4) -> str:
+    """A number to so many significant digits: ``1.774``, ``25,600``, ``3.0e-5``; a dash if none."""
+    if value is None:
+        return NOTHING
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "∞" if value > 0 else "-∞"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size < 1e-3 or size >= 1e9:
+        mantissa, _, power = f"{value:.{max(0, digits - 2)}e}".partition("e")
+        return f"{mantissa}e{int(power)}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(size)))
+    return f"{value:,.{decimals}f}"
+
+
+def short(value: float, digits: int = 4) -> str:
+    """A number as ``figure`` has it, without zeros at the end: ``0.0015``, ``7.1``."""
+    text = figure(value, digits)
+    if "." not in text or "e" in text:
+        mantissa, e, power = text.partition("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        return f"{mantissa}{e}{power}"
+    return text.rstrip("0").rstrip(".")
+
+
+def compact(value: float) -> str:
+    """A large count in few characters: ``614k``, ``5.1M``, ``1.2B``."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= limit:
+            scaled = value / limit
+            return f"{scaled:.0f}{unit}" if abs(scaled) >= 100 else f"{scaled:.3g}{unit}"
+    return f"{value:.3g}" if value % 1 else f"{value:.0f}"
+
+
+def signed(value: float, decimals: int) -> str:
+    """A number with its sign, a real minus, to so many decimals."""
+    text = f"{abs(value):,.{decimals}f}"
+    if not text.strip("0.,"):
+        return text
+    return f"{'−' if value < 0 else '+'}{text}"  # noqa: RUF001
+
+
+def duration(seconds: float) -> str:
+    """A time in the two largest units that fit: ``42 s``, ``3 min 49 s``, ``5 h 12 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        minutes, rest = divmod(whole, 60)
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    if whole < 86_400:
+        hours, rest = divmod(round(whole / 60), 60)
+        return f"{hours} h {rest} min" if rest else f"{hours} h"
+    days, rest = divmod(round(whole / 3600), 24)
+    return f"{days} d {rest} h" if rest else f"{days} d"
+
+
+def moment(seconds: float) -> str:
+    """A unix time as a date and a time here."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+    except (OverflowError, ValueError, OSError):
+        return "at an unknown time"
+
+
+def plural(count: int, singular: str, many: str | None = None) -> str:
+    """``1 alarm``, ``3 alarms``."""
+    return f"{count:,} {singular if count == 1 else many or singular + 's'}"

@@ -1,0 +1,95 @@
+"""Which values of a run's configuration are not the defaults, and where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from ultrathink.config.reflection import field_at
+from ultrathink.config.schema import DEFAULT
+
+_NOT_SET_BY_ANYBODY = (DEFAULT, "derived", "chosen at run time")
+_LONGEST_ORIGIN = 40
+NONE = "none"  # what is said of a value without a default
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value that somebody set; ``default`` is what it would be otherwise, ``NONE`` if nothing."""
+
+    key: str
+    value: Any
+    default: Any
+    origin: str
+
+
+def changed_settings(tree: Mapping[str, Any], origins: Mapping[str, str] | None) -> list[Setting]:
+    """The values of a configuration that were set and are not the defaults; a list is one value.
+
+    Without ``origins`` every value that differs from its default counts, what was derived or chosen
+    at run time included.
+    """
+    found = []
+    for key, value in _leaves(tree):
+        origin = "" if origins is None else _origin(key, origins)
+        if origin.startswith(_NOT_SET_BY_ANYBODY):
+            continue
+        default = _default(key, tree)
+        # A duration is text by default and may be a number in a file.
+        if default != value and str(default) != str(value):
+            found.append(Setting(key, value, default, origin))
+    return found
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _origin(key: str, origins: Mapping[str, str]) -> str:
+    """The origin of a value, or of what it is in, or of what is in it."""
+    place = key
+    while place:
+        if place in origins:
+            return _short(origins[place])
+        place = place.rpartition(".")[0]
+    inside = next((origins[other] for other in origins if other.startswith(f"{key}.")), DEFAULT)
+    return _short(inside)
+
+
+def _short(origin: str) -> str:
+    """An override is told by its value; the rest of a long origin says nothing new."""
+    if origin.startswith("override "):
+        return "override"
+    return origin if len(origin) <= _LONGEST_ORIGIN else f"{origin[: _LONGEST_ORIGIN - 1]}…"
+
+
+def _default(key: str, tree: Mapping[str, Any]) -> Any:
+    """What a value is by default, as plain data; ``NONE`` where that is nothing in particular."""
+    path = key.split(".")
+    try:
+        if path[-1] == "type":  # of a part: the one that is chosen where none is named
+            found = field_at(path[:-1], tree)
+            return getattr(found[1].default, "type", NONE) if found else NONE
+        found = field_at(path, tree)
+    except (KeyError, TypeError, AttributeError):  # a part of a plugin that is not loaded
+        return NONE
+    if found is None or found[1].default is PydanticUndefined:
+        return NONE
+    return _plain(found[1].default)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, tuple | list):
+        return [_plain(entry) for entry in value]
+    return value if value is None or isinstance(value, int | float | bool | dict) else str(value)

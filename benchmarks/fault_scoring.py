@@ -126,6 +126,9 @@ class Results:
             "delay_steps_median": median(delays),
             "failed_share": share(sum(map(self.has_failed, runs)), len(runs)),
             "recovered_share": share(sum(map(self.has_recovered, harmful)), len(harmful)),
+            "within_1_percent_share": share(
+                sum(self.ratio(run) <= 1 + HARM for run in harmful), len(harmful)
+            ),
             "final_loss_ratio_median": median([self.ratio(run) for run in runs]),
             "num_runs": len(runs),
             "num_harmful": len(harmful),

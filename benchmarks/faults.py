@@ -155,6 +155,7 @@ def describe(result: dict[str, Any]) -> str:
             _number(figures["false_alarms_per_10k"], 1),
             _percent(figures.get("failed_share")),
             _percent(figures.get("recovered_share")),
+            _percent(figures.get("within_1_percent_share")),
             _number(figures.get("final_loss_ratio_median"), 4),
             _number(figures.get("clean_loss_ratio_median"), 4),
             f"{figures['healthy_steps']:,}",
@@ -165,13 +166,15 @@ def describe(result: dict[str, Any]) -> str:
         ]
     ]
     header = (
-        *("", "recall", "delay", "false/10k", "failed", "recovered", "loss ratio"),
+        *("", "recall", "delay", "false/10k", "failed", "recovered", "within 1%", "loss ratio"),
         *("clean ratio", "healthy steps"),
     )
+    allowed = ", ".join(f"{share:.1%} ({model})" for model, share in result["tolerance"].items())
     any_controller = result["controllers"][BARE]
     text = (
         f"{result['size']}: {any_controller['num_runs']} runs a controller, of which "
-        f"{any_controller['num_harmful']} harmful; seeds {result['seeds']}"
+        f"{any_controller['num_harmful']} harmful; seeds {result['seeds']}; "
+        f"recovered: within {allowed} of the clean twin"
     )
     if any_controller["healthy_steps"] < ENOUGH_HEALTHY:
         text += (

@@ -63,7 +63,7 @@ def test_figures_of_a_controller_by_counting(seed: int) -> None:
         if run.controller == "none" and run.fault and ratio(run) > 1.01
     }
     for name in ("none", "mine"):
-        seen, recovered, failed, count, total, delays, ratios = 0, 0, 0, 0, 0, [], []
+        seen, recovered, close, failed, count, total, delays, ratios = 0, 0, 0, 0, 0, 0, [], []
         for run in runs:
             if run.controller != name or not run.fault or run.group == "resources":
                 continue
@@ -73,6 +73,7 @@ def test_figures_of_a_controller_by_counting(seed: int) -> None:
             if (run.fault, run.seed) in harmful:
                 count += 1
                 recovered += ratio(run) <= 1 + tolerance
+                close += ratio(run) <= 1.01
                 later = [step for step in sorted(run.interventions) if step >= 50]
                 if later:
                     seen += 1
@@ -82,6 +83,7 @@ def test_figures_of_a_controller_by_counting(seed: int) -> None:
         assert figures["num_harmful"] == count
         assert figures["recall"] == (seen / count if count else None)
         assert figures["recovered_share"] == (recovered / count if count else None)
+        assert figures["within_1_percent_share"] == (close / count if count else None)
         assert figures["failed_share"] == failed / total
         assert figures["delay_steps_median"] == (np.median(delays) if delays else None)
         middle = float(np.median(ratios))

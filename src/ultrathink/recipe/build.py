@@ -278,15 +278,20 @@ def assemble(
     if config.orchestrator.mode == "act":
         steer(trainer, config.orchestrator, watch, log, metrics.sinks)
     remember_run(run.path, world)
-    trainer.identity = {
-        "data_hash": data.data_hash,
-        "tokenizer_hash": data.tokenizer.fingerprint,
-        "tokenizer_behavior": behavior_hash(data.tokenizer),
-        "order_hash": trainer.loader.order_hash(),
-    }
+    trainer.identity = _identity(data, trainer.loader)
     warnings = [*choices.warnings, *_skipped(data), *data.notes]
     trainer.remarks = [(text, "warning") for text in warnings]
     return trainer
+
+
+def _identity(data: PreparedData, loader: TrainLoader) -> dict[str, Any]:
+    """What a checkpoint may only be gone on with if it is the same: hashes of the data."""
+    return {
+        "data_hash": data.data_hash,
+        "tokenizer_hash": data.tokenizer.fingerprint,
+        "tokenizer_behavior": behavior_hash(data.tokenizer),
+        "order_hash": loader.order_hash(),
+    }
 
 
 def _stepper(config: Config, model: Transformer, choices: Choices) -> Stepper:

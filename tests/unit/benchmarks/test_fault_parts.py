@@ -71,7 +71,7 @@ def test_files_of_others_stand_beside_ours(tmp_path: Path) -> None:
     assert list(known_faults([fault]))[-1] == "mine"
     names = list(known_controllers([controller]))
     assert names[0] == "none"
-    assert set(names) == {"none", "fixed_clip", "zclip", "skip_step", "steady"}
+    assert set(names) == {"none", "fixed_clip", "zclip", "skip_step", "orchestrator", "steady"}
 
 
 def test_a_name_there_is_not_is_told_with_the_nearest() -> None:
@@ -84,10 +84,10 @@ def test_the_plan_has_each_fault_with_each_seed_and_controller() -> None:
     jobs = plan(FULL, faults.values(), list(controllers.values()), [0, 1])
     assert len({job.folder for job in jobs}) == len(jobs)
     struck = [(j.fault.name, j.controller.name, j.seed) for j in jobs if j.fault and j.controller]
-    assert len(set(struck)) == len(struck) == len(faults) * 4 * 2
+    assert len(set(struck)) == len(struck) == len(faults) * 5 * 2
     kinds = [job.kind for job in jobs]
     assert kinds.count("snapshot") == 4
-    assert kinds.count("clean") == 2 * 2 * 4
+    assert kinds.count("clean") == 2 * 2 * 5
     for name in controllers:
         own = [
             j for j in jobs if j.kind == "healthy" and j.controller and j.controller.name == name

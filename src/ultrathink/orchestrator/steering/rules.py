@@ -124,10 +124,10 @@ class RollBack(Rule):
             return None
         if attempt and trouble.may_be_data and not now.since_rollback:
             # The weights are those of the snapshot: they, or the data, are bad. Once, go further.
-            if now.guard.streak < 3 * LEFT_OUT or attempt > 1:
+            if max(now.guard.streak, now.non_finite) < 3 * LEFT_OUT or attempt > 1:
                 return None
-            last = next(one for one in reversed(now.decisions) if one.rule == self.name)
-            before = min(before, last.after - 1)
+            tried = [one.after for one in now.decisions if one.rule == self.name]
+            before = min(before, tried[-1] - 1) if tried[-1] is not None else before
         elif attempt > 1:
             before = min(before, min(now.snapshots.steps, default=before))
         kept = now.snapshots.before(before)

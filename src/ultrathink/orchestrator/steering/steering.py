@@ -304,7 +304,8 @@ class Steering(Controller):
             decision = self.decisions[number - 1]
             if decision.rule == "skip_outliers":
                 continue
-            begun = decision.after if decision.action.endswith("_steps") else decision.step
+            went_back = decision.action in GOES_BACK and decision.after is not None
+            begun = decision.after if went_back else decision.step
             if alarms and self._step > begun:
                 text = f"trouble again at step {self._step:,}: {alarms[0].message}"
                 self._settle(number, {"resolved": False, "text": text})

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ultrathink.config.orchestrator import LimitsConfig, RulesConfig
+from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.steering.guard import OutlierGuard
 from ultrathink.orchestrator.steering.policy import Policy
 from ultrathink.orchestrator.steering.proposals import (
@@ -140,3 +141,66 @@ def test_a_decision_says_what_was_done_in_a_line() -> None:
         "step 630, roll_back (hard, 97%): went back to step 600, lr_factor: 1 -> 0.5. Why."
     )
     assert Decision(**decision.to_json()) == decision
+
+
+def rolled_back_to(step: int) -> Decision:
+    return Decision(1, 100, "roll_back", HARD, 0.97, {}, "rollback_steps", 100, step, "Why.")
+
+
+def ring(*steps: int) -> SnapshotRing:
+    taken = iter(steps)
+    made = SnapshotRing(lambda: Snapshot(next(taken), 0), every=1, most=8)
+    for _ in steps:
+        made.take(0)
+    return made
+
+
+def test_steps_without_numbers_take_the_run_back_before_they_began() -> None:
+    rule = policy_for("roll_back")
+    proposal = rule.decide(situation(step=100, non_finite=3, snapshots=ring(20, 40, 97)))
+    assert proposal is not None
+    assert proposal.actions == (Action("rollback_steps", 40),)  # 97 may hold the cause
+    assert proposal.level == CRITICAL
+
+
+@pytest.mark.parametrize(("count", "target"), [(3, None), (24, 20)])
+def test_a_snapshot_that_is_bad_itself_is_passed_over_once_that_is_clear(
+    count: int, target: int | None
+) -> None:
+    """Nothing was learned since the run went back to 40, and no step is a number."""
+    proposal = policy_for("roll_back").decide(
+        situation(
+            step=40 + count,
+            non_finite=count,
+            snapshots=ring(20, 40),
+            decisions=[rolled_back_to(40)],
+            since_rollback=0,
+        )
+    )
+    found = None if proposal is None else proposal.actions[0].value
+    assert found == target
+
+
+def test_trouble_that_comes_back_lowers_the_rate_too() -> None:
+    event = Event(95, "divergence", "high", "it rose", 100, 100, values={"score": 9.0})
+    given = {"step": 100, "events": [event], "snapshots": ring(20, 40, 90)}
+    first = policy_for("roll_back").decide(situation(**given))
+    again = policy_for("roll_back").decide(
+        situation(**given, decisions=[rolled_back_to(40)], since_rollback=60)
+    )
+    assert first is not None
+    assert again is not None
+    assert first.actions == (Action("rollback_steps", 90),)
+    assert again.actions == (
+        Action("rollback_steps", 90),
+        Action("adjust_learning_rate", 0.5),
+    )
+
+
+def test_without_a_snapshot_that_is_old_enough_the_rate_is_lowered() -> None:
+    event = Event(95, "loss_spike", "high", "it jumped", 100, 100, values={"score": 9.0})
+    proposal = policy_for("roll_back").decide(
+        situation(step=100, events=[event], snapshots=ring(94))
+    )
+    assert proposal is not None
+    assert proposal.actions == (Action("adjust_learning_rate", 0.1),)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from ultrathink.config import load_config
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.parallel.world import PeerFailedError, join_world
+from ultrathink.parallel.world import (
+    PeerFailedError,
+    join_world,
+    leave_status,
+    status_of_first,
+)
 from ultrathink.recipe.build import build_trainer
 from ultrathink.recipe.resume import resume_trainer
 from ultrathink.runs.checkpoint import load_checkpoint, weights
@@ -204,6 +211,21 @@ def train_and_break(place: str, *overrides: str) -> tuple[str, list[Any], int]:
         for record in read_decisions(trainer.run.decisions)
     ]
     return str(trainer.run.path), decided, trainer.loader.samples_skipped
+
+
+def status_that_is_heard() -> int | None:
+    """The first process ends with 2, a second after it spoke; what each ends with."""
+    world = join_world()
+    if world.rank == 0:
+        time.sleep(1)
+        leave_status(world, 2)
+        status: int | None = 2
+    else:
+        status = status_of_first(world)
+    world.barrier()
+    if world.rank == 0:  # the pool goes on, and nothing failed
+        dist.distributed_c10d._get_default_store().delete_key("ultrathink/status")
+    return status
 
 
 class _Guard:

@@ -80,3 +80,8 @@ def test_all_go_back_together_when_the_orchestrator_decides(two: Pool, tmp_path:
     results = two.run(tasks.train_and_break, str(tmp_path / "two"), *words)
     assert [result[1:] for result in results] == [(decided, skipped)] * 2
     assert_equal(alone, results[0][0], 1e-9)
+
+
+def test_who_ends_in_silence_ends_with_the_status_of_the_first_to_fail(two: Pool) -> None:
+    """Else a launcher that sees it end sooner starts again what was a mistake of the user's."""
+    assert two.run(tasks.status_that_is_heard) == [2, 2]

@@ -29,7 +29,9 @@ def run_together(act: Callable[[], int]) -> NoReturn:
         is_first_to_fail,
         is_lost_connection,
         join_world,
+        leave_status,
         leave_world,
+        status_of_first,
     )
 
     world = join_world()
@@ -37,14 +39,21 @@ def run_together(act: Callable[[], int]) -> NoReturn:
         status = act()
         leave_world()
     except PeerFailedError:
-        _end(PEER_GONE)
+        _end(status_of_first(world) or PEER_GONE)
     except (UltrathinkError, OSError, KeyboardInterrupt) as error:
-        _end(report(error) if is_first_to_fail(world) else PEER_GONE)
+        if not is_first_to_fail(world):
+            _end(status_of_first(world) or PEER_GONE)
+        status = report(error)
+        leave_status(world, status)
+        _end(status)
     except Exception as error:
-        if is_lost_connection(error) or not is_first_to_fail(world):
+        if is_lost_connection(error):
             _end(PEER_GONE)
+        if not is_first_to_fail(world):
+            _end(status_of_first(world) or PEER_GONE)
         print(f"error: process {world.rank} failed:", file=sys.stderr)
         traceback.print_exc()
+        leave_status(world, EXCEPTION)
         _end(EXCEPTION)
     # The launcher knows which signal it handed on; to it, a run that was stopped and saved went
     # well, and is not to be started again.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -29,7 +30,8 @@ RENDEZVOUS_VARIABLE = "ULTRATHINK_RENDEZVOUS"
 RUN_POINTER_VARIABLE = "ULTRATHINK_RUN_POINTER"
 # A collective that takes longer has failed; the watchdog of a hung process is quicker.
 _COLLECTIVE_TIMEOUT = timedelta(hours=2)
-_FAILED = "ultrathink/failed"
+_FAILED, _STATUS = "ultrathink/failed", "ultrathink/status"
+_STATUS_WAIT = timedelta(seconds=5)
 
 
 class PeerFailedError(RuntimeError):
@@ -174,6 +176,29 @@ def is_first_to_fail(world: World) -> bool:
     except RuntimeError:  # its keeper is gone, so it failed before
         return False
     return first.decode() == str(world.rank)
+
+
+def leave_status(world: World, status: int) -> None:
+    """Tell the others what the first process to fail ends with."""
+    if world.size > 1 and dist.is_initialized():
+        with suppress(RuntimeError):  # the keeper of such words is gone
+            dist.distributed_c10d._get_default_store().set(_STATUS, str(status))
+
+
+def status_of_first(world: World) -> int | None:
+    """What the first process to fail ended with; None where it was not heard of in five seconds.
+
+    Whoever ends in silence ends with the same: a launcher that hears of this process sooner must
+    not take it for one that lost the others and starts again what was a mistake of the user's.
+    """
+    if world.size == 1 or not dist.is_initialized():
+        return None
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        store.wait([_STATUS], _STATUS_WAIT)
+        return int(store.get(_STATUS))
+    except RuntimeError:
+        return None
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -136,7 +136,7 @@ class RollBack(Rule):
         actions = [Action("rollback_steps", kept.step)]
         reasoning = f"{trouble.text}; step {kept.step:,} is the newest that is free of it."
         if attempt and trouble.is_of_loss and not trouble.may_be_data:
-            factor = max(now.limits.lr_factor[0], GENTLER**attempt)
+            factor = _within(now.limits, GENTLER**attempt)
             actions.append(Action("adjust_learning_rate", factor))
             reasoning += (
                 f" Going back did not help before: the rate is lowered to {factor:g} of it."
@@ -205,7 +205,7 @@ class RollBack(Rule):
     def _without_snapshot(self, now: Situation, trouble: _Trouble) -> Proposal | None:
         if not trouble.is_of_loss or trouble.may_be_data:
             return None
-        factor = max(now.limits.lr_factor[0], 0.1)
+        factor = _within(now.limits, 0.1)
         return Proposal(
             self.name,
             trouble.level,
@@ -215,6 +215,12 @@ class RollBack(Rule):
             trouble.values,
             trouble.began,
         )
+
+
+def _within(limits: LimitsConfig, factor: float) -> float:
+    """The factor on the rate that is nearest to ``factor`` among those that are allowed."""
+    low, high = limits.lr_factor
+    return min(high, max(low, factor))
 
 
 class StopOverfitting(Rule):

@@ -77,10 +77,6 @@ class SnapshotRing:
         if self.best is not None and self.best.step > step:
             self.best = None
 
-    def clear(self) -> None:
-        """Give back their memory."""
-        self._kept, self.best = [], None
-
     def _all(self) -> list[Kept]:
         extra = [self.best] if self.best is not None and self.best not in self._kept else []
         return [*self._kept, *extra]

@@ -197,10 +197,16 @@ def test_trouble_that_comes_back_lowers_the_rate_too() -> None:
     )
 
 
-def test_without_a_snapshot_that_is_old_enough_the_rate_is_lowered() -> None:
+@pytest.mark.parametrize(
+    ("allowed", "factor"), [((0.01, 1.0), 0.1), ((0.3, 1.0), 0.3), ((0.01, 0.05), 0.05)]
+)
+def test_without_a_snapshot_that_is_old_enough_the_rate_is_lowered(
+    allowed: tuple[float, float], factor: float
+) -> None:
     event = Event(95, "loss_spike", "high", "it jumped", 100, 100, values={"score": 9.0})
+    limits = LimitsConfig(lr_factor=allowed)
     proposal = policy_for("roll_back").decide(
-        situation(step=100, events=[event], snapshots=ring(94))
+        situation(step=100, events=[event], snapshots=ring(94), limits=limits)
     )
     assert proposal is not None
-    assert proposal.actions == (Action("adjust_learning_rate", 0.1),)
+    assert proposal.actions == (Action("adjust_learning_rate", factor),)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from tests.unit.training.shortage import Scarcity
 from ultrathink.config import load_config
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.parallel.world import (
@@ -24,8 +27,10 @@ from ultrathink.recipe.resume import resume_trainer
 from ultrathink.runs.checkpoint import load_checkpoint, weights
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.runs.folder import RunFolder
-from ultrathink.training.callbacks import Controller, StepReport
-from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.callbacks import Callback, Controller, StepReport
+from ultrathink.training.control import Change, Snapshot, TrainerControl
+from ultrathink.training.out_of_memory import SmallerStartError
+from ultrathink.training.run_state import region_needed
 from ultrathink.training.stepping import Verdict
 from ultrathink.training.trainer import Trainer
 
@@ -94,7 +99,9 @@ def numbers_read(path: str) -> tuple[int, int]:
     run = RunFolder(Path(path))
     trainer = resume_trainer(run)
     try:
-        state: Any = load_checkpoint(run.checkpoint("last"), weights, trainer.region)
+        state: Any = load_checkpoint(
+            run.checkpoint("last"), weights, partial(region_needed, trainer)
+        )
         mine = [piece.local.numel() for piece in state["model"].values()]
         whole = [torch.Size(piece.shape).numel() for piece in state["model"].values()]
         return sum(mine), sum(whole)
@@ -246,6 +253,67 @@ def train_with_a_guard(place: str, *overrides: str) -> tuple[str, list[tuple[flo
     trainer.set_guard(guard)
     trainer.fit()
     return str(trainer.run.path), guard.asked
+
+
+def train_out_of_memory(place: str) -> tuple[str, str, list[int]]:
+    """Let passes over two sequences fail from step 4 on; the run, what it says, its checkpoints."""
+    trainer = new_trainer(
+        place, "training.max_steps=6", "training.checkpoint={every_steps: 2, keep: 9}"
+    )
+    assert trainer.settings.micro_batch_size == 2
+    Scarcity(trainer, fits=1, after=3)
+    with pytest.raises(SmallerStartError) as caught:
+        trainer.fit()
+    return str(trainer.run.path), str(caught.value), trainer.run.steps()
+
+
+def resume_in_scarcity(path: str, *overrides: str) -> tuple[list[int], int, list[str]]:
+    """Go on where two sequences do not fit; sizes of the passes, the last size, what was told."""
+    os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
+    told: list[str] = []
+    trainer = resume_trainer(RunFolder(Path(path)), overrides=overrides, callbacks=[_Told(told)])
+    scarcity = Scarcity(trainer, fits=1)
+    try:
+        trainer.fit()
+    except SmallerStartError:
+        told.append("failed")
+    return scarcity.tried, trainer.settings.micro_batch_size, told
+
+
+class _Told(Callback):
+    def __init__(self, told: list[str]) -> None:
+        self.told = told
+
+    def on_change(self, change: Change) -> None:
+        self.told.append(f"{change.setting}: {change.before} -> {change.after} ({change.reason})")
+
+
+def optimizer_state_before_and_after(place: str, *overrides: str) -> list[dict[str, list[Any]]]:
+    """What is allocated before the first step, and what a step without that makes."""
+    found = []
+    for is_early in (True, False):
+        trainer = new_trainer(place, *overrides)
+        if is_early:
+            trainer.stepper.allocate_state()
+        else:
+            trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
+        state: Any = trainer.state_dict()["optimizer"]
+        found.append(
+            {
+                f"{name}/{key}": [
+                    *(type(value).__name__, str(value.dtype), tuple(value.shape)),
+                    *(
+                        (str(value.placements), tuple(value.to_local().shape), str(value.device))
+                        if isinstance(value, DTensor)
+                        else (str(value.device),)
+                    ),
+                ]
+                for name, values in state.items()
+                for key, value in values.items()
+            }
+        )
+        trainer.close()
+    return found
 
 
 def message_of_a_mistake(place: str, by_rank: list[list[str]]) -> str | None:

@@ -102,12 +102,13 @@ def test_faults_and_controllers_meet(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = [
         *("--quick", "--out", str(out), "--processes", "2", *SIZE),
-        *("--only", "lr_x30", "router_collapse", "memory_leak", "out_of_memory_backward", "zeroed"),
+        *("--only", "lr_x30", "router_collapse", "memory_leak", "zeroed"),
+        *("out_of_memory_backward", "out_of_memory_step"),
         *("--controllers", "zclip", "steady", "--controller", str(tmp_path / "steady.py")),
         *("--fault", str(tmp_path / "zeroed.py"), "--set", *SMALL),
     ]
     result, told = run(*arguments)
-    total = 2 + 3 * (2 + 5 + 3)  # snapshots; clean, struck and healthy runs of each controller
+    total = 2 + 3 * (2 + 6 + 3)  # snapshots; clean, struck and healthy runs of each controller
     assert f"[{total}/{total}]" in told
     assert "about 0 min to go" in told
     assert set(result["controllers"]) == {"none", "zclip", "steady"}
@@ -126,9 +127,14 @@ def test_faults_and_controllers_meet(tmp_path: Path) -> None:
     assert rate["none"]["recall"] == 0
     zeroed = result["faults"]["zeroed"]["controllers"]["none"]
     assert zeroed["failed_share"] == 1
-    memory = result["faults"]["out_of_memory_backward"]["controllers"]["none"]
-    assert memory["died_share"] == 1
-    assert "can't allocate memory" in memory["died_of"][0]
+    passes, update = (
+        result["faults"][f"out_of_memory_{where}"]["controllers"]["none"]
+        for where in ("backward", "step")
+    )
+    assert passes["died_share"] == 0
+    assert passes["final_loss_ratio_median"] == pytest.approx(1, abs=1e-3)
+    assert update["died_share"] == 1
+    assert "the update ran out of memory" in update["died_of"][0]
     assert result["faults"]["memory_leak"]["controllers"]["none"]["memory_growth_gib"] > 0.005
     assert result["detectors"]["healthy_steps"] == 2 * 24 + 20
     check_signals(out)

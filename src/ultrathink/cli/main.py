@@ -83,6 +83,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug and not isinstance(error, BrokenPipeError):
             raise
         return report(error)
+    except (MemoryError, RuntimeError) as error:
+        if debug or not _is_out_of_memory(error):
+            raise
+        _complain("memory did not suffice; take a smaller model or shorter sequences.")
+        return SYSTEM_ERROR
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether it says so; torch, whose errors say it in words, is not imported for that."""
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from ultrathink.training.out_of_memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def report(error: UltrathinkError | KeyboardInterrupt | OSError) -> int:

@@ -23,7 +23,7 @@ def run_together(act: Callable[[], int]) -> NoReturn:
     Ends the process: what the interpreter would tidy up may wait for processes that are gone.
     """
     from ultrathink.cli.main import report
-    from ultrathink.parallel.launching import EXCEPTION, PEER_GONE
+    from ultrathink.parallel.launching import EXCEPTION, OUT_OF_MEMORY, PEER_GONE
     from ultrathink.parallel.world import (
         PeerFailedError,
         is_first_to_fail,
@@ -33,6 +33,7 @@ def run_together(act: Callable[[], int]) -> NoReturn:
         leave_world,
         status_of_first,
     )
+    from ultrathink.training.out_of_memory import SmallerStartError
 
     world = join_world()
     try:
@@ -40,6 +41,12 @@ def run_together(act: Callable[[], int]) -> NoReturn:
         leave_world()
     except PeerFailedError:
         _end(status_of_first(world) or PEER_GONE)
+    except SmallerStartError as error:
+        if not is_first_to_fail(world):
+            _end(status_of_first(world) or PEER_GONE)
+        report(error)
+        leave_status(world, OUT_OF_MEMORY)
+        _end(OUT_OF_MEMORY)
     except (UltrathinkError, OSError, KeyboardInterrupt) as error:
         if not is_first_to_fail(world):
             _end(status_of_first(world) or PEER_GONE)

@@ -22,6 +22,10 @@ class CheckpointError(UltrathinkError):
     """A checkpoint or run folder that is missing, damaged or made for something else."""
 
 
+class OutOfMemoryError(UltrathinkError):
+    """What is to be trained does not fit into memory; the message says what to change."""
+
+
 class MissingDependencyError(UltrathinkError):
     """An optional package is absent; the message names the extra that installs it."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ultrathink.core.protocols import State
 
@@ -36,10 +38,8 @@ def random_state() -> State:
             int(has_gauss),
             float(cached),
         ],
-        "torch": torch.get_rng_state(),
+        **torch_random_state(),
     }
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        state[f"cuda_{index}"] = torch.cuda.get_rng_state(index)
     return state
 
 
@@ -50,7 +50,20 @@ def set_random_state(state: State) -> None:
     random.setstate((version, tuple(keys), gauss))
     name, numpy_keys, position, has_gauss, cached = values["numpy"]
     np.random.set_state((name, np.array(numpy_keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(values["torch"].cpu())
+    set_torch_random_state(values)
+
+
+def torch_random_state() -> dict[str, Tensor]:
+    """The state of torch's own generators, which are all that a model draws from; quickly had."""
+    state = {"torch": torch.get_rng_state()}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"cuda_{index}" in values:
-            torch.cuda.set_rng_state(values[f"cuda_{index}"].cpu(), index)
+        state[f"cuda_{index}"] = torch.cuda.get_rng_state(index)
+    return state
+
+
+def set_torch_random_state(state: Mapping[str, Tensor]) -> None:
+    """Put torch's generators back to ``state`` as ``torch_random_state`` returned it."""
+    torch.set_rng_state(state["torch"].cpu())
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"cuda_{index}" in state:
+            torch.cuda.set_rng_state(state[f"cuda_{index}"].cpu(), index)

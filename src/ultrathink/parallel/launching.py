@@ -31,6 +31,7 @@ from ultrathink.parallel.world import RENDEZVOUS_VARIABLE, RUN_POINTER_VARIABLE
 # A process that ends with one of these made up its mind: starting it again would end the same way.
 USER_ERROR, EXCEPTION = 2, 70
 FINAL_STATUSES = (USER_ERROR, EXCEPTION)
+OUT_OF_MEMORY = 71  # the next start takes less, as the process has written down
 PEER_GONE = 75  # a process could not go on without another, which knows why
 # These are told by what is printed here.
 _TORCH_LOG = logging.getLogger("torch.distributed.elastic")
@@ -146,6 +147,8 @@ def _how(rank: int, exit_code: int) -> str:
         return f"process {rank} was killed by {signal.Signals(-exit_code).name}"
     if exit_code == PEER_GONE:
         return f"process {rank} lost the connection to another"
+    if exit_code == OUT_OF_MEMORY:
+        return f"process {rank} ran out of memory"
     if exit_code == watchdog.STATUS:
         return f"process {rank} took no step for too long (RUN/logs/stacks-{rank}.txt says where)"
     return f"process {rank} ended with status {exit_code}"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ultrathink.config.loading import change_config
+from ultrathink.config.overrides import parse_override
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.protocols import State
@@ -42,8 +44,10 @@ from ultrathink.runs.segments import (
     differences,
     read_segments,
 )
+from ultrathink.runs.shortage import forget_shortage
 from ultrathink.training.budget import Budget
 from ultrathink.training.callbacks import Callback, Controller
+from ultrathink.training.run_state import region_needed
 from ultrathink.training.trainer import Trainer
 
 RESETS = ("optimizer", "schedule", "data")
@@ -91,6 +95,7 @@ class ResumePlan:
     changes: tuple[ConfigChange, ...]
     reset: frozenset[str]
     remarks: tuple[tuple[str, Level], ...] = field(default=())
+    given: frozenset[str] = frozenset()  # keys that were given a value with this start
 
     @property
     def step(self) -> int:
@@ -144,7 +149,7 @@ class ResumePlan:
         config, choices = choose_together(self.config, data.num_samples, world)
         check_loads(self.folder, config.model)  # names what differs, where the model is another
         trainer = assemble(config, run, data, build_model(config), choices, callbacks, controllers)
-        state: State = load_checkpoint(self.folder, region=trainer.region)
+        state: State = load_checkpoint(self.folder, region=partial(region_needed, trainer))
         reset = self.reset | {"data"} if found.other_samples else self.reset
         adapt_state(
             state, trainer, self.before, self.changes, reset, other_scores=found.other_scores
@@ -164,6 +169,8 @@ class ResumePlan:
         if not world.is_main:
             return trainer
         run.remove_after(trainer.progress.step)
+        if "training.micro_batch_size" in self.given:
+            forget_shortage(run)  # it is to be tried again
         # The segment first: it is what a start that dies right here is gone on with.
         append_segment(
             run.segments,
@@ -287,7 +294,10 @@ def _plan(
     resets = frozenset(reset) | pending
     remarks += [(f"changed after step {step}: {change}", "info") for change in changes]
     remarks += [(f"begins anew after step {step}: the {what}", "info") for what in sorted(resets)]
-    return ResumePlan(run, lock, folder, plain, before, config, changes, resets, tuple(remarks))
+    given = frozenset(parse_override(override)[0] for override in overrides)
+    return ResumePlan(
+        run, lock, folder, plain, before, config, changes, resets, tuple(remarks), given
+    )
 
 
 def _with_last_start(before: Config, run: RunFolder, step: int) -> tuple[Config, frozenset[str]]:

@@ -14,6 +14,7 @@ from ultrathink.core.errors import ConfigError
 from ultrathink.training.control import Change, Request
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.optimizers import set_option
+from ultrathink.training.run_state import return_to
 from ultrathink.training.states import cloned
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _restore(trainer: Trainer, key: int) -> tuple[int, int]:
     """Go back, and make the checkpoints on disk those of the history that counts now."""
     before = trainer.progress.step
     trainer.saving.settle()
-    trainer.load_state_dict(trainer.snapshots[key])
+    return_to(trainer, trainer.snapshots[key])
     assert trainer.budget is not None
     trainer.set_budget(trainer.budget)  # the schedule follows from the settings of then
     step = trainer.progress.step

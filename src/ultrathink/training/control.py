@@ -47,6 +47,9 @@ class LiveSettings:
                 setattr(self, name, state[name])
 
 
+BY_HAND = "by_hand"
+
+
 @dataclass(frozen=True)
 class Change:
     """The record of one change: what it was before and after, and why."""
@@ -57,6 +60,7 @@ class Change:
     after: Any
     reason: str
     decision: int | None = None  # of the policy, by its number; None where somebody else asked
+    rule: str = BY_HAND  # or what the trainer had to change to go on
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,12 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+# From <malloc.h>.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8
+_DEFAULT_TRIM, _DEFAULT_MMAP_MAX = 128 << 10, 65536
+_LARGE = 1 << 20
+
+
 def keep_freed_memory() -> bool:
     """Tell glibc's allocator to reuse large blocks instead of returning them to the system.
 
@@ -201,9 +207,30 @@ def keep_freed_memory() -> bool:
     faults. Returns whether it took effect; other C libraries, and a preloaded allocator, are left
     as they are.
     """
+    return _set_malloc((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
+
+
+def return_freed_memory() -> None:
+    """Give what no tensor holds any more back to the system, now and from here on.
+
+    What ``keep_freed_memory`` keeps lies in pieces, and where memory is short a large tensor may
+    fit into none of them.
+    """
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+    if _set_malloc(
+        (_M_MMAP_MAX, _DEFAULT_MMAP_MAX),
+        (_M_MMAP_THRESHOLD, _LARGE),
+        (_M_TRIM_THRESHOLD, _DEFAULT_TRIM),
+    ):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _set_malloc(*settings: tuple[int, int]) -> bool:
+    """Set parameters of glibc's allocator; False where another one is in use."""
     if platform.libc_ver()[0] != "glibc" or os.environ.get("LD_PRELOAD"):
         return False
-    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # from <malloc.h>
     libc = ctypes.CDLL(None)
-    settings = ((m_mmap_max, 0), (m_trim_threshold, -1), (m_arena_max, 1))
     return all(libc.mallopt(name, value) == 1 for name, value in settings)

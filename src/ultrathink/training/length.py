@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ultrathink.training.budget import Budget, Speed, steps_within
 from ultrathink.training.control import Change
 from ultrathink.training.hardware import synchronize
+from ultrathink.training.run_state import return_to
 
 if TYPE_CHECKING:
     from ultrathink.training.trainer import Trainer
@@ -27,6 +28,7 @@ def measure_speed(trainer: Trainer) -> Speed:
     before = trainer.copied_state()
     trial_s = (trainer.training.max_minutes or 0.0) * 60 * TRIAL_SHARE
     stepper, loader, world = trainer.stepper, trainer.loader, trainer.world
+    stepper.allocate_state()  # after the copy, which would hold its zeros twice
     stepper.take_step(loader.next_batch(), trainer.settings, 0.0)  # compiles
     step_s: list[float] = []
     while len(step_s) < _TRIAL_MIN_STEPS or world.of_main(sum(step_s)) < trial_s:
@@ -35,7 +37,7 @@ def measure_speed(trainer: Trainer) -> Speed:
         synchronize(trainer.device)
         step_s.append(time.perf_counter() - began)
     validation_s = estimate_validation(trainer)
-    trainer.load_state_dict(before)
+    return_to(trainer, before)
     return Speed(
         step_s=world.of_main(sum(step_s) / len(step_s)),
         validation_s=validation_s,

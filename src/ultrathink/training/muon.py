@@ -126,12 +126,17 @@ class Muon(torch.optim.Optimizer):
         for parameter, change in divided:
             parameter.add_(placed_like(change, parameter))
 
+    @staticmethod
+    def zero_state(parameter: Tensor) -> dict[str, Tensor]:
+        """What is remembered of a parameter before its first step."""
+        return {"momentum": torch.zeros_like(parameter)}
+
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
         """Update the running mean of the gradient; returns its Nesterov look-ahead."""
         assert parameter.grad is not None
         state = self.state[parameter]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
+        if not state:
+            state.update(self.zero_state(parameter))
         buffer: Tensor = state["momentum"]
         buffer.lerp_(parameter.grad, 1 - momentum)
         return parameter.grad.lerp(buffer, momentum)

@@ -121,6 +121,34 @@ def set_option(optimizers: Optimizers, name: str, value: Any) -> Any:
     return before
 
 
+@torch.no_grad()
+def allocate_state(optimizers: Optimizers) -> None:
+    """Give each parameter without a state the zeros that its optimizer would begin with.
+
+    Training is the same without; with it memory that does not suffice shows itself before the
+    first batch. Optimizers that are not known here begin in their own way, in their first step.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if optimizer.state.get(parameter):
+                    continue
+                if isinstance(optimizer, Muon):
+                    optimizer.state[parameter] = optimizer.zero_state(parameter)
+                elif type(optimizer) is torch.optim.AdamW:
+                    optimizer.state[parameter] = _adamw_zero_state(parameter, group["fused"])
+
+
+def _adamw_zero_state(parameter: Tensor, fused: bool) -> dict[str, Tensor]:
+    """What torch's AdamW begins with: the fused one counts its steps beside the parameter."""
+    device = parameter.device if fused else torch.device("cpu")
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
 def optimizer_state(
     optimizers: Optimizers, model: nn.Module, copies: Mapping[Tensor, str] = NO_COPIES
 ) -> State:

@@ -15,7 +15,7 @@ from ultrathink.monitoring.records import Level, Note, RunInfo, Tell
 from ultrathink.runs.decisions import fold_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Ending, StepReport
-from ultrathink.training.control import Change
+from ultrathink.training.control import BY_HAND, Change
 
 
 class RunLog(Callback):
@@ -45,7 +45,7 @@ class RunLog(Callback):
 
     def on_change(self, change: Change) -> None:
         if change.decision is None:  # else who decided it writes it down
-            self.write_decision(_by_hand(change))
+            self.write_decision(_record(change))
 
     def write_decision(self, record: Mapping[str, Any]) -> None:
         """Append a record to ``decisions.jsonl``; a later one of the same number replaces it."""
@@ -76,15 +76,16 @@ class RunLog(Callback):
             self._tell(text, level)
 
 
-def _by_hand(change: Change) -> dict[str, Any]:
-    """The record of a change that no rule of the policy decided."""
+def _record(change: Change) -> dict[str, Any]:
+    """The record of a change that the policy did not decide."""
+    is_by_hand = change.rule == BY_HAND
     return {
         "id": None,
         "time": time.time(),
         "step": change.step,
-        "rule": "by_hand",
-        "level": None,
-        "confidence": None,
+        "rule": change.rule,
+        "level": None if is_by_hand else 4,  # the run could not have gone on otherwise
+        "confidence": None if is_by_hand else 1.0,
         "signals": {},
         "action": change.setting,
         "before": change.before,

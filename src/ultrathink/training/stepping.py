@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ultrathink.core.random import set_torch_random_state, torch_random_state
 from ultrathink.data.batch import Batch
 from ultrathink.model.transformer import Transformer
 from ultrathink.parallel.sharding import Accumulation
@@ -22,7 +23,17 @@ from ultrathink.parallel.world import ALONE, World
 from ultrathink.training.control import LiveSettings
 from ultrathink.training.norms import LayerNorms, total_norm
 from ultrathink.training.offload import HostCopies
-from ultrathink.training.optimizers import NO_COPIES, Optimizers
+from ultrathink.training.optimizers import NO_COPIES, Optimizers, allocate_state
+from ultrathink.training.out_of_memory import (
+    STATE_DOES_NOT_FIT,
+    UPDATE_FAILED,
+    Fit,
+    half_of,
+    nothing_smaller,
+    smaller_start,
+    smaller_until_it_fits,
+    told_as,
+)
 
 _CLIP_EPS = 1e-6  # what torch adds to the norm that it divides by
 
@@ -86,7 +97,8 @@ class Stepper:
     """Takes optimizer steps; a step that is not finite, or has nothing to learn, is left out.
 
     A left-out step touches neither weights nor optimizer state, so step counts and bias
-    correction go on as if its batch had never been. ``guard`` may leave out more.
+    correction go on as if its batch had never been. ``guard`` may leave out more. ``on_smaller`` is
+    told which micro-batch memory did not suffice for, and what is taken instead.
     """
 
     def __init__(
@@ -113,6 +125,7 @@ class Stepper:
         self.guard = guard
         self.host_names = host.names if host is not None else NO_COPIES
         self.clock = accumulation.clock if accumulation is not None else CommunicationClock()
+        self.on_smaller: Callable[[int, Fit], None] = lambda size, fit: None
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.layer_norms = LayerNorms(model)
 
@@ -128,9 +141,27 @@ class Stepper:
                 group["lr"] = group["peak_lr"] * lr_factor
         with self.clock.running():
             num_tokens = int(self.world.sums([batch.num_target_tokens])[0])
-        loss, aux_losses, stats = self._backward(
-            batch, settings.micro_batch_size, max(1, num_tokens)
-        )
+        sums = self._passes(batch, settings, max(1, num_tokens))
+        with told_as(UPDATE_FAILED):
+            result = self._learn(sums, num_tokens, settings, with_norms)
+        for parameter in self.parameters:
+            parameter.grad = None
+        return result
+
+    def allocate_state(self) -> None:
+        """Take the memory that the optimizers need; OutOfMemoryError where there is not enough."""
+        with told_as(STATE_DOES_NOT_FIT):
+            allocate_state(self.optimizers)
+
+    def _learn(
+        self,
+        sums: Sums,
+        num_tokens: int,
+        settings: LiveSettings,
+        with_norms: bool,
+    ) -> StepResult:
+        """Update the weights by the gradients of a batch, unless it is to be left out."""
+        loss, aux_losses, stats = sums
         norm = total_norm([p.grad for p in self.parameters if p.grad is not None])
         shares = [value.item() for value in (loss, *aux_losses.values())]
         with self.clock.running():
@@ -150,8 +181,6 @@ class Stepper:
             self._update(settings)
             self._even_out_experts(stats)
             norms |= self.layer_norms.after_update()
-        for parameter in self.parameters:
-            parameter.grad = None
         return StepResult(
             loss=loss_value,
             aux_losses=dict(zip(aux_losses, aux_values, strict=True)),
@@ -169,6 +198,36 @@ class Stepper:
         """
         rate: float = self.optimizers[0].param_groups[0]["lr"]
         return rate
+
+    def _passes(self, batch: Batch, settings: LiveSettings, num_tokens: int) -> Sums:
+        """``_backward``, begun anew in smaller micro-batches where memory does not suffice.
+
+        One of several processes cannot: the others wait in the middle of theirs.
+        """
+        share, seq_len = batch.input_ids.shape
+        before, random_state = settings.micro_batch_size, torch_random_state()
+
+        def undo() -> None:
+            for parameter in self.parameters:
+                parameter.grad = None
+            set_torch_random_state(random_state)
+
+        def smaller(size: int, problem: str) -> int:
+            if size == 1:
+                raise nothing_smaller(seq_len, problem, self.model.activation_checkpointing)
+            half = half_of(share, size)
+            if self.world.size > 1:
+                self.on_smaller(size, Fit(half, problem))
+                raise smaller_start(self.world.rank, size, half, problem)
+            return half
+
+        sums, fit = smaller_until_it_fits(
+            lambda size: self._backward(batch, size, num_tokens), before, smaller, undo
+        )
+        if fit.size != before:
+            settings.micro_batch_size = fit.size
+            self.on_smaller(before, fit)
+        return sums
 
     def _backward(self, batch: Batch, micro_batch_size: int, num_tokens: int) -> Sums:
         """Accumulate gradients of the mean over the whole batch's trained tokens.

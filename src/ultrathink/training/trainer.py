@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ultrathink.config.training import TrainingConfig
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.core.protocols import State, Stateful
-from ultrathink.core.random import random_state, seed_everything, set_random_state, step_seed
+from ultrathink.core.protocols import State
+from ultrathink.core.random import seed_everything, step_seed
 from ultrathink.data.loader import TrainLoader
 from ultrathink.data.validation import ValidationSet
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.records import Level, RunInfo
-from ultrathink.parallel.placement import placed_like, region_of
 from ultrathink.parallel.timing import StepTimes
 from ultrathink.parallel.watchdog import FIRST_STEP_FACTOR, Watchdog
 from ultrathink.parallel.world import ALONE, World, is_lost_connection
@@ -39,26 +37,13 @@ from ultrathink.training.changes import apply_change
 from ultrathink.training.control import ControlQueue, LiveSettings
 from ultrathink.training.experts import read_experts
 from ultrathink.training.length import measure_speed, settle_length
-from ultrathink.training.optimizers import load_optimizer_state, optimizer_state, set_option
+from ultrathink.training.out_of_memory import heed_last_start, score_that_fits, take_smaller
+from ultrathink.training.run_state import Progress, load_guard_state, load_run_state, run_state
 from ultrathink.training.saving import Saving
 from ultrathink.training.schedules import Factor, continued_schedule
-from ultrathink.training.states import cloned, load_states, states_of
+from ultrathink.training.states import cloned
 from ultrathink.training.stepping import Stepper, UpdateGuard
-from ultrathink.training.validation import Scores, evaluate
-
-
-@dataclass
-class Progress:
-    """How far a run has come."""
-
-    step: int = 0
-    tokens: int = 0
-    elapsed_s: float = 0.0
-    num_skipped: int = 0
-    best: float | None = None  # the best validation figure so far
-    last_validation: int = 0  # step
-    last_checkpoint: int = 0  # step
-    last_checkpoint_s: float = 0.0  # elapsed time
+from ultrathink.training.validation import Scores
 
 
 @dataclass
@@ -109,7 +94,9 @@ class Trainer:
         self._agreed_s: float | None = None  # by the first process's clock, at a step boundary
         self._all_have_written = True  # the last checkpoint, as far as all processes know
         self._failures: set[str] = set()
-        self._guard_state: Any = None  # of a checkpoint whose guard is not here, or not yet
+        self.guard_state: Any = None  # of a checkpoint whose guard is not here, or not yet
+        self.stepper.on_smaller = partial(take_smaller, self)
+        self.eval_batch_size = self.training.eval.batch_size  # less once memory has not sufficed
         self._times = StepTimes(self.world, self.stepper.clock)
         self.paced: tuple[int, float] = (0, 0.0)  # steps since the start, and their seconds
 
@@ -170,6 +157,7 @@ class Trainer:
             self.notify("on_message", text, level)
         if self.training.compile:
             self.notify("on_message", "compiling the model; the first step takes longer", "info")
+        heed_last_start(self)
         if self.budget is None:
             self.budget = resolve_budget(
                 self.training,
@@ -179,6 +167,7 @@ class Trainer:
                 done=Done(self.progress.step, self.progress.tokens, self.loader.samples_seen),
             )
         self.set_budget(self.budget)
+        self.stepper.allocate_state()
         self.notify("on_budget", self.budget.total_steps)
         self.agree()
         self._end_if_over()
@@ -189,7 +178,7 @@ class Trainer:
         On several processes each has one of its own.
         """
         self.stepper.guard = guard
-        self._load_guard_state(self._guard_state)
+        load_guard_state(self, self.guard_state)
 
     def set_budget(self, budget: Budget) -> None:
         """Let the run, and the schedule of its learning rate, be so long from here on."""
@@ -310,15 +299,7 @@ class Trainer:
 
     def score(self, held_out: ValidationSet, max_batches: int | None = None) -> Scores:
         """Score the model on held-out text, or on its first batches."""
-        return evaluate(
-            self.model,
-            held_out,
-            device=self.device,
-            batch_size=self.training.eval.batch_size,
-            max_tokens=self.training.eval.max_tokens,
-            max_batches=max_batches,
-            world=self.world,
-        )
+        return score_that_fits(self, held_out, max_batches)
 
     def _end_if_over(self) -> None:
         assert self.budget is not None
@@ -407,67 +388,11 @@ class Trainer:
     def state_dict(self) -> State:
         """All that a run remembers; with the same files it goes on bit for bit from here."""
         self.progress.elapsed_s = self.elapsed_s()
-        return {
-            "model": dict(self.model.state_dict()),
-            "optimizer": optimizer_state(
-                self.stepper.optimizers, self.model, self.stepper.host_names
-            ),
-            "random": random_state(),
-            "data": self.loader.state_dict(),
-            "settings": self.settings.state_dict(),
-            "progress": asdict(self.progress),
-            "budget": self.budget.to_dict() if self.budget is not None else None,
-            "callbacks": states_of(self.callbacks),
-            "controllers": states_of(self.controllers),
-            "guard": self._current_guard_state(),
-            "identity": self.identity,
-            "config": self.config,
-        }
+        return run_state(self)
 
     def load_state_dict(self, state: State) -> None:
         """Go back to what ``state_dict`` returned."""
-        values: dict[str, Any] = dict(state)
-        weights = self.model.state_dict()
-        self.model.load_state_dict(
-            {name: placed_like(value, weights[name]) for name, value in values["model"].items()}
-        )
-        load_optimizer_state(
-            self.stepper.optimizers, self.model, values["optimizer"], self.stepper.host_names
-        )
-        if self.stepper.host is not None:
-            self.stepper.host.take_weights()
-        set_random_state(values["random"])
-        self.loader.load_state_dict(values["data"])
-        for name, (configured, _) in self.settings.optimizer_params.items():
-            set_option(self.stepper.optimizers, name, configured)
-        self.settings.load_state_dict(values["settings"])
-        for name, (_, current) in self.settings.optimizer_params.items():
-            set_option(self.stepper.optimizers, name, current)
-        self.progress = Progress(**values["progress"])
-        if values["budget"] is not None:
-            self.budget = Budget(**values["budget"])
-        load_states(self.callbacks, values["callbacks"])
-        load_states(self.controllers, values["controllers"])
-        self._load_guard_state(values.get("guard"))  # older checkpoints have none
-
-    def _current_guard_state(self) -> Any:
-        guard: object = self.stepper.guard
-        return guard.state_dict() if isinstance(guard, Stateful) else self._guard_state
-
-    def _load_guard_state(self, state: Any) -> None:
-        self._guard_state = state
-        guard: object = self.stepper.guard
-        if state is not None and isinstance(guard, Stateful):
-            guard.load_state_dict(state)
-
-    def region(self, name: str, shape: tuple[int, ...]) -> tuple[Any, Any] | None:
-        """Which part of a tensor of a checkpoint this process needs; None: all of it."""
-        kind, _, inside = name.partition("/")
-        weight = inside if kind == "model" else inside.rpartition("/")[0]
-        reference: Tensor | None = dict(self.model.named_parameters()).get(weight)
-        if isinstance(reference, DTensor) and tuple(reference.shape) == shape:
-            return region_of(reference)
-        return None
+        load_run_state(self, state)
 
     def fit_micro_batch(self) -> None:
         """Let micro-batches divide this process's share of the batch, however many there were."""

@@ -147,6 +147,20 @@ def test_a_fault_of_the_system_is_one_line(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to …")],
+)
+def test_memory_that_does_not_suffice_is_one_line(
+    error: Exception, command: Callable[[Run], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(failing(error))
+    assert main(["probe"]) == 1
+    assert capsys.readouterr().err.startswith("error: memory did not suffice; take a smaller model")
+    with pytest.raises(type(error)):
+        main(["probe", "--debug"])
+
+
 def test_a_fault_of_ours_keeps_its_trace(command: Callable[[Run], None]) -> None:
     command(failing(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):

@@ -6,7 +6,13 @@ import random
 import numpy as np
 import torch
 
-from ultrathink.core.random import random_state, seed_everything, set_random_state
+from ultrathink.core.random import (
+    random_state,
+    seed_everything,
+    set_random_state,
+    set_torch_random_state,
+    torch_random_state,
+)
 
 
 def draw() -> list[float]:
@@ -49,3 +55,13 @@ def test_a_state_goes_through_plain_values_and_back() -> None:
     seed_everything(99)
     set_random_state(carried)
     assert [draw(), draw()] == expected
+
+
+def test_torchs_part_is_put_back_alone() -> None:
+    seed_everything(0)
+    part = torch_random_state()
+    assert part.keys() <= random_state().keys()
+    first, of_python = torch.rand(3), random.random()
+    set_torch_random_state(part)
+    assert torch.equal(torch.rand(3), first)
+    assert random.random() != of_python

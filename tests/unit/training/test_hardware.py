@@ -156,3 +156,35 @@ def test_a_processor_that_is_not_told_has_no_known_capabilities() -> None:
     code = "from ultrathink.training.hardware import cpu_capabilities; print(cpu_capabilities())"
     done = subprocess.run([*wrapper, sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "{}\n"), done.stderr
+
+
+GIVES_BACK = """
+from pathlib import Path
+import torch
+from ultrathink.training.hardware import keep_freed_memory, return_freed_memory
+
+def address_space():
+    return int(Path("/proc/self/statm").read_text().split()[0]) * 4096 >> 20
+
+def change_by_a_large_tensor():
+    before = address_space()
+    torch.ones(64 << 20, dtype=torch.uint8)
+    return address_space() - before
+
+if keep_freed_memory():
+    print("kept", change_by_a_large_tensor())
+    return_freed_memory()
+    print("given back", change_by_a_large_tensor())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_is_kept_until_it_is_short() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GIVES_BACK], capture_output=True, text=True, check=True
+    )
+    if not done.stdout:
+        pytest.skip("another allocator than glibc's")
+    kept, given_back = (int(line.rpartition(" ")[2]) for line in done.stdout.splitlines())
+    assert kept > 60
+    assert given_back < 4

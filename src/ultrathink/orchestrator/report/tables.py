@@ -106,7 +106,7 @@ def _reason(one: Decision) -> Html:
 
 def _outcome(one: Decision) -> Content:
     if one.outcome is None:
-        return None if one.is_by_hand else tag("small", "not known yet")
+        return None if one.id is None else tag("small", "not known yet")
     resolved, step = one.outcome.get("resolved"), number_of(one.outcome.get("step"))
     words = {True: ("resolved", "good"), False: ("not resolved", "bad")}
     word, kind = words.get(resolved, ("told", "")) if isinstance(resolved, bool) else ("", "")

@@ -1,0 +1,56 @@
+"""Passes that need more memory than there is: torch's own allocator refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ultrathink.training.stepping import Sums
+from ultrathink.training.trainer import Trainer
+
+MORE_THAN_ANY = 1 << 60  # bytes, beyond every address space
+
+
+def run_out_of_memory() -> None:
+    torch.empty(MORE_THAN_ANY, dtype=torch.uint8)
+
+
+class _Needing(torch.autograd.Function):
+    """The identity, whose backward pass does not fit."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        run_out_of_memory()
+        return gradients[0]
+
+
+class Scarcity:
+    """Lets passes over more than ``fits`` sequences fail in ``trainer``, ``where`` it is said.
+
+    Only the ``after`` first micro-batches get through whatever their size. ``tried`` are the sizes
+    of all passes.
+    """
+
+    def __init__(self, trainer: Trainer, fits: int, where: str = "forward", after: int = 0) -> None:
+        self.tried: list[int] = []
+        self._inner = trainer.stepper.losses
+        self.fits, self._where, self._after = fits, where, after
+        trainer.stepper.losses = self._losses
+
+    def _losses(self, input_ids: Tensor, *rest: Any) -> Sums:
+        self.tried.append(len(input_ids))
+        fails = len(input_ids) > self.fits and len(self.tried) > self._after
+        if fails and self._where == "forward":
+            self._inner(input_ids, *rest)  # which draws random numbers
+            run_out_of_memory()
+        sums = self._inner(input_ids, *rest)
+        if fails:
+            loss: Tensor = _Needing.apply(sums.loss)
+            return sums._replace(loss=loss)
+        return sums

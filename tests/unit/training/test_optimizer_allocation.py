@@ -1,0 +1,132 @@
+"""The state of optimizers, allocated before their first step: the same as what that would make."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.training.conftest import MakeTrainer
+from tests.unit.training.experts import MIXTURE, ROUTING
+from tests.unit.training.observers import At, final_state, records, without_time
+from ultrathink.config.optimizer import OPTIMIZERS
+from ultrathink.training.trainer import Trainer
+
+CASES = {
+    "dense": (),
+    "experts": (*MIXTURE, ROUTING),
+    "fp64": ("training.precision=fp64",),
+    "offload": ("parallel.offload=optimizer",),
+}
+
+
+PAIRS = [
+    (optimizer, case)
+    for optimizer in OPTIMIZERS.names()
+    for case in CASES
+    if (optimizer, case) != ("muon", "offload")  # which is refused
+]
+
+
+def state(trainer: Trainer) -> dict[str, dict[str, torch.Tensor]]:
+    found: Any = trainer.state_dict()["optimizer"]
+    return {name: dict(values) for name, values in found.items()}
+
+
+def lazy(trainer: Trainer) -> Trainer:
+    trainer.stepper.allocate_state = lambda: None  # type: ignore[method-assign]
+    return trainer
+
+
+@pytest.mark.parametrize(("optimizer", "case"), PAIRS)
+def test_it_is_what_the_first_step_makes(
+    make_trainer: MakeTrainer, optimizer: str, case: str
+) -> None:
+    words = (f"training.optimizer={{type: {optimizer}, lr: 0.01}}", *CASES[case])
+    made = make_trainer(*words)
+    made.stepper.allocate_state()
+    stepped = make_trainer(*words)
+    stepped.stepper.take_step(stepped.loader.next_batch(), stepped.settings, 1.0)
+    zeros, real = state(made), state(stepped)
+    assert zeros.keys() == real.keys() == dict(made.model.named_parameters()).keys()
+    for name, values in real.items():
+        assert zeros[name].keys() == values.keys()
+        for key, value in values.items():
+            zero = zeros[name][key]
+            assert not zero.any()
+            for what in ("dtype", "device", "shape", "requires_grad"):
+                assert getattr(zero, what) == getattr(value, what), (name, key, what)
+            assert zero.stride() == value.stride()
+
+
+@pytest.mark.parametrize(("optimizer", "case"), PAIRS)
+def test_training_is_bit_for_bit_the_same(
+    make_trainer: MakeTrainer, optimizer: str, case: str
+) -> None:
+    words = (
+        "training.max_steps=4",
+        f"training.optimizer={{type: {optimizer}, lr: 0.01}}",
+        *CASES[case],
+    )
+    early, late = make_trainer(*words), lazy(make_trainer(*words))
+    early.fit()
+    late.fit()
+    assert without_time(records(early.run)) == without_time(records(late.run))
+    one, other = final_state(early.run), final_state(late.run)
+    assert one.keys() == other.keys()
+    assert [name for name in other if not torch.equal(one[name], other[name])] == []
+
+
+def test_what_is_there_is_left_alone(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
+    before = state(trainer)
+    trainer.stepper.allocate_state()
+    after = state(trainer)
+    assert all(after[name][key] is before[name][key] for name in before for key in before[name])
+
+
+def test_it_is_there_before_the_first_batch(make_trainer: MakeTrainer) -> None:
+    for length in ("training.max_steps=4", "training.max_minutes=0.02"):
+        trainer = make_trainer(length)
+        seen: list[int] = []
+        next_batch = trainer.loader.next_batch
+        trainer.loader.next_batch = _after(next_batch, lambda: seen.append(len(state(trainer))))  # type: ignore[method-assign]  # noqa: B023
+        trainer.start()
+        trainer.train_step()
+        trainer.close()
+        assert seen
+        assert set(seen) == {len(list(trainer.model.parameters()))}
+
+
+def _after(act: Callable[[], Any], first: Callable[[], Any]) -> Callable[[], Any]:
+    def both() -> Any:
+        first()
+        return act()
+
+    return both
+
+
+def test_a_step_left_out_at_first_changes_nothing(make_trainer: MakeTrainer) -> None:
+    """Bias correction counts from the first update, however late that comes."""
+    results = []
+    for make in (lambda trainer: trainer, lazy):
+        trainer = make(
+            make_trainer(
+                "training.max_steps=3",
+                controllers=[At(step2=lambda control: control.set_lr_factor(0.5, reason="test"))],
+            )
+        )
+        losses, calls = trainer.stepper.losses, []
+
+        def spoiled(*args: Any) -> Any:
+            calls.append(1)  # noqa: B023
+            sums = losses(*args)  # noqa: B023
+            return sums._replace(loss=sums.loss * float("nan")) if len(calls) == 1 else sums  # noqa: B023
+
+        trainer.stepper.losses = spoiled
+        trainer.fit()
+        assert trainer.progress.num_skipped == 1
+        results.append(final_state(trainer.run))
+    one, other = results
+    assert [name for name in other if not torch.equal(one[name], other[name])] == []

@@ -1,0 +1,380 @@
+import gc
+import json
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.training.conftest import MakeTrainer
+from tests.unit.training.experts import MIXTURE, NOISE, ROUTING
+from tests.unit.training.observers import At, Recorder, final_state, records, without_time
+from tests.unit.training.shortage import MORE_THAN_ANY, Scarcity, run_out_of_memory
+from ultrathink.core.errors import OutOfMemoryError
+from ultrathink.recipe.resume import resume_trainer
+from ultrathink.training.compiling import has_cpp_compiler
+from ultrathink.training.out_of_memory import (
+    half_of,
+    is_out_of_memory,
+    problem_of,
+    smaller_until_it_fits,
+)
+from ultrathink.training.trainer import Trainer
+
+WHOLE = "training.micro_batch_size=4"
+HALF = "training.micro_batch_size=2"
+
+
+def caught(act: Callable[[], Any]) -> BaseException:
+    try:
+        act()
+    except BaseException as error:
+        return error
+    raise AssertionError("it was to fail")
+
+
+# -- what it looks like ------------------------------------------------------------------------
+
+
+def test_torchs_allocator_is_recognized() -> None:
+    error = caught(run_out_of_memory)
+    assert type(error) is RuntimeError
+    assert is_out_of_memory(error)
+    assert problem_of(error) == f"{MORE_THAN_ANY / 2**20:,.4g} MiB could not be allocated"
+
+
+@pytest.mark.parametrize("act", [lambda: bytearray(1 << 62), lambda: np.empty(1 << 59)])
+def test_pythons_and_numpys_allocators_are_recognized(act: Callable[[], Any]) -> None:
+    error = caught(act)
+    assert is_out_of_memory(error)
+    assert problem_of(error)
+
+
+def test_an_accelerators_allocator_is_recognized() -> None:
+    text = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB"
+    for kind in (torch.OutOfMemoryError, torch.cuda.OutOfMemoryError):
+        assert is_out_of_memory(kind(text))
+        assert problem_of(kind(text)) == "2.50 GiB could not be allocated"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
+        "MPS backend out of memory (MPS allocated: 8.00 GB). Tried to allocate 2.00 GB",
+        "std::bad_alloc",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_plain_errors_are_recognized_by_what_they_say(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(ValueError(text))
+    assert "\n" not in problem_of(RuntimeError(text))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(12, "no"), KeyError("a")])
+def test_other_errors_are_not(error: Exception) -> None:
+    assert not is_out_of_memory(error)
+
+
+def test_an_empty_error_is_told_by_its_kind() -> None:
+    assert problem_of(MemoryError()) == "MemoryError"
+
+
+@pytest.mark.parametrize(
+    ("share", "size", "half"), [(12, 12, 6), (12, 6, 3), (12, 3, 1), (9, 9, 3)]
+)
+def test_halves_divide_the_batch(share: int, size: int, half: int) -> None:
+    assert half_of(share, size) == half
+
+
+# -- repeating ---------------------------------------------------------------------------------
+
+
+def test_a_failed_attempt_has_let_go_of_its_tensors_before_the_next() -> None:
+    alive: list[weakref.ref[Any]] = []
+
+    def attempt(size: int) -> int:
+        if size > 2:
+            tensor = torch.zeros(8)
+            loop: list[Any] = [tensor]
+            loop.append(loop)  # which counting references alone does not free
+            alive.append(weakref.ref(tensor))
+            run_out_of_memory()
+        assert [reference() for reference in alive] == [None] * len(alive)
+        return size
+
+    gc.disable()
+    try:
+        result, fit = smaller_until_it_fits(attempt, 8, lambda size, problem: size // 2)
+    finally:
+        gc.enable()
+    assert (result, fit.size, len(alive)) == (2, 2, 2)
+    assert "could not be allocated" in fit.problem
+
+
+def test_another_error_is_not_repeated(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(WHOLE)
+    calls: list[int] = []
+
+    def broken(*args: Any) -> Any:
+        calls.append(1)
+        raise RuntimeError("broken")
+
+    trainer.stepper.losses = broken
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
+    assert calls == [1]
+    assert trainer.settings.micro_batch_size == 4
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The gradients of the first step, as the optimizers are given them."""
+    found: dict[str, torch.Tensor] = {}
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+
+    def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            found.update({names[p]: p.grad.clone() for p in group["params"] if p.grad is not None})
+
+    for optimizer in trainer.stepper.optimizers:
+        optimizer.register_step_pre_hook(keep)
+    trainer.start()
+    try:
+        found_report = trainer.train_step()
+    finally:
+        trainer.close()
+    assert not found_report.skipped
+    return found
+
+
+MODELS = {"dense": (), "experts": (*MIXTURE, ROUTING)}
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_are_those_of_a_batch_that_fitted(
+    make_trainer: MakeTrainer, model: str, where: str
+) -> None:
+    words = ("training.precision=fp32", "training.clip=null", *MODELS[model])
+    whole = gradients(make_trainer(*words, WHOLE))
+    trainer = make_trainer(*words, WHOLE)
+    scarcity = Scarcity(trainer, fits=1, where=where)
+    halved = gradients(trainer)
+    assert scarcity.tried == [4, 2, 1, 1, 1, 1]
+    assert trainer.settings.micro_batch_size == 1
+    assert_same(whole, halved)
+
+
+@pytest.mark.slow
+@pytest.mark.compiled
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what is going
+@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler to compile with")
+def test_compiled_gradients_are_those_of_a_batch_that_fitted(
+    make_trainer: MakeTrainer, model: str
+) -> None:
+    words = ("training.precision=fp32", "training.clip=null", *MODELS[model])
+    whole = gradients(make_trainer(*words, WHOLE))
+    trainer = make_trainer(*words, WHOLE, "training.compile=true")
+    scarcity = Scarcity(trainer, fits=2, where="backward")
+    halved = gradients(trainer)
+    assert scarcity.tried == [4, 2, 2]
+    assert_same(whole, halved)
+
+
+def assert_same(whole: dict[str, torch.Tensor], halved: dict[str, torch.Tensor]) -> None:
+    """To 1e-6: of one where numbers are smaller."""
+    assert whole.keys() == halved.keys()
+    for name, gradient in whole.items():
+        scale = gradient.abs().max().clamp(min=1e-3)
+        assert (gradient - halved[name]).abs().max() <= 1e-6 * max(1.0, float(scale)), name
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_repeated_run_is_bit_for_bit_one_that_was_smaller_from_then_on(
+    make_trainer: MakeTrainer, model: str, where: str
+) -> None:
+    """With all that draws random numbers; the failure comes after a micro-batch that fitted."""
+    words = (
+        "training.max_steps=4",
+        "training.optimizer={type: muon, lr: 0.01}",
+        "model.dropout=0.1",
+        *MODELS[model],
+        *([NOISE] if model == "experts" else []),
+    )
+    watcher = Recorder()
+    struck = make_trainer(*words, HALF, callbacks=[watcher])
+    scarcity = Scarcity(struck, fits=1, where=where, after=3)  # in the second half of step 2
+    struck.fit()
+    assert scarcity.tried == [2, 2, 2, 2, *[1] * 12]
+    at = At(step1=lambda control: control.set_micro_batch_size(1, reason="test"))
+    clean = make_trainer(*words, HALF, controllers=[at])
+    clean.fit()
+    assert without_time(records(struck.run)) == without_time(records(clean.run))
+    one, other = final_state(struck.run), final_state(clean.run)
+    assert [name for name in other if not torch.equal(one[name], other[name])] == []
+    if model == "experts":
+        assert expert_loads(struck) == expert_loads(clean)
+    assert struck.loader.samples_seen == clean.loader.samples_seen == 16
+
+
+def expert_loads(trainer: Trainer) -> list[Any]:
+    lines = (trainer.run.path / "experts.jsonl").read_text().splitlines()
+    return [[json.loads(line)[key] for key in ("num_tokens", "groups")] for line in lines]
+
+
+def test_the_size_that_fits_is_on_record_and_resumed(make_trainer: MakeTrainer) -> None:
+    watcher = Recorder()
+    trainer = make_trainer(
+        "training.max_steps=4",
+        WHOLE,
+        "training.checkpoint={every_steps: 2, keep: 9}",
+        callbacks=[watcher],
+    )
+    Scarcity(trainer, fits=2, after=2)
+    trainer.fit()
+    [change] = watcher.changes
+    assert (change.step, change.setting) == (2, "micro_batch_size")
+    assert (change.before, change.after) == (4, 2)
+    assert change.reason.startswith("step 3 ran out of memory: ")
+    [line] = trainer.run.decisions.read_text().splitlines()
+    record = json.loads(line)
+    assert (record["rule"], record["level"]) == ("out_of_memory", 4)
+    assert (record["action"], record["reasoning"]) == ("micro_batch_size", change.reason)
+    earlier = resume_trainer(trainer.run, "2")
+    assert earlier.settings.micro_batch_size == 4  # it still fitted then
+    earlier.close()
+
+
+def test_the_size_that_fits_is_resumed(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("training.max_steps=2", WHOLE)
+    Scarcity(trainer, fits=2, after=1)
+    trainer.fit()
+    later = resume_trainer(trainer.run, overrides=["training.max_steps=4"])
+    assert later.settings.micro_batch_size == 2
+    scarcity = Scarcity(later, fits=2)
+    later.fit()
+    assert scarcity.tried == [2] * 4
+
+
+def test_a_size_raised_by_hand_is_tried_again(make_trainer: MakeTrainer) -> None:
+    raised = At(step2=lambda control: control.set_micro_batch_size(4, reason="by hand"))
+    watcher = Recorder()
+    trainer = make_trainer("training.max_steps=4", HALF, callbacks=[watcher], controllers=[raised])
+    Scarcity(trainer, fits=2)
+    trainer.fit()
+    assert [(c.before, c.after) for c in watcher.changes] == [(2, 4), (4, 2)]
+
+
+def test_going_back_keeps_the_size_that_fits(make_trainer: MakeTrainer) -> None:
+    kept: list[Any] = []
+    steering = At(
+        step1=lambda control: kept or kept.append(control.snapshot()),
+        step3=lambda control: kept[1:] or kept.append(control.restore(kept[0], reason="test")),
+    )
+    watcher = Recorder()
+    trainer = make_trainer(
+        "training.max_steps=4", WHOLE, callbacks=[watcher], controllers=[steering]
+    )
+    scarcity = Scarcity(trainer, fits=2, after=1)
+    trainer.fit()
+    assert [change.setting for change in watcher.changes] == ["micro_batch_size", "restore"]
+    assert scarcity.tried == [4, 4, *[2] * 10]
+
+
+def test_timing_the_first_steps_finds_the_size(make_trainer: MakeTrainer) -> None:
+    watcher = Recorder()
+    trainer = make_trainer("training.max_minutes=0.02", WHOLE, callbacks=[watcher])
+    scarcity = Scarcity(trainer, fits=2)
+    trainer.start()
+    trainer.train_step()
+    trainer.close()
+    assert scarcity.tried.count(4) == 1
+    assert [(c.step, c.before, c.after) for c in watcher.changes] == [(0, 4, 2)]
+
+
+# -- where there is nothing to halve -----------------------------------------------------------
+
+
+def test_a_single_sequence_that_does_not_fit_ends_with_advice(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("training.max_steps=4", "training.checkpoint.every_steps=2")
+    Scarcity(trainer, fits=0, after=3)
+    with pytest.raises(OutOfMemoryError, match="single sequence of 32 tokens") as caught_:
+        trainer.fit()
+    for advice in ("training.activation_checkpointing=full", "data.seq_len", "model.hidden_size"):
+        assert advice in str(caught_.value)
+    assert trainer.run.steps() == [2]
+    assert resume_trainer(trainer.run).fit() == "finished"
+
+
+def test_advice_that_was_followed_is_not_given_again(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("training.activation_checkpointing=full")
+    Scarcity(trainer, fits=0)
+    with pytest.raises(OutOfMemoryError) as caught_:
+        trainer.fit()
+    assert "activation_checkpointing" not in str(caught_.value)
+    assert "data.seq_len" in str(caught_.value)
+
+
+def test_optimizer_state_that_does_not_fit_is_told_before_the_first_batch(
+    make_trainer: MakeTrainer,
+) -> None:
+    trainer = make_trainer()
+    huge = torch.nn.Parameter(torch.zeros(1).expand(MORE_THAN_ANY))  # takes four bytes, as it is
+    trainer.stepper.optimizers[0].add_param_group({"params": [huge], "peak_lr": 0, "decayed": 0})
+    with pytest.raises(OutOfMemoryError, match="what the optimizer remembers") as caught_:
+        trainer.fit()
+    for advice in ("parallel.offload", "parallel.zero_stage", "model.hidden_size", "type=muon"):
+        assert advice in str(caught_.value)
+    assert trainer.loader.samples_seen == 0
+
+
+def test_an_update_that_fails_is_never_saved(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(
+        "training.max_steps=4",
+        "training.optimizer={type: muon, lr: 0.01}",
+        "training.checkpoint.every_steps=1",
+    )
+    _, adamw = trainer.stepper.optimizers
+
+    def fail(*_: Any) -> None:
+        if trainer.progress.step == 2:
+            run_out_of_memory()
+
+    adamw.register_step_pre_hook(fail)  # when Muon has moved its weights already
+    with pytest.raises(OutOfMemoryError, match="go on from the last one") as caught_:
+        trainer.fit()
+    assert "not saved" in str(caught_.value)
+    assert trainer.run.steps() == [1, 2]
+
+
+def test_validation_takes_smaller_batches(make_trainer: MakeTrainer) -> None:
+    words = ("training.max_steps=2", "training.eval={every_steps: 1, batch_size: 3}")
+    watchers = []
+    for fits in (3, 1):
+        watcher = Recorder()
+        trainer = make_trainer(*words, callbacks=[watcher])
+        forward, sizes = trainer.model.forward, []
+
+        def scarce(ids: torch.Tensor, *args: Any, **options: Any) -> Any:
+            if not trainer.model.training:  # noqa: B023
+                sizes.append(len(ids))  # noqa: B023
+                if len(ids) > fits:  # noqa: B023
+                    run_out_of_memory()
+            return forward(ids, *args, **options)  # noqa: B023
+
+        trainer.model.forward = scarce  # type: ignore[method-assign]
+        trainer.fit()
+        assert sizes.count(3) == 1 if fits == 1 else sizes.count(3) > 2
+        watchers.append(watcher)
+    whole, halved = watchers
+    for one, other in zip(whole.validations, halved.validations, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-6)
+        assert one.num_tokens == other.num_tokens
+    [told] = [text for text in halved.messages if text.startswith("validation")]
+    assert told.startswith("validation takes 1 sequences at a time, no longer 3: ")

@@ -74,5 +74,60 @@ def test_a_few_small_norms_are_not() -> None:
     assert found({"grad_norm": values}, "gradient_vanishing") == []
 
 
+def of_layers(count: int, *shares: Floats | float) -> dict[str, Floats]:
+    """The norms of a gradient and of its layers, which have ``shares`` of it."""
+    total = norms(count)
+    noise = np.random.default_rng(1).standard_normal((len(shares), count))
+    layers = {
+        f"grad_norm/layer_{number}": total * share * np.exp(0.1 * one)
+        for number, (share, one) in enumerate(zip(shares, noise, strict=True))
+    }
+    return {"grad_norm": total, **layers}
+
+
+def test_a_layer_that_stops_learning_is_found_whatever_the_others_do() -> None:
+    share = np.full(300, 0.3)
+    share[200:] = 0.02
+    (event,) = found(of_layers(300, 0.9, share), "layer_vanishing")
+    assert (event.subject, event.severity) == ("layer_1", "high")
+    assert (event.step, event.found_at) == (201, 203)
+    assert event.values["usual_share"] == pytest.approx(0.3, rel=0.1)
+
+
+def test_a_layer_of_zeros_is_found_and_its_new_share_counts_after_a_while() -> None:
+    share = np.full(400, 0.3)
+    share[200:] = 0.0
+    (event,) = found(of_layers(400, 0.9, share), "layer_vanishing")
+    assert event.to_step < 240
+
+
+def test_what_lies_between_two_logged_steps_may_be_the_cause() -> None:
+    share = np.full(100, 0.3)
+    share[50:] = 0.0
+    run = signals(of_layers(100, 0.9, share), every=10, start=10)
+    (event,) = [one for one in watched(run).events if one.kind == "layer_vanishing"]
+    assert (event.step, event.found_at) == (501, 530)
+
+
+@pytest.mark.parametrize("end", [0.04, 1.0])
+def test_shares_that_change_slowly_are_how_layers_are(end: float) -> None:
+    columns = of_layers(3000, 0.9, np.geomspace(0.3, end, 3000))
+    assert found(columns, "layer_vanishing") == []
+
+
+def test_two_small_gradients_of_a_layer_are_none() -> None:
+    share = np.full(300, 0.3)
+    share[200:202] = 0.001
+    assert found(of_layers(300, 0.9, share), "layer_vanishing") == []
+
+
+def test_after_a_rewind_beyond_all_that_is_usual_nothing_is_found() -> None:
+    watcher = watched(signals(of_layers(300, 0.9, 0.3), start=1000), end=False)
+    watcher.rewind(900)
+    for one in signals(of_layers(100, 0.9, 0.001), start=901):
+        watcher.observe(one)
+    assert [event for event in watcher.events if event.kind == "layer_vanishing"] == []
+
+
 def test_a_log_without_norms_has_zeros() -> None:
     assert watched(signals({"loss": [2.0] * 100, "grad_norm": [0.0] * 100})).events == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ultrathink.orchestrator.detectors.base import Detector
 from ultrathink.orchestrator.detectors.experts import Experts
 from ultrathink.orchestrator.detectors.gradient import GradientNorm, GradientTrend
+from ultrathink.orchestrator.detectors.layers import LayerGradients
 from ultrathink.orchestrator.detectors.loss import AboveStart, Divergence, LossSpike, NonFinite
 from ultrathink.orchestrator.detectors.precision import LossScale, SkippedSteps
 from ultrathink.orchestrator.detectors.rate import OffSchedule
@@ -19,6 +20,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     Divergence,
     GradientNorm,
     GradientTrend,
+    LayerGradients,
     Plateau,
     RateLoss,
     Oscillation,

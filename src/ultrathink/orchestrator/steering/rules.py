@@ -35,7 +35,7 @@ GENTLER = 0.5  # the factor on the rate, once going back alone did not help
 EASES_OVER = 200
 AVERAGED = 3  # snapshots before the best
 LOSS_KINDS = ("loss_spike", "divergence", "gradient_explosion")
-EXPERT_KINDS = ("expert_collapse", "expert_imbalance", "dead_expert")
+WEIGHT_KINDS = ("expert_collapse", "expert_imbalance", "dead_expert", "layer_vanishing")
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class RollBack(Rule):
         if not is_alarm(event.severity):
             return None
         is_loss = event.kind in LOSS_KINDS
-        if not is_loss and event.kind not in EXPERT_KINDS:
+        if not is_loss and event.kind not in WEIGHT_KINDS:
             return None
         if event.kind == "gradient_explosion" and event.severity == "medium":
             return None  # one large gradient is for the guard

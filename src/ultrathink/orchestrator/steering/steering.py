@@ -27,7 +27,7 @@ from ultrathink.orchestrator.steering.proposals import (
     Proposal,
     confidence_of,
 )
-from ultrathink.orchestrator.steering.rules import EASES_OVER, EXPERT_KINDS, LOSS_KINDS, Situation
+from ultrathink.orchestrator.steering.rules import EASES_OVER, LOSS_KINDS, WEIGHT_KINDS, Situation
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
 from ultrathink.runs.decisions import state_name, target_name
 from ultrathink.training.callbacks import Callback, Controller, Ending, StepReport, ValidationReport
@@ -37,7 +37,7 @@ from ultrathink.training.stepping import Verdict
 
 FOLLOWED_FOR = 64  # steps after which a decision is judged by what came of it
 _RECENT = 10
-_TROUBLE = (*LOSS_KINDS, *EXPERT_KINDS, "non_finite", "lr_off_schedule", "overfitting")
+_TROUBLE = (*LOSS_KINDS, *WEIGHT_KINDS, "non_finite", "lr_off_schedule", "overfitting")
 
 
 class Guard(OutlierGuard):

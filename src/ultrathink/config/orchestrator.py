@@ -24,6 +24,11 @@ class RulesConfig(Section):
     stop_overfitting: bool = Field(
         True, description="End with the best weights once the held-out loss has risen far above."
     )
+    find_rate: bool = Field(
+        True,
+        description="Try lower learning rates on the first steps where updates are too large, and "
+        "take the best.",
+    )
 
 
 class LimitsConfig(Section):

@@ -56,6 +56,10 @@ class Interventions:
         """Multiply the rate by ``factor`` for as long as it is not the one that is asked for."""
         self.control.set_lr_correction(factor, reason=reason)
 
+    def scale_learning_rate(self, scale: float, *, reason: str = "by hand") -> None:
+        """Multiply the scheduled rate by ``scale`` for good, whatever other factors come and go."""
+        self.control.set_lr_scale(scale, reason=reason)
+
     def reset_schedule(self, *, reason: str = "by hand") -> None:
         """Begin the schedule anew for the steps that are left."""
         self.control.reset_schedule(reason=reason)
@@ -102,7 +106,7 @@ class Interventions:
         if skip and passed > 0:
             self.control.skip_samples(passed, reason=reason)
         if self.snapshots is not None:
-            self.snapshots.forget_after(kept.step)
+            self.snapshots.go_back_to(kept)
 
     def average_snapshots(self, steps: Sequence[int], *, reason: str = "by hand") -> None:
         """Use the mean of the weights of now and of the snapshots of ``steps``, where held-out

@@ -26,6 +26,7 @@ class Budget:
     seconds_per_step: float = 0.0
     validation_s: float = 0.0  # what one validation costs
     is_settled: bool = True  # False while the pace of real steps may still correct it
+    looks: int = 0  # how often that was looked at
 
     @property
     def reserve_s(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -142,6 +143,9 @@ def _restore(trainer: Trainer, key: int) -> tuple[int, int]:
     trainer.saving.settle()
     return_to(trainer, trainer.snapshots[key])
     assert trainer.budget is not None
+    if trainer.training.max_minutes is not None and trainer.training.step_budget is None:
+        # The steps are taken once more, and the minutes are not: fewer fit in.
+        trainer.budget = replace(trainer.budget, is_settled=False, looks=0)
     trainer.set_budget(trainer.budget)  # the schedule follows from the settings of then
     step = trainer.progress.step
     if trainer.world.is_main:
@@ -186,6 +190,7 @@ def _stop(trainer: Trainer, _: None) -> tuple[None, str]:
 
 _APPLY: dict[str, Apply] = {
     "lr_factor": _lr_factor,
+    "lr_scale": _live_setting("lr_scale"),
     "lr_correction": _live_setting("lr_correction"),
     "optimizer_param": _optimizer_param,
     "schedule": _reset_schedule,

@@ -21,6 +21,7 @@ class LiveSettings:
     lr_factor: float = 1.0
     lr_eases_from: int = 0  # from this step on the factor returns to 1 ...
     lr_eases_over: int | None = None  # ... over so many steps; None: it stays
+    lr_scale: float = 1.0  # for good
     lr_correction: float = 1.0  # makes up for a rate that is not what was asked for
     optimizer_params: dict[str, Any] = field(default_factory=dict)  # name: as configured, as it is
     weight_decay: float | None = None  # None: as configured
@@ -82,6 +83,9 @@ class TrainerControl(Protocol):
 
         With ``over_steps`` the factor returns to 1 over so many steps.
         """
+
+    def set_lr_scale(self, scale: float, *, reason: str) -> None:
+        """Multiply the scheduled rate by ``scale`` for good, beside other factors."""
 
     def set_lr_correction(self, factor: float, *, reason: str) -> None:
         """Multiply the rate by ``factor`` to make up for a fault: what is reported as the scheduled
@@ -187,6 +191,9 @@ class ControlQueue:
         if over_steps is not None:
             _positive("the number of steps over which the factor returns to 1", over_steps)
         self._ask("lr_factor", [factor, over_steps], reason)
+
+    def set_lr_scale(self, scale: float, *, reason: str) -> None:
+        self._ask("lr_scale", _positive("the scale of the learning rate", scale), reason)
 
     def set_lr_correction(self, factor: float, *, reason: str) -> None:
         self._ask("lr_correction", _positive("the correction of the rate", factor), reason)

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 # Steps timed to turn minutes into steps: this share of the run's minutes, and at least so many.
 TRIAL_SHARE = 0.004
 _TRIAL_MIN_STEPS = 5
-# What was timed at the start may have been a bad moment of a busy machine: once this share of the
-# minutes is over, the pace of real steps counts, if it gives a length that differs by this factor.
-_SETTLED_AFTER = 0.1
+# What was timed at the start may have been a bad moment of a busy machine: once these shares of the
+# minutes are over, the pace of real steps counts, if it gives a length that differs by this factor.
+_LOOKS = (0.1, 0.3, 0.5, 0.7)
 _SETTLED_WITHIN = 1.05
 
 
@@ -58,25 +58,34 @@ def estimate_validation(trainer: Trainer) -> float:
 
 
 def settle_length(trainer: Trainer) -> None:
-    """Correct a length in minutes once, where real steps are not as fast as the first ones."""
+    """Correct a length in minutes where real steps are not as fast as was thought, or were undone.
+
+    That is looked at four times, and after each time that the run went back.
+    """
     minutes, budget, progress = trainer.training.max_minutes, trainer.budget, trainer.progress
     assert budget is not None
     if minutes is None or budget.is_settled or trainer.ending is not None:
         return
-    is_early = trainer.elapsed_s() < _SETTLED_AFTER * minutes * 60
-    if is_early and progress.step < budget.total_steps:
+    looks = sum(trainer.elapsed_s() >= share * minutes * 60 for share in _LOOKS)
+    if looks <= budget.looks and progress.step < budget.total_steps:
         return
+    is_settled = looks == len(_LOOKS)
     num_steps, seconds = trainer.paced
     speed = Speed(seconds / num_steps, estimate_validation(trainer), trainer.elapsed_s())
     total = progress.step + steps_within(minutes, speed, trainer.training.eval.every_steps)
-    corrected = Budget(total, trainer.tokens_per_step, speed.step_s, speed.validation_s)
+    corrected = Budget(
+        total, trainer.tokens_per_step, speed.step_s, speed.validation_s, is_settled, looks
+    )
     is_over = trainer.elapsed_s() >= minutes * 60 - corrected.reserve_s
     differs = max(total, budget.total_steps) > _SETTLED_WITHIN * min(total, budget.total_steps)
     if is_over or not differs:
-        trainer.budget = replace(budget, is_settled=True)
+        trainer.budget = replace(budget, is_settled=is_settled, looks=looks)
         return
     trainer.set_budget(corrected)
+    slower = speed.step_s / max(budget.seconds_per_step, 1e-9)
     reason = f"a step takes {speed.step_s:.3g} s, not {budget.seconds_per_step:.3g}"
+    if 1 / _SETTLED_WITHIN < slower < _SETTLED_WITHIN:
+        reason = "steps were taken twice, and the minutes are what they were"
     change = Change(progress.step, "training.step_budget", budget.total_steps, total, reason)
     trainer.notify("on_change", change)
     trainer.notify("on_budget", total)

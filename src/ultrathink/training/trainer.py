@@ -197,7 +197,7 @@ class Trainer:
         for note in self.loader.take_notes():
             self.notify("on_message", note, "warning")
         lr_factor = self._schedule(self.progress.step + 1)
-        lr_factor *= self.settings.lr_factor_at(self.progress.step + 1)
+        lr_factor *= self.settings.lr_factor_at(self.progress.step + 1) * self.settings.lr_scale
         if self.model.routing is not None:
             self.model.routing.warm_up(self.progress.step + 1)
         is_told = self._is_logged(self.progress.step + 1)

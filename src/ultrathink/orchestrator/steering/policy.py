@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from ultrathink.config.orchestrator import LimitsConfig, RulesConfig
 from ultrathink.orchestrator.remembering import Remembers
+from ultrathink.orchestrator.steering.find_rate import FindRate
 from ultrathink.orchestrator.steering.proposals import GOES_BACK, Proposal
-from ultrathink.orchestrator.steering.rules import RULES, Rule, Situation
+from ultrathink.orchestrator.steering.rules import (
+    CorrectRate,
+    RollBack,
+    Rule,
+    Situation,
+    StopOverfitting,
+)
+
+RULES: tuple[type[Rule], ...] = (CorrectRate, RollBack, StopOverfitting, FindRate)
 
 
 class Policy(Remembers):
@@ -14,20 +23,24 @@ class Policy(Remembers):
     It counts boundaries, not steps, which go back with the run.
     """
 
-    remembered = ("num_rollbacks", "_count", "_rests_until")
+    remembered = ("num_rollbacks", "_count", "_rests_until", "_remembering")
 
     def __init__(self, rules: RulesConfig, limits: LimitsConfig) -> None:
         self.limits = limits
         self.rules: list[Rule] = [make() for make in RULES if getattr(rules, make.name)]
         self.num_rollbacks = 0
+        self.busy: str | None = None  # the rule that is to act alone, by its name
         self._count = 0
         self._rests_until: dict[str, int] = {}
+        self._remembering = {one.name: one for one in self.rules if isinstance(one, Remembers)}
 
     def decide(self, now: Situation) -> Proposal | None:
         """The proposal to carry out at this boundary, if any."""
         self._count += 1
         found = []
-        for rule in self.rules:
+        busy = [rule for rule in self.rules if rule.is_busy(now)]
+        self.busy = busy[0].name if busy else None
+        for rule in busy[:1] or self.rules:
             if self._count < self._rests_until.get(rule.name, 0):
                 continue
             proposal = rule.propose(now)
@@ -39,6 +52,13 @@ class Policy(Remembers):
         self._rests_until[proposal.rule] = self._count + cool_down + 1
         self.num_rollbacks += any(action.name in GOES_BACK for action in proposal.actions)
         return proposal
+
+    def take_outcomes(self) -> dict[str, tuple[bool, str]]:
+        """What rules have found of their last decisions since this was asked."""
+        found = {rule.name: rule.outcome for rule in self.rules if rule.outcome is not None}
+        for rule in self.rules:
+            rule.outcome = None
+        return found
 
     def _is_allowed(self, proposal: Proposal) -> bool:
         names = {action.name for action in proposal.actions}

@@ -52,6 +52,9 @@ class Situation:
     settings: LiveSettings
     limits: LimitsConfig
     since_rollback: int | None  # updates since the last one; None before the first
+    rollbacks_left: int
+    samples: int  # taken or skipped since the run began
+    total_steps: int  # of the run; 0 while that is not known
 
 
 class Rule(ABC):
@@ -59,6 +62,11 @@ class Rule(ABC):
 
     name: ClassVar[str]
     cool_down: ClassVar[int] = 8
+    outcome: tuple[bool, str] | None = None  # whether its last decision was right, once it knows
+
+    def is_busy(self, now: Situation) -> bool:
+        """Whether no other rule is to act at this boundary."""
+        return False
 
     @abstractmethod
     def propose(self, now: Situation) -> Proposal | None:
@@ -136,7 +144,7 @@ class RollBack(Rule):
         actions = [Action("rollback_steps", kept.step)]
         reasoning = f"{trouble.text}; step {kept.step:,} is the newest that is free of it."
         if attempt and trouble.is_of_loss and not trouble.may_be_data:
-            factor = _within(now.limits, GENTLER**attempt)
+            factor = _within(now, GENTLER**attempt)
             actions.append(Action("adjust_learning_rate", factor))
             reasoning += (
                 f" Going back did not help before: the rate is lowered to {factor:g} of it."
@@ -205,7 +213,7 @@ class RollBack(Rule):
     def _without_snapshot(self, now: Situation, trouble: _Trouble) -> Proposal | None:
         if not trouble.is_of_loss or trouble.may_be_data:
             return None
-        factor = _within(now.limits, 0.1)
+        factor = _within(now, 0.1)
         return Proposal(
             self.name,
             trouble.level,
@@ -217,9 +225,9 @@ class RollBack(Rule):
         )
 
 
-def _within(limits: LimitsConfig, factor: float) -> float:
+def _within(now: Situation, factor: float) -> float:
     """The factor on the rate that is nearest to ``factor`` among those that are allowed."""
-    low, high = limits.lr_factor
+    low, high = (limit / now.settings.lr_scale for limit in now.limits.lr_factor)
     return min(high, max(low, factor))
 
 
@@ -257,6 +265,3 @@ class StopOverfitting(Rule):
                 event.step,
             )
         return None
-
-
-RULES: tuple[type[Rule], ...] = (CorrectRate, RollBack, StopOverfitting)

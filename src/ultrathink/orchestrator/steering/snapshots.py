@@ -23,6 +23,10 @@ class Kept:
         """The step at whose boundary it was taken."""
         return self.snapshot.step
 
+    def is_before(self, other: Kept) -> bool:
+        """Whether it is of the history that led to ``other``, which may be itself."""
+        return self.number <= other.number and self.step <= other.step
+
 
 class SnapshotRing:
     """The newest snapshots close together, older ones ever farther apart, and the best one.
@@ -34,6 +38,7 @@ class SnapshotRing:
         self.every = every
         self.most = most
         self.best: Kept | None = None
+        self.held: dict[str, Kept] = {}  # by what they are held for, until they are let go
         self._take = take
         self._kept: list[Kept] = []
         self._count = 0
@@ -45,6 +50,11 @@ class SnapshotRing:
     def steps(self) -> list[int]:
         """The steps that can be gone back to, the oldest first."""
         return sorted({one.step for one in self._all()})
+
+    @property
+    def first(self) -> Kept | None:
+        """The oldest."""
+        return min(self._all(), key=lambda one: one.number, default=None)
 
     def is_due(self, step: int) -> bool:
         """Whether the newest one is ``every`` steps old."""
@@ -63,6 +73,11 @@ class SnapshotRing:
         while len(self._all()) > self.most and len(self._kept) > 1:
             self._kept.pop(self._least_missed())
 
+    def hold(self, name: str, samples: int) -> None:
+        """Take one at this step boundary and keep it whatever becomes of the others."""
+        self._count += 1
+        self.held[name] = Kept(self._take(), samples, self._count)
+
     def before(self, step: int) -> Kept | None:
         """The newest one that is not beyond ``step``."""
         return max(
@@ -71,15 +86,20 @@ class SnapshotRing:
             default=None,
         )
 
-    def forget_after(self, step: int) -> None:
-        """What lies beyond ``step`` belongs to a history that was undone."""
-        self._kept = [one for one in self._kept if one.step <= step]
-        if self.best is not None and self.best.step > step:
+    def go_back_to(self, kept: Kept) -> None:
+        """Forget what was taken later: it belongs to a history that is undone."""
+        self._kept = [one for one in self._kept if one.is_before(kept)]
+        if self.best is not None and not self.best.is_before(kept):
             self.best = None
+        if kept not in self._all():
+            self._kept.append(kept)
 
     def _all(self) -> list[Kept]:
-        extra = [self.best] if self.best is not None and self.best not in self._kept else []
-        return [*self._kept, *extra]
+        found = list(self._kept)
+        for one in (self.best, *self.held.values()):
+            if one is not None and one not in found:
+                found.append(one)
+        return found
 
     def _least_missed(self) -> int:
         """The place of the one, not the newest, that lies farthest beyond its time.

@@ -142,6 +142,8 @@ class Steering(Controller):
         self._note_skips(report, control)
         self._follow_up(events)
         proposal = self.policy.decide(self._situation(report, events, self.snapshots))
+        for rule, (resolved, text) in self.policy.take_outcomes().items():
+            self._close(rule, {"resolved": resolved, "text": text})
         if proposal is not None:
             self._carry_out(proposal, control, self.snapshots)
         elif not self.guard.streak and not self._non_finite:
@@ -166,6 +168,9 @@ class Steering(Controller):
             settings=self._settings,
             limits=self.config.limits,
             since_rollback=self._since_rollback,
+            rollbacks_left=self.config.limits.rollbacks - self.policy.num_rollbacks,
+            samples=self._position(),
+            total_steps=self.watch.watcher.total_steps or 0,
         )
 
     def _count(self, report: StepReport) -> None:
@@ -302,8 +307,8 @@ class Steering(Controller):
         alarms = [one for one in events if one.is_alarm and one.kind in _TROUBLE]
         for number in list(self._followed):
             decision = self.decisions[number - 1]
-            if decision.rule == "skip_outliers":
-                continue
+            if decision.rule in ("skip_outliers", self.policy.busy):
+                continue  # they say themselves what came of it
             went_back = decision.action in GOES_BACK and decision.after is not None
             begun = decision.after if went_back else decision.step
             if alarms and self._step > begun:

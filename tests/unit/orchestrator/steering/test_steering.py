@@ -10,6 +10,7 @@ import torch
 from tests.unit.training.conftest import MakeTrainer, make_trainer
 from tests.unit.training.observers import At, Recorder, final_state
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.orchestrator.steering import find_rate
 from ultrathink.orchestrator.steering.steering import Steering
 from ultrathink.recipe.resume import resume_trainer
 from ultrathink.recipe.steering import orchestrator_of
@@ -169,6 +170,47 @@ def test_a_rate_that_is_too_small_is_put_right_where_it_is(make_trainer: MakeTra
 def repeat_one_batch(trainer: Trainer) -> None:
     batch = trainer.loader.next_batch()
     trainer.loader.next_batch = lambda: batch  # type: ignore[method-assign]
+
+
+LONGER = ("training.max_steps=400", "training.schedule={type: wsd, warmup: 10, decay: 20%}")
+
+
+def test_a_rate_that_is_too_high_from_the_start_is_lowered(make_trainer: MakeTrainer) -> None:
+    scores = []
+    for rate, mode in ((0.003, "off"), (0.3, "off"), (0.3, "act")):
+        trainer = make_trainer(
+            *RUN,
+            *LONGER,
+            f"training.optimizer={{type: adamw, lr: {rate}}}",
+            f"orchestrator.mode={mode}",
+        )
+        trainer.fit()
+        assert trainer.held_out is not None
+        scores.append(trainer.score(trainer.held_out).loss)
+    tuned, too_high, steered = scores
+    assert too_high > 1.1 * tuned
+    assert steered - tuned < 0.25 * (too_high - tuned)
+    tried = decisions(trainer, "find_rate")
+    assert [one["action"] for one in tried] == ["redo_steps"] * len(tried)
+    assert all(one["outcome"] is not None for one in tried)
+    assert "on the same batches" in tried[-1]["reasoning"]
+    assert trainer.settings.lr_scale == pytest.approx(tried[-1]["signals"]["lr_scale"])
+    assert trainer.loader.samples_skipped == 0
+
+
+def test_a_lower_rate_that_does_not_help_leaves_no_trace(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(find_rate, "LARGE_UPDATE", 0.0)
+    states = []
+    for mode in ("off", "act"):
+        trainer = make_trainer(
+            *RUN, *LONGER, f"orchestrator.mode={mode}", "training.optimizer.lr=0.001"
+        )
+        trainer.fit()
+        states.append(final_state(trainer.run))
+    assert [one["after"] for one in decisions(trainer, "find_rate")] == [1, 40]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 @pytest.mark.parametrize("may_stop", [True, False])

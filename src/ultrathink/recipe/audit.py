@@ -43,6 +43,7 @@ _QUIET = (
     "training.checkpoint.every_steps=null",
     "training.checkpoint.every_minutes=null",
 )
+_LIVE = {"correct_learning_rate": "lr_correction", "scale_learning_rate": "lr_scale"}  # actions
 # Two-sided 95% quantiles of Student's t, by degrees of freedom; beyond, that of the normal.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -170,9 +171,9 @@ def _apply(trainer: Trainer, actions: dict[str, Any]) -> None:
     factor = actions.get("adjust_learning_rate")
     if factor is not None:
         apply_change(trainer, Request("lr_factor", [factor, 200], "audit"))
-    correction = actions.get("correct_learning_rate")
-    if correction is not None:
-        apply_change(trainer, Request("lr_correction", correction, "audit"))
+    for name, setting in _LIVE.items():
+        if name in actions:
+            apply_change(trainer, Request(setting, actions[name], "audit"))
 
 
 def _take_back(trainer: Trainer) -> None:

@@ -103,6 +103,20 @@ def test_broken_weights_are_taken_back(make_trainer: MakeTrainer) -> None:
     assert trainer.loader.samples_skipped == 4 * (rollback["before"] - rollback["after"])
 
 
+def test_a_layer_that_was_lost_is_taken_back(make_trainer: MakeTrainer) -> None:
+    """The loss of so small a model hardly tells of it."""
+
+    def lose(trainer: Trainer) -> None:
+        with torch.no_grad():
+            for parameter in trainer.model.blocks[1].parameters():
+                parameter.zero_()
+
+    trainer = broken_run(make_trainer, 110, lose, ACT)
+    [rollback] = decisions(trainer, "roll_back")
+    assert rollback["after"] <= 110 < rollback["step"]
+    assert all(bool(one.any()) for one in trainer.model.blocks[1].parameters())
+
+
 def test_one_bad_batch_is_left_out_and_nothing_else(make_trainer: MakeTrainer) -> None:
     def poison(trainer: Trainer) -> None:
         original = trainer.loader.next_batch

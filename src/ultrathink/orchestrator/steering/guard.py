@@ -13,6 +13,7 @@ from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.windows import Window
 
 FAR_LOSS = (8.0, math.log(1.3))  # standard deviations, and rise in the logarithm
+FAR_BELOW = (-8.0, -math.log(1.5))  # the same batch again, or targets that the inputs hold
 FAR_NORM = (10.0, math.log(8.0))
 ENOUGH = 64  # accepted steps before anything is judged
 PATIENCE = 48  # steps left out in a row; then this is how the run is now
@@ -32,8 +33,8 @@ class Judgement:
 
     @property
     def score(self) -> float:
-        """The larger of the two scores."""
-        return max(self.loss_score, self.norm_score)
+        """The larger of the two scores, whichever way the loss is off."""
+        return max(abs(self.loss_score), self.norm_score)
 
     def values(self) -> dict[str, float]:
         """The figures that a decision rests on."""
@@ -48,7 +49,7 @@ class Judgement:
 
 
 class OutlierGuard(Remembers):
-    """Leaves out a step whose loss or gradient norm lies far above the steps that were accepted.
+    """Leaves out a step whose loss or gradient norm lies far from the steps that were accepted.
 
     Robust scores (median, median deviation) of accepted steps only, so that what is left out does
     not become usual. ``most`` is the largest share of the last 256 steps that may be left out.
@@ -78,6 +79,7 @@ class OutlierGuard(Remembers):
         )
         is_far = len(self._losses) >= ENOUGH and (
             (seen.loss_score >= FAR_LOSS[0] and self._losses.excess(loss) >= FAR_LOSS[1])
+            or (seen.loss_score <= FAR_BELOW[0] and loss - self._losses.level <= FAR_BELOW[1])
             or (seen.norm_score >= FAR_NORM[0] and norm - self._norms.level >= FAR_NORM[1])
         )
         if is_far and self.streak >= PATIENCE:

@@ -37,7 +37,8 @@ def test_nothing_healthy_is_left_out(seed: int) -> None:
         (2.0, 300.0, True),
         (2.4, 1.0, False),  # two deviations
         (2.0, 5.0, False),
-        (1e-9, 1.0, False),  # what is low is no harm
+        (1e-9, 1.0, True),  # nothing is learned so well at once
+        (1.4, 1.0, False),  # low, and may be
         (2.0, 1e-9, False),
     ],
 )

@@ -113,6 +113,7 @@ class _Trouble:
     values: Mapping[str, float]
     is_of_loss: bool = True
     may_be_data: bool = False
+    is_below: bool = False  # losses too good to be true, which may be how the data is from now on
 
 
 class RollBack(Rule):
@@ -128,7 +129,7 @@ class RollBack(Rule):
         if trouble is None:
             return None
         attempt, before = self._attempt(now), trouble.began - MARGIN
-        if attempt >= ATTEMPTS:
+        if attempt >= (1 if trouble.is_below else ATTEMPTS):
             return None
         if attempt and trouble.may_be_data and not now.since_rollback:
             # The weights are those of the snapshot: they, or the data, are bad. Once, go further.
@@ -179,6 +180,7 @@ class RollBack(Rule):
                 f"where {seen.loss_level:.4g} is usual",
                 seen.values(),
                 may_be_data=True,
+                is_below=seen.loss_score < 0 and seen.norm_score < seen.score,
             )
         if streak or now.non_finite:
             return None  # it is dealt with

@@ -7,7 +7,7 @@ import pytest
 
 from ultrathink.config.orchestrator import LimitsConfig, RulesConfig
 from ultrathink.orchestrator.events import Event
-from ultrathink.orchestrator.steering.guard import OutlierGuard
+from ultrathink.orchestrator.steering.guard import Judgement, OutlierGuard
 from ultrathink.orchestrator.steering.policy import Policy
 from ultrathink.orchestrator.steering.proposals import (
     CRITICAL,
@@ -182,6 +182,22 @@ def test_a_snapshot_that_is_bad_itself_is_passed_over_once_that_is_clear(
     )
     found = None if proposal is None else proposal.actions[0].value
     assert found == target
+
+
+def test_losses_too_good_to_be_true_take_the_run_back_once() -> None:
+    """After that they may be how the data is, and the guard gets used to them."""
+    guard = OutlierGuard()
+    guard.streak = 8
+    guard.last = Judgement(0.5, 2.0, -12.0, 1.0, 1.0, 0.0)
+    ring = SnapshotRing(lambda: Snapshot(50, 0), every=50, most=4)
+    ring.take(0)
+    [rule] = [one for one in Policy(RulesConfig(), LimitsConfig()).rules if one.name == "roll_back"]
+    first = rule.propose(situation(guard=guard, snapshots=ring))
+    assert first is not None
+    assert [one.name for one in first.actions] == ["rollback_steps"]
+    made = Decision(1, 100, "roll_back", 3, 0.99, {}, "rollback_steps", 100, 50, "")
+    again = situation(guard=guard, snapshots=ring, decisions=[made], since_rollback=10)
+    assert rule.propose(again) is None
 
 
 def test_trouble_that_comes_back_lowers_the_rate_too() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from functools import partial
@@ -331,3 +332,38 @@ def gathered(values: list[Any]) -> list[Any]:
     """What every process of the world says, as each of them hears it."""
     world = join_world()
     return world.gathered(values[world.rank])
+
+
+class _Reviving(Controller):
+    """Validates, which leaves weights whole, and begins experts anew after step 3."""
+
+    def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
+        if report.step == 3:
+            places = [(1, "a", 2), (1, "a", 5), (2, "b", 1)]
+            wanted = [
+                {"layer": layer, "group": group, "expert": expert}
+                for layer, group, expert in places
+            ]
+            control.revive_experts(wanted, reason="test")
+
+
+def train_and_revive(place: str, *overrides: str) -> tuple[str, list[Any], str]:
+    """Begin experts anew in a run; its folder, what each copied, and a hash of the weights that
+    this process sees."""
+    trainer = new_trainer(
+        place,
+        *EXPERTS,
+        "training.max_steps=6",
+        "training.eval={every_steps: 3, max_tokens: 256}",
+        *overrides,
+        controllers=[_Reviving()],
+    )
+    for layer in trainer.model.expert_layers().values():
+        layer.router.selection_bias[[2, 5, 9]] = -1e4  # 2 and 5 of a, 1 of b
+    trainer.fit()
+    seen = hashlib.sha256()
+    for value in trainer.model.state_dict().values():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        seen.update(whole.detach().cpu().numpy().tobytes())
+    [record] = read_decisions(trainer.run.decisions)
+    return str(trainer.run.path), record["after"], seen.hexdigest()

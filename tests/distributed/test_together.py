@@ -82,6 +82,28 @@ def test_all_go_back_together_when_the_orchestrator_decides(two: Pool, tmp_path:
     assert_equal(alone, results[0][0], 1e-9)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("training.optimizer={type: adamw, lr: 0.003}", "parallel.zero_stage=2"),
+        ("training.optimizer={type: muon}", "parallel.zero_stage=3"),
+        ("training.optimizer={type: adamw, lr: 0.003}", "parallel.offload=optimizer"),
+    ],
+)
+def test_experts_are_begun_anew_alike(two: Pool, tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Where weights are divided an expert and its source may lie on different processes."""
+    alone, copied, _ = tasks.train_and_revive(
+        str(tmp_path / "one"), "training.precision=fp64", words[0]
+    )
+    first, second = two.run(
+        tasks.train_and_revive, str(tmp_path / "two"), "training.precision=fp64", *words
+    )
+    assert first == second
+    assert first[1] == copied
+    # Muon's matrices are made orthogonal in bf16, where a last bit of a sum shows.
+    assert_equal(alone, first[0], 1e-9 if "adamw" in words[0] else 1e-4)
+
+
 def test_who_ends_in_silence_ends_with_the_status_of_the_first_to_fail(two: Pool) -> None:
     """Else a launcher that sees it end sooner starts again what was a mistake of the user's."""
     assert two.run(tasks.status_that_is_heard) == [2, 2]

@@ -21,6 +21,11 @@ class RulesConfig(Section):
         True, description="Make up for a learning rate that is not the scheduled one."
     )
     roll_back: bool = Field(True, description="Go back to a snapshot from before the run broke.")
+    revive_experts: bool = Field(
+        True,
+        description="Begin experts that stay without tokens anew, as copies of busy ones, where "
+        "going back cannot help.",
+    )
     stop_overfitting: bool = Field(
         True, description="End with the best weights once the held-out loss has risen far above."
     )

@@ -6,7 +6,7 @@ policy uses the same methods as anybody who steers by hand, from within ``Contro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ultrathink.core.errors import UltrathinkError
@@ -152,6 +152,21 @@ class Interventions:
     def enable_expert_dropout(self, share: float, *, reason: str = "by hand") -> None:
         """Hide each expert from a token with this probability; 0 ends it."""
         self.control.set_routing("expert_dropout", share, reason=reason)
+
+    def revive_expert(
+        self, *, layer: int, group: str, expert: int, reason: str = "by hand"
+    ) -> None:
+        """Begin an expert anew as a copy of the busiest of its group in that layer.
+
+        ``layer`` counts the model's layers, ``expert`` those of the group, both from 0.
+        """
+        self.revive_experts([{"layer": layer, "group": group, "expert": expert}], reason=reason)
+
+    def revive_experts(
+        self, experts: Sequence[Mapping[str, Any]], *, reason: str = "by hand"
+    ) -> None:
+        """Begin several experts anew, each named by ``layer``, ``group`` and ``expert``."""
+        self.control.revive_experts(experts, reason=reason)
 
     def adjust_balance_weights(self, *, reason: str = "by hand", **weights: float) -> None:
         """Weigh the balancing losses otherwise: load, importance, entropy, z, bias_rate."""

@@ -151,7 +151,7 @@ def _replay(
         trainer.training = trainer.training.model_copy(update={"max_minutes": None})
         batch_size, gap = trainer.loader.batch_size, record["step"] - trainer.progress.step
         if acts:
-            _apply(trainer, actions)
+            _apply(trainer, actions, record)
         elif "skip_batch" in actions:
             _take_back(trainer)
         passed = gap * batch_size if "rollback_steps" in actions else 0
@@ -166,7 +166,7 @@ def _replay(
         return trainer.score(trainer.held_out).loss
 
 
-def _apply(trainer: Trainer, actions: dict[str, Any]) -> None:
+def _apply(trainer: Trainer, actions: dict[str, Any], record: dict[str, Any]) -> None:
     """Do again what was done beside going back: the rest follows from the state."""
     factor = actions.get("adjust_learning_rate")
     if factor is not None:
@@ -174,6 +174,8 @@ def _apply(trainer: Trainer, actions: dict[str, Any]) -> None:
     for name, setting in _LIVE.items():
         if name in actions:
             apply_change(trainer, Request(setting, actions[name], "audit"))
+    if "revive_experts" in actions:  # which says as well what each was copied from
+        apply_change(trainer, Request("revive_expert", record["after"], "audit"))
 
 
 def _take_back(trainer: Trainer) -> None:

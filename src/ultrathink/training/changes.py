@@ -15,6 +15,7 @@ from ultrathink.core.errors import ConfigError
 from ultrathink.training.control import Change, Request
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.optimizers import set_option
+from ultrathink.training.revival import revive_experts
 from ultrathink.training.run_state import return_to
 from ultrathink.training.states import cloned
 
@@ -202,6 +203,7 @@ _APPLY: dict[str, Apply] = {
     "micro_batch_size": _micro_batch_size,
     "mixture_weights": _mixture_weights,
     "routing": _routing,
+    "revive_expert": revive_experts,
     "skip_samples": _skip_samples,
     "restore": _restore,
     "average": _average,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple, Protocol
@@ -122,6 +122,12 @@ class TrainerControl(Protocol):
         """Change how tokens find experts, in every layer: a value of ``model.moe.routing`` or
         ``model.moe.balance`` by its name (``capacity_factor`` may be None)."""
 
+    def revive_experts(self, experts: Sequence[Mapping[str, Any]], *, reason: str) -> None:
+        """Begin experts anew, each as a copy of the busiest one of its layer and group.
+
+        Each is named by ``layer``, ``group`` and its number ``expert`` in that.
+        """
+
     def skip_samples(self, count: int, *, reason: str) -> None:
         """Leave out the next ``count`` samples."""
 
@@ -232,6 +238,9 @@ class ControlQueue:
     def set_routing(self, name: str, value: float | None, *, reason: str) -> None:
         check_control(name, value)
         self._ask("routing", [name, value], reason)
+
+    def revive_experts(self, experts: Sequence[Mapping[str, Any]], *, reason: str) -> None:
+        self._ask("revive_expert", [dict(one) for one in experts], reason)
 
     def skip_samples(self, count: int, *, reason: str) -> None:
         self._ask("skip_samples", int(_positive("the number of samples", count)), reason)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ultrathink.config.training import TrainingConfig
 from ultrathink.core.divisors import largest_divisor
@@ -89,6 +90,7 @@ class Trainer:
         self.ending: Ending | None = None
         self.is_best = False  # this step's weights have the best score so far
         self.save_wanted = False
+        self.expert_load: Tensor | None = None  # [L, E] of the last step: this process's tokens
         self._schedule: Factor | None = None
         self._clock: float | None = None
         self._agreed_s: float | None = None  # by the first process's clock, at a step boundary
@@ -203,6 +205,7 @@ class Trainer:
         is_told = self._is_logged(self.progress.step + 1)
         corrected = lr_factor * self.settings.lr_correction
         result = self.stepper.take_step(batch, self.settings, corrected, with_norms=is_told)
+        self.expert_load = result.stats.get("expert_load")
         self.progress.step += 1
         self.progress.tokens += self.tokens_per_step
         self.progress.num_skipped += result.skipped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ultrathink.config.orchestrator import LimitsConfig, RulesConfig
 from ultrathink.orchestrator.remembering import Remembers
+from ultrathink.orchestrator.steering.experts_rule import ReviveExperts
 from ultrathink.orchestrator.steering.find_rate import FindRate
 from ultrathink.orchestrator.steering.proposals import GOES_BACK, Proposal
 from ultrathink.orchestrator.steering.rules import (
@@ -14,7 +15,13 @@ from ultrathink.orchestrator.steering.rules import (
     StopOverfitting,
 )
 
-RULES: tuple[type[Rule], ...] = (CorrectRate, RollBack, StopOverfitting, FindRate)
+RULES: tuple[type[Rule], ...] = (
+    CorrectRate,
+    RollBack,
+    StopOverfitting,
+    FindRate,
+    ReviveExperts,
+)
 
 
 class Policy(Remembers):

@@ -76,6 +76,8 @@ class Decision:
             did = "left out the update"
         elif self.action in GOES_BACK:
             did = f"went back to step {self.after:,}"
+        elif self.action == "revive_experts" and self.after is not None:
+            did = f"began {len(self.after)} expert{'s' * (len(self.after) != 1)} anew"
         for more in self.also:
             did += f", {more['action']}: {_short(more['before'])} -> {_short(more['after'])}"
         return (

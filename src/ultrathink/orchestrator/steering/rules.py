@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ultrathink.config.orchestrator import LimitsConfig
+from ultrathink.monitoring.experts import ExpertStatistics
 from ultrathink.orchestrator.detectors.rate import FAR_OFF, OFF
 from ultrathink.orchestrator.events import Event, is_alarm
 from ultrathink.orchestrator.steering.guard import OutlierGuard
@@ -35,7 +36,11 @@ GENTLER = 0.5  # the factor on the rate, once going back alone did not help
 EASES_OVER = 200
 AVERAGED = 3  # snapshots before the best
 LOSS_KINDS = ("loss_spike", "divergence", "gradient_explosion")
-WEIGHT_KINDS = ("expert_collapse", "expert_imbalance", "dead_expert", "layer_vanishing")
+DEAD = "dead_expert"
+WEIGHT_KINDS = ("expert_collapse", "expert_imbalance", DEAD, "layer_vanishing")
+# Experts are told to be dead at most 300 steps after they died: so soon after going back for such
+# it says that this did not help.
+STILL_DEAD = 600
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Situation:
     rollbacks_left: int
     samples: int  # taken or skipped since the run began
     total_steps: int  # of the run; 0 while that is not known
+    experts: ExpertStatistics | None = None  # of this step, where it was logged
 
 
 class Rule(ABC):
@@ -184,7 +190,17 @@ class RollBack(Rule):
             )
         if streak or now.non_finite:
             return None  # it is dealt with
-        return next((found for e in now.events if (found := self._of_event(e)) is not None), None)
+        events = [e for e in now.events if e.kind != DEAD or not self._has_gone_back_for_dead(now)]
+        return next((found for e in events if (found := self._of_event(e)) is not None), None)
+
+    def _has_gone_back_for_dead(self, now: Situation) -> bool:
+        return any(
+            one.rule == self.name
+            and one.signals.get("dead", 0) > 0
+            and one.after is not None
+            and now.step - one.after <= STILL_DEAD
+            for one in now.decisions
+        )
 
     def _of_event(self, event: Event) -> _Trouble | None:
         if not is_alarm(event.severity):

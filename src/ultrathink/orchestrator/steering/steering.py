@@ -171,6 +171,7 @@ class Steering(Controller):
             rollbacks_left=self.config.limits.rollbacks - self.policy.num_rollbacks,
             samples=self._position(),
             total_steps=self.watch.watcher.total_steps or 0,
+            experts=report.experts,
         )
 
     def _count(self, report: StepReport) -> None:

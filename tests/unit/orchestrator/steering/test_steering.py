@@ -337,6 +337,11 @@ def test_a_change_by_hand_is_recorded_as_such(make_trainer: MakeTrainer) -> None
 def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
     experts = "model.moe={groups: [{name: a, num_experts: 4, top_k: 1}], intermediate_size: 16}"
 
+    def loads() -> list[float]:
+        statistics = orchestrator_of(trainer).get_expert_statistics()
+        assert statistics is not None
+        return list(statistics.load[0])
+
     def act(_: TrainerControl) -> None:
         do = orchestrator_of(trainer).interventions
         do.adjust_learning_rate(0.5, over_steps=4)
@@ -351,6 +356,8 @@ def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
         do.adjust_router_jitter(0.1)
         do.adjust_balance_weights(load=0.02, z=0.002)
         do.enable_expert_dropout(0.1)
+        dead = min(range(4), key=lambda expert: loads()[expert])
+        do.revive_expert(layer=0, group="a", expert=dead)
         do.clear_memory()
         do.pause(0.01)
         do.reset_schedule()
@@ -370,7 +377,8 @@ def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
     assert changed["weight_decay"] == 0.2
     assert changed["optimizer.betas"] == [0.8, 0.9]
     assert changed["routing.z"] == pytest.approx(0.002)
-    assert len(recorder.changes) == 18
+    assert changed["revive_expert"][0]["group"] == "a"
+    assert len(recorder.changes) == 19
     rates = [report.lr / recorder.steps[0].lr for report in recorder.steps]
     assert rates[2:8] == pytest.approx([0.5, 0.5**0.75, 0.5**0.5, 0.5**0.25, 1, 1])
     assert [report.step for report in recorder.validations] == [3, 6]

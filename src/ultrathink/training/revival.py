@@ -1,0 +1,166 @@
+"""An expert begun anew as a copy of the busiest one of its layer and group.
+
+Copying a busy unit, with noise, is how sparse models are grown from others
+(https://arxiv.org/abs/2212.05055), and how units that never fire are put to use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ultrathink.core.errors import ConfigError
+from ultrathink.core.random import step_seed
+from ultrathink.model.experts.layer import MixtureOfExperts
+from ultrathink.parallel.placement import region_of
+
+if TYPE_CHECKING:
+    from ultrathink.training.trainer import Trainer
+
+# Standard deviations of the noise, as shares of those of the rows that it is added to: a share does
+# the same to weights of any size, and sizes differ with layer, width and age of a model. Two equal
+# experts would get equal gradients for equal tokens and stay equal; a few per cent set them apart
+# and hardly change what the copy computes. What decides between the two router rows is their
+# difference, the noise alone: however small, about half of the tokens go either way.
+WEIGHT_NOISE = 0.03
+ROUTER_NOISE = 0.1
+
+
+class Revival(NamedTuple):
+    """A slot for an expert of a layer, and the slot of the one that it becomes a copy of."""
+
+    layer: int
+    slot: int
+    source: int
+
+
+class _Place(NamedTuple):
+    row: int  # of the layer among those with experts
+    slots: slice  # of the group
+    layer: int
+    group: str
+    expert: int
+
+    def __str__(self) -> str:
+        return f"expert {self.expert} of group {self.group!r} in layer {self.layer}"
+
+
+def revive_experts(
+    trainer: Trainer, wanted: Sequence[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Begin each expert anew that ``wanted`` names by ``layer``, ``group`` and ``expert``.
+
+    It becomes a copy of the one that ``from`` names, else of that with most tokens in the last
+    step; each takes half of its source's tokens, so that not all copy the same one. Returns how
+    many tokens each had in that step, and where it is from. ConfigError, before anything is
+    changed, for one that there is not. All processes call it.
+    """
+    layers, load = trainer.model.expert_layers(), trainer.expert_load
+    places = [_place(layers, one["layer"], one["group"], one["expert"]) for one in wanted]
+    total = None if load is None else trainer.world.summed(load).cpu().clone()
+    before, after, revivals = [], [], []
+    for place, one in zip(places, wanted, strict=True):
+        tokens = None if total is None else total[place.row, place.slots]
+        source = one["from"] if "from" in one else _busiest(tokens, place)
+        named = {"layer": place.layer, "group": place.group, "expert": place.expert}
+        had = None if tokens is None else round(tokens[place.expert].item())
+        before.append({**named, "tokens": had})
+        after.append({**named, "from": source})
+        first = place.slots.start
+        revivals.append(Revival(place.layer, first + place.expert, first + source))
+        if tokens is not None:
+            tokens[source] /= 2
+            tokens[place.expert] = tokens[source]
+    if load is not None and total is not None:  # by which further requests of this boundary go
+        trainer.expert_load = (total / trainer.world.size).to(load)
+    _copy(trainer, revivals)
+    return before, after
+
+
+def _place(layers: Mapping[int, MixtureOfExperts], layer: int, group: str, expert: int) -> _Place:
+    what = f"expert {expert} of group {group!r} in layer {layer} cannot be revived"
+    if not layers:
+        raise ConfigError(f"{what}: this model has no experts; model.moe gives it some.")
+    if layer not in layers:
+        there = ", ".join(map(str, layers))
+        raise ConfigError(f"{what}: it has none; those with experts are {there}.")
+    router = layers[layer].router
+    groups = {one.name: slots for one, slots in router.groups()}
+    if group not in groups:
+        raise ConfigError(f"{what}: there is no such group; there are {', '.join(groups)}.")
+    slots = groups[group]
+    active = [number for number, is_there in enumerate(router.active[slots].tolist()) if is_there]
+    if expert not in active:
+        raise ConfigError(
+            f"{what}: there is no such expert; those of the group are {active[0]} to {active[-1]}."
+        )
+    return _Place(list(layers).index(layer), slots, layer, group, expert)
+
+
+def _busiest(tokens: Tensor | None, place: _Place) -> int:
+    """The expert of a group with most ``tokens`` ``[n]``."""
+    if tokens is None or not tokens.max() > 0:
+        raise ConfigError(
+            f"{place} cannot be revived: no expert of its group had a token in the last step."
+        )
+    source = int(tokens.argmax())
+    if source == place.expert:
+        raise ConfigError(f"{place} cannot be revived: it is the busiest of its group itself.")
+    return source
+
+
+@torch.no_grad()
+def _copy(trainer: Trainer, revivals: Sequence[Revival]) -> None:
+    layers = trainer.model.expert_layers()
+    # Not the parameters themselves: where validation has left them whole, this divides them again.
+    weights = trainer.model.state_dict()
+    names: dict[Tensor, str] = {p: name for name, p in trainer.model.named_parameters()}
+    names |= trainer.stepper.host_names
+    optimizers = trainer.stepper.optimizers
+    states: dict[str, list[Tensor]] = {}  # what belongs to each element of a weight, by its name
+    for weight, values in ((w, v) for optimizer in optimizers for w, v in optimizer.state.items()):
+        tensors = [value for value in values.values() if isinstance(value, Tensor)]
+        states[names[weight]] = [value for value in tensors if value.shape == weight.shape]
+    for layer in dict.fromkeys(one.layer for one in revivals):
+        mine = [one for one in revivals if one.layer == layer]
+        for one in mine:
+            bias = layers[layer].router.selection_bias
+            bias[one.slot] = bias[one.source]
+        inside = [("router.weight", ROUTER_NOISE)]
+        inside += [(f"experts.{name}", WEIGHT_NOISE) for name in layers[layer].experts.state_dict()]
+        for number, (part, share) in enumerate(inside):
+            name = f"blocks.{layer}.feed_forward.{part}"
+            weight = weights[name]
+            # Whole, as for a forward pass: where experts are divided, the source lies elsewhere.
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            for one in mine:
+                row = whole[one.source].clone()
+                seed = step_seed(trainer.loader.seed, trainer.progress.step, layer)
+                noise = _noise(row, step_seed(seed, one.slot, number))
+                whole[one.slot] = row + noise * (share * row.std())
+                _write(weight, one.slot, whole[one.slot])
+                for value in states.get(name, ()):
+                    _write(value, one.slot, torch.zeros_like(row))
+    if trainer.stepper.host is not None:
+        trainer.stepper.host.take_weights()
+
+
+def _noise(like: Tensor, seed: int) -> Tensor:
+    """Standard normal numbers, the same on every process and device."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(like.shape, generator=draw).to(like)
+
+
+def _write(tensor: Tensor, slot: int, row: Tensor) -> None:
+    """Set ``tensor[slot]``, as much of it as this process has."""
+    if not isinstance(tensor, DTensor):
+        tensor[slot] = row
+        return
+    (first, *offset), (count, *size) = region_of(tensor)
+    if first <= slot < first + count:
+        part = row[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
+        tensor.to_local()[slot - first] = part.to(tensor.device)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+import ultrathink.training.trainer as trainer_module
 from tests.unit.training.shortage import Scarcity
 from ultrathink.config import load_config
 from ultrathink.core.errors import UltrathinkError
@@ -367,3 +368,21 @@ def train_and_revive(place: str, *overrides: str) -> tuple[str, list[Any], str]:
         seen.update(whole.detach().cpu().numpy().tobytes())
     [record] = read_decisions(trainer.run.decisions)
     return str(trainer.run.path), record["after"], seen.hexdigest()
+
+
+def train_in_need(place: str, *overrides: str) -> tuple[str, str, list[Any]]:
+    """Let the second process be short of memory under an orchestrator that acts; the run folder,
+    how this process then keeps activations, and what was decided."""
+    of_this_process = trainer_module.memory_share
+    if join_world().rank == 1:
+        trainer_module.memory_share = lambda: 0.8
+    try:
+        trainer = new_trainer(place, "training.max_steps=4", "orchestrator.mode=act", *overrides)
+        trainer.fit()
+    finally:
+        trainer_module.memory_share = of_this_process
+    decided = [
+        [record["rule"], record["step"], record["after"]]
+        for record in read_decisions(trainer.run.decisions)
+    ]
+    return str(trainer.run.path), trainer.model.activation_checkpointing, decided

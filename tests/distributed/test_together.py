@@ -104,6 +104,16 @@ def test_experts_are_begun_anew_alike(two: Pool, tmp_path: Path, words: tuple[st
     assert_equal(alone, first[0], 1e-9 if "adamw" in words[0] else 1e-4)
 
 
+def test_all_save_memory_where_one_is_short_of_it(two: Pool, tmp_path: Path) -> None:
+    words = ("training.precision=fp64", "parallel.zero_stage=3")
+    alone, level, decided = tasks.train_in_need(str(tmp_path / "one"), words[0])
+    assert (level, decided) == ("none", [])
+    results = two.run(tasks.train_in_need, str(tmp_path / "two"), *words)
+    found = ("selective", [["save_memory", 1, "selective"]])
+    assert [result[1:] for result in results] == [found, found]
+    assert_equal(alone, results[0][0], 1e-9)
+
+
 def test_who_ends_in_silence_ends_with_the_status_of_the_first_to_fail(two: Pool) -> None:
     """Else a launcher that sees it end sooner starts again what was a mistake of the user's."""
     assert two.run(tasks.status_that_is_heard) == [2, 2]

@@ -26,6 +26,9 @@ class RulesConfig(Section):
         description="Begin experts that stay without tokens anew, as copies of busy ones, where "
         "going back cannot help.",
     )
+    save_memory: bool = Field(
+        True, description="Compute activations again rather than keep them as memory runs short."
+    )
     stop_overfitting: bool = Field(
         True, description="End with the best weights once the held-out loss has risen far above."
     )
@@ -45,6 +48,11 @@ class LimitsConfig(Section):
     lr_correction: float = Field(
         100.0, ge=1, description="By how much a rate that is off may be corrected, either way."
     )
+    memory: tuple[float, float] = Field(
+        (0.7, 0.85),
+        description="Shares of the memory in use above which activations are kept in part "
+        "(selective, where that spares any) and hardly at all (full).",
+    )
     rollbacks: int = Field(12, ge=0, description="How often a run may go back.")
     skipped_share: float = Field(
         0.25, ge=0, lt=1, description="Largest share of 256 steps that may be left out."
@@ -58,6 +66,12 @@ class LimitsConfig(Section):
             raise ValueError(
                 f"lr_factor [{low:g}, {high:g}] leaves no room: give the least factor first, above "
                 f"0 and not above the largest"
+            )
+        some, much = self.memory
+        if not 0 < some <= much <= 1:
+            raise ValueError(
+                f"memory [{some:g}, {much:g}] are no two shares in order: give two numbers above "
+                f"0 and up to 1, the smaller one first"
             )
         return self
 

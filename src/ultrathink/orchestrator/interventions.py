@@ -123,6 +123,11 @@ class Interventions:
         """Write a checkpoint."""
         self.control.checkpoint_now(reason=reason)
 
+    def set_activation_checkpointing(self, mode: str, *, reason: str = "by hand") -> None:
+        """Keep every activation (``none``), products (``selective``) or inputs of blocks alone
+        (``full``) for the backward pass: less memory, more time, the same gradients."""
+        self.control.set_activation_checkpointing(mode, reason=reason)
+
     def clear_memory(self, *, reason: str = "by hand") -> None:
         """Give back memory that is held without need."""
         self.control.clear_memory(reason=reason)

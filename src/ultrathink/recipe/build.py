@@ -254,6 +254,7 @@ def assemble(
             clip=training.clip,
             micro_batch_size=largest_divisor(share, training.micro_batch_size),
             eval_every=training.eval.every_steps,
+            activation_checkpointing=training.activation_checkpointing,
         ),
         device=choices.device,
         callbacks=[

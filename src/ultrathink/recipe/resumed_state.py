@@ -105,6 +105,8 @@ def adapt_state(
         settings["clip"] = trainer.settings.clip
     if touches(changes, "training.micro_batch_size", "training.batch_size"):
         settings["micro_batch_size"] = trainer.settings.micro_batch_size
+    if touches(changes, "training.activation_checkpointing"):
+        settings["activation_checkpointing"] = trainer.settings.activation_checkpointing
     if touches(changes, "training.eval.every_steps"):
         settings["eval_every"] = trainer.settings.eval_every
     _adapt_routing(values["model"], trainer, changes)

@@ -47,6 +47,7 @@ def steer(
         settings=trainer.settings,
         position=lambda: trainer.loader.samples_seen + trainer.loader.samples_skipped,
         most_snapshots=lambda: _room_for(trainer.state_dict(), config.snapshots.max_gib),
+        is_compiled=bool(trainer.training.compile),
         log=log,
         show=show,
         tell=tell,

@@ -53,6 +53,7 @@ class StepReport:
     norms: dict[str, float] = field(default_factory=dict)  # by layer, in steps that are logged
     scheduled_lr: float | None = None  # as it should be, factors that were asked for included
     experts: ExpertStatistics | None = None  # of this step's tokens, in steps that are logged
+    memory_share: float = 0.0  # in use on the fullest of several processes, when they last agreed
 
 
 @dataclass(frozen=True)

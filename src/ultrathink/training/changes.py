@@ -13,6 +13,7 @@ import torch
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import ConfigError
 from ultrathink.training.control import Change, Request
+from ultrathink.training.hardware import forget_most_used
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.optimizers import set_option
 from ultrathink.training.revival import revive_experts
@@ -84,6 +85,15 @@ def _reset_schedule(trainer: Trainer, _: None) -> tuple[int, int]:
     trainer.settings.schedule_ceiling = 1.0
     trainer.set_budget(trainer.budget)
     return before, trainer.settings.schedule_start
+
+
+def _activation_checkpointing(trainer: Trainer, mode: str) -> tuple[str, str]:
+    """A compiled step is compiled once more, as its next batch comes."""
+    before = trainer.settings.activation_checkpointing
+    trainer.settings.activation_checkpointing = mode
+    trainer.model.set_activation_checkpointing(mode)
+    forget_most_used()
+    return before, mode
 
 
 def _clear_memory(trainer: Trainer, _: None) -> tuple[float, float]:
@@ -196,6 +206,7 @@ _APPLY: dict[str, Apply] = {
     "optimizer_param": _optimizer_param,
     "schedule": _reset_schedule,
     "eval_every": _live_setting("eval_every"),
+    "activation_checkpointing": _activation_checkpointing,
     "clear_memory": _clear_memory,
     "pause": _pause,
     "weight_decay": _live_setting("weight_decay"),

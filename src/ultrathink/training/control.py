@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.protocols import State
+from ultrathink.model.activation_checkpointing import check_mode
 from ultrathink.model.experts.controls import check_control
 
 
@@ -31,6 +32,7 @@ class LiveSettings:
     schedule_start: int = 0  # the schedule begins after this step
     schedule_ceiling: float = 1.0  # largest factor that the schedule may give
     eval_every: int | None = None  # steps between validations
+    activation_checkpointing: str = "none"
 
     def lr_factor_at(self, step: int) -> float:
         """What the schedule's rate is multiplied by in ``step``; even steps in its logarithm."""
@@ -99,6 +101,10 @@ class TrainerControl(Protocol):
 
     def set_eval_every(self, steps: int | None, *, reason: str) -> None:
         """Validate after every ``steps`` steps; None: only at the end."""
+
+    def set_activation_checkpointing(self, mode: str, *, reason: str) -> None:
+        """Keep every activation for the backward pass (``none``), the products (``selective``) or
+        each block's input (``full``)."""
 
     def clear_memory(self, *, reason: str) -> None:
         """Give back what the process and its device hold without need."""
@@ -214,6 +220,9 @@ class ControlQueue:
         if steps is not None:
             steps = int(_positive("the number of steps between validations", steps))
         self._ask("eval_every", steps, reason)
+
+    def set_activation_checkpointing(self, mode: str, *, reason: str) -> None:
+        self._ask("activation_checkpointing", check_mode(mode), reason)
 
     def clear_memory(self, *, reason: str) -> None:
         self._ask("clear_memory", None, reason)

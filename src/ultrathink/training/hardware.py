@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
 import platform
 import sys
@@ -228,9 +229,23 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def forget_most_used() -> None:
+    """Give back what is free now, and count from here on what is in use at most."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    if _is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _set_malloc(*settings: tuple[int, int]) -> bool:
     """Set parameters of glibc's allocator; False where another one is in use."""
-    if platform.libc_ver()[0] != "glibc" or os.environ.get("LD_PRELOAD"):
+    if not _is_glibc():
         return False
     libc = ctypes.CDLL(None)
     return all(libc.mallopt(name, value) == 1 for name, value in settings)
+
+
+def _is_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc" and not os.environ.get("LD_PRELOAD")

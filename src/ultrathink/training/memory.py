@@ -17,7 +17,8 @@ def memory_in_use() -> dict[str, float]:
     """GiB in use (``memory``) and available in all (``memory_limit``, where that is known).
 
     On an accelerator both are its own, with ``memory_reserved`` and ``memory_peak`` as its
-    allocator counts them; else they are this process's.
+    allocator counts them; else they are this process's. Where its address space is limited to less
+    than the host has (``ulimit -v``), that is what runs short, and is counted.
     """
     import torch
 
@@ -29,19 +30,41 @@ def memory_in_use() -> dict[str, float]:
             "memory_peak": stats.get("allocated_bytes.all.peak", 0) / _GIB,
             "memory_limit": _device_memory(),
         }
+    limit, space = _host_memory(), _address_space()
+    if space is not None and (limit is None or space < limit):
+        return {"memory": _statm()[0] * _page_size() / _GIB, "memory_limit": space}
     used = {"memory": _resident_bytes() / _GIB}
-    limit = _host_memory()
     return used if limit is None else {**used, "memory_limit": limit}
+
+
+def memory_share() -> float:
+    """The share of the memory that was in use at most, 0 where that is not known."""
+    found = memory_in_use()
+    limit = found.get("memory_limit")
+    return max(found["memory"], found.get("memory_peak", 0.0)) / limit if limit else 0.0
 
 
 def _resident_bytes() -> int:
     """Of this process alone: pages of mapped files, which data is read from, cost nothing."""
     try:
-        _, resident, shared, *_ = Path("/proc/self/statm").read_text(encoding="ascii").split()
-        return (int(resident) - int(shared)) * _page_size()
+        _, resident, shared, *_ = _statm()
+        return (resident - shared) * _page_size()
     except OSError:  # not Linux
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def _statm() -> list[int]:
+    """Pages: addressed, resident, shared, and more."""
+    return [int(word) for word in Path("/proc/self/statm").read_text(encoding="ascii").split()]
+
+
+def _address_space() -> float | None:
+    """How much this process may address, GiB, where Linux limits it."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if sys.platform != "linux" or limit == resource.RLIM_INFINITY:
+        return None
+    return limit / _GIB
 
 
 @cache

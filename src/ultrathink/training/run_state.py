@@ -69,6 +69,7 @@ def load_run_state(trainer: Trainer, state: State) -> None:
     trainer.settings.load_state_dict(values["settings"])
     for name, (_, current) in trainer.settings.optimizer_params.items():
         set_option(stepper.optimizers, name, current)
+    trainer.model.set_activation_checkpointing(trainer.settings.activation_checkpointing)
     trainer.progress = Progress(**values["progress"])
     if values["budget"] is not None:
         trainer.budget = Budget(**values["budget"])
@@ -78,13 +79,15 @@ def load_run_state(trainer: Trainer, state: State) -> None:
 
 
 def return_to(trainer: Trainer, state: State) -> None:
-    """Go back to a state of this same process; micro-batches stay as small as they are by now.
+    """Go back to a state of this same process; what spares memory stays as it is by now.
 
     What memory suffices for is the machine's matter, and not the history's.
     """
-    size = trainer.settings.micro_batch_size
+    size, recomputed = trainer.settings.micro_batch_size, trainer.settings.activation_checkpointing
     load_run_state(trainer, state)
     trainer.settings.micro_batch_size = min(size, trainer.settings.micro_batch_size)
+    trainer.settings.activation_checkpointing = recomputed
+    trainer.model.set_activation_checkpointing(recomputed)
 
 
 def _guard_state(trainer: Trainer) -> Any:

@@ -38,6 +38,7 @@ from ultrathink.training.changes import apply_change
 from ultrathink.training.control import ControlQueue, LiveSettings
 from ultrathink.training.experts import read_experts
 from ultrathink.training.length import measure_speed, settle_length
+from ultrathink.training.memory import memory_share
 from ultrathink.training.out_of_memory import heed_last_start, score_that_fits, take_smaller
 from ultrathink.training.run_state import Progress, load_guard_state, load_run_state, run_state
 from ultrathink.training.saving import Saving
@@ -96,6 +97,7 @@ class Trainer:
         self._agreed_s: float | None = None  # by the first process's clock, at a step boundary
         self._all_have_written = True  # the last checkpoint, as far as all processes know
         self._failures: set[str] = set()
+        self._memory_share = 0.0  # of several processes, the fullest
         self.guard_state: Any = None  # of a checkpoint whose guard is not here, or not yet
         self.stepper.on_smaller = partial(take_smaller, self)
         self.eval_batch_size = self.training.eval.batch_size  # less once memory has not sufficed
@@ -234,6 +236,7 @@ class Trainer:
             norms=result.norms,
             timing=self._compare_times(seconds),
             experts=read_experts(self.model, result, self.world) if is_told else None,
+            memory_share=self._memory_share,
         )
 
     def _is_logged(self, step: int) -> bool:
@@ -339,7 +342,11 @@ class Trainer:
         num_steps, seconds = self.paced
         mine = (self.elapsed_s(), seconds) if self.world.is_main else (0.0, 0.0)
         own = (self.control.num_waiting, self.saving.is_idle)
-        self._agreed_s, seconds, waiting, num_idle = self.world.sums([*mine, *own])
+        shares = [0.0] * self.world.size
+        shares[self.world.rank] = memory_share()
+        sums = self.world.sums([*mine, *own, *shares])
+        self._agreed_s, seconds, waiting, num_idle, *shares = sums
+        self._memory_share = max(shares)
         self.paced = (num_steps, seconds)
         self._all_have_written = num_idle == self.world.size
         if waiting:

@@ -6,6 +6,7 @@ from ultrathink.config.orchestrator import LimitsConfig, RulesConfig
 from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.steering.experts_rule import ReviveExperts
 from ultrathink.orchestrator.steering.find_rate import FindRate
+from ultrathink.orchestrator.steering.memory_rule import SaveMemory
 from ultrathink.orchestrator.steering.proposals import GOES_BACK, Proposal
 from ultrathink.orchestrator.steering.rules import (
     CorrectRate,
@@ -21,6 +22,7 @@ RULES: tuple[type[Rule], ...] = (
     StopOverfitting,
     FindRate,
     ReviveExperts,
+    SaveMemory,
 )
 
 

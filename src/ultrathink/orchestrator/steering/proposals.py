@@ -10,6 +10,7 @@ from typing import Any
 SOFT, MEDIUM, HARD, CRITICAL = 1, 2, 3, 4
 LEVELS = {SOFT: "soft", MEDIUM: "medium", HARD: "hard", CRITICAL: "critical"}
 GOES_BACK = ("rollback_steps", "redo_steps")  # actions that take the run to a snapshot
+SAME_LEARNING = {"set_activation_checkpointing"}  # an audit of these would find no difference
 SURE_ENOUGH = {SOFT: 0.7, MEDIUM: 0.8, HARD: 0.9, CRITICAL: 0.0}  # the least confidence
 
 

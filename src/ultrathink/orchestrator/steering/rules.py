@@ -61,6 +61,8 @@ class Situation:
     samples: int  # taken or skipped since the run began
     total_steps: int  # of the run; 0 while that is not known
     experts: ExpertStatistics | None = None  # of this step, where it was logged
+    memory_share: float = 0.0  # in use, on the fullest of several processes
+    is_compiled: bool = False
 
 
 class Rule(ABC):

@@ -21,6 +21,7 @@ from ultrathink.orchestrator.steering.guard import OutlierGuard
 from ultrathink.orchestrator.steering.policy import Policy
 from ultrathink.orchestrator.steering.proposals import (
     GOES_BACK,
+    SAME_LEARNING,
     SOFT,
     Action,
     Decision,
@@ -80,6 +81,7 @@ class Steering(Controller):
         settings: LiveSettings,
         position: Callable[[], int],
         most_snapshots: Callable[[], int],
+        is_compiled: bool,
         log: RunLog,
         show: Callable[[int, str, str], None],
         tell: Tell,
@@ -94,6 +96,7 @@ class Steering(Controller):
         self._settings = settings
         self._position = position
         self._most_snapshots = most_snapshots
+        self._is_compiled = is_compiled
         self._log = log
         self._show = show
         self._tell = tell
@@ -172,6 +175,8 @@ class Steering(Controller):
             samples=self._position(),
             total_steps=self.watch.watcher.total_steps or 0,
             experts=report.experts,
+            memory_share=report.memory_share,
+            is_compiled=self._is_compiled,
         )
 
     def _count(self, report: StepReport) -> None:
@@ -198,7 +203,7 @@ class Steering(Controller):
     ) -> None:
         """Have what an audit begins from written down: the state of now, and of what the run goes
         back to."""
-        if not self.config.kept_states:
+        if not self.config.kept_states or {name for name, _ in decision.actions} <= SAME_LEARNING:
             return
         newest = 2 * self.config.kept_states
         target = next((value for name, value in decision.actions if name in GOES_BACK), None)

@@ -93,11 +93,11 @@ SMALL = (
 
 def test_a_run_gets_its_dead_expert_back(make_trainer: MakeTrainer) -> None:
     loads = []
+
+    def kill(_: Any) -> None:
+        trainer.model.expert_layers()[0].router.selection_bias[2] = -1e4
+
     for rules in ("{roll_back: false}", "{roll_back: false, revive_experts: false}"):
-
-        def kill(_: Any) -> None:
-            trainer.model.expert_layers()[0].router.selection_bias[2] = -1e4
-
         recorder = Recorder()
         trainer = make_trainer(
             *SMALL,

@@ -118,7 +118,13 @@ def test_ending_the_run_must_be_allowed() -> None:
 
 def test_rules_that_are_switched_off_are_not_asked() -> None:
     names = [rule.name for rule in Policy(RulesConfig(roll_back=False), LimitsConfig()).rules]
-    assert names == ["correct_rate", "stop_overfitting", "find_rate", "revive_experts"]
+    assert names == [
+        "correct_rate",
+        "stop_overfitting",
+        "find_rate",
+        "revive_experts",
+        "save_memory",
+    ]
 
 
 def test_a_correction_stays_within_its_limit() -> None:

@@ -358,6 +358,7 @@ def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
         do.enable_expert_dropout(0.1)
         dead = min(range(4), key=lambda expert: loads()[expert])
         do.revive_expert(layer=0, group="a", expert=dead)
+        do.set_activation_checkpointing("full")
         do.clear_memory()
         do.pause(0.01)
         do.reset_schedule()
@@ -378,7 +379,7 @@ def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
     assert changed["optimizer.betas"] == [0.8, 0.9]
     assert changed["routing.z"] == pytest.approx(0.002)
     assert changed["revive_expert"][0]["group"] == "a"
-    assert len(recorder.changes) == 19
+    assert len(recorder.changes) == 20
     rates = [report.lr / recorder.steps[0].lr for report in recorder.steps]
     assert rates[2:8] == pytest.approx([0.5, 0.5**0.75, 0.5**0.5, 0.5**0.25, 1, 1])
     assert [report.step for report in recorder.validations] == [3, 6]

@@ -1,0 +1,160 @@
+"""Keeping fewer activations from the middle of a run on."""
+
+import resource
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tests.unit.training.conftest import MakeTrainer
+from tests.unit.training.experts import MIXTURE, ROUTING
+from tests.unit.training.observers import At, Recorder, final_state
+from ultrathink.core.errors import ConfigError
+from ultrathink.recipe.resume import resume_trainer
+from ultrathink.training.callbacks import Callback, StepReport
+from ultrathink.training.compiling import has_cpp_compiler
+from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.memory import memory_in_use
+from ultrathink.training.trainer import Trainer
+
+
+def change_to(mode: str) -> Any:
+    return lambda control: control.set_activation_checkpointing(mode, reason="test")
+
+
+class CountsPasses(Callback):
+    """How often the first block was begun in each step."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+        self._count = 0
+
+    def watch(self, trainer: Trainer) -> None:
+        trainer.model.blocks[0].register_forward_pre_hook(self._note)
+
+    def on_step(self, report: StepReport) -> None:
+        self.counts.append(self._count)
+        self._count = 0
+
+    def _note(self, *_: Any) -> None:
+        self._count += 1
+
+
+@pytest.mark.parametrize("words", [(), (*MIXTURE, ROUTING)])
+def test_from_the_next_step_on_and_no_bit_of_a_gradient_changes(
+    make_trainer: MakeTrainer, words: tuple[str, ...]
+) -> None:
+    states, norms = [], []
+    for actions in ({}, {"step2": change_to("selective"), "step4": change_to("full")}):
+        recorder, passes = Recorder(), CountsPasses()
+        trainer = make_trainer(
+            *words,
+            "training.max_steps=6",
+            "training.precision=fp32",
+            "training.compile=false",
+            "training.eval.every_steps=null",
+            "training.micro_batch_size=4",
+            "model.dropout=0.1",
+            callbacks=[recorder, passes],
+            controllers=[At(**actions)],
+        )
+        passes.watch(trainer)
+        trainer.fit()
+        states.append(final_state(trainer.run))
+        norms.append([report.grad_norm for report in recorder.steps])
+    assert norms[0] == norms[1]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert passes.counts == [1, 1, 2, 2, 2, 2]
+    assert [(one.setting, one.before, one.after) for one in recorder.changes] == [
+        ("activation_checkpointing", "none", "selective"),
+        ("activation_checkpointing", "selective", "full"),
+    ]
+
+
+def test_a_resume_goes_on_with_it_unless_told_otherwise(make_trainer: MakeTrainer) -> None:
+    def act(control: TrainerControl) -> None:
+        change_to("full")(control)
+        control.stop(reason="test")
+
+    trainer = make_trainer("training.max_steps=4", controllers=[At(step2=act)])
+    trainer.fit()
+    level = "training.activation_checkpointing"
+    for overrides, expected in (([], "full"), ([f"{level}=selective"], "selective")):
+        again = resume_trainer(trainer.run, overrides=overrides)
+        assert again.settings.activation_checkpointing == expected
+        assert again.model.activation_checkpointing == expected
+        again.close()
+
+
+def test_going_back_does_not_take_it_back(make_trainer: MakeTrainer) -> None:
+    kept: list[Snapshot] = []
+
+    def go_back(control: TrainerControl) -> None:
+        if not trainer.loader.samples_skipped:
+            control.restore(kept[0], reason="test")
+            control.skip_samples(4, reason="test")
+
+    keep, save = (lambda control: kept.append(control.snapshot())), change_to("full")
+    trainer = make_trainer(
+        "training.max_steps=5",
+        controllers=[At(step1=lambda c: kept or keep(c), step2=save, step3=go_back)],
+    )
+    trainer.fit()
+    assert trainer.loader.samples_skipped == 4
+    assert trainer.model.activation_checkpointing == "full"
+    assert trainer.settings.activation_checkpointing == "full"
+
+
+def test_a_level_that_there_is_not_is_refused_at_once(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("training.max_steps=2")
+    with pytest.raises(ConfigError, match=r"'ful'\. Did you mean .*full"):
+        trainer.control.set_activation_checkpointing("ful", reason="test")
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler to compile with")
+def test_a_compiled_step_is_compiled_once_more(make_trainer: MakeTrainer) -> None:
+    graphs: list[int] = []
+
+    class Counts(Callback):
+        def on_step(self, report: StepReport) -> None:
+            graphs.append(counters["stats"]["unique_graphs"])
+
+    recorder = Recorder()
+    counters.clear()
+    trainer = make_trainer(
+        "training.max_steps=6",
+        "training.compile=true",
+        "training.precision=fp32",
+        "training.eval.every_steps=null",
+        callbacks=[recorder, Counts()],
+        controllers=[At(step3=change_to("full"))],
+    )
+    trainer.fit()
+    assert graphs == [1, 1, 1, 2, 2, 2]
+    plain = Recorder()
+    make_trainer("training.max_steps=6", "training.precision=fp32", callbacks=[plain]).fit()
+    losses = [report.loss for report in plain.steps]
+    assert [report.loss for report in recorder.steps] == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts what is addressed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="an accelerator has memory of its own")
+def test_a_limited_address_space_is_what_runs_short() -> None:
+    plain, before = memory_in_use(), resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm", encoding="ascii") as file:
+        addressed = int(file.read().split()[0]) * resource.getpagesize()
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (addressed + 2**30, before[1]))
+        limited = memory_in_use()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    if plain["memory_limit"] <= (addressed + 2**30) / 2**30:
+        assert limited == plain
+        pytest.skip("this host has less memory than this process addresses")
+    assert limited["memory_limit"] == pytest.approx(addressed / 2**30 + 1)
+    assert limited["memory"] == pytest.approx(addressed / 2**30, rel=0.1)
+    assert plain["memory"] < limited["memory"]

@@ -12,6 +12,7 @@ from ultrathink.orchestrator.detectors import DETECTORS
 from ultrathink.orchestrator.detectors.base import Detector
 from ultrathink.orchestrator.events import Event, Finding, Incidents, in_order
 from ultrathink.orchestrator.forecast import Forecast, forecast
+from ultrathink.orchestrator.forecast_check import ForecastCheck
 from ultrathink.orchestrator.phases import Phase, Phases
 from ultrathink.orchestrator.signals import Signals
 
@@ -33,6 +34,7 @@ class Watcher:
         self._incidents = Incidents()
         self._phases = Phases()
         self._curve = Curve()
+        self._check = ForecastCheck()
         self._last_step: int | None = None
         self._is_log = True  # the curve is of logarithms, until a loss is negative
 
@@ -65,6 +67,8 @@ class Watcher:
         loss = signals.finite("loss")
         if loss is not None:
             is_new = self._extend(signals.step, loss)
+            if is_new and self._is_log:
+                self._check.observe(self._curve)
             current = self._incidents.current(findings)
             self._phases.observe(signals.step, self._curve, is_new, current)
         return told + changed
@@ -76,6 +80,11 @@ class Watcher:
         if not self._is_log:
             return self._curve.add(step, loss)
         return loss > 0 and self._curve.add(step, math.log(loss))
+
+    @property
+    def forecast_error(self) -> float | None:
+        """By what share of the loss forecasts were off that came due; None before the first."""
+        return self._check.error
 
     def finish(self) -> list[Event]:
         """The log is over: judge what waits for later steps; the events that are new."""
@@ -90,6 +99,7 @@ class Watcher:
             detector.rewind(step)
         self._incidents.close()
         self._curve.cut(step)
+        self._check.rewind(step)
         self._phases.rewind(step)
         if before is None or before <= step:
             return []
@@ -125,6 +135,7 @@ class Watcher:
             "incidents": self._incidents.state_dict(),
             "phases": self._phases.state_dict(),
             "curve": self._curve.state_dict(),
+            "forecast_check": self._check.state_dict(),
             "last_step": self._last_step,
             "total_steps": self.total_steps,
             "is_log": self._is_log,
@@ -141,5 +152,7 @@ class Watcher:
         self._incidents.load_state_dict(values["incidents"])
         self._phases.load_state_dict(values["phases"])
         self._curve.load_state_dict(values["curve"])
+        if "forecast_check" in values:  # older checkpoints have none
+            self._check.load_state_dict(values["forecast_check"])
         self._is_log = values["is_log"]
         self._last_step, self.total_steps = values["last_step"], values["total_steps"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 from ultrathink.orchestrator.curve import Curve
 from ultrathink.orchestrator.forecast import FEWEST_POINTS, Forecast, forecast
+from ultrathink.orchestrator.signals import Signals
+from ultrathink.orchestrator.watcher import Watcher
 
 
 def curve_of(losses: np.ndarray, start: int = 1) -> Curve:
@@ -91,3 +94,39 @@ def test_it_is_finite_whatever_the_losses(losses: np.ndarray, start: int) -> Non
     if predicted is not None:
         assert all(math.isfinite(x) for x in (predicted.loss, predicted.low, predicted.high))
         assert predicted.low <= predicted.loss <= predicted.high
+
+
+def test_forecasts_that_came_due_are_compared_with_what_came() -> None:
+    watcher = Watcher()
+    for step in range(1, 130):
+        watcher.observe(Signals(step, {"loss": 4 * step**-0.2 + 1}))
+    assert watcher.forecast_error is None  # the first is made at its sixteenth point, for 156
+    for step in range(130, 800):
+        watcher.observe(Signals(step, {"loss": 4 * step**-0.2 + 1}))
+    foreseen = watcher.forecast_error
+    assert foreseen is not None
+    assert foreseen < 0.01
+    again = Watcher()
+    again.load_state_dict(json.loads(json.dumps(watcher.state_dict())))
+    for one in (watcher, again):
+        for step in range(800, 1400):
+            one.observe(Signals(step, {"loss": 8 * step**-0.2 + 2}))  # nobody could know
+    assert watcher.forecast_error == again.forecast_error
+    assert watcher.forecast_error is not None
+    assert watcher.forecast_error > 5 * foreseen
+
+
+def test_what_was_foretold_from_steps_that_were_undone_counts_no_more() -> None:
+    def twice(step: int) -> float:
+        return 2 * (4 * step**-0.2 + 1)
+
+    watcher = Watcher()
+    for step in range(1, 100):
+        watcher.observe(Signals(step, {"loss": 4 * step**-0.2 + 1}))
+    for step in range(100, 150):  # the first forecast is made in here
+        watcher.observe(Signals(step, {"loss": twice(step)}))
+    watcher.rewind(99)
+    for step in range(100, 400):
+        watcher.observe(Signals(step, {"loss": 4 * step**-0.2 + 1}))
+    assert watcher.forecast_error is not None
+    assert watcher.forecast_error < 0.01

@@ -372,6 +372,7 @@ class Steering(Controller):
             "anomalies_found": len([one for one in self.watch.watcher.events if one.is_alarm]),
             "anomalies_resolved": sum(bool(one.get("resolved")) for one in outcomes),
             "rollbacks": self.policy.num_rollbacks,
+            "forecast_error": self.watch.watcher.forecast_error,
             "phase": self.watch.watcher.phase,
         }
 

@@ -96,10 +96,17 @@ def test_going_back_does_not_take_it_back(make_trainer: MakeTrainer) -> None:
             control.restore(kept[0], reason="test")
             control.skip_samples(4, reason="test")
 
-    keep, save = (lambda control: kept.append(control.snapshot())), change_to("full")
+    def keep(control: TrainerControl) -> None:
+        if not kept:
+            kept.append(control.snapshot())
+
+    def save(control: TrainerControl) -> None:
+        if not trainer.loader.samples_skipped:  # once, not again after going back
+            change_to("full")(control)
+
     trainer = make_trainer(
         "training.max_steps=5",
-        controllers=[At(step1=lambda c: kept or keep(c), step2=save, step3=go_back)],
+        controllers=[At(step1=keep, step2=save, step3=go_back)],
     )
     trainer.fit()
     assert trainer.loader.samples_skipped == 4

@@ -101,6 +101,8 @@ def adapt_state(
         values["data"] = trainer.loader.state_dict()
     if touches(changes, "training.optimizer.weight_decay", "training.optimizer"):
         settings["weight_decay"] = None
+    if touches(changes, "training.optimizer.lr", "training.optimizer"):
+        settings["lr_scale"] = 1.0  # it was found for the rate of before
     if touches(changes, "training.clip"):
         settings["clip"] = trainer.settings.clip
     if touches(changes, "training.micro_batch_size", "training.batch_size"):

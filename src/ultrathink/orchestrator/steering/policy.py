@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ultrathink.config.orchestrator import LimitsConfig, RulesConfig
+from ultrathink.core.protocols import State
 from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.steering.experts_rule import ReviveExperts
 from ultrathink.orchestrator.steering.find_rate import FindRate
@@ -32,7 +35,7 @@ class Policy(Remembers):
     It counts boundaries, not steps, which go back with the run.
     """
 
-    remembered = ("num_rollbacks", "_count", "_rests_until", "_remembering")
+    remembered = ("num_rollbacks", "_count", "_rests_until")
 
     def __init__(self, rules: RulesConfig, limits: LimitsConfig) -> None:
         self.limits = limits
@@ -41,7 +44,6 @@ class Policy(Remembers):
         self.busy: str | None = None  # the rule that is to act alone, by its name
         self._count = 0
         self._rests_until: dict[str, int] = {}
-        self._remembering = {one.name: one for one in self.rules if isinstance(one, Remembers)}
 
     def decide(self, now: Situation) -> Proposal | None:
         """The proposal to carry out at this boundary, if any."""
@@ -68,6 +70,20 @@ class Policy(Remembers):
         for rule in self.rules:
             rule.outcome = None
         return found
+
+    def state_dict(self) -> State:
+        """What to remember over a restart."""
+        kept = {one.name: one.state_dict() for one in self.rules if isinstance(one, Remembers)}
+        return {**super().state_dict(), "rules": kept}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go back to what ``state_dict`` returned; a rule that was off then begins afresh."""
+        super().load_state_dict(state)
+        values: dict[str, Any] = dict(state)
+        kept = values.get("rules", {})
+        for rule in self.rules:
+            if isinstance(rule, Remembers) and rule.name in kept:
+                rule.load_state_dict(kept[rule.name])
 
     def _is_allowed(self, proposal: Proposal) -> bool:
         names = {action.name for action in proposal.actions}

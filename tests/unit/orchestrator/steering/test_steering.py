@@ -209,7 +209,25 @@ def test_a_rate_that_is_too_high_from_the_start_is_lowered(make_trainer: MakeTra
     assert all(one["outcome"] is not None for one in tried)
     assert "on the same batches" in tried[-1]["reasoning"]
     assert trainer.settings.lr_scale == pytest.approx(tried[-1]["signals"]["lr_scale"])
-    assert trainer.loader.samples_skipped == 0
+
+
+def test_a_rate_that_is_given_anew_is_taken_as_it_is(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(*RUN, ACT, controllers=[At(step5=scale), At(step10=stop)])
+    trainer.fit()
+    plain = resume_trainer(trainer.run, overrides=["orchestrator.rules.find_rate=false"])
+    assert plain.settings.lr_scale == 0.5
+    plain.close()
+    given = resume_trainer(trainer.run, overrides=["training.optimizer.lr=0.001"])
+    assert given.settings.lr_scale == 1.0
+    given.close()
+
+
+def scale(control: TrainerControl) -> None:
+    control.set_lr_scale(0.5, reason="test")
+
+
+def stop(control: TrainerControl) -> None:
+    control.stop(reason="test")
 
 
 def test_a_lower_rate_that_does_not_help_leaves_no_trace(

@@ -219,7 +219,11 @@ class RollBack(Rule):
 
     def _attempt(self, now: Situation) -> int:
         """How often the run went back for this trouble already."""
-        if now.since_rollback is None or now.since_rollback > SAME_TROUBLE:
+        begun = [one.before for one in now.decisions if one.rule == self.name and one.before]
+        if now.since_rollback is None or not begun:
+            return 0
+        # After going back far, the steps up to where the trouble was are taken again first.
+        if now.since_rollback > SAME_TROUBLE and now.step > begun[-1] + SAME_TROUBLE:
             return 0
         count = 0
         for decision in reversed(now.decisions):

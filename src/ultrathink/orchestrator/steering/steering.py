@@ -317,11 +317,14 @@ class Steering(Controller):
                 continue  # they say themselves what came of it
             went_back = decision.action in GOES_BACK and decision.after is not None
             begun = decision.after if went_back else decision.step
+            until = begun + FOLLOWED_FOR
+            if went_back:  # far perhaps: what the trouble was at must have been passed
+                until = max(until, decision.before + FOLLOWED_FOR // 4)
             if alarms and self._step > begun:
                 text = f"trouble again at step {self._step:,}: {alarms[0].message}"
                 self._settle(number, {"resolved": False, "text": text})
-            elif self._step >= begun + FOLLOWED_FOR:
-                text = f"{FOLLOWED_FOR} steps later no alarm"
+            elif self._step >= until:
+                text = f"{self._step - begun} steps later no alarm"
                 self._settle(number, {"resolved": True, "text": text})
 
     def _close(self, rule: str, outcome: dict[str, Any]) -> None:

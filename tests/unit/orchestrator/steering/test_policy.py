@@ -1,5 +1,6 @@
 """How sure a proposal is, and which of several is carried out."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -220,6 +221,19 @@ def test_trouble_that_comes_back_lowers_the_rate_too() -> None:
         Action("rollback_steps", 90),
         Action("adjust_learning_rate", 0.5),
     )
+
+
+def test_trouble_at_the_same_step_is_the_same_however_far_the_run_went_back() -> None:
+    event = Event(395, "divergence", "high", "it rose", 400, 400, values={"score": 9.0})
+    given = {"step": 400, "events": [event], "snapshots": ring(20, 390)}
+    [rule] = [one for one in policy_for("roll_back").rules if one.name == "roll_back"]
+    gone = replace(rolled_back_to(20), before=401)
+    again = rule.propose(situation(**given, decisions=[gone], since_rollback=380))
+    later = rule.propose(situation(**{**given, "step": 800}, decisions=[gone], since_rollback=780))
+    assert again is not None
+    assert later is not None
+    assert len(again.actions) == 2
+    assert len(later.actions) == 1
 
 
 @pytest.mark.parametrize(

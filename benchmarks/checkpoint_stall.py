@@ -2,11 +2,15 @@
 
     python benchmarks/checkpoint_stall.py --shape S
     python benchmarks/checkpoint_stall.py --shape M --json
+    python benchmarks/checkpoint_stall.py --shape S --steered   # with snapshots in the checkpoint
 
 The real trainer is asked for a checkpoint every so many steps. The stall is what the steps from its
 copy to its last byte took beyond the median of the steps before: the copy, and whatever the writing
 takes from the cores. It is compared with the time from the request to the last byte; what the copy
 alone takes, and the writing while nothing trains, stands beside it.
+
+With ``--steered`` the run keeps snapshots to go back to, and its checkpoints carry them. One is
+taken every other step, so that most of them are new at each checkpoint: the worst case.
 """
 
 from __future__ import annotations
@@ -42,6 +46,8 @@ class Timed(Controller, Callback):
     stalls_s: list[float] = field(default_factory=list)
     write_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
+    written_mb: list[float] = field(default_factory=list)
+    in_all_mb: list[float] = field(default_factory=list)
     _quiet: list[float] = field(default_factory=list)
     _disturbed: list[float] = field(default_factory=list)
     _is_writing: bool = False
@@ -66,6 +72,10 @@ class Timed(Controller, Callback):
             return
         # It is told at the boundary after the step in which it was written; that one counts too.
         self.write_s.append(time.perf_counter() - self._asked)
+        files = [file.stat() for file in path.rglob("*") if file.is_file()]
+        self.in_all_mb.append(sum(file.st_size for file in files) / 1e6)
+        # What an earlier checkpoint holds has two names by now.
+        self.written_mb.append(sum(f.st_size for f in files if f.st_nlink == 1) / 1e6)
         normal = statistics.median(self._quiet)
         self.stalls_s.append(sum(self._disturbed) - normal * len(self._disturbed))
         self.step_s.append(normal)
@@ -79,11 +89,17 @@ def main() -> None:
     options.add_argument("--device", default="cpu")
     options.add_argument("--checkpoints", type=int, default=20)
     options.add_argument("--threads", type=int, default=os.cpu_count())
+    options.add_argument("--steered", action="store_true", help="with snapshots to go back to")
     options.add_argument("--folder", help="where to write; a temporary folder by default")
     args = options.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        config = config_of({**SHAPES[args.shape], "device": args.device}, folder)
+        steered = ["orchestrator.mode=act", "orchestrator.snapshots.every_steps=2"]
+        config = config_of(
+            {**SHAPES[args.shape], "device": args.device},
+            folder,
+            *(steered if args.steered else []),
+        )
         timed = Timed(args.checkpoints)
         trainer = build_trainer(config, controllers=[timed], callbacks=[timed])
         trainer.fit()
@@ -99,6 +115,8 @@ def main() -> None:
         "write_s": spread(timed.write_s),
         "write_alone_s": spread(alone["write_s"]),
         "megabytes": alone["megabytes"],
+        "megabytes_with_snapshots": statistics.median(timed.in_all_mb),
+        "megabytes_written": statistics.median(timed.written_mb),
         "stall_share": stall / write,
     }
     show(result, describe(result), args.json)
@@ -131,7 +149,9 @@ def describe(result: dict[str, Any]) -> str:
     ]
     return (
         f"shape {result['shape']}: a step {1000 * result['step_s']:,.0f} ms, a checkpoint "
-        f"{result['megabytes']:,.0f} MB\n{rows(('', 'median', 'low', 'high'), lines)}\n"
+        f"{result['megabytes']:,.1f} MB, {result['megabytes_with_snapshots']:,.1f} with what it "
+        f"carries, of which {result['megabytes_written']:,.1f} were written\n"
+        f"{rows(('', 'median', 'low', 'high'), lines)}\n"
         f"training stalls {result['stall_share']:.1%} of the time that writing takes"
     )
 

@@ -193,16 +193,39 @@ def train_with_a_controller(place: str, *overrides: str) -> tuple[str, float, li
     return str(trainer.run.path), trainer.settings.lr_factor, counts
 
 
+STEERED = (
+    "training.max_steps=130",
+    "training.clip=null",
+    "orchestrator={mode: act, snapshots: {every_steps: 20}}",
+)
+
+
 def train_and_break(place: str, *overrides: str) -> tuple[str, list[Any], int]:
     """Break the weights after step 110 under an orchestrator that acts; the run folder, what it
     decided, and how many samples were skipped."""
-    trainer = new_trainer(
-        place,
-        "training.max_steps=130",
-        "training.clip=null",
-        "orchestrator={mode: act, snapshots: {every_steps: 20}}",
-        *overrides,
-    )
+    return _broken(new_trainer(place, *STEERED, *overrides))
+
+
+def train_and_stop(place: str, *overrides: str) -> str:
+    """Stop such a run after step 106; its folder."""
+    trainer = new_trainer(place, *STEERED, *overrides, controllers=[_StopsAt106()])
+    trainer.fit()
+    return str(trainer.run.path)
+
+
+def resume_and_break(path: str, *overrides: str) -> tuple[str, list[Any], int]:
+    """Go on with a stopped run, and break its weights as ``train_and_break`` does."""
+    os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
+    return _broken(resume_trainer(RunFolder(Path(path)), overrides=overrides))
+
+
+class _StopsAt106(Controller):
+    def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
+        if report.step == 106:
+            control.stop(reason="test")
+
+
+def _broken(trainer: Trainer) -> tuple[str, list[Any], int]:
     take_step = trainer.stepper.take_step
     is_broken = []
 
@@ -218,6 +241,7 @@ def train_and_break(place: str, *overrides: str) -> tuple[str, list[Any], int]:
     decided = [
         [record["rule"], record["step"], record["after"]]
         for record in read_decisions(trainer.run.decisions)
+        if record["rule"] != "by_hand"
     ]
     return str(trainer.run.path), decided, trainer.loader.samples_skipped
 

@@ -10,6 +10,8 @@ import pytest
 from tests.distributed import tasks
 from tests.distributed.pool import Pool
 from tests.distributed.test_parity import assert_equal
+from ultrathink.runs.carried import carried_steps, snapshot_path
+from ultrathink.runs.checking import check_run
 from ultrathink.runs.checkpoint import load_checkpoint, read_state
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.inspection import consolidate, inspect_checkpoint
@@ -97,6 +99,43 @@ def test_a_run_that_moves_between_meshes_takes_the_same_samples(
     else:
         assert any("processes 2 -> 1" in text for text in tasks.resume(run))
     assert_equal(whole, run, 1e-9)
+
+
+def test_two_go_back_to_before_a_resume(two: Pool, tmp_path: Path) -> None:
+    """Each wrote its own part of the snapshots; what an earlier checkpoint holds is linked."""
+    words = ("parallel.zero_stage=3", "training.checkpoint={every_steps: 26, keep: 9}")
+    whole, decided, skipped = two.run(tasks.train_and_break, str(tmp_path / "whole"), *words)[0]
+    path, _ = two.run(tasks.train_and_stop, str(tmp_path / "stopped"), *words)
+    assert [one[1:] for one in two.run(tasks.resume_and_break, path)] == [(decided, skipped)] * 2
+    [after] = [after for rule, _, after in decided if rule == "roll_back"]
+    assert after == 101  # the checkpoint was of step 106
+    assert_same_bits(saved(whole), saved(path))
+    for step in carried_steps(read_state(Path(path) / "checkpoints" / "last")):
+        snapshots = [
+            snapshot_path(Path(one) / "checkpoints" / "last", step) for one in (whole, path)
+        ]
+        assert len(list(snapshots[0].glob("shard-00002-*"))) == 2
+        assert_same_bits(
+            load_checkpoint(snapshots[0])["model"], load_checkpoint(snapshots[1])["model"]
+        )
+    earlier = snapshot_path(Path(path) / "checkpoints" / "step_00000101", 101)
+    assert {file.stat().st_nlink > 1 for file in earlier.iterdir()} == {True}
+    assert check_run(RunFolder(Path(path))).is_sound
+
+
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_snapshots_move_between_meshes(two: Pool, tmp_path: Path, first: str) -> None:
+    words = ("training.precision=fp64", "parallel.zero_stage=3")
+    whole, decided, skipped = tasks.train_and_break(str(tmp_path / "whole"), words[0])
+    if first == "one":
+        path = tasks.train_and_stop(str(tmp_path / "moved"), words[0])
+        results = two.run(tasks.resume_and_break, path, words[1])
+    else:
+        path, _ = two.run(tasks.train_and_stop, str(tmp_path / "moved"), *words)
+        results = [tasks.resume_and_break(path)]
+    for result in results:
+        assert result[1:] == (decided, skipped)
+    assert_equal(whole, path, 1e-9)
 
 
 def test_each_process_reads_its_own_part(two: Pool, tmp_path: Path) -> None:

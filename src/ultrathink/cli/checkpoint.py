@@ -81,6 +81,9 @@ def _show(contents: Contents, *, with_tensors: bool, as_json: bool) -> None:
             "optimizer": contents.optimizer,
             "size_bytes": contents.size_bytes,
             "files": contents.files,
+            "snapshots": [
+                {"step": step, "size_bytes": size} for step, size in contents.snapshots.items()
+            ],
             "tensors": tensors,
         }
         print(json.dumps(plain))
@@ -95,6 +98,11 @@ def _show(contents: Contents, *, with_tensors: bool, as_json: bool) -> None:
     )
     for name, size in contents.files.items():
         print(f"    {size / 2**20:8.1f} MiB  {name}")
+    if contents.snapshots:
+        print(
+            f"  to go back to, {sum(contents.snapshots.values()) / 2**20:.1f} MiB, which "
+            f"checkpoints share: the snapshots of step {', '.join(map(str, contents.snapshots))}"
+        )
     if with_tensors:
         print(f"  {len(contents.tensors)} tensors:")
         for tensor in contents.tensors:

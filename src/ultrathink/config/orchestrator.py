@@ -86,6 +86,11 @@ class SnapshotsConfig(Section):
         description="GiB that snapshots may take on each process; a fifth of what is free when "
         "unset.",
     )
+    in_checkpoints: bool = Field(
+        True,
+        description="Whether checkpoints hold the snapshots too, so that a resumed run can go back "
+        "to before its start; each takes as much of the disk as a checkpoint without, once.",
+    )
 
 
 class OrchestratorConfig(Section):

@@ -46,3 +46,23 @@ class Alone:
     def forget(self, keys: Sequence[str]) -> None:
         for key in keys:
             del self._board[key]
+
+
+class PartOfWork:
+    """The same team in one part of what it does, ``name``, with keys of its own."""
+
+    def __init__(self, team: Team, name: str) -> None:
+        self.rank, self.size = team.rank, team.size
+        self._team, self._name = team, name
+
+    def put(self, key: str, value: Any) -> None:
+        self._team.put(self._inside(key), value)
+
+    def wait_for(self, keys: Sequence[str], check: Callable[[], None]) -> list[Any]:
+        return self._team.wait_for([self._inside(key) for key in keys], check)
+
+    def forget(self, keys: Sequence[str]) -> None:
+        self._team.forget([self._inside(key) for key in keys])
+
+    def _inside(self, key: str) -> str:
+        return f"{self._name}/{key}"

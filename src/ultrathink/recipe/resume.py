@@ -27,6 +27,7 @@ from ultrathink.recipe.build import (
 )
 from ultrathink.recipe.choices import choose_together
 from ultrathink.recipe.resumed_data import data_to_go_on_with, keep_record
+from ultrathink.recipe.resumed_snapshots import bring_back_snapshots
 from ultrathink.recipe.resumed_state import (
     adapt_state,
     check_changes,
@@ -156,6 +157,9 @@ class ResumePlan:
         )
         trainer.load_state_dict(state)
         trainer.fit_micro_batch()
+        lost = bring_back_snapshots(
+            trainer, config.orchestrator, self.folder, self.plain, self.changes, reset
+        )
         trainer.loader.mix_by([source.weight for source in config.data.train])
         trainer.lock = self.lock
         here = environment(choices)
@@ -163,6 +167,7 @@ class ResumePlan:
             *self.remarks,
             *trainer.remarks,
             *((text, "warning") for text in found.notes),
+            *((text, "warning") for text in lost),
             *((text, "warning") for text in _other_surroundings(run, here)),
         ]
         world.barrier()  # all have read what is removed or written now

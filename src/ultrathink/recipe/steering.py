@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ultrathink.config.orchestrator import OrchestratorConfig
+from functools import partial
+
+from ultrathink.config.orchestrator import OrchestratorConfig, SnapshotsConfig
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.core.protocols import State
 from ultrathink.monitoring.records import Level
 from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.orchestrator.live import LiveWatch
@@ -46,7 +47,7 @@ def steer(
         guard=guard,
         settings=trainer.settings,
         position=lambda: trainer.loader.samples_seen + trainer.loader.samples_skipped,
-        most_snapshots=lambda: _room_for(trainer.state_dict(), config.snapshots.max_gib),
+        most_snapshots=partial(room_for_snapshots, trainer, config.snapshots),
         is_compiled=bool(trainer.training.compile),
         log=log,
         show=show,
@@ -68,10 +69,16 @@ def orchestrator_of(trainer: Trainer) -> Steering:
     raise UltrathinkError("this run is not steered; build it with orchestrator.mode=act.")
 
 
-def _room_for(state: State, max_gib: float | None) -> int:
-    """How many copies of ``state`` fit."""
-    if max_gib is None:
-        memory = memory_in_use()
-        free = memory.get("memory_limit", 2 * memory["memory"]) - memory["memory"]
-        max_gib = _SHARE_OF_FREE * max(0.0, free)
-    return min(_MOST, int(max_gib * _GIB // max(1, size_bytes(state))))
+def room_for_snapshots(trainer: Trainer, config: SnapshotsConfig, before: int | None = None) -> int:
+    """How many snapshots fit, those that ``trainer`` holds among them.
+
+    A run that had room for ``before`` and was resumed has it again, so that it goes the same way,
+    unless that would take twice the share of the free memory.
+    """
+    size = max(1, size_bytes(trainer.state_dict())) / _GIB
+    if config.max_gib is not None:
+        return min(_MOST, int(config.max_gib // size))
+    memory = memory_in_use()
+    free = memory.get("memory_limit", 2 * memory["memory"]) - memory["memory"]
+    room = _SHARE_OF_FREE * max(0.0, free + len(trainer.carried) * size) / size
+    return before if before is not None and before <= 2 * room else min(_MOST, int(room))

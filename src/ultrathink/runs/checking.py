@@ -13,6 +13,7 @@ from ultrathink.config.loading import CONFIG_FILE
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError, ConfigError, UltrathinkError
 from ultrathink.data.tokenizers.base import load_tokenizer
+from ultrathink.runs.carried import problems_of_snapshots, snapshot_path
 from ultrathink.runs.checkpoint import DamagedCheckpointError, read_state, verify_checkpoint
 from ultrathink.runs.folder import RunFolder, find_run
 from ultrathink.runs.listing import size_on_disk
@@ -87,7 +88,10 @@ def check_run(run: RunFolder, which: str | None = None) -> Check:
                 found[step] = finding
         if found or not steps:
             break  # else a run that goes on dropped them all meanwhile, and has others
-    findings += [found[step] for step in sorted(found)]
+    for step in sorted(found):
+        findings.append(found[step])
+        if found[step].status != "damaged":
+            findings += _check_snapshots(run, steps[step])
     sound = [step for step in found if found[step].status != "damaged"]
     if which is None:
         if not steps:
@@ -200,6 +204,24 @@ def _check_checkpoint(
         return Finding(item, "damaged", problem)
     fits = "fits the model" if config is not None else "not compared with a model"
     return Finding(item, "ok", f"as it was written, {fits}, {size_on_disk(folder):,} bytes")
+
+
+def _check_snapshots(run: RunFolder, folder: Path) -> list[Finding]:
+    """What is damaged of the snapshots in a checkpoint; it is of use without them."""
+    try:
+        problems = problems_of_snapshots(folder, read_state(folder))
+    except (CheckpointError, OSError):  # it was dropped meanwhile
+        return []
+    if not folder.exists():
+        return []
+    return [
+        Finding(
+            snapshot_path(folder, step).relative_to(run.path).as_posix(),
+            "damaged",
+            f"{problem}; a resumed run cannot go back to it",
+        )
+        for step, problem in problems.items()
+    ]
 
 
 def _contradiction(state: dict[str, Any], step: int, tokenizer_hash: str | None) -> str | None:

@@ -7,6 +7,7 @@ A checkpoint is a folder; nothing in it is pickled:
     model.safetensors.index.json       which tensor is in which file
     state.json                         everything that is not a tensor
     checksums.json                     size and SHA-256 of all these, written last
+    snapshots/step_00000600/           what a steered run may go back to: a folder of the same kind
 
 It is written beside its final name and renamed, so a crash never leaves half of one there.
 
@@ -49,6 +50,9 @@ FORMAT, FORMAT_IN_PIECES = 1, 2
 _TENSOR = "__tensor__"  # in state.json, stands where a tensor was, with the tensor's name
 
 Wanted: TypeAlias = Callable[[str], bool]  # chooses tensors by name
+Check: TypeAlias = Callable[[], None]
+# Writes more into the folder that is to become a checkpoint, on each process of the team.
+Addition: TypeAlias = Callable[[Path, Check, Team], None]
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -79,15 +83,17 @@ def weights(name: str) -> bool:
 def save_checkpoint(
     folder: Path,
     state: State,
-    check: Callable[[], None] = lambda: None,
+    check: Check = lambda: None,
     team: Team | None = None,
     once_whole: Callable[[], None] = lambda: None,
+    add: Addition = lambda beside, check, team: None,
 ) -> None:
     """Write nested ``state`` (plain values, tensors, pieces) to ``folder``, whole or not at all.
 
     ``check`` is called often; what it raises ends the save. Raises OSError with its number and file
     where the disk does not take it. Any thread may call it. Each process of ``team`` calls it with
-    its own pieces; what is no piece is the first one's, which also calls ``once_whole``.
+    its own pieces; what is no piece is the first one's, which also calls ``once_whole``. All of
+    them call ``add``, which writes what has checksums of its own.
     """
     team = team or Alone()
     tensors: dict[str, Tensor | Piece] = {}
@@ -97,6 +103,7 @@ def save_checkpoint(
         if team.rank > 0:
             [has_begun] = team.wait_for(["begun"], check)
             if has_begun:
+                add(beside, check, team)
                 _write_my_files(beside, tensors, check, team)
             [failure] = team.wait_for(["end"], check)
             if failure is not None:
@@ -108,6 +115,7 @@ def save_checkpoint(
             beside.mkdir(parents=True)
             has_begun = True
             team.put("begun", True)
+            add(beside, check, team)
             _write_my_files(beside, tensors, check, team)
             _complete(beside, plain, check, team)
             replace_folder(beside, folder)
@@ -122,7 +130,7 @@ def save_checkpoint(
 
 
 def _write_my_files(
-    beside: Path, tensors: dict[str, Tensor | Piece], check: Callable[[], None], team: Team
+    beside: Path, tensors: dict[str, Tensor | Piece], check: Check, team: Team
 ) -> None:
     """Write this process's tensors, and tell the first what is in which file, with checksums."""
     from ultrathink.runs.tensor_files import write_tensors  # a second to import
@@ -141,7 +149,7 @@ def _write_my_files(
     team.put(f"written/{team.rank}", {"names": names, "sums": sums})
 
 
-def _complete(beside: Path, plain: Any, check: Callable[[], None], team: Team) -> None:
+def _complete(beside: Path, plain: Any, check: Check, team: Team) -> None:
     """Write what is beside the tensors, once all processes have written theirs."""
     written = [f"written/{rank}" for rank in range(team.size)]
     everyones = team.wait_for(written, check)

@@ -20,6 +20,7 @@ from ultrathink.core.team import Team
 from ultrathink.runs.checkpoint import (
     CHECKSUM_FILE,
     STATE_FILE,
+    Addition,
     DamagedCheckpointError,
     Wanted,
     everything,
@@ -293,15 +294,17 @@ class RunFolder:
         keep: int,
         check: Callable[[], None] = lambda: None,
         team: Team | None = None,
+        add: Addition = lambda beside, check, team: None,
     ) -> Path:
         """Write the checkpoint of ``step``, point ``last`` (and ``best``) to it, drop old ones.
 
         ``check`` is called often until it is whole; what it raises ends the save. Each process of
-        ``team`` calls it; the first one sees to links and old checkpoints.
+        ``team`` calls it; the first one sees to links and old checkpoints. ``add`` writes more into
+        the checkpoint.
         """
         path = self.step_path(step)
         if team is not None and team.rank > 0:
-            save_checkpoint(path, state, check, team)
+            save_checkpoint(path, state, check, team, add=add)
             return path
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         # A step that was kept back while the disk was full may come after a newer one.
@@ -310,7 +313,7 @@ class RunFolder:
         try:
             for name in names:  # first, so that clean() knows of them after a crash
                 self._prepare_link(name, path)
-            save_checkpoint(path, state, check, team, lambda: self._set_links(names))
+            save_checkpoint(path, state, check, team, lambda: self._set_links(names), add)
         except BaseException:
             for name in names:
                 with suppress(OSError):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import replace_folder, sync_file, sync_folder
+from ultrathink.runs.carried import carried_steps, snapshot_path
 from ultrathink.runs.checkpoint import (
     DamagedCheckpointError,
     holding,
@@ -20,6 +21,7 @@ from ultrathink.runs.checkpoint import (
     weights,
 )
 from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.listing import size_on_disk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +53,7 @@ class Contents:
     files: dict[str, int]  # and their bytes
     tensors: tuple[TensorInfo, ...]
     optimizer: str
+    snapshots: dict[int, int]  # that it carries, by step, and their bytes
 
     @property
     def num_parameters(self) -> int:
@@ -84,6 +87,9 @@ def inspect_checkpoint(folder: Path) -> Contents:
         files=files,
         tensors=tensors,
         optimizer=_inside(state, "config", "training", "optimizer", "type"),
+        snapshots={
+            step: size_on_disk(snapshot_path(folder, step)) for step in carried_steps(state)
+        },
     )
 
 

@@ -107,16 +107,24 @@ def last_change(run: Path) -> float:
     return max(times)
 
 
-def size_on_disk(folder: Path) -> int:
-    """The bytes of all files below ``folder``, links not followed; what vanishes is passed over."""
-    total = 0
+def size_on_disk(folder: Path, counted: set[tuple[int, int]] | None = None) -> int:
+    """The bytes of all files below ``folder``, links not followed; what vanishes is passed over.
+
+    A file of several names counts once; ``counted`` are those that did already.
+    """
+    total, counted = 0, set() if counted is None else counted
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             with suppress(OSError):
                 if entry.is_dir(follow_symlinks=False):
-                    total += size_on_disk(Path(entry.path))
-                else:
-                    total += entry.stat(follow_symlinks=False).st_size
+                    total += size_on_disk(Path(entry.path), counted)
+                    continue
+                found = entry.stat(follow_symlinks=False)
+                if found.st_nlink > 1 and (found.st_dev, found.st_ino) in counted:
+                    continue
+                if found.st_nlink > 1:
+                    counted.add((found.st_dev, found.st_ino))
+                total += found.st_size
     return total
 
 

@@ -9,12 +9,14 @@ import threading
 import time
 import traceback
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ultrathink.core.protocols import State
 from ultrathink.core.team import Alone, Team
+from ultrathink.runs.carried import Carried, SnapshotWriter
 from ultrathink.runs.folder import RunFolder
 
 _LOOK_S = 0.1  # between looks at a save that is waited for; a signal is heard in each
@@ -50,6 +52,7 @@ class _Save:
     state: State
     is_best: bool
     team: Team
+    carried: Sequence[Carried]
     given_up: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -71,6 +74,7 @@ class CheckpointSaver:
     def __init__(self, run: RunFolder, keep: int) -> None:
         self._run = run
         self._keep = keep
+        self.snapshots = SnapshotWriter(run.checkpoints)
         self._founding = run.founding()
         self._outcomes: list[Outcome] = []
         self._outcomes_lock = threading.Lock()
@@ -82,14 +86,23 @@ class CheckpointSaver:
         save = self._newest
         return save is not None and not save.done.is_set() and not save.given_up.is_set()
 
-    def submit(self, step: int, state: State, *, is_best: bool, team: Team | None = None) -> None:
+    def submit(
+        self,
+        step: int,
+        state: State,
+        *,
+        is_best: bool,
+        team: Team | None = None,
+        carried: Sequence[Carried] = (),
+    ) -> None:
         """Write ``state``, which nobody else may change, after the save under way has ended.
 
-        With ``team``, whose processes all do this, each with what it holds.
+        With ``team``, whose processes all do this, each with what it holds. ``carried`` are the
+        snapshots that the checkpoint is to hold.
         """
         if self._newest is not None:
             self._newest.wait()
-        save = _Save(step, state, is_best, team or Alone())
+        save = _Save(step, state, is_best, team or Alone(), carried)
         self._newest = save
         _WRITING.add(save)
         thread = threading.Thread(
@@ -138,6 +151,9 @@ class CheckpointSaver:
                 keep=self._keep,
                 check=save.check,
                 team=save.team,
+                add=lambda beside, check, team: self.snapshots.write(
+                    save.carried, beside, check, team
+                ),
             )
         except BaseException as caught:  # nobody else would hear of it, and all would wait
             _forget_locals(caught)
@@ -146,7 +162,7 @@ class CheckpointSaver:
             self._end(save, began, error, restored)
 
     def _end(self, save: _Save, began: float, error: Exception | None, restored: bool) -> None:
-        save.state = {}
+        save.state, save.carried = {}, ()
         if not isinstance(error, SaveGivenUpError):
             outcome = Outcome(
                 step=save.step,

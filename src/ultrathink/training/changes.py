@@ -34,10 +34,14 @@ def apply_change(trainer: Trainer, request: Request) -> Change | None:
     """Apply one request at a step boundary; returns its record, where it changes anything."""
     setting, value, reason, decision = request
     if setting == "snapshot":
-        trainer.snapshots[value] = trainer.copied_state()
+        key, in_checkpoints = value
+        trainer.snapshots[key] = trainer.copied_state()
+        if in_checkpoints:
+            trainer.carried.add(key)
         return None
     if setting == "forget":
         trainer.snapshots.pop(value, None)
+        trainer.carried.discard(value)
         return None
     if setting == "keep_state":
         name, key, newest = value

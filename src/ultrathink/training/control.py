@@ -137,11 +137,16 @@ class TrainerControl(Protocol):
     def skip_samples(self, count: int, *, reason: str) -> None:
         """Leave out the next ``count`` samples."""
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self, *, in_checkpoints: bool = False) -> Snapshot:
         """Copy the whole state (weights, optimizer, data position, random state).
 
-        The copy is taken at this step boundary, before anything else that was asked for.
+        The copy is taken at this step boundary, before anything else that was asked for. Those
+        ``in_checkpoints`` outlive a resume, where ``brought_back`` finds them.
         """
+
+    def brought_back(self, step: int) -> Snapshot | None:
+        """The snapshot of ``step`` that the checkpoint held with which the run was resumed, to
+        whoever asks first."""
 
     def restore(self, snapshot: Snapshot, *, reason: str) -> None:
         """Return to ``snapshot``, all of it."""
@@ -183,6 +188,7 @@ class ControlQueue:
         self._keys = itertools.count()
         self._pending: list[Request] = []
         self._decision: int | None = None
+        self._brought_back: dict[int, Snapshot] = {}
 
     @contextmanager
     def deciding(self, number: int) -> Iterator[None]:
@@ -254,10 +260,28 @@ class ControlQueue:
     def skip_samples(self, count: int, *, reason: str) -> None:
         self._ask("skip_samples", int(_positive("the number of samples", count)), reason)
 
-    def snapshot(self) -> Snapshot:
-        snapshot = Snapshot(self._step(), next(self._keys))
-        self._ask("snapshot", snapshot.key, "")
-        weakref.finalize(snapshot, self._ask, "forget", snapshot.key, "").atexit = False
+    def snapshot(self, *, in_checkpoints: bool = False) -> Snapshot:
+        snapshot = self._new_snapshot(self._step())
+        self._ask("snapshot", [snapshot.key, in_checkpoints], "")
+        return snapshot
+
+    def bring_back(self, step: int) -> Snapshot:
+        """Let ``brought_back`` find a snapshot of ``step``, whose state the caller has."""
+        self._brought_back[step] = snapshot = self._new_snapshot(step)
+        return snapshot
+
+    def brought_back(self, step: int) -> Snapshot | None:
+        return self._brought_back.pop(step, None)
+
+    def is_asked(self, setting: str) -> bool:
+        """Whether a change of ``setting`` waits."""
+        return any(request.setting == setting for request in self._pending)
+
+    def _new_snapshot(self, step: int) -> Snapshot:
+        snapshot = Snapshot(step, next(self._keys))
+        # Not the queue itself: it would keep the run, and so the snapshot, for ever.
+        forget = weakref.finalize(snapshot, _forget, weakref.ref(self), snapshot.key)
+        forget.atexit = False
         return snapshot
 
     def restore(self, snapshot: Snapshot, *, reason: str) -> None:
@@ -287,6 +311,13 @@ class ControlQueue:
 
     def _ask(self, setting: str, value: Any, reason: str) -> None:
         self._pending.append(Request(setting, value, reason, self._decision))
+
+
+def _forget(queue: weakref.ref[ControlQueue], key: int) -> None:
+    """Nobody can ask for the snapshot ``key`` any more."""
+    found = queue()
+    if found is not None:
+        found.put([Request("forget", key, "")])
 
 
 def _positive(what: str, value: float) -> float:

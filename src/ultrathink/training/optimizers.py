@@ -182,7 +182,7 @@ def load_optimizer_state(
         # torch's own format numbers parameters in the order of the groups.
         ordered = [p for group in optimizer.param_groups for p in group["params"]]
         numbered = {
-            number: _copied(state[names[parameter]], parameter)
+            number: placed_values(state[names[parameter]], parameter)
             for number, parameter in enumerate(ordered)
             if names[parameter] in state
         }
@@ -190,8 +190,9 @@ def load_optimizer_state(
         optimizer.load_state_dict({"state": numbered, "param_groups": groups})
 
 
-def _copied(values: Any, parameter: Tensor) -> dict[str, Any]:
-    """A copy, because an optimizer would otherwise go on writing into the snapshot.
+def placed_values(values: Any, parameter: Tensor) -> dict[str, Any]:
+    """A copy of what an optimizer remembers of ``parameter``: it would go on writing into a
+    snapshot.
 
     Where ``parameter`` is divided among processes, so is what belongs to each of its elements.
     """

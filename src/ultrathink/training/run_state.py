@@ -12,7 +12,12 @@ from ultrathink.core.protocols import State, Stateful
 from ultrathink.core.random import random_state, set_random_state
 from ultrathink.parallel.placement import placed_like, region_of
 from ultrathink.training.budget import Budget
-from ultrathink.training.optimizers import load_optimizer_state, optimizer_state, set_option
+from ultrathink.training.optimizers import (
+    load_optimizer_state,
+    optimizer_state,
+    placed_values,
+    set_option,
+)
 from ultrathink.training.states import load_states, states_of
 
 if TYPE_CHECKING:
@@ -88,6 +93,35 @@ def return_to(trainer: Trainer, state: State) -> None:
     trainer.settings.micro_batch_size = min(size, trainer.settings.micro_batch_size)
     trainer.settings.activation_checkpointing = recomputed
     trainer.model.set_activation_checkpointing(recomputed)
+    trainer.fit_micro_batch()  # it may be from when there were more processes
+
+
+def placed_state(trainer: Trainer, state: State) -> State:
+    """``state``, as read for this process, lying where copies of the trainer's own state do."""
+    values: dict[str, Any] = dict(state)
+    weights, stepper = trainer.model.state_dict(), trainer.stepper
+    moved: dict[str, Tensor] = dict(trainer.model.named_parameters())
+    moved |= {name: copy for copy, name in stepper.host_names.items()}
+    return {
+        **values,
+        "model": {
+            name: _on_device(placed_like(value, weights[name]), weights[name])
+            for name, value in values["model"].items()
+        },
+        "optimizer": {
+            name: {
+                key: _on_device(value, moved[name])
+                for key, value in placed_values(remembered, moved[name]).items()
+            }
+            for name, remembered in values["optimizer"].items()
+        },
+    }
+
+
+def _on_device(value: Any, reference: Tensor) -> Any:
+    """``value`` beside ``reference`` where it is as large; a count of steps stays where it is."""
+    is_like = isinstance(value, Tensor) and value.shape == reference.shape
+    return value.to(reference.device) if is_like and not isinstance(value, DTensor) else value
 
 
 def _guard_state(trainer: Trainer) -> Any:

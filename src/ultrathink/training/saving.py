@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from ultrathink.core.protocols import State
 from ultrathink.parallel.board import new_team
 from ultrathink.parallel.placement import piece_of
 from ultrathink.parallel.world import ALONE, World
+from ultrathink.runs.carried import SNAPSHOTS, Carried
 from ultrathink.runs.checkpoint import save_checkpoint
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.saver import CheckpointSaver, Outcome
@@ -30,13 +31,16 @@ class _Request:
     step: int
     state: State
     is_best: bool
+    carried: Sequence[int]  # keys of snapshots
 
 
 class Saving:
     """Hands copies of the state to a writing thread, and keeps those that could not be written.
 
     ``on_written(step, path)``, ``on_restored()`` (for a run folder that had vanished) and
-    ``tell(text, level)`` are called on the caller's thread only, never on the writing one.
+    ``tell(text, level)`` are called on the caller's thread only, never on the writing one. The
+    states in ``snapshots`` never change; they are looked up when a write begins, so that one the
+    disk keeps waiting holds none of them.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Saving:
         on_restored: Callable[[], None],
         tell: Callable[[str, Literal["info", "warning"]], None],
         world: World = ALONE,
+        snapshots: Mapping[int, State] | None = None,
     ) -> None:
         self.rule = rule
         self._on_written = on_written
@@ -55,6 +60,7 @@ class Saving:
         self._tell = tell
         self._run = run
         self._world = world
+        self._snapshots = snapshots if snapshots is not None else {}
         self._saver = CheckpointSaver(run, keep=rule.keep)
         self._under_way: _Request | None = None
         # At most two: the newest state, and the best one where that is another.
@@ -63,12 +69,19 @@ class Saving:
         self._abandoned = False
         self._told = ""  # the trouble that was told last
 
-    def save(self, step: int, state: State, *, is_best: bool) -> None:
-        """Write ``state`` soon; it is copied before this returns."""
-        request = _Request(step, private_copy(state), is_best)
+    def save(self, step: int, state: State, *, is_best: bool, carried: Sequence[int] = ()) -> None:
+        """Write ``state`` soon; it is copied before this returns.
+
+        With it the snapshots of the keys ``carried``, the newer ones last.
+        """
+        request = _Request(step, private_copy(state), is_best, tuple(carried))
         self._wait_for_outcome()
         self._unwritten.pop("newest", None)  # this one is newer
         self._submit(request)
+
+    def note_snapshot(self, key: int, folder: Path) -> None:
+        """The snapshot ``key`` was read from ``folder``, and need not be written again."""
+        self._saver.snapshots.note(key, folder)
 
     @property
     def is_idle(self) -> bool:
@@ -146,7 +159,21 @@ class Saving:
     def _submit(self, request: _Request) -> None:
         self._under_way = request
         team = new_team(self._world)
-        self._saver.submit(request.step, request.state, is_best=request.is_best, team=team)
+        carried = self._still_held(request)
+        state: State = dict(request.state)
+        if carried:
+            state[SNAPSHOTS] = [one.step for one in carried]
+        self._saver.submit(request.step, state, is_best=request.is_best, team=team, carried=carried)
+
+    def _still_held(self, request: _Request) -> list[Carried]:
+        """The snapshots that are to go with a checkpoint, one for each step."""
+        found: dict[int, Carried] = {}
+        for key in request.carried:
+            state: dict[str, Any] | None = self._snapshots.get(key)
+            if state is not None:
+                step = state["progress"]["step"]
+                found[step] = Carried(key, step, own_pieces(state))
+        return [found[step] for step in sorted(found)]
 
     def _now(self) -> float:
         """A clock in seconds: on several processes that of the first, for all who ask together."""
@@ -199,6 +226,18 @@ def private_copy(state: Any) -> Any:
         return {key: private_copy(value) for key, value in state.items()}
     if isinstance(state, list):
         return [private_copy(value) for value in state]
+    return state
+
+
+def own_pieces(state: Any) -> Any:
+    """``state`` with the piece that this process is to write in place of what several hold
+    together; nothing is copied."""
+    if isinstance(state, DTensor):
+        return piece_of(state)
+    if isinstance(state, dict):
+        return {key: own_pieces(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [own_pieces(value) for value in state]
     return state
 
 

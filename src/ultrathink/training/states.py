@@ -19,11 +19,16 @@ def states_of(parts: Sequence[Stateful]) -> State:
 
 
 def load_states(parts: Sequence[Stateful], states: dict[str, Any]) -> None:
-    """Give each part its state back, where there is one."""
-    for number, part in enumerate(parts):
-        name = f"{number}:{type(part).__name__}"
-        if name in states:
-            part.load_state_dict(states[name])
+    """Give each part its state back, where there is one: the first of a class that of the first.
+
+    So a part keeps its state where others, that a user brings, are not there any more.
+    """
+    left: dict[str, list[Any]] = {}
+    for name in sorted(states, key=lambda name: int(name.partition(":")[0])):
+        left.setdefault(name.partition(":")[2], []).append(states[name])
+    for part in parts:
+        if waiting := left.get(type(part).__name__):
+            part.load_state_dict(waiting.pop(0))
 
 
 def cloned(node: Any) -> Any:

@@ -80,6 +80,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.control = ControlQueue(lambda: self.progress.step)
         self.snapshots: dict[int, State] = {}
+        self.carried: set[int] = set()  # keys of those that checkpoints hold too
         self.saving = Saving(
             self.run,
             self.training.checkpoint,
@@ -87,6 +88,7 @@ class Trainer:
             on_restored=self._renew_lock,
             tell=lambda text, level: self.notify("on_message", text, level),
             world=self.world,
+            snapshots=self.snapshots,
         )
         self.ending: Ending | None = None
         self.is_best = False  # this step's weights have the best score so far
@@ -391,7 +393,12 @@ class Trainer:
         """Have a checkpoint of this step written; training goes on meanwhile."""
         self.progress.last_checkpoint = self.progress.step
         self.progress.last_checkpoint_s = self.elapsed_s()
-        self.saving.save(self.progress.step, self.state_dict(), is_best=self.is_best)
+        self.saving.save(
+            self.progress.step,
+            self.state_dict(),
+            is_best=self.is_best,
+            carried=sorted(self.carried),
+        )
         self.is_best = self.save_wanted = False
         self._all_have_written = self.world.size == 1
 

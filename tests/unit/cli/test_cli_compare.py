@@ -46,7 +46,7 @@ def compare(capsys: Out, *words: str, status: int = 0) -> str:
 
 def test_everything_side_by_side(two: None, capsys: Out) -> None:
     assert compare(capsys, "a", "b") == (
-        "Configuration: 1 of 100 values differ (run.name left out)\n"
+        "Configuration: 1 of 101 values differ (run.name left out)\n"
         "                      a   b\n"
         "  training.max_steps  20  30\n"
         "\n"
@@ -158,7 +158,7 @@ def test_where_the_encoding_has_no_bars_there_is_no_plot(
 
 def test_a_run_and_itself_are_identical(two: None, capsys: Out) -> None:
     out = compare(capsys, "a", "a")
-    assert "Configuration: all 100 values are the same\n" in out
+    assert "Configuration: all 101 values are the same\n" in out
     assert "Manifest: same code, packages, hardware, data and tokenizer\n" in out
     assert (
         "  a (1) and a (2): all 4 logged losses are equal (identical); "
@@ -227,7 +227,7 @@ def test_what_was_changed_on_resuming_is_told(two: None, capsys: Out) -> None:
 def test_a_run_without_metrics_is_compared_in_the_rest(two: None, capsys: Out) -> None:
     make_run(Path("runs"), "c")
     out = compare(capsys, "a", "c")
-    assert "Configuration: all 100 values are the same (run.name left out)" in out
+    assert "Configuration: all 101 values are the same (run.name left out)" in out
     assert "Manifest: c has none that can be read" in out
     assert "Curves: c has no metrics yet" in out
     assert json.loads(compare(capsys, "a", "c", "--json"))["curves"]["stretches"] == []

@@ -1,10 +1,12 @@
-"""Which snapshots of a run are kept in memory to go back to."""
+"""Which snapshots of a run are kept in memory to go back to; its checkpoints may carry them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ultrathink.core.protocols import State
 
 if TYPE_CHECKING:
     from ultrathink.training.control import Snapshot
@@ -94,6 +96,31 @@ class SnapshotRing:
         if kept not in self._all():
             self._kept.append(kept)
 
+    def state_dict(self) -> State:
+        """Which are kept; what is in them is elsewhere."""
+        return {
+            "most": self.most,
+            "count": self._count,
+            "kept": [_noted(one) for one in self._kept],
+            "best": None if self.best is None else _noted(self.best),
+            "held": {name: _noted(one) for name, one in self.held.items()},
+        }
+
+    def load_state_dict(self, state: State, held: Callable[[int], Snapshot | None]) -> None:
+        """Go back to what ``state_dict`` returned, as far as snapshots are ``held``, by step."""
+        values: dict[str, Any] = dict(state)
+        best, holding = values["best"], values["held"]
+        found: dict[int, Kept] = {}
+        best_ones = [best] if best is not None else []
+        for step, samples, number in [*values["kept"], *best_ones, *holding.values()]:
+            snapshot = held(step) if step not in found else None
+            if snapshot is not None:
+                found[step] = Kept(snapshot, samples, number)
+        self._kept = [found[step] for step, *_ in values["kept"] if step in found]
+        self.best = found.get(best[0]) if best is not None else None
+        self.held = {name: found[step] for name, (step, *_) in holding.items() if step in found}
+        self._count = values["count"]
+
     def _all(self) -> list[Kept]:
         found = list(self._kept)
         for one in (self.best, *self.held.values()):
@@ -113,3 +140,7 @@ class SnapshotRing:
             for place, one in enumerate(self._kept[:-1])
         ]
         return -max(overdue)[1]
+
+
+def _noted(kept: Kept) -> list[int]:
+    return [kept.step, kept.samples, kept.number]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from ultrathink.config.orchestrator import OrchestratorConfig
@@ -70,6 +71,7 @@ class Steering(Controller):
 
     ``log`` has them in ``decisions.jsonl``, ``show(step, title, text)`` tells of each. What it has
     decided outlives a rollback, which takes back all else; checkpoints hold it.
+    ``most_snapshots(before)`` says how many there is room for, where a resumed run had ``before``.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Steering(Controller):
         guard: OutlierGuard,
         settings: LiveSettings,
         position: Callable[[], int],
-        most_snapshots: Callable[[], int],
+        most_snapshots: Callable[[int | None], int],
         is_compiled: bool,
         log: RunLog,
         show: Callable[[int, str, str], None],
@@ -93,6 +95,7 @@ class Steering(Controller):
         self.decisions: list[Decision] = []
         self.ear = _Ear(self)
         self.snapshots: SnapshotRing | None = None
+        self._ring_state: State | None = None  # of a checkpoint, until the first boundary
         self._settings = settings
         self._position = position
         self._most_snapshots = most_snapshots
@@ -132,14 +135,7 @@ class Steering(Controller):
         self._control, self._report = control, report
         self._step = report.step
         if self.snapshots is None:
-            most = self._most_snapshots()
-            if not most:
-                self._tell("there is no memory for snapshots: the run cannot go back", "warning")
-            self.snapshots = SnapshotRing(
-                control.snapshot,
-                every=self.config.snapshots.every_steps,
-                most=most,
-            )
+            self.snapshots = self._begin_ring(control)
         events = self.watch.take_events()
         self._count(report)
         self._note_skips(report, control)
@@ -149,9 +145,25 @@ class Steering(Controller):
             self._close(rule, {"resolved": resolved, "text": text})
         if proposal is not None:
             self._carry_out(proposal, control, self.snapshots)
-        elif not self.guard.streak and not self._non_finite:
+        elif not (self.guard.streak or self._non_finite or control.is_asked("restore")):
             self._take_snapshot(self.snapshots)
         self._is_new_best = False
+
+    def _begin_ring(self, control: ControlQueue) -> SnapshotRing:
+        """The snapshots that the run was resumed with, or none yet."""
+        rule = self.config.snapshots
+        before: dict[str, Any] = dict(self._ring_state or {})
+        most = self._most_snapshots(before.get("most"))
+        if not most:
+            self._tell("there is no memory for snapshots: the run cannot go back", "warning")
+        ring = SnapshotRing(
+            partial(control.snapshot, in_checkpoints=rule.in_checkpoints),
+            every=rule.every_steps,
+            most=most,
+        )
+        if before:
+            ring.load_state_dict(before, control.brought_back)
+        return ring
 
     def _take_snapshot(self, snapshots: SnapshotRing) -> None:
         if self._is_new_best or snapshots.is_due(self._step):
@@ -273,7 +285,7 @@ class Steering(Controller):
     def restore_records(self, step: int) -> None:
         """Write down again what a resume at ``step`` cut: a run that went back decided it later."""
         for decision in self.decisions:
-            if decision.step > step:
+            if decision.step >= step:  # that of this step may not have been written yet
                 self._log.write_decision(decision.to_json())
 
     def finish(self) -> None:
@@ -390,7 +402,14 @@ class Steering(Controller):
             "num_skipped": self._num_skipped,
             "non_finite": self._non_finite,
             "since_rollback": self._since_rollback,
+            "snapshots": self._carried(),
         }
+
+    def _carried(self) -> State | None:
+        """Which snapshots a checkpoint of now carries."""
+        if self.snapshots is None or not self.config.snapshots.in_checkpoints:
+            return self._ring_state
+        return self.snapshots.state_dict()
 
     def load_state_dict(self, state: State) -> None:
         """Go back to what ``state_dict`` returned; a rollback leaves all as it is."""
@@ -403,6 +422,7 @@ class Steering(Controller):
         self._num_skipped = values["num_skipped"]
         self._non_finite = values["non_finite"]
         self._since_rollback = values["since_rollback"]
+        self._ring_state = values.get("snapshots")  # older checkpoints have none
 
 
 class _Ear(Callback):

@@ -7,64 +7,27 @@ from typing import Any
 import pytest
 import torch
 
+from tests.unit.orchestrator.steering.broken_runs import (
+    ACT,
+    RUN,
+    Breaks,
+    broken_run,
+    decisions,
+    scale_a_weight,
+    steering_of,
+)
 from tests.unit.training.conftest import MakeTrainer, make_trainer
 from tests.unit.training.observers import At, Recorder, final_state
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.orchestrator.steering import find_rate
-from ultrathink.orchestrator.steering.steering import Steering
 from ultrathink.recipe.resume import resume_trainer
 from ultrathink.recipe.steering import orchestrator_of
 from ultrathink.runs.decisions import read_decisions
-from ultrathink.training.callbacks import Callback, Controller, StepReport
+from ultrathink.training.callbacks import Controller, StepReport
 from ultrathink.training.control import TrainerControl
 from ultrathink.training.trainer import Trainer
 
 __all__ = ["make_trainer"]
-
-ACT = "orchestrator.mode=act"
-RUN = (
-    "training.max_steps=140",
-    "training.optimizer={type: adamw, lr: 0.003}",
-    "training.schedule={type: wsd, warmup: 10, decay: 20%}",
-    "training.clip=null",
-    "orchestrator.snapshots.every_steps=20",
-)
-
-
-class Breaks(Callback):
-    """Does something to a trainer after a step, once."""
-
-    def __init__(self, step: int, harm: Any) -> None:
-        self.step = step
-        self.harm = harm
-        self.trainer: Trainer | None = None
-
-    def on_step(self, report: StepReport) -> None:
-        if report.step == self.step and self.trainer is not None:
-            trainer, self.trainer = self.trainer, None
-            self.harm(trainer)
-
-
-def scale_a_weight(trainer: Trainer) -> None:
-    with torch.no_grad():
-        next(p for p in trainer.model.parameters() if p.ndim == 2).mul_(300.0)
-
-
-def steering_of(trainer: Trainer) -> Steering:
-    [found] = [one for one in trainer.controllers if isinstance(one, Steering)]
-    return found
-
-
-def broken_run(make: MakeTrainer, step: int, harm: Any, *overrides: str) -> Trainer:
-    breaks = Breaks(step, harm)
-    trainer = make(*RUN, *overrides, callbacks=[breaks])
-    breaks.trainer = trainer
-    trainer.fit()
-    return trainer
-
-
-def decisions(trainer: Trainer, *rules: str) -> list[dict[str, Any]]:
-    return [one for one in read_decisions(trainer.run.decisions) if one["rule"] in rules]
 
 
 def test_a_healthy_run_is_the_same_to_the_bit(make_trainer: MakeTrainer) -> None:

@@ -1,0 +1,269 @@
+"""Snapshots in checkpoints: a resumed run goes back to before its start, as one never stopped."""
+
+import gc
+import json
+import shutil
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.orchestrator.steering.broken_runs import (
+    ACT,
+    RUN,
+    Breaks,
+    broken_run,
+    decisions,
+    scale_a_weight,
+    steering_of,
+)
+from tests.unit.training.conftest import MakeTrainer, make_trainer
+from tests.unit.training.observers import At, final_state, records
+from ultrathink.cli.main import main
+from ultrathink.orchestrator.steering import find_rate
+from ultrathink.recipe.resume import resume_trainer
+from ultrathink.runs.carried import carried_steps, snapshot_path
+from ultrathink.runs.checking import check_run
+from ultrathink.runs.checkpoint import CHECKSUM_FILE, load_checkpoint, read_state
+from ultrathink.runs.decisions import read_decisions
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.listing import size_on_disk
+from ultrathink.training.callbacks import Controller, StepReport
+from ultrathink.training.control import TrainerControl
+from ultrathink.training.trainer import Trainer
+
+__all__ = ["make_trainer"]
+
+SAVES_OFTEN = "training.checkpoint={every_steps: 10, keep: 3}"
+
+
+def broken_after_a_resume(make: MakeTrainer, *overrides: str) -> Trainer:
+    """Stop after step 106, go on, and break the weights after step 110."""
+    stop = At(step106=lambda control: control.stop(reason="test"))
+    trainer = make(*RUN, ACT, *overrides, controllers=[stop])
+    assert trainer.fit() == "stopped"
+    return resumed_and_broken(trainer.run)
+
+
+def resumed_and_broken(run: RunFolder, *overrides: str) -> Trainer:
+    breaks = Breaks(110, scale_a_weight)
+    trainer = resume_trainer(run, overrides=overrides, callbacks=[breaks])
+    breaks.trainer = trainer
+    trainer.fit()
+    return trainer
+
+
+def without_clock(node: Any) -> Any:
+    """State or records less what a clock or the machine decides."""
+    dropped = ("time", "tokens_per_sec", "memory_gib", "data_wait", "elapsed_s", "mfu")
+    if isinstance(node, dict):
+        return {
+            key: without_clock(value)
+            for key, value in node.items()
+            if key not in dropped and not key.startswith("last_checkpoint")
+        }
+    return [without_clock(one) for one in node] if isinstance(node, list) else node
+
+
+def test_it_goes_back_to_before_a_resume_as_if_there_had_been_none(
+    make_trainer: MakeTrainer,
+) -> None:
+    whole = broken_run(make_trainer, 110, scale_a_weight, ACT, SAVES_OFTEN)
+    again = broken_after_a_resume(make_trainer, SAVES_OFTEN)
+    [rollback] = decisions(again, "roll_back")
+    assert (rollback["before"] > 110, rollback["after"]) == (True, 101)
+    one, other = final_state(whole.run), final_state(again.run)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    by_hand = [record["rule"] for record in read_decisions(again.run.decisions)]
+    assert by_hand.count("by_hand") == 1  # the stop
+    assert without_clock(read_decisions(whole.run.decisions)) == without_clock(
+        [one for one in read_decisions(again.run.decisions) if one["rule"] != "by_hand"]
+    )
+    assert without_clock(records(whole.run)) == without_clock(records(again.run))
+    rings = [steering_of(one).state_dict()["snapshots"] for one in (whole, again)]
+    assert rings[0] == rings[1]
+    held = [carried_steps(read_state(one.run.checkpoint())) for one in (whole, again)]
+    assert held[0] == held[1]
+    assert len(held[0]) > 3
+    for step in held[0]:
+        copies = [snapshot_path(one.run.checkpoint().resolve(), step) for one in (whole, again)]
+        states = [load_checkpoint(copy) for copy in copies]
+        assert all(
+            torch.equal(states[0]["model"][name], states[1]["model"][name])  # type: ignore[index, call-overload]
+            for name in states[0]["model"]  # type: ignore[union-attr]
+        )
+        assert "snapshots" not in states[0]
+
+
+def test_snapshots_that_checkpoints_share_are_written_once(make_trainer: MakeTrainer) -> None:
+    trainer = broken_after_a_resume(make_trainer, SAVES_OFTEN)
+    names: dict[tuple[int, int], int] = {}
+    for step in trainer.run.steps():
+        folder = trainer.run.step_path(step)
+        for one in carried_steps(read_state(folder)):
+            inode = (snapshot_path(folder, one) / CHECKSUM_FILE).stat().st_ino
+            names[inode, one] = names.get((inode, one), 0) + 1
+    assert len(trainer.run.steps()) == 3
+    assert len(names) == len({step for _, step in names})  # one file for each, in all checkpoints
+    assert max(names.values()) == 3
+    assert check_run(trainer.run).is_sound
+    held = [sum(f.stat().st_size for f in trainer.run.path.rglob("*") if f.is_file())]
+    assert size_on_disk(trainer.run.path) < 0.7 * held[0]
+
+
+def test_what_was_read_from_a_checkpoint_is_not_written_again(make_trainer: MakeTrainer) -> None:
+    run = stopped_run(make_trainer)
+    written = (snapshot_path(run.checkpoint(), 101) / CHECKSUM_FILE).stat().st_ino
+    again = resume_trainer(run, overrides=["training.checkpoint.every_steps=120"])
+    again.fit()
+    for folder in (run.step_path(120), run.step_path(140)):
+        assert (snapshot_path(folder, 101) / CHECKSUM_FILE).stat().st_ino == written
+
+
+@pytest.mark.parametrize("mode", ["off", "advise", "act"])
+def test_only_a_steered_run_that_may_writes_snapshots(make_trainer: MakeTrainer, mode: str) -> None:
+    words = () if mode != "act" else ("orchestrator.snapshots.in_checkpoints=false",)
+    trainer = make_trainer(
+        *RUN, f"orchestrator.mode={mode}", *words, "training.max_steps=4", SAVES_OFTEN
+    )
+    trainer.fit()
+    last = trainer.run.checkpoint()
+    assert sorted(path.name for path in last.iterdir()) == [
+        "checksums.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "state.json",
+    ]
+    state = read_state(last)
+    assert "snapshots" not in state
+    assert all(not part.get("snapshots") for part in state["controllers"].values())
+
+
+def test_without_them_a_resumed_run_goes_back_to_its_start(make_trainer: MakeTrainer) -> None:
+    again = broken_after_a_resume(make_trainer, "orchestrator.snapshots.in_checkpoints=false")
+    [rollback] = decisions(again, "roll_back")
+    assert rollback["after"] == 107
+
+
+def stopped_run(make: MakeTrainer) -> RunFolder:
+    stop = At(step106=lambda control: control.stop(reason="test"))
+    trainer = make(*RUN, ACT, controllers=[stop])
+    trainer.fit()
+    assert len(carried_steps(read_state(trainer.run.checkpoint()))) > 3
+    return trainer.run
+
+
+def test_they_are_listed(make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]) -> None:
+    run = stopped_run(make_trainer)
+    held = carried_steps(read_state(run.checkpoint()))
+    assert main(["checkpoint", "info", str(run.path)]) == 0
+    listed = ", ".join(map(str, held))
+    assert f"which checkpoints share: the snapshots of step {listed}\n" in capsys.readouterr().out
+    assert main(["checkpoint", "info", str(run.path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["snapshots"]
+    assert [one["step"] for one in told] == held
+    assert min(one["size_bytes"] for one in told) > 10_000
+
+
+def damage_of(run: RunFolder, kind: str) -> str:
+    newest = snapshot_path(run.checkpoint(), 101)
+    if kind == "missing":
+        shutil.rmtree(newest)
+        return "step_00000101 is missing"
+    tensors = newest / "model-00001-of-00002.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    return "content differs from its checksum"
+
+
+@pytest.mark.parametrize("kind", ["missing", "damaged"])
+def test_a_snapshot_that_is_lost_is_told_and_done_without(
+    make_trainer: MakeTrainer, kind: str
+) -> None:
+    run = stopped_run(make_trainer)
+    problem = damage_of(run, kind)
+    check = check_run(run)
+    assert [f.item for f in check.findings if f.status == "damaged"] == [
+        "checkpoints/step_00000106/snapshots/step_00000101"
+    ]
+    assert check.can_resume
+    again = resumed_and_broken(run)
+    [told] = [text for text, _ in again.remarks if "snapshot" in text]
+    assert told.startswith("the run cannot go back to the snapshot of step 101")
+    assert problem in told
+    [rollback] = decisions(again, "roll_back")
+    assert rollback["after"] in (81, 107)  # the one before it, or one taken since
+
+
+def test_a_run_that_goes_on_with_changes_begins_with_none(make_trainer: MakeTrainer) -> None:
+    run = stopped_run(make_trainer)
+    again = resumed_and_broken(run, "training.optimizer.lr=0.002")
+    [told] = [text for text, _ in again.remarks if "snapshots" in text]
+    assert "goes on with changes, so it cannot go back to before step 106" in told
+    [rollback] = decisions(again, "roll_back")
+    assert rollback["after"] == 107
+
+
+def test_what_is_written_elsewhere_changes_nothing_of_them(make_trainer: MakeTrainer) -> None:
+    run = stopped_run(make_trainer)
+    again = resumed_and_broken(run, "training.checkpoint.keep=5")
+    [rollback] = decisions(again, "roll_back")
+    assert rollback["after"] == 101
+
+
+def test_where_memory_is_short_the_newest_are_brought_back(make_trainer: MakeTrainer) -> None:
+    run = stopped_run(make_trainer)
+    held = carried_steps(read_state(run.checkpoint()))
+    one = sum(f.stat().st_size for f in snapshot_path(run.checkpoint(), 101).iterdir()) / 2**30
+    again = resume_trainer(run, overrides=[f"orchestrator.snapshots.max_gib={2.5 * one}"])
+    [told] = [text for text, _ in again.remarks if "memory" in text]
+    assert told.startswith(f"there is memory for 2 of the {len(held)} snapshots")
+    again.fit()
+    assert len(steering_of(again).snapshots.steps) <= 2  # type: ignore[union-attr]
+
+
+def test_a_finished_run_that_was_steered_leaves_no_memory_behind(
+    make_trainer: MakeTrainer,
+) -> None:
+    trainer = make_trainer(*RUN, ACT, "training.max_steps=4")
+    trainer.fit()
+    gone = weakref.ref(trainer)
+    del trainer
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_trial_of_rates_goes_on_after_a_resume(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it goes back to is in the checkpoint: its beginning, and the best rate's end."""
+    monkeypatch.setattr(find_rate, "LARGE_UPDATE", 0.0)
+    words = ("training.max_steps=330", "training.optimizer.lr=0.03", SAVES_OFTEN)
+    whole = make_trainer(*RUN, ACT, *words)
+    whole.fit()
+    stop = StopsAfter(60)
+    trainer = make_trainer(*RUN, ACT, *words, controllers=[stop])
+    assert trainer.fit() == "stopped"
+    assert set(steering_of(trainer).snapshots.held) == {"start", "best"}  # type: ignore[union-attr]
+    again = resume_trainer(trainer.run)
+    again.fit()
+    one, other = final_state(whole.run), final_state(again.run)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert whole.settings.lr_scale == again.settings.lr_scale
+    assert len(decisions(whole, "find_rate")) == len(decisions(again, "find_rate")) > 1
+
+
+class StopsAfter(Controller):
+    """Stops a run after so many steps, those that were undone among them."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
+        self.left -= 1
+        if self.left == 0:
+            control.stop(reason="test")

@@ -87,14 +87,16 @@ class Interventions:
         self.control.set_mixture_weights(weights, reason=reason)
 
     def rollback_steps(self, count: int, *, reason: str = "by hand") -> None:
-        """Go back to the newest snapshot that is at least ``count`` steps old, and skip the samples
-        since; UltrathinkError where there is none."""
+        """Go back to the best snapshot of the last ``count`` steps, and skip the samples since.
+
+        The best one has the lowest level of the training loss. UltrathinkError where there is none.
+        """
         steps, now = self.snapshots.steps if self.snapshots is not None else [], self._step()
-        kept = self.snapshots.before(now - count) if self.snapshots is not None else None
+        kept = self.snapshots.best_since(now - count) if self.snapshots is not None else None
         if kept is None:
             there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "none is"
             raise UltrathinkError(
-                f"there is no snapshot that is {count} steps old to go back to from step {now}; "
+                f"there is no snapshot of the last {count} steps to go back to from step {now}; "
                 f"{there} kept (orchestrator.mode=act keeps some)."
             )
         self.roll_back_to(kept, reason=reason)

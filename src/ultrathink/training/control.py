@@ -200,6 +200,11 @@ class ControlQueue:
             self._decision = None
 
     @property
+    def step(self) -> int:
+        """The step of the boundary."""
+        return self._step()
+
+    @property
     def num_waiting(self) -> int:
         """Requests that were not taken yet."""
         return len(self._pending)

@@ -65,6 +65,12 @@ class OutlierGuard(Remembers):
         self._norms = Baseline(level=64, floor=0.05)
         self._recent = Window(256)  # 1 for each step that was left out, 0 for the others
 
+    @property
+    def loss_level(self) -> float | None:
+        """The median loss of the last accepted steps, nats; None before the first."""
+        level = self._losses.level
+        return None if math.isnan(level) else math.exp(level) - SMALL
+
     def leaves_out(self, step_loss: float, grad_norm: float) -> bool:
         """Whether to leave out an update of this loss (nats) and norm."""
         loss = math.log(step_loss + SMALL) if step_loss > -SMALL else math.log(SMALL)

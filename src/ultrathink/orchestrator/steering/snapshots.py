@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ class Kept:
     snapshot: Snapshot
     samples: int  # taken or skipped since the run began
     number: int  # of all that were taken
+    loss: float | None = None  # the level of the training loss then, nats, where it was known
 
     @property
     def step(self) -> int:
@@ -62,11 +64,11 @@ class SnapshotRing:
         """Whether the newest one is ``every`` steps old."""
         return not self._kept or step - self._kept[-1].step >= self.every
 
-    def take(self, samples: int, *, is_best: bool = False) -> None:
-        """Take one at this step boundary."""
+    def take(self, samples: int, *, is_best: bool = False, loss: float | None = None) -> None:
+        """Take one at this step boundary, where the training loss is about ``loss``."""
         if self.most < 1:
             return
-        kept = Kept(self._take(), samples, self._count + 1)
+        kept = Kept(self._take(), samples, self._count + 1, loss)
         if is_best:
             self.best = kept
         if not is_best or self.is_due(kept.step):
@@ -85,6 +87,14 @@ class SnapshotRing:
         return max(
             (one for one in self._all() if one.step <= step),
             key=lambda one: one.step,
+            default=None,
+        )
+
+    def best_since(self, step: int) -> Kept | None:
+        """The one not before ``step`` with the lowest loss, the newest of equals."""
+        return min(
+            (one for one in self._all() if one.step >= step),
+            key=lambda one: (math.inf if one.loss is None else one.loss, -one.step),
             default=None,
         )
 
@@ -112,10 +122,10 @@ class SnapshotRing:
         best, holding = values["best"], values["held"]
         found: dict[int, Kept] = {}
         best_ones = [best] if best is not None else []
-        for step, samples, number in [*values["kept"], *best_ones, *holding.values()]:
+        for step, samples, number, loss in [*values["kept"], *best_ones, *holding.values()]:
             snapshot = held(step) if step not in found else None
             if snapshot is not None:
-                found[step] = Kept(snapshot, samples, number)
+                found[step] = Kept(snapshot, samples, number, loss)
         self._kept = [found[step] for step, *_ in values["kept"] if step in found]
         self.best = found.get(best[0]) if best is not None else None
         self.held = {name: found[step] for name, (step, *_) in holding.items() if step in found}
@@ -142,5 +152,5 @@ class SnapshotRing:
         return -max(overdue)[1]
 
 
-def _noted(kept: Kept) -> list[int]:
-    return [kept.step, kept.samples, kept.number]
+def _noted(kept: Kept) -> list[int | float | None]:
+    return [kept.step, kept.samples, kept.number, kept.loss]

@@ -167,7 +167,8 @@ class Steering(Controller):
 
     def _take_snapshot(self, snapshots: SnapshotRing) -> None:
         if self._is_new_best or snapshots.is_due(self._step):
-            snapshots.take(self._position(), is_best=self._is_new_best)
+            loss = self.guard.loss_level
+            snapshots.take(self._position(), is_best=self._is_new_best, loss=loss)
 
     def _situation(
         self, report: StepReport, events: Sequence[Event], snapshots: SnapshotRing
@@ -359,9 +360,9 @@ class Steering(Controller):
             raise UltrathinkError("the run has not taken a step yet; there is nothing to change.")
         return self._through(self._control)
 
-    def _through(self, control: TrainerControl) -> Interventions:
+    def _through(self, control: ControlQueue) -> Interventions:
         return Interventions(
-            control, self.snapshots, position=self._position, step=lambda: self._step
+            control, self.snapshots, position=self._position, step=lambda: control.step
         )
 
     def get_current_metrics(self) -> dict[str, float]:

@@ -69,6 +69,20 @@ def test_what_was_undone_is_forgotten() -> None:
     assert clock.ring.best is None
 
 
+def test_the_best_of_the_last_steps_has_the_lowest_loss() -> None:
+    clock = Clock(every=10, most=8)
+    for loss in (None, 3.0, 2.0, 2.0, 2.5):
+        clock.step += 10
+        clock.ring.take(0, loss=loss)
+    found = {since: clock.ring.best_since(since) for since in (0, 35, 45, 51)}
+    assert {since: one and one.step for since, one in found.items()} == {
+        0: 40,
+        35: 40,
+        45: 50,
+        51: None,
+    }
+
+
 def test_without_room_none_is_taken() -> None:
     clock = Clock(every=10, most=0)
     clock.run(100, frozenset({20}))

@@ -226,6 +226,29 @@ def test_where_memory_is_short_the_newest_are_brought_back(make_trainer: MakeTra
     assert len(steering_of(again).snapshots.steps) <= 2  # type: ignore[union-attr]
 
 
+def test_a_decision_of_the_last_boundary_before_a_kill_is_written_down(
+    make_trainer: MakeTrainer,
+) -> None:
+    """Its checkpoint has it; its line would have come with the next step."""
+
+    def lower_rate(trainer: Trainer) -> None:
+        for group in trainer.stepper.optimizers[0].param_groups:
+            group["peak_lr"] /= 50
+
+    words = ("training.max_steps=70", "training.checkpoint={every_steps: 61, keep: 9}")
+    run = broken_run(make_trainer, 60, lower_rate, ACT, *words).run
+    [decision] = read_decisions(run.decisions)
+    assert decision["step"] == 61
+    run.remove_after(61)
+    run.decisions.write_bytes(b"")  # as the kill would have left it
+    again = resume_trainer(run)
+    again.start()
+    again.close()
+    assert without_clock(read_decisions(run.decisions)) == without_clock(
+        [{**decision, "outcome": None}]
+    )
+
+
 def test_a_finished_run_that_was_steered_leaves_no_memory_behind(
     make_trainer: MakeTrainer,
 ) -> None:

@@ -214,7 +214,6 @@ def assemble(
 ) -> Trainer:
     """The parts of a run, made for this machine and wired; nothing is loaded or trained yet."""
     training = config.training
-    packing = config.data.packing
     assert isinstance(training.micro_batch_size, int), "choose() has set it"
     tokens_per_step = training.batch_size * config.data.seq_len
     world = choices.world
@@ -241,7 +240,7 @@ def assemble(
             data.train_weights,
             seq_len=config.data.seq_len,
             batch_size=training.batch_size,
-            packing=packing,
+            packing=config.data.packing,
             seed=config.run.seed,
             num_workers=config.data.num_workers,
             share=Share(world.rank, world.size),

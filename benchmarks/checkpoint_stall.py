@@ -28,7 +28,7 @@ from harness import parser, rows, setting, show, spread, start
 from train_speed import SHAPES
 
 from ultrathink import build_trainer
-from ultrathink.runs.checkpoint import save_checkpoint
+from ultrathink.checkpoint.format import save_checkpoint
 from ultrathink.training.callbacks import Callback, Controller, StepReport
 from ultrathink.training.control import TrainerControl
 from ultrathink.training.saving import private_copy

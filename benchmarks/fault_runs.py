@@ -19,7 +19,7 @@ from fault_setting import Job, Setting
 
 from ultrathink import build_trainer, load_config
 from ultrathink.core.files import write_atomic
-from ultrathink.recipe.resume import resume_trainer
+from ultrathink.recipes.resume import resume_trainer
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import (
     Callback,

@@ -26,7 +26,7 @@ from harness import parser, rows, setting, show, start
 
 from ultrathink import build_trainer, load_config
 from ultrathink.core.errors import UltrathinkError, suggestion
-from ultrathink.recipe.audit import audit_run
+from ultrathink.recipes.audit import audit_run
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.trainer import Trainer

@@ -22,11 +22,11 @@ import harness
 import numpy as np
 
 from ultrathink.core.errors import DataError
+from ultrathink.insight.logs.log import LogError
+from ultrathink.insight.logs.opening import open_log
 from ultrathink.orchestrator.curve import Curve
 from ultrathink.orchestrator.events import SEVERITIES
 from ultrathink.orchestrator.forecast import forecast
-from ultrathink.orchestrator.logs.log import LogError
-from ultrathink.orchestrator.logs.opening import open_log
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.watcher import Watcher
 from ultrathink.orchestrator.windows import median

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ultrathink.config import Config, load_config
-    from ultrathink.recipe.build import build_model, build_trainer
-    from ultrathink.recipe.resume import resume_trainer
-    from ultrathink.recipe.steering import orchestrator_of
+    from ultrathink.recipes.parts.steering import orchestrator_of
+    from ultrathink.recipes.resume import resume_trainer
+    from ultrathink.recipes.train import build_model, build_trainer
     from ultrathink.runs.loading import load_model
 
 __version__ = "0.1.0"
@@ -30,10 +30,10 @@ __all__ = [
 _HOMES = {
     "Config": "ultrathink.config",
     "load_config": "ultrathink.config",
-    "build_model": "ultrathink.recipe.build",
-    "build_trainer": "ultrathink.recipe.build",
-    "resume_trainer": "ultrathink.recipe.resume",
-    "orchestrator_of": "ultrathink.recipe.steering",
+    "build_model": "ultrathink.recipes.train",
+    "build_trainer": "ultrathink.recipes.train",
+    "resume_trainer": "ultrathink.recipes.resume",
+    "orchestrator_of": "ultrathink.recipes.parts.steering",
     "load_model": "ultrathink.runs.loading",
 }
 

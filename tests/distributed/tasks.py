@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 import ultrathink.training.trainer as trainer_module
 from tests.unit.training.shortage import Scarcity
+from ultrathink.checkpoint.format import load_checkpoint, weights
 from ultrathink.config import load_config
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.parallel.world import (
@@ -24,9 +25,8 @@ from ultrathink.parallel.world import (
     leave_status,
     status_of_first,
 )
-from ultrathink.recipe.build import build_trainer
-from ultrathink.recipe.resume import resume_trainer
-from ultrathink.runs.checkpoint import load_checkpoint, weights
+from ultrathink.recipes.resume import resume_trainer
+from ultrathink.recipes.train import build_trainer
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Controller, StepReport

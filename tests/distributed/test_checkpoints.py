@@ -10,9 +10,9 @@ import pytest
 from tests.distributed import tasks
 from tests.distributed.pool import Pool
 from tests.distributed.test_parity import assert_equal
-from ultrathink.runs.carried import carried_steps, snapshot_path
+from ultrathink.checkpoint.format import load_checkpoint, read_state
+from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
 from ultrathink.runs.checking import check_run
-from ultrathink.runs.checkpoint import load_checkpoint, read_state
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.inspection import consolidate, inspect_checkpoint
 from ultrathink.runs.loading import load_model

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.distributed import tasks
 from tests.distributed.pool import Pool
-from ultrathink.runs.checkpoint import load_checkpoint
+from ultrathink.checkpoint.format import load_checkpoint
 
 FP64 = ("training.precision=fp64", "training.max_steps=6", "training.eval.every_steps=3")
 LIMIT = 1e-9

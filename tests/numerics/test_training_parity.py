@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.numerics.test_llama_parity import copy_weights, hugging_face_options
 from ultrathink.config import load_config
-from ultrathink.recipe.build import build_trainer
+from ultrathink.recipes.train import build_trainer
 
 STEPS, BATCH, LENGTH = 10, 4, 32
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ultrathink.checkpoint.format import verify_checkpoint
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.runs.checkpoint import verify_checkpoint
 
 Row = dict[str, Any]
 EXPERTS = "experts.jsonl"

@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # started as a file
 
 from tests.e2e.launching import TINY, Launched
 from tests.stress.evidence import row_differences, rows
-from ultrathink.runs.checkpoint import load_checkpoint
+from ultrathink.checkpoint.format import load_checkpoint
 
 STEPS = 40
 TIMED = ("communication_share", "compute_s_fastest", "compute_s_slowest")

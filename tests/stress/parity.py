@@ -24,7 +24,7 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from ultrathink.runs.checkpoint import load_checkpoint
+from ultrathink.checkpoint.format import load_checkpoint
 
 
 @dataclass(frozen=True)

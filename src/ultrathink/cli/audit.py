@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ultrathink.cli.arguments import add_plugin_argument, load_plugins
 
 if TYPE_CHECKING:
-    from ultrathink.recipe.audit import Audit
+    from ultrathink.recipes.audit import Audit
 
 _EPILOG = """Each decision is replayed from the state that was kept when it was taken, with and
 without it, over several data orders; the difference in validation loss is printed with its 95%
@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Audit; status 0 once every result is written."""
     load_plugins(args)
-    from ultrathink.recipe.audit import audit_run
+    from ultrathink.recipes.audit import audit_run
     from ultrathink.runs.folder import find_run
 
     results = audit_run(

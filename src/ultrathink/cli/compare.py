@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ultrathink.core.errors import UltrathinkError
 
 if TYPE_CHECKING:
-    from ultrathink.runs.comparison import Agreement, Comparison, Difference, Side
+    from ultrathink.insight.comparison import Agreement, Comparison, Difference, Side
 
 _EPILOG = """what it shows:
   the values of the configuration and the facts of the manifest that differ; the training loss
@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the comparison; runs that are alike are no fault, so the status is 0."""
     from ultrathink.cli.compare_view import print_comparison
-    from ultrathink.runs.comparison import compare, read_side
+    from ultrathink.insight.comparison import compare, read_side
     from ultrathink.runs.folder import find_run
 
     if len(args.runs) < 2:
@@ -67,7 +67,7 @@ def _labels(given: Sequence[str], names: list[str]) -> list[str]:
 
 
 def _to_json(comparison: Comparison) -> dict[str, Any]:
-    from ultrathink.runs.comparison import ABSENT
+    from ultrathink.insight.comparison import ABSENT
 
     def plain(value: Any) -> Any:
         if value is ABSENT or (isinstance(value, float) and not math.isfinite(value)):

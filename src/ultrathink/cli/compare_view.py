@@ -9,9 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ultrathink.config.yaml_format import dump_yaml
-from ultrathink.monitoring.plot import Scale, bars, draw
-from ultrathink.monitoring.report import Cell, Column, Report
-from ultrathink.runs.comparison import (
+from ultrathink.insight.comparison import (
     ABSENT,
     Agreement,
     Comparison,
@@ -19,6 +17,8 @@ from ultrathink.runs.comparison import (
     Figure,
     position,
 )
+from ultrathink.monitoring.plot import Scale, bars, draw
+from ultrathink.monitoring.report import Cell, Column, Report
 
 _COLORS = ("cyan", "yellow", "magenta", "green", "blue", "red")
 _PLOT_HEIGHT = 9

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     source, overrides = split_config_and_overrides(args.positionals)
     config = load_config(source, overrides)
     if config.training.init_from is not None:
-        from ultrathink.recipe.pretrained import shown_with_pretrained
+        from ultrathink.recipes.parts.pretrained import shown_with_pretrained
 
         config = shown_with_pretrained(config)
     if args.action == "check":

@@ -23,8 +23,8 @@ from ultrathink.monitoring.terminal import (
 )
 
 if TYPE_CHECKING:
-    from ultrathink.recipe.diagnosis.diagnose import Progress
-    from ultrathink.recipe.diagnosis.report import Problem, Report
+    from ultrathink.insight.doctor.diagnose import Progress
+    from ultrathink.insight.doctor.report import Problem, Report
 
 _EPILOG = """examples:
   ultrathink doctor                                  this machine, with the preset demo in mind
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     load_plugins(args)
     source, overrides = split_config_and_overrides(args.positionals)
     config = load_config(source, overrides)
-    from ultrathink.recipe.diagnosis.diagnose import diagnose
+    from ultrathink.insight.doctor.diagnose import diagnose
 
     with _progress() as progress:
         report = diagnose(config, source or DEFAULT_PRESET, quick=args.quick, progress=progress)
@@ -78,7 +78,7 @@ def _progress() -> Iterator[Progress]:
 
 
 def _print_plain(report: Report) -> None:
-    from ultrathink.recipe.diagnosis.wording import sections, verdict
+    from ultrathink.insight.doctor.wording import sections, verdict
 
     for section in sections(report):
         print(section.title)
@@ -103,7 +103,7 @@ def _print_pretty(report: Report, stream: SafeStream) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ultrathink.recipe.diagnosis.wording import sections, verdict
+    from ultrathink.insight.doctor.wording import sections, verdict
 
     console = make_console(stream)
     shown = sections(report)

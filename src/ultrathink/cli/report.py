@@ -35,9 +35,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the page of a run, which may still be training."""
     from ultrathink.core.files import write_atomic
-    from ultrathink.orchestrator.report.gathering import gather
-    from ultrathink.orchestrator.report.page import render
-    from ultrathink.orchestrator.report.plain import to_json
+    from ultrathink.insight.report.gathering import gather
+    from ultrathink.insight.report.page import render
+    from ultrathink.insight.report.plain import to_json
     from ultrathink.runs.folder import find_run
 
     out = _target(args.out)

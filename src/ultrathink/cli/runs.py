@@ -228,7 +228,7 @@ def _print_check(check: Check, command: str) -> None:
 
 
 def _is_finished(check: Check) -> bool:
-    from ultrathink.runs.checkpoint import read_state
+    from ultrathink.checkpoint.format import read_state
     from ultrathink.runs.reading import config_tree
     from ultrathink.training.budget import is_over
 

@@ -91,7 +91,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _go_on(run: str, overrides: list[str], reset: list[str], as_json: bool) -> int:
     """Resume ``run`` (its name or folder, or RUN@step)."""
-    from ultrathink.recipe.resume import plan_resume
+    from ultrathink.recipes.resume import plan_resume
     from ultrathink.runs.folder import find_run, split_run
 
     name, checkpoint = split_run(run)
@@ -103,7 +103,7 @@ def _go_on(run: str, overrides: list[str], reset: list[str], as_json: bool) -> i
 
 
 def _new_trainer(config: Any, **options: Any) -> Trainer:
-    from ultrathink.recipe.build import build_trainer
+    from ultrathink.recipes.train import build_trainer
 
     return build_trainer(config, **options)
 
@@ -135,7 +135,7 @@ def _audit_if_asked(trainer: Trainer) -> None:
     if not config.audit or not trainer.run.kept_states() or not _is_main():
         return
     from ultrathink.cli.audit import described
-    from ultrathink.recipe.audit import audit_run
+    from ultrathink.recipes.audit import audit_run
 
     def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ from ultrathink.core.errors import UltrathinkError
 
 if TYPE_CHECKING:
     from ultrathink.cli.watch_view import FollowView
-    from ultrathink.orchestrator.watching import Watching
+    from ultrathink.insight.watching import Watching
 
 POLL_S = 0.5
 PICTURES = (".png", ".svg", ".pdf")
@@ -55,7 +55,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Watch a log to its end, or with ``--follow`` until Ctrl-C (status 130)."""
-    from ultrathink.orchestrator.logs.names import parse_columns
+    from ultrathink.insight.logs.names import parse_columns
 
     columns = parse_columns(args.columns)
     picture = _picture_path(args.plot)
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _watch(file: str, columns: Mapping[str, str], picture: Path | None, *, as_json: bool) -> None:
     from ultrathink.cli.watch_view import print_watching
-    from ultrathink.orchestrator.logs.opening import open_log
-    from ultrathink.orchestrator.watching import Watching
+    from ultrathink.insight.logs.opening import open_log
+    from ultrathink.insight.watching import Watching
 
     log = open_log(file, columns)
     watching = Watching(log)
@@ -112,7 +112,7 @@ class _Follower:
             raise
 
     def _look(self) -> None:
-        from ultrathink.orchestrator.logs.log import NotYetError
+        from ultrathink.insight.logs.log import NotYetError
 
         try:
             if self._watching is None:
@@ -125,8 +125,8 @@ class _Follower:
 
     def _begin(self) -> None:
         from ultrathink.cli.watch_view import FollowView
-        from ultrathink.orchestrator.logs.opening import open_log
-        from ultrathink.orchestrator.watching import Watching
+        from ultrathink.insight.logs.opening import open_log
+        from ultrathink.insight.watching import Watching
 
         log = open_log(self._file, self._columns)
         self._watching = Watching(log)
@@ -158,7 +158,7 @@ def _picture_path(text: str | None) -> Path | None:
     """The file of ``--plot``, checked before anything is read."""
     if text is None:
         return None
-    from ultrathink.orchestrator.picture import require_matplotlib
+    from ultrathink.insight.picture import require_matplotlib
 
     path = Path(text)
     if path.suffix.lower() not in PICTURES:
@@ -173,7 +173,7 @@ def _picture_path(text: str | None) -> Path | None:
 
 
 def _draw(watching: Watching, path: Path) -> None:
-    from ultrathink.orchestrator.picture import draw_picture
+    from ultrathink.insight.picture import draw_picture
 
     draw_picture(watching, path)
 

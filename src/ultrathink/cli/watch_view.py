@@ -6,10 +6,11 @@ import json
 import math
 from collections.abc import Sequence
 
+from ultrathink.insight.logs.log import Log
+from ultrathink.insight.watching import Course, Watching, without_nan, without_start
 from ultrathink.monitoring.plot import Scale, bars, draw
 from ultrathink.monitoring.report import Cell, Column, Report
 from ultrathink.orchestrator.events import SEVERITIES, Event
-from ultrathink.orchestrator.logs.log import Log
 from ultrathink.orchestrator.phases import (
     CONVERGING,
     DIVERGING,
@@ -18,7 +19,6 @@ from ultrathink.orchestrator.phases import (
     VOLATILE,
     Phase,
 )
-from ultrathink.orchestrator.watching import Course, Watching, without_nan, without_start
 
 SEVERITY_STYLES = {
     "info": "dim",

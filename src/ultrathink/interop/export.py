@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from safetensors.torch import save_file
 
+from ultrathink.checkpoint.format import load_checkpoint, weights
 from ultrathink.core.errors import ConfigError
 from ultrathink.core.files import replace_folder, sync_file, sync_folder
 from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
@@ -20,7 +21,6 @@ from ultrathink.interop.routing import fold_routing
 from ultrathink.interop.tensors import WEIGHTS_FILE, split
 from ultrathink.interop.tokenizers import special_ids, tokenizer_files
 from ultrathink.interop.weights import pieces
-from ultrathink.runs.checkpoint import load_checkpoint, weights
 from ultrathink.runs.folder import RunFolder, find_run
 from ultrathink.runs.loading import check_loads
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 
 from ultrathink.core.protocols import State
 from ultrathink.monitoring.appending import ResilientAppender
+from ultrathink.monitoring.expert_figures import figures_of
 from ultrathink.monitoring.experts import ExpertRecord
 from ultrathink.monitoring.jsonl import line_appender
 from ultrathink.monitoring.records import Note, RunInfo, Tell
 from ultrathink.orchestrator.events import Event
-from ultrathink.orchestrator.logs.run_folder import figures_of
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.watcher import Watcher
 from ultrathink.runs.folder import RunFolder

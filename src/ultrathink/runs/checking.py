@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ultrathink.checkpoint.format import DamagedCheckpointError, read_state, verify_checkpoint
+from ultrathink.checkpoint.snapshots import problems_of_snapshots, snapshot_path
 from ultrathink.config.loading import CONFIG_FILE
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError, ConfigError, UltrathinkError
 from ultrathink.data.tokenizers.base import load_tokenizer
-from ultrathink.runs.carried import problems_of_snapshots, snapshot_path
-from ultrathink.runs.checkpoint import DamagedCheckpointError, read_state, verify_checkpoint
 from ultrathink.runs.folder import RunFolder, find_run
 from ultrathink.runs.listing import size_on_disk
 from ultrathink.runs.loading import check_loads

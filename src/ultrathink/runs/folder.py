@@ -10,14 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ultrathink.config.docs import to_yaml
-from ultrathink.config.loading import CONFIG_FILE, ORIGINS_FILE, load_config
-from ultrathink.config.schema import Config
-from ultrathink.core.errors import CheckpointError, suggestion
-from ultrathink.core.files import remove_folder, write_atomic
-from ultrathink.core.protocols import State
-from ultrathink.core.team import Team
-from ultrathink.runs.checkpoint import (
+from ultrathink.checkpoint.format import (
     CHECKSUM_FILE,
     STATE_FILE,
     Addition,
@@ -29,6 +22,13 @@ from ultrathink.runs.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
+from ultrathink.config.docs import to_yaml
+from ultrathink.config.loading import CONFIG_FILE, ORIGINS_FILE, load_config
+from ultrathink.config.schema import Config
+from ultrathink.core.errors import CheckpointError, suggestion
+from ultrathink.core.files import remove_folder, write_atomic
+from ultrathink.core.protocols import State
+from ultrathink.core.team import Team
 
 _STEP_FOLDER = re.compile(r"^step_(\d{8,})$")
 # What a process that was killed leaves behind: see write_atomic, save_checkpoint, remove_folder.

@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrathink.core.errors import CheckpointError
-from ultrathink.core.files import replace_folder, sync_file, sync_folder
-from ultrathink.runs.carried import carried_steps, snapshot_path
-from ultrathink.runs.checkpoint import (
+from ultrathink.checkpoint.format import (
     DamagedCheckpointError,
     holding,
     load_checkpoint,
@@ -20,6 +17,9 @@ from ultrathink.runs.checkpoint import (
     tensor_shapes,
     weights,
 )
+from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
+from ultrathink.core.errors import CheckpointError
+from ultrathink.core.files import replace_folder, sync_file, sync_folder
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.listing import size_on_disk
 

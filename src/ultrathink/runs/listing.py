@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ultrathink.checkpoint.format import has_its_sizes, read_state
 from ultrathink.config.loading import CONFIG_FILE
 from ultrathink.core.errors import CheckpointError, UltrathinkError
 from ultrathink.monitoring.records import MetricRecord
-from ultrathink.runs.checkpoint import has_its_sizes, read_state
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import Owner, holder
 from ultrathink.runs.reading import config_tree, last_records

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ultrathink.config.experts import MoeConfig
-from ultrathink.config.model import ModelConfig
-from ultrathink.core.errors import CheckpointError
-from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
-from ultrathink.model.transformer import Transformer
-from ultrathink.runs.checkpoint import (
+from ultrathink.checkpoint.format import (
     MODEL,
     load_checkpoint,
     read_state,
     tensor_shapes,
     weights,
 )
+from ultrathink.config.experts import MoeConfig
+from ultrathink.config.model import ModelConfig
+from ultrathink.core.errors import CheckpointError
+from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
+from ultrathink.model.transformer import Transformer
 from ultrathink.runs.folder import RunFolder, find_run, split_run
 from ultrathink.runs.inspection import WEIGHTS_FILE, read_weights_file
 

@@ -11,6 +11,9 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ultrathink.checkpoint.format import save_checkpoint
+from ultrathink.checkpoint.saver import CheckpointSaver, Outcome
+from ultrathink.checkpoint.snapshots import SNAPSHOTS, Carried
 from ultrathink.config.training import CheckpointConfig
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import remove_folder
@@ -18,10 +21,7 @@ from ultrathink.core.protocols import State
 from ultrathink.parallel.board import new_team
 from ultrathink.parallel.placement import piece_of
 from ultrathink.parallel.world import ALONE, World
-from ultrathink.runs.carried import SNAPSHOTS, Carried
-from ultrathink.runs.checkpoint import save_checkpoint
 from ultrathink.runs.folder import RunFolder
-from ultrathink.runs.saver import CheckpointSaver, Outcome
 
 _PAUSE_S = 0.1  # between looks at a disk that is waited for; a signal is heard in each
 

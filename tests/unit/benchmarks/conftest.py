@@ -7,7 +7,7 @@ import pytest
 
 from tests.unit.training.conftest import TINY
 from ultrathink.config import load_config
-from ultrathink.recipe.build import build_trainer
+from ultrathink.recipes.train import build_trainer
 from ultrathink.training.trainer import Trainer
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ultrathink.cli.main import main
-from ultrathink.recipe.choices import choose
+from ultrathink.training.choices import choose
 from ultrathink.training.hardware import using_threads
 
 Out = pytest.CaptureFixture[str]
@@ -74,7 +74,7 @@ def test_it_asks_the_function_that_a_trainer_asks(
         asked.append(str(config.run.name))
         return choose(config, samples_per_epoch)
 
-    monkeypatch.setattr("ultrathink.recipe.choices.choose", remembered)
+    monkeypatch.setattr("ultrathink.training.choices.choose", remembered)
     (Path.cwd() / "mine.yaml").write_text("training: {max_steps: 3, device: cpu}\n")
     assert main(["doctor", "mine.yaml", "--quick", "--json"]) == 0
     chosen = {c["key"]: c for c in json.loads(capsys.readouterr().out)["choices"]}

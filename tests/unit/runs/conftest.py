@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.runs.disks import Disk
+from tests.unit.checkpoint.disks import Disk
 from ultrathink.config import load_config
 from ultrathink.runs.folder import RunFolder
 

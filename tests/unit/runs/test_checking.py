@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from tests.unit.runs.trained_runs import make_run, train
+from ultrathink.checkpoint.format import load_checkpoint
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import write_atomic
 from ultrathink.runs.checking import Check, check_run, run_to_check
-from ultrathink.runs.checkpoint import load_checkpoint
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.runs.disks import hidden, state, value_of
+from tests.unit.checkpoint.disks import hidden, state, value_of
+from ultrathink.checkpoint.format import load_checkpoint
 from ultrathink.config import load_config
 from ultrathink.core.errors import CheckpointError
-from ultrathink.runs.checkpoint import load_checkpoint
 from ultrathink.runs.folder import RunFolder, find_run, split_run
 
 

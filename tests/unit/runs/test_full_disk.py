@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.runs.disks import Disk, flip, hidden, state, value_of
+from tests.unit.checkpoint.disks import Disk, flip, hidden, state, value_of
+from ultrathink.checkpoint.format import load_checkpoint, save_checkpoint, verify_checkpoint
+from ultrathink.checkpoint.saver import CheckpointSaver, Outcome
 from ultrathink.config import load_config
 from ultrathink.core.errors import CheckpointError
-from ultrathink.runs.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock, holder
-from ultrathink.runs.saver import CheckpointSaver, Outcome
 
 
 @pytest.fixture

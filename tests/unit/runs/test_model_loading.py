@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.runs.disks import flip
+from tests.unit.checkpoint.disks import flip
 from ultrathink import load_model
+from ultrathink.checkpoint.format import DamagedCheckpointError
 from ultrathink.config import load_config
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError
 from ultrathink.data.tokenizers.byte import ByteTokenizer
 from ultrathink.model.transformer import Transformer
-from ultrathink.runs.checkpoint import DamagedCheckpointError
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.loading import check_loads, load_weights, weights_from
 

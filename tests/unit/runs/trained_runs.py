@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ultrathink.config import load_config
-from ultrathink.recipe.build import build_trainer
+from ultrathink.recipes.train import build_trainer
 from ultrathink.runs.folder import RunFolder
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from ultrathink.config import load_config
-from ultrathink.recipe.build import build_trainer
+from ultrathink.recipes.train import build_trainer
 from ultrathink.training.trainer import Trainer
 
 TINY = (

@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 from tests.stress.matrix import COMPILED, kill_and_resume
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, final_state, records, without_time
-from ultrathink.recipe.resume import resume_trainer
+from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.compiling import has_cpp_compiler
 
 # torch's own compiler uses parts of the standard library that are on their way out.

@@ -7,7 +7,7 @@ import torch
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, Recorder, records
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.recipe.resume import resume_trainer
+from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.control import Snapshot, TrainerControl
 
 

@@ -11,9 +11,9 @@ from tests.unit.training.observers import final_state
 from ultrathink.cli.main import main
 from ultrathink.config import load_config
 from ultrathink.core.errors import ConfigError
-from ultrathink.recipe.choices import choose
 from ultrathink.training import hardware
 from ultrathink.training.callbacks import Callback, StepReport
+from ultrathink.training.choices import choose
 from ultrathink.training.compiling import has_cpp_compiler
 from ultrathink.training.determinism import set_deterministic
 

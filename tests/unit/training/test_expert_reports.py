@@ -11,8 +11,8 @@ from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, Recorder, records
 from tests.unit.training.test_resume_matrix import break_off_after
 from ultrathink import resume_trainer
+from ultrathink.insight.comparison import compare, read_side
 from ultrathink.runs.checking import check_run
-from ultrathink.runs.comparison import compare, read_side
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.trainer import Trainer
 

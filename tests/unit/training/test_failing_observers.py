@@ -18,7 +18,7 @@ from tests.unit.training.observers import At, Recorder, final_state, records, wi
 from ultrathink.config.monitoring import SINKS
 from ultrathink.core.registry import Registry
 from ultrathink.monitoring.records import BaseSink, Level, MetricRecord, RunInfo
-from ultrathink.recipe import build
+from ultrathink.recipes import train as build
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.trainer import Trainer

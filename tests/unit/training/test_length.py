@@ -5,7 +5,7 @@ import pytest
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, Recorder, records, without_time
-from ultrathink.recipe.resume import resume_trainer
+from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training import length
 from ultrathink.training import trainer as trainer_module
 from ultrathink.training.budget import MARGIN, Budget, Speed

@@ -12,7 +12,7 @@ from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.experts import MIXTURE, ROUTING
 from tests.unit.training.observers import At, Recorder, final_state
 from ultrathink.core.errors import ConfigError
-from ultrathink.recipe.resume import resume_trainer
+from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.compiling import has_cpp_compiler
 from ultrathink.training.control import Snapshot, TrainerControl

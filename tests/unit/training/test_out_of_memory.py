@@ -13,7 +13,7 @@ from tests.unit.training.experts import MIXTURE, NOISE, ROUTING
 from tests.unit.training.observers import At, Recorder, final_state, records, without_time
 from tests.unit.training.shortage import MORE_THAN_ANY, Scarcity, run_out_of_memory
 from ultrathink.core.errors import OutOfMemoryError
-from ultrathink.recipe.resume import resume_trainer
+from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.compiling import has_cpp_compiler
 from ultrathink.training.out_of_memory import (
     half_of,

@@ -11,8 +11,8 @@ from torch import Tensor
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.experts import MIXTURE, ROUTING
 from tests.unit.training.observers import At, Recorder, final_state
-from ultrathink.recipe.resume import resume_trainer
-from ultrathink.recipe.steering import orchestrator_of
+from ultrathink.recipes.parts.steering import orchestrator_of
+from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.control import TrainerControl
 from ultrathink.training.states import cloned
 from ultrathink.training.trainer import Trainer

@@ -13,9 +13,9 @@ import torch
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, Recorder, final_state, records, without_time
+from ultrathink.checkpoint.format import load_checkpoint, verify_checkpoint
 from ultrathink.core.errors import CheckpointError
-from ultrathink.recipe.resume import resume_trainer
-from ultrathink.runs.checkpoint import load_checkpoint, verify_checkpoint
+from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.trainer import Trainer
 

@@ -12,7 +12,7 @@ from tests.unit.training.observers import At, Recorder, final_state, records, wi
 from ultrathink.core.errors import CheckpointError, UltrathinkError
 from ultrathink.data.sources.dummy import DummySource
 from ultrathink.data.tokenizers.base import load_tokenizer
-from ultrathink.recipe.resume import resume_trainer
+from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.trainer import Trainer
 

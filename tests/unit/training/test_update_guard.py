@@ -8,7 +8,7 @@ import torch
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, final_state
 from ultrathink.core.protocols import State
-from ultrathink.recipe.resume import resume_trainer
+from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.control import Snapshot, TrainerControl
 from ultrathink.training.stepping import Verdict
 from ultrathink.training.trainer import Trainer

@@ -20,12 +20,12 @@ from tests.unit.orchestrator.steering.broken_runs import (
 )
 from tests.unit.training.conftest import MakeTrainer, make_trainer
 from tests.unit.training.observers import At, final_state, records
+from ultrathink.checkpoint.format import CHECKSUM_FILE, load_checkpoint, read_state
+from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
 from ultrathink.cli.main import main
 from ultrathink.orchestrator.steering import find_rate
-from ultrathink.recipe.resume import resume_trainer
-from ultrathink.runs.carried import carried_steps, snapshot_path
+from ultrathink.recipes.resume import resume_trainer
 from ultrathink.runs.checking import check_run
-from ultrathink.runs.checkpoint import CHECKSUM_FILE, load_checkpoint, read_state
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.listing import size_on_disk

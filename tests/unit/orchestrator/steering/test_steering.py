@@ -20,8 +20,8 @@ from tests.unit.training.conftest import MakeTrainer, make_trainer
 from tests.unit.training.observers import At, Recorder, final_state
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.orchestrator.steering import find_rate
-from ultrathink.recipe.resume import resume_trainer
-from ultrathink.recipe.steering import orchestrator_of
+from ultrathink.recipes.parts.steering import orchestrator_of
+from ultrathink.recipes.resume import resume_trainer
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.training.callbacks import Controller, StepReport
 from ultrathink.training.control import TrainerControl

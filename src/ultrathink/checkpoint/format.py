@@ -1,0 +1,397 @@
+"""Checkpoints: tensors as safetensors through torch's distributed checkpoint, the rest as JSON.
+
+A checkpoint is a folder; nothing in it is pickled:
+
+    model-00001-of-00002.safetensors   the model's tensors
+    model-00002-of-00002.safetensors   all others: optimizer, random states
+    model.safetensors.index.json       which tensor is in which file
+    state.json                         everything that is not a tensor
+    checksums.json                     size and SHA-256 of all these, written last
+    snapshots/step_00000600/           what a steered run may go back to: a folder of the same kind
+
+It is written beside its final name and renamed, so a crash never leaves half of one there.
+
+Several processes write files of their own, at the same time, of what each holds:
+
+    shard-00001-model-00001-of-00002.safetensors   the first one's part of the model's tensors
+
+Where a part belongs stands in the head of its file, which files hold a tensor in the index
+(``pieces``). Any number of processes may read it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ultrathink.core.errors import CheckpointError
+from ultrathink.core.files import replace_folder, sync_file, sync_folder, write_atomic
+from ultrathink.core.pieces import Piece, Region
+from ultrathink.core.protocols import State
+from ultrathink.core.team import Alone, Team
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ultrathink.checkpoint.tensor_files import Shapes
+
+STATE_FILE = "state.json"
+INDEX_FILE = "model.safetensors.index.json"
+CHECKSUM_FILE = "checksums.json"
+MODEL = "model/"  # how the names of the model's tensors begin
+# A reader that does not know of pieces would take the first one for the whole.
+FORMAT, FORMAT_IN_PIECES = 1, 2
+_TENSOR = "__tensor__"  # in state.json, stands where a tensor was, with the tensor's name
+
+Wanted: TypeAlias = Callable[[str], bool]  # chooses tensors by name
+Check: TypeAlias = Callable[[], None]
+# Writes more into the folder that is to become a checkpoint, on each process of the team.
+Addition: TypeAlias = Callable[[Path, Check, Team], None]
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is not as it was written: ``folder``, and what its ``problem`` is."""
+
+    def __init__(self, folder: Path, problem: str, advice: str | None = None) -> None:
+        super().__init__(
+            f"checkpoint {folder} is damaged: {problem}. "
+            f"{advice or 'Use an earlier one: --resume RUN@STEP.'}"
+        )
+        self.folder = folder
+        self.problem = problem
+
+
+def everything(name: str) -> bool:
+    """Wants every tensor."""
+    return True
+
+
+def weights(name: str) -> bool:
+    """Wants the model's tensors only."""
+    return name.startswith(MODEL)
+
+
+# -- writing and reading --------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path,
+    state: State,
+    check: Check = lambda: None,
+    team: Team | None = None,
+    once_whole: Callable[[], None] = lambda: None,
+    add: Addition = lambda beside, check, team: None,
+) -> None:
+    """Write nested ``state`` (plain values, tensors, pieces) to ``folder``, whole or not at all.
+
+    ``check`` is called often; what it raises ends the save. Raises OSError with its number and file
+    where the disk does not take it. Any thread may call it. Each process of ``team`` calls it with
+    its own pieces; what is no piece is the first one's, which also calls ``once_whole``. All of
+    them call ``add``, which writes what has checksums of its own.
+    """
+    team = team or Alone()
+    tensors: dict[str, Tensor | Piece] = {}
+    plain = _take_tensors(state, "", tensors)
+    beside = folder.with_name(f".{folder.name}.tmp")
+    with _disk_errors_named(folder):
+        if team.rank > 0:
+            [has_begun] = team.wait_for(["begun"], check)
+            if has_begun:
+                add(beside, check, team)
+                _write_my_files(beside, tensors, check, team)
+            [failure] = team.wait_for(["end"], check)
+            if failure is not None:
+                raise OSError(*failure)
+            return
+        has_begun = False
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            has_begun = True
+            team.put("begun", True)
+            add(beside, check, team)
+            _write_my_files(beside, tensors, check, team)
+            _complete(beside, plain, check, team)
+            replace_folder(beside, folder)
+            once_whole()
+        except BaseException as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            if not has_begun:
+                team.put("begun", False)
+            team.put("end", _plainly(error))
+            raise
+        team.put("end", None)
+
+
+def _write_my_files(
+    beside: Path, tensors: dict[str, Tensor | Piece], check: Check, team: Team
+) -> None:
+    """Write this process's tensors, and tell the first what is in which file, with checksums."""
+    from ultrathink.checkpoint.tensor_files import write_tensors  # a second to import
+
+    shard = team.rank + 1 if team.size > 1 else None
+    try:
+        names = write_tensors(beside, tensors, _file_numbers(tensors), check, shard)
+        sums = {}
+        for name in names:
+            check()
+            sync_file(beside / name)
+            sums[name] = _checksum(beside / name)
+    except BaseException as error:
+        team.put(f"written/{team.rank}", {"failure": _plainly(error)})
+        raise
+    team.put(f"written/{team.rank}", {"names": names, "sums": sums})
+
+
+def _complete(beside: Path, plain: Any, check: Check, team: Team) -> None:
+    """Write what is beside the tensors, once all processes have written theirs."""
+    written = [f"written/{rank}" for rank in range(team.size)]
+    everyones = team.wait_for(written, check)
+    team.forget(written)
+    for one in everyones:
+        if "failure" in one:
+            raise OSError(*one["failure"])
+    sums = {name: entry for one in everyones for name, entry in one["sums"].items()}
+    files_of_name: dict[str, list[str]] = {}
+    for one in everyones:
+        for file, names in one["names"].items():
+            for name in names:
+                files_of_name.setdefault(name, []).append(file)
+    index: dict[str, Any] = {
+        "metadata": {"total_size": sum(entry["size"] for entry in sums.values())},
+        "weight_map": {name: files[0] for name, files in files_of_name.items()},
+    }
+    if team.size > 1:
+        index["pieces"] = files_of_name
+    form = FORMAT if team.size == 1 else FORMAT_IN_PIECES
+    text = json.dumps({"format": form, "state": plain}, allow_nan=True)
+    (beside / STATE_FILE).write_text(text, encoding="utf-8")
+    (beside / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    for name in (STATE_FILE, INDEX_FILE):
+        check()
+        sync_file(beside / name)
+        sums[name] = _checksum(beside / name)
+    write_atomic(beside / CHECKSUM_FILE, json.dumps(sums, separators=(",", ":"), sort_keys=True))
+    sync_folder(beside)
+    check()
+
+
+def _plainly(error: BaseException) -> tuple[int, str]:
+    """An error as its number and words, to be raised again by another process."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno, error.strerror or str(error)
+    return errno.EIO, f"{type(error).__name__}: {error}"
+
+
+def load_checkpoint(
+    folder: Path, wanted: Wanted = everything, region: Region | None = None
+) -> State:
+    """Read a checkpoint back as it was saved, on the CPU, after comparing it with its checksums.
+
+    ``wanted`` chooses tensors by their slash-separated name ("model/layers.0…"); in place of the
+    others stands None, and files with none that is wanted are not touched. ``region`` chooses
+    pieces of tensors. Raises DamagedCheckpointError.
+    """
+    from ultrathink.checkpoint.tensor_files import read_tensors
+
+    verify_checkpoint(folder, files_of(folder, wanted))
+    plain = read_state(folder)
+    tensors = read_tensors(folder, _holding(folder, wanted), wanted, region)
+    state: State = _put_tensors(plain, tensors)
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The part of a checkpoint that is not tensors, where each tensor is named only."""
+    path = folder / STATE_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        form, state = content["format"], content.get("state")
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint: it has no {STATE_FILE}; "
+            f"name a folder like runs/demo/checkpoints/step_00000100."
+        ) from None
+    except (ValueError, LookupError, TypeError) as error:
+        raise DamagedCheckpointError(
+            folder, f"{STATE_FILE} cannot be read ({_reason(error)})"
+        ) from None
+    if form not in (FORMAT, FORMAT_IN_PIECES):
+        raise CheckpointError(
+            f"{path} has format {form!r}, this version reads {FORMAT} and {FORMAT_IN_PIECES}; "
+            f"use the version of ultrathink that wrote it."
+        )
+    assert isinstance(state, dict)
+    return state
+
+
+def tensor_shapes(folder: Path) -> Shapes:
+    """The shape and type of every tensor in a checkpoint, without reading them."""
+    from ultrathink.checkpoint.tensor_files import read_shapes
+
+    files = _holding(folder, everything)
+    try:
+        return read_shapes(folder, files)
+    except Exception as error:  # whatever the parser met
+        raise DamagedCheckpointError(
+            folder, f"its tensors cannot be read ({_reason(error)})"
+        ) from error
+
+
+# -- checksums ------------------------------------------------------------------------------------
+
+
+def verify_checkpoint(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Compare files of a checkpoint, all unless named, with the size and SHA-256 kept of them.
+
+    Raises DamagedCheckpointError with the first that differs.
+    """
+    sums = _read_checksums(folder)
+    for name in sorted({STATE_FILE, INDEX_FILE, *sums} if names is None else names):
+        _check_size(folder, name, sums)
+        try:
+            differs = _checksum(folder / name) != sums[name]
+        except OSError as error:
+            raise DamagedCheckpointError(
+                folder, f"{name} cannot be read ({_reason(error)})"
+            ) from None
+        if differs:
+            raise DamagedCheckpointError(folder, f"{name}: content differs from its checksum")
+
+
+def files_of(folder: Path, wanted: Wanted) -> list[str]:
+    """The files that loading the ``wanted`` tensors reads."""
+    verify_checkpoint(folder, [INDEX_FILE])
+    return [STATE_FILE, INDEX_FILE, *sorted(_holding(folder, wanted))]
+
+
+def has_its_sizes(folder: Path) -> bool:
+    """Whether every file is there in its recorded size; says nothing of its content."""
+    try:
+        sums = _read_checksums(folder)
+        for name in {STATE_FILE, INDEX_FILE, *sums}:
+            _check_size(folder, name, sums)
+    except DamagedCheckpointError:
+        return False
+    return True
+
+
+def _checksum(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": file.tell(), "sha256": digest}
+
+
+def _read_checksums(folder: Path) -> dict[str, dict[str, Any]]:
+    try:
+        sums = json.loads((folder / CHECKSUM_FILE).read_text(encoding="utf-8"))
+        if not all(entry.keys() == {"size", "sha256"} for entry in sums.values()):
+            raise ValueError("not a list of sizes and checksums")
+    except FileNotFoundError:
+        raise DamagedCheckpointError(
+            folder, f"{CHECKSUM_FILE} is missing, so it was not written to its end"
+        ) from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise DamagedCheckpointError(
+            folder, f"{CHECKSUM_FILE} cannot be read ({_reason(error)})"
+        ) from None
+    checked: dict[str, dict[str, Any]] = sums
+    return checked
+
+
+def _check_size(folder: Path, name: str, sums: Mapping[str, Mapping[str, Any]]) -> None:
+    if name not in sums:
+        raise DamagedCheckpointError(folder, f"{name} is not in {CHECKSUM_FILE}")
+    try:
+        size = (folder / name).stat().st_size
+    except FileNotFoundError:
+        raise DamagedCheckpointError(folder, f"{name} is missing") from None
+    except OSError as error:
+        raise DamagedCheckpointError(folder, f"{name} cannot be read ({_reason(error)})") from None
+    if size != sums[name]["size"]:
+        raise DamagedCheckpointError(
+            folder, f"{name} has {size} bytes instead of {sums[name]['size']}"
+        )
+
+
+def _reason(error: Exception) -> str:
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return text.strip().splitlines()[0] if text.strip() else repr(error)
+
+
+@contextmanager
+def _disk_errors_named(folder: Path) -> Iterator[None]:
+    """A write that fails does not say where; here it does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
+
+
+# -- the state without its tensors ----------------------------------------------------------------
+
+
+def _take_tensors(node: Any, path: str, tensors: dict[str, Tensor | Piece]) -> Any:
+    """A copy of ``node`` with each tensor moved to ``tensors`` and named in its place."""
+    from torch import Tensor  # only here: who reads no tensors need not wait for torch
+
+    if isinstance(node, Tensor | Piece):
+        # safetensors takes no tensor that is not contiguous
+        tensors[path] = node.detach().contiguous() if isinstance(node, Tensor) else node
+        return {_TENSOR: path}
+    if isinstance(node, Mapping):
+        return {
+            str(key): _take_tensors(value, f"{path}/{key}" if path else str(key), tensors)
+            for key, value in node.items()
+        }
+    if isinstance(node, list | tuple):
+        return [_take_tensors(value, f"{path}/{i}", tensors) for i, value in enumerate(node)]
+    if node is None or isinstance(node, str | int | float | bool):
+        return node
+    raise TypeError(f"a checkpoint cannot hold {type(node).__name__} (at {path})")
+
+
+def _put_tensors(node: Any, tensors: Mapping[str, Tensor | Piece]) -> Any:
+    """``node`` with each named tensor in its place, None where it was not wanted."""
+    if isinstance(node, dict):
+        if _TENSOR in node:
+            return tensors.get(node[_TENSOR])
+        return {key: _put_tensors(value, tensors) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_put_tensors(value, tensors) for value in node]
+    return node
+
+
+# -- which tensor is in which file ---------------------------------------------------------------
+
+
+def _file_numbers(names: Iterable[str]) -> dict[str, int]:
+    """The model's tensors in the first file, all others in the second; no file is empty."""
+    has_weights = any(weights(name) for name in names)
+    return {name: 1 if weights(name) or not has_weights else 2 for name in names}
+
+
+def holding(folder: Path) -> dict[str, list[str]]:
+    """The files that hold each tensor: one, or several with a piece each."""
+    try:
+        content = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        files: dict[str, list[str]] = {name: [file] for name, file in content["weight_map"].items()}
+        files.update(content.get("pieces", {}))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(
+            folder, f"{INDEX_FILE} cannot be read ({_reason(error)})"
+        ) from None
+    return files
+
+
+def _holding(folder: Path, wanted: Wanted) -> set[str]:
+    """The files that hold ``wanted`` tensors."""
+    return {file for name, files in holding(folder).items() if wanted(name) for file in files}

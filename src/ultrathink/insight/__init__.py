@@ -1,0 +1,1 @@
+"""What people read about runs: logs, reports, comparisons, and the state of this machine."""

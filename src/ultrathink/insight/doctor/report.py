@@ -1,0 +1,100 @@
+"""What ``ultrathink doctor`` found out, as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ultrathink.insight.doctor.machine import Folder, Memory, Processor
+
+if TYPE_CHECKING:  # these import torch and others, which may be what is broken
+    from ultrathink.insight.doctor.accelerators import Accelerators, TorchBuild
+    from ultrathink.insight.doctor.packages import Package
+    from ultrathink.insight.doctor.speed import Sharing, Speed
+    from ultrathink.insight.doctor.toolchain import Toolchain
+
+Level = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that stands in the way of training (error), slows it, or could be better (note)."""
+
+    level: Level
+    text: str
+    fix: str | None
+    """None where the text tells it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting that the machine decides where it is ``auto``."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What of the configuration the verdict hangs on."""
+
+    config: str
+    """What it was called on the command line."""
+    parameters: int
+    state_bytes: int
+    """Weights, gradients and what the optimizer remembers, without activations."""
+    checkpoint_bytes: int
+    """One checkpoint, at most."""
+    checkpoints_kept: int
+    """At the same time on the disk, the one being written and the best included."""
+    may_compile: bool
+    """Whether compiling is asked for, or left to the machine."""
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What runs here."""
+
+    ultrathink: str
+    python: str
+    executable: str
+    platform: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was found; None stands for what could not be read or was not measured."""
+
+    versions: Versions
+    run: Run
+    processor: Processor
+    memory: Memory
+    environment: dict[str, str]
+    run_folder: Folder
+    cache_folder: Folder
+    packages: tuple[Package, ...] | None
+    load_average: float | None = None
+    disk_rate: float | None = None
+    """Bytes a second that reach the disk of the run folder."""
+    torch: TorchBuild | None = None
+    torch_error: str | None = None
+    accelerators: Accelerators | None = None
+    toolchain: Toolchain | None = None
+    cpu_speed: Speed | None = None
+    device_speed: Speed | None = None
+    """Of the GPU that ``auto`` takes, where it takes one."""
+    sharing: Sharing | None = None
+    choices: tuple[Choice, ...] = ()
+    choice_error: str | None = None
+    problems: tuple[Problem, ...] = ()
+
+    @property
+    def can_train(self) -> bool:
+        """Whether nothing was found that makes training impossible."""
+        return not any(problem.level == "error" for problem in self.problems)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        processor = {**asdict(self.processor), "usable_cores": self.processor.usable_cores}
+        return {"can_train": self.can_train, **asdict(self), "processor": processor}

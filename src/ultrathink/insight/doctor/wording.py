@@ -1,0 +1,175 @@
+"""A report in words: sections of labelled lines, the same for a terminal and for a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+from ultrathink.insight.doctor.findings import cores, describe_folder, short_bytes
+from ultrathink.insight.doctor.report import Report
+
+UNKNOWN = "unknown"
+_GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, and what stands below it as label and text."""
+
+    title: str
+    lines: tuple[tuple[str, str], ...]
+
+
+def sections(report: Report) -> list[Section]:
+    """Everything but the problems, which come last and stand out."""
+    found = [
+        Section("Versions", tuple(_versions(report))),
+        Section("Machine", tuple(_machine(report))),
+        Section("Folders", tuple(_folders(report))),
+        Section("Speed", tuple(_speed(report))),
+        Section(f"What {report.run.config} would take here", tuple(_choices(report))),
+        Section("Packages", tuple(_packages(report))),
+    ]
+    return [section for section in found if section.lines]
+
+
+def verdict(report: Report) -> str:
+    """The last line."""
+    if not report.can_train:
+        return "Training is not possible here before the errors above are mended."
+    count = sum(problem.level == "warning" for problem in report.problems)
+    if count:
+        return f"Training works here; {count} warning{'s' if count > 1 else ''} above."
+    return "All is fine: ultrathink train"
+
+
+def _versions(report: Report) -> Iterator[tuple[str, str]]:
+    versions = report.versions
+    yield "ultrathink", versions.ultrathink
+    yield "python", f"{versions.python} ({versions.executable})"
+    if report.torch is not None:
+        yield "torch", f"{report.torch.version} (built for {report.torch.build})"
+    elif report.torch_error is not None:
+        yield "torch", "cannot be imported"
+    else:
+        yield "torch", UNKNOWN
+    yield "platform", versions.platform
+
+
+def _machine(report: Report) -> Iterator[tuple[str, str]]:
+    processor, memory = report.processor, report.memory
+    yield "processor", processor.name or UNKNOWN
+    usable = f"this process may use {processor.usable_cores}"
+    if processor.quota is not None:
+        usable += f" (its control group allows {processor.quota:g})"
+    counts = [
+        f"{count if count is not None else UNKNOWN} {what}"
+        for count, what in (
+            (processor.physical_cores, "physical"),
+            (processor.logical_cores, "logical"),
+        )
+    ]
+    yield "cores", f"{', '.join(counts)}; {usable}"
+    if report.torch is not None:
+        yield "threads", f"{report.torch.threads} (torch)"
+        bf16 = report.torch.bf16
+        products = f"bf16 products by {bf16}" if bf16 else "no bf16 products"
+        yield "instructions", f"{report.torch.instructions}; {products}"
+    limit = f"; its control group allows {_size(memory.limit)}" if memory.limit else ""
+    yield "memory", f"{_size(memory.total)}, {_size(memory.available)} available{limit}"
+    yield "/dev/shm", f"{_size(memory.shared)} free"
+    if report.accelerators is not None:
+        yield from _accelerators(report)
+    yield from report.environment.items()
+
+
+def _accelerators(report: Report) -> Iterator[tuple[str, str]]:
+    found = report.accelerators
+    assert found is not None
+    for number, gpu in enumerate(found.gpus):
+        driver = found.driver or UNKNOWN
+        yield (
+            f"GPU {number}",
+            f"{gpu.name}, {_size(gpu.memory)}, {_size(gpu.free)} free, compute capability "
+            f"{gpu.capability}, driver {driver}",
+        )
+    if found.mps:
+        yield "GPU", "Apple's, through MPS"
+    elif not found.gpus:
+        yield "GPU", "none that torch can use"
+
+
+def _folders(report: Report) -> Iterator[tuple[str, str]]:
+    yield "runs", describe_folder(report.run_folder)
+    if report.disk_rate is not None:
+        seconds = _GIGABYTE / report.disk_rate
+        yield (
+            "its disk",
+            f"{short_bytes(report.disk_rate)}/s written and flushed; a checkpoint of 1 GB takes "
+            f"{seconds:.1f} s",
+        )
+    yield "cache", describe_folder(report.cache_folder)
+    tools = report.toolchain
+    if tools is not None:
+        yield "compiled code", f"{tools.cache}: {_size(tools.cache_bytes)}"
+        compiler = f"{tools.compiler}: {tools.version or UNKNOWN}" if tools.compiler else "none"
+        yield "C++ compiler", compiler
+
+
+def _speed(report: Report) -> Iterator[tuple[str, str]]:
+    for place, speed in (("", report.cpu_speed), ("GPU, ", report.device_speed)):
+        if speed is None:
+            continue
+        for precision, rates in groupby(speed.products, key=lambda rate: rate.precision):
+            yield f"{place}{precision} products", _rates([(r.threads, r.flops) for r in rates])
+        memory = UNKNOWN if speed.memory is None else f"{short_bytes(speed.memory)}/s"
+        yield f"{place}memory", f"{memory} read and written by copying"
+    sharing = report.sharing
+    if sharing is not None:
+        stolen = f", the host took {sharing.stolen:.2f}" if sharing.stolen >= 0.01 else ""
+        yield (
+            "other processes",
+            f"used {sharing.others:.2f} of {cores(report.processor.shared_cores)} over "
+            f"{sharing.seconds:.1f} s{stolen}",
+        )
+    elif report.torch is not None:
+        load = UNKNOWN if report.load_average is None else f"load average {report.load_average:.2f}"
+        yield "other processes", load
+
+
+def _rates(rates: list[tuple[int | None, float]]) -> str:
+    """100 GFLOP/s on 1 thread, 190 on 2 (1.9 times)."""
+    (threads, first), *rest = rates
+    where = "" if threads is None else f" on {threads} thread{'s' if threads > 1 else ''}"
+    scale, unit = (1e12, "TFLOP/s") if first >= 1e13 else (1e9, "GFLOP/s")
+    words = [f"{first / scale:.3g} {unit}{where}"]
+    words += [
+        f"{flops / scale:.3g} on {count} ({flops / first:.2g} times)" for count, flops in rest
+    ]
+    return ", ".join(words)
+
+
+def _choices(report: Report) -> Iterator[tuple[str, str]]:
+    for choice in report.choices:
+        value = str(choice.value).lower() if isinstance(choice.value, bool) else choice.value
+        yield choice.key.rpartition(".")[2], f"{value}: {choice.reason}"
+
+
+def _packages(report: Report) -> Iterator[tuple[str, str]]:
+    if report.packages is None:
+        return
+    groups: dict[str | None, list[str]] = {}
+    fixes: dict[str | None, str] = {}
+    for package in report.packages:
+        words = f"{package.name} {package.installed or 'missing'}"
+        groups.setdefault(package.extra, []).append(words)
+        if not package.fits:
+            fixes[package.extra] = package.fix
+    for extra, listed in groups.items():
+        fix = f". Get them: {fixes[extra]}" if extra is not None and extra in fixes else ""
+        yield ("needed" if extra is None else f"extra {extra}"), ", ".join(listed) + fix
+
+
+def _size(count: int | None) -> str:
+    return UNKNOWN if count is None else short_bytes(count)

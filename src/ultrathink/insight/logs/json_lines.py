@@ -1,0 +1,89 @@
+"""Lines of JSON: our own ``metrics.jsonl``, and what others write, one object a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ultrathink.insight.logs.line_log import LineLog
+from ultrathink.insight.logs.log import LogSignals
+from ultrathink.insight.logs.names import Meaning
+from ultrathink.insight.logs.rows import Rows
+
+_SAMPLE_LINES = 200
+OURS = "metrics.jsonl"
+_OURS_EXTRA = {"token_accuracy": Meaning("accuracy")}
+
+
+class JsonReader:
+    """Reads lines that hold one object each."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.num_unread = 0
+        self._rows = rows
+
+    @property
+    def total_steps(self) -> int | None:
+        """As a key of the lines has it."""
+        return self._rows.total_steps
+
+    def feed(self, line: str) -> list[LogSignals]:
+        """The signals of a line."""
+        if not line.strip():
+            return []
+        row = parse_object(line)
+        if row is None:
+            self.num_unread += 1
+            return []
+        signals = self._rows.take(flat(row))
+        return [signals] if signals is not None else []
+
+    def finish(self) -> list[LogSignals]:
+        """Nothing: every line is whole."""
+        return []
+
+
+def parse_object(line: str) -> dict[str, Any] | None:
+    """The object on a line; None where it is torn or holds another thing."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested objects as ``train/loss``; a list of one number as that number."""
+    values: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            values |= flat(value, f"{prefix}{name}/")
+        else:
+            values[prefix + name] = value[0] if isinstance(value, list) and value else value
+    return values
+
+
+def is_ours(row: Mapping[str, Any]) -> bool:
+    """Whether an object is a line of a run's ``metrics.jsonl``."""
+    return {"step", "split", "time"} <= row.keys() and row["split"] in ("train", "val")
+
+
+def our_rows() -> Rows:
+    """What reads the lines of ``metrics.jsonl``, where null is a value that was not finite."""
+    return Rows(extra=_OURS_EXTRA, null_is_nan=True)
+
+
+def open_json_lines(path: Path, lines: Sequence[str], columns: Mapping[str, str]) -> LineLog:
+    """The log in lines of JSON; LogError where its keys cannot be guessed."""
+    sample = [row for line in lines[:_SAMPLE_LINES] if (row := parse_object(line)) is not None]
+    if is_ours(sample[0]) and not columns:
+        return LineLog(path, OURS, lambda: JsonReader(our_rows()))
+    rows = Rows(columns)
+    rows.require((flat(row) for row in sample), path)
+
+    def make_reader() -> JsonReader:
+        return JsonReader(Rows(columns, has_sources=rows.has_sources))
+
+    return LineLog(path, "lines of JSON", make_reader)

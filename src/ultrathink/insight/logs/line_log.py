@@ -1,0 +1,68 @@
+"""Logs of lines: a reader takes one line after the other, and the file may grow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from ultrathink.insight.logs.log import Log, LogSignals, News
+from ultrathink.insight.logs.tail import Tail, all_lines
+
+
+class LineReader(Protocol):
+    """Takes the lines of a log, in order."""
+
+    num_unread: int  # lines that should have told something, and could not be read
+
+    @property
+    def total_steps(self) -> int | None:
+        """How many steps the run is to take, once the log has told."""
+        ...
+
+    def feed(self, line: str) -> list[LogSignals]:
+        """The signals that are complete with this line."""
+        ...
+
+    def finish(self) -> list[LogSignals]:
+        """What was waiting for another line."""
+        ...
+
+
+class LineLog(Log):
+    """A log of lines; ``make_reader`` makes a reader that knows nothing yet."""
+
+    def __init__(self, path: Path, format: str, make_reader: Callable[[], LineReader]) -> None:
+        super().__init__(path, format)
+        self._make_reader = make_reader
+        self._tail = Tail(path)
+        self._reader = make_reader()
+
+    def signals(self) -> Iterator[LogSignals]:
+        """All signals from the beginning; a torn last line is left out, with a note."""
+        reader = self._make_reader()
+        is_torn = False
+        for line, has_end in all_lines(self.path):
+            before = reader.num_unread
+            signals = reader.feed(line)
+            is_torn = not has_end and reader.num_unread > before
+            self.total_steps = reader.total_steps
+            yield from signals
+        yield from reader.finish()
+        self.notes = []
+        if is_torn:
+            self.notes.append("The last line is torn and was left out.")
+        if damaged := reader.num_unread - is_torn:
+            lines = "line is" if damaged == 1 else "lines are"
+            self.notes.append(f"{damaged:,} {lines} damaged and left out.")
+
+    def poll(self) -> News:
+        """The signals of the lines that were appended since the last call."""
+        new = self._tail.read()
+        if new.is_anew:
+            self._reader = self._make_reader()
+        signals = [found for line in new.lines for found in self._reader.feed(line)]
+        if not new.lines:  # nothing follows, so the last record is whole
+            signals += self._reader.finish()
+        self.total_steps = self._reader.total_steps
+        return News(signals, new.is_anew)

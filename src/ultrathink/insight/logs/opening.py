@@ -1,0 +1,122 @@
+"""Recognizing whose log a file is, by what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ultrathink.core.errors import suggestion
+from ultrathink.insight.logs.documents import DocumentLog
+from ultrathink.insight.logs.json_lines import open_json_lines, parse_object
+from ultrathink.insight.logs.log import Log, LogError, NotYetError
+from ultrathink.insight.logs.run_folder import METRICS_FILE, RunLog
+from ultrathink.insight.logs.tables import open_table, table_shape
+from ultrathink.insight.logs.tail import all_lines, beginning, decoded
+from ultrathink.insight.logs.text import open_text, text_format
+
+_PACKED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"(\xb5/\xfd": "zstd",
+}
+_WIDE = (b"\xff\xfe", b"\xfe\xff")
+_KINDS = (
+    "a run folder, metrics.jsonl, trainer_state.json, CSV, Megatron's JSON, lines of JSON, or what "
+    "trainers print (llm.c, DeepSpeed, Megatron-LM, nanoGPT, torchtitan, OLMo)"
+)
+
+
+def open_log(path: str | Path, columns: Mapping[str, str] | None = None) -> Log:
+    """The training log in a file, or of a run (its folder or name), recognized by its content.
+
+    ``columns`` says which column is which signal, ``{"loss": "train_loss"}``. Raises NotYetError
+    where there is none yet, and LogError where it is no log, or its columns cannot be guessed.
+    """
+    place = Path(path)
+    given = dict(columns or {})
+    if not place.exists() and (Path("runs") / place / METRICS_FILE).is_file():
+        place = Path("runs") / place
+    if place.is_dir():
+        return _open_folder(place, given)
+    if not place.exists():
+        raise NotYetError(f"there is no file {str(path)!r}{_nearest(place)}")
+    data = beginning(place)
+    if not data.strip():
+        raise NotYetError(f"{place} is empty: there is nothing to watch yet.")
+    _refuse_binary(place, data)
+    lines = decoded(data).splitlines()
+    if len(data) < place.stat().st_size:
+        lines = lines[:-1]  # cut off by the limit
+    return _recognized(place, lines, given)
+
+
+def _recognized(path: Path, lines: list[str], columns: dict[str, str]) -> Log:
+    first = next(line for line in lines if line.strip()).strip()
+    if first[0] in "{[":
+        row = parse_object(first)
+        if row is not None and not _is_document(row):
+            return open_json_lines(path, [line for line in lines if line.strip()], columns)
+        if row is not None or first in ("{", "[") or not _is_text(path, columns):
+            return DocumentLog(path, columns)
+    shape = table_shape(lines)
+    if shape is not None and (columns or shape.is_known):
+        return open_table(path, shape, lines, columns)
+    known = text_format((line for line, _ in all_lines(path)), columns)
+    if known is None and shape is not None:  # whose columns are unknown, which is said there
+        return open_table(path, shape, lines, columns)
+    if known is None:
+        raise NotYetError(f"{path} is no training log that is known here; known are {_KINDS}.")
+    return open_text(path, known, columns)
+
+
+def _is_document(row: dict[str, object]) -> bool:
+    """Whether one line is a whole log."""
+    nested = [v.get("values") for v in row.values() if isinstance(v, dict)]
+    series = [v for v in nested if isinstance(v, dict | list)]
+    lists = [v for v in row.values() if isinstance(v, list) and len(v) > 1]
+    return "log_history" in row or bool(series) or (len(lists) > 1 and len(lists) == len(row))
+
+
+def _is_text(path: Path, columns: dict[str, str]) -> bool:
+    """Whether lines that begin with a bracket, as ``[2023-04-18 01:46]``, are a trainer's."""
+    return text_format((line for line, _ in all_lines(path)), columns) is not None
+
+
+def _open_folder(folder: Path, columns: dict[str, str]) -> Log:
+    if (folder / METRICS_FILE).is_file():
+        if columns:
+            raise LogError("--columns: the columns of a run folder are known; leave it out.")
+        if not (folder / METRICS_FILE).read_bytes().strip():
+            raise NotYetError(f"{folder / METRICS_FILE} is empty: there is nothing to watch yet.")
+        return RunLog(folder)
+    state = folder / "trainer_state.json"
+    if state.is_file():
+        return open_log(state, columns)
+    names = sorted(entry.name for entry in folder.iterdir())[:8]
+    held = f"it holds {', '.join(names)}" if names else "it is empty"
+    raise NotYetError(
+        f"{folder} is a folder without {METRICS_FILE} or trainer_state.json ({held}); name the "
+        f"file of the log."
+    )
+
+
+def _refuse_binary(path: Path, data: bytes) -> None:
+    for mark, name in _PACKED.items():
+        if data.startswith(mark):
+            raise LogError(f"{path} is packed ({name}); unpack it first.")
+    if data.startswith(_WIDE):
+        raise LogError(f"{path} is text in UTF-16; write it in UTF-8 first.")
+    if b"\0" in data:
+        raise LogError(f"{path} is a binary file, no training log; known are {_KINDS}.")
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f": there is no folder {str(path.parent)!r} either."
+    there = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
+    runs = [entry.parent.name for entry in Path("runs").glob(f"*/{METRICS_FILE}")]
+    if not there and not runs:
+        return " and no run of that name."
+    return f" and no run of that name. {suggestion(path.name, [*there[:50], *runs])}"

@@ -1,0 +1,90 @@
+"""The forecasts that a run would have had on its way, beside what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ultrathink.insight.logs.log import Log, LogSignals
+from ultrathink.insight.watching import Point, Watching
+from ultrathink.orchestrator.events import Event
+from ultrathink.orchestrator.forecast import Forecast
+from ultrathink.orchestrator.phases import Phase
+from ultrathink.orchestrator.windows import median
+
+SHARES = (0.25, 0.5, 0.75)  # of the budget
+_FINAL_SHARE, _FEWEST_FINAL = 0.01, 16  # logged steps whose median is what came
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """A forecast made after a share of the budget, from the records until then."""
+
+    share: float
+    forecast: Forecast
+    came: float | None  # the smoothed training loss at the end; None while it is not there
+
+    @property
+    def is_inside(self) -> bool | None:
+        """Whether what came lies in the interval; None while nothing came."""
+        if self.came is None:
+            return None
+        return self.forecast.low <= self.came <= self.forecast.high
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A run's log as the watcher sees it now."""
+
+    phases: list[Phase]
+    events: list[Event]
+    undone: list[list[Point]]  # training losses that a rollback took back
+    foretold: list[Foretold]
+    forecast: Forecast | None  # of a run that is not at its end
+    notes: list[str]
+
+
+def replay(log: Log, *, losses: Iterable[Point]) -> Replay:
+    """Watch a log from its beginning; ``losses`` are those that count, for what came."""
+    watching = Watching(log)
+    made: dict[float, Forecast] = {}
+    for signals in log.signals():
+        _foretell(watching, signals, made)
+        watching.observe(signals)
+    watching.finish()
+    last = max((step for course in watching.courses for step in course.steps), default=0)
+    is_at_end = log.total_steps is not None and last >= log.total_steps
+    came = _final(losses) if is_at_end else None
+    return Replay(
+        phases=[phase for _, phase in watching.phases()],
+        events=[event for _, event in watching.events()],
+        undone=[part for course in watching.courses for part in course.undone],
+        foretold=[Foretold(share, ahead, came) for share, ahead in made.items()],
+        forecast=None if is_at_end else watching.forecast(),
+        notes=list(log.notes),
+    )
+
+
+def _foretell(watching: Watching, following: LogSignals, made: dict[float, Forecast]) -> None:
+    """Ask for the forecasts that are due before a record; what comes later is not known to them."""
+    total = watching.log.total_steps
+    if total is None or not watching.courses:
+        return
+    for share in SHARES:
+        if share not in made and following.step > share * total:
+            ahead = watching.forecast()
+            # One that was due long before, when too little was known, is not made up later.
+            if ahead is not None and ahead.step == total and following.step < (share + 0.1) * total:
+                made[share] = ahead
+
+
+def _final(losses: Iterable[Point]) -> float | None:
+    """The median of the last logged losses, as the forecast is one of the smoothed loss."""
+    finite = [loss for _, loss in losses if math.isfinite(loss)]
+    if not finite:
+        return None
+    count = max(_FEWEST_FINAL, int(_FINAL_SHARE * len(finite)))
+    return median(np.array(finite[-count:]))

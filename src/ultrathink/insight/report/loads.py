@@ -1,0 +1,141 @@
+"""The load of experts over a run, from ``experts.jsonl``, ready to be drawn as heat maps.
+
+Shapes: S logged steps, L layers with experts, N slots of one group, C columns of a picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ultrathink.insight.report.decisions import json_rows, number_of
+
+MOST_COLUMNS = 240
+_LATE = 0.1  # of the logged steps, that the picture of layers is of
+
+Floats = npt.NDArray[np.float64]
+Booleans = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class GroupCourse:
+    """One group of experts: its load over steps, in every layer at the end, and its worst."""
+
+    name: str
+    steps: Floats  # [S]
+    course: Floats  # [C, N]: load over the even one, the mean of layers
+    course_active: Booleans  # [C, N]
+    late: Floats  # [L, N]: tokens in the last tenth of the logged steps
+    late_active: Booleans  # [L, N]
+    layers: tuple[int, ...]  # indices
+    gini: float | None  # the largest of any layer at the end
+    num_dead: int  # experts of all layers without a token in the last tenth
+
+    @property
+    def num_experts(self) -> int:
+        """Slots that held an expert at the end, of one layer."""
+        return int(self.late_active.sum(1).max(initial=0))
+
+
+def read_loads(path: Path) -> tuple[list[GroupCourse], int]:
+    """Every group of experts, and how many lines are damaged and left out.
+
+    Where steps go back, what lay beyond was undone and is left out too.
+    """
+    rows: list[dict[str, Any]] = []
+    num_damaged = 0
+    for row in json_rows(path):
+        if row is None or number_of(row.get("step")) is None or not _groups(row):
+            num_damaged += 1
+            continue
+        while rows and rows[-1]["step"] >= row["step"]:
+            rows.pop()
+        rows.append(_slim(row))
+    names = dict.fromkeys(name for row in rows for name in row["loads"])
+    return [_course(name, [row for row in rows if name in row["loads"]]) for name in names], (
+        num_damaged
+    )
+
+
+def _groups(row: dict[str, Any]) -> dict[str, Any]:
+    groups = row.get("groups")
+    if not isinstance(groups, dict):
+        return {}
+    return {name: g for name, g in groups.items() if isinstance(g, dict) and _is_grid(g)}
+
+
+def _is_grid(group: dict[str, Any]) -> bool:
+    load = group.get("load")
+    return isinstance(load, list) and bool(load) and all(isinstance(row, list) for row in load)
+
+
+def _slim(row: dict[str, Any]) -> dict[str, Any]:
+    """What is drawn of a line: a long run has many of them."""
+    groups = _groups(row)
+    layers = row.get("layers")
+    return {
+        "step": row["step"],
+        "layers": tuple(layers) if isinstance(layers, list) else (),
+        "loads": {str(name): _load(group["load"]) for name, group in groups.items()},
+        "gini": {str(name): group.get("gini") for name, group in groups.items()},
+    }
+
+
+def _load(rows: list[list[Any]]) -> npt.NDArray[np.float32]:
+    """``[L, N]``, NaN for empty slots."""
+    try:
+        grid = np.array(rows, np.float32)  # null becomes NaN
+        if grid.ndim == 2:
+            return grid
+    except (TypeError, ValueError):  # layers of other lengths, or no numbers
+        pass
+    width = max(len(row) for row in rows)
+    grid = np.full((len(rows), width), np.nan, np.float32)
+    for number, row in enumerate(rows):
+        grid[number, : len(row)] = [np.nan if number_of(x) is None else x for x in row]
+    return grid
+
+
+def _course(name: str, rows: list[dict[str, Any]]) -> GroupCourse:
+    height = max(row["loads"][name].shape[0] for row in rows)
+    width = max(row["loads"][name].shape[1] for row in rows)
+    loads = np.full((len(rows), height, width), np.nan, np.float32)  # [S, L, N]
+    for number, row in enumerate(rows):
+        load = row["loads"][name]
+        loads[number, : load.shape[0], : load.shape[1]] = load
+    parts = np.array_split(np.arange(len(rows)), min(MOST_COLUMNS, len(rows)))
+    columns = [_over_even(*_summed(loads[part])) for part in parts]
+    late = loads[-max(1, round(_LATE * len(rows))) :]
+    total, active = _summed(late)
+    ginis = [value for x in rows[-1]["gini"].get(name) or () if (value := number_of(x)) is not None]
+    return GroupCourse(
+        name=name,
+        steps=np.array([row["step"] for row in rows], float),
+        course=np.stack([ratio for ratio, _ in columns]),
+        course_active=np.stack([there for _, there in columns]),
+        late=total,
+        late_active=active,
+        layers=rows[-1]["layers"] or tuple(range(height)),
+        gini=max(ginis, default=None),
+        num_dead=int((active & (total == 0)).sum()),
+    )
+
+
+def _summed(loads: npt.NDArray[np.float32]) -> tuple[Floats, Booleans]:
+    """Tokens of each expert ``[L, N]`` over steps ``[S, L, N]``, and which slots had one."""
+    total: Floats = np.nansum(loads, 0, dtype=np.float64)
+    active: Booleans = np.logical_not(np.isnan(loads).all(0))
+    return total, active
+
+
+def _over_even(total: Floats, active: Booleans) -> tuple[Floats, Booleans]:
+    """The load over the even one, the mean of layers ``[N]``, and which slots had an expert."""
+    even = total.sum(1, keepdims=True) / active.sum(1, keepdims=True).clip(1)
+    ratio = np.where(active, total / np.where(even > 0, even, 1.0), 0.0)
+    mean: Floats = ratio.sum(0) / active.sum(0).clip(1)
+    is_there: Booleans = np.asarray(active.any(0))
+    return mean, is_there

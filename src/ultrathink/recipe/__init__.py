@@ -1,1 +1,0 @@
-"""From a configuration to working parts: the only place where everything meets."""

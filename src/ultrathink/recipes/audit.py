@@ -1,0 +1,217 @@
+"""Replays a decision with and without it, over several data orders: did it help, and by how much?
+
+Both branches of an order begin from the states that were kept when the decision was taken, train on
+the same data to the same step, and are scored on the same held-out text. The mean of the paired
+differences has Student's t-interval.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ultrathink.core.errors import UltrathinkError
+from ultrathink.orchestrator.steering.proposals import GOES_BACK
+from ultrathink.recipes.resume import resume_trainer
+from ultrathink.runs.decisions import add_to_decision, read_decisions, state_name, target_name
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.lock import RunLock
+from ultrathink.training.callbacks import Controller, StepReport
+from ultrathink.training.changes import apply_change
+from ultrathink.training.control import Request, TrainerControl
+from ultrathink.training.trainer import Trainer
+
+Told = Callable[[str], None]
+_LEFT_OUT = (
+    "checkpoints",
+    "states",
+    "logs",
+    "tensorboard",
+)  # of a run, what a replay does not need
+_FARTHEST = 1000  # steps that a decision may go back, for which a data order leaves room
+_QUIET = (
+    "orchestrator.mode=off",
+    "monitoring.sinks=[]",
+    "training.sample.prompts=[]",
+    "training.eval.every_steps=null",
+    "training.checkpoint.every_steps=null",
+    "training.checkpoint.every_minutes=null",
+)
+_LIVE = {"correct_learning_rate": "lr_correction", "scale_learning_rate": "lr_scale"}  # actions
+# Two-sided 95% quantiles of Student's t, by degrees of freedom; beyond, that of the normal.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a decision was worth: validation loss with it minus without, nats a token."""
+
+    mean: float
+    low: float  # of the 95% interval
+    high: float
+    orders: int
+    horizon: int  # steps after the decision at which both were scored
+    differences: list[float]  # one for each data order
+
+    @property
+    def verdict(self) -> str:
+        """The result in words."""
+        if self.high < 0:
+            return "it helped"
+        return "it harmed" if self.low > 0 else "no difference that chance would not explain"
+
+
+def audit_run(
+    run: RunFolder,
+    *,
+    decision: int | None = None,
+    orders: int = 4,
+    horizon: int | None = None,
+    tell: Told = lambda text: None,
+) -> dict[int, Audit]:
+    """Audit one decision of ``run``, or all whose states were kept; results go to their records.
+
+    ``horizon`` is in steps, as many as the run has left at most, 200 by default. UltrathinkError
+    where there is nothing to audit.
+    """
+    if orders < 2:
+        raise UltrathinkError(f"--orders {orders}: an interval needs 2 data orders or more.")
+    if horizon is not None and horizon < 1:
+        raise UltrathinkError(f"--horizon {horizon}: give a number of steps, 1 or more.")
+    lock = RunLock.acquire(run)
+    try:
+        results = {}
+        for record in _chosen(run, decision):
+            tell(f"decision {record['id']}: {record['action']} at step {record['step']:,}")
+            audit = _audit(run, record, orders, horizon or 200, tell)
+            results[record["id"]] = audit
+            add_to_decision(run.decisions, record["id"], audit=asdict(audit))
+        return results
+    finally:
+        lock.release()
+
+
+def _chosen(run: RunFolder, wanted: int | None) -> list[dict[str, Any]]:
+    """The records to audit."""
+    records = {one["id"]: one for one in read_decisions(run.decisions) if one.get("id") is not None}
+    kept = set(run.kept_states())
+    at_hand = [number for number in records if state_name(number) in kept]
+    if not records:
+        raise UltrathinkError(
+            f"run {run.path} has no decisions to audit: the orchestrator acts with "
+            f"orchestrator.mode=act, and did not have to."
+        )
+    if wanted is None and at_hand:
+        return [records[number] for number in at_hand]
+    if wanted is not None and wanted not in records:
+        raise UltrathinkError(
+            f"run {run.path} has no decision {wanted}; there are 1 to {max(records)}."
+        )
+    if wanted is None or wanted not in at_hand:
+        listed = ", ".join(map(str, at_hand)) or "none"
+        which = f"decision {wanted}" if wanted is not None else "any decision"
+        raise UltrathinkError(
+            f"the state before {which} is gone, so it cannot be replayed (kept: {listed}); "
+            f"orchestrator.kept_states says of how many it is kept."
+        )
+    return [records[wanted]]
+
+
+def _audit(run: RunFolder, record: dict[str, Any], orders: int, horizon: int, tell: Told) -> Audit:
+    differences = []
+    for order in range(orders):
+        losses = [_replay(run, record, order, horizon, acts=acts) for acts in (True, False)]
+        differences.append(losses[0] - losses[1])
+        tell(f"  order {order + 1} of {orders}: {losses[0]:.4f} with it, {losses[1]:.4f} without")
+    mean = statistics.fmean(differences)
+    freedom = len(differences) - 1
+    quantile = _T95[freedom - 1] if freedom <= len(_T95) else 1.96
+    half = quantile * statistics.stdev(differences) / math.sqrt(len(differences))
+    return Audit(mean, mean - half, mean + half, orders, horizon, differences)
+
+
+def _replay(
+    run: RunFolder, record: dict[str, Any], order: int, horizon: int, *, acts: bool
+) -> float:
+    """The validation loss of one branch, ``horizon`` steps after the decision."""
+    number, actions = record["id"], dict(record["actions"])
+    goes_back = acts and any(name in GOES_BACK for name in actions)
+    with tempfile.TemporaryDirectory(prefix="ultrathink-audit-") as scratch:
+        state = target_name(number) if goes_back else state_name(number)
+        copy = _copy(run, run.states / state, Path(scratch) / "run")
+        end = _StopAt(record["step"] + horizon)
+        trainer = resume_trainer(copy, overrides=_QUIET, controllers=[end])
+        # A run that was limited in minutes is replayed in the steps that those came to.
+        trainer.training = trainer.training.model_copy(update={"max_minutes": None})
+        batch_size, gap = trainer.loader.batch_size, record["step"] - trainer.progress.step
+        if acts:
+            _apply(trainer, actions, record)
+        elif "skip_batch" in actions:
+            _take_back(trainer)
+        passed = gap * batch_size if "rollback_steps" in actions else 0
+        # What an order trains on begins behind all that the ones before it train on.
+        trainer.loader.skip(passed + order * (horizon + _FARTHEST) * batch_size)
+        if "stop" not in actions or not acts:
+            trainer.fit()
+        else:
+            trainer.close()
+        if trainer.held_out is None:
+            raise UltrathinkError(f"run {run.path} has no held-out text to judge a decision by.")
+        return trainer.score(trainer.held_out).loss
+
+
+def _apply(trainer: Trainer, actions: dict[str, Any], record: dict[str, Any]) -> None:
+    """Do again what was done beside going back: the rest follows from the state."""
+    factor = actions.get("adjust_learning_rate")
+    if factor is not None:
+        apply_change(trainer, Request("lr_factor", [factor, 200], "audit"))
+    for name, setting in _LIVE.items():
+        if name in actions:
+            apply_change(trainer, Request(setting, actions[name], "audit"))
+    if "revive_experts" in actions:  # which says as well what each was copied from
+        apply_change(trainer, Request("revive_expert", record["after"], "audit"))
+
+
+def _take_back(trainer: Trainer) -> None:
+    """Let the batch that was left out come next."""
+    state: dict[str, Any] = dict(trainer.loader.state_dict())
+    state["samples_seen"] -= trainer.loader.batch_size
+    trainer.loader.load_state_dict(state)
+
+
+class _StopAt(Controller):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
+        if report.step >= self.step:
+            control.stop(reason="the horizon of an audit")
+
+
+def _copy(run: RunFolder, state: Path, to: Path) -> RunFolder:
+    """A run of its own that stands where ``state`` was taken."""
+    shutil.copytree(run.path, to, ignore=lambda folder, names: _ignored(run, folder, names))
+    copy = RunFolder(to)
+    copy.lock_file.unlink(missing_ok=True)
+    step = read_step(state)
+    shutil.copytree(state, copy.step_path(step))
+    (copy.checkpoints / "last").symlink_to(copy.step_path(step).name)
+    return copy
+
+
+def _ignored(run: RunFolder, folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if Path(folder) == run.path and name in _LEFT_OUT]
+
+
+def read_step(state: Path) -> int:
+    """The step at which a state was taken."""
+    from ultrathink.checkpoint.format import read_state
+
+    step: int = read_state(state)["progress"]["step"]
+    return step

@@ -1,0 +1,93 @@
+"""The snapshots of a steered run, brought back from the checkpoint that it is resumed with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ultrathink.checkpoint.format import DamagedCheckpointError, load_checkpoint
+from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
+from ultrathink.config.orchestrator import OrchestratorConfig
+from ultrathink.core.errors import UltrathinkError
+from ultrathink.recipes.parts.resumed_data import touches
+from ultrathink.recipes.parts.steering import room_for_snapshots
+from ultrathink.runs.segments import ConfigChange
+from ultrathink.training.run_state import placed_state, region_needed
+from ultrathink.training.trainer import Trainer
+
+# What may change and leave it right to go back to before the change.
+_HARMLESS = (
+    "run",
+    "monitoring",
+    "orchestrator",
+    "parallel",
+    "data.num_workers",
+    "training.checkpoint",
+    "training.log_every",
+    "training.sample",
+)
+
+
+def bring_back_snapshots(
+    trainer: Trainer,
+    config: OrchestratorConfig,
+    checkpoint: Path,
+    plain: dict[str, Any],
+    changes: Sequence[ConfigChange],
+    reset: Collection[str],
+) -> list[str]:
+    """Give ``trainer`` the snapshots that ``checkpoint`` carries; sentences on those it does not.
+
+    All processes call it. ``plain`` is the checkpoint's state without tensors.
+    """
+    steps = carried_steps(plain)
+    if not steps or config.mode != "act" or not config.snapshots.in_checkpoints:
+        return []
+    if reset or any(not touches([change], *_HARMLESS) for change in changes):
+        return [
+            f"the run goes on with changes, so it cannot go back to before step "
+            f"{plain['progress']['step']}: the snapshots of the checkpoint are left out"
+        ]
+    remarks = []
+    most = room_for_snapshots(trainer, config.snapshots, len(steps))
+    room = int(trainer.world.of_main(most))
+    if room < len(steps):
+        remarks.append(
+            f"there is memory for {room} of the {len(steps)} snapshots of the checkpoint: the run "
+            f"goes back no farther than those (orchestrator.snapshots.max_gib)"
+        )
+    lost: list[tuple[int, str]] = []
+    for step in steps[len(steps) - room :]:
+        problem = _bring_back(trainer, snapshot_path(checkpoint, step), step)
+        if problem is not None:
+            lost.append((step, problem))
+    if lost:
+        numbers = ", ".join(str(step) for step, _ in lost)
+        remarks.append(
+            f"the run cannot go back to the snapshot{'s' * (len(lost) > 1)} of step {numbers}, "
+            f"which {checkpoint.name} no longer holds as written ({lost[0][1]})"
+        )
+    return remarks
+
+
+def _bring_back(trainer: Trainer, folder: Path, step: int) -> str | None:
+    """Read one snapshot, each process its part; what was wrong, where one could not."""
+    problem = None
+    try:
+        state = placed_state(
+            trainer, load_checkpoint(folder, region=partial(region_needed, trainer))
+        )
+    except DamagedCheckpointError as error:
+        problem = error.problem if folder.is_dir() else f"{folder.name} is missing"
+    except (UltrathinkError, OSError) as error:
+        problem = str(error)
+    problems = [one for one in trainer.world.gathered(problem) if one is not None]
+    if problems:
+        return str(problems[0])
+    snapshot = trainer.control.bring_back(step)
+    trainer.snapshots[snapshot.key] = state
+    trainer.carried.add(snapshot.key)
+    trainer.saving.note_snapshot(snapshot.key, folder)
+    return None

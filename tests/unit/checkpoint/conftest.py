@@ -1,0 +1,2 @@
+from tests.unit.runs.conftest import disk as disk
+from tests.unit.runs.conftest import run as run

@@ -1,0 +1,235 @@
+import hashlib
+import json
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.unit.checkpoint.disks import state
+from ultrathink.checkpoint.format import (
+    DamagedCheckpointError,
+    files_of,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+    tensor_shapes,
+    verify_checkpoint,
+    weights,
+)
+from ultrathink.core.errors import CheckpointError
+
+STATE = {
+    "model": {"a.weight": torch.randn(3, 4), "scalar": torch.tensor(2.5)},
+    "random": {"torch": torch.get_rng_state(), "python": [3, [1, 2, 3], None]},
+    "half": torch.randn(5, dtype=torch.bfloat16),
+    "turned": torch.randn(4, 3).t(),
+    "empty": torch.zeros(0),
+    "progress": {"step": 7, "best": -1.5, "name": "x", "flag": True, "none": None},
+    "list": [torch.arange(3), {"deep": torch.ones(2)}],
+}
+WEIGHTS, OTHERS = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor)
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        assert isinstance(b, dict)
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        assert isinstance(b, list)
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "step_1", STATE)
+    assert equal(load_checkpoint(tmp_path / "step_1"), STATE)
+
+
+def test_only_wanted_tensors_are_read(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", STATE)
+    state = load_checkpoint(tmp_path / "c", weights)
+    assert equal(state["model"], STATE["model"])
+    assert state["half"] is None
+    assert state["progress"] == STATE["progress"]
+
+
+def test_nothing_is_pickled(tmp_path: Path) -> None:
+    """Tensors are plain safetensors that the library reads, the rest is JSON."""
+    save_checkpoint(tmp_path / "c", STATE)
+    names = sorted(path.name for path in (tmp_path / "c").iterdir())
+    assert all(name.endswith((".safetensors", ".json")) for name in names)
+    tensors = {}
+    for path in (tmp_path / "c").glob("*.safetensors"):
+        tensors.update(load_file(path))
+    assert torch.equal(tensors["model/a.weight"], STATE["model"]["a.weight"])
+    json.loads((tmp_path / "c" / "state.json").read_text())
+    assert tensor_shapes(tmp_path / "c")["half"] == ((5,), torch.bfloat16)
+
+
+def test_the_models_tensors_have_a_file_of_their_own(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", STATE)
+    assert load_file(tmp_path / "c" / WEIGHTS).keys() == {"model/a.weight", "model/scalar"}
+    assert "half" in load_file(tmp_path / "c" / OTHERS)
+    assert WEIGHTS in files_of(tmp_path / "c", weights)
+    assert OTHERS not in files_of(tmp_path / "c", weights)
+
+
+@pytest.mark.parametrize(
+    ("state", "num_files"),
+    [
+        ({"model": {"w": torch.ones(2)}, "progress": {"step": 1}}, 1),
+        ({"optimizer": torch.ones(2)}, 1),
+        ({"progress": {"step": 1}}, 0),
+    ],
+    ids=["weights only", "others only", "no tensors"],
+)
+def test_no_file_is_empty(tmp_path: Path, state: dict[str, object], num_files: int) -> None:
+    save_checkpoint(tmp_path / "c", state)  # type: ignore[arg-type]
+    names = [path.name for path in (tmp_path / "c").glob("*.safetensors")]
+    assert names == ["model-00001-of-00001.safetensors"] * num_files
+    verify_checkpoint(tmp_path / "c")
+    assert equal(load_checkpoint(tmp_path / "c"), state)
+
+
+def test_checksums_are_those_of_the_files(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", STATE)
+    sums = json.loads((tmp_path / "c" / "checksums.json").read_text())
+    contents = {
+        path.name: path.read_bytes()
+        for path in (tmp_path / "c").iterdir()
+        if path.name != "checksums.json"
+    }
+    assert sums == {
+        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
+    }
+
+
+def test_threads_save_without_a_warning_and_without_silencing_others(tmp_path: Path) -> None:
+    """Silencing warnings would change the filters of all threads meanwhile."""
+    problems: list[BaseException] = []
+    filters = list(warnings.filters)
+    changed = threading.Event()
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            if list(warnings.filters) != filters:
+                changed.set()
+
+    def save(number: int) -> None:
+        try:
+            for _ in range(3):
+                save_checkpoint(tmp_path / str(number), state(number))
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=save, args=(number,)) for number in range(2)]
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    over.set()
+    watcher.join()
+    assert problems == []
+    assert not changed.is_set()
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", STATE)
+    with pytest.raises(TypeError, match="cannot hold"):
+        save_checkpoint(tmp_path / "c", {"bad": object()})  # type: ignore[dict-item]
+    assert equal(load_checkpoint(tmp_path / "c"), STATE)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+def stop() -> None:
+    raise RuntimeError("enough")
+
+
+class StopAt:
+    """Does something when it is called for the ``at``-th time."""
+
+    def __init__(self, at: int, action: Callable[[], None] = stop) -> None:
+        self.at, self.action, self.num_calls = at, action, 0
+
+    def __call__(self) -> None:
+        self.num_calls += 1
+        if self.num_calls == self.at:
+            self.action()
+
+
+def test_a_check_that_raises_ends_the_save_wherever_it_is(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "c", STATE)
+    other = state(3, num_values=3_000_000)  # several pieces to a file
+    counter = StopAt(-1)
+    save_checkpoint(tmp_path / "counted", other, counter)
+    assert counter.num_calls > 18  # at each file, each piece of one, each checksum
+    for at in range(1, counter.num_calls + 1):
+        with pytest.raises(RuntimeError, match="enough"):
+            save_checkpoint(tmp_path / "c", other, StopAt(at))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "counted"]
+    assert equal(load_checkpoint(tmp_path / "c"), STATE)
+
+
+def test_a_folder_that_vanishes_while_it_is_written_is_an_error(tmp_path: Path) -> None:
+    def vanish() -> None:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+    counter = StopAt(-1)
+    save_checkpoint(tmp_path / "run" / "c", STATE, counter)
+    for at in range(1, counter.num_calls + 1):
+        with pytest.raises(OSError, match="No such file"):
+            save_checkpoint(tmp_path / "run" / "c", STATE, StopAt(at, vanish))
+        assert list(tmp_path.rglob("*.safetensors")) == []
+    save_checkpoint(tmp_path / "run" / "c", STATE)
+    assert equal(load_checkpoint(tmp_path / "run" / "c"), STATE)
+
+
+def test_messages_name_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint: it has no state\.json"):
+        read_state(tmp_path)
+    save_checkpoint(tmp_path / "c", STATE)
+    state_file = tmp_path / "c" / "state.json"
+    whole = state_file.read_text()
+    for damaged in (whole[:-10], "[]", "{}", "3"):
+        state_file.write_text(damaged)
+        with pytest.raises(DamagedCheckpointError, match=r"state\.json cannot be read"):
+            read_state(tmp_path / "c")
+    state_file.write_text(whole.replace('"format": 1', '"format": 99'))
+    with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
+        read_state(tmp_path / "c")
+
+
+def test_all_is_on_the_disk_before_a_checkpoint_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[int] = set()
+    missing: list[str] = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        real_fsync(descriptor)
+
+    def rename(old: Path, new: Path) -> None:
+        missing.extend(p.name for p in (old, *old.iterdir()) if p.stat().st_ino not in flushed)
+        flushed.clear()
+        real_rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    save_checkpoint(tmp_path / "c", STATE)
+    assert missing == []
+    assert flushed == {tmp_path.stat().st_ino}  # and so is the name itself

@@ -1,0 +1,117 @@
+"""A process that ends in the middle of a save, killed at random and at every change to the disk."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.unit.checkpoint.crashing_writer import Writer, writer
+from tests.unit.checkpoint.disks import hidden, state, value_of
+from ultrathink.checkpoint.format import load_checkpoint, verify_checkpoint
+from ultrathink.runs.folder import RunFolder
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+
+@pytest.fixture(scope="module")
+def crashing() -> Iterator[Writer]:
+    with writer() as driver:
+        yield driver
+
+
+def step_of(run: RunFolder, link: str) -> int:
+    return int((run.checkpoints / link).resolve().name.removeprefix("step_"))
+
+
+def test_killed_at_any_change_to_the_disk_a_run_has_what_it_had_or_the_next(
+    run: RunFolder, crashing: Writer
+) -> None:
+    run.save(1, state(1), is_best=True, keep=1)
+    crash_at, came_through = 0, False
+    while not came_through:
+        crash_at += 1
+        came_through = crashing.save(run, 2, keep=1, crash_at=crash_at)
+        for step in run.steps():
+            verify_checkpoint(run.step_path(step))  # what is visible is whole
+        run.clean()
+        assert hidden(run.path) == []
+        newest = run.steps()[-1]
+        value = value_of(load_checkpoint(run.step_path(newest)))
+        assert value == (1 if newest == 1 else 200 + crash_at)
+        assert step_of(run, "last") == step_of(run, "best") == newest
+        assert sorted(p.name for p in run.checkpoints.iterdir() if not p.is_symlink()) == [
+            run.step_path(step).name for step in run.steps()
+        ]
+        if not came_through and newest == 2:  # once more from the beginning
+            run.save(1, state(1), is_best=True, keep=9)
+            run.remove_after(1)
+    assert crash_at > 20
+    assert run.steps() == [2]
+
+
+def test_killed_at_any_change_while_a_step_is_replaced_one_of_the_two_is_there(
+    run: RunFolder, crashing: Writer
+) -> None:
+    run.save(1, state(1), is_best=True, keep=1)
+    crash_at, came_through, num_kept = 0, False, 0
+    while not came_through:
+        crash_at += 1
+        before = value_of(load_checkpoint(run.step_path(1)))
+        came_through = crashing.save(run, 1, keep=1, crash_at=crash_at)
+        run.clean()
+        assert hidden(run.path) == []
+        assert run.steps() == [step_of(run, "last")] == [step_of(run, "best")] == [1]
+        after = value_of(load_checkpoint(run.step_path(1)))
+        assert after in (before, 100 + crash_at)
+        num_kept += after == before
+    assert num_kept > 10
+    assert value_of(load_checkpoint(run.step_path(1))) == 100 + crash_at
+
+
+def test_killed_at_random_moments_every_visible_checkpoint_is_whole(
+    run: RunFolder, crashing: Writer
+) -> None:
+    seed = int.from_bytes(os.urandom(4), "big")
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    reached = 0
+    for _ in range(8):
+        pid = crashing.start_saving(run)
+        try:
+            await_step(run, reached + 1)
+            time.sleep(chance.uniform(0, 0.15))
+        finally:
+            os.kill(pid, signal.SIGKILL)
+        assert crashing.ending() == -signal.SIGKILL
+        for step in run.steps():
+            assert value_of(load_checkpoint(run.step_path(step))) == step
+        run.clean()
+        assert hidden(run.path) == []
+        reached = run.steps()[-1]
+        assert step_of(run, "last") == reached
+        if reached >= 3:
+            assert step_of(run, "best") == reached - reached % 3
+        for step in run.steps():
+            assert value_of(load_checkpoint(run.step_path(step))) == step
+
+
+def await_step(run: RunFolder, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while max(run.steps(), default=0) < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_what_a_crash_left_of_an_older_process_does_not_stop_a_save(run: RunFolder) -> None:
+    """Without clean(), as where a checkpoint is saved by hand."""
+    run.save(1, state(1), is_best=False, keep=2)
+    for name in (".step_00000001.tmp", ".step_00000001.old", ".step_00000001.deleted"):
+        (run.checkpoints / name).mkdir()
+        (run.checkpoints / name / "state.json").write_text("{")
+    run.save(1, state(2), is_best=False, keep=2)
+    assert value_of(load_checkpoint(run.step_path(1))) == 2
+    run.save(2, state(2), is_best=False, keep=1)
+    assert run.steps() == [2]

@@ -1,0 +1,241 @@
+"""Runs set against each other: keys, curves, figures, and where they are the same bit for bit."""
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.runs.trained_runs import make_run, train_line, val_line, write_lines
+from ultrathink.core.errors import CheckpointError
+from ultrathink.insight.comparison import (
+    ABSENT,
+    MAX_ROWS,
+    Comparison,
+    Side,
+    compare,
+    mean,
+    read_side,
+    round_ends,
+)
+
+Lines = list[dict[str, Any]]
+
+
+def side(place: Path, label: str, lines: Lines = (), **manifest: Any) -> Side:  # type: ignore[assignment]
+    run = make_run(place, label)
+    if lines:
+        write_lines(run.metrics, lines)
+    if manifest:
+        run.manifest.write_text(json.dumps(manifest))
+    return read_side(run, label)
+
+
+def compared(place: Path, *curves: Lines) -> Comparison:
+    return compare([side(place, f"r{n}", lines) for n, lines in enumerate(curves)])
+
+
+def course(steps: int, loss: float = 3.0, every: int = 1, **values: Any) -> Lines:
+    return [train_line(step, loss, **values) for step in range(every, steps + 1, every)]
+
+
+def test_keys_that_differ_stand_where_they_belong(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path, "a"), make_run(tmp_path / "b", "b", total=30)
+    path = second.path / "config.yaml"
+    text = path.read_text().replace("type: adamw", "type: muon\n    momentum: 0.9")
+    path.write_text(text.replace("    eps: 1.0e-08\n", ""))
+    found = compare([read_side(first, "a"), read_side(second, "b")])
+    assert [(item.key, item.values) for item in found.config] == [
+        ("training.max_steps", (20, 30)),
+        ("training.optimizer.type", ("adamw", "muon")),
+        ("training.optimizer.momentum", (ABSENT, 0.9)),
+        ("training.optimizer.eps", (1e-8, ABSENT)),
+    ]
+    assert found.place_keys == ("run.name", "run.dir")
+    assert found.num_config_keys == len(read_side(first, "a").config) + 1
+
+
+def test_a_key_that_is_null_is_not_one_that_is_absent(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path, "a"), make_run(tmp_path, "b")
+    path = second.path / "config.yaml"
+    path.write_text(path.read_text().replace("\n  max_tokens: null\n", "\n"))
+    found = compare([read_side(first, "a"), read_side(second, "b")])
+    assert [(item.key, item.values) for item in found.config] == [
+        ("training.max_tokens", (None, ABSENT))
+    ]
+
+
+def test_manifests_differ_in_what_counts(tmp_path: Path) -> None:
+    one = {
+        "commit": "a",
+        "packages": {"torch": "1", "numpy": "2"},
+        "created": "x",
+        "command": ["y"],
+    }
+    two = {**one, "packages": {"torch": "1", "numpy": "3"}, "created": "z", "command": ["w", "v"]}
+    found = compare([side(tmp_path, "a", **one), side(tmp_path, "b", **two)])
+    assert [(item.key, item.values) for item in found.manifest] == [("packages.numpy", ("2", "3"))]
+
+
+def test_a_run_without_manifest_or_metrics_is_compared_in_the_rest(tmp_path: Path) -> None:
+    found = compare([side(tmp_path, "a", course(5), commit="x"), side(tmp_path, "b")])
+    assert found.sides[1].manifest == {}
+    assert found.stretches == ()
+    assert [a.num_common for a in found.agreements[0]] == [0, 0]
+    assert {f.name: f.values for f in found.figures}["steps"] == (5, None)
+
+
+def test_a_configuration_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (run.path / "config.yaml").write_text("[")
+    with pytest.raises(CheckpointError, match=r"config\.yaml is damaged"):
+        read_side(run, "a")
+
+
+def test_losses_are_means_over_stretches_that_both_have_taken(tmp_path: Path) -> None:
+    falling = [train_line(step, float(step)) for step in range(1, 25)]
+    found = compared(tmp_path, falling, course(100, 2.0))
+    assert found.axis == "step"
+    assert [(s.begin, s.end) for s in found.stretches] == list(pairwise(range(0, 25, 2)))
+    assert [s.train_loss for s in found.stretches] == [(n + 1.5, 2.0) for n in range(0, 24, 2)]
+
+
+def test_losses_that_were_not_finite_are_left_out_of_a_mean(tmp_path: Path) -> None:
+    lines = [train_line(1, 1.0), train_line(2, None), *course(8)[2:]]
+    lines[6]["loss"] = lines[7]["loss"] = None
+    sparse = [train_line(step, 3.0) for step in (1, 8)]
+    found = compared(tmp_path, lines, sparse)
+    losses = {s.end: s.train_loss for s in found.stretches}
+    assert losses[1] == (1.0, 3.0)
+    assert math.isnan(losses[2][0])
+    assert losses[2][1] is None
+    assert losses[3] == (3.0, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1.0, math.nan, 3.0, math.inf], 2.0), ([], None), ([0.1] * 10, 0.1)],
+)
+def test_the_mean_of_what_is_finite(values: list[float], expected: float | None) -> None:
+    assert mean(values) == expected
+
+
+def test_rows_stand_where_both_were_validated(tmp_path: Path) -> None:
+    def lines(every: int) -> Lines:
+        return [
+            line
+            for step in range(1, 81)
+            for line in (
+                [train_line(step, 3.0), val_line(step, 10 / step)]
+                if step % every == 0
+                else [train_line(step, 3.0)]
+            )
+        ]
+
+    found = compared(tmp_path, lines(5), lines(10))
+    assert [s.end for s in found.stretches] == list(range(10, 81, 10))
+    assert found.stretches[0].bits_per_byte == (0.5, 0.5)
+    many = compared(tmp_path, lines(2), lines(2))
+    assert [s.end for s in many.stretches] == list(range(8, 81, 8))
+    without = compared(tmp_path, lines(5), course(80))
+    assert [s.end for s in without.stretches] == [*range(10, 81, 10)]
+    assert [s.bits_per_byte[1] for s in without.stretches] == [None] * 8
+    seldom = compared(tmp_path, lines(40), lines(40))
+    assert [s.end for s in seldom.stretches] == [*range(8, 81, 8)]
+    assert seldom.stretches[4].bits_per_byte == (0.125, 0.125)
+
+
+def test_steps_of_another_size_are_compared_by_tokens(tmp_path: Path) -> None:
+    wide = [train_line(step, 2.0, tokens=1024 * step) for step in range(1, 11)]
+    found = compared(tmp_path, course(10), wide)
+    assert found.axis == "tokens"
+    assert found.stretches[-1].end == 5120
+    assert len(found.stretches) <= MAX_ROWS
+
+
+@given(st.integers(1, 10**12))
+def test_round_ends_are_few_and_reach_the_end(end: int) -> None:
+    ends = round_ends(end)
+    assert ends[-1] == end
+    assert len(ends) <= MAX_ROWS + 1
+    assert len(ends) >= min(end, MAX_ROWS // 2)
+    assert all(a < b for a, b in pairwise(ends))
+
+
+@pytest.mark.parametrize(
+    ("end", "ends"),
+    [
+        (1, [1]),
+        (5, [1, 2, 3, 4, 5]),
+        (20, list(range(2, 21, 2))),
+        (300, list(range(30, 301, 30))),
+        (2075, [*range(200, 2000, 200), 2000, 2075]),
+        (2010, [*range(200, 2000, 200), 2010]),
+    ],
+)
+def test_rows_have_round_numbers(end: int, ends: list[int]) -> None:
+    assert round_ends(end) == ends
+
+
+def test_equal_curves_are_identical(tmp_path: Path) -> None:
+    lines = [*course(20), val_line(20, 2.0)]
+    lines[3]["loss"] = None
+    train, val = compared(tmp_path, lines, lines).agreements[0]
+    assert train.is_identical
+    assert val.is_identical
+    assert (train.num_common, train.num_equal, val.num_common) == (20, 20, 1)
+
+
+def test_the_least_difference_is_found(tmp_path: Path) -> None:
+    changed = course(20)
+    changed[7]["loss"] = math.nextafter(3.0, 4.0)
+    train, val = compared(tmp_path, course(20), changed).agreements[0]
+    assert not train.is_identical
+    assert (train.num_equal, train.last_equal, train.first_difference) == (19, 7, 8)
+    assert not val.is_identical  # there is none
+
+
+def test_curves_of_different_length_are_equal_and_not_identical(tmp_path: Path) -> None:
+    train, _ = compared(tmp_path, course(20), course(30)).agreements[0]
+    assert not train.is_identical
+    assert (train.num_common, train.num_equal, train.first_difference) == (20, 20, None)
+
+
+def test_every_run_is_measured_by_the_first(tmp_path: Path) -> None:
+    found = compared(tmp_path, course(20), course(20, 4.0), course(20))
+    assert [train.is_identical for train, _ in found.agreements] == [False, True]
+    loss = next(figure for figure in found.figures if figure.name == "train_loss")
+    assert (loss.values, loss.differences) == ((3.0, 4.0, 3.0), (0.0, 1.0, 0.0))
+
+
+def test_figures_are_the_last_and_the_best(tmp_path: Path) -> None:
+    first = [
+        *course(10, 5.0, tokens_per_sec=100.0),
+        val_line(10, 2.0),
+        *course(20, 4.0, tokens_per_sec=300.0)[10:18],
+        train_line(19, 1.0, tokens_per_sec=None),
+        train_line(20, 2.0, tokens_per_sec=400.0),
+        val_line(20, 3.0),
+    ]
+    found = {f.name: f for f in compared(tmp_path, first, course(10)).figures}
+    values = {name: figure.values for name, figure in found.items()}
+    assert values["steps"] == (20, 10)
+    assert values["tokens"] == (10240, 5120)
+    assert values["train_loss"] == (2.0, 3.0)
+    assert values["train_loss_last_tenth"] == (1.5, 3.0)
+    assert values["val_loss"] == (3.0, None)
+    assert values["best_val_loss"] == (2.0, None)
+    assert found["best_bits_per_byte"].at == (10, None)
+    assert values["bits_per_byte"] == (1.5, None)
+    assert values["tokens_per_sec"] == (100.0, None)
+    assert found["val_loss"].differences == (0.0, None)
+
+
+def test_metrics_that_only_some_have_are_told(tmp_path: Path) -> None:
+    balanced = course(5, aux_balance=0.1)
+    found = compared(tmp_path, [*course(5), val_line(5, 1.0)], balanced, balanced)
+    assert found.lone_metrics == {"train aux_balance": ("r1", "r2")}

@@ -1,0 +1,330 @@
+"""What the doctor concludes: the rules, and the choices of auto."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from ultrathink.config import load_config
+from ultrathink.core.errors import ConfigError
+from ultrathink.insight.doctor.accelerators import Accelerators, Gpu, _runs
+from ultrathink.insight.doctor.diagnose import diagnose
+from ultrathink.insight.doctor.findings import find_problems, short_bytes
+from ultrathink.insight.doctor.machine import Memory, Processor
+from ultrathink.insight.doctor.packages import Package
+from ultrathink.insight.doctor.report import Choice, Problem, Report
+from ultrathink.insight.doctor.speed import ProductRate, Sharing, Speed
+from ultrathink.insight.doctor.wording import sections, verdict
+from ultrathink.training.choices import choose
+from ultrathink.training.determinism import set_deterministic
+
+GB = 10**9
+NO_GPU = Accelerators(gpus=(), mps=False, driver=None, unused=None)
+H200 = Gpu("NVIDIA H200", memory=150 * GB, free=140 * GB, capability="9.0", supported=True)
+Change = Callable[[Report], Report]
+
+
+@pytest.fixture(scope="module")
+def seen() -> Report:
+    """What is really found here."""
+    return diagnose(load_config("debug", ["training.deterministic=true"]), "debug", quick=True)
+
+
+@pytest.fixture
+def healthy(seen: Report) -> Report:
+    """The same, on a machine of four cores where nothing is wrong."""
+    assert seen.torch is not None
+    assert seen.toolchain is not None
+    return replace(
+        seen,
+        processor=Processor("a processor", 4, 4, 4, None),
+        memory=Memory(16 * GB, 12 * GB, None, None, GB),
+        run=replace(seen.run, may_compile=True),
+        run_folder=replace(seen.run_folder, free=100 * GB, problem=None),
+        cache_folder=replace(seen.cache_folder, free=100 * GB, problem=None),
+        packages=(Package("torch~=2.13.0", "torch", "2.13.0", True, None),),
+        torch=replace(seen.torch, threads=4),
+        accelerators=NO_GPU,
+        toolchain=replace(seen.toolchain, problem=None),
+        cpu_speed=rates(one=100e9, four=380e9),
+        sharing=Sharing(2.0, others=0.02, stolen=0.0),
+        problems=(),
+    )
+
+
+def rates(one: float, four: float) -> Speed:
+    return Speed((ProductRate("fp32", 1, one), ProductRate("fp32", 4, four)), memory=2e10)
+
+
+def with_gpu(report: Report, gpu: Gpu, **run: Any) -> Report:
+    return replace(
+        report,
+        accelerators=replace(NO_GPU, gpus=(gpu,)),
+        choices=(Choice("training.device", "cuda", "the first"),),
+        run=replace(report.run, **run),
+    )
+
+
+def only_problem(report: Report) -> Problem:
+    [problem] = find_problems(report)
+    return problem
+
+
+def test_a_healthy_machine_has_no_problems(healthy: Report) -> None:
+    assert find_problems(healthy) == ()
+    assert verdict(healthy) == "All is fine: ultrathink train"
+
+
+CASES: dict[str, tuple[Change, str, str, str]] = {
+    "others use the cores": (
+        lambda r: replace(r, sharing=Sharing(2.0, others=1.6, stolen=0.3)),
+        "warning",
+        "others kept 1.9 of 4 cores busy while this was measured; threads wait for each other",
+        "OMP_NUM_THREADS=2 ultrathink train",
+    ),
+    "threads wait for each other": (
+        lambda r: replace(r, cpu_speed=rates(one=100e9, four=40e9)),
+        "warning",
+        "4 threads compute at 0.4 times the rate of one",
+        "OMP_NUM_THREADS=3 ultrathink train",
+    ),
+    "more threads than a control group allows": (
+        lambda r: replace(r, processor=replace(r.processor, quota=2.5), cpu_speed=None),
+        "warning",
+        "torch uses 4 threads, and this process may use 2 cores (its control group allows 2.5)",
+        "OMP_NUM_THREADS=2 ultrathink train",
+    ),
+    "fewer threads than cores": (
+        lambda r: replace(r, torch=replace(r.torch, threads=1)),  # type: ignore[type-var]
+        "note",
+        "torch uses 1 of 4 cores; with all of them products are 3.8 times as fast",
+        "OMP_NUM_THREADS=4 ultrathink train",
+    ),
+    "a broken torch": (
+        lambda r: replace(r, torch=None, torch_error="ImportError: libtorch.so"),
+        "error",
+        "torch cannot be imported: ImportError: libtorch.so",
+        'pip install --force-reinstall "torch~=2.13.0"',
+    ),
+    "a folder for runs that cannot be written": (
+        lambda r: replace(r, run_folder=replace(r.run_folder, problem="read-only file system")),
+        "error",
+        "(run folders): read-only file system",
+        "run.dir=FOLDER",
+    ),
+    "a cache that cannot be written": (
+        lambda r: replace(r, cache_folder=replace(r.cache_folder, problem="permission denied")),
+        "error",
+        "(the cache): permission denied",
+        "ULTRATHINK_CACHE=FOLDER",
+    ),
+    "a model beyond all memory": (
+        lambda r: replace(r, run=replace(r.run, state_bytes=17 * GB)),
+        "error",
+        "take 17 GB before a single activation, more than the memory here (16 GB)",
+        "a smaller model",
+    ),
+    "a model beyond a control group's memory": (
+        lambda r: replace(
+            r,
+            memory=replace(r.memory, limit=4 * GB, limit_free=4 * GB),
+            run=replace(r.run, state_bytes=5 * GB),
+        ),
+        "error",
+        "more than the memory here (4 GB)",
+        "a smaller model",
+    ),
+    "a model beyond what is free": (
+        lambda r: replace(r, run=replace(r.run, state_bytes=13 * GB)),
+        "warning",
+        "the memory here has 12 GB free",
+        "end what uses the memory",
+    ),
+    "a model beyond the GPU": (
+        lambda r: with_gpu(r, H200, state_bytes=151 * GB),
+        "error",
+        "more than the memory of NVIDIA H200 (150 GB)",
+        "a smaller model",
+    ),
+    "a disk that is nearly full": (
+        lambda r: replace(r, run_folder=replace(r.run_folder, free=1000)),
+        "warning",
+        "checkpoints of debug take up to",
+        "training.checkpoint.keep=1",
+    ),
+    "no compiler": (
+        lambda r: replace(r, toolchain=replace(r.toolchain, problem="no C++ compiler was found")),  # type: ignore[type-var]
+        "warning",
+        "no C++ compiler was found; training runs uncompiled",
+        "apt-get install g++ python3-dev",
+    ),
+    "a GPU that this torch was not built for": (
+        lambda r: with_gpu(r, replace(H200, supported=False)),
+        "warning",
+        "no kernels for NVIDIA H200 (compute capability 9.0)",
+        "pytorch.org",
+    ),
+    "a driver without a GPU": (
+        lambda r: replace(r, accelerators=replace(NO_GPU, unused="built without CUDA")),
+        "warning",
+        "no GPU is used: built without CUDA",
+        "pytorch.org",
+    ),
+    "a package that is missing": (
+        lambda r: replace(r, packages=(Package("rich>=13.7", "rich", None, False, None),)),
+        "error",
+        "the package rich is missing",
+        'pip install "rich>=13.7"',
+    ),
+    "a package that is too old": (
+        lambda r: replace(r, packages=(Package("rich>=13.7", "rich", "9.0", False, None),)),
+        "warning",
+        "rich 9.0 is installed; rich>=13.7 is needed",
+        'pip install "rich>=13.7"',
+    ),
+    "a package of an extra that is too old": (
+        lambda r: replace(r, packages=(Package("ruff>=1", "ruff", "0.1", False, "test"),)),
+        "warning",
+        "ruff 0.1 is installed",
+        'pip install "ultrathink[test]"',
+    ),
+    "an installation without metadata": (
+        lambda r: replace(r, packages=None),
+        "note",
+        "its packages were not checked",
+        "pip install -e .",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_problem_comes_with_its_fix(healthy: Report, name: str) -> None:
+    change, level, text, fix = CASES[name]
+    problem = only_problem(change(healthy))
+    assert problem.level == level
+    assert text in problem.text
+    assert fix in str(problem.fix)
+
+
+HARMLESS: dict[str, Change] = {
+    "others on cores that are left over": lambda r: replace(
+        r,
+        torch=replace(r.torch, threads=2),  # type: ignore[type-var]
+        sharing=Sharing(2.0, others=1.5, stolen=0.0),
+        cpu_speed=None,
+    ),
+    "two threads of each physical core": lambda r: replace(
+        r, processor=replace(r.processor, physical_cores=2), cpu_speed=rates(100e9, 190e9)
+    ),
+    "an extra that is not installed": lambda r: replace(
+        r, packages=(Package("ruff>=1", "ruff", None, False, "test"),)
+    ),
+    "no compiler where nothing is compiled": lambda r: replace(
+        r,
+        toolchain=replace(r.toolchain, problem="no C++ compiler"),  # type: ignore[type-var]
+        run=replace(r.run, may_compile=False),
+    ),
+    "no C++ compiler where a GPU trains": lambda r: with_gpu(
+        replace(r, toolchain=replace(r.toolchain, problem="no C++ compiler")),  # type: ignore[type-var]
+        H200,
+    ),
+    "more memory needed than the CPU has, on a GPU": lambda r: with_gpu(
+        r, H200, state_bytes=100 * GB
+    ),
+    "nothing measured": lambda r: replace(r, sharing=None, cpu_speed=None),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_harms_nobody_is_not_reported(healthy: Report, name: str) -> None:
+    assert find_problems(HARMLESS[name](healthy)) == ()
+
+
+def test_the_worst_comes_first_and_decides(healthy: Report) -> None:
+    ill = healthy
+    for name in ("fewer threads than cores", "no compiler", "a broken torch"):
+        ill = CASES[name][0](ill)
+    ill = replace(ill, torch=healthy.torch, sharing=Sharing(2.0, 3.0, 0.0))
+    problems = find_problems(ill)
+    assert [p.level for p in problems] == ["error", "warning", "warning"]
+    assert not replace(ill, problems=problems).can_train
+    assert "not possible" in verdict(replace(ill, problems=problems))
+    assert replace(ill, problems=problems[1:]).can_train
+    assert verdict(replace(ill, problems=problems[1:])) == "Training works here; 2 warnings above."
+
+
+def test_choices_are_those_a_trainer_would_make(seen: Report) -> None:
+    assert not torch.are_deterministic_algorithms_enabled()  # asking has changed nothing
+    config, _ = choose(load_config("debug", ["training.deterministic=true"]), 1000)
+    set_deterministic(False, torch.device("cpu"))
+    chosen = {choice.key: choice for choice in seen.choices}
+    assert chosen["training.micro_batch_size"].value == config.training.micro_batch_size
+    assert chosen["model.attention.backend"].value == config.model.attention.backend
+    assert chosen["training.device"].reason == "the first of cuda, mps, cpu that is here"
+    assert chosen["training.compile"].reason == "set by: preset debug"
+
+
+def test_a_length_that_hangs_on_the_data_is_no_obstacle() -> None:
+    words = ["training.epochs=3", "training.compile=auto", "training.deterministic=true"]
+    report = diagnose(load_config("debug", words), "debug", quick=True)
+    [compiling] = [c for c in report.choices if c.key == "training.compile"]
+    assert compiling.value is False
+    assert "once its data is read" in compiling.reason or "C++ compiler" in compiling.reason
+
+
+def test_a_choice_that_cannot_be_made_is_a_problem() -> None:
+    config = load_config("debug", ["training.device=cuda:99"])
+    with pytest.raises(ConfigError) as refused:
+        choose(config, None)
+    report = diagnose(config, "debug", quick=True)
+    assert report.choices == ()
+    assert str(refused.value) in [p.text for p in report.problems if p.level == "error"]
+    assert not report.can_train
+
+
+def test_what_is_not_known_is_called_unknown(seen: Report) -> None:
+    blind = replace(
+        seen,
+        processor=Processor(None, None, None, None, None),
+        memory=Memory(None, None, None, None, None),
+        run_folder=replace(seen.run_folder, free=None, total=None),
+        torch=None,
+        accelerators=None,
+        toolchain=None,
+        sharing=None,
+        packages=None,
+        load_average=None,
+        choices=(),
+    )
+    assert blind.processor.usable_cores == 1
+    words = [line for section in sections(blind) for line in section.lines]
+    assert ("processor", "unknown") in words
+    assert ("cores", "unknown physical, unknown logical; this process may use 1") in words
+    assert ("memory", "unknown, unknown available") in words
+    assert ("torch", "unknown") in words
+    find_problems(blind)  # and no rule stumbles over it
+    json.dumps(blind.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "major", "runs"),
+    [
+        ("sm_90", 9, True),
+        ("sm_90a", 9, True),
+        ("sm_86", 8, True),
+        ("sm_86", 9, False),
+        ("compute_80", 9, True),
+        ("compute_90", 8, False),
+        ("sm_120", 12, True),
+    ],
+)
+def test_which_gpus_code_was_made_for(architecture: str, major: int, runs: bool) -> None:
+    assert _runs(architecture, major) == runs
+
+
+def test_bytes_in_short() -> None:
+    sizes = (500, 68e6, 999.6e6, 1.234e9, 2e12)
+    assert [short_bytes(n) for n in sizes] == ["0.5 kB", "68 MB", "1 GB", "1.23 GB", "2 TB"]

@@ -1,0 +1,322 @@
+"""What the doctor reads and measures: cores, control groups, folders, packages, compilers."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from ultrathink.config import load_config
+from ultrathink.insight.doctor import machine
+from ultrathink.insight.doctor import speed as speed_module
+from ultrathink.insight.doctor.diagnose import diagnose
+from ultrathink.insight.doctor.machine import (
+    Memory,
+    cpu_quota,
+    memory_limit,
+    read_memory,
+    read_processor,
+    told,
+    try_folder,
+)
+from ultrathink.insight.doctor.packages import read_packages
+from ultrathink.insight.doctor.speed import CoreWatch, copy_rate, disk_rate, product_flops
+from ultrathink.insight.doctor.toolchain import folder_bytes, read_toolchain
+from ultrathink.training.compiling import compiler_problem
+
+CPU = torch.device("cpu")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads files of Linux")
+
+
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[Path]:
+    """A small disk of its own at ``folder``; skips where mounting is not permitted."""
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
+    )
+    if done.returncode != 0:
+        pytest.skip("mounting is not permitted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+# -- cores and memory ------------------------------------------------------------------------------
+
+
+@linux
+def test_this_machine_is_read() -> None:
+    processor, memory = read_processor(), read_memory()
+    assert processor.name
+    assert processor.logical_cores == os.cpu_count()
+    assert processor.allowed_cores == len(os.sched_getaffinity(0))
+    assert 1 <= processor.usable_cores <= (os.cpu_count() or 1)
+    assert memory.total is not None
+    assert memory.usable is not None
+    assert 0 < memory.usable <= memory.total
+
+
+def test_a_limit_counts_where_it_is_tighter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory_limit", lambda: (1000, 300))
+    memory = read_memory()
+    assert (memory.limit, memory.limit_free, memory.usable) == (1000, 700, 700)
+    assert Memory(16, 12, None, None, None).usable == 12
+
+
+@linux
+def test_cores_that_this_process_may_not_use_do_not_count() -> None:
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("there is one core only")
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert read_processor().usable_cores == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def write_tree(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "quota"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/", {"cpu.max": "250000 100000"}, 2.5),
+        ("0::/a/b", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, 1.5),
+        ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "100000 100000"}, 1.0),
+        ("0::/not/visible/here", {"cpu.max": "200000 100000"}, 2.0),
+        ("3:cpu,cpuacct:/x", {"cpu,cpuacct/x/cpu.cfs_quota_us": "50000"}, 0.5),
+        (
+            "3:cpu:/x",
+            {"cpu/x/cpu.cfs_quota_us": "60000", "cpu/x/cpu.cfs_period_us": "20000"},
+            3.0,
+        ),
+        ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("3:memory:/", {"cpu/cpu.cfs_quota_us": "50000"}, None),
+        ("0::/", {}, None),
+    ],
+)
+def test_quotas_of_control_groups(
+    tmp_path: Path, membership: str, files: dict[str, str], quota: float | None
+) -> None:
+    write_tree(tmp_path, {"membership": membership})
+    write_tree(tmp_path / "groups", files)
+    assert cpu_quota(tmp_path / "groups", tmp_path / "membership") == quota
+
+
+@pytest.mark.parametrize(
+    ("membership", "files", "limit"),
+    [
+        ("0::/a", {"a/memory.max": "max"}, None),
+        ("0::/a", {"a/memory.max": "1000", "a/memory.current": "300"}, (1000, 300)),
+        ("0::/a", {"a/memory.max": "1000", "memory.max": "500"}, (500, None)),
+        ("4:memory:/", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
+        (
+            "4:memory:/x",
+            {"memory/x/memory.limit_in_bytes": "7", "memory/x/memory.usage_in_bytes": "5"},
+            (7, 5),
+        ),
+    ],
+)
+def test_memory_limits_of_control_groups(
+    tmp_path: Path, membership: str, files: dict[str, str], limit: tuple[int, int | None] | None
+) -> None:
+    write_tree(tmp_path, {"membership": membership})
+    write_tree(tmp_path / "groups", files)
+    assert memory_limit(tmp_path / "groups", tmp_path / "membership") == limit
+
+
+def test_a_fact_that_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
+    assert told(lambda: cpu_quota(tmp_path, tmp_path / "missing")) is None
+    (tmp_path / "odd").write_text("0::/\n3:cpu")
+    assert told(lambda: cpu_quota(tmp_path, tmp_path / "odd")) is None
+
+
+# -- folders and disks -----------------------------------------------------------------------------
+
+
+def test_a_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
+    there, new = try_folder(tmp_path), try_folder(tmp_path / "a" / "b")
+    assert (there.exists, there.problem) == (True, None)
+    assert (new.exists, new.problem) == (False, None)
+    assert new.free is not None
+    assert new.free > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    assert try_folder(tmp_path / "runs").problem == "not a directory"
+    assert try_folder(tmp_path / "runs" / "mine").problem == "not a directory"
+
+
+@linux
+def test_a_disk_without_room_and_one_that_is_read_only(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "64k") as disk:
+        assert disk_rate(disk) is None
+        assert list(disk.iterdir()) == []
+        with (disk / "full").open("wb", buffering=0) as file:
+            while file.write(bytes(4096)) == 4096 and file.tell() < 60 * 1024:
+                pass
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert try_folder(disk / "runs").problem == "read-only file system"
+
+
+def test_the_disk_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
+    rate = disk_rate(tmp_path / "runs", size_bytes=8 * 2**20)
+    assert rate is not None
+    assert rate > 1e5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_are_added_up(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "one").write_bytes(bytes(1000))
+    (tmp_path / "two").write_bytes(bytes(24))
+    assert folder_bytes(tmp_path) == 1024
+    assert folder_bytes(tmp_path / "missing") == 0
+    assert folder_bytes(tmp_path, seconds=-1.0) is None
+
+
+# -- speed -----------------------------------------------------------------------------------------
+
+
+def test_rates_are_plausible() -> None:
+    assert 1e7 < product_flops("fp32", CPU, seconds=0.01) < 1e14
+    assert 1e7 < copy_rate(CPU, size_bytes=2**22, repeats=2) < 1e13
+
+
+def test_a_whole_look_measures_each_format_on_one_and_on_all_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in (
+        ("_SECONDS_PER_RATE", 0.01),
+        ("_LONG_ENOUGH_S", 1e-5),
+        ("_COPIED_BYTES", 2**20),
+    ):
+        monkeypatch.setattr(speed_module, name, value)
+    report = diagnose(load_config("debug", [f"run.dir={tmp_path / 'runs'}"]), "debug")
+    assert report.cpu_speed is not None
+    threads = sorted({1, report.processor.usable_cores, torch.get_num_threads()})
+    for precision in ("fp32", "bf16", "fp64"):
+        measured = [r.threads for r in report.cpu_speed.products if r.precision == precision]
+        assert measured == threads
+    assert report.cpu_speed.memory is not None
+    assert report.disk_rate is not None
+    assert report.device_speed is None or torch.cuda.is_available()
+    assert list(tmp_path.iterdir()) == []
+
+
+@linux
+def test_what_others_do_with_the_cores_is_seen() -> None:
+    burner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        watch, deadline = CoreWatch(), time.monotonic() + 60
+        while True:
+            seen = watch.result()
+            if seen is not None and seen.others + seen.stolen > 0.2:
+                break
+            assert time.monotonic() < deadline, seen
+            time.sleep(0.1)
+    finally:
+        burner.kill()
+        burner.wait()
+
+
+@linux
+def test_what_this_process_does_itself_is_not_counted(tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    tick = os.sysconf("SC_CLK_TCK")
+    first = f"cpu{min(os.sched_getaffinity(0))}"
+
+    def write(user: float, steal: float) -> None:
+        ticks = [round(user * tick), 0, 0, 10**6, 0, 0, 0, round(steal * tick), 0, 0]
+        other = f"cpu{os.cpu_count()} {10**6 * user} 0 0 0 0 0 0 0 0 0"  # not one of ours
+        stat.write_text(f"cpu 1 1 1\n{first} {' '.join(map(str, ticks))}\n{other}\n")
+
+    write(100.0, 5.0)
+    watch = CoreWatch(stat)
+    assert watch.result() is None  # too soon to tell
+    began = time.process_time()
+    while time.process_time() - began < 0.5:
+        pass
+    own = time.process_time() - began
+    write(100.0 + own + 2.0, 6.0)
+    seen = watch.result()
+    assert seen is not None
+    assert seen.others * seen.seconds == pytest.approx(2.0, abs=0.1)
+    assert seen.stolen * seen.seconds == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_system_without_such_figures(tmp_path: Path) -> None:
+    assert CoreWatch(tmp_path / "missing").result() is None
+
+
+# -- packages and compilers ------------------------------------------------------------------------
+
+
+def test_packages_are_those_of_the_metadata() -> None:
+    packages = read_packages()
+    assert packages is not None
+    torch_package = next(p for p in packages if p.name == "torch")
+    assert torch_package.installed == torch.__version__
+    assert torch_package.fits
+    assert torch_package.extra is None
+    assert {p.extra for p in packages} == {None, "hf", "plot", "test"}
+    assert read_packages("a-package-that-nobody-has-installed") is None
+
+
+def test_versions_and_extras_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "made_up-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: made-up\nVersion: 1.0\n"
+        "Requires-Dist: numpy>=99\n"
+        "Requires-Dist: PyYAML<99\n"
+        "Requires-Dist: rich; python_version < '3'\n"
+        "Requires-Dist: nobody-has-this>=2; extra == 'fast'\n"
+        "Requires-Dist: pydantic>=2; extra == 'fast'\n"
+        "Requires-Dist: made-up[fast]; extra == 'all'\n"
+        "Provides-Extra: fast\nProvides-Extra: all\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    packages = read_packages("made-up")
+    assert packages is not None
+    assert [(p.name, p.installed is not None, p.fits, p.extra) for p in packages] == [
+        ("numpy", True, False, None),
+        ("pyyaml", True, True, None),
+        ("nobody-has-this", False, False, "fast"),
+        ("pydantic", True, True, "fast"),
+    ]
+    assert packages[0].fix == 'pip install "numpy>=99"'
+
+
+@pytest.mark.skipif(compiler_problem() is not None, reason="no C++ compiler to try")
+def test_the_compiler_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    tools = read_toolchain(try_out=True)
+    assert tools.problem is None
+    assert tools.version is not None
+    assert (tools.cache, tools.cache_bytes) == (str(tmp_path), 0)
+    broken = tmp_path / "g++"
+    broken.write_text('#!/bin/sh\necho "g++: fatal error: no cc1plus" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    tools = read_toolchain(try_out=True)
+    assert tools.version is None
+    assert "cannot compile a trial (g++: fatal error: no cc1plus)" in str(tools.problem)
+    assert read_toolchain(try_out=False).problem is None

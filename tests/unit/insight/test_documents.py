@@ -1,0 +1,192 @@
+"""Logs that are one JSON document, whole, cut off, or being written."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ultrathink.insight.logs.documents import read_document
+from ultrathink.insight.logs.log import LogError
+from ultrathink.insight.logs.opening import open_log
+
+STATE = {
+    "max_steps": 90,
+    "log_history": [
+        {"epoch": 0.1, "loss": 3.0, "learning_rate": 1e-4, "grad_norm": 2.0, "step": 10},
+        {"epoch": 0.1, "eval_loss": 2.9, "eval_runtime": 4.5, "step": 10},
+        {"epoch": 0.2, "loss": 2.5, "learning_rate": 1e-4, "step": 20},
+        {"epoch": 0.2, "train_loss": 2.75, "train_runtime": 60.0, "step": 20},
+        {"epoch": 0.2, "train_loss": 2.75, "step": 20},
+    ],
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_trainer_state(path: Path, indent: int | None) -> None:
+    path.write_text(json.dumps(STATE, indent=indent))
+    log = open_log(path)
+    assert log.format == "Hugging Face trainer_state.json"
+    assert [(s.step, s.values) for s in log.signals()] == [
+        (10, {"loss": 3.0, "lr": 1e-4, "grad_norm": 2.0}),
+        (10, {"val_loss": 2.9, "eval_runtime": 4.5}),
+        (20, {"loss": 2.5, "lr": 1e-4}),  # the summary of the run at its end is no step
+    ]
+    assert log.total_steps == 90
+
+
+def series(**values: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("_", " "): {"start_step": 1, "values": v} for name, v in values.items()}
+
+
+def losses_of(path: Path, document: Any) -> dict[int, Any]:
+    path.write_text(json.dumps(document))
+    return {s.step: str(s.values["loss"]) for s in open_log(path).signals() if "loss" in s.values}
+
+
+def test_series_of_megatron(path: Path) -> None:
+    path.write_text(json.dumps(series(
+        lm_loss={"1": 3.0, "5": 2.5, "10": "nan"},
+        iteration_time={"1": "nan", "5": 0.5, "10": "nan"},
+        mem_max_allocated_bytes={"1": 2.0**31, "5": 2.0**30, "10": "nan"},
+    )))  # fmt: skip
+    log = open_log(path)
+    assert log.format == "Megatron's JSON"
+    assert [(s.step, s.values) for s in log.signals()] == [
+        (1, {"loss": 3.0, "memory_peak": 2.0}),
+        (5, {"loss": 2.5, "step_time": 0.5, "memory_peak": 1.0}),
+    ]
+
+
+def test_series_without_steps_have_an_interval(path: Path) -> None:
+    entry = {"start_step": 0, "end_step": 15, "step_interval": 5, "values": [3.0, 2.5, 2.0]}
+    assert losses_of(path, {"lm loss": entry}) == {0: "3.0", 5: "2.5", 10: "2.0"}
+
+
+def test_a_nan_at_the_ends_was_not_recorded(path: Path) -> None:
+    values = {"1": "nan", "2": 3.0, "3": 2.5, "4": "nan", "5": "nan"}
+    assert losses_of(path, series(lm_loss=values)) == {2: "3.0", 3: "2.5"}
+
+
+def test_a_nan_between_numbers_is_one(path: Path) -> None:
+    values = {"1": 3.0, "2": "nan", "3": 2.5, "4": 2.4}
+    assert losses_of(path, series(lm_loss=values)) == {1: "3.0", 2: "nan", 3: "2.5", 4: "2.4"}
+
+
+def test_a_series_that_is_mostly_nan_has_gaps(path: Path) -> None:
+    values = {"1": 3.0, "2": "nan", "3": "nan", "4": "nan", "5": 2.5}
+    assert losses_of(path, series(lm_loss=values)) == {1: "3.0", 5: "2.5"}
+
+
+def test_a_nan_where_something_else_was_recorded_is_one(path: Path) -> None:
+    """A run that went to pieces and on: the norms stop, the count of zeros does not."""
+    found = losses_of(path, series(
+        lm_loss={"1": 3.0, "2": "nan", "3": "nan", "4": "nan"},
+        num_zeros={"1": 7.0, "2": 8.0, "3": 9.0, "4": "nan"},
+    ))  # fmt: skip
+    assert found == {1: "3.0", 2: "nan", 3: "nan"}
+
+
+def test_a_nan_that_is_no_text_is_one(path: Path) -> None:
+    assert losses_of(path, series(lm_loss={"1": 3.0, "2": math.nan})) == {1: "3.0", 2: "nan"}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}],
+        {"step": [1, 2], "loss": [3.0, 2.5]},
+    ],
+)
+def test_lists_of_records_and_records_of_lists(path: Path, document: Any) -> None:
+    assert losses_of(path, document) == {1: "3.0", 2: "2.5"}
+    path.write_text(json.dumps(document, indent=1))
+    assert len(list(open_log(path).signals())) == 2
+
+
+def test_a_document_that_is_cut_off_is_read_to_the_cut(path: Path) -> None:
+    text = json.dumps(STATE, indent=2)
+    path.write_text(text[: text.index('"eval_loss"')])
+    log = open_log(path)
+    assert [(s.step, s.values["loss"]) for s in log.signals()] == [(10, 3.0)]
+    assert log.notes == ["The document is cut off; what is whole of it was read."]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n"model": {\n"layers": 3}, "name": "x"}', "an object with the keys model, name"),
+        ("[\n]", "a JSON list with nothing in it"),
+        ("{\n", "no complete JSON document"),
+        ("[\n1, 2]", "a JSON list"),
+        ('{\n"log_history": []}', "none of the columns"),
+        ('{\n"log_history": [{"a": 1}]}', "seen: a"),
+    ],
+)
+def test_other_documents_are_no_log(path: Path, text: str, message: str) -> None:
+    path.write_text(text)
+    with pytest.raises(LogError, match=message):
+        open_log(path)
+
+
+def test_only_what_is_new_is_told(path: Path) -> None:
+    path.write_text(json.dumps(STATE))
+    log = open_log(path)
+    assert [s.step for s in log.poll().signals] == [10, 10, 20]
+    assert not log.poll().signals
+    history: Any = STATE["log_history"]
+    longer = {**STATE, "log_history": [*history[:3], {"step": 30, "loss": 2.0}]}
+    path.write_text(json.dumps(longer))
+    news = log.poll()
+    assert [s.step for s in news.signals] == [30]
+    assert not news.is_anew
+
+
+def test_a_document_that_is_half_written_is_waited_for(path: Path) -> None:
+    path.write_text(json.dumps(STATE))
+    log = open_log(path)
+    log.poll()
+    path.write_text("")
+    assert not log.poll().signals
+    path.write_text(json.dumps(STATE))
+    news = log.poll()
+    assert not news.signals
+    assert not news.is_anew
+
+
+def test_another_document_is_told_from_its_beginning(path: Path) -> None:
+    path.write_text(json.dumps(STATE))
+    log = open_log(path)
+    log.poll()
+    path.write_text(json.dumps({"log_history": [{"step": 1, "loss": 9.0}]}))
+    news = log.poll()
+    assert news.is_anew
+    assert [s.step for s in news.signals] == [1]
+
+
+trees = st.recursive(
+    st.one_of(st.integers(), st.text(max_size=5), st.none(), st.booleans()),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=20,
+)
+
+
+@settings(deadline=None)
+@given(st.lists(trees, min_size=1), st.data())
+def test_what_is_read_of_a_cut_document_was_in_it(document: list[Any], data: st.DataObject) -> None:
+    """All elements but the last are as they were, and the last is not an invention."""
+    text = json.dumps(document)
+    cut = data.draw(st.integers(1, len(text) - 1))
+    found, is_whole = read_document(text[:cut])
+    assert not is_whole
+    if found is not None:
+        assert found[:-1] == document[: max(0, len(found) - 1)]
+        assert len(found) <= len(document)

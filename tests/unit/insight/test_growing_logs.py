@@ -1,0 +1,287 @@
+"""Logs that grow, are cut or replaced; steps that go back; and what cannot be opened."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.runs.trained_runs import train_line, val_line, write_lines
+from ultrathink.insight.logs.log import LogError, LogSignals, NotYetError
+from ultrathink.insight.logs.opening import open_log
+from ultrathink.insight.logs.order import StepOrder
+from ultrathink.insight.logs.run_folder import figures_of
+from ultrathink.insight.logs.tail import Tail
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+def append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(text)
+
+
+# -- the tail of a file ----------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(alphabet="abc\nä", max_size=12), max_size=8))
+def test_pieces_that_are_appended_make_the_whole(
+    tmp_path_factory: pytest.TempPathFactory, pieces: list[str]
+) -> None:
+    path = tmp_path_factory.mktemp("tail") / "log"
+    path.write_text("")
+    tail = Tail(path)
+    lines: list[str] = []
+    for piece in pieces:
+        append(path, piece)
+        new = tail.read()
+        assert not new.is_anew
+        lines += new.lines
+    assert lines == "".join(pieces).split("\n")[:-1]
+
+
+def test_a_file_that_is_cut_is_read_anew(path: Path) -> None:
+    path.write_text("one\ntwo\nthree\n")
+    tail = Tail(path)
+    tail.read()
+    path.write_text("one\n")
+    assert tail.read() == type(tail.read())(["one"], is_anew=True)
+
+
+def test_a_file_that_was_cut_and_grew_is_seen_by_its_bytes(path: Path) -> None:
+    path.write_text("one\ntwo\nthree\n")
+    tail = Tail(path)
+    tail.read()
+    path.write_text("one\nTWO\nthree\nfour\n")  # longer than it was
+    new = tail.read()
+    assert new.is_anew
+    assert new.lines == ["one", "TWO", "three", "four"]
+
+
+def test_a_file_in_the_place_of_another_is_read_anew(path: Path) -> None:
+    path.write_text("one\n")
+    tail = Tail(path)
+    tail.read()
+    other = path.with_name("other")
+    other.write_text("one\ntwo\n")
+    other.replace(path)
+    new = tail.read()
+    assert new.is_anew
+    assert new.lines == ["one", "two"]
+
+
+def test_a_growing_table(path: Path) -> None:
+    path.write_text("step,loss\n1,3\n2,2")
+    log = open_log(path)
+    assert [s.step for s in log.poll().signals] == [1]
+    append(path, ".5\n3,2\n")
+    assert [(s.step, s.values) for s in log.poll().signals] == [
+        (2, {"loss": 2.5}),
+        (3, {"loss": 2.0}),
+    ]
+    path.write_text("step,loss\n1,9\n")
+    news = log.poll()
+    assert news.is_anew
+    assert [s.values["loss"] for s in news.signals] == [9.0]
+
+
+# -- our own runs ----------------------------------------------------------------------------------
+
+
+def experts_line(step: int) -> str:
+    group = {
+        "gini": [0.25, 0.5],
+        "entropy_normalized": [0.9, 0.7],
+        "confidence": [0.25, 0.75],
+        "dead": [1, 2],
+        "dropped": [0, 4],
+        "load": [[6, 2, 0], [8, 0, None]],
+    }
+    return (
+        json.dumps({"step": step, "time": 1.0, "num_tokens": 8, "groups": {"skill": group}}) + "\n"
+    )
+
+
+WORST = {
+    "experts/skill/gini": 0.5,
+    "experts/skill/entropy_normalized": 0.7,
+    "experts/skill/confidence": 0.5,
+    "experts/skill/dead": 3.0,
+    "experts/skill/dropped": 4.0,
+    "experts/skill/dropped_share": 0.25,
+    "experts/skill/num_experts": 5.0,
+    "experts/skill/even_load": 3.2,
+}
+
+
+def test_experts_are_the_worst_of_their_layers() -> None:
+    assert figures_of(json.loads(experts_line(1))) == WORST
+
+
+def make_run(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    lines = [train_line(1, 3.0), train_line(2, 2.5), val_line(2, 2.75)]
+    write_lines(folder / "metrics.jsonl", lines)
+    (folder / "experts.jsonl").write_text(experts_line(1) + experts_line(2))
+    (folder / "config.yaml").write_text("training: {max_steps: 12}\n")
+    return folder
+
+
+def test_a_run_folder(tmp_path: Path) -> None:
+    log = open_log(make_run(tmp_path / "demo"))
+    assert log.total_steps == 12
+    first, second, third = log.signals()
+    assert first.values["loss"] == 3.0
+    assert WORST.items() <= first.values.items()
+    assert WORST.items() <= second.values.items()
+    assert third.values["val_loss"] == 2.75
+    assert not any(name.startswith("experts/") for name in third.values)
+
+
+def test_alarms_that_a_run_raised_itself_are_counted(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo")
+    spike = {"step": 2, "began": 1, "kind": "loss_spike", "subject": "", "severity": "medium"}
+    graver, slow = {**spike, "severity": "high"}, {**spike, "kind": "slow_step", "severity": "info"}
+    log = open_log(run)
+    notes = []
+    for lines in ([slow], [slow, spike, graver]):
+        write_lines(run / "events.jsonl", lines)
+        list(log.signals())
+        notes.append(log.notes)
+    assert notes[0] == []
+    assert "raised 1 alarm: events.jsonl" in notes[1][0]
+
+
+def test_a_run_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_run(tmp_path / "runs/demo")
+    monkeypatch.chdir(tmp_path)
+    assert open_log("demo").format == "run folder"
+
+
+def test_experts_that_come_late_come_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo")
+    log = open_log(run)
+    assert len(log.poll().signals) == 3
+    append(run / "metrics.jsonl", json.dumps(train_line(3, 2.0)) + "\n")
+    assert ["loss" in s.values for s in log.poll().signals] == [True]
+    append(run / "experts.jsonl", experts_line(3))
+    (late,) = log.poll().signals
+    assert late == LogSignals(3, WORST)
+
+
+def test_a_resume_that_cuts_a_run_is_seen(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "demo")
+    log = open_log(run)
+    log.poll()
+    write_lines(run / "metrics.jsonl", [train_line(1, 3.0)])
+    news = log.poll()
+    assert news.is_anew
+    assert [s.step for s in news.signals] == [1]
+
+
+# -- the order of steps ----------------------------------------------------------------------------
+
+
+def order_of(*records: tuple[int, str]) -> list[tuple[int | None, int]]:
+    order = StepOrder()
+    taken = [order.take(LogSignals(step, {name: 1.0})) for step, name in records]
+    return [(undone, signals.step) for undone, signals in taken]
+
+
+def test_a_validation_at_the_same_step_is_no_step_back() -> None:
+    assert order_of((1, "loss"), (2, "loss"), (2, "val_loss"), (3, "loss")) == [
+        (None, 1), (None, 2), (None, 2), (None, 3),
+    ]  # fmt: skip
+
+
+def test_a_resume_undoes_what_lies_beyond() -> None:
+    assert order_of((1, "loss"), (5, "loss"), (3, "loss"), (4, "loss"), (4, "val_loss")) == [
+        (None, 1), (None, 5), (2, 3), (None, 4), (None, 4),
+    ]  # fmt: skip
+
+
+def test_a_step_that_is_taken_again_was_undone() -> None:
+    assert order_of((2, "loss"), (2, "loss")) == [(None, 2), (1, 2)]
+
+
+def test_a_validation_that_is_late_is_no_resume() -> None:
+    assert order_of((1, "val_loss"), (9, "loss"), (5, "val_loss"), (10, "loss")) == [
+        (None, 1), (None, 9), (None, 9), (None, 10),
+    ]  # fmt: skip
+
+
+def test_after_a_resume_validations_come_again() -> None:
+    assert order_of((5, "loss"), (5, "val_loss"), (3, "loss"), (5, "loss"), (5, "val_loss")) == [
+        (None, 5), (None, 5), (2, 3), (None, 5), (None, 5),
+    ]  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.sampled_from(["loss", "val_loss", "lr"]))))
+def test_steps_only_go_back_where_it_is_said(records: list[tuple[int, str]]) -> None:
+    last = 0
+    for undone, step in order_of(*records):
+        if undone is not None:
+            assert step <= last
+            last = min(last, undone)
+        assert step >= last
+        last = step
+
+
+# -- what cannot be opened -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "kind", "message"),
+    [
+        (b"", NotYetError, "is empty: there is nothing to watch yet"),
+        (b" \n\n", NotYetError, "is empty"),
+        (b"\x7fELF\0\0\1", LogError, "is a binary file, no training log"),
+        (
+            gzip.compress(b"step,loss\n1,2\n", mtime=0),
+            LogError,
+            r"is packed \(gzip\); unpack it first",
+        ),
+        ("step,loss\n1,2\n".encode("utf-16"), LogError, "UTF-16; write it in UTF-8"),
+        (b"Once upon a time, there was a model.\n", NotYetError, "no training log that is known"),
+    ],
+)
+def test_what_is_no_log_is_said(
+    path: Path, data: bytes, kind: type[LogError], message: str
+) -> None:
+    path.write_bytes(data)
+    with pytest.raises(kind, match=message):
+        open_log(path)
+
+
+def test_a_missing_file_and_its_neighbour(path: Path) -> None:
+    path.with_name("train.csv").write_text("")
+    with pytest.raises(NotYetError, match=r"no file .*trian.csv' and no run.*'train.csv'"):
+        open_log(path.with_name("trian.csv"))
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(NotYetError, match=r"there is no folder .*nowhere' either"):
+        open_log(tmp_path / "nowhere" / "log")
+
+
+def test_a_folder_without_a_log(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(NotYetError, match=r"a folder without metrics.jsonl.*holds notes.txt"):
+        open_log(tmp_path)
+
+
+def test_a_folder_of_hugging_face(tmp_path: Path) -> None:
+    state = {"log_history": [{"step": 1, "loss": 2.0}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert open_log(tmp_path).format == "Hugging Face trainer_state.json"
+
+
+def test_columns_of_a_run_are_not_to_be_named(tmp_path: Path) -> None:
+    with pytest.raises(LogError, match="the columns of a run folder are known"):
+        open_log(make_run(tmp_path / "demo"), {"loss": "x"})

@@ -1,0 +1,115 @@
+"""Curves of the report: what thinning keeps, what a scale holds, where labels stand."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ultrathink.insight.report.charts import Line, Span, chart
+from ultrathink.insight.report.curves import (
+    Curve,
+    Scale,
+    at,
+    round_values,
+    scale_of,
+    smoothed,
+    thinned,
+)
+
+
+def noisy(count: int) -> Curve:
+    steps = np.arange(1.0, count + 1)
+    return Curve(steps, 2 + 4 * np.exp(-steps / 2000) + 0.1 * np.sin(12.9898 * steps))
+
+
+def test_a_long_curve_keeps_its_extremes_and_ends() -> None:
+    curve = noisy(100_000)
+    curve.values[41_234], curve.values[77_777] = 30.0, -5.0
+    thin = thinned(curve)
+    assert 1000 < len(thin) <= 2100
+    assert {30.0, -5.0} <= set(thin.values)
+    assert (thin.steps[0], thin.steps[-1]) == (1, 100_000)
+    assert (np.diff(thin.steps) > 0).all()
+
+
+def test_a_short_curve_stays_as_it_is() -> None:
+    curve = noisy(500)
+    assert thinned(curve) is curve
+
+
+def test_what_is_no_number_stays_a_gap() -> None:
+    curve = noisy(10_000)
+    curve.values[5000] = math.nan
+    curve.values[6000:6500] = math.inf
+    thin = thinned(curve)
+    assert math.isnan(thin.values[list(thin.steps).index(5001)])
+    assert np.isinf(thin.values).any()
+
+
+def test_a_smoothed_curve_follows_the_middle_and_passes_over_single_spikes() -> None:
+    curve = noisy(4000)
+    curve.values[2000] = 1000.0
+    smooth = smoothed(curve)
+    truth = 2 + 4 * np.exp(-smooth.steps / 2000)
+    assert np.abs(smooth.values - truth).max() < 0.08
+    assert len(smoothed(noisy(10))) == 0
+
+
+def test_a_value_between_two_points() -> None:
+    assert at(Curve.of([(10, 1.0), (20, 3.0)]), 15) == 2.0
+    assert at(Curve.of([(10, math.nan)]), 15) is None
+
+
+def test_the_linear_scale_leaves_out_the_first_fall_and_single_spikes() -> None:
+    values = np.full(2000, 2.0) + 0.1 * np.sin(np.arange(2000.0))
+    values[:20], values[1000] = 90.0, 500.0
+    scale = scale_of([Curve(np.arange(2000.0), values)])
+    assert scale is not None
+    assert 1.8 < scale.low < 1.9
+    assert 2.1 < scale.high < 2.2
+
+
+def test_the_logarithmic_scale_holds_all_of_it() -> None:
+    scale = scale_of([Curve.of([(1, 500.0), (2, 0.5)])], is_log=True)
+    assert scale is not None
+    shares = scale.share(np.array([500.0, 0.5]))
+    assert 0.9 < shares[0] < 1
+    assert 0 < shares[1] < 0.1
+    assert scale_of([Curve.of([(1, 2.0), (2, -0.5)])], is_log=True) is None
+    assert scale_of([Curve.of([(1, math.nan)])]) is None
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_are_few_and_inside(low: float, span: float) -> None:
+    for ticks in (
+        round_values(low, low + span, 6),
+        Scale(low, low + span).ticks(),
+        Scale(abs(low) + 1e-3, (abs(low) + 1e-3) * (1 + span), is_log=True).ticks(),
+    ):
+        assert 1 <= len(ticks) <= 7
+        assert ticks == sorted(set(ticks))
+    ticks = round_values(low, low + span, 6)
+    room = 1e-6 * (span + abs(low))
+    assert low - room <= ticks[0]
+    assert ticks[-1] <= low + span + room
+
+
+def test_a_line_has_a_gap_where_there_is_no_number() -> None:
+    curve = Curve.of([(0, 1.0), (1, 2.0), (2, math.nan), (3, 2.0), (4, 1.0)])
+    drawn = chart("x", "X", [Line("k", "", curve)], Span(0, 4))
+    assert drawn is not None
+    path = drawn.split('class="line l-k"')[0].rpartition('d="')[2]
+    assert (path.count("M"), path.count("L")) == (2, 2)
+
+
+def test_nothing_to_draw_is_no_chart() -> None:
+    assert chart("x", "X", [Line("k", "", Curve.of([]))], Span(0, 4)) is None
+
+
+@pytest.mark.parametrize("values", [[1.0, 1.0, 1.0], [0.0, 0.0], [5.0]])
+def test_a_constant_curve_has_a_scale(values: list[float]) -> None:
+    drawn = chart("x", "X", [Line("k", "", Curve.of(list(enumerate(values))))], Span(0, 2))
+    assert drawn is not None
+    assert "nan" not in drawn

@@ -1,0 +1,197 @@
+"""What the report reads of a run: decisions, events, loads, forecasts, settings."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.unit.insight.reported import (
+    HELPED,
+    HURT,
+    UNPROVEN,
+    decision,
+    event,
+    make_longer,
+    metrics,
+    write_lines,
+)
+from ultrathink.insight.report.decisions import read_decisions, read_events
+from ultrathink.insight.report.gathering import gather
+from ultrathink.insight.report.loads import read_loads
+from ultrathink.insight.report.settings import changed_settings
+from ultrathink.runs.folder import RunFolder
+
+
+def test_a_decision_is_read_whole(run: RunFolder) -> None:
+    write_lines(run.decisions, [decision(audit=HELPED, outcome={"resolved": True, "step": 41})])
+    (found,), num_damaged = read_decisions(run.decisions)
+    assert num_damaged == 0
+    assert (found.number, found.id, found.step, found.rule) == (1, 1, 30, "spike")
+    assert (found.before, found.after) == (0.003, 0.0015)
+    assert found.outcome == {"resolved": True, "step": 41}
+    assert found.audit is not None
+    assert (found.audit.mean, found.audit.orders) == (-0.012, 4)
+    assert not found.is_by_hand
+
+
+@pytest.mark.parametrize(
+    ("audit", "verdict", "words"),
+    [
+        (HELPED, "helped", "excludes 0"),
+        (HURT, "hurt", "excludes 0"),
+        (UNPROVEN, "unproven", "includes 0"),
+        ({"mean": -0.1, "low": -0.2, "high": 0.0}, "unproven", "includes 0"),
+    ],
+)
+def test_an_audit_says_whether_its_interval_excludes_zero(
+    run: RunFolder, audit: dict[str, float], verdict: str, words: str
+) -> None:
+    write_lines(run.decisions, [decision(audit=audit)])
+    ((found,), _) = read_decisions(run.decisions)
+    assert found.audit is not None
+    assert found.audit.verdict == verdict
+    assert words in found.audit.statement
+
+
+def test_damaged_lines_are_counted_and_left_out(run: RunFolder) -> None:
+    lines = [decision(), '{"id": 2, "st', "[1, 2]", decision(id=3, step=None), '{"step": 3}']
+    write_lines(run.decisions, [*lines, decision(id=4, step=50)])
+    found, num_damaged = read_decisions(run.decisions)
+    assert [one.id for one in found] == [1, 4]
+    assert num_damaged == 4
+    assert any("decisions.jsonl: 4 lines are damaged" in note for note in gather(run).notes)
+
+
+def test_a_later_line_of_the_same_decision_replaces_the_earlier(run: RunFolder) -> None:
+    write_lines(run.decisions, [decision(), decision(outcome={"resolved": False})])
+    found, _ = read_decisions(run.decisions)
+    assert [one.outcome for one in found] == [{"resolved": False}]
+
+
+def test_changes_of_older_runs_are_decisions_by_hand(run: RunFolder) -> None:
+    old = {"time": 1, "step": 9, "setting": "lr_factor", "before": 1, "after": 2, "reason": "why"}
+    write_lines(run.decisions, [old, old])
+    found, _ = read_decisions(run.decisions)
+    assert [(one.action, one.reasoning, one.is_by_hand) for one in found] == [
+        ("lr_factor", "why", True)
+    ] * 2
+
+
+def test_an_event_that_grew_graver_is_one(run: RunFolder) -> None:
+    graver = event(12, "high", began=10, to_step=12, message="worse")
+    write_lines(run.events, [event(10, "medium"), graver, event(40, "low"), "torn"])
+    found, num_damaged = read_events(run.events)
+    assert [(one.step, one.to_step, one.severity) for one in found] == [
+        (10, 12, "high"),
+        (40, 40, "low"),
+    ]
+    assert num_damaged == 1
+
+
+def test_without_events_of_its_own_a_run_is_judged_by_its_log(run: RunFolder) -> None:
+    lines = metrics(range(1, 301))
+    for line in lines[200:230]:
+        line["loss"] *= 3
+    write_lines(run.metrics, lines)
+    run.events.unlink(missing_ok=True)
+    assert gather(run).saw_every_step  # somebody watched, and had nothing to tell
+    assert not gather(run).events
+    config = run.path / "config.yaml"
+    config.write_text(config.read_text().replace("mode: advise", "mode: 'off'"))
+    story = gather(run)
+    assert not story.saw_every_step
+    assert any(one.is_alarm and 195 < one.step < 215 for one in story.events)
+
+
+def test_loads_are_those_of_the_file(run: RunFolder) -> None:
+    groups, num_damaged = read_loads(run.path / "experts.jsonl")
+    assert num_damaged == 0
+    assert [(group.name, group.num_experts) for group in groups] == [("skill", 8), ("safety", 4)]
+    skill = groups[0]
+    rows = [json.loads(line) for line in (run.path / "experts.jsonl").read_text().splitlines()]
+    assert skill.course.shape == (60, 8)
+    late = sum(np.array(row["groups"]["skill"]["load"], float) for row in rows[-6:])
+    np.testing.assert_allclose(skill.late, late)
+    first = np.array(rows[0]["groups"]["skill"]["load"], float)
+    np.testing.assert_allclose(skill.course[0], (first / first.mean(1, keepdims=True)).mean(0))
+    assert skill.gini == max(rows[-1]["groups"]["skill"]["gini"])
+
+
+def test_loads_with_empty_slots_and_of_steps_that_were_undone(run: RunFolder) -> None:
+    def line(step: int, *load: list[int | None]) -> dict[str, object]:
+        return {"step": step, "layers": [0, 2], "groups": {"a": {"load": list(load)}}}
+
+    lines = [line(1, [4, 4, None], [0, 8, None]), line(2, [99, 0, None], [99, 0, None])]
+    lines += [line(2, [3, 3, 6], [0, 4, None])]
+    write_lines(run.path / "experts.jsonl", [*lines, '{"step": 5}', "torn"])
+    (group,), num_damaged = read_loads(run.path / "experts.jsonl")
+    assert num_damaged == 2
+    np.testing.assert_allclose(group.course, [[0.5, 1.5, 0], [0.375, 1.375, 1.5]])
+    assert group.course_active.tolist() == [[True, True, False], [True, True, True]]
+    assert group.late.tolist() == [[3, 3, 6], [0, 4, 0]]
+    assert (group.num_dead, group.num_experts, group.gini) == (1, 3, None)
+
+
+def test_forecasts_know_only_what_came_before(run: RunFolder) -> None:
+    make_longer(run, 1000)
+    write_lines(run.metrics, metrics(range(1, 1001)))
+    healthy = gather(run).replay
+    assert [one.share for one in healthy.foretold] == [0.25, 0.5, 0.75]
+    assert [one.is_inside for one in healthy.foretold] == [True] * 3
+    for one in healthy.foretold:
+        assert 0.9 * one.share * 1000 < one.forecast.at_step <= one.share * 1000
+        assert one.forecast.step == 1000
+    # Another end changes what came, and no forecast that was made before it.
+    write_lines(run.metrics, [*metrics(range(1, 801)), *metrics(range(801, 1001), loss=9.0)])
+    broken = gather(run).replay
+    assert [one.forecast for one in broken.foretold] == [one.forecast for one in healthy.foretold]
+    assert [one.is_inside for one in broken.foretold] == [False] * 3
+    assert broken.foretold[0].came == 9.0
+
+
+def test_a_run_that_is_not_at_its_end_has_a_forecast_and_nothing_that_came(run: RunFolder) -> None:
+    make_longer(run, 1000)
+    write_lines(run.metrics, metrics(range(1, 601)))
+    found = gather(run).replay
+    assert [(one.share, one.came, one.is_inside) for one in found.foretold] == [
+        (0.25, None, None),
+        (0.5, None, None),
+    ]
+    assert found.forecast is not None
+    assert found.forecast.step == 1000
+
+
+def test_what_a_rollback_undid_is_kept_apart(run: RunFolder) -> None:
+    lines = [
+        *metrics(range(1, 201)),
+        *metrics(range(201, 241), loss=8.0),
+        *metrics(range(201, 301)),
+    ]
+    write_lines(run.metrics, lines)
+    story = gather(run)
+    assert story.curves["loss"].values.max() < 6
+    assert len(story.train) == 300
+    (undone,) = story.replay.undone
+    assert (undone[0][0], undone[-1]) == (200, (240, 8.0))
+
+
+def test_settings_are_those_that_somebody_set(run: RunFolder) -> None:
+    found = {one.key: one for one in gather(run).changed}
+    assert (found["training.max_steps"].value, found["training.max_steps"].origin) == (
+        60,
+        "override",
+    )
+    assert found["model.hidden_size"].origin == "preset debug"
+    assert found["model.moe.groups"].value[0]["name"] == "skill"
+    assert found["tokenizer.type"].default == "bpe"
+    assert "training.seed" not in found
+    assert "model.vocab_size" not in found  # derived
+    assert "training.clip" not in found  # a default
+
+
+def test_settings_without_origins_and_of_unknown_parts() -> None:
+    tree = {"training": {"clip": 1.0, "log_every": 3, "optimizer": {"type": "mine", "zeal": 2}}}
+    found = {one.key: one.value for one in changed_settings(tree, None)}
+    assert found["training.log_every"] == 3
+    assert found["training.optimizer.zeal"] == 2
+    assert "training.clip" not in found

@@ -1,0 +1,281 @@
+"""Tables and lines of JSON: columns that are guessed or named, and cells that say nothing."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ultrathink.core.errors import UltrathinkError
+from ultrathink.insight.logs.log import LogError, NotYetError
+from ultrathink.insight.logs.names import ALIASES, parse_columns
+from ultrathink.insight.logs.opening import open_log
+
+Read = list[tuple[int, dict[str, float]]]
+
+
+def read(path: Path, text: str, **columns: str) -> Read:
+    path.write_text(text)
+    return [(s.step, dict(s.values)) for s in open_log(path, columns).signals()]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";", "  "])
+def test_delimiters_are_found(path: Path, delimiter: str) -> None:
+    text = "step,loss,lr\n1,3.5,0.1\n2,3.25,0.1\n".replace(",", delimiter)
+    assert read(path, text) == [(1, {"loss": 3.5, "lr": 0.1}), (2, {"loss": 3.25, "lr": 0.1})]
+
+
+@pytest.mark.parametrize(
+    ("title", "signal", "factor"),
+    [
+        ("Training Loss", "loss", 1),
+        ("train/loss", "loss", 1),
+        ("run-7 - train/loss", "loss", 1),  # exported by Weights & Biases
+        ("lm loss", "loss", 1),
+        ("eval_loss", "val_loss", 1),
+        ("val/loss", "val_loss", 1),
+        ("Grad Norm", "grad_norm", 1),
+        ("eval_accuracy", "val_accuracy", 1),
+        ("train/loss/web", "loss/web", 1),
+        ("eval_wiki_loss", "val_loss/wiki", 1),
+        ("eval/lm/c4/CE loss", "val_loss/lm/c4", 1),
+        ("grad_norm/layers.3", "grad_norm/layers.3", 1),
+        ("rouge", "rouge", 1),
+        ("iter_time_ms", "step_time", 1e-3),
+        ("elapsed time per iteration (ms)", "step_time", 1e-3),
+        ("iteration-time", "step_time", 1),
+        ("mem-allocated-bytes", "memory", 2.0**-30),
+        ("memory_gib", "memory", 1),
+        ("peak_memory_mib", "memory_peak", 2.0**-10),
+        ("memory/max_reserved(GiB)", "memory_peak", 1),
+        ("accuracy_percent", "accuracy", 1e-2),
+    ],
+)
+def test_names_are_known(path: Path, title: str, signal: str, factor: float) -> None:
+    known = {} if signal == "loss" else {"loss": 2.0}
+    header = "".join(f",{name}" for name in known)
+    found = read(path, f"step,{title}{header}\n1,8{',2' if known else ''}\n")
+    assert found == [(1, {signal: pytest.approx(8 * factor), **known})]
+
+
+def test_no_alias_stands_for_two_signals() -> None:
+    names = [alias for aliases in ALIASES.values() for alias in aliases]
+    assert len(names) == len(set(names))
+
+
+def test_the_surer_name_wins(path: Path) -> None:
+    assert read(path, "epoch,step,total_loss,loss\n0,7,9.0,3.0\n") == [(7, {"loss": 3.0})]
+
+
+def test_minima_and_maxima_beside_a_column_are_left_out(path: Path) -> None:
+    text = '"Step","a - loss","a - loss__MIN","a - loss__MAX"\n"5","2.5","2.0","3.0"\n'
+    assert read(path, text) == [(5, {"loss": 2.5})]
+
+
+def test_columns_can_be_named(path: Path) -> None:
+    assert read(path, "n,q,r\n4,1.5,8\n", step="n", loss="q", val_loss="r") == [
+        (4, {"loss": 1.5, "val_loss": 8.0})
+    ]
+
+
+def test_a_named_column_is_taken_before_a_guessed_one(path: Path) -> None:
+    assert read(path, "step,loss,smoothed\n4,1.5,8\n", loss="smoothed") == [(4, {"loss": 8.0})]
+
+
+def test_rows_of_training_and_validation(path: Path) -> None:
+    text = "step,kind,loss,lr,time_ms\n0,val,9.5,,3\n1,train,9.0,0.1,4\n1,val,8.5,0.1,5\n"
+    assert read(path, text) == [
+        (0, {"val_loss": 9.5}),
+        (1, {"loss": 9.0, "lr": 0.1}),
+        (1, {"val_loss": 8.5}),
+    ]
+
+
+def test_runs_one_after_the_other_are_told_apart(path: Path) -> None:
+    path.write_text("run,step,loss\na,1,3\na,2,2\nb,1,4\n")
+    assert [(s.run, s.step) for s in open_log(path).signals()] == [("a", 1), ("a", 2), ("b", 1)]
+
+
+def test_sources_that_take_turns_are_no_runs(path: Path) -> None:
+    text = "source,step,loss\nweb,1,3\ncode,1,2\nweb,2,2.5\ncode,2,1.5\n"
+    assert read(path, text) == [
+        (1, {"loss/web": 3.0}),
+        (1, {"loss/code": 2.0}),
+        (2, {"loss/web": 2.5}),
+        (2, {"loss/code": 1.5}),
+    ]
+
+
+@pytest.mark.parametrize("spelling", ["nan", "NaN", "NAN", "-nan"])
+def test_a_loss_that_is_not_a_number_is_kept(path: Path, spelling: str) -> None:
+    found = read(path, f"step,loss,step_time\n1,3.0,nan\n2,{spelling},{spelling}\n")
+    assert found[0] == (1, {"loss": 3.0})  # a time that is no number was not recorded
+    assert found[1][0] == 2
+    assert math.isnan(found[1][1].pop("loss"))
+    assert found[1][1] == {}
+
+
+@pytest.mark.parametrize("spelling", ["inf", "Infinity", "+inf"])
+def test_an_infinite_loss_is_kept(path: Path, spelling: str) -> None:
+    assert read(path, f"step,loss\n1,{spelling}\n2,3\n")[0] == (1, {"loss": math.inf})
+
+
+def test_empty_cells_say_nothing(path: Path) -> None:
+    text = "step,train_loss,val_loss\n1,3.0,\n1,,2.9\n2,None,N/A\n3,2.5,nan\n4,nan,2.4\n"
+    assert read(path, text) == [
+        (1, {"loss": 3.0}),
+        (1, {"val_loss": 2.9}),
+        (3, {"loss": 2.5}),
+        (4, {"val_loss": 2.4}),
+    ]
+
+
+def test_a_gradient_norm_of_zero_from_the_start_was_not_computed(path: Path) -> None:
+    text = "step,loss,grad_norm\n1,3,0.000\n2,3,0.5\n3,3,0\n"
+    assert [values.get("grad_norm") for _, values in read(path, text)] == [None, 0.5, 0.0]
+
+
+def test_without_steps_rows_are_counted(path: Path) -> None:
+    path.write_text("loss\tlr\n3\t0.1\n2\t0.1\n")
+    log = open_log(path)
+    assert log.format == "TSV, rows counted as steps"
+    assert [s.step for s in log.signals()] == [1, 2]
+
+
+def test_damaged_lines_are_left_out_with_a_note(path: Path) -> None:
+    path.write_text("step,loss,lr\n1,3,0.1\n2,\nsome words\n3,2,0.1\n4,1.")
+    log = open_log(path)
+    assert [s.step for s in log.signals()] == [1, 3]
+    assert log.notes == [
+        "The last line is torn and was left out.",
+        "2 lines are damaged and left out.",
+    ]
+
+
+def test_titles_may_come_again(path: Path) -> None:
+    found = read(path, "step,loss\n1,3\n2,2\nstep,loss\n2,2.5\n")
+    assert found == [(1, {"loss": 3.0}), (2, {"loss": 2.0}), (2, {"loss": 2.5})]
+
+
+@pytest.mark.parametrize("suffix", ["", "\n"])
+def test_the_last_line_may_lack_its_end(path: Path, suffix: str) -> None:
+    assert len(read(path, "step,loss\r\n1,3.0\r\n2,2.5" + suffix)) == 2
+
+
+def test_unknown_columns_are_listed(path: Path) -> None:
+    path.write_text("a,b,c\n1,2,3\n")
+    with pytest.raises(LogError, match=r"known as a loss.*seen: a, b, c\. Name them: --columns"):
+        open_log(path)
+
+
+def test_a_named_column_must_be_there(path: Path) -> None:
+    path.write_text("step,nll_mean\n1,2\n")
+    with pytest.raises(LogError, match=r"no column 'nll_maen'.*'nll_mean'"):
+        open_log(path, {"loss": "nll_maen"})
+
+
+def test_titles_alone_are_not_yet_a_log(path: Path) -> None:
+    path.write_text("step,loss\n")
+    with pytest.raises(NotYetError, match="no rows yet"):
+        open_log(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("loss", r"'loss' is not SIGNAL=COLUMN"),
+        ("los=x", r"no signal 'los'.*'loss'"),
+        ("loss=a,loss=b", r"loss is given twice, as 'a' and 'b'"),
+    ],
+)
+def test_mistakes_in_columns_are_named(text: str, message: str) -> None:
+    with pytest.raises(UltrathinkError, match=message):
+        parse_columns([text])
+
+
+def test_columns_are_parsed() -> None:
+    assert parse_columns(["loss=lm loss, step=it", "val_loss/web=w"]) == {
+        "loss": "lm loss",
+        "step": "it",
+        "val_loss/web": "w",
+    }
+
+
+# -- lines of JSON ---------------------------------------------------------------------------------
+
+
+def json_lines(*rows: dict[str, Any]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_our_own_lines(path: Path) -> None:
+    text = json_lines(
+        {"step": 1, "split": "train", "time": 1.0, "loss": 8.5, "tokens": 20, "lr": 0.1,
+         "memory_gib": 1.5, "skipped_steps": 0, "experts/skill/gini": 0.25},
+        {"step": 2, "split": "train", "time": 2.0, "loss": None, "grad_norm": None, "mfu": None},
+        {"step": 2, "split": "val", "time": 3.0, "loss": 7.5, "ppl": 9.0, "token_accuracy": 0.5},
+    )  # fmt: skip
+    path.write_text(text)
+    log = open_log(path)
+    assert log.format == "metrics.jsonl"
+    first, second, third = log.signals()
+    assert first.values == {
+        "loss": 8.5, "lr": 0.1, "memory": 1.5, "skipped_steps": 0.0, "experts/skill/gini": 0.25,
+    }  # fmt: skip
+    assert {name: math.isnan(v) for name, v in second.values.items()} == {
+        "loss": True,
+        "grad_norm": True,
+    }
+    assert third.values == {"val_loss": 7.5, "val_ppl": 9.0, "val_accuracy": 0.5}
+
+
+def test_lines_of_others(path: Path) -> None:
+    text = json_lines(
+        {"_step": 5, "train": {"loss": "2.5"}, "_timestamp": 3.0, "val": {"loss": None}},
+        {"_step": 6, "train": {"loss": "NaN"}, "note": "x", "flag": True},
+    )
+    found = read(path, text)
+    assert found[0] == (5, {"loss": 2.5})
+    assert math.isnan(found[1][1]["loss"])
+
+
+def test_a_torn_line_of_json_is_left_out(path: Path) -> None:
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    log = open_log(path)
+    assert [s.step for s in log.signals()] == [1]
+    assert log.notes == ["The last line is torn and was left out."]
+
+
+# -- properties ------------------------------------------------------------------------------------
+
+numbers = st.floats(allow_nan=True, allow_infinity=True, width=32)
+tables = st.lists(
+    st.tuples(st.integers(0, 10**9), numbers, st.one_of(st.none(), numbers)),
+    min_size=1,
+    max_size=30,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(tables, st.sampled_from([",", "\t", ";"]), st.booleans())
+def test_every_loss_of_a_table_is_read(
+    tmp_path_factory: pytest.TempPathFactory, rows: Any, delimiter: str, has_end: bool
+) -> None:
+    """What Python writes as text is read back, in the order of the file, whatever the steps do."""
+    lines = [["step", "loss", "memory_gib"]]
+    lines += [[str(a), str(b), "" if c is None else str(c)] for a, b, c in rows]
+    path = tmp_path_factory.mktemp("tables") / "log"
+    path.write_text("\n".join(delimiter.join(line) for line in lines) + "\n" * has_end)
+    found = list(open_log(path).signals())
+    assert [s.step for s in found] == [step for step, _, _ in rows]
+    assert [repr(s.values["loss"]) for s in found] == [repr(float(loss)) for _, loss, _ in rows]
+    kept = [memory for _, _, memory in rows if memory is not None and math.isfinite(memory)]
+    assert [s.values["memory"] for s in found if "memory" in s.values] == kept

@@ -1,0 +1,210 @@
+"""Whole logs through the watcher: real ones, logs of several runs, resumes, and the picture."""
+
+import builtins
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ultrathink.core.errors import MissingDependencyError
+from ultrathink.insight.logs.opening import open_log
+from ultrathink.insight.picture import draw_picture, require_matplotlib
+from ultrathink.insight.watching import Watching, without_nan, without_start
+
+RealLog = Callable[[str], Path]
+
+# file -> format, records, first and last step, steps planned, how often signals are there
+REAL: dict[str, tuple[str, int, tuple[int, int], int | None, dict[str, int]]] = {
+    "adamw_124M.log": (
+        "llm.c's main.log", 9537, (0, 9536), None, {"loss": 9536, "val_loss": 76},
+    ),
+    "llmc_124M_main.log": (
+        "llm.c's main.log", 19561, (0, 19560), None,
+        {"loss": 19560, "val_loss": 80, "lr": 19560, "grad_norm": 19560},
+    ),
+    "muon_124M.csv": ("CSV", 6251, (0, 6200), None, {"loss": 6200, "val_loss": 51}),
+    "soap_124M.csv": ("CSV", 6049, (0, 6000), None, {"loss": 6000, "val_loss": 49}),
+    "deepspeed_7b_baseline_loss.csv": ("CSV", 1000, (0, 999), None, {"loss": 1000}),
+    "deepspeed_7b_bf16_loss.csv": ("CSV", 1000, (0, 999), None, {"loss": 1000}),
+    "deepspeed_fp16_overflow.log": (
+        "DeepSpeed", 809, (10, 7360), None,
+        {"lr": 736, "skipped_steps": 736, "tokens_per_sec": 736, "memory": 736, "val_loss": 16},
+    ),
+    "megatron_gpt3_15b_h100.json": (
+        "Megatron's JSON", 10173, (1, 50860), None,
+        {"loss": 10173, "memory": 10173, "step_time": 507},
+    ),
+    "megatron_mixtral8x7b_h100_spike.json": (
+        "Megatron's JSON", 4538, (1, 22685), None, {"loss": 4538, "step_time": 4538},
+    ),
+    "mt5_az.json": (
+        "Hugging Face trainer_state.json", 770, (10, 7000), 9411,
+        {"loss": 700, "val_loss": 70, "lr": 700},
+    ),
+    "star_spec_decode.json": (
+        "Hugging Face trainer_state.json", 2000, (20, 40000), 252780,
+        {"loss": 2000, "grad_norm": 2000, "lr": 2000},
+    ),
+    "bloom_iteration_lines.csv": (
+        "CSV", 65, (29020, 45000), 115311,
+        {"loss": 65, "lr": 65, "step_time": 65, "loss_scale": 52, "grad_norm": 56},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_logs_are_read(real_log: RealLog, name: str) -> None:
+    format_name, count, (first, last), total, wanted = REAL[name]
+    log = open_log(real_log(name))
+    signals = list(log.signals())
+    assert (log.format, len(signals), log.notes) == (format_name, count, [])
+    assert (signals[0].step, signals[-1].step, log.total_steps) == (first, last, total)
+    counts = {signal: sum(signal in s.values for s in signals) for signal in wanted}
+    assert counts == wanted
+    assert all(math.isfinite(value) for s in signals for value in s.values.values())
+
+
+def test_values_of_a_real_log_are_those_in_it(real_log: RealLog) -> None:
+    path = real_log("llmc_124M_main.log")
+    by_step = {s.step: s.values for s in open_log(path).signals()}
+    lines = [line.split() for line in path.read_text().splitlines() if "trl:" in line]
+    for line in lines[::500]:
+        pairs = dict(part.split(":") for part in line)
+        values = by_step[int(pairs["s"])]
+        assert values["loss"] == float(pairs["trl"])
+        assert (values["lr"], values["grad_norm"]) == (float(pairs["lr"]), float(pairs["norm"]))
+
+
+def test_the_scale_falls_where_gradients_overflow(real_log: RealLog) -> None:
+    signals = open_log(real_log("deepspeed_fp16_overflow.log")).signals()
+    scales = [s.values["loss_scale"] for s in signals if "loss_scale" in s.values][:4]
+    assert scales == [65536.0, 2048.0, 65536.0, 32768.0]
+
+
+def watch(path: Path) -> Watching:
+    log = open_log(path)
+    watching = Watching(log)
+    for signals in log.signals():
+        watching.observe(signals)
+    watching.finish()
+    return watching
+
+
+def test_runs_of_one_log_are_watched_apart(real_log: RealLog) -> None:
+    watching = watch(real_log("bloom_iteration_lines.csv"))
+    report = watching.report()
+    assert len(report["log"]["runs"]) == 5
+    assert all("run" in event for event in report["events"])
+    # From step 43,680 of one run to 7,000 of the next is no resume.
+    assert not any(
+        event["kind"] == "resumed" for event in report["events"]
+        if event["run"] == "tr8b-104B/chronicles.md"
+    )  # fmt: skip
+    spiked = [e for e in report["events"] if e["run"] == "tr1-13B-base/chronicles.md"]
+    assert any(
+        e["step"] == 29050 and e["severity"] in ("medium", "high", "critical") for e in spiked
+    )
+
+
+def course(path: Path, steps: list[int], loss: Callable[[int], float]) -> Path:
+    lines = [f"{step},{loss(step)!r},1.0\n" for step in steps]
+    path.write_text("step,loss,grad_norm\n" + "".join(lines))
+    return path
+
+
+def falling(step: int) -> float:
+    return 3.0 + 2.0 * math.exp(-step / 300) + 0.02 * math.sin(12.9898 * step)
+
+
+def test_a_resume_cuts_the_curve_and_is_told(tmp_path: Path) -> None:
+    steps = [*range(1, 301), *range(251, 401)]
+    watching = watch(course(tmp_path / "log", steps, falling))
+    (run,) = watching.courses
+    assert [step for step, _ in run.curves["loss"]] == list(range(1, 401))
+    assert [[step for step, _ in part] for part in run.undone] == [list(range(250, 301))]
+    (resumed,) = [event for _, event in watching.events() if event.kind == "resumed"]
+    assert resumed.step == 251
+    assert watching.summary()["num_steps"] == 400
+
+
+def test_a_report_is_strict_json(tmp_path: Path) -> None:
+    def loss(step: int) -> float:
+        return math.nan if step > 290 else falling(step)
+
+    report = watch(course(tmp_path / "log", list(range(1, 301)), loss)).report()
+    text = json.dumps(report, allow_nan=False)
+    assert set(json.loads(text)) == {"log", "events", "phases", "forecast"}
+    assert any(event["kind"] == "non_finite" for event in report["events"])
+
+
+def test_nan_is_null_everywhere() -> None:
+    value: Any = {"a": [math.nan, (math.inf, 1.0)], "b": {"c": -math.inf, "d": "nan", "e": 1}}
+    assert without_nan(value) == {"a": [None, [None, 1.0]], "b": {"c": None, "d": "nan", "e": 1}}
+
+
+def test_the_first_fall_is_left_out_of_a_plot() -> None:
+    curve = [(float(step), 1.0) for step in range(400)]
+    assert without_start(curve)[0] == (10.0, 1.0)
+    assert len(without_start(curve[:30])) == 30
+
+
+# -- the picture -----------------------------------------------------------------------------------
+
+
+def test_a_picture_has_the_curve_and_what_was_found(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    matplotlib = pytest.importorskip("matplotlib")
+
+    def loss(step: int) -> float:
+        return falling(step) + (4.0 if 400 <= step < 420 else 0.0)
+
+    watching = watch(course(tmp_path / "log", list(range(1, 601)), loss))
+    assert any(event.is_alarm for _, event in watching.events())
+    draw_picture(watching, tmp_path / "course.png")
+    with image.open(tmp_path / "course.png") as picture:
+        assert picture.width > 1000
+        colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
+    red = tuple(round(255 * part) for part in matplotlib.colors.to_rgb("#1f4e79"))
+    assert red in colors  # the line of the loss
+    draw_picture(watching, tmp_path / "course.svg")
+    assert "loss (nats)" in _words(tmp_path / "course.svg")
+
+
+def _words(path: Path) -> str:
+    """The texts of an SVG; matplotlib leaves each as a comment beside its outlines."""
+    return path.read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "step,loss\n1,2\n",
+        "step,val_loss\n1,2\n2,1.5\n",
+        "step,loss\n1,-2\n2,-3\n",
+        "step,loss\n1,nan\n2,nan\n",
+        "step,loss,grad_norm\n5,2,0\n5,2,0\n",
+        "run,step,loss\na,1,3\nb,1,2\n",
+    ],
+)
+def test_little_is_drawn_too(tmp_path: Path, text: str) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "log"
+    path.write_text(text)
+    draw_picture(watch(path), tmp_path / "course.png")
+    assert (tmp_path / "course.png").stat().st_size > 5000
+
+
+def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MissingDependencyError, match=r'pip install "ultrathink\[plot\]"'):
+        require_matplotlib()

@@ -1,0 +1,391 @@
+"""Resuming with changes: what each does, what is recorded, and what is refused."""
+
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.training.conftest import MakeTrainer
+from tests.unit.training.observers import At, Recorder, final_state, records, without_time
+from ultrathink.core.errors import CheckpointError, ConfigError, UltrathinkError
+from ultrathink.recipes.resume import plan_resume, resume_trainer
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.segments import Segment, append_segment, read_segments
+from ultrathink.training.trainer import Trainer
+
+STOP_AT_4 = "training.checkpoint={every_steps: 4, keep: 9}"
+
+
+def stopped(make_trainer: MakeTrainer, *overrides: str) -> Trainer:
+    """A run of ten steps that stopped after four."""
+    trainer = make_trainer(
+        "training.max_steps=10",
+        STOP_AT_4,
+        *overrides,
+        controllers=[At(step4=lambda control: control.stop(reason="test"))],
+    )
+    assert trainer.fit() == "stopped"
+    return trainer
+
+
+def rates(run: RunFolder) -> list[float]:
+    return [row["lr"] for row in records(run) if row["split"] == "train"]
+
+
+# -- what is recorded -----------------------------------------------------------------------------
+
+
+def test_every_start_is_a_segment_of_the_run(make_trainer: MakeTrainer) -> None:
+    run = stopped(make_trainer).run
+    resume_trainer(run, overrides=["training.optimizer.lr=0.005"]).fit()
+    first, second = read_segments(run.segments)
+    assert (first.from_step, first.changes, first.reset) == (0, (), ())
+    assert second.from_step == 4
+    [change] = second.changes
+    assert (change.key, change.after) == ("training.optimizer.lr", 0.005)
+    assert second.environment["packages"]["torch"] == torch.__version__
+    assert second.environment["hardware"]["threads"] == torch.get_num_threads()
+    config = run.read_config()
+    assert config.training.optimizer.lr == 0.005
+    assert config.origin("training.optimizer.lr") == "override training.optimizer.lr=0.005"
+
+
+def test_a_run_that_dies_right_after_a_change_goes_on_with_it(make_trainer: MakeTrainer) -> None:
+    run = stopped(make_trainer).run
+    dead = resume_trainer(run, overrides=["training.optimizer.lr=0.005"], reset=["optimizer"])
+    dead.close()  # before its first checkpoint
+    again = resume_trainer(run)
+    assert again.training.optimizer.lr == 0.005
+    assert not any(optimizer.state for optimizer in again.stepper.optimizers)
+    assert again.fit() == "finished"
+    whole = stopped(make_trainer).run
+    resume_trainer(whole, overrides=["training.optimizer.lr=0.005"], reset=["optimizer"]).fit()
+    assert without_time(records(run)) == without_time(records(whole))
+
+
+def test_an_earlier_checkpoint_goes_on_as_it_was(make_trainer: MakeTrainer) -> None:
+    run = stopped(make_trainer, "training.checkpoint={every_steps: 2, keep: 9}").run
+    trainer = resume_trainer(run, overrides=["training.optimizer.lr=0.005"])
+    trainer.fit()
+    recorder = Recorder()
+    back = resume_trainer(run, "2", callbacks=[recorder])
+    assert back.training.optimizer.lr != 0.005
+    back.fit()
+    whole = make_trainer("training.max_steps=10", "training.checkpoint={every_steps: 2, keep: 9}")
+    whole.fit()
+    assert without_time(records(run)) == without_time(records(whole.run))
+    assert any(
+        "as in the checkpoint of step 2: training.optimizer.lr" in m for m in recorder.messages
+    )
+
+
+def test_an_edited_config_is_noticed_and_the_command_for_it_given(
+    make_trainer: MakeTrainer,
+) -> None:
+    run = stopped(make_trainer).run
+    run.write_config(run.read_config().replace({"training.clip": 0.5}, origin="by hand"))
+    with pytest.raises(UltrathinkError, match=r"training\.clip: 1\.0 -> 0\.5") as caught:
+        resume_trainer(run)
+    assert f"--resume {run.path} training.clip=0.5" in str(caught.value)
+
+
+def test_a_torn_segment_line_is_passed_over_and_not_glued_to_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "segments.jsonl"
+    append_segment(path, Segment(from_step=0))
+    with path.open("a") as file:
+        file.write('{"from_step": 4, "cha')
+    append_segment(path, Segment(from_step=8, reset=("data",)))
+    assert [segment.from_step for segment in read_segments(path)] == [0, 8]
+
+
+# -- what changes do ------------------------------------------------------------------------------
+
+
+def test_learning_rate_changes_from_here_on_and_moments_stay(make_trainer: MakeTrainer) -> None:
+    plain = stopped(make_trainer).run
+    before = rates(plain)
+    trainer = resume_trainer(plain, overrides=["training.optimizer.lr=0.0005"])
+    moments = trainer.stepper.optimizers[0].state
+    assert {state["step"].item() for state in moments.values()} == {4.0}
+    trainer.fit()
+    after = rates(plain)
+    assert after[:4] == before
+    undisturbed = make_trainer("training.max_steps=10")
+    undisturbed.fit()
+    peak = undisturbed.training.optimizer.lr
+    assert after[4:] == pytest.approx([r * 0.0005 / peak for r in rates(undisturbed.run)[4:]])
+
+
+def test_batch_size_changes_and_no_sample_is_lost_or_repeated(make_trainer: MakeTrainer) -> None:
+    run = stopped(make_trainer).run
+    trainer = resume_trainer(run, overrides=["training.batch_size=8"])
+    assert trainer.loader.samples_seen == 16
+    assert trainer.settings.micro_batch_size == 8  # what auto comes to for the new size
+    trainer.fit()
+    tokens = [row["tokens"] for row in records(run) if row["split"] == "train"]
+    assert tokens == [128 * n for n in (1, 2, 3, 4)] + [512 + 256 * n for n in range(1, 7)]
+    assert trainer.loader.samples_seen == 16 + 6 * 8
+
+
+@pytest.mark.parametrize(
+    ("length", "override", "total"),
+    [
+        ("training.max_steps=10", "training.max_steps=20", 20),
+        ("training.max_tokens=1280", "training.batch_size=8", 4 + 3),  # 768 tokens are left
+        ("training.max_tokens=1280", "training.max_tokens=2560", 20),
+        ("training.max_steps=10", "training.max_tokens=2560", 20),
+    ],
+)
+def test_another_length_counts_what_was_done(
+    make_trainer: MakeTrainer, length: str, override: str, total: int
+) -> None:
+    trainer = make_trainer(
+        length, STOP_AT_4, controllers=[At(step4=lambda control: control.stop(reason="test"))]
+    )
+    trainer.fit()
+    resumed = resume_trainer(trainer.run, overrides=[override])
+    assert resumed.fit() == "finished"
+    assert resumed.progress.step == total
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("training.max_steps=6", "training.schedule={type: cosine, warmup: 1}")
+    trainer.fit()
+    plan = plan_resume(trainer.run)
+    assert plan.is_finished
+    plan.lock.release()
+    longer = resume_trainer(trainer.run, overrides=["training.max_steps=12"])
+    assert longer.fit() == "finished"
+    assert [row["step"] for row in records(trainer.run) if row["split"] == "train"] == list(
+        range(1, 13)
+    )
+    after_warmup = rates(trainer.run)
+    assert after_warmup == sorted(after_warmup, reverse=True), "a resumed cosine must not rise"
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "{type: wsd, decay: 0.5}"])
+def test_another_schedule_begins_where_the_old_one_stands(
+    make_trainer: MakeTrainer, schedule: str
+) -> None:
+    run = stopped(make_trainer, "training.schedule={type: cosine, warmup: 1}").run
+    before = rates(run)
+    trainer = resume_trainer(
+        run, overrides=[f"training.schedule={schedule}", "training.max_steps=40"]
+    )
+    trainer.fit()
+    after = rates(run)
+    assert after[:4] == before
+    assert after[4] <= before[-1]
+    assert all(later <= earlier for earlier, later in itertools.pairwise(after[3:]))
+
+
+def test_reset_schedule_warms_up_again_over_what_is_left(make_trainer: MakeTrainer) -> None:
+    run = stopped(make_trainer, "training.schedule={type: cosine, warmup: 2}").run
+    trainer = resume_trainer(run, reset=["schedule"], overrides=["training.max_steps=24"])
+    trainer.fit()
+    peak = trainer.training.optimizer.lr
+    after = rates(run)[4:]
+    assert after[:2] == pytest.approx([peak / 2, peak])
+    tail = [0.1 + 0.9 * (1 + math.cos(math.pi * n / 18)) / 2 for n in range(18)]
+    assert after[2:] == pytest.approx([peak * share for share in tail])
+
+
+def test_reset_optimizer_forgets_its_moments(make_trainer: MakeTrainer) -> None:
+    run = stopped(make_trainer).run
+    trainer = resume_trainer(run, reset=["optimizer"], overrides=["training.optimizer.type=muon"])
+    assert not any(optimizer.state for optimizer in trainer.stepper.optimizers)
+    assert trainer.fit() == "finished"
+    assert any("momentum" in name for name in final_state(run))
+
+
+def test_other_mixture_weights_go_on_where_each_source_stands(make_trainer: MakeTrainer) -> None:
+    two = "data.train=[{type: dummy, name: a, weight: 1}, {type: dummy, name: b, seed: 5}]"
+    run = stopped(make_trainer, two).run
+    trainer = resume_trainer(run, overrides=["data.train.0.weight=3"])
+    assert trainer.loader.samples_seen == 16
+    assert list(trainer.loader.weights) == [3, 1]
+    trainer.fit()
+    resumed = resume_trainer(run, overrides=["training.max_steps=12"])  # a plain state again
+    assert list(resumed.loader.weights) == [3, 1]
+    resumed.fit()
+
+
+def test_other_data_begins_its_own_order(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    run = stopped(make_trainer).run
+    text = tmp_path / "more.txt"
+    text.write_text("another text to go on with, line after line.\n" * 300)
+    trainer = resume_trainer(run, overrides=[f"data.train=[{{type: text, path: {text}}}]"])
+    assert trainer.loader.samples_seen == 0
+    assert trainer.progress.tokens == 512
+    assert trainer.progress.best is None  # scores on other text do not compare
+    trainer.fit()
+    segment = read_segments(run.segments)[-1]
+    assert segment.reset == ("data",)
+    assert [change.key for change in segment.changes] == ["data.train"]
+    assert json.loads(run.data_record.read_text())["data_hash"] == trainer.identity["data_hash"]
+
+
+def test_a_live_change_of_a_controller_outlives_a_plain_resume(make_trainer: MakeTrainer) -> None:
+    def slow_down(control: object) -> None:
+        control.set_lr_factor(0.5, reason="test")  # type: ignore[attr-defined]
+        control.set_clip(0.1, reason="test")  # type: ignore[attr-defined]
+        control.stop(reason="test")  # type: ignore[attr-defined]
+
+    trainer = make_trainer("training.max_steps=10", STOP_AT_4, controllers=[At(step4=slow_down)])
+    trainer.fit()
+    again = resume_trainer(trainer.run)
+    assert (again.settings.lr_factor, again.settings.clip) == (0.5, 0.1)
+    again.close()
+    changed = resume_trainer(trainer.run, overrides=["training.clip=0.7"])
+    assert (changed.settings.lr_factor, changed.settings.clip) == (0.5, 0.7)
+    changed.close()
+
+
+# -- a run that was moved -------------------------------------------------------------------------
+
+
+def test_a_moved_run_folder_resumes_bit_for_bit(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    run = stopped(make_trainer).run
+    moved = RunFolder(tmp_path / "another place" / "renamed")
+    moved.path.parent.mkdir()
+    shutil.move(run.path, moved.path)
+    assert resume_trainer(moved).fit() == "finished"
+    assert not run.path.exists()
+    whole = make_trainer("training.max_steps=10", STOP_AT_4)
+    whole.fit()
+    assert without_time(records(moved)) == without_time(records(whole.run))
+    one, other = final_state(moved), final_state(whole.run)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_another_machine_is_told(make_trainer: MakeTrainer) -> None:
+    run = stopped(make_trainer).run
+    line = json.loads(run.segments.read_text())
+    line["environment"]["hardware"]["cpu"] = "Another Processor 9000"
+    run.segments.write_text(json.dumps(line) + "\n")
+    recorder = Recorder()
+    resume_trainer(run, callbacks=[recorder]).fit()
+    [told] = [text for text in recorder.messages if "not bit for bit" in text]
+    assert "processor Another Processor 9000 -> " in told
+
+
+def test_a_run_without_a_checkpoint_begins_again_in_its_folder(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("training.max_steps=6")
+    trainer.start()
+    trainer.notify("on_step", trainer.train_step())  # and then the machine goes down
+    trainer.close()
+    assert trainer.run.steps() == []
+    again = resume_trainer(trainer.run)
+    assert again.run.path == trainer.run.path
+    assert again.fit() == "finished"
+    whole = make_trainer("training.max_steps=6")
+    whole.fit()
+    assert without_time(records(again.run)) == without_time(records(whole.run))
+    empty = make_trainer("training.max_steps=6")
+    empty.close()
+    with pytest.raises(UltrathinkError, match="ended before its first checkpoint"):
+        resume_trainer(empty.run, overrides=["training.max_steps=7"])
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "model.hidden_size=64",
+            r"model\.hidden_size cannot change while a run goes on: the weights would",
+        ),
+        ("tokenizer.type=bpe", "the token ids would stand for other text"),
+        ("run.seed=5", "it decides the order of the data"),
+        ("training.optimizer.type=muon", "begin it anew with --reset optimizer"),
+        ("training.max_steps=3", "the run is at step 4 already; give more"),
+        ("training.init_from=x", "the run has weights of its own"),
+    ],
+)
+def test_changes_that_a_run_cannot_take_are_refused(
+    make_trainer: MakeTrainer, override: str, message: str
+) -> None:
+    run = stopped(make_trainer).run
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    with pytest.raises(UltrathinkError, match=message):
+        resume_trainer(run, overrides=[override])
+    after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    changed = [path.name for path in after if after[path] != before.get(path)]
+    assert [name for name in changed if name not in (".owner.json", ".lock")] == []
+    assert resume_trainer(run).fit() == "finished"  # and the lock is free
+
+
+def test_a_mistyped_change_is_explained(make_trainer: MakeTrainer) -> None:
+    run = stopped(make_trainer).run
+    with pytest.raises(ConfigError, match="Did you mean"):
+        resume_trainer(run, overrides=["training.optimzer.lr=1"])
+    with pytest.raises(ConfigError, match="batch_size"):
+        resume_trainer(run, overrides=["training.batch_size=many"])
+
+
+def test_other_code_for_the_order_is_noticed(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped(make_trainer).run
+    monkeypatch.setattr("ultrathink.data.permutation._NUM_ROUNDS", 8)
+    with pytest.raises(CheckpointError, match="the code that orders and packs samples changed"):
+        resume_trainer(run)
+    trainer = resume_trainer(run, reset=["data"])  # the way out that the message names
+    assert trainer.loader.samples_seen == 0
+    assert trainer.fit() == "finished"
+
+
+def test_other_code_for_the_tokenizer_is_noticed(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ultrathink.data.tokenizers.byte import ByteTokenizer
+
+    run = stopped(make_trainer).run
+    original = ByteTokenizer.encode
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: original(self, text)[::-1])
+    with pytest.raises(CheckpointError, match="cuts text into other tokens"):
+        resume_trainer(run)
+
+
+# -- experts --------------------------------------------------------------------------------------
+
+EXPERTS = (
+    "model.moe={groups: [{name: knowledge, num_experts: 4, top_k: 2}], intermediate_size: 8, "
+    "balance: {load: 0.02}}"
+)
+
+
+def test_routing_and_balance_may_change_and_other_live_values_stay(
+    make_trainer: MakeTrainer,
+) -> None:
+    trainer = make_trainer(
+        "training.max_steps=10",
+        STOP_AT_4,
+        EXPERTS,
+        controllers=[
+            At(
+                step2=lambda control: control.set_routing("temperature", 2.0, reason="test"),
+                step4=lambda control: control.stop(reason="test"),
+            )
+        ],
+    )
+    trainer.fit()
+    overrides = ["model.moe.routing.capacity_factor=1.5", "model.moe.balance.load=0.5"]
+    resumed = resume_trainer(trainer.run, overrides=overrides)
+    routing = resumed.model.routing
+    assert routing is not None
+    names = ("capacity_factor", "load", "temperature")
+    assert [routing.get(name) for name in names] == [1.5, 0.5, 2.0]
+    assert resumed.fit() == "finished"
+
+
+def test_groups_of_experts_cannot_change(make_trainer: MakeTrainer) -> None:
+    run = stopped(make_trainer, EXPERTS).run
+    with pytest.raises(UltrathinkError, match=r"model\.moe\.groups\.0\.top_k cannot change"):
+        resume_trainer(run, overrides=["model.moe.groups.0.top_k=1"])

@@ -1,0 +1,166 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ultrathink.config import load_config
+from ultrathink.core.errors import ConfigError
+from ultrathink.training import attention_choice, hardware
+from ultrathink.training.choices import choose
+from ultrathink.training.compiling import should_compile
+from ultrathink.training.hardware import choose_device, choose_precision, measured_rate, peak_flops
+
+CPU = torch.device("cpu")
+
+
+def rates(monkeypatch: pytest.MonkeyPatch, *, bf16: float) -> None:
+    """Pretend that fp32 products run at 100 GFLOP/s and bf16 products at ``bf16`` times that."""
+    values = {torch.float32: 1e11, torch.bfloat16: bf16 * 1e11, torch.float64: 5e10}
+    monkeypatch.setattr(hardware, "measured_rate", lambda dtype, *rest: values[dtype])
+
+
+@pytest.mark.parametrize(("bf16", "chosen"), [(4.0, "bf16"), (1.2, "fp32"), (0.02, "fp32")])
+def test_precision_follows_the_measured_rates(
+    monkeypatch: pytest.MonkeyPatch, bf16: float, chosen: str
+) -> None:
+    rates(monkeypatch, bf16=bf16)
+    precision, reason = choose_precision("auto", CPU)
+    assert precision == chosen
+    assert f"{bf16:.1f} times the rate" in reason
+
+
+def test_what_is_configured_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates(monkeypatch, bf16=0.02)
+    assert choose_precision("bf16", CPU)[0] == "bf16"
+    assert choose_precision("fp64", CPU)[0] == "fp64"
+    with pytest.raises(ConfigError, match="MPS has no fp64; use fp32 or bf16"):
+        choose_precision("fp64", torch.device("mps"))
+
+
+def test_rates_are_plausible() -> None:
+    assert 1e8 < measured_rate(torch.float32, 128, 0.01) < 1e14
+
+
+def test_peaks_come_from_the_data_sheet_or_from_the_device_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[torch.dtype, str]] = []
+
+    def measured(dtype: torch.dtype, size: int, seconds: float, device: str) -> float:
+        asked.append((dtype, device))
+        return 1.0
+
+    monkeypatch.setattr(hardware, "measured_rate", measured)
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert peak_flops(gpu, "bf16") == 989e12
+    assert peak_flops(gpu, "fp32") == 1.0
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40")
+    assert peak_flops(gpu, "bf16") == 1.0
+    assert peak_flops(CPU, "fp32") == 1.0
+    assert asked == [
+        (torch.float32, "cuda:0"),
+        (torch.bfloat16, "cuda:0"),
+        (torch.float32, "cpu"),
+    ]
+
+
+def test_auto_is_replaced_by_values_that_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates(monkeypatch, bf16=4.0)
+    config = load_config("demo", ["training.max_steps=10"])
+    config, choices = choose(config, samples_per_epoch=1000)
+    training = config.training
+    assert (training.device, training.precision, training.compile) == ("cpu", "bf16", False)
+    assert training.micro_batch_size == training.batch_size
+    assert config.model.attention.backend in ("blocks", "sdpa")
+    for key in ("training.precision", "training.compile", "model.attention.backend"):
+        assert config.origin(key).startswith("chosen at run time: ")
+    assert choices.precision == "bf16"
+    assert choices.warnings == ()
+    again, _ = choose(config, samples_per_epoch=1000)
+    assert again == config  # a resumed run chooses the same
+
+
+def test_a_large_batch_is_split_by_a_divisor() -> None:
+    config = load_config("debug", ["training.batch_size=96", "data.seq_len=512"])
+    config, _ = choose(config, samples_per_epoch=1000)
+    assert config.training.micro_batch_size == 16  # 16 x 512 positions
+
+
+@pytest.mark.parametrize(
+    ("length", "compiled"),
+    [
+        ("training.max_minutes=5", True),
+        ("training.max_minutes=0.5", False),
+        ("training.max_steps=10", False),
+        ("training.max_steps=1000000", True),
+    ],
+)
+def test_compiling_pays_in_long_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, length: str, compiled: bool
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(attention_choice, "try_backends", lambda *_: {"sdpa": 1.0, "blocks": 2.0})
+    rates(monkeypatch, bf16=4.0)
+    config = load_config("demo", [length, f"data.cache_dir={tmp_path}"])
+    config, _ = choose(config, samples_per_epoch=1000)
+    assert config.training.compile is compiled
+
+
+def test_without_a_compiler_training_is_eager_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    for wanted in ("auto", "true"):
+        config = load_config("demo", [f"training.compile={wanted}"])
+        config, choices = choose(config, samples_per_epoch=1000)
+        assert config.training.compile is False
+        [warning] = choices.warnings
+        assert "no C++ compiler was found (install g++ or clang)" in warning
+    off, choices = choose(load_config("demo", ["training.compile=false"]), samples_per_epoch=1)
+    assert off.training.compile is False
+    assert choices.warnings == ()
+
+
+def test_cxx_names_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
+    training = load_config("demo").training
+    compiled, reason, is_warning = should_compile(
+        training, CPU, planned_flops=None, peak_flops=1e12
+    )
+    assert not compiled
+    assert is_warning
+    assert "no C++ compiler" in reason
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("cpu") == CPU
+    assert choose_device("auto").type in ("cpu", "mps")
+    with pytest.raises(ConfigError, match="shows no CUDA devices; use auto or cpu"):
+        choose_device("cuda:3")
+    with pytest.raises(ConfigError, match="no such kind of device; use auto, cpu, cuda"):
+        choose_device("gpu")
+
+
+EXPERTS = "model.moe={groups: [{name: experts, num_experts: 4, top_k: 2}], intermediate_size: 8}"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_the_kernel_of_experts_is_chosen_and_written_down(precision: str) -> None:
+    config = load_config("debug", [EXPERTS, f"training.precision={precision}"])
+    chosen, _ = choose(config, None)
+    assert chosen.model.moe is not None
+    assert chosen.model.moe.backend == "batched"
+    assert "chosen at run time: the fastest for cpu" in chosen.origin("model.moe.backend")
+    asked = load_config("debug", [EXPERTS, "model.moe.backend=loop"])
+    assert choose(asked, None)[0].model.moe.backend == "loop"
+
+
+def test_a_kernel_that_does_not_take_the_precision_is_told() -> None:
+    config = load_config(
+        "debug", [EXPERTS, "model.moe.backend=grouped_mm", "training.precision=fp64"]
+    )
+    with pytest.raises(ConfigError, match=r"takes fp32 and bf16, and training\.precision is"):
+        choose(config, None)

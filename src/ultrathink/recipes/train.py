@@ -25,7 +25,6 @@ from ultrathink.model.flops import count_parameters, flops_per_token
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.records import Level
 from ultrathink.orchestrator.live import LiveWatch
-from ultrathink.parallel.mesh import build_mesh
 from ultrathink.parallel.restarts import remember_run
 from ultrathink.parallel.sharding import shard_model
 from ultrathink.parallel.watchdog import Watchdog
@@ -216,8 +215,7 @@ def assemble(
     training = config.training
     assert isinstance(training.micro_batch_size, int), "choose() has set it"
     tokens_per_step = training.batch_size * config.data.seq_len
-    world = choices.world
-    share = training.batch_size // world.size
+    world, dims = choices.world, choices.dims
 
     def tell(text: str, level: Level) -> None:
         trainer.notify("on_message", text, level)
@@ -243,7 +241,7 @@ def assemble(
             packing=config.data.packing,
             seed=config.run.seed,
             num_workers=config.data.num_workers,
-            share=Share(world.rank, world.size),
+            share=Share(dims.dp_group.rank, dims.dp_group.size),
         ),
         held_out=ValidationSet(data.val_stores, config.data.seq_len) if data.val_stores else None,
         stepper=_stepper(config, model, choices),
@@ -251,7 +249,9 @@ def assemble(
         run=run,
         settings=LiveSettings(
             clip=training.clip,
-            micro_batch_size=largest_divisor(share, training.micro_batch_size),
+            micro_batch_size=largest_divisor(
+                dims.share(training.batch_size), training.micro_batch_size
+            ),
             eval_every=training.eval.every_steps,
             activation_checkpointing=training.activation_checkpointing,
         ),
@@ -268,6 +268,7 @@ def assemble(
         else [RankLog(run, world.rank), samples],
         controllers=controllers if world.is_main else (),
         world=world,
+        dims=dims,
         watchdog=Watchdog(60 * config.parallel.hang_minutes, run.logs / f"stacks-{world.rank}.txt")
         if world.size > 1
         else None,
@@ -310,7 +311,7 @@ def _stepper(config: Config, model: Transformer, choices: Choices) -> Stepper:
     if choices.world.size > 1:
         if training.compile:
             compile_blocks(model)
-        mesh = build_mesh(choices.degrees, choices.device.type)
+        mesh = choices.dims.dp_mesh(choices.device.type)
         accumulation = shard_model(model, mesh, config.parallel)
     losses = loss_function(model)
     if training.compile and choices.world.size == 1:
@@ -324,6 +325,7 @@ def _stepper(config: Config, model: Transformer, choices: Choices) -> Stepper:
         device=choices.device,
         isolate_documents=packing.enabled and packing.isolate_documents,
         world=choices.world,
+        dp_group=choices.dims.dp_group,
         accumulation=accumulation,
         host=HostCopies(optimizers, model) if offloads else None,
     )
@@ -350,7 +352,7 @@ def _heading(config: Config, choices: Choices) -> str:
 
 def _spread(config: Config, choices: Choices) -> str:
     """How the run is spread over processes, in words; nothing for one."""
-    replicate, shard = choices.degrees
+    replicate, shard = choices.dims.dp_replicate, choices.dims.dp_shard
     if choices.world.size == 1:
         return ""
     if shard == 1:

@@ -120,7 +120,7 @@ def _pause(trainer: Trainer, seconds: float) -> tuple[float, float]:
 def _micro_batch_size(trainer: Trainer, size: int) -> tuple[int, int]:
     """Use the largest divisor of the batch that is not above ``size``."""
     before = trainer.settings.micro_batch_size
-    share = trainer.training.batch_size // trainer.world.size
+    share = trainer.dims.share(trainer.training.batch_size)
     trainer.settings.micro_batch_size = largest_divisor(share, size)
     return before, trainer.settings.micro_batch_size
 

@@ -168,7 +168,7 @@ def heed_last_start(trainer: Trainer) -> None:
         return
     shortage = Shortage(**told)
     before = trainer.settings.micro_batch_size
-    after = largest_divisor(trainer.training.batch_size // world.size, shortage.after)
+    after = largest_divisor(trainer.dims.share(trainer.training.batch_size), shortage.after)
     if after < before:
         trainer.settings.micro_batch_size = after
         reason = (
@@ -192,7 +192,7 @@ def score_that_fits(trainer: Trainer, held_out: ValidationSet, max_batches: int 
             batch_size=size,
             max_tokens=trainer.training.eval.max_tokens,
             max_batches=max_batches,
-            world=trainer.world,
+            dp_group=trainer.dims.dp_group,
         )
 
     def smaller(size: int, problem: str) -> int:

@@ -19,7 +19,7 @@ from ultrathink.data.batch import Batch
 from ultrathink.model.transformer import Transformer
 from ultrathink.parallel.sharding import Accumulation
 from ultrathink.parallel.timing import CommunicationClock
-from ultrathink.parallel.world import ALONE, World
+from ultrathink.parallel.world import ALONE, Group, World
 from ultrathink.training.control import LiveSettings
 from ultrathink.training.norms import LayerNorms, total_norm
 from ultrathink.training.offload import HostCopies
@@ -110,6 +110,7 @@ class Stepper:
         device: torch.device,
         isolate_documents: bool,
         world: World = ALONE,
+        dp_group: Group = ALONE,
         accumulation: Accumulation | None = None,
         host: HostCopies | None = None,
         guard: UpdateGuard | None = None,
@@ -120,6 +121,7 @@ class Stepper:
         self.device = device
         self.isolate_documents = isolate_documents
         self.world = world
+        self.dp_group = dp_group
         self.accumulation = accumulation
         self.host = host
         self.guard = guard
@@ -140,7 +142,7 @@ class Stepper:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
         with self.clock.running():
-            num_tokens = int(self.world.sums([batch.num_target_tokens])[0])
+            num_tokens = int(self.dp_group.sums([batch.num_target_tokens])[0])
         sums = self._passes(batch, settings, max(1, num_tokens))
         with told_as(UPDATE_FAILED):
             result = self._learn(sums, num_tokens, settings, with_norms)
@@ -165,7 +167,7 @@ class Stepper:
         norm = total_norm([p.grad for p in self.parameters if p.grad is not None])
         shares = [value.item() for value in (loss, *aux_losses.values())]
         with self.clock.running():
-            loss_value, *aux_values = self.world.sums(shares)
+            loss_value, *aux_values = self.dp_group.sums(shares)
         norm_value = norm.item()
         is_sound = num_tokens > 0 and math.isfinite(loss_value) and math.isfinite(norm_value)
         norms: dict[str, float] = {}
@@ -275,7 +277,7 @@ class Stepper:
         load = stats.get("expert_load")
         if load is not None:
             with self.clock.running():
-                load = self.world.summed(load)
+                load = self.dp_group.summed(load)
             self.model.move_selection_biases(load)
 
 

@@ -20,6 +20,7 @@ from ultrathink.data.loader import TrainLoader
 from ultrathink.data.validation import ValidationSet
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.records import Level, RunInfo
+from ultrathink.parallel.mesh import ONE_PROCESS, ParallelDims
 from ultrathink.parallel.timing import StepTimes
 from ultrathink.parallel.watchdog import FIRST_STEP_FACTOR, Watchdog
 from ultrathink.parallel.world import ALONE, World, is_lost_connection
@@ -75,6 +76,7 @@ class Trainer:
     budget: Budget | None = None
     progress: Progress = field(default_factory=Progress)
     world: World = ALONE
+    dims: ParallelDims = ONE_PROCESS
     watchdog: Watchdog | None = None
 
     def __post_init__(self) -> None:
@@ -197,7 +199,8 @@ class Trainer:
         began, self._agreed_s = time.perf_counter(), None
         self._feed_watchdog(1 if self.paced[0] else FIRST_STEP_FACTOR)
         if self.world.size > 1:  # each with random numbers of its own, whatever came before
-            seed_everything(step_seed(self.loader.seed, self.progress.step, self.world.rank))
+            rank = self.dims.dp_group.rank
+            seed_everything(step_seed(self.loader.seed, self.progress.step, rank))
         batch = self.loader.next_batch()
         data_wait = time.perf_counter() - began
         for note in self.loader.take_notes():
@@ -237,7 +240,7 @@ class Trainer:
             data_wait=data_wait,
             norms=result.norms,
             timing=self._compare_times(seconds),
-            experts=read_experts(self.model, result, self.world) if is_told else None,
+            experts=read_experts(self.model, result, self.dims.dp_group) if is_told else None,
             memory_share=self._memory_share,
         )
 
@@ -413,7 +416,7 @@ class Trainer:
 
     def fit_micro_batch(self) -> None:
         """Let micro-batches divide this process's share of the batch, however many there were."""
-        share = self.training.batch_size // self.world.size
+        share = self.dims.share(self.training.batch_size)
         size = self.settings.micro_batch_size
         self.settings.micro_batch_size = largest_divisor(share, size)
 

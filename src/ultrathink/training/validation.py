@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ultrathink.data.validation import ValidationSet
-from ultrathink.parallel.world import ALONE, World
+from ultrathink.parallel.world import ALONE, Group
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def evaluate(
     batch_size: int,
     max_tokens: int | None = None,
     max_batches: int | None = None,
-    world: World = ALONE,
+    dp_group: Group = ALONE,
 ) -> Scores:
     """Score ``model`` on ``held_out``; its train or eval mode is left as it was.
 
@@ -52,14 +52,14 @@ def evaluate(
         for number, batch in enumerate(held_out.batches(batch_size, max_tokens)):
             if max_batches is not None and number >= max_batches:
                 break
-            batch = batch.share(world.rank, world.size).to(device)
+            batch = batch.share(dp_group.rank, dp_group.size).to(device)
             output = model(batch.input_ids, labels=batch.labels)
             loss += output.loss.double().cpu()
             correct += int(output.stats["num_correct"])
             tokens += int(output.num_tokens)
     finally:
         model.train(was_training)
-    loss_sum, num_correct, num_scored = world.sums([loss.item(), correct, tokens])
+    loss_sum, num_correct, num_scored = dp_group.sums([loss.item(), correct, tokens])
     mean = loss_sum / max(1, num_scored)
     num_tokens, num_bytes = held_out.extent(max_tokens)
     return Scores(

@@ -20,7 +20,7 @@ from ultrathink.inference.sampling import (
     sample,
 )
 from ultrathink.inference.text_stream import TextStream
-from ultrathink.model.cache import KVCache
+from ultrathink.model.cache import CacheView
 from ultrathink.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Engine:
         return Generation("".join(pieces), len(ids), num_new, reason)
 
     @torch.inference_mode()
-    def _next_logits(self, ids: list[int], cache: KVCache) -> Tensor:
+    def _next_logits(self, ids: list[int], cache: CacheView) -> Tensor:
         """Logits ``[V]`` of the token after ``ids``, which the cache reads now.
 
         Inference mode lasts for this call only: around a ``yield`` it would reach the caller.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ultrathink.config.schema import Config, flatten
+from ultrathink.config.overrides import flatten
+from ultrathink.config.schema import Config
 from ultrathink.data.documents import Progress
 from ultrathink.data.prepare import prepare_data
 from ultrathink.parallel.world import check_same, join_world

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ultrathink.config.schema import DEFAULT, Config
+from ultrathink.config.root import DEFAULT
+from ultrathink.config.schema import Config
 from ultrathink.core.errors import ConfigError
 from ultrathink.data.prepare import PreparedData
 from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ultrathink.config.overrides import parse_override
-from ultrathink.config.schema import Config, flatten
+from ultrathink.config.overrides import flatten, parse_override
+from ultrathink.config.schema import Config
 from ultrathink.config.training import BUDGETS
 from ultrathink.core.errors import CheckpointError, UltrathinkError
 from ultrathink.core.protocols import State

@@ -25,7 +25,7 @@ from ultrathink.runs.segments import Segment, append_segment, differences
 from ultrathink.runs.shortage import forget_shortage
 from ultrathink.training.callbacks import Callback, Controller
 from ultrathink.training.choices import choose_together
-from ultrathink.training.run_state import region_needed
+from ultrathink.training.model_state import region_needed
 from ultrathink.training.trainer import Trainer
 
 
@@ -89,11 +89,10 @@ def _resume(
     config, choices = choose_together(plan.config, data.num_samples, world)
     check_loads(plan.folder, config.model)  # names what differs, where the model is another
     trainer = assemble(config, run, data, build_model(config), choices, callbacks, controllers)
-    state: State = load_checkpoint(plan.folder, region=partial(region_needed, trainer))
+    state: State = load_checkpoint(plan.folder, region=partial(region_needed, trainer.model))
     reset = plan.reset | {"data"} if found.other_samples else plan.reset
     adapt_state(state, trainer, plan.before, plan.changes, reset, other_scores=found.other_scores)
     trainer.load_state_dict(state)
-    trainer.fit_micro_batch()
     lost = bring_back_snapshots(
         trainer, config.orchestrator, plan.folder, plan.plain, plan.changes, reset
     )

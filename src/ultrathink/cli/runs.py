@@ -229,13 +229,13 @@ def _print_check(check: Check, command: str) -> None:
 
 def _is_finished(check: Check) -> bool:
     from ultrathink.checkpoint.format import read_state
-    from ultrathink.runs.reading import config_tree
+    from ultrathink.runs.reading import RunReader
     from ultrathink.training.budget import is_over
 
     if check.newest_sound is None or not check.can_resume:
         return False
     state = read_state(check.run.checkpoint(check.newest_sound))
-    return is_over(state, config_tree(check.run.path))
+    return is_over(state, RunReader(check.run).config())
 
 
 def _check_to_json(check: Check, command: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ultrathink.monitoring.experts import ExpertRecord
 
 
-class SinkGroup:
+class SinkGroup(Sink):
     """Hands everything to each of ``sinks``; what one raises is told, and the next gets its turn.
 
     A sink that failed is offered all that follows, for it may recover. ``tell`` speaks to the

@@ -29,6 +29,7 @@ from ultrathink.core.errors import CheckpointError, suggestion
 from ultrathink.core.files import remove_folder, write_atomic
 from ultrathink.core.protocols import State
 from ultrathink.core.team import Team
+from ultrathink.monitoring.jsonl import EXPERTS_FILE, METRICS_FILE, SAMPLES_FILE
 
 _STEP_FOLDER = re.compile(r"^step_(\d{8,})$")
 # What a process that was killed leaves behind: see write_atomic, save_checkpoint, remove_folder.
@@ -89,7 +90,15 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS_FILE
+
+    @property
+    def experts(self) -> Path:
+        return self.path / EXPERTS_FILE
+
+    @property
+    def samples(self) -> Path:
+        return self.path / SAMPLES_FILE
 
     @property
     def decisions(self) -> Path:
@@ -390,7 +399,7 @@ def find_run(name: str, runs_dir: str | Path = "runs") -> RunFolder:
             raise CheckpointError(
                 f"there is no run in {parent}/ to resume; start one: ultrathink train"
             )
-        return RunFolder(max(runs, key=_last_change))
+        return RunFolder(max(runs, key=last_change))
     for path in (Path(name), parent / name):
         if (path / CONFIG_FILE).is_file():
             return RunFolder(path)
@@ -413,9 +422,13 @@ def _runs_below(parent: Path) -> list[Path]:
     return sorted(path for path in parent.iterdir() if (path / CONFIG_FILE).is_file())
 
 
-def _last_change(run: Path) -> float:
-    watched = (run / "metrics.jsonl", run / "checkpoints", run / CONFIG_FILE)
-    return max(path.stat().st_mtime for path in watched if path.exists())
+def last_change(run: Path) -> float:
+    """When a run last wrote something, in unix seconds; 0 where nothing can be asked."""
+    times = [0.0]
+    for path in (run / METRICS_FILE, run / "checkpoints", run / CONFIG_FILE):
+        with suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(times)
 
 
 def _step_of(which: str | int) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,9 @@ from ultrathink.insight.logs.line_log import LineLog
 from ultrathink.insight.logs.log import LogSignals
 from ultrathink.insight.logs.names import Meaning
 from ultrathink.insight.logs.rows import Rows
+from ultrathink.monitoring.jsonl import METRICS_FILE, parse_object
 
 _SAMPLE_LINES = 200
-OURS = "metrics.jsonl"
 _OURS_EXTRA = {"token_accuracy": Meaning("accuracy")}
 
 
@@ -45,15 +44,6 @@ class JsonReader:
         return []
 
 
-def parse_object(line: str) -> dict[str, Any] | None:
-    """The object on a line; None where it is torn or holds another thing."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested objects as ``train/loss``; a list of one number as that number."""
     values: dict[str, Any] = {}
@@ -79,7 +69,7 @@ def open_json_lines(path: Path, lines: Sequence[str], columns: Mapping[str, str]
     """The log in lines of JSON; LogError where its keys cannot be guessed."""
     sample = [row for line in lines[:_SAMPLE_LINES] if (row := parse_object(line)) is not None]
     if is_ours(sample[0]) and not columns:
-        return LineLog(path, OURS, lambda: JsonReader(our_rows()))
+        return LineLog(path, METRICS_FILE, lambda: JsonReader(our_rows()))
     rows = Rows(columns)
     rows.require((flat(row) for row in sample), path)
 

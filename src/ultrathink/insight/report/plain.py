@@ -23,10 +23,7 @@ def to_json(story: Story) -> dict[str, Any]:
         "bits_per_byte": summary.bits_per_byte,
         "elapsed_s": story.elapsed_s,
         "decisions": [
-            {
-                **asdict(one),
-                "audit": asdict(one.audit) | {"verdict": one.audit.verdict} if one.audit else None,
-            }
+            {**asdict(one), "audit": one.audit.to_json() if one.audit else None}
             for one in story.decisions
         ],
         "events": [event.to_json() for event in story.events],

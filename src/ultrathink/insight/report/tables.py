@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from ultrathink.config.schema import flatten
 from ultrathink.config.yaml_format import dump_yaml
 from ultrathink.insight.report.charts import ends_of, interval
-from ultrathink.insight.report.decisions import Audit, Decision, number_of
 from ultrathink.insight.report.forecasts import Foretold
-from ultrathink.insight.report.gathering import Sample, flat_manifest
 from ultrathink.insight.report.marks import LEVELS
 from ultrathink.insight.report.markup import (
     NOTHING,
@@ -27,7 +26,10 @@ from ultrathink.insight.report.markup import (
     tag,
 )
 from ultrathink.insight.report.settings import NONE, Setting
+from ultrathink.monitoring.jsonl import finite_number
 from ultrathink.orchestrator.events import SEVERITIES, Event
+from ultrathink.runs.decisions import Audit, DecisionRecord
+from ultrathink.runs.reading import Sample
 from ultrathink.runs.segments import Segment
 
 _MOST_EVENTS = 200
@@ -52,7 +54,7 @@ def cells(titles: Sequence[str], contents: Sequence[Content]) -> list[Html]:
 # -- decisions -------------------------------------------------------------------------------------
 
 
-def decision_table(decisions: Sequence[Decision]) -> Html:
+def decision_table(decisions: Sequence[DecisionRecord]) -> Html:
     """Every decision: what, why, on what evidence, what came of it, and what the audit found."""
     titles = ["", "step", "what was done", "why", "outcome", "audited gain"]
     audits = [one.audit for one in decisions if one.audit is not None]
@@ -79,14 +81,14 @@ def decision_table(decisions: Sequence[Decision]) -> Html:
     )
 
 
-def _action(one: Decision) -> Html:
+def _action(one: DecisionRecord) -> Html:
     change = None
     if one.before is not None or one.after is not None:
         change = tag("div", value(one.before), " → ", value(one.after), class_="change")
     return html(tag("b", one.action.replace("_", " ")), change)
 
 
-def _reason(one: Decision) -> Html:
+def _reason(one: DecisionRecord) -> Html:
     told = []
     if one.is_by_hand:
         told.append("by hand")
@@ -104,10 +106,10 @@ def _reason(one: Decision) -> Html:
     )
 
 
-def _outcome(one: Decision) -> Content:
+def _outcome(one: DecisionRecord) -> Content:
     if one.outcome is None:
         return None if one.id is None else tag("small", "not known yet")
-    resolved, step = one.outcome.get("resolved"), number_of(one.outcome.get("step"))
+    resolved, step = one.outcome.get("resolved"), finite_number(one.outcome.get("step"))
     words = {True: ("resolved", "good"), False: ("not resolved", "bad")}
     word, kind = words.get(resolved, ("told", "")) if isinstance(resolved, bool) else ("", "")
     when = f" at step {step:,.0f}" if step is not None else ""
@@ -126,8 +128,8 @@ def _audit(audit: Audit | None, ends: tuple[float, float]) -> Content:
     width = max(audit.high - audit.low, 1e-9)
     decimals = int(min(9, max(2, math.ceil(1.3 - math.log10(width)))))
     how = [
-        plural(audit.orders, "data order") if audit.orders is not None else "",
-        plural(audit.horizon, "step") if audit.horizon is not None else "",
+        plural(audit.orders, "data order") if audit.orders else "",
+        plural(audit.horizon, "step") if audit.horizon else "",
     ]
     return html(
         drawn,
@@ -141,7 +143,7 @@ def _audit(audit: Audit | None, ends: tuple[float, float]) -> Content:
 _KINDS = {"helped": "good", "hurt": "bad", "unproven": ""}
 
 
-def audit_summary(decisions: Sequence[Decision]) -> str | None:
+def audit_summary(decisions: Sequence[DecisionRecord]) -> str | None:
     """What all audits come to, in a sentence."""
     verdicts = [one.audit.verdict for one in decisions if one.audit is not None]
     if not verdicts:
@@ -287,7 +289,7 @@ def _yaml(found: Any) -> str:
 def manifest_table(manifest: dict[str, Any]) -> Html:
     """The facts of the machine and the code, one a line."""
     rows = []
-    for key, found in flat_manifest(manifest).items():
+    for key, found in flatten(manifest).items():
         text = " ".join(map(str, found)) if isinstance(found, list) else found
         if key.endswith("memory_bytes") and isinstance(found, int):
             key, text = key.removesuffix("_bytes"), f"{found / 2**30:.1f} GiB"

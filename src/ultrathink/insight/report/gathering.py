@@ -13,7 +13,7 @@ from typing import Any
 from ultrathink.core.errors import CheckpointError
 from ultrathink.insight.events import read_events
 from ultrathink.insight.logs.run_folder import RunFolderLog
-from ultrathink.insight.report.curves import Curve
+from ultrathink.insight.report.curves import Series
 from ultrathink.insight.report.forecasts import Replay, replay
 from ultrathink.insight.report.loads import GroupCourse, read_loads
 from ultrathink.insight.report.settings import Setting, changed_settings
@@ -39,8 +39,8 @@ class Story:
     summary: RunSummary
     train: Sequence[MetricRecord]
     val: Sequence[MetricRecord]
-    curves: dict[str, Curve]  # of the training lines, by metric
-    val_loss: Curve
+    curves: dict[str, Series]  # of the training lines, by metric
+    val_loss: Series
     replay: Replay
     events: Sequence[Event]
     saw_every_step: bool  # the events are those told while it trained
@@ -74,7 +74,7 @@ def gather(run: RunFolder) -> Story:
     train = [record for record in records if record.split == "train"]
     val = [record for record in records if record.split == "val"]
     curves = {
-        name: Curve.of([(r.step, r.values[name]) for r in train if name in r.values])
+        name: Series.of([(r.step, r.values[name]) for r in train if name in r.values])
         for name in CURVES
     }
     found, saw_every_step = _events(reader)
@@ -88,7 +88,7 @@ def gather(run: RunFolder) -> Story:
         train=train,
         val=val,
         curves=curves,
-        val_loss=Curve.of([(r.step, r.values.get("loss", math.nan)) for r in val]),
+        val_loss=Series.of([(r.step, r.values.get("loss", math.nan)) for r in val]),
         replay=seen,
         events=found if saw_every_step else seen.events,
         saw_every_step=saw_every_step,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ultrathink.insight.report.charts import SIZE, Span
 from ultrathink.insight.report.markup import Html, html, plural, tag
-from ultrathink.orchestrator.events import SEVERITIES, Event
+from ultrathink.orchestrator.events import SEVERITIES, Event, is_alarm
 from ultrathink.orchestrator.phases import (
     CONVERGING,
     DIVERGING,
@@ -181,11 +181,13 @@ def _event(event: Event, num_others: int, span: Span) -> Html:
     if event.is_alarm and right > left:
         style = f"left:{100 * left:.2f}%;width:{100 * (right - left):.2f}%"
         reach = tag("i", class_=f"reach v-{event.severity}", style=style)
-    kind = "alarm" if event.is_alarm else "event"
-    mark = tag(
-        "b", class_=f"{kind} v-{event.severity}", style=f"left:{100 * left:.2f}%", title=title
-    )
-    return html(reach, mark)
+    kind = f"{mark_of(event.severity)} v-{event.severity}"
+    return html(reach, tag("b", class_=kind, style=f"left:{100 * left:.2f}%", title=title))
+
+
+def mark_of(severity: str) -> str:
+    """The class of the mark for events of a severity: alarms stand out."""
+    return "alarm" if is_alarm(severity) else "event"
 
 
 def event_legend(events: Sequence[Event]) -> Html | None:
@@ -196,7 +198,7 @@ def event_legend(events: Sequence[Event]) -> Html | None:
     entries = [
         tag(
             "span",
-            tag("b", class_=f"{'alarm' if SEVERITIES.index(s) >= 2 else 'event'} v-{s} inline"),
+            tag("b", class_=f"{mark_of(s)} v-{s} inline"),
             f"{s} ",
             tag("small", f"{count:,}"),
             class_="entry",

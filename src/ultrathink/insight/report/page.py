@@ -13,7 +13,7 @@ import numpy as np
 
 from ultrathink.insight.report import marks, tables
 from ultrathink.insight.report.charts import Line, Span, chart, step_ticks
-from ultrathink.insight.report.curves import Curve, at, smoothed, thinned
+from ultrathink.insight.report.curves import Series, at, smoothed, thinned
 from ultrathink.insight.report.gathering import Story
 from ultrathink.insight.report.headline import headline, state_of
 from ultrathink.insight.report.loads import GroupCourse
@@ -132,13 +132,13 @@ def _loss_chart(story: Story, span: Span) -> Html:
         lines.append(Line("smooth", "training, smoothed", smooth))
     if len(val.finite):
         lines.append(Line("val", "validation", val, "joined dots"))
-    undone = [Curve.of(part) for part in story.replay.undone]
+    undone = [Series.of(part) for part in story.replay.undone]
     for number, part in enumerate(undone):
         name = "undone by a rollback" if number == 0 else ""
         lines.insert(0, Line("undone", name, part, is_aside=True))
     basis = smooth if len(smooth) else loss
     points = [(one.step, at(basis, one.step)) for one in story.decisions]
-    placed = Curve.of([(step, value) for step, value in points if value is not None])
+    placed = Series.of([(step, value) for step, value in points if value is not None])
     if len(placed) and len(story.decisions) <= marks.MANY:
         lines.append(Line("decision", "decision", placed, "dots"))
     drawn = chart(
@@ -377,7 +377,7 @@ def _pointer_data(story: Story) -> dict[str, Any]:
     }
 
 
-def _series(plot: str, label: str, curve: Curve) -> dict[str, Any]:
+def _series(plot: str, label: str, curve: Series) -> dict[str, Any]:
     shown = thinned(curve, _POINTED)
     return {
         "plot": plot,

@@ -12,7 +12,7 @@ from ultrathink.config.schema import flatten
 from ultrathink.config.yaml_format import dump_yaml
 from ultrathink.insight.report.charts import ends_of, interval
 from ultrathink.insight.report.forecasts import Foretold
-from ultrathink.insight.report.marks import LEVELS
+from ultrathink.insight.report.marks import LEVELS, mark_of
 from ultrathink.insight.report.markup import (
     NOTHING,
     Content,
@@ -37,18 +37,29 @@ _MOST_DECISIONS = 1000
 _LONGEST = 400  # characters of one value
 
 
-def table(titles: Sequence[str], rows: Sequence[Html], kind: str) -> Html:
-    """A table that a narrow screen shows as cards."""
+def table(
+    titles: Sequence[str],
+    rows: Sequence[Sequence[Content]],
+    kind: str,
+    ids: Sequence[str] | None = None,
+) -> Html:
+    """A table that a narrow screen shows as cards, where an empty cell is left out.
+
+    ``ids`` are what links call the rows.
+    """
     head = tag("tr", [tag("th", title, scope="col") for title in titles])
-    return tag("table", tag("thead", head), tag("tbody", rows), class_=kind)
-
-
-def cells(titles: Sequence[str], contents: Sequence[Content]) -> list[Html]:
-    """The cells of a row, which know their titles for cards; an empty one is left out there."""
-    return [
-        tag("td", content, data_label=title or None, class_=None if content else "none")
-        for title, content in zip(titles, contents, strict=True)
+    body = [
+        tag(
+            "tr",
+            [
+                tag("td", cell, data_label=title or None, class_=None if cell else "none")
+                for title, cell in zip(titles, row, strict=True)
+            ],
+            id=ids[number] if ids else None,
+        )
+        for number, row in enumerate(rows)
     ]
+    return tag("table", tag("thead", head), tag("tbody", body), class_=kind)
 
 
 # -- decisions -------------------------------------------------------------------------------------
@@ -62,21 +73,21 @@ def decision_table(decisions: Sequence[DecisionRecord]) -> Html:
         titles.pop()
     ends = ends_of([0.0, *(v for a in audits for v in (a.low, a.high))])
     shown = decisions[:_MOST_DECISIONS]
-    rows = []
-    for one in shown:
-        contents: list[Content] = [
+    rows: list[list[Content]] = [
+        [
             tag("span", str(one.number), class_=f"mark lv-{one.level or 0} inline"),
             f"{one.step:,}",
             _action(one),
             _reason(one),
             _outcome(one),
+            *([_audit(one.audit, ends)] if audits else []),
         ]
-        if audits:
-            contents.append(_audit(one.audit, ends))
-        rows.append(tag("tr", cells(titles, contents), id=f"decision-{one.number}"))
+        for one in shown
+    ]
     more = len(decisions) - len(shown)
+    ids = [f"decision-{one.number}" for one in shown]
     return html(
-        table(titles, rows, "cards decisions"),
+        table(titles, rows, "cards decisions", ids),
         tag("p", f"and {more:,} more; decisions.jsonl has all.", class_="quiet") if more else None,
     )
 
@@ -188,25 +199,12 @@ def event_table(events: Sequence[Event]) -> Html:
     )
     shown = [events[number] for number in sorted(gravest[:_MOST_EVENTS])]
     rows = [
-        tag(
-            "tr",
-            cells(
-                titles,
-                [
-                    f"{one.step:,}" + (f" to {one.to_step:,}" if one.to_step > one.step else ""),
-                    html(
-                        tag(
-                            "b",
-                            class_=f"{'alarm' if one.is_alarm else 'event'} "
-                            f"v-{one.severity} inline",
-                        ),
-                        one.severity,
-                    ),
-                    one.kind.replace("_", " ") + (f" ({one.subject})" if one.subject else ""),
-                    one.message,
-                ],
-            ),
-        )
+        [
+            f"{one.step:,}" + (f" to {one.to_step:,}" if one.to_step > one.step else ""),
+            html(tag("b", class_=f"{mark_of(one.severity)} v-{one.severity} inline"), one.severity),
+            one.kind.replace("_", " ") + (f" ({one.subject})" if one.subject else ""),
+            one.message,
+        ]
         for one in shown
     ]
     more = len(events) - len(shown)
@@ -228,23 +226,17 @@ def forecast_table(foretold: Sequence[Foretold]) -> Html:
             ahead.low, ahead.loss, ahead.high, ahead.loss if came is None else came, ends, "ahead"
         )
         rows.append(
-            tag(
-                "tr",
-                cells(
-                    titles,
-                    [
-                        html(f"{one.share:.0%} ", tag("small", f"step {ahead.at_step:,}")),
-                        figure(ahead.loss),
-                        f"{figure(ahead.low)} to {figure(ahead.high)}",
-                        html(
-                            figure(came) if came is not None else None,
-                            " ",
-                            tag("span", inside, class_=f"verdict {kind}"),
-                        ),
-                        drawn,
-                    ],
+            [
+                html(f"{one.share:.0%} ", tag("small", f"step {ahead.at_step:,}")),
+                figure(ahead.loss),
+                f"{figure(ahead.low)} to {figure(ahead.high)}",
+                html(
+                    figure(came) if came is not None else None,
+                    " ",
+                    tag("span", inside, class_=f"verdict {kind}"),
                 ),
-            )
+                drawn,
+            ]
         )
     return table(titles, rows, "cards forecasts")
 
@@ -254,23 +246,16 @@ def forecast_table(foretold: Sequence[Foretold]) -> Html:
 
 def settings_table(settings: Sequence[Setting]) -> Html:
     """The values that somebody set, beside their defaults."""
-    titles = ["key", "value", "default", "set by"]
     rows = [
-        tag(
-            "tr",
-            cells(
-                titles,
-                [
-                    tag("code", one.key),
-                    tag("code", _yaml(one.value)),
-                    tag("code", NOTHING if one.default == NONE else _yaml(one.default)),
-                    tag("small", one.origin) if one.origin else None,
-                ],
-            ),
-        )
+        [
+            tag("code", one.key),
+            tag("code", _yaml(one.value)),
+            tag("code", NOTHING if one.default == NONE else _yaml(one.default)),
+            tag("small", one.origin) if one.origin else None,
+        ]
         for one in settings
     ]
-    return table(titles, rows, "cards settings")
+    return table(["key", "value", "default", "set by"], rows, "cards settings")
 
 
 def _yaml(found: Any) -> str:
@@ -317,18 +302,12 @@ def segment_table(segments: Sequence[Segment]) -> Html:
             *one.notes,
         ]
         rows.append(
-            tag(
-                "tr",
-                cells(
-                    titles,
-                    [
-                        moment(one.time),
-                        f"{one.from_step:,}",
-                        ", ".join(str(fact) for fact in where if fact),
-                        [tag("div", _cut(change)) for change in changes] or None,
-                    ],
-                ),
-            )
+            [
+                moment(one.time),
+                f"{one.from_step:,}",
+                ", ".join(str(fact) for fact in where if fact),
+                [tag("div", _cut(change)) for change in changes] or None,
+            ]
         )
     return table(titles, rows, "cards segments")
 

@@ -6,8 +6,10 @@ import json
 import math
 from collections.abc import Sequence
 
+from ultrathink.insight.events import gravest
 from ultrathink.insight.logs.log import Log
-from ultrathink.insight.watching import Course, Watching, without_nan, without_start
+from ultrathink.insight.plain import without_nan
+from ultrathink.insight.watching import Course, Watching, without_start
 from ultrathink.monitoring.plot import Scale
 from ultrathink.monitoring.plot_view import PlotView
 from ultrathink.monitoring.report import Cell, Column, Report
@@ -177,16 +179,15 @@ def _print_events(report: Report, events: Sequence[Event]) -> None:
     told = f"{alarms} alarm{'' if alarms == 1 else 's'}" if alarms else "no alarm"
     title = f"{len(events)} event{'' if len(events) == 1 else 's'}, {told}"
     report.line(Cell(title, "bold" if alarms else "green"))
-    gravest = sorted(range(len(events)), key=lambda n: -_gravity(events[n].severity))
-    shown = sorted(gravest[:_MAX_EVENTS])
+    shown = gravest(events, _MAX_EVENTS)
     rows: list[list[str | Cell]] = [
         [
-            _steps(events[number]),
-            Cell(events[number].severity, SEVERITY_STYLES[events[number].severity]),
-            events[number].kind,
-            events[number].message,
+            _steps(event),
+            Cell(event.severity, SEVERITY_STYLES[event.severity]),
+            event.kind,
+            event.message,
         ]
-        for number in shown
+        for event in shown
     ]
     columns = [Column("step", right=True), Column(""), Column(""), Column("", folds=True)]
     report.table(columns, rows, indent=2, heading=False)

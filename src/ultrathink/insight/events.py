@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ultrathink.monitoring.jsonl import finite_number
@@ -20,6 +20,12 @@ def read_events(reader: RunReader) -> list[Event]:
         event = _event(row)
         found[event.kind, event.subject, event.step] = event
     return sorted(found.values(), key=lambda event: (event.step, event.kind))
+
+
+def gravest(events: Sequence[Event], most: int) -> list[Event]:
+    """At most so many events, none graver left out, in their order."""
+    places = sorted(range(len(events)), key=lambda n: -SEVERITIES.index(events[n].severity))
+    return [events[place] for place in sorted(places[:most])]
 
 
 def _is_event(row: Mapping[str, Any]) -> bool:

@@ -36,8 +36,17 @@ _STEP_FOLDER = re.compile(r"^step_(\d{8,})$")
 _UNFINISHED_FILE = re.compile(r"^\..+\.\d+\.tmp$")
 _UNFINISHED_FOLDER = re.compile(r"^\.(step_\d{8,})\.(tmp|old|deleted)$")
 
-
 NAME_IN_USE = "chosen at run time: name in use"
+
+
+class _Place:
+    """A file or folder of a run, by its name in the run's folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: RunFolder, owner: type[RunFolder]) -> Path:
+        return run.path / self._name
 
 
 @dataclass(frozen=True)
@@ -76,63 +85,25 @@ class RunFolder:
     def name(self) -> str:
         return self.path.resolve().name
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / METRICS_FILE
-
-    @property
-    def experts(self) -> Path:
-        return self.path / EXPERTS_FILE
-
-    @property
-    def samples(self) -> Path:
-        return self.path / SAMPLES_FILE
-
-    @property
-    def decisions(self) -> Path:
-        return self.path / "decisions.jsonl"
-
-    @property
-    def states(self) -> Path:
-        return self.path / "states"
+    checkpoints = _Place("checkpoints")
+    tokenizer = _Place("tokenizer")
+    logs = _Place("logs")
+    states = _Place("states")
+    metrics = _Place(METRICS_FILE)
+    experts = _Place(EXPERTS_FILE)
+    samples = _Place(SAMPLES_FILE)
+    decisions = _Place("decisions.jsonl")
+    events = _Place("events.jsonl")
+    segments = _Place("segments.jsonl")
+    manifest = _Place("manifest.json")
+    data_record = _Place("data.json")
+    lock_file = _Place(".lock")
 
     def kept_states(self) -> list[str]:
         """The names of the states that were kept for audits, the oldest first."""
         if not self.states.is_dir():
             return []
         return sorted(one.name for one in self.states.iterdir() if not one.name.startswith("."))
-
-    @property
-    def events(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def manifest(self) -> Path:
-        return self.path / "manifest.json"
-
-    @property
-    def data_record(self) -> Path:
-        return self.path / "data.json"
-
-    @property
-    def segments(self) -> Path:
-        return self.path / "segments.jsonl"
-
-    @property
-    def lock_file(self) -> Path:
-        return self.path / ".lock"
 
     def write_config(self, config: Config) -> None:
         """Keep the resolved configuration, and where each value came from."""

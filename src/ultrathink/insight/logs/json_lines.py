@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ultrathink.insight.logs.line_log import LineLog
+from ultrathink.insight.logs.line_log import LineLog, LineReader
 from ultrathink.insight.logs.log import LogSignals
 from ultrathink.insight.logs.names import Meaning
 from ultrathink.insight.logs.rows import Rows
@@ -16,32 +16,15 @@ _SAMPLE_LINES = 200
 _OURS_EXTRA = {"token_accuracy": Meaning("accuracy")}
 
 
-class JsonReader:
+class JsonReader(LineReader):
     """Reads lines that hold one object each."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.num_unread = 0
-        self._rows = rows
-
-    @property
-    def total_steps(self) -> int | None:
-        """As a key of the lines has it."""
-        return self._rows.total_steps
 
     def feed(self, line: str) -> list[LogSignals]:
         """The signals of a line."""
         if not line.strip():
             return []
         row = parse_object(line)
-        if row is None:
-            self.num_unread += 1
-            return []
-        signals = self._rows.take(flat(row))
-        return [signals] if signals is not None else []
-
-    def finish(self) -> list[LogSignals]:
-        """Nothing: every line is whole."""
-        return []
+        return self.taken(None if row is None else flat(row))
 
 
 def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -108,7 +108,7 @@ def chart(
         above,
         plot,
         below,
-        _step_axis(span, steps),
+        step_axis(span, steps),
         class_=f"chart c-{name}",
     )
 
@@ -163,7 +163,8 @@ def step_ticks(span: Span) -> list[tuple[float, bool]]:
     return [(tick, number % 2 == 0) for number, tick in enumerate(ticks)]
 
 
-def _step_axis(span: Span, steps: Sequence[tuple[float, bool]]) -> Html:
+def step_axis(span: Span, steps: Sequence[tuple[float, bool]]) -> Html:
+    """Round steps below a picture that spans all of them."""
     labels = []
     for step, is_wide in steps:
         share = span.share(step)

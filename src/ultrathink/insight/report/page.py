@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ultrathink.insight.report import marks, tables
-from ultrathink.insight.report.charts import Line, Span, chart, step_ticks
+from ultrathink.insight.report.charts import Line, Span, chart, step_axis, step_ticks
 from ultrathink.insight.report.curves import Series, at, smoothed, thinned
 from ultrathink.insight.report.gathering import Story
 from ultrathink.insight.report.headline import headline, state_of
@@ -103,17 +103,17 @@ def _course(story: Story) -> Html:
     span = span_of(story)
     content = [_loss_chart(story, span)]
     lines = {
-        "lr": ("Learning rate", True),
-        "grad_norm": ("Gradient norm, before clipping", True),
-        "tokens_per_sec": ("Tokens per second", True),
+        "lr": "Learning rate",
+        "grad_norm": "Gradient norm, before clipping",
+        "tokens_per_sec": "Tokens per second",
     }
     small = []
-    for key, (title, from_zero) in lines.items():
+    for key, title in lines.items():
         curve = story.curves[key]
         drawn = [Line(key, "", curve, is_raw=key != "lr")]
         if key != "lr" and len(smooth := smoothed(curve)):
             drawn = [Line(f"{key} faint", "", curve, is_raw=True), Line(key, "", smooth)]
-        small.append(chart(key, title, drawn, span, from_zero=from_zero))
+        small.append(chart(key, title, drawn, span, from_zero=True))
     content.append(tag("div", small, class_="small-charts"))
     return _section("course", "Course", *content)
 
@@ -265,15 +265,6 @@ def _experts(story: Story) -> Html | None:
 
 def _group(group: GroupCourse) -> Html:
     steps = Span(float(group.steps[0]), float(group.steps[-1]))
-    ticks = [
-        tag(
-            "span",
-            f"{step:,.0f}",
-            class_=f"x{' right' if steps.share(step) > 0.94 else ''}{'' if is_wide else ' wide'}",
-            style=f"left:{100 * steps.share(step):.2f}%",
-        )
-        for step, is_wide in step_ticks(steps)
-    ]
     height = int(np.clip(6 * group.course.shape[1], 64, 260))
     told = [plural(group.num_experts, "expert")]
     if group.gini is not None:
@@ -293,7 +284,7 @@ def _group(group: GroupCourse) -> Html:
                 f"Load of the experts of {group.name} over steps",
                 f"{height}px",
                 "experts",
-                html(tag("div", ticks, tag("span", "step", class_="unit"), class_="steps")),
+                step_axis(steps, step_ticks(steps)),
             ),
             _map(
                 load_map(group.late, group.late_active),

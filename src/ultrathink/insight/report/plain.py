@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from ultrathink.insight.plain import without_nan
 from ultrathink.insight.report.gathering import Story
-from ultrathink.insight.watching import without_nan
 
 
 def to_json(story: Story) -> dict[str, Any]:

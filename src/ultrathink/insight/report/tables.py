@@ -10,6 +10,7 @@ from typing import Any
 
 from ultrathink.config.schema import flatten
 from ultrathink.config.yaml_format import dump_yaml
+from ultrathink.insight.events import gravest
 from ultrathink.insight.report.charts import ends_of, interval
 from ultrathink.insight.report.forecasts import Foretold
 from ultrathink.insight.report.marks import LEVELS, mark_of
@@ -27,7 +28,7 @@ from ultrathink.insight.report.markup import (
 )
 from ultrathink.insight.report.settings import NONE, Setting
 from ultrathink.monitoring.jsonl import finite_number
-from ultrathink.orchestrator.events import SEVERITIES, Event
+from ultrathink.orchestrator.events import Event
 from ultrathink.runs.decisions import Audit, DecisionRecord
 from ultrathink.runs.reading import Sample
 from ultrathink.runs.segments import Segment
@@ -194,10 +195,7 @@ def _cut(text: str) -> str:
 def event_table(events: Sequence[Event]) -> Html:
     """Events with their sentences, the gravest of a great many."""
     titles = ["step", "severity", "kind", "what was found"]
-    gravest = sorted(
-        range(len(events)), key=lambda number: -SEVERITIES.index(events[number].severity)
-    )
-    shown = [events[number] for number in sorted(gravest[:_MOST_EVENTS])]
+    shown = gravest(events, _MOST_EVENTS)
     rows = [
         [
             f"{one.step:,}" + (f" to {one.to_step:,}" if one.to_step > one.step else ""),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ultrathink.cli.arguments import add_plugin_argument, load_plugins
 
 if TYPE_CHECKING:
-    from ultrathink.recipes.audit import Audit
+    from ultrathink.runs.decisions import Audit
 
 _EPILOG = """Each decision is replayed from the state that was kept when it was taken, with and
 without it, over several data orders; the difference in validation loss is printed with its 95%
@@ -61,5 +61,5 @@ def described(number: int, audit: Audit) -> str:
     """The result in a line."""
     return (
         f"decision {number}: {audit.mean:+.4f} nats a token after {audit.horizon} steps (95% "
-        f"{audit.low:+.4f} to {audit.high:+.4f}, {audit.orders} data orders): {audit.verdict}"
+        f"{audit.low:+.4f} to {audit.high:+.4f}, {audit.orders} data orders). {audit.statement}"
     )

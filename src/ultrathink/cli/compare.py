@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ultrathink.core.errors import UltrathinkError
 
 if TYPE_CHECKING:
-    from ultrathink.insight.comparison import Agreement, Comparison, Difference, Side
+    from ultrathink.insight.comparison import Agreement, Comparison, Side
 
 _EPILOG = """what it shows:
   the values of the configuration and the facts of the manifest that differ; the training loss
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the comparison; runs that are alike are no fault, so the status is 0."""
     from ultrathink.cli.compare_view import print_comparison
     from ultrathink.insight.comparison import compare, read_side
+    from ultrathink.insight.plain import without_nan
     from ultrathink.runs.folder import find_run
 
     if len(args.runs) < 2:
@@ -50,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     sides = [read_side(run, label) for run, label in zip(runs, labels, strict=True)]
     comparison = compare(sides)
     if args.json:
-        print(json.dumps(_to_json(comparison), ensure_ascii=False, allow_nan=False))
+        plain = without_nan(_to_json(comparison))
+        # What a run lacks is null.
+        print(json.dumps(plain, ensure_ascii=False, allow_nan=False, default=lambda absent: None))
     else:
         print_comparison(comparison)
     return 0
@@ -67,44 +70,24 @@ def _labels(given: Sequence[str], names: list[str]) -> list[str]:
 
 
 def _to_json(comparison: Comparison) -> dict[str, Any]:
-    from ultrathink.insight.comparison import ABSENT
-
-    def plain(value: Any) -> Any:
-        if value is ABSENT or (isinstance(value, float) and not math.isfinite(value)):
-            return None
-        return value
-
-    def differences(items: Sequence[Difference]) -> list[dict[str, Any]]:
-        return [{"key": item.key, "values": list(map(plain, item.values))} for item in items]
-
     return {
         "runs": [_side_to_json(side) for side in comparison.sides],
-        "config": differences(comparison.config),
-        "manifest": differences(comparison.manifest),
+        "config": [asdict(item) for item in comparison.config],
+        "manifest": [asdict(item) for item in comparison.manifest],
         "curves": {
             "axis": comparison.axis,
-            "stretches": [
-                {
-                    "begin": stretch.begin,
-                    "end": stretch.end,
-                    "train_loss": list(map(plain, stretch.train_loss)),
-                    "bits_per_byte": list(map(plain, stretch.bits_per_byte)),
-                }
-                for stretch in comparison.stretches
-            ],
+            "stretches": [asdict(stretch) for stretch in comparison.stretches],
             "agreement": [
                 {agreement.split: _agreement_to_json(agreement) for agreement in pair}
                 for pair in comparison.agreements
             ],
-            "lone_metrics": {
-                name: list(having) for name, having in comparison.lone_metrics.items()
-            },
+            "lone_metrics": comparison.lone_metrics,
         },
         "summary": {
             figure.name: {
-                "values": list(map(plain, figure.values)),
-                "differences": list(map(plain, figure.differences)),
-                **({"steps": list(figure.at)} if figure.at is not None else {}),
+                "values": figure.values,
+                "differences": figure.differences,
+                **({"steps": figure.at} if figure.at is not None else {}),
             }
             for figure in comparison.figures
         },
@@ -120,10 +103,7 @@ def _side_to_json(side: Side) -> dict[str, Any]:
         "segments": [
             {
                 "from_step": segment.from_step,
-                "changes": [
-                    {"key": change.key, "before": change.before, "after": change.after}
-                    for change in segment.changes
-                ],
+                "changes": [asdict(change) for change in segment.changes],
             }
             for segment in side.segments
         ],

@@ -17,11 +17,11 @@ from ultrathink.insight.comparison import (
     Figure,
     position,
 )
-from ultrathink.monitoring.plot import Scale, bars, draw
+from ultrathink.monitoring.plot import Scale
+from ultrathink.monitoring.plot_view import PlotView
 from ultrathink.monitoring.report import Cell, Column, Report
 
 _COLORS = ("cyan", "yellow", "magenta", "green", "blue", "red")
-_PLOT_HEIGHT = 9
 _MAX_PLOT_WIDTH = 72
 _MISSING = "-"
 # A hash of 40 or 64 digits; git's may have a word behind it.
@@ -153,34 +153,28 @@ def _print_plot(report: Report, comparison: Comparison) -> None:
     if scale is None or not report.can_draw:
         return
     report.line()
-    top, bottom = f"{scale.high:.3f}", f"{scale.low:.3f}"
+    view = PlotView(report, scale, end=end, max_width=_MAX_PLOT_WIDTH)
     unit = "steps" if comparison.axis == "step" else "tokens"
-    margin = max(len(top), len(bottom)) + 2
     if not report.is_styled:
         wide = max(len(side.label) for side in comparison.sides)
-        report.line(f"  train loss over {end:,} {unit}, from {bottom} (low) to {top} (high)")
+        report.line(
+            f"  train loss over {end:,} {unit}, from {view.low} (low) to {view.high} (high)"
+        )
         for side, curve in zip(comparison.sides, curves, strict=True):
-            drawn = bars(curve, scale, end=end, width=_MAX_PLOT_WIDTH - wide)
+            drawn = view.bars(curve, width=_MAX_PLOT_WIDTH - wide)
             report.line(f"  {side.label:<{wide}}  {drawn}")
         report.line()
         return
-    width = max(20, min(_MAX_PLOT_WIDTH, report.width - margin - 4))
-    rows = draw(curves, scale, end=end, width=width, height=_PLOT_HEIGHT)
     colors = _colors(comparison)
-    for number, row in enumerate(rows):
-        label = {0: top, len(rows) - 1: bottom}.get(number, "")
-        cells = [
-            Cell(dots.character, "" if dots.curve is None else colors[dots.curve]) for dots in row
-        ]
-        report.line(Cell(f"{label:>{margin}} │", "dim"), *cells)
+    view.print_dots(curves, colors)
+    view.print_foot([Cell("─" * view.width, "dim")])
     scale_line = f"{end:,} {unit}"
-    report.line(Cell(" " * margin + " └" + "─" * width, "dim"))
     names: list[str | Cell] = ["train loss"]
     for side, color in zip(comparison.sides, colors, strict=True):
         names += ["  ", Cell(f"━ {side.label}", color)]
     legend = sum(len(part if isinstance(part, str) else part.text) for part in names)
-    gap = " " * max(2, width - legend - len(scale_line))
-    report.line(" " * (margin + 2), *names, gap, Cell(scale_line, "dim"))
+    gap = " " * max(2, view.width - legend - len(scale_line))
+    report.line(" " * (view.margin + 2), *names, gap, Cell(scale_line, "dim"))
     report.line()
 
 

@@ -25,7 +25,7 @@ from ultrathink.monitoring.terminal import (
 
 if TYPE_CHECKING:
     from ultrathink.insight.doctor.diagnose import Progress
-    from ultrathink.insight.doctor.report import Problem, Report
+    from ultrathink.insight.doctor.report import Diagnosis, Problem
 
 _EPILOG = """examples:
   ultrathink doctor                                  this machine, with the preset demo in mind
@@ -79,13 +79,13 @@ def _progress() -> Iterator[Progress]:
         yield lambda doing: status.update(f"{doing} ...")
 
 
-def _print_plain(report: Report) -> None:
+def _print_plain(report: Diagnosis) -> None:
     from ultrathink.insight.doctor.wording import sections, verdict
 
-    for section in sections(report):
-        print(section.title)
-        width = max(len(label) for label, _ in section.lines)
-        for label, text in section.lines:
+    for title, lines in sections(report).items():
+        print(title)
+        width = max(len(label) for label, _ in lines)
+        for label, text in lines:
             print(f"  {label:<{width}}  {text}")
         print()
     for problem in report.problems:
@@ -100,7 +100,7 @@ def _in_words(problem: Problem) -> str:
     return f"{problem.level}: {problem.text}{fix}"
 
 
-def _print_pretty(report: Report, stream: SafeStream) -> None:
+def _print_pretty(report: Diagnosis, stream: SafeStream) -> None:
     from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
@@ -109,13 +109,13 @@ def _print_pretty(report: Report, stream: SafeStream) -> None:
 
     console = make_console(stream)
     shown = sections(report)
-    width = max(len(label) for section in shown for label, _ in section.lines)
-    for section in shown:
-        console.print(Text(section.title, style="bold"))
+    width = max(len(label) for lines in shown.values() for label, _ in lines)
+    for title, lines in shown.items():
+        console.print(Text(title, style="bold"))
         table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(style="dim", width=width)
         table.add_column(overflow="fold", ratio=1)
-        for label, text in section.lines:
+        for label, text in lines:
             table.add_row(Text(label), Text(text))
         console.print(Padding(table, (0, 0, 1, 2)))
     for problem in report.problems:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,12 +78,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(folder: Path, *, as_json: bool) -> int:
+    from ultrathink.insight.plain import without_nan
     from ultrathink.runs.listing import list_runs
     from ultrathink.training.budget import is_over
 
     runs = list_runs(folder, is_over)
     if as_json:
-        print(json.dumps({"runs": [_to_json(run) for run in runs]}, ensure_ascii=False))
+        plain = without_nan({"runs": [_to_json(run) for run in runs]})
+        print(json.dumps(plain, ensure_ascii=False))
     elif not runs:
         place = "" if folder == Path("runs") else f" run.dir={folder}"
         print(f"There is no run in {folder}/ yet. Start one: ultrathink train{place}")
@@ -131,21 +133,10 @@ def _print_list(runs: Sequence[RunSummary]) -> None:
 
 
 def _to_json(run: RunSummary) -> dict[str, Any]:
-    return {
-        "name": run.name,
-        "path": str(run.path),
-        "state": run.state,
-        "problem": run.problem,
-        "process": None if run.owner is None else {"pid": run.owner.pid, "host": run.owner.host},
-        "step": run.step,
-        "total_steps": run.total_steps,
-        "checkpoints": list(run.checkpoints),
-        "train_loss": _finite(run.train_loss),
-        "val_loss": _finite(run.val_loss),
-        "bits_per_byte": _finite(run.bits_per_byte),
-        "changed": run.changed,
-        "size_bytes": run.size_bytes,
-    }
+    plain = asdict(run)
+    owner = plain.pop("owner")
+    process = None if owner is None else {"pid": owner["pid"], "host": owner["host"]}
+    return {**plain, "path": str(run.path), "process": process}
 
 
 def _steps(run: RunSummary) -> str:
@@ -155,10 +146,6 @@ def _steps(run: RunSummary) -> str:
 
 def _figure(value: float | None, digits: int) -> str:
     return _UNKNOWN if value is None else f"{value:.{digits}f}"
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _age(seconds: float) -> str:
@@ -229,23 +216,20 @@ def _print_check(check: Check, command: str) -> None:
 
 def _is_finished(check: Check) -> bool:
     from ultrathink.checkpoint.format import read_state
-    from ultrathink.runs.reading import config_tree
+    from ultrathink.runs.reading import RunReader
     from ultrathink.training.budget import is_over
 
     if check.newest_sound is None or not check.can_resume:
         return False
     state = read_state(check.run.checkpoint(check.newest_sound))
-    return is_over(state, config_tree(check.run.path))
+    return is_over(state, RunReader(check.run).config())
 
 
 def _check_to_json(check: Check, command: str) -> dict[str, Any]:
     return {
         "run": str(check.run.path),
         "sound": check.is_sound,
-        "findings": [
-            {"item": finding.item, "status": finding.status, "detail": finding.detail}
-            for finding in check.findings
-        ],
+        "findings": [asdict(finding) for finding in check.findings],
         "newest_sound_step": check.newest_sound,
         "resume": command if check.can_resume else None,
     }

@@ -6,9 +6,12 @@ import json
 import math
 from collections.abc import Sequence
 
+from ultrathink.insight.events import gravest
 from ultrathink.insight.logs.log import Log
-from ultrathink.insight.watching import Course, Watching, without_nan, without_start
-from ultrathink.monitoring.plot import Scale, bars, draw
+from ultrathink.insight.plain import without_nan
+from ultrathink.insight.watching import Course, Watching, without_start
+from ultrathink.monitoring.plot import Scale
+from ultrathink.monitoring.plot_view import PlotView
 from ultrathink.monitoring.report import Cell, Column, Report
 from ultrathink.orchestrator.events import SEVERITIES, Event
 from ultrathink.orchestrator.phases import (
@@ -34,7 +37,6 @@ PHASE_STYLES = {
     PLATEAU: "blue",
     DIVERGING: "red",
 }
-_HEIGHT = 9
 _MAX_WIDTH = 90
 _MAX_EVENTS = 40
 _MAX_PHASES = 8
@@ -133,31 +135,25 @@ def _print_curve(report: Report, course: Course) -> None:
     begin, end = curve[0][0], curve[-1][0]
     span = max(1.0, end - begin)
     shifted = [(step - begin, min(max(loss, scale.low), scale.high)) for step, loss in curve]
-    top, bottom = f"{scale.high:.3f}", f"{scale.low:.3f}"
-    margin = max(len(top), len(bottom)) + 2
-    width = max(20, min(_MAX_WIDTH, report.width - margin - 4))
-    marks = _marks(course.watcher.events, begin, span, width)
+    view = PlotView(report, scale, end=span, max_width=_MAX_WIDTH)
+    marks = _marks(course.watcher.events, begin, span, view.width)
     if not report.is_styled:
         below = "; alarms are marked below" if any(marks) else ""
-        report.line(f"  loss from {bottom} (low) to {top} (high){below}")
-        report.line(f"  {bars(shifted, scale, end=span, width=width)}")
+        report.line(f"  loss from {view.low} (low) to {view.high} (high){below}")
+        report.line(f"  {view.bars(shifted)}")
         if any(marks):
             report.line("  " + "".join("▲" if severity else " " for severity in marks))
         return
-    rows = draw([shifted], scale, end=span, width=width, height=_HEIGHT)
-    for number, row in enumerate(rows):
-        label = {0: top, len(rows) - 1: bottom}.get(number, "")
-        cells = [Cell(dots.character, "cyan") for dots in row]
-        report.line(Cell(f"{label:>{margin}} │", "dim"), *cells)
-    report.line(
-        Cell(f"{'':>{margin}} └", "dim"),
-        *(
+    view.print_dots([shifted], ["cyan"])
+    view.print_foot(
+        [
             Cell("▲", SEVERITY_STYLES[severity]) if severity else Cell("─", "dim")
             for severity in marks
-        ),
+        ]
     )
     left, right = f"{begin:,.0f}", f"step {end:,.0f}"
-    report.line(Cell(f"{'':>{margin + 2}}{left}{right:>{max(0, width - len(left))}}", "dim"))
+    space = max(0, view.width - len(left))
+    report.line(Cell(f"{'':>{view.margin + 2}}{left}{right:>{space}}", "dim"))
 
 
 def _marks(events: Sequence[Event], begin: float, span: float, width: int) -> list[str]:
@@ -183,16 +179,15 @@ def _print_events(report: Report, events: Sequence[Event]) -> None:
     told = f"{alarms} alarm{'' if alarms == 1 else 's'}" if alarms else "no alarm"
     title = f"{len(events)} event{'' if len(events) == 1 else 's'}, {told}"
     report.line(Cell(title, "bold" if alarms else "green"))
-    gravest = sorted(range(len(events)), key=lambda n: -_gravity(events[n].severity))
-    shown = sorted(gravest[:_MAX_EVENTS])
+    shown = gravest(events, _MAX_EVENTS)
     rows: list[list[str | Cell]] = [
         [
-            _steps(events[number]),
-            Cell(events[number].severity, SEVERITY_STYLES[events[number].severity]),
-            events[number].kind,
-            events[number].message,
+            _steps(event),
+            Cell(event.severity, SEVERITY_STYLES[event.severity]),
+            event.kind,
+            event.message,
         ]
-        for number in shown
+        for event in shown
     ]
     columns = [Column("step", right=True), Column(""), Column(""), Column("", folds=True)]
     report.table(columns, rows, indent=2, heading=False)

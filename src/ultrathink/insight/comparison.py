@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ultrathink.config.overrides import flatten
-from ultrathink.core.errors import CheckpointError
 from ultrathink.monitoring.records import MetricRecord, Split
 from ultrathink.runs.folder import RunFolder
-from ultrathink.runs.reading import config_tree, history, json_object
-from ultrathink.runs.segments import Segment, read_segments
+from ultrathink.runs.reading import RunReader
+from ultrathink.runs.segments import Segment
 
 MAX_ROWS = 12
 MIN_ROWS = 4
@@ -127,19 +126,13 @@ class Comparison:
 
 def read_side(run: RunFolder, label: str) -> Side:
     """Read what there is of a run; CheckpointError where its configuration cannot be read."""
-    records = history(run.metrics)
-    try:
-        manifest = json_object(run.manifest)
-    except CheckpointError:  # a comparison says so, and has the rest
-        manifest = {}
-    try:
-        segments = tuple(read_segments(run.segments))
-    except CheckpointError:
-        segments = ()
+    reader = RunReader(run)
+    records = reader.history()
+    manifest = reader.attempt(reader.manifest) or {}  # a comparison says so, and has the rest
     return Side(
         label=label,
         path=run.path,
-        config=flatten(config_tree(run.path)),
+        config=flatten(reader.config()),
         manifest={
             key: value
             for key, value in (flatten(manifest) if manifest else {}).items()
@@ -147,7 +140,7 @@ def read_side(run: RunFolder, label: str) -> Side:
         },
         train=tuple(record for record in records if record.split == "train"),
         val=tuple(record for record in records if record.split == "val"),
-        segments=segments,
+        segments=tuple(reader.attempt(reader.segments) or []),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from ultrathink.insight.logs.log import Log, LogSignals
 from ultrathink.insight.logs.names import ALIASES
 from ultrathink.insight.logs.order import StepOrder
+from ultrathink.insight.plain import without_nan
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.forecast import Forecast
 from ultrathink.orchestrator.phases import Phase
@@ -143,14 +143,3 @@ def _rank(signal: str) -> tuple[int, str]:
 def without_start(curve: Sequence[Point]) -> Sequence[Point]:
     """A curve without its first fall, which would take most of a plot's height."""
     return curve[len(curve) // 40 :]
-
-
-def without_nan(value: Any) -> Any:
-    """``value`` with null for every number that JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: without_nan(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(entry) for entry in value]
-    return value

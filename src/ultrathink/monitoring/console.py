@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ultrathink.monitoring.pace import Pace
-from ultrathink.monitoring.records import BaseSink, Level, MetricRecord, Note, RunInfo
+from ultrathink.monitoring.records import Level, MetricRecord, Note, RunInfo, Sink
 from ultrathink.monitoring.terminal import (
     SafeStream,
     clean_text,
@@ -38,7 +38,7 @@ VALUE = "bold"
 LABEL = "dim"
 
 
-class ConsoleSink(BaseSink):
+class ConsoleSink(Sink):
     """Shows the run on ``stream`` (standard error), in the way that fits it."""
 
     def __init__(

@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultrathink.core.files import write_atomic
 from ultrathink.monitoring.appending import ResilientAppender
-from ultrathink.monitoring.records import BaseSink, MetricRecord, Note, RunInfo
+from ultrathink.monitoring.records import MetricRecord, Note, RunInfo, Sink
 
 if TYPE_CHECKING:
     from ultrathink.monitoring.experts import ExpertRecord
@@ -23,7 +25,7 @@ EXPERTS_FILE = "experts.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 
 
-class JsonlSink(BaseSink):
+class JsonlSink(Sink):
     """Appends every record to the file of its kind, which is made when the first one comes.
 
     What cannot be written waits until it can; the method that tried raises OSError.
@@ -89,35 +91,40 @@ def cut_after(path: Path, step: int) -> int:
     """
     if not path.is_file():
         return 0
-    data = path.read_bytes()
-    lines = data.splitlines(keepends=True)
-    kept = [line for line in lines if _belongs(line, step)]
+    lines = list(read_lines(path))
+    kept = [line for line, value in lines if _belongs(line, value, step)]
     if len(kept) < len(lines):
         write_atomic(path, b"".join(kept))
     return len(lines) - len(kept)
 
 
-def read_records(path: Path) -> list[MetricRecord]:
-    """Every metric record of a ``metrics.jsonl``, a torn last line left out."""
-    records = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        value = _parse(line)
-        if value is not None:
-            records.append(MetricRecord.from_json(value))
-    return records
+def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line of a file with its end, and the object that it holds; no file, no lines."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        for line in file:
+            yield line, parse_object(line)
 
 
-def _belongs(line: bytes, step: int) -> bool:
-    value = _parse(line)
-    return value is not None and (not isinstance(value.get("step"), int) or value["step"] <= step)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The object on a line; None where a crash left half of one (no newline, or no JSON)."""
-    if not line.endswith(b"\n"):
-        return None
+def parse_object(line: bytes | str) -> dict[str, Any] | None:
+    """The object on a line; None where a crash left half of one, or it holds another thing."""
     try:
         value = json.loads(line)
-    except ValueError:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError):  # not JSON, or not UTF-8
         return None
     return value if isinstance(value, dict) else None
+
+
+def finite_number(value: Any) -> float | None:
+    """``value`` where it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:  # a whole number beyond all floats
+        return None
+
+
+def _belongs(line: bytes, value: dict[str, Any] | None, step: int) -> bool:
+    if value is None or not line.endswith(b"\n"):
+        return False
+    return not isinstance(value.get("step"), int) or value["step"] <= step

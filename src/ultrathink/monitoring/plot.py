@@ -17,21 +17,24 @@ _BLANK = 0x2800
 
 @dataclass(frozen=True)
 class Scale:
-    """The values that a plot spans; logarithmic where all are above zero."""
+    """The values from the foot of a plot to its top."""
 
     low: float
     high: float
+    is_log: bool = False
 
     @classmethod
     def of(cls, curves: Sequence[Sequence[Point]]) -> Scale | None:
-        """The span of all finite values; None where there is none."""
+        """The span of all finite values, logarithmic above zero; None where there is none."""
         values = [y for curve in curves for _, y in curve if math.isfinite(y)]
-        return cls(min(values), max(values)) if values else None
+        return cls(min(values), max(values), min(values) > 0) if values else None
 
     def share(self, value: float) -> float:
-        """Where ``value`` lies between the lowest (0) and the highest (1)."""
+        """How high ``value`` lies: 0 at the foot, 1 at the top; NaN where it has no place."""
         low, high = self.low, self.high
-        if low > 0:
+        if self.is_log:
+            if not value > 0:
+                return math.nan
             low, high, value = math.log(low), math.log(high), math.log(value)
         return (value - low) / (high - low) if high > low else 0.0
 

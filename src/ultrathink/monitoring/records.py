@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, TypeAlias, TypeGuard
 
 if TYPE_CHECKING:  # it needs NumPy, which takes a while to import
     from ultrathink.monitoring.experts import ExpertRecord
@@ -40,15 +40,24 @@ class MetricRecord:
         return record
 
     @classmethod
-    def from_json(cls, record: dict[str, JsonScalar]) -> MetricRecord:
-        """The record that ``to_json`` gave, null read back as not-a-number."""
-        values: dict[str, float | int] = {}
-        for name, value in record.items():
-            if name not in RESERVED:
-                assert not isinstance(value, str), f"metric {name!r} is text: {value!r}"
-                values[name] = math.nan if value is None else value
-        split: Split = "val" if record["split"] == "val" else "train"
-        return cls(int(record["step"] or 0), split, float(record["time"] or 0), values)
+    def from_json(cls, record: Mapping[str, Any]) -> MetricRecord | None:
+        """The record that ``to_json`` gave, null read back as not-a-number.
+
+        None where ``record`` is none; what is no number is left out of its figures.
+        """
+        step, split, at = (record.get(name) for name in RESERVED)
+        if split not in ("train", "val") or not _is_number(step) or not _is_number(at):
+            return None
+        figures = {
+            name: math.nan if figure is None else figure
+            for name, figure in record.items()
+            if name not in RESERVED and (figure is None or _is_number(figure))
+        }
+        return cls(int(step), split, float(at), figures)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _plain(value: SupportsFloat) -> JsonScalar:
@@ -70,11 +79,10 @@ class RunInfo:
     heading: str  # the run in a line or two: size of the model, device, length
 
 
-@runtime_checkable
-class Sink(Protocol):
-    """Something that shows or keeps the figures of a run.
+class Sink:
+    """Something that shows or keeps the figures of a run; this one does nothing.
 
-    A method may raise: that is told, training goes on, and the sink is still offered all that
+    A method may raise: that is reported, training goes on, and the sink is still offered all that
     follows, even where ``open`` was what failed.
     """
 
@@ -107,44 +115,7 @@ class Sink(Protocol):
 
     def take_notes(self) -> list[Note]:
         """Give what befell the sink itself since the last call; asked after each other call."""
-
-    def close(self) -> None:
-        """Finish; called once, also after an error."""
-
-
-class BaseSink:
-    """A sink that does nothing, for others to fill in only what they use."""
-
-    def open(self, info: RunInfo) -> None:
-        """Do nothing."""
-
-    def set_total_steps(self, total_steps: int) -> None:
-        """Do nothing."""
-
-    def progress(self, step: int) -> None:
-        """Do nothing."""
-
-    def write(self, record: MetricRecord) -> None:
-        """Do nothing."""
-
-    def experts(self, record: ExpertRecord) -> None:
-        """Do nothing."""
-
-    def message(self, text: str, level: Level) -> None:
-        """Do nothing."""
-
-    def sample(self, step: int, prompt: str, text: str) -> None:
-        """Do nothing."""
-
-    def phase(self, name: str) -> None:
-        """Do nothing."""
-
-    def decision(self, step: int, title: str, text: str) -> None:
-        """Do nothing."""
-
-    def take_notes(self) -> list[Note]:
-        """Have nothing to tell."""
         return []
 
     def close(self) -> None:
-        """Do nothing."""
+        """Finish; called once, also after an error."""

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ultrathink.monitoring.health import Health
-from ultrathink.monitoring.records import Level, MetricRecord, Note, RunInfo, Sink, Tell
-
-if TYPE_CHECKING:
-    from ultrathink.monitoring.experts import ExpertRecord
+from ultrathink.monitoring.records import Note, Sink, Tell
 
 
-class SinkGroup:
-    """Hands everything to each of ``sinks``; what one raises is told, and the next gets its turn.
+class SinkGroup(Sink):
+    """Hands everything to each of ``sinks``; what one raises is reported, and the next is asked.
 
-    A sink that failed is offered all that follows, for it may recover. ``tell`` speaks to the
-    whole run (its sinks, its log); without it only the sinks hear of a failure.
+    Every method of a sink calls that of each one. A sink that failed is offered all that follows,
+    for it may recover. ``tell`` speaks to the whole run (its sinks, its log); without it only the
+    sinks hear of a failure.
     """
 
     def __init__(
@@ -29,42 +27,6 @@ class SinkGroup:
         self._members = [(sink, _health(sink, clock)) for sink in sinks]
         self._tell = tell if tell is not None else self.message
         self._telling_depth = 0
-
-    def open(self, info: RunInfo) -> None:
-        """Open every sink."""
-        self._each("open", lambda sink: sink.open(info))
-
-    def set_total_steps(self, total_steps: int) -> None:
-        """Tell every sink the run's length."""
-        self._each("set_total_steps", lambda sink: sink.set_total_steps(total_steps))
-
-    def progress(self, step: int) -> None:
-        """Tell every sink of a finished step."""
-        self._each("progress", lambda sink: sink.progress(step))
-
-    def write(self, record: MetricRecord) -> None:
-        """Hand a record to every sink."""
-        self._each("write", lambda sink: sink.write(record))
-
-    def experts(self, record: ExpertRecord) -> None:
-        """Hand what experts did to every sink."""
-        self._each("experts", lambda sink: sink.experts(record))
-
-    def message(self, text: str, level: Level) -> None:
-        """Hand a message to every sink."""
-        self._each("message", lambda sink: sink.message(text, level))
-
-    def sample(self, step: int, prompt: str, text: str) -> None:
-        """Hand a sample to every sink."""
-        self._each("sample", lambda sink: sink.sample(step, prompt, text))
-
-    def phase(self, name: str) -> None:
-        """Tell every sink of another phase."""
-        self._each("phase", lambda sink: sink.phase(name))
-
-    def decision(self, step: int, title: str, text: str) -> None:
-        """Hand a decision to every sink."""
-        self._each("decision", lambda sink: sink.decision(step, title, text))
 
     def take_notes(self) -> list[Note]:
         """Nothing: notes of the sinks are told as they arise."""
@@ -111,3 +73,18 @@ def _health(sink: Sink, clock: Callable[[], float]) -> Health:
     name = type(sink).__name__.removesuffix("Sink").lower()
     advice = "training goes on, and the sink is tried again with what comes next"
     return Health(f"the {name} sink", advice, clock)
+
+
+def _for_each(what: str) -> Callable[..., None]:
+    """A method that calls the method ``what`` of every sink."""
+
+    def call(group: SinkGroup, *details: Any) -> None:
+        group._each(what, lambda sink: getattr(sink, what)(*details))
+
+    call.__doc__ = getattr(Sink, what).__doc__
+    return call
+
+
+for _what in vars(Sink):
+    if not _what.startswith("_") and _what not in vars(SinkGroup):
+        setattr(SinkGroup, _what, _for_each(_what))

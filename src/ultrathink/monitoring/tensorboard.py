@@ -22,7 +22,7 @@ import numpy as np
 
 from ultrathink.monitoring.appending import ResilientAppender
 from ultrathink.monitoring.heat_map import DESCRIPTION, load_map
-from ultrathink.monitoring.records import BaseSink, MetricRecord, Note, RunInfo
+from ultrathink.monitoring.records import MetricRecord, Note, RunInfo, Sink
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -35,7 +35,7 @@ _FILE_VERSION = "brain.Event:2"
 _number = itertools.count()  # event files that begin in one second differ by it
 
 
-class TensorBoardSink(BaseSink):
+class TensorBoardSink(Sink):
     """Writes scalars such as ``train/loss`` and ``val/bits_per_byte``, and samples as text.
 
     Each group of experts has scalars ``experts/<group>/<figure>/layer_<i>``, and a picture of its

@@ -12,14 +12,20 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.orchestrator.steering.proposals import GOES_BACK
 from ultrathink.recipes.resume import resume_trainer
-from ultrathink.runs.decisions import add_to_decision, read_decisions, state_name, target_name
+from ultrathink.runs.decisions import (
+    Audit,
+    add_to_decision,
+    read_decisions,
+    state_name,
+    target_name,
+)
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
 from ultrathink.training.callbacks import Controller, StepReport
@@ -46,25 +52,6 @@ _QUIET = (
 _LIVE = {"correct_learning_rate": "lr_correction", "scale_learning_rate": "lr_scale"}  # actions
 # Two-sided 95% quantiles of Student's t, by degrees of freedom; beyond, that of the normal.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What a decision was worth: validation loss with it minus without, nats a token."""
-
-    mean: float
-    low: float  # of the 95% interval
-    high: float
-    orders: int
-    horizon: int  # steps after the decision at which both were scored
-    differences: list[float]  # one for each data order
-
-    @property
-    def verdict(self) -> str:
-        """The result in words."""
-        if self.high < 0:
-            return "it helped"
-        return "it harmed" if self.low > 0 else "no difference that chance would not explain"
 
 
 def audit_run(

@@ -20,8 +20,7 @@ from ultrathink.runs.listing import size_on_disk
 from ultrathink.runs.loading import check_loads
 from ultrathink.runs.lock import Owner, holder
 from ultrathink.runs.metrics_check import Status, check_metrics
-from ultrathink.runs.reading import json_object
-from ultrathink.runs.segments import read_segments
+from ultrathink.runs.reading import RunReader, in_run
 
 _STEP_FOLDER = re.compile(r"^step_(\d+)$")
 _MAX_TRIES = 5
@@ -29,7 +28,7 @@ _UNFINISHED = re.compile(r"^\..+\.(tmp|old|deleted)$")
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckedItem:
     """What one part of a run folder was found to be; ``note`` is worth knowing and no damage."""
 
     item: str  # a path inside the run folder
@@ -43,7 +42,7 @@ class Check:
 
     run: RunFolder
     owner: Owner | None
-    findings: tuple[Finding, ...]
+    findings: tuple[CheckedItem, ...]
     newest_sound: int | None  # step
     newest: int | None  # step, sound or not
 
@@ -73,12 +72,12 @@ def run_to_check(name: str) -> RunFolder:
 def check_run(run: RunFolder, which: str | None = None) -> Check:
     """Read all that ``run`` holds, or only the checkpoint ``which`` and what it needs."""
     owner = holder(run)
-    findings: list[Finding] = []
+    findings: list[CheckedItem] = []
     config = _check_config(run, findings)
     tokenizer_hash = _check_tokenizer(run, _check_manifest(run, findings), findings)
     if which is None:
         _check_records(run, findings)
-    found: dict[int, Finding] = {}
+    found: dict[int, CheckedItem] = {}
     for _ in range(_MAX_TRIES):
         steps = _step_folders(run)
         chosen = list(steps) if which is None else [_step_named(run, which, steps)]
@@ -95,10 +94,10 @@ def check_run(run: RunFolder, which: str | None = None) -> Check:
     sound = [step for step in found if found[step].status != "damaged"]
     if which is None:
         if not steps:
-            findings.append(Finding("checkpoints", "note", "there is none yet"))
+            findings.append(CheckedItem("checkpoints", "note", "there is none yet"))
         _check_links(run, steps, found.keys() - set(sound), findings)
         findings += [
-            Finding(run.metrics.name, status, detail)
+            CheckedItem(run.metrics.name, status, detail)
             for status, detail in check_metrics(run, config, max(steps, default=0))
         ]
         if owner is None:  # else they are being written
@@ -106,34 +105,34 @@ def check_run(run: RunFolder, which: str | None = None) -> Check:
     return Check(run, owner, tuple(findings), max(sound, default=None), max(steps, default=None))
 
 
-def _check_config(run: RunFolder, findings: list[Finding]) -> Config | None:
+def _check_config(run: RunFolder, findings: list[CheckedItem]) -> Config | None:
     try:
         config = run.read_config()
     except ConfigError as error:
-        findings.append(Finding(CONFIG_FILE, "damaged", _inside(run, error)))
+        findings.append(CheckedItem(CONFIG_FILE, "damaged", in_run(run, error)))
         return None
-    findings.append(Finding(CONFIG_FILE, "ok", "can be used"))
+    findings.append(CheckedItem(CONFIG_FILE, "ok", "can be used"))
     return config
 
 
-def _check_manifest(run: RunFolder, findings: list[Finding]) -> dict[str, Any]:
+def _check_manifest(run: RunFolder, findings: list[CheckedItem]) -> dict[str, Any]:
     try:
-        manifest = json_object(run.manifest)
+        manifest = RunReader(run).manifest()
     except CheckpointError as error:
-        findings.append(Finding(run.manifest.name, "damaged", _inside(run, error)))
+        findings.append(CheckedItem(run.manifest.name, "damaged", in_run(run, error)))
         return {}
-    findings.append(Finding(run.manifest.name, "ok", f"made {manifest.get('created')}"))
+    findings.append(CheckedItem(run.manifest.name, "ok", f"made {manifest.get('created')}"))
     return manifest
 
 
 def _check_tokenizer(
-    run: RunFolder, manifest: dict[str, Any], findings: list[Finding]
+    run: RunFolder, manifest: dict[str, Any], findings: list[CheckedItem]
 ) -> str | None:
     """Load the run's tokenizer; returns its hash, None where it is not the run's."""
     try:
         tokenizer = load_tokenizer(run.tokenizer)
     except (UltrathinkError, OSError) as error:
-        findings.append(Finding(run.tokenizer.name, "damaged", _inside(run, error)))
+        findings.append(CheckedItem(run.tokenizer.name, "damaged", in_run(run, error)))
         return None
     wanted = manifest.get("tokenizer_hash")
     if wanted is not None and wanted != tokenizer.fingerprint:
@@ -141,24 +140,24 @@ def _check_tokenizer(
             f"it is another than the run was made with (hash {tokenizer.fingerprint[:12]}, "
             f"{run.manifest.name} has {str(wanted)[:12]})"
         )
-        findings.append(Finding(run.tokenizer.name, "damaged", problem))
+        findings.append(CheckedItem(run.tokenizer.name, "damaged", problem))
         return None
-    findings.append(Finding(run.tokenizer.name, "ok", f"{tokenizer.vocab_size:,} tokens"))
+    findings.append(CheckedItem(run.tokenizer.name, "ok", f"{tokenizer.vocab_size:,} tokens"))
     return tokenizer.fingerprint
 
 
-def _check_records(run: RunFolder, findings: list[Finding]) -> None:
+def _check_records(run: RunFolder, findings: list[CheckedItem]) -> None:
     """What else tells of the run's course, where it is there."""
-    readers = {run.data_record: json_object, run.segments: read_segments}
-    for path, read in readers.items():
+    reader = RunReader(run)
+    for path, read in ((run.data_record, reader.data_record), (run.segments, reader.segments)):
         if not path.exists():
             continue
         try:
-            read(path)
+            read()
         except (CheckpointError, OSError) as error:
-            findings.append(Finding(path.name, "damaged", _inside(run, error)))
+            findings.append(CheckedItem(path.name, "damaged", in_run(run, error)))
         else:
-            findings.append(Finding(path.name, "ok", "can be read"))
+            findings.append(CheckedItem(path.name, "ok", "can be read"))
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
@@ -185,7 +184,7 @@ def _step_named(run: RunFolder, which: str, steps: dict[int, Path]) -> int:
 
 def _check_checkpoint(
     run: RunFolder, step: int, folder: Path, config: Config | None, tokenizer_hash: str | None
-) -> Finding | None:
+) -> CheckedItem | None:
     """Compare a checkpoint with its checksums, its run and its model; None where it vanished."""
     item = f"checkpoints/{folder.name}"
     try:
@@ -197,16 +196,16 @@ def _check_checkpoint(
     except DamagedCheckpointError as error:
         problem = error.problem
     except (CheckpointError, OSError) as error:
-        problem = _inside(run, error)
+        problem = in_run(run, error)
     if not folder.exists():  # a run that is going on dropped it meanwhile
         return None
     if problem is not None:
-        return Finding(item, "damaged", problem)
+        return CheckedItem(item, "damaged", problem)
     fits = "fits the model" if config is not None else "not compared with a model"
-    return Finding(item, "ok", f"as it was written, {fits}, {size_on_disk(folder):,} bytes")
+    return CheckedItem(item, "ok", f"as it was written, {fits}, {size_on_disk(folder):,} bytes")
 
 
-def _check_snapshots(run: RunFolder, folder: Path) -> list[Finding]:
+def _check_snapshots(run: RunFolder, folder: Path) -> list[CheckedItem]:
     """What is damaged of the snapshots in a checkpoint; it is of use without them."""
     try:
         problems = problems_of_snapshots(folder, read_state(folder))
@@ -215,7 +214,7 @@ def _check_snapshots(run: RunFolder, folder: Path) -> list[Finding]:
     if not folder.exists():
         return []
     return [
-        Finding(
+        CheckedItem(
             snapshot_path(folder, step).relative_to(run.path).as_posix(),
             "damaged",
             f"{problem}; a resumed run cannot go back to it",
@@ -239,14 +238,14 @@ def _contradiction(state: dict[str, Any], step: int, tokenizer_hash: str | None)
 
 
 def _check_links(
-    run: RunFolder, steps: Iterable[int], damaged: Collection[int], findings: list[Finding]
+    run: RunFolder, steps: Iterable[int], damaged: Collection[int], findings: list[CheckedItem]
 ) -> None:
     by_name = {f"step_{step:08d}": step for step in steps}
     for name in ("last", "best"):
         link = run.checkpoints / name
         if not link.is_symlink():
             if name == "last" and by_name:
-                findings.append(Finding(f"checkpoints/{name}", "note", "the link is missing"))
+                findings.append(CheckedItem(f"checkpoints/{name}", "note", "the link is missing"))
             continue
         target = os.readlink(link)
         step = by_name.get(target)
@@ -261,25 +260,19 @@ def _check_links(
             status, detail = "note", f"leads to {target}, which is not the newest"
         else:
             status, detail = "ok", f"leads to {target}"
-        findings.append(Finding(f"checkpoints/{name}", status, detail))
+        findings.append(CheckedItem(f"checkpoints/{name}", status, detail))
 
 
-def _note_leftovers(run: RunFolder, findings: list[Finding]) -> None:
+def _note_leftovers(run: RunFolder, findings: list[CheckedItem]) -> None:
     places = (run.path, run.tokenizer, run.checkpoints)
     for path in sorted(p for place in places if place.is_dir() for p in place.iterdir()):
         if _UNFINISHED.match(path.name):
             size = size_on_disk(path) if path.is_dir() else path.lstat().st_size
             findings.append(
-                Finding(
+                CheckedItem(
                     path.relative_to(run.path).as_posix(),
                     "note",
                     f"left by a process that was killed ({size:,} bytes); "
                     f"the next resume puts it right",
                 )
             )
-
-
-def _inside(run: RunFolder, error: Exception) -> str:
-    """An error's message as part of a line about a file of its run."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.replace(f"{run.path}{os.sep}", "").replace("\n", " ").rstrip(".")

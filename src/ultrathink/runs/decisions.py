@@ -6,12 +6,134 @@ A decision whose outcome became known is written again with it; the last line of
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ultrathink.core.files import write_atomic
+from ultrathink.monitoring.jsonl import finite_number, read_lines
 
+BY_HAND = "by_hand"
 ROLLBACKS = ("restore", "rollback_steps", "redo_steps")  # actions that take a run back
+
+Verdict = Literal["helped", "hurt", "unproven"]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What a decision was worth: validation loss with it minus without, nats a token."""
+
+    mean: float
+    low: float  # of the 95% interval
+    high: float
+    orders: int  # data orders that were replayed
+    horizon: int  # steps after the decision at which both were scored
+    differences: list[float] = field(default_factory=list)  # one for each data order
+
+    @classmethod
+    def from_json(cls, found: Any) -> Audit | None:
+        """The audit in a record; None where it holds none that can be read."""
+        if not isinstance(found, Mapping):
+            return None
+        numbers = [finite_number(found.get(name)) for name in ("mean", "low", "high")]
+        orders, horizon = (finite_number(found.get(name)) or 0 for name in ("orders", "horizon"))
+        mean, low, high = numbers
+        if mean is None or low is None or high is None:
+            return None
+        return cls(mean, low, high, int(orders), int(horizon), list(found.get("differences") or ()))
+
+    @property
+    def verdict(self) -> Verdict:
+        """``helped``, ``hurt`` where the interval excludes zero, else ``unproven``."""
+        if self.high < 0:
+            return "helped"
+        return "hurt" if self.low > 0 else "unproven"
+
+    @property
+    def statement(self) -> str:
+        """The verdict in a sentence."""
+        return {
+            "helped": "It helped: the interval excludes 0.",
+            "hurt": "It did harm: the interval excludes 0.",
+            "unproven": "Not proven either way: the interval includes 0.",
+        }[self.verdict]
+
+    def to_json(self) -> dict[str, Any]:
+        """The audit as a JSON object, its verdict included."""
+        return {**asdict(self), "verdict": self.verdict}
+
+
+@dataclass(frozen=True)
+class DecisionRecord:
+    """A decision as its last line has it; ``number`` is its place among those of the run."""
+
+    number: int
+    step: int
+    rule: str
+    action: str
+    before: Any
+    after: Any
+    reasoning: str
+    id: int | None = None  # None where no rule decided it
+    level: int | None = None  # 1 soft, 2 medium, 3 hard, 4 critical
+    confidence: float | None = None
+    signals: dict[str, Any] = field(default_factory=dict)
+    outcome: dict[str, Any] | None = None
+    audit: Audit | None = None
+
+    @classmethod
+    def from_json(cls, number: int, row: Mapping[str, Any]) -> DecisionRecord:
+        """The decision in a row that ``is_decision``; what is garbled of the rest is left out."""
+        level, identity = finite_number(row.get("level")), finite_number(row.get("id"))
+        signals, outcome = row.get("signals"), row.get("outcome")
+        return cls(
+            number=number,
+            step=int(row["step"]),
+            rule=str(row.get("rule") or BY_HAND),
+            action=row["action"],
+            before=row.get("before"),
+            after=row.get("after"),
+            reasoning=str(row.get("reasoning") or ""),
+            id=None if identity is None else int(identity),
+            level=None if level is None else int(level),
+            confidence=finite_number(row.get("confidence")),
+            signals=signals if isinstance(signals, dict) else {},
+            outcome=outcome if isinstance(outcome, dict) else None,
+            audit=Audit.from_json(row.get("audit")),
+        )
+
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether a person or other code asked for it."""
+        return self.rule == BY_HAND
+
+    @property
+    def rollback(self) -> tuple[int, int] | None:
+        """The steps that it took the run back from and to; None where it did no such thing."""
+        if self.action not in ROLLBACKS:
+            return None
+        ends = finite_number(self.before), finite_number(self.after)
+        return None if None in ends else (int(self.before), int(self.after))
+
+
+def is_decision(row: Mapping[str, Any]) -> bool:
+    """Whether an object says at which step what was done."""
+    return finite_number(row.get("step")) is not None and isinstance(row.get("action"), str)
+
+
+def last_of_each(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each decision as it was written last, where it was written first."""
+    found: dict[int | str, dict[str, Any]] = {}
+    for place, row in enumerate(rows):
+        number = row.get("id")
+        found[number if isinstance(number, int) else f"place {place}"] = row
+    return list(found.values())
+
+
+def read_decisions(path: Path) -> list[dict[str, Any]]:
+    """Every record, each decision as it was written last; lines that are torn are left out."""
+    return last_of_each(row for _, row in read_lines(path) if row is not None)
 
 
 def state_name(number: int) -> str:
@@ -33,26 +155,10 @@ def add_to_decision(path: Path, number: int, **values: Any) -> None:
     _write(path, records)
 
 
-def read_decisions(path: Path) -> list[dict[str, Any]]:
-    """Every record, each decision as it was written last; lines that are torn are left out."""
-    if not path.is_file():
-        return []
-    records: dict[int | str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_bytes().splitlines()):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            key = record.get("id")
-            records[key if isinstance(key, int) else f"line {number}"] = record
-    return list(records.values())
-
-
 def fold_decisions(path: Path) -> None:
     """Leave one line for each decision."""
     records = read_decisions(path)
-    if records and len(records) < len(path.read_bytes().splitlines()):
+    if records and len(records) < len(list(read_lines(path))):
         _write(path, records)
 
 

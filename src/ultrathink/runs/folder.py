@@ -29,14 +29,24 @@ from ultrathink.core.errors import CheckpointError, suggestion
 from ultrathink.core.files import remove_folder, write_atomic
 from ultrathink.core.protocols import State
 from ultrathink.core.team import Team
+from ultrathink.monitoring.jsonl import EXPERTS_FILE, METRICS_FILE, SAMPLES_FILE
 
 _STEP_FOLDER = re.compile(r"^step_(\d{8,})$")
 # What a process that was killed leaves behind: see write_atomic, save_checkpoint, remove_folder.
 _UNFINISHED_FILE = re.compile(r"^\..+\.\d+\.tmp$")
 _UNFINISHED_FOLDER = re.compile(r"^\.(step_\d{8,})\.(tmp|old|deleted)$")
 
-
 NAME_IN_USE = "chosen at run time: name in use"
+
+
+class _Place:
+    """A file or folder of a run, by its name in the run's folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: RunFolder, owner: type[RunFolder]) -> Path:
+        return run.path / self._name
 
 
 @dataclass(frozen=True)
@@ -75,55 +85,25 @@ class RunFolder:
     def name(self) -> str:
         return self.path.resolve().name
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def decisions(self) -> Path:
-        return self.path / "decisions.jsonl"
-
-    @property
-    def states(self) -> Path:
-        return self.path / "states"
+    checkpoints = _Place("checkpoints")
+    tokenizer = _Place("tokenizer")
+    logs = _Place("logs")
+    states = _Place("states")
+    metrics = _Place(METRICS_FILE)
+    experts = _Place(EXPERTS_FILE)
+    samples = _Place(SAMPLES_FILE)
+    decisions = _Place("decisions.jsonl")
+    events = _Place("events.jsonl")
+    segments = _Place("segments.jsonl")
+    manifest = _Place("manifest.json")
+    data_record = _Place("data.json")
+    lock_file = _Place(".lock")
 
     def kept_states(self) -> list[str]:
         """The names of the states that were kept for audits, the oldest first."""
         if not self.states.is_dir():
             return []
         return sorted(one.name for one in self.states.iterdir() if not one.name.startswith("."))
-
-    @property
-    def events(self) -> Path:
-        return self.path / "events.jsonl"
-
-    @property
-    def manifest(self) -> Path:
-        return self.path / "manifest.json"
-
-    @property
-    def data_record(self) -> Path:
-        return self.path / "data.json"
-
-    @property
-    def segments(self) -> Path:
-        return self.path / "segments.jsonl"
-
-    @property
-    def lock_file(self) -> Path:
-        return self.path / ".lock"
 
     def write_config(self, config: Config) -> None:
         """Keep the resolved configuration, and where each value came from."""
@@ -390,7 +370,7 @@ def find_run(name: str, runs_dir: str | Path = "runs") -> RunFolder:
             raise CheckpointError(
                 f"there is no run in {parent}/ to resume; start one: ultrathink train"
             )
-        return RunFolder(max(runs, key=_last_change))
+        return RunFolder(max(runs, key=last_change))
     for path in (Path(name), parent / name):
         if (path / CONFIG_FILE).is_file():
             return RunFolder(path)
@@ -413,9 +393,13 @@ def _runs_below(parent: Path) -> list[Path]:
     return sorted(path for path in parent.iterdir() if (path / CONFIG_FILE).is_file())
 
 
-def _last_change(run: Path) -> float:
-    watched = (run / "metrics.jsonl", run / "checkpoints", run / CONFIG_FILE)
-    return max(path.stat().st_mtime for path in watched if path.exists())
+def last_change(run: Path) -> float:
+    """When a run last wrote something, in unix seconds; 0 where nothing can be asked."""
+    times = [0.0]
+    for path in (run / METRICS_FILE, run / "checkpoints", run / CONFIG_FILE):
+        with suppress(OSError):
+            times.append(path.stat().st_mtime)
+    return max(times)
 
 
 def _step_of(which: str | int) -> int | None:

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ultrathink.checkpoint.format import has_its_sizes, read_state
 from ultrathink.config.loading import CONFIG_FILE
-from ultrathink.core.errors import CheckpointError, UltrathinkError
-from ultrathink.monitoring.records import MetricRecord
-from ultrathink.runs.folder import RunFolder
+from ultrathink.core.errors import UltrathinkError
+from ultrathink.runs.folder import RunFolder, last_change
 from ultrathink.runs.lock import Owner, holder
-from ultrathink.runs.reading import config_tree, last_records
+from ultrathink.runs.reading import RunReader
 
 State = Literal["running", "finished", "stopped", "empty", "damaged"]
 # Whether a run is over, given a checkpoint's state and the run's configuration.
@@ -66,29 +64,31 @@ def list_runs(folder: Path, is_over: IsOver) -> list[RunSummary]:
 
 def summarize(run: RunFolder, is_over: IsOver) -> RunSummary:
     """Read what a run has come to; whatever is wrong with its files, it has a summary."""
-    owner = holder(run)
-    problems: list[str] = []
-    config = _config(run, problems)
-    state = _last_state(run, problems)
+    owner, reader = holder(run), RunReader(run)
+    config = reader.attempt(reader.config) or {}
+    if config and not isinstance(config.get("training"), dict):
+        reader.problems.append(f"{CONFIG_FILE} has no section training")
+        config = {}
+    state = reader.attempt(reader.last_state) or {}
     over = False
-    if config and state and not problems:
+    if config and state and not reader.problems:
         try:
             over = is_over(state, config)
         except (LookupError, TypeError, ValueError):
-            problems.append("its last checkpoint does not say how far it is")
+            reader.problems.append("its last checkpoint does not say how far it is")
     steps = tuple(run.steps())
-    damage = "; ".join(problems)
-    records, trouble = _last_records(run)
+    is_damaged = bool(reader.problems)
+    records = reader.attempt(reader.last_records) or {}
     train = records["train"].values if "train" in records else {}
     val = records["val"].values if "val" in records else {}
     return RunSummary(
         name=run.path.name,
         path=run.path,
-        state=_state_of(owner, damage, steps, over),
-        problem="; ".join([*problems, *trouble]) or None,
+        state=_state_of(owner, is_damaged, steps, over),
+        problem="; ".join(reader.problems) or None,
         owner=owner,
         step=max([*steps[-1:], *(record.step for record in records.values())], default=None),
-        total_steps=_total_steps(config, state),
+        total_steps=reader.planned_steps(state),
         checkpoints=steps,
         train_loss=train.get("loss"),
         val_loss=val.get("loss"),
@@ -96,15 +96,6 @@ def summarize(run: RunFolder, is_over: IsOver) -> RunSummary:
         changed=last_change(run.path),
         size_bytes=size_on_disk(run.path),
     )
-
-
-def last_change(run: Path) -> float:
-    """When a run last wrote something, in unix seconds; 0 where nothing can be asked."""
-    times = [0.0]
-    for path in (run / "metrics.jsonl", run / "checkpoints", run / CONFIG_FILE):
-        with suppress(OSError):
-            times.append(path.stat().st_mtime)
-    return max(times)
 
 
 def size_on_disk(folder: Path, counted: set[tuple[int, int]] | None = None) -> int:
@@ -134,61 +125,11 @@ def _looks_like_a_run(path: Path) -> bool:
     return any((path / name).exists() for name in (CONFIG_FILE, "checkpoints", "metrics.jsonl"))
 
 
-def _state_of(owner: Owner | None, damage: str, steps: tuple[int, ...], over: bool) -> State:
+def _state_of(owner: Owner | None, is_damaged: bool, steps: tuple[int, ...], over: bool) -> State:
     if owner is not None:
         return "running"
-    if damage:
+    if is_damaged:
         return "damaged"
     if not steps:
         return "empty"
     return "finished" if over else "stopped"
-
-
-def _config(run: RunFolder, problems: list[str]) -> dict[str, Any]:
-    try:
-        config = config_tree(run.path)
-        if not isinstance(config.get("training"), dict):
-            problems.append(f"{CONFIG_FILE} has no section training")
-            return {}
-    except CheckpointError as error:
-        problems.append(_within(run, error))
-        return {}
-    return config
-
-
-def _last_state(run: RunFolder, problems: list[str]) -> dict[str, Any]:
-    """The state in the newest checkpoint, empty where there is none or it is of no use."""
-    folders = sorted(run.checkpoints.glob("step_*")) if run.checkpoints.is_dir() else []
-    if not folders:
-        return {}
-    try:
-        state = read_state(folders[-1])
-    except CheckpointError as error:
-        problems.append(_within(run, error))
-        return {}
-    if not has_its_sizes(folders[-1]):
-        problems.append(
-            f"checkpoints/{folders[-1].name} is not whole: a file is missing or has another size"
-        )
-    return state
-
-
-def _last_records(run: RunFolder) -> tuple[dict[str, MetricRecord], list[str]]:
-    try:
-        return last_records(run.metrics), []
-    except FileNotFoundError:
-        return {}, []
-    except OSError as error:
-        return {}, [f"{run.metrics.name} cannot be read: {error.strerror}"]
-
-
-def _total_steps(config: Mapping[str, Any], state: Mapping[str, Any]) -> int | None:
-    """The run's length: the configuration's, which is newer where the run was made longer."""
-    training, budget = config.get("training", {}), state.get("budget") or {}
-    found = training.get("max_steps") or training.get("step_budget") or budget.get("total_steps")
-    return found if isinstance(found, int) else None
-
-
-def _within(run: RunFolder, error: CheckpointError) -> str:
-    """An error's message as a part of a line about its run."""
-    return str(error).replace(f"{run.path}{os.sep}", "").rstrip(".")

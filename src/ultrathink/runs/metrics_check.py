@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Literal
 
 from ultrathink.config.schema import Config
-from ultrathink.core.errors import CheckpointError
-from ultrathink.runs.decisions import ROLLBACKS, read_decisions
 from ultrathink.runs.folder import RunFolder
-from ultrathink.runs.reading import is_undone, parse_record
-from ultrathink.runs.segments import Segment, read_segments
+from ultrathink.runs.reading import RunReader, is_undone
+from ultrathink.runs.segments import Segment
 
 Status = Literal["ok", "note", "damaged"]
 
@@ -31,8 +28,9 @@ def check_metrics(
     if not run.metrics.exists():
         status: Status = "damaged" if saved_step else "note"
         return [(status, "is missing" if saved_step else "there is none yet")]
+    reader = RunReader(run)
     try:
-        lines = _read(run.metrics, _rollbacks(run.decisions))
+        lines = _read(reader)
     except OSError as error:
         return [("damaged", f"cannot be read ({error.strerror})")]
     found: list[tuple[Status, str]] = []
@@ -43,7 +41,7 @@ def check_metrics(
         more = f", and so {len(lines.misplaced) - 1} more" if len(lines.misplaced) > 1 else ""
         found.append(("damaged", f"line {number} (step {step}) follows step {before}{more}"))
     if config is not None:
-        found += _gaps(lines.train_steps, saved_step, run, config)
+        found += _gaps(lines.train_steps, saved_step, reader, config)
     if lines.tail_is_torn:
         found.append(("note", "its last line is torn, as by a crash; a resume drops it"))
     return found or [("ok", f"{lines.count:,} lines, up to step {lines.last_step:,}")]
@@ -61,41 +59,28 @@ class _Lines:
     train_steps: set[int] = field(default_factory=set)
 
 
-def _read(path: Path, rollbacks: Sequence[tuple[int, int]]) -> _Lines:
+def _read(reader: RunReader) -> _Lines:
+    rollbacks = [one.rollback for one in reader.decisions() if one.rollback is not None]
     found = _Lines()
     previous = None
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            found.count = number
-            record = parse_record(line)
-            if record is None:
-                if line.endswith(b"\n"):
-                    found.torn.append(number)
-                else:
-                    found.tail_is_torn = True
-                continue
-            if (
-                previous is not None
-                and is_undone(previous, record)
-                and not _is_rolled_back(previous.step, record.step, rollbacks)
-            ):
-                found.misplaced.append((number, record.step, previous.step))
-            if record.split == "train":
-                found.train_steps.add(record.step)
-            found.last_step = record.step
-            previous = record
-    return found
-
-
-def _rollbacks(decisions: Path) -> list[tuple[int, int]]:
-    """The steps that a run was rolled back from and to; a line that is torn tells of none."""
-    found = []
-    for change in read_decisions(decisions):
-        try:  # older runs call the action "setting"
-            if change.get("action", change.get("setting")) in ROLLBACKS:
-                found.append((int(change["before"]), int(change["after"])))
-        except (ValueError, LookupError, TypeError):
+    for number, (line, record) in enumerate(reader.metric_lines(), start=1):
+        found.count = number
+        if record is None:
+            if line.endswith(b"\n"):
+                found.torn.append(number)
+            else:
+                found.tail_is_torn = True
             continue
+        if (
+            previous is not None
+            and is_undone(previous, record)
+            and not _is_rolled_back(previous.step, record.step, rollbacks)
+        ):
+            found.misplaced.append((number, record.step, previous.step))
+        if record.split == "train":
+            found.train_steps.add(record.step)
+        found.last_step = record.step
+        previous = record
     return found
 
 
@@ -104,13 +89,10 @@ def _is_rolled_back(before: int, step: int, rollbacks: Sequence[tuple[int, int]]
 
 
 def _gaps(
-    logged: set[int], saved_step: int, run: RunFolder, config: Config
+    logged: set[int], saved_step: int, reader: RunReader, config: Config
 ) -> list[tuple[Status, str]]:
     """The steps that should have been logged and were not."""
-    try:
-        segments = read_segments(run.segments)
-    except (CheckpointError, OSError):  # told elsewhere
-        segments = []
+    segments = reader.attempt(reader.segments) or []  # damage to them is reported elsewhere
     end = max(logged | {saved_step})
     missing: list[list[int]] = []
     was_logged = True

@@ -3,114 +3,220 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ultrathink.config.loading import CONFIG_FILE
+from ultrathink.checkpoint.format import has_its_sizes, read_state
+from ultrathink.config.loading import CONFIG_FILE, ORIGINS_FILE
 from ultrathink.config.yaml_format import parse_yaml
 from ultrathink.core.errors import CheckpointError
-from ultrathink.monitoring.records import RESERVED, MetricRecord
+from ultrathink.monitoring.jsonl import finite_number, parse_object, read_lines
+from ultrathink.monitoring.records import MetricRecord
+from ultrathink.runs.decisions import DecisionRecord, is_decision, last_of_each
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.segments import Segment, read_segments
 
 # From the end of a metrics file, so much is searched for the last validation: some ten thousand
 # lines. What lies further back is not worth the time of a list of many runs.
 SEARCHED_BYTES = 4 * 2**20
 _BLOCK_BYTES = 2**16
 
+Found = TypeVar("Found")
+Row = dict[str, Any]
 
-def config_tree(run: Path) -> dict[str, Any]:
-    """A run's configuration as nested mappings, unchecked: parts of plugins need not be known.
 
-    Raises CheckpointError where the file is missing or holds something else.
+@dataclass(frozen=True)
+class Sample:
+    """A text that the model wrote after ``prompt``."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+def has_step(row: Mapping[str, Any]) -> bool:
+    """Whether an object says of which step it is."""
+    return finite_number(row.get("step")) is not None
+
+
+class RunReader:
+    """Reads the files of a run, each when it is asked for.
+
+    Lines that are torn or hold another thing are left out and counted in ``num_damaged``, by the
+    name of their file; a file of lines that is missing has none. Other files raise CheckpointError
+    where they are missing or damaged, and all raise OSError where they cannot be read: ``attempt``
+    notes that in ``problems`` and goes on.
     """
-    path = run / CONFIG_FILE
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:  # not YAML, or not UTF-8
-        raise CheckpointError(f"{path} is damaged ({error}).") from None
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path} is damaged (it holds no sections).")
-    return tree
 
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.problems: list[str] = []
+        self.num_damaged: dict[str, int] = {}
+        self._torn: set[str] = set()  # files whose last line has no end
+        self._config: dict[str, Any] | None = None
 
-def json_object(path: Path) -> dict[str, Any]:
-    """The one object in a JSON file; CheckpointError where it is missing or holds another thing."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise CheckpointError(f"{path} is damaged ({error}).") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged (it holds no object).")
-    return value
+    @property
+    def notes(self) -> list[str]:
+        """What could not be read until now, in sentences."""
+        lines = {True: "line is", False: "lines are"}
+        return [
+            *(f"{problem}." for problem in dict.fromkeys(self.problems)),
+            *(f"{name}: the last line is torn and left out." for name in sorted(self._torn)),
+            *(
+                f"{name}: {count:,} {lines[count == 1]} damaged and left out."
+                for name, count in self.num_damaged.items()
+                if count
+            ),
+        ]
 
+    def attempt(self, read: Callable[[], Found]) -> Found | None:
+        """What ``read`` returns; None where a file is missing, damaged or unreadable."""
+        try:
+            return read()
+        except (CheckpointError, OSError) as error:
+            self.problems.append(in_run(self.run, error))
+            return None
 
-def parse_record(line: bytes) -> MetricRecord | None:
-    """The record on a line of ``metrics.jsonl``; None where the line is torn or holds no record."""
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(value, dict) or value.get("split") not in ("train", "val"):
-        return None
-    if not _is_number(value.get("step")) or not _is_number(value.get("time")):
-        return None
-    figures = {
-        name: math.nan if figure is None else figure
-        for name, figure in value.items()
-        if name not in RESERVED and (figure is None or _is_number(figure))
-    }
-    return MetricRecord(int(value["step"]), value["split"], float(value["time"]), figures)
+    # -- files that hold one thing -----------------------------------------------------------------
 
+    def config(self) -> dict[str, Any]:
+        """The configuration as nested mappings, unchecked: parts of plugins need not be known."""
+        if self._config is None:
+            path = self.run.path / CONFIG_FILE
+            self._config = _whole(path, lambda data: parse_yaml(data.decode("utf-8")), "sections")
+        return self._config
 
-def last_records(path: Path) -> dict[str, MetricRecord]:
-    """The last record of each split in a metrics file, read from its end.
+    def config_text(self) -> str:
+        """The configuration as it is written."""
+        return (self.run.path / CONFIG_FILE).read_text(encoding="utf-8")
 
-    A split is left out where none of its lines is whole, or all lie further than
-    ``SEARCHED_BYTES`` from the end; what a rollback undid does not count. Raises OSError where the
-    file cannot be read.
-    """
-    found: dict[str, MetricRecord] = {}
-    for line in _lines_backwards(path):
-        if ("val" if b'"val"' in line else "train") in found:
-            continue  # not parsed: there are many
-        record = parse_record(line)
-        if record is None or any(is_undone(record, later) for later in found.values()):
-            continue
-        found.setdefault(record.split, record)
-        if len(found) == 2:
-            break
-    return found
+    def origins(self) -> dict[str, str] | None:
+        """Where each value of the configuration came from; None where that is not known."""
+        try:
+            tree = parse_yaml((self.run.path / ORIGINS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return {str(k): str(v) for k, v in tree.items()} if isinstance(tree, dict) else None
 
+    def manifest(self) -> dict[str, Any]:
+        """With what code, packages, hardware and data the run was made."""
+        return _whole(self.run.manifest, json.loads, "object")
 
-def history(path: Path) -> list[MetricRecord]:
-    """The records of a metrics file that count, in order: torn lines are left out.
+    def data_record(self) -> dict[str, Any]:
+        """The text that the run is trained on, as it was found."""
+        return _whole(self.run.data_record, json.loads, "object")
 
-    Where the steps go back, as after a rollback, what was noted beyond that step was undone and
-    is left out too. A file that does not exist holds none.
-    """
-    records: list[MetricRecord] = []
-    if not path.exists():
-        return records
-    with path.open("rb") as lines:
-        for line in lines:
-            record = parse_record(line)
+    def planned_steps(self, state: Mapping[str, Any] | None = None) -> int | None:
+        """The length of the run: the configuration's, else that of a checkpoint's ``state``.
+
+        None where neither says it. The configuration is newer where the run was made longer.
+        """
+        try:
+            training = self.config().get("training")
+        except CheckpointError:
+            training = None
+        known = training if isinstance(training, dict) else {}
+        budget = (state or {}).get("budget") or {}
+        total = known.get("max_steps") or known.get("step_budget") or budget.get("total_steps")
+        return total if isinstance(total, int) else None
+
+    def last_state(self) -> dict[str, Any]:
+        """What the newest checkpoint holds beside tensors; empty where there is no checkpoint.
+
+        Raises CheckpointError where it cannot be used; a file that is missing or has another size
+        becomes one of the ``problems``.
+        """
+        folders = sorted(self.run.checkpoints.glob("step_*"))
+        if not folders:
+            return {}
+        state = read_state(folders[-1])
+        if not has_its_sizes(folders[-1]):
+            self.problems.append(
+                f"checkpoints/{folders[-1].name} is not whole: a file is missing or has another "
+                f"size"
+            )
+        return state
+
+    # -- files of lines ----------------------------------------------------------------------------
+
+    def rows(self, path: Path, is_one: Callable[[Row], bool] = has_step) -> Iterator[Row]:
+        """The objects on the lines of a file that ``is_one`` accepts; the others are counted."""
+        self._begin(path)
+        for line, row in read_lines(path):
+            if row is not None and is_one(row):
+                yield row
+            elif line.strip():
+                self._leave_out(path, line)
+
+    def metric_lines(self) -> Iterator[tuple[bytes, MetricRecord | None]]:
+        """Each line of the metrics with its record, None where it is torn or holds none."""
+        self._begin(self.run.metrics)
+        for line, row in read_lines(self.run.metrics):
+            record = _record(line, row)
+            if record is None:
+                self._leave_out(self.run.metrics, line)
+            yield line, record
+
+    def history(self) -> list[MetricRecord]:
+        """The metrics that count, in order.
+
+        Where the steps go back, as after a rollback, what was noted beyond that step was undone and
+        is left out.
+        """
+        records: list[MetricRecord] = []
+        for _, record in self.metric_lines():
             if record is not None:
                 while records and is_undone(records[-1], record):
                     records.pop()
                 records.append(record)
-    return records
+        return records
+
+    def last_records(self) -> dict[str, MetricRecord]:
+        """The last record of each split, read from the end of the metrics.
+
+        A split is left out where none of its lines is whole, or all lie further than
+        ``SEARCHED_BYTES`` from the end; what a rollback undid does not count.
+        """
+        found: dict[str, MetricRecord] = {}
+        for line in _lines_backwards(self.run.metrics):
+            if ("val" if b'"val"' in line else "train") in found:
+                continue  # not parsed: there are many
+            record = _record(line, parse_object(line))
+            if record is None or any(is_undone(record, later) for later in found.values()):
+                continue
+            found.setdefault(record.split, record)
+            if len(found) == 2:
+                break
+        return found
+
+    def decisions(self) -> list[DecisionRecord]:
+        """What was changed in the run, each decision as it was written last."""
+        rows = last_of_each(self.rows(self.run.decisions, is_decision))
+        return [DecisionRecord.from_json(number, row) for number, row in enumerate(rows, 1)]
+
+    def samples(self) -> list[Sample]:
+        """What the model wrote while it was trained."""
+        return [
+            Sample(int(row["step"]), str(row.get("prompt") or ""), str(row.get("text") or ""))
+            for row in self.rows(self.run.samples)
+        ]
+
+    def segments(self) -> list[Segment]:
+        """Every start of the run, oldest first."""
+        return read_segments(self.run.segments)
+
+    def _begin(self, path: Path) -> None:
+        self.num_damaged[path.name] = 0
+        self._torn.discard(path.name)
+
+    def _leave_out(self, path: Path, line: bytes) -> None:
+        if line.endswith(b"\n"):
+            self.num_damaged[path.name] += 1
+        else:
+            self._torn.add(path.name)
 
 
 def is_undone(earlier: MetricRecord, later: MetricRecord) -> bool:
@@ -120,8 +226,33 @@ def is_undone(earlier: MetricRecord, later: MetricRecord) -> bool:
     return earlier.step > later.step
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def in_run(run: RunFolder, error: Exception) -> str:
+    """An error's message as a part of a line about its run."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{os.fspath(error.filename)} " if error.filename else ""
+        text = f"{place}cannot be read: {error.strerror}"
+    return text.replace(f"{run.path}{os.sep}", "").replace("\n", " ").rstrip(".")
+
+
+def _whole(path: Path, parse: Callable[[bytes], Any], content: str) -> dict[str, Any]:
+    """The mapping in a file; CheckpointError where it is missing or holds another thing."""
+    try:
+        value = parse(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:  # not of that language, or not UTF-8
+        raise CheckpointError(f"{path} is damaged ({error}).") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged (it holds no {content}).")
+    return value
+
+
+def _record(line: bytes, row: Row | None) -> MetricRecord | None:
+    """The record on a line; None where it has no end yet."""
+    return MetricRecord.from_json(row) if row is not None and line.endswith(b"\n") else None
 
 
 def _lines_backwards(path: Path) -> Iterator[bytes]:
@@ -129,6 +260,8 @@ def _lines_backwards(path: Path) -> Iterator[bytes]:
 
     Works on what is there when it begins: a line that is appended meanwhile is not seen.
     """
+    if not path.exists():
+        return
     with path.open("rb") as file:
         position = file.seek(0, os.SEEK_END)
         limit = max(0, position - SEARCHED_BYTES)

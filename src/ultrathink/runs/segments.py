@@ -17,6 +17,7 @@ from typing import Any
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import sync_folder
+from ultrathink.monitoring.jsonl import parse_object, read_lines
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,9 @@ def append_segment(path: Path, segment: Segment) -> None:
 
 def read_segments(path: Path) -> list[Segment]:
     """Every start of a run, oldest first; a line that a crash tore is left out."""
-    if not path.is_file():
-        return []
-    segments = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            plain = json.loads(line)
-        except ValueError:
-            continue
-        segments.append(_from_plain(plain, path))
-    return segments
+    # A path in a command may be no UTF-8; the rest of its line is sound all the same.
+    rows = (parse_object(line.decode(errors="replace")) for line, _ in read_lines(path))
+    return [_from_plain(row, path) for row in rows if row is not None]
 
 
 def differences(before: Config, after: Config, ignored: Sequence[str] = ()) -> list[ConfigChange]:

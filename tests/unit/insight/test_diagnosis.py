@@ -15,7 +15,7 @@ from ultrathink.insight.doctor.diagnose import diagnose
 from ultrathink.insight.doctor.findings import find_problems, short_bytes
 from ultrathink.insight.doctor.machine import Memory, Processor
 from ultrathink.insight.doctor.packages import Package
-from ultrathink.insight.doctor.report import Choice, Problem, Report
+from ultrathink.insight.doctor.report import Choice, Diagnosis, Problem
 from ultrathink.insight.doctor.speed import ProductRate, Sharing, Speed
 from ultrathink.insight.doctor.wording import sections, verdict
 from ultrathink.training.choices import choose
@@ -24,17 +24,17 @@ from ultrathink.training.determinism import set_deterministic
 GB = 10**9
 NO_GPU = Accelerators(gpus=(), mps=False, driver=None, unused=None)
 H200 = Gpu("NVIDIA H200", memory=150 * GB, free=140 * GB, capability="9.0", supported=True)
-Change = Callable[[Report], Report]
+Change = Callable[[Diagnosis], Diagnosis]
 
 
 @pytest.fixture(scope="module")
-def seen() -> Report:
+def seen() -> Diagnosis:
     """What is really found here."""
     return diagnose(load_config("debug", ["training.deterministic=true"]), "debug", quick=True)
 
 
 @pytest.fixture
-def healthy(seen: Report) -> Report:
+def healthy(seen: Diagnosis) -> Diagnosis:
     """The same, on a machine of four cores where nothing is wrong."""
     assert seen.torch is not None
     assert seen.toolchain is not None
@@ -59,7 +59,7 @@ def rates(one: float, four: float) -> Speed:
     return Speed((ProductRate("fp32", 1, one), ProductRate("fp32", 4, four)), memory=2e10)
 
 
-def with_gpu(report: Report, gpu: Gpu, **run: Any) -> Report:
+def with_gpu(report: Diagnosis, gpu: Gpu, **run: Any) -> Diagnosis:
     return replace(
         report,
         accelerators=replace(NO_GPU, gpus=(gpu,)),
@@ -68,12 +68,12 @@ def with_gpu(report: Report, gpu: Gpu, **run: Any) -> Report:
     )
 
 
-def only_problem(report: Report) -> Problem:
+def only_problem(report: Diagnosis) -> Problem:
     [problem] = find_problems(report)
     return problem
 
 
-def test_a_healthy_machine_has_no_problems(healthy: Report) -> None:
+def test_a_healthy_machine_has_no_problems(healthy: Diagnosis) -> None:
     assert find_problems(healthy) == ()
     assert verdict(healthy) == "All is fine: ultrathink train"
 
@@ -201,7 +201,7 @@ CASES: dict[str, tuple[Change, str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_problem_comes_with_its_fix(healthy: Report, name: str) -> None:
+def test_each_problem_comes_with_its_fix(healthy: Diagnosis, name: str) -> None:
     change, level, text, fix = CASES[name]
     problem = only_problem(change(healthy))
     assert problem.level == level
@@ -239,11 +239,11 @@ HARMLESS: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_harms_nobody_is_not_reported(healthy: Report, name: str) -> None:
+def test_what_harms_nobody_is_not_reported(healthy: Diagnosis, name: str) -> None:
     assert find_problems(HARMLESS[name](healthy)) == ()
 
 
-def test_the_worst_comes_first_and_decides(healthy: Report) -> None:
+def test_the_worst_comes_first_and_decides(healthy: Diagnosis) -> None:
     ill = healthy
     for name in ("fewer threads than cores", "no compiler", "a broken torch"):
         ill = CASES[name][0](ill)
@@ -256,7 +256,7 @@ def test_the_worst_comes_first_and_decides(healthy: Report) -> None:
     assert verdict(replace(ill, problems=problems[1:])) == "Training works here; 2 warnings above."
 
 
-def test_choices_are_those_a_trainer_would_make(seen: Report) -> None:
+def test_choices_are_those_a_trainer_would_make(seen: Diagnosis) -> None:
     assert not torch.are_deterministic_algorithms_enabled()  # asking has changed nothing
     config, _ = choose(load_config("debug", ["training.deterministic=true"]), 1000)
     set_deterministic(False, torch.device("cpu"))
@@ -285,7 +285,7 @@ def test_a_choice_that_cannot_be_made_is_a_problem() -> None:
     assert not report.can_train
 
 
-def test_what_is_not_known_is_called_unknown(seen: Report) -> None:
+def test_what_is_not_known_is_called_unknown(seen: Diagnosis) -> None:
     blind = replace(
         seen,
         processor=Processor(None, None, None, None, None),
@@ -300,7 +300,7 @@ def test_what_is_not_known_is_called_unknown(seen: Report) -> None:
         choices=(),
     )
     assert blind.processor.usable_cores == 1
-    words = [line for section in sections(blind) for line in section.lines]
+    words = [line for lines in sections(blind).values() for line in lines]
     assert ("processor", "unknown") in words
     assert ("cores", "unknown physical, unknown logical; this process may use 1") in words
     assert ("memory", "unknown, unknown available") in words

@@ -9,19 +9,20 @@ from hypothesis import strategies as st
 
 from ultrathink.insight.report.charts import Line, Span, chart
 from ultrathink.insight.report.curves import (
-    Curve,
-    Scale,
+    Series,
     at,
     round_values,
     scale_of,
     smoothed,
     thinned,
+    ticks_of,
 )
+from ultrathink.monitoring.plot import Scale
 
 
-def noisy(count: int) -> Curve:
+def noisy(count: int) -> Series:
     steps = np.arange(1.0, count + 1)
-    return Curve(steps, 2 + 4 * np.exp(-steps / 2000) + 0.1 * np.sin(12.9898 * steps))
+    return Series(steps, 2 + 4 * np.exp(-steps / 2000) + 0.1 * np.sin(12.9898 * steps))
 
 
 def test_a_long_curve_keeps_its_extremes_and_ends() -> None:
@@ -58,35 +59,35 @@ def test_a_smoothed_curve_follows_the_middle_and_passes_over_single_spikes() -> 
 
 
 def test_a_value_between_two_points() -> None:
-    assert at(Curve.of([(10, 1.0), (20, 3.0)]), 15) == 2.0
-    assert at(Curve.of([(10, math.nan)]), 15) is None
+    assert at(Series.of([(10, 1.0), (20, 3.0)]), 15) == 2.0
+    assert at(Series.of([(10, math.nan)]), 15) is None
 
 
 def test_the_linear_scale_leaves_out_the_first_fall_and_single_spikes() -> None:
     values = np.full(2000, 2.0) + 0.1 * np.sin(np.arange(2000.0))
     values[:20], values[1000] = 90.0, 500.0
-    scale = scale_of([Curve(np.arange(2000.0), values)])
+    scale = scale_of([Series(np.arange(2000.0), values)])
     assert scale is not None
     assert 1.8 < scale.low < 1.9
     assert 2.1 < scale.high < 2.2
 
 
 def test_the_logarithmic_scale_holds_all_of_it() -> None:
-    scale = scale_of([Curve.of([(1, 500.0), (2, 0.5)])], is_log=True)
+    scale = scale_of([Series.of([(1, 500.0), (2, 0.5)])], is_log=True)
     assert scale is not None
-    shares = scale.share(np.array([500.0, 0.5]))
+    shares = [scale.share(value) for value in (500.0, 0.5)]
     assert 0.9 < shares[0] < 1
     assert 0 < shares[1] < 0.1
-    assert scale_of([Curve.of([(1, 2.0), (2, -0.5)])], is_log=True) is None
-    assert scale_of([Curve.of([(1, math.nan)])]) is None
+    assert scale_of([Series.of([(1, 2.0), (2, -0.5)])], is_log=True) is None
+    assert scale_of([Series.of([(1, math.nan)])]) is None
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
 def test_ticks_are_few_and_inside(low: float, span: float) -> None:
     for ticks in (
         round_values(low, low + span, 6),
-        Scale(low, low + span).ticks(),
-        Scale(abs(low) + 1e-3, (abs(low) + 1e-3) * (1 + span), is_log=True).ticks(),
+        ticks_of(Scale(low, low + span)),
+        ticks_of(Scale(abs(low) + 1e-3, (abs(low) + 1e-3) * (1 + span), is_log=True)),
     ):
         assert 1 <= len(ticks) <= 7
         assert ticks == sorted(set(ticks))
@@ -97,7 +98,7 @@ def test_ticks_are_few_and_inside(low: float, span: float) -> None:
 
 
 def test_a_line_has_a_gap_where_there_is_no_number() -> None:
-    curve = Curve.of([(0, 1.0), (1, 2.0), (2, math.nan), (3, 2.0), (4, 1.0)])
+    curve = Series.of([(0, 1.0), (1, 2.0), (2, math.nan), (3, 2.0), (4, 1.0)])
     drawn = chart("x", "X", [Line("k", "", curve)], Span(0, 4))
     assert drawn is not None
     path = drawn.split('class="line l-k"')[0].rpartition('d="')[2]
@@ -105,11 +106,11 @@ def test_a_line_has_a_gap_where_there_is_no_number() -> None:
 
 
 def test_nothing_to_draw_is_no_chart() -> None:
-    assert chart("x", "X", [Line("k", "", Curve.of([]))], Span(0, 4)) is None
+    assert chart("x", "X", [Line("k", "", Series.of([]))], Span(0, 4)) is None
 
 
 @pytest.mark.parametrize("values", [[1.0, 1.0, 1.0], [0.0, 0.0], [5.0]])
 def test_a_constant_curve_has_a_scale(values: list[float]) -> None:
-    drawn = chart("x", "X", [Line("k", "", Curve.of(list(enumerate(values))))], Span(0, 2))
+    drawn = chart("x", "X", [Line("k", "", Series.of(list(enumerate(values))))], Span(0, 2))
     assert drawn is not None
     assert "nan" not in drawn

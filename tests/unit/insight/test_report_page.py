@@ -161,8 +161,8 @@ def test_damage_is_told(run: RunFolder) -> None:
     (run.path / "config.yaml").write_text("training: [")
     text = page_of(run).text
     for words in (
-        *("metrics.jsonl: The last line is torn", "experts.jsonl: 1 line is damaged"),
-        *("samples.jsonl: 1 line is damaged", "decisions.jsonl: 1 line is damaged"),
+        *("metrics.jsonl: the last line is torn", "experts.jsonl: the last line is torn"),
+        *("samples.jsonl: the last line is torn", "decisions.jsonl: the last line is torn"),
         *("manifest.json is damaged", "segments.jsonl is damaged", "config.yaml is damaged"),
     ):
         assert words in text, words

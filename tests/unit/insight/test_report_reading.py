@@ -3,89 +3,40 @@
 import json
 
 import numpy as np
-import pytest
 
 from tests.unit.insight.reported import (
-    HELPED,
-    HURT,
-    UNPROVEN,
     decision,
     event,
     make_longer,
     metrics,
     write_lines,
 )
-from ultrathink.insight.report.decisions import read_decisions, read_events
+from ultrathink.insight.events import read_events
 from ultrathink.insight.report.gathering import gather
 from ultrathink.insight.report.loads import read_loads
 from ultrathink.insight.report.settings import changed_settings
 from ultrathink.runs.folder import RunFolder
-
-
-def test_a_decision_is_read_whole(run: RunFolder) -> None:
-    write_lines(run.decisions, [decision(audit=HELPED, outcome={"resolved": True, "step": 41})])
-    (found,), num_damaged = read_decisions(run.decisions)
-    assert num_damaged == 0
-    assert (found.number, found.id, found.step, found.rule) == (1, 1, 30, "spike")
-    assert (found.before, found.after) == (0.003, 0.0015)
-    assert found.outcome == {"resolved": True, "step": 41}
-    assert found.audit is not None
-    assert (found.audit.mean, found.audit.orders) == (-0.012, 4)
-    assert not found.is_by_hand
-
-
-@pytest.mark.parametrize(
-    ("audit", "verdict", "words"),
-    [
-        (HELPED, "helped", "excludes 0"),
-        (HURT, "hurt", "excludes 0"),
-        (UNPROVEN, "unproven", "includes 0"),
-        ({"mean": -0.1, "low": -0.2, "high": 0.0}, "unproven", "includes 0"),
-    ],
-)
-def test_an_audit_says_whether_its_interval_excludes_zero(
-    run: RunFolder, audit: dict[str, float], verdict: str, words: str
-) -> None:
-    write_lines(run.decisions, [decision(audit=audit)])
-    ((found,), _) = read_decisions(run.decisions)
-    assert found.audit is not None
-    assert found.audit.verdict == verdict
-    assert words in found.audit.statement
+from ultrathink.runs.reading import RunReader
 
 
 def test_damaged_lines_are_counted_and_left_out(run: RunFolder) -> None:
     lines = [decision(), '{"id": 2, "st', "[1, 2]", decision(id=3, step=None), '{"step": 3}']
     write_lines(run.decisions, [*lines, decision(id=4, step=50)])
-    found, num_damaged = read_decisions(run.decisions)
-    assert [one.id for one in found] == [1, 4]
-    assert num_damaged == 4
-    assert any("decisions.jsonl: 4 lines are damaged" in note for note in gather(run).notes)
-
-
-def test_a_later_line_of_the_same_decision_replaces_the_earlier(run: RunFolder) -> None:
-    write_lines(run.decisions, [decision(), decision(outcome={"resolved": False})])
-    found, _ = read_decisions(run.decisions)
-    assert [one.outcome for one in found] == [{"resolved": False}]
-
-
-def test_changes_of_older_runs_are_decisions_by_hand(run: RunFolder) -> None:
-    old = {"time": 1, "step": 9, "setting": "lr_factor", "before": 1, "after": 2, "reason": "why"}
-    write_lines(run.decisions, [old, old])
-    found, _ = read_decisions(run.decisions)
-    assert [(one.action, one.reasoning, one.is_by_hand) for one in found] == [
-        ("lr_factor", "why", True)
-    ] * 2
+    story = gather(run)
+    assert [one.id for one in story.decisions] == [1, 4]
+    assert story.notes == ["decisions.jsonl: 4 lines are damaged and left out."]
 
 
 def test_an_event_that_grew_graver_is_one(run: RunFolder) -> None:
     graver = event(12, "high", began=10, to_step=12, message="worse")
     write_lines(run.events, [event(10, "medium"), graver, event(40, "low"), "torn"])
-    found, num_damaged = read_events(run.events)
+    reader = RunReader(run)
+    found = read_events(reader)
     assert [(one.step, one.to_step, one.severity) for one in found] == [
         (10, 12, "high"),
         (40, 40, "low"),
     ]
-    assert num_damaged == 1
+    assert reader.num_damaged == {"events.jsonl": 1}
 
 
 def test_without_events_of_its_own_a_run_is_judged_by_its_log(run: RunFolder) -> None:
@@ -104,8 +55,7 @@ def test_without_events_of_its_own_a_run_is_judged_by_its_log(run: RunFolder) ->
 
 
 def test_loads_are_those_of_the_file(run: RunFolder) -> None:
-    groups, num_damaged = read_loads(run.path / "experts.jsonl")
-    assert num_damaged == 0
+    groups = read_loads(RunReader(run))
     assert [(group.name, group.num_experts) for group in groups] == [("skill", 8), ("safety", 4)]
     skill = groups[0]
     rows = [json.loads(line) for line in (run.path / "experts.jsonl").read_text().splitlines()]
@@ -124,8 +74,9 @@ def test_loads_with_empty_slots_and_of_steps_that_were_undone(run: RunFolder) ->
     lines = [line(1, [4, 4, None], [0, 8, None]), line(2, [99, 0, None], [99, 0, None])]
     lines += [line(2, [3, 3, 6], [0, 4, None])]
     write_lines(run.path / "experts.jsonl", [*lines, '{"step": 5}', "torn"])
-    (group,), num_damaged = read_loads(run.path / "experts.jsonl")
-    assert num_damaged == 2
+    reader = RunReader(run)
+    [group] = read_loads(reader)
+    assert reader.num_damaged == {"experts.jsonl": 2}
     np.testing.assert_allclose(group.course, [[0.5, 1.5, 0], [0.375, 1.375, 1.5]])
     assert group.course_active.tolist() == [[True, True, False], [True, True, True]]
     assert group.late.tolist() == [[3, 3, 6], [0, 4, 0]]

@@ -12,7 +12,8 @@ import pytest
 from ultrathink.core.errors import MissingDependencyError
 from ultrathink.insight.logs.opening import open_log
 from ultrathink.insight.picture import draw_picture, require_matplotlib
-from ultrathink.insight.watching import Watching, without_nan, without_start
+from ultrathink.insight.plain import without_nan
+from ultrathink.insight.watching import Watching, without_start
 
 RealLog = Callable[[str], Path]
 

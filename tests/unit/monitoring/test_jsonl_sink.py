@@ -13,7 +13,7 @@ from tests.unit.monitoring.disks import fill, small_disk
 from tests.unit.monitoring.routed import with_loads
 from ultrathink.monitoring import MetricRecord, RunInfo
 from ultrathink.monitoring.experts import ExpertRecord
-from ultrathink.monitoring.jsonl import JsonlSink, cut_after, read_records
+from ultrathink.monitoring.jsonl import JsonlSink, cut_after, read_lines
 
 
 def opened(folder: Path, start_step: int = 0) -> JsonlSink:
@@ -28,6 +28,11 @@ def record(step: int, split: str = "train", **values: float) -> MetricRecord:
 
 def experts(step: int) -> ExpertRecord:
     return ExpertRecord(step, float(step), with_loads([3.0, step], num_tokens=3 + step))
+
+
+def read_records(path: Path) -> list[MetricRecord]:
+    found = [MetricRecord.from_json(row) for _, row in read_lines(path) if row is not None]
+    return [one for one in found if one is not None]
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

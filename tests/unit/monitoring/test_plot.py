@@ -51,10 +51,12 @@ def test_what_is_not_finite_or_beyond_the_end_is_not_drawn() -> None:
 
 
 def test_the_scale_is_logarithmic_above_zero_only() -> None:
-    assert Scale(1.0, 100.0).share(10.0) == 0.5
-    assert Scale(0.0, 100.0).share(50.0) == 0.5
-    assert Scale(-1.0, 1.0).share(0.0) == 0.5
+    for low, high, middle in ((1.0, 100.0, 10.0), (0.0, 100.0, 50.0), (-1.0, 1.0, 0.0)):
+        scale = Scale.of([[(0.0, low), (1.0, high)]])
+        assert scale is not None
+        assert scale.share(middle) == 0.5
     assert Scale(3.0, 3.0).share(3.0) == 0.0
+    assert math.isnan(Scale(1.0, 2.0, is_log=True).share(0.0))
 
 
 def test_bars_follow_the_curve() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.unit.monitoring.routed import with_loads
-from ultrathink.monitoring import BaseSink, Level, MetricRecord, RunInfo, Sink
+from ultrathink.monitoring import Level, MetricRecord, RunInfo, Sink
 from ultrathink.monitoring.experts import ExpertRecord
 from ultrathink.monitoring.records import Note
 from ultrathink.monitoring.sink_group import SinkGroup
@@ -57,10 +57,6 @@ class TroubledSink(Keeping):
     pass
 
 
-def test_a_group_is_a_sink_itself() -> None:
-    assert isinstance(SinkGroup([]), Sink)
-
-
 @pytest.mark.parametrize("method", CALLS)
 def test_whatever_fails_in_one_the_others_get_everything(method: str) -> None:
     first, broken, last = Keeping(), TroubledSink(method), Keeping()
@@ -95,7 +91,7 @@ def test_a_sink_that_recovers_is_told_and_gets_what_follows() -> None:
 
 
 def test_a_sink_that_cannot_take_messages_does_not_go_round_in_circles() -> None:
-    class Changing(BaseSink):
+    class Changing(Sink):
         count = 0
 
         def message(self, text: str, level: Level) -> None:
@@ -132,7 +128,7 @@ def test_the_console_hears_of_what_fails_in_closing_the_others() -> None:
 
 
 def test_an_interrupt_is_no_failure_of_a_sink() -> None:
-    class Interrupted(BaseSink):
+    class Interrupted(Sink):
         def write(self, record: MetricRecord) -> None:
             raise KeyboardInterrupt
 

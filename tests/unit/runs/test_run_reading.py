@@ -7,148 +7,235 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.unit.runs.trained_runs import train_line, val_line, write_lines
 from ultrathink.core.errors import CheckpointError
 from ultrathink.runs import reading
-from ultrathink.runs.reading import (
-    config_tree,
-    history,
-    json_object,
-    last_records,
-    parse_record,
-)
+from ultrathink.runs.decisions import Audit, read_decisions
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.reading import RunReader
+from ultrathink.runs.segments import Segment, append_segment
+
+TORN = [
+    "garbage\n",
+    "\x00\x00\n",
+    "[]\n",
+    '{"step": "3", "split": "val", "time": 1.0}\n',
+    '{"step": 3, "split": "test", "time": 1.0}\n',
+    '{"step": 3, "split": "val"}\n',
+]
 
 
 @pytest.fixture
-def metrics(tmp_path: Path) -> Path:
-    return tmp_path / "metrics.jsonl"
+def reader(tmp_path: Path) -> RunReader:
+    return RunReader(RunFolder(tmp_path))
 
 
-def steps(path: Path) -> dict[str, int]:
-    return {split: record.step for split, record in last_records(path).items()}
+def write(reader: RunReader, *lines: Any) -> None:
+    write_lines(reader.run.metrics, lines)
 
 
-def test_the_last_of_each_split(metrics: Path) -> None:
-    write_lines(metrics, [train_line(1, 5.0), val_line(1, 4.0), train_line(2, 3.0)])
-    assert steps(metrics) == {"train": 2, "val": 1}
-    assert last_records(metrics)["val"].values["bits_per_byte"] == 2.0
+def last_steps(reader: RunReader) -> dict[str, int]:
+    return {split: record.step for split, record in reader.last_records().items()}
 
 
-@pytest.mark.parametrize(
-    "end",
-    [
-        '{"step": 3, "split": "train", "time": 1.0, "lo',  # torn by a crash
-        '{"step": 3, "split": "val", "time": 1.0, "loss": 1.0}',  # the newline is to come
-        "garbage\n\n\x00\x00\n[]\n",
-        '{"step": "3", "split": "val", "time": 1.0}\n',
-        '{"step": 3, "split": "test", "time": 1.0}\n',
-        '{"step": 3, "split": "val"}\n',
-    ],
+def that_count(steps: list[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Of steps in the order of their lines, those that no later line undid: by definition."""
+
+    def undoes(later: tuple[int, str], earlier: tuple[int, str]) -> bool:
+        return later[0] < earlier[0] or (
+            later[0] == earlier[0] and (later[1] == "train" or earlier[1] == later[1])
+        )
+
+    return [
+        one
+        for place, one in enumerate(steps)
+        if not any(undoes(later, one) for later in steps[place + 1 :])
+    ]
+
+
+@given(
+    course=st.lists(
+        st.tuples(st.integers(1, 6), st.booleans()) | st.sampled_from(TORN), max_size=12
+    ),
+    end=st.sampled_from(["", '{"step": 3, "sp', '{"step": 1, "split": "val", "time": 1.0}']),
+    block_bytes=st.sampled_from([1, 7, 64, 2**16]),
 )
-def test_lines_that_hold_no_record_are_passed_over(metrics: Path, end: str) -> None:
-    write_lines(metrics, [train_line(1, 5.0), val_line(1, 4.0), train_line(2, 3.0), end])
-    assert steps(metrics) == {"train": 2, "val": 1}
-    assert [record.step for record in history(metrics)] == [1, 1, 2]
+def test_what_counts_is_what_no_later_line_undid(
+    tmp_path_factory: pytest.TempPathFactory, course: list[Any], end: str, block_bytes: int
+) -> None:
+    """Steps that go back and forth, each logged and perhaps validated, between damaged lines."""
+    reader = RunReader(RunFolder(tmp_path_factory.mktemp("run")))
+    lines: list[Any] = []
+    steps: list[tuple[int, str]] = []
+    for one in course:
+        if isinstance(one, str):
+            lines.append(one)
+            continue
+        step, is_validated = one
+        lines += [train_line(step, 3.0), *([val_line(step, 3.0)] if is_validated else [])]
+        steps += [(step, "train"), *([(step, "val")] if is_validated else [])]
+    write(reader, *lines, end)
+    expected = that_count(steps)
+    assert [(record.step, record.split) for record in reader.history()] == expected
+    assert reader.num_damaged == {"metrics.jsonl": sum(isinstance(x, str) for x in lines)}
+    assert any("the last line is torn" in note for note in reader.notes) == bool(end)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "_BLOCK_BYTES", block_bytes)
+        assert last_steps(reader) == {split: step for step, split in expected}
 
 
-def test_what_was_not_finite_is_read_back_so() -> None:
-    line = json.dumps(train_line(1, None, note="text")).encode() + b"\n"
-    record = parse_record(line)
-    assert record is not None
+def test_what_was_not_finite_is_read_back_so(reader: RunReader) -> None:
+    write(reader, train_line(1, None, note="text"))
+    [record] = reader.history()
     assert math.isnan(record.values["loss"])
     assert "note" not in record.values
 
 
-def test_a_record_may_lie_across_blocks(metrics: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_lines(metrics, [val_line(1, 4.0), *(train_line(n, 3.0) for n in range(2, 50))])
-    for size in (1, 7, 64, 200):
-        monkeypatch.setattr(reading, "_BLOCK_BYTES", size)
-        assert steps(metrics) == {"train": 49, "val": 1}
-
-
 def test_a_validation_too_far_back_is_not_searched(
-    metrics: Path, monkeypatch: pytest.MonkeyPatch
+    reader: RunReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_lines(metrics, [val_line(1, 4.0), *(train_line(n, 3.0) for n in range(2, 50))])
+    write(reader, val_line(1, 4.0), *(train_line(n, 3.0) for n in range(2, 50)))
     monkeypatch.setattr(reading, "SEARCHED_BYTES", 1000)
-    assert steps(metrics) == {"train": 49}
+    assert last_steps(reader) == {"train": 49}
 
 
-def test_of_a_huge_file_only_the_end_is_read(metrics: Path) -> None:
+def test_of_a_huge_file_only_the_end_is_read(reader: RunReader) -> None:
+    metrics = reader.run.metrics
     metrics.touch()
     os.truncate(metrics, 2**40)  # sparse: reading all of it would take an hour
     with metrics.open("a") as file:
         file.write("\n" + json.dumps(val_line(7, 4.0)) + "\n" + json.dumps(train_line(8, 3.0)))
         file.write("\n")
-    assert steps(metrics) == {"train": 8, "val": 7}
+    assert last_steps(reader) == {"train": 8, "val": 7}
 
 
-def test_an_empty_file_holds_nothing(metrics: Path) -> None:
-    metrics.touch()
-    assert last_records(metrics) == {}
-    assert history(metrics) == []
-    metrics.unlink()
-    assert history(metrics) == []
-    with pytest.raises(FileNotFoundError):
-        last_records(metrics)
+def test_files_that_are_missing_hold_no_lines(reader: RunReader) -> None:
+    assert reader.history() == reader.decisions() == reader.samples() == reader.segments() == []
+    assert reader.last_records() == reader.last_state() == {}
+    assert reader.notes == []
 
 
-def test_what_a_rollback_undid_does_not_count(metrics: Path) -> None:
-    rolled_back = [
-        *(train_line(n, 5.0 - n) for n in (1, 2, 3, 4)),
-        val_line(4, 1.5),
-        train_line(3, 9.0),  # after going back to step 2
-    ]
-    write_lines(metrics, [train_line(1, 5.0), val_line(1, 4.5), *rolled_back[1:]])
-    assert steps(metrics) == {"train": 3, "val": 1}
-    found = [(r.step, r.split, r.values["loss"]) for r in history(metrics)]
-    assert found == [
-        (1, "train", 5.0),
-        (1, "val", 4.5),
-        (2, "train", 3.0),
-        (3, "train", 9.0),
-    ]
+CONTENTS: list[tuple[Any, str]] = [
+    (None, "is missing"),
+    (b"", "is damaged"),
+    (b"[1]", "is damaged (it holds no "),
+    (b"a: [", "is damaged"),
+    (b"\xff\xfe", "is damaged"),
+    (Path, "cannot be read: Is a directory"),
+]
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (None, "config.yaml is missing."),
-        (b"", r"config.yaml is damaged \(it holds no sections\)."),
-        (b"a: [", "config.yaml is damaged"),
-        (b"\xff\xfe", "config.yaml is damaged"),
-    ],
-)
-def test_a_configuration_that_cannot_be_read_is_named(
-    tmp_path: Path, content: bytes | None, problem: str
+@pytest.mark.parametrize("name", ["config.yaml", "manifest.json", "data.json"])
+@pytest.mark.parametrize(("content", "problem"), CONTENTS)
+def test_a_file_that_cannot_be_read_is_named(
+    reader: RunReader, name: str, content: Any, problem: str
 ) -> None:
-    if content is not None:
-        (tmp_path / "config.yaml").write_bytes(content)
-    with pytest.raises(CheckpointError, match=problem):
-        config_tree(tmp_path)
-
-
-def test_a_configuration_is_read_without_knowing_its_parts(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("training: {optimizer: {type: of_my_own, lr: 1e-3}}\n")
-    assert config_tree(tmp_path)["training"]["optimizer"] == {"type": "of_my_own", "lr": 0.001}
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (None, "is missing"),
-        (b"", "is damaged"),
-        (b"[]", "holds no object"),
-        (b"\xff", "is damaged"),
-        (Path, "cannot be read"),
-    ],
-)
-def test_an_object_that_cannot_be_read_is_named(tmp_path: Path, content: Any, problem: str) -> None:
-    path = tmp_path / "manifest.json"
+    path = reader.run.path / name
     if content is Path:
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=problem):
-        json_object(path)
+    read = {"c": reader.config, "m": reader.manifest, "d": reader.data_record}[name[0]]
+    with pytest.raises(CheckpointError):
+        read()
+    assert reader.attempt(read) is None
+    assert reader.notes[0].startswith(f"{name} {problem}")
+    assert reader.notes[0].endswith(".")
+
+
+def test_lines_that_cannot_be_read_are_named(reader: RunReader) -> None:
+    reader.run.decisions.mkdir()
+    assert reader.attempt(reader.decisions) is None
+    assert reader.notes == ["decisions.jsonl cannot be read: Is a directory."]
+
+
+def test_a_configuration_is_read_without_knowing_its_parts(reader: RunReader) -> None:
+    text = "training: {optimizer: {type: of_my_own, lr: 1e-3}, max_steps: 7}\n"
+    (reader.run.path / "config.yaml").write_text(text)
+    assert reader.config()["training"]["optimizer"] == {"type": "of_my_own", "lr": 0.001}
+    assert reader.planned_steps() == 7
+
+
+# -- decisions and starts --------------------------------------------------------------------------
+
+DECISION = {"id": 1, "step": 30, "rule": "spike", "action": "clip", "before": 1.0, "after": 0.5}
+AUDIT = {"mean": -0.012, "low": -0.015, "high": -0.009, "orders": 4, "horizon": 200}
+
+
+def test_a_decision_is_read_whole(reader: RunReader) -> None:
+    more = {"level": 2, "confidence": 0.9, "signals": {"loss": 7.1}, "reasoning": "Why."}
+    write_lines(reader.run.decisions, [{**DECISION, **more, "outcome": {"resolved": True}}])
+    [found] = reader.decisions()
+    assert {name: getattr(found, name) for name in (*DECISION, *more)} == {**DECISION, **more}
+    assert (found.number, found.outcome, found.audit) == (1, {"resolved": True}, None)
+    assert not found.is_by_hand
+
+
+def test_the_last_line_of_a_decision_counts_and_damaged_ones_are_left_out(
+    reader: RunReader,
+) -> None:
+    by_hand = {**DECISION, "id": None, "rule": None}
+    damaged = ['{"id": 2, "st\n', "[1, 2]\n", {**DECISION, "id": 3, "step": None}, {"step": 3}]
+    again = {**DECISION, "id": 4, "after": 0.25, "level": "high", "signals": [], "audit": {}}
+    lines = [DECISION, *damaged, by_hand, {**DECISION, "id": 4}, by_hand, again, '{"id": 9']
+    write_lines(reader.run.decisions, lines)
+    found = reader.decisions()
+    assert [(one.number, one.id, one.after, one.is_by_hand) for one in found] == [
+        (1, 1, 0.5, False),
+        (2, None, 0.5, True),
+        (3, 4, 0.25, False),
+        (4, None, 0.5, True),
+    ]
+    assert (found[2].level, found[2].signals, found[2].audit) == (None, {}, None)
+    assert reader.num_damaged == {"decisions.jsonl": 4}
+    assert [one.get("id") for one in read_decisions(reader.run.decisions)] == [
+        1,
+        3,
+        None,
+        None,
+        4,
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict", "words"),
+    [
+        (-0.2, -0.1, "helped", "excludes 0"),
+        (0.1, 0.2, "hurt", "excludes 0"),
+        (-0.1, 0.2, "unproven", "includes 0"),
+        (-0.2, 0.0, "unproven", "includes 0"),
+        (0.0, 0.2, "unproven", "includes 0"),
+    ],
+)
+def test_an_audit_says_whether_its_interval_excludes_zero(
+    low: float, high: float, verdict: str, words: str
+) -> None:
+    audit = Audit.from_json({**AUDIT, "low": low, "high": high})
+    assert audit is not None
+    assert audit.verdict == verdict
+    assert words in audit.statement
+    assert Audit.from_json(audit.to_json()) == audit
+    assert Audit.from_json({**AUDIT, "low": None}) is None
+
+
+def test_rollbacks_are_known_by_their_actions(reader: RunReader) -> None:
+    actions = ("rollback_steps", "restore", "redo_steps", "clip")
+    back = {"before": 40, "after": 20}
+    lines = [{**DECISION, **back, "id": n, "action": name} for n, name in enumerate(actions)]
+    write_lines(reader.run.decisions, [*lines, {**lines[0], "id": 9, "after": None}])
+    assert [one.rollback for one in reader.decisions()] == [(40, 20)] * 3 + [None] * 2
+
+
+def test_a_start_whose_command_is_odd_is_read(reader: RunReader) -> None:
+    odd = ("train", "a\u2028b", os.fsdecode(b"\xff.yaml"))
+    append_segment(reader.run.segments, Segment(0, command=odd))
+    with reader.run.segments.open("a") as file:
+        file.write('{"from_step": 9, "torn')
+    append_segment(reader.run.segments, Segment(5, notes=("x",)))
+    first, second = reader.segments()
+    assert first.command[:2] == odd[:2]
+    assert (second.from_step, second.notes) == (5, ("x",))

@@ -17,7 +17,7 @@ from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, Recorder, final_state, records, without_time
 from ultrathink.config.monitoring import SINKS
 from ultrathink.core.registry import Registry
-from ultrathink.monitoring.records import BaseSink, Level, MetricRecord, RunInfo
+from ultrathink.monitoring.records import Level, MetricRecord, RunInfo, Sink
 from ultrathink.recipes import train as build
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, StepReport
@@ -192,7 +192,7 @@ def test_waiting_lines_of_the_log_are_written_as_soon_as_there_is_room(
         assert seen == [40]
 
 
-class BrokenSink(BaseSink):
+class BrokenSink(Sink):
     """Fails in every way there is."""
 
     def open(self, info: RunInfo) -> None:

@@ -18,7 +18,7 @@ from ultrathink.core.errors import UltrathinkError
 from ultrathink.data.cache import cache_folder
 from ultrathink.insight.doctor import machine
 from ultrathink.insight.doctor.findings import find_problems
-from ultrathink.insight.doctor.report import Choice, Report, Run, Versions
+from ultrathink.insight.doctor.report import Choice, Diagnosis, Run, Versions
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ _CHOSEN = "chosen at run time: "
 
 def diagnose(
     config: Config, name: str, *, quick: bool = False, progress: Progress = lambda doing: None
-) -> Report:
+) -> Diagnosis:
     """Look at this machine with the eyes of ``config``, which was called ``name``.
 
     ``quick`` measures only what ``auto`` needs. ``progress`` is told what is being done. What
@@ -56,8 +56,8 @@ def diagnose(
     return replace(report, problems=find_problems(report))
 
 
-def _without_torch(config: Config, name: str) -> Report:
-    return Report(
+def _without_torch(config: Config, name: str) -> Diagnosis:
+    return Diagnosis(
         versions=Versions(
             ultrathink=ultrathink.__version__,
             python=platform.python_version(),
@@ -109,7 +109,7 @@ def _import_error() -> str | None:
     return None
 
 
-def _with_torch(report: Report, config: Config, quick: bool, progress: Progress) -> Report:
+def _with_torch(report: Diagnosis, config: Config, quick: bool, progress: Progress) -> Diagnosis:
     import torch
 
     from ultrathink.insight.doctor.accelerators import read_accelerators, read_torch
@@ -158,7 +158,7 @@ def _completed(processor: machine.Processor) -> machine.Processor:
     )
 
 
-def _with_choices(report: Report, config: Config) -> tuple[Report, torch.device | None]:
+def _with_choices(report: Diagnosis, config: Config) -> tuple[Diagnosis, torch.device | None]:
     """What a trainer of ``config`` would choose here, by the function that it would call."""
     from ultrathink.training.choices import choose
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from ultrathink.insight.doctor.machine import Folder
-from ultrathink.insight.doctor.report import Problem, Report
+from ultrathink.insight.doctor.report import Diagnosis, Problem
 
 if TYPE_CHECKING:
     from ultrathink.insight.doctor.accelerators import Gpu
@@ -23,7 +23,7 @@ _COMPILER_FIX = (
 )
 
 
-def find_problems(report: Report) -> tuple[Problem, ...]:
+def find_problems(report: Diagnosis) -> tuple[Problem, ...]:
     """All that is wrong or could be better, the worst first."""
     found = [problem for rule in _RULES for problem in rule(report)]
     order = ("error", "warning", "note")
@@ -33,7 +33,7 @@ def find_problems(report: Report) -> tuple[Problem, ...]:
 # -- what makes training impossible ----------------------------------------------------------------
 
 
-def _torch_works(report: Report) -> Iterator[Problem]:
+def _torch_works(report: Diagnosis) -> Iterator[Problem]:
     if report.torch_error is not None:
         package = next((p for p in report.packages or () if p.name == "torch"), None)
         wanted = package.requirement if package else "torch"
@@ -41,7 +41,7 @@ def _torch_works(report: Report) -> Iterator[Problem]:
         yield Problem("error", f"torch cannot be imported: {report.torch_error}", fix)
 
 
-def _folders_can_be_written(report: Report) -> Iterator[Problem]:
+def _folders_can_be_written(report: Diagnosis) -> Iterator[Problem]:
     for what, folder, fix in (
         ("run folders", report.run_folder, "choose another folder: run.dir=FOLDER"),
         (
@@ -55,12 +55,12 @@ def _folders_can_be_written(report: Report) -> Iterator[Problem]:
             yield Problem("error", text, f"{fix}, or mend this one")
 
 
-def _choices_can_be_made(report: Report) -> Iterator[Problem]:
+def _choices_can_be_made(report: Diagnosis) -> Iterator[Problem]:
     if report.choice_error is not None:
         yield Problem("error", report.choice_error, fix=None)
 
 
-def _memory_suffices(report: Report) -> Iterator[Problem]:
+def _memory_suffices(report: Diagnosis) -> Iterator[Problem]:
     need = report.run.state_bytes
     gpu = _gpu(report)
     known = [report.memory.total, report.memory.limit] if gpu is None else [gpu.memory]
@@ -82,7 +82,7 @@ def _memory_suffices(report: Report) -> Iterator[Problem]:
 # -- what slows it ---------------------------------------------------------------------------------
 
 
-def _cores_are_free(report: Report) -> Iterator[Problem]:
+def _cores_are_free(report: Diagnosis) -> Iterator[Problem]:
     if report.torch is None or report.torch.threads < 2:
         return
     threads, processor = report.torch.threads, report.processor
@@ -106,7 +106,7 @@ def _cores_are_free(report: Report) -> Iterator[Problem]:
         )
 
 
-def _threads_fit_the_cores(report: Report) -> Iterator[Problem]:
+def _threads_fit_the_cores(report: Diagnosis) -> Iterator[Problem]:
     if report.torch is None:
         return
     threads, usable = report.torch.threads, report.processor.usable_cores
@@ -126,7 +126,7 @@ def _threads_fit_the_cores(report: Report) -> Iterator[Problem]:
         yield Problem("note", text, fix)
 
 
-def _it_can_compile(report: Report) -> Iterator[Problem]:
+def _it_can_compile(report: Diagnosis) -> Iterator[Problem]:
     tools = report.toolchain
     if tools is None or tools.problem is None or not report.run.may_compile:
         return
@@ -135,7 +135,7 @@ def _it_can_compile(report: Report) -> Iterator[Problem]:
         yield Problem("warning", text, _COMPILER_FIX)
 
 
-def _gpus_are_used(report: Report) -> Iterator[Problem]:
+def _gpus_are_used(report: Diagnosis) -> Iterator[Problem]:
     found = report.accelerators
     if found is None:
         return
@@ -150,7 +150,7 @@ def _gpus_are_used(report: Report) -> Iterator[Problem]:
             yield Problem("warning", text, f"{fix}, or train on the CPU: training.device=cpu")
 
 
-def _disk_has_room(report: Report) -> Iterator[Problem]:
+def _disk_has_room(report: Diagnosis) -> Iterator[Problem]:
     run, folder = report.run, report.run_folder
     need = run.checkpoint_bytes * run.checkpoints_kept
     if folder.problem is None and folder.free is not None and folder.free < need:
@@ -163,7 +163,7 @@ def _disk_has_room(report: Report) -> Iterator[Problem]:
         )
 
 
-def _packages_fit(report: Report) -> Iterator[Problem]:
+def _packages_fit(report: Diagnosis) -> Iterator[Problem]:
     if report.packages is None:
         text = "the metadata of ultrathink cannot be read, so its packages were not checked"
         yield Problem("note", text, "in the folder of its source: pip install -e .")
@@ -180,7 +180,7 @@ def _packages_fit(report: Report) -> Iterator[Problem]:
             yield Problem("warning", text, package.fix)
 
 
-Rule = Callable[[Report], Iterator[Problem]]
+Rule = Callable[[Diagnosis], Iterator[Problem]]
 _RULES: tuple[Rule, ...] = (
     _torch_works,
     _folders_can_be_written,
@@ -195,22 +195,22 @@ _RULES: tuple[Rule, ...] = (
 )
 
 
-def _device(report: Report) -> str:
+def _device(report: Diagnosis) -> str:
     return next((str(c.value) for c in report.choices if c.key == "training.device"), "cpu")
 
 
-def _gpu(report: Report) -> Gpu | None:
+def _gpu(report: Diagnosis) -> Gpu | None:
     """The GPU that training would take, None where it takes none."""
     kind, _, number = _device(report).partition(":")
     gpus = report.accelerators.gpus if report.accelerators else ()
     return gpus[int(number or 0)] if kind == "cuda" and gpus else None
 
 
-def _rate(report: Report, threads: int) -> float | None:
+def _rate(report: Diagnosis, threads: int) -> float | None:
     return report.cpu_speed.rate("fp32", threads) if report.cpu_speed else None
 
 
-def _scaling(report: Report, threads: int) -> float | None:
+def _scaling(report: Diagnosis, threads: int) -> float | None:
     """How many times the rate of one thread so many reach."""
     one, many = _rate(report, 1), _rate(report, threads)
     return many / one if one and many else None

@@ -63,7 +63,7 @@ class Versions:
 
 
 @dataclass(frozen=True)
-class Report:
+class Diagnosis:
     """All that was found; None stands for what could not be read or was not measured."""
 
     versions: Versions

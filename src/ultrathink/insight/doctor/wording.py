@@ -3,38 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import groupby
 
 from ultrathink.insight.doctor.findings import cores, describe_folder, short_bytes
-from ultrathink.insight.doctor.report import Report
+from ultrathink.insight.doctor.report import Diagnosis
 
 UNKNOWN = "unknown"
 _GIGABYTE = 1e9
 
 
-@dataclass(frozen=True)
-class Section:
-    """A heading, and what stands below it as label and text."""
-
-    title: str
-    lines: tuple[tuple[str, str], ...]
+Lines = list[tuple[str, str]]  # each a label and a text
 
 
-def sections(report: Report) -> list[Section]:
-    """Everything but the problems, which come last and stand out."""
-    found = [
-        Section("Versions", tuple(_versions(report))),
-        Section("Machine", tuple(_machine(report))),
-        Section("Folders", tuple(_folders(report))),
-        Section("Speed", tuple(_speed(report))),
-        Section(f"What {report.run.config} would take here", tuple(_choices(report))),
-        Section("Packages", tuple(_packages(report))),
-    ]
-    return [section for section in found if section.lines]
+def sections(report: Diagnosis) -> dict[str, Lines]:
+    """Everything but the problems, which come last and stand out, by heading."""
+    found = {
+        "Versions": _versions(report),
+        "Machine": _machine(report),
+        "Folders": _folders(report),
+        "Speed": _speed(report),
+        f"What {report.run.config} would take here": _choices(report),
+        "Packages": _packages(report),
+    }
+    return {title: lines for title, told in found.items() if (lines := list(told))}
 
 
-def verdict(report: Report) -> str:
+def verdict(report: Diagnosis) -> str:
     """The last line."""
     if not report.can_train:
         return "Training is not possible here before the errors above are mended."
@@ -44,7 +38,7 @@ def verdict(report: Report) -> str:
     return "All is fine: ultrathink train"
 
 
-def _versions(report: Report) -> Iterator[tuple[str, str]]:
+def _versions(report: Diagnosis) -> Iterator[tuple[str, str]]:
     versions = report.versions
     yield "ultrathink", versions.ultrathink
     yield "python", f"{versions.python} ({versions.executable})"
@@ -57,7 +51,7 @@ def _versions(report: Report) -> Iterator[tuple[str, str]]:
     yield "platform", versions.platform
 
 
-def _machine(report: Report) -> Iterator[tuple[str, str]]:
+def _machine(report: Diagnosis) -> Iterator[tuple[str, str]]:
     processor, memory = report.processor, report.memory
     yield "processor", processor.name or UNKNOWN
     usable = f"this process may use {processor.usable_cores}"
@@ -84,7 +78,7 @@ def _machine(report: Report) -> Iterator[tuple[str, str]]:
     yield from report.environment.items()
 
 
-def _accelerators(report: Report) -> Iterator[tuple[str, str]]:
+def _accelerators(report: Diagnosis) -> Iterator[tuple[str, str]]:
     found = report.accelerators
     assert found is not None
     for number, gpu in enumerate(found.gpus):
@@ -100,7 +94,7 @@ def _accelerators(report: Report) -> Iterator[tuple[str, str]]:
         yield "GPU", "none that torch can use"
 
 
-def _folders(report: Report) -> Iterator[tuple[str, str]]:
+def _folders(report: Diagnosis) -> Iterator[tuple[str, str]]:
     yield "runs", describe_folder(report.run_folder)
     if report.disk_rate is not None:
         seconds = _GIGABYTE / report.disk_rate
@@ -117,7 +111,7 @@ def _folders(report: Report) -> Iterator[tuple[str, str]]:
         yield "C++ compiler", compiler
 
 
-def _speed(report: Report) -> Iterator[tuple[str, str]]:
+def _speed(report: Diagnosis) -> Iterator[tuple[str, str]]:
     for place, speed in (("", report.cpu_speed), ("GPU, ", report.device_speed)):
         if speed is None:
             continue
@@ -150,13 +144,13 @@ def _rates(rates: list[tuple[int | None, float]]) -> str:
     return ", ".join(words)
 
 
-def _choices(report: Report) -> Iterator[tuple[str, str]]:
+def _choices(report: Diagnosis) -> Iterator[tuple[str, str]]:
     for choice in report.choices:
         value = str(choice.value).lower() if isinstance(choice.value, bool) else choice.value
         yield choice.key.rpartition(".")[2], f"{value}: {choice.reason}"
 
 
-def _packages(report: Report) -> Iterator[tuple[str, str]]:
+def _packages(report: Diagnosis) -> Iterator[tuple[str, str]]:
     if report.packages is None:
         return
     groups: dict[str | None, list[str]] = {}

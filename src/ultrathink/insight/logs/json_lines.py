@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ultrathink.insight.logs.line_log import LineLog
+from ultrathink.insight.logs.line_log import LineLog, LineReader
 from ultrathink.insight.logs.log import LogSignals
 from ultrathink.insight.logs.names import Meaning
 from ultrathink.insight.logs.rows import Rows
+from ultrathink.monitoring.jsonl import METRICS_FILE, parse_object
 
 _SAMPLE_LINES = 200
-OURS = "metrics.jsonl"
 _OURS_EXTRA = {"token_accuracy": Meaning("accuracy")}
 
 
-class JsonReader:
+class JsonReader(LineReader):
     """Reads lines that hold one object each."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.num_unread = 0
-        self._rows = rows
-
-    @property
-    def total_steps(self) -> int | None:
-        """As a key of the lines has it."""
-        return self._rows.total_steps
 
     def feed(self, line: str) -> list[LogSignals]:
         """The signals of a line."""
         if not line.strip():
             return []
         row = parse_object(line)
-        if row is None:
-            self.num_unread += 1
-            return []
-        signals = self._rows.take(flat(row))
-        return [signals] if signals is not None else []
-
-    def finish(self) -> list[LogSignals]:
-        """Nothing: every line is whole."""
-        return []
-
-
-def parse_object(line: str) -> dict[str, Any] | None:
-    """The object on a line; None where it is torn or holds another thing."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+        return self.taken(None if row is None else flat(row))
 
 
 def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -79,7 +52,7 @@ def open_json_lines(path: Path, lines: Sequence[str], columns: Mapping[str, str]
     """The log in lines of JSON; LogError where its keys cannot be guessed."""
     sample = [row for line in lines[:_SAMPLE_LINES] if (row := parse_object(line)) is not None]
     if is_ours(sample[0]) and not columns:
-        return LineLog(path, OURS, lambda: JsonReader(our_rows()))
+        return LineLog(path, METRICS_FILE, lambda: JsonReader(our_rows()))
     rows = Rows(columns)
     rows.require((flat(row) for row in sample), path)
 

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from ultrathink.insight.logs.log import Log, LogSignals, News
+from ultrathink.insight.logs.rows import Rows
 from ultrathink.insight.logs.tail import Tail, all_lines
 
 
-class LineReader(Protocol):
+class LineReader(ABC):
     """Takes the lines of a log, in order."""
 
-    num_unread: int  # lines that should have told something, and could not be read
+    def __init__(self, rows: Rows) -> None:
+        self.num_unread = 0  # lines that should have told something, and could not be read
+        self.rows = rows
 
     @property
     def total_steps(self) -> int | None:
         """How many steps the run is to take, once the log has told."""
-        ...
+        return self.rows.total_steps
 
+    @abstractmethod
     def feed(self, line: str) -> list[LogSignals]:
         """The signals that are complete with this line."""
-        ...
 
     def finish(self) -> list[LogSignals]:
-        """What was waiting for another line."""
-        ...
+        """What was waiting for another line: nothing where every line is whole."""
+        return []
+
+    def taken(self, row: Mapping[str, Any] | None) -> list[LogSignals]:
+        """The signals of a line's row; a line that has none was not read."""
+        if row is None:
+            self.num_unread += 1
+            return []
+        signals = self.rows.take(row)
+        return [signals] if signals is not None else []
 
 
 class LineLog(Log):

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from ultrathink.core.errors import suggestion
 from ultrathink.insight.logs.documents import DocumentLog
-from ultrathink.insight.logs.json_lines import open_json_lines, parse_object
+from ultrathink.insight.logs.json_lines import open_json_lines
 from ultrathink.insight.logs.log import Log, LogError, NotYetError
-from ultrathink.insight.logs.run_folder import METRICS_FILE, RunLog
+from ultrathink.insight.logs.run_folder import RunFolderLog
 from ultrathink.insight.logs.tables import open_table, table_shape
 from ultrathink.insight.logs.tail import all_lines, beginning, decoded
 from ultrathink.insight.logs.text import open_text, text_format
+from ultrathink.monitoring.jsonl import METRICS_FILE, parse_object
+from ultrathink.runs.folder import RunFolder
 
 _PACKED = {
     b"\x1f\x8b": "gzip",
@@ -90,7 +92,7 @@ def _open_folder(folder: Path, columns: dict[str, str]) -> Log:
             raise LogError("--columns: the columns of a run folder are known; leave it out.")
         if not (folder / METRICS_FILE).read_bytes().strip():
             raise NotYetError(f"{folder / METRICS_FILE} is empty: there is nothing to watch yet.")
-        return RunLog(folder)
+        return RunFolderLog(RunFolder(folder))
     state = folder / "trainer_state.json"
     if state.is_file():
         return open_log(state, columns)

@@ -4,46 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
+from typing import Any
 
-from ultrathink.core.errors import CheckpointError
-from ultrathink.insight.logs.json_lines import JsonReader, our_rows, parse_object
+from ultrathink.insight.events import read_events
+from ultrathink.insight.logs.json_lines import JsonReader, our_rows
 from ultrathink.insight.logs.line_log import LineLog
 from ultrathink.insight.logs.log import Log, LogSignals, News
-from ultrathink.insight.logs.tail import Tail, all_lines
+from ultrathink.insight.logs.tail import Tail
 from ultrathink.monitoring.expert_figures import figures_of
-from ultrathink.orchestrator.events import ALARM, SEVERITIES
-from ultrathink.runs.reading import config_tree
+from ultrathink.monitoring.jsonl import parse_object
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.reading import RunReader
 
-METRICS_FILE, EXPERTS_FILE, EVENTS_FILE = "metrics.jsonl", "experts.jsonl", "events.jsonl"
 
-
-class RunLog(Log):
+class RunFolderLog(Log):
     """The log of a run folder. A resume cuts its files, which counts as a step back."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, "run folder")
-        self.total_steps = planned_steps(folder)
-        self._metrics = LineLog(folder / METRICS_FILE, "", lambda: JsonReader(our_rows()))
-        self._experts = Tail(folder / EXPERTS_FILE)
+    def __init__(self, run: RunFolder) -> None:
+        super().__init__(run.path, "run folder")
+        self._reader = RunReader(run)
+        self.total_steps = self._reader.planned_steps()
+        self._metrics = LineLog(run.metrics, "", lambda: JsonReader(our_rows()))
+        self._experts = Tail(run.experts)
         self._waiting: dict[int, dict[str, float]] = {}  # figures of experts, by step
         self._last_step = 0
 
     def signals(self) -> Iterator[LogSignals]:
         """All signals from the beginning, those of experts beside the losses of their step."""
-        experts: dict[int, dict[str, float]] = {}
-        with suppress(FileNotFoundError):
-            lines = (line for line, _ in all_lines(self.path / EXPERTS_FILE))
-            experts = _figures_by_step(lines)
+        experts = _figures_by_step(self._reader.rows(self._reader.run.experts))
         for signals in self._metrics.signals():
             yield _joined(signals, experts)
-        self.notes = [*self._metrics.notes, *_told_while_training(self.path)]
+        self.notes = [*self._metrics.notes, *_alarms_while_training(self._reader)]
 
     def poll(self) -> News:
         """What was appended to either file; figures of experts that come late come alone."""
         new = self._metrics.poll()
         with suppress(FileNotFoundError):
-            self._waiting |= _figures_by_step(self._experts.read().lines)
+            self._waiting |= _figures_by_step(map(parse_object, self._experts.read().lines))
         if new.is_anew:
             self._last_step = 0
         signals = [_joined(found, self._waiting) for found in new.signals]
@@ -55,37 +52,20 @@ class RunLog(Log):
         )
 
 
-def planned_steps(folder: Path) -> int | None:
-    """How many steps a run is to take, as its configuration has it."""
-    try:
-        training = config_tree(folder).get("training")
-    except CheckpointError:
-        return None
-    if not isinstance(training, dict):
-        return None
-    total = training.get("max_steps") or training.get("step_budget")
-    return total if isinstance(total, int) else None
-
-
-def _told_while_training(folder: Path) -> list[str]:
+def _alarms_while_training(reader: RunReader) -> list[str]:
     """How many alarms the run itself raised: it saw the steps between the logged ones too."""
-    told = set()
-    with suppress(FileNotFoundError):
-        for line, _ in all_lines(folder / EVENTS_FILE):
-            event = parse_object(line) or {}
-            if event.get("severity") in SEVERITIES[ALARM:]:
-                told.add((event.get("kind"), event.get("subject"), event.get("began")))
-    alarms = f"{len(told):,} alarm{'' if len(told) == 1 else 's'}"
-    return [f"It saw every step as it trained, and raised {alarms}: {EVENTS_FILE}"] if told else []
+    count = sum(event.is_alarm for event in read_events(reader))
+    alarms = f"{count:,} alarm{'' if count == 1 else 's'}"
+    name = reader.run.events.name
+    return [f"It saw every step as it trained, and raised {alarms}: {name}"] if count else []
 
 
-def _figures_by_step(lines: Iterable[str]) -> dict[int, dict[str, float]]:
-    found = {}
-    for line in lines:
-        record = parse_object(line)
-        if record is not None and isinstance(record.get("step"), int):
-            found[record["step"]] = figures_of(record)
-    return found
+def _figures_by_step(rows: Iterable[dict[str, Any] | None]) -> dict[int, dict[str, float]]:
+    return {
+        row["step"]: figures_of(row)
+        for row in rows
+        if row is not None and isinstance(row.get("step"), int)
+    }
 
 
 def _joined(signals: LogSignals, experts: dict[int, dict[str, float]]) -> LogSignals:

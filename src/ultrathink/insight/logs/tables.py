@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ultrathink.insight.logs.line_log import LineLog
+from ultrathink.insight.logs.line_log import LineLog, LineReader
 from ultrathink.insight.logs.log import LogSignals, NotYetError
 from ultrathink.insight.logs.names import Meaning, is_telling, meaning_of
 from ultrathink.insight.logs.numbers import is_absent, parse_number
@@ -43,18 +43,12 @@ class Shape:
             return []
 
 
-class TableReader:
+class TableReader(LineReader):
     """Reads the rows of a table whose shape is known."""
 
     def __init__(self, shape: Shape, rows: Rows) -> None:
-        self.num_unread = 0
+        super().__init__(rows)
         self._shape = shape
-        self._rows = rows
-
-    @property
-    def total_steps(self) -> int | None:
-        """As a column of the table has it."""
-        return self._rows.total_steps
 
     def feed(self, line: str) -> list[LogSignals]:
         """The signals of a row; titles that come again and comments have none."""
@@ -65,18 +59,9 @@ class TableReader:
         if cells and titles[-1] == cells[-1].strip() and not line[:1].isdigit():
             return []
         # A last column that is empty throughout has, as a rule, no title.
-        if len(cells) < len(titles) or any(cell.strip() for cell in cells[len(titles) :]):
-            self.num_unread += 1
-            return []
-        if not any(parse_number(cell) is not None for cell in cells):
-            self.num_unread += 1
-            return []
-        signals = self._rows.take(dict(zip(titles, cells, strict=False)))
-        return [signals] if signals is not None else []
-
-    def finish(self) -> list[LogSignals]:
-        """Nothing: every row is whole."""
-        return []
+        fits = len(cells) >= len(titles) and not any(c.strip() for c in cells[len(titles) :])
+        is_row = fits and any(parse_number(cell) is not None for cell in cells)
+        return self.taken(dict(zip(titles, cells, strict=False)) if is_row else None)
 
 
 def table_shape(lines: Sequence[str]) -> Shape | None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ultrathink.insight.logs.line_log import LineLog
+from ultrathink.insight.logs.line_log import LineLog, LineReader
 from ultrathink.insight.logs.log import LogSignals
 from ultrathink.insight.logs.names import STEP, Meaning, is_telling
 from ultrathink.insight.logs.numbers import NUMBER, parse_number
@@ -112,13 +112,12 @@ FORMATS = (
 )  # fmt: skip
 
 
-class TextReader:
+class TextReader(LineReader):
     """Reads the lines of one format; lines at one step become one record."""
 
     def __init__(self, format: LineFormat, rows: Rows) -> None:
-        self.num_unread = 0
+        super().__init__(rows)
         self._format = format
-        self._rows = rows
         self._total: int | None = None
         self._step: int | None = None  # of the record that is being read
         self._row: dict[str, float] = {}
@@ -192,9 +191,8 @@ class TextReader:
         """A record without a step: training lines are counted, others belong to the last one."""
         pairs = dict(_pairs_beside(self._format, head))
         step = (self._step or 0) + ("loss" in pairs)
-        signals = self._rows.take({**pairs, STEP: step})
         self._step = step
-        return [signals] if signals is not None else []
+        return self.taken({**pairs, STEP: step})
 
     def _count(self, head: re.Match[str]) -> int:
         step = int(head["step"].replace(",", ""))
@@ -218,7 +216,7 @@ class TextReader:
     def _record(self) -> list[LogSignals]:
         if self._step is None or not self._row:
             return []
-        signals = self._rows.take({STEP: self._step, **self._row})
+        signals = self.rows.take({STEP: self._step, **self._row})
         if signals is None or (signals.step, signals.values) == self._last:
             return []
         self._last = signals.step, signals.values

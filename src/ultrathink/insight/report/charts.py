@@ -13,13 +13,14 @@ from typing import Literal
 import numpy as np
 
 from ultrathink.insight.report.curves import (
-    Curve,
-    Scale,
+    Series,
     round_values,
     scale_of,
     thinned,
+    ticks_of,
 )
 from ultrathink.insight.report.markup import Html, compact, figure, html, tag
+from ultrathink.monitoring.plot import Scale
 
 SIZE = 1000.0  # of a plot, in its own units
 
@@ -30,7 +31,7 @@ class Line:
 
     key: str
     label: str
-    curve: Curve
+    curve: Series
     shape: Literal["line", "joined dots", "dots"] = "line"
     is_raw: bool = False  # its farthest values need not be inside
     is_aside: bool = False  # on the linear scale, none of it need be
@@ -107,15 +108,15 @@ def chart(
         above,
         plot,
         below,
-        _step_axis(span, steps),
+        step_axis(span, steps),
         class_=f"chart c-{name}",
     )
 
 
 def _layer(lines: Sequence[Line], span: Span, scale: Scale, kind: str) -> tuple[Html, Html]:
     """The lines on one scale with its grid, and the labels of the grid."""
-    ticks = scale.ticks()
-    heights = scale.share(np.array(ticks))
+    ticks = ticks_of(scale)
+    heights = [scale.share(tick) for tick in ticks]
     grid = [tag("path", d=f"M0 {_y(h)}H{SIZE:.0f}", class_="grid") for h in heights]
     drawn = tag("g", grid, [_path(line, span, scale) for line in lines], class_=f"s-{kind}")
     digits = _digits(ticks)
@@ -129,7 +130,7 @@ def _layer(lines: Sequence[Line], span: Span, scale: Scale, kind: str) -> tuple[
 def _path(line: Line, span: Span, scale: Scale) -> Html:
     curve = thinned(line.curve)
     # What lies far outside is cut at an edge beyond the plot: coordinates stay small.
-    heights = np.clip(scale.share(curve.values), -2.0, 3.0)
+    heights = np.clip([scale.share(value) for value in curve.values.tolist()], -2.0, 3.0)
     places = [
         f"{_x(span, step)} {_y(height)}" if np.isfinite(height) else None
         for step, height in zip(curve.steps, heights, strict=True)
@@ -162,7 +163,8 @@ def step_ticks(span: Span) -> list[tuple[float, bool]]:
     return [(tick, number % 2 == 0) for number, tick in enumerate(ticks)]
 
 
-def _step_axis(span: Span, steps: Sequence[tuple[float, bool]]) -> Html:
+def step_axis(span: Span, steps: Sequence[tuple[float, bool]]) -> Html:
+    """Round steps below a picture that spans all of them."""
     labels = []
     for step, is_wide in steps:
         share = span.share(step)

@@ -10,6 +10,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from ultrathink.monitoring.plot import Scale
+
 Floats = npt.NDArray[np.float64]
 
 MOST_POINTS = 2000
@@ -21,7 +23,7 @@ _OUTLYING = 0.4  # per cent of raw values on either side that need not be inside
 
 
 @dataclass(frozen=True)
-class Curve:
+class Series:
     """Values over steps, ``[N]`` each; a value may be NaN, where none was or it was not finite."""
 
     steps: Floats
@@ -31,19 +33,19 @@ class Curve:
         return len(self.steps)
 
     @classmethod
-    def of(cls, points: Sequence[tuple[float, float]]) -> Curve:
+    def of(cls, points: Sequence[tuple[float, float]]) -> Series:
         """The curve through ``points``, pairs of a step and a value."""
         array = np.array(points, dtype=np.float64).reshape(-1, 2)
         return cls(array[:, 0], array[:, 1])
 
     @property
-    def finite(self) -> Curve:
+    def finite(self) -> Series:
         """Its points that have a number."""
         kept = np.isfinite(self.values)
-        return Curve(self.steps[kept], self.values[kept])
+        return Series(self.steps[kept], self.values[kept])
 
 
-def thinned(curve: Curve, most: int = MOST_POINTS) -> Curve:
+def thinned(curve: Series, most: int = MOST_POINTS) -> Series:
     """At most about ``most`` points: of each stretch its lowest and highest, and both ends."""
     count = len(curve)
     if count <= most:
@@ -58,14 +60,14 @@ def thinned(curve: Curve, most: int = MOST_POINTS) -> Curve:
         if len(bad):  # a gap stays one
             kept.add(begin + int(bad[0]))
     chosen = np.array(sorted(kept))
-    return Curve(curve.steps[chosen], curve.values[chosen])
+    return Series(curve.steps[chosen], curve.values[chosen])
 
 
-def smoothed(curve: Curve) -> Curve:
+def smoothed(curve: Series) -> Series:
     """Medians of blocks of neighbours, then running means of these; empty for a short curve."""
     curve = curve.finite
     if len(curve) < _FEWEST:
-        return Curve(np.empty(0), np.empty(0))
+        return Series(np.empty(0), np.empty(0))
     blocks = np.array_split(np.arange(len(curve)), min(_BLOCKS, len(curve) // 2))
     steps = np.array([curve.steps[block].mean() for block in blocks])
     levels = np.array([np.median(curve.values[block]) for block in blocks])
@@ -75,10 +77,10 @@ def smoothed(curve: Curve) -> Curve:
     begin = places - np.minimum(places, _SPAN)
     end = np.minimum(places + np.minimum(places, _SPAN), len(levels) - 1) + 1
     means = (sums[end] - sums[begin]) / (end - begin)
-    return Curve(steps, means)
+    return Series(steps, means)
 
 
-def at(curve: Curve, step: float) -> float | None:
+def at(curve: Series, step: float) -> float | None:
     """The value at ``step``, between the points beside it; None for an empty curve."""
     known = curve.finite
     if not len(known):
@@ -86,33 +88,14 @@ def at(curve: Curve, step: float) -> float | None:
     return float(np.interp(step, known.steps, known.values))
 
 
-@dataclass(frozen=True)
-class Scale:
-    """The values from the foot of a plot to its top."""
-
-    low: float
-    high: float
-    is_log: bool = False
-
-    def share(self, values: Floats) -> Floats:
-        """How high each value lies: 0 at the foot, 1 at the top; NaN where it has no place."""
-        low, high = self.low, self.high
-        if self.is_log:
-            low, high = math.log(low), math.log(high)
-            values = np.log(np.where(values > 0, values, np.nan))
-        shares: Floats = (values - low) / (high - low)
-        return shares
-
-    def ticks(self, most: int = 6) -> list[float]:
-        """Round values between the foot and the top."""
-        if self.is_log:
-            return _log_ticks(self.low, self.high, most)
-        return round_values(self.low, self.high, most)
+def ticks_of(scale: Scale, most: int = 6) -> list[float]:
+    """Round values between the foot and the top of a scale."""
+    return (_log_ticks if scale.is_log else round_values)(scale.low, scale.high, most)
 
 
 def scale_of(
-    raw: Sequence[Curve],
-    whole: Sequence[Curve] = (),
+    raw: Sequence[Series],
+    whole: Sequence[Series] = (),
     *,
     is_log: bool = False,
     from_zero: bool = False,

@@ -44,7 +44,6 @@ class Replay:
     undone: list[list[Point]]  # training losses that a rollback took back
     foretold: list[Foretold]
     forecast: Forecast | None  # of a run that is not at its end
-    notes: list[str]
 
 
 def replay(log: Log, *, losses: Iterable[Point]) -> Replay:
@@ -64,7 +63,6 @@ def replay(log: Log, *, losses: Iterable[Point]) -> Replay:
         undone=[part for course in watching.courses for part in course.undone],
         foretold=[Foretold(share, ahead, came) for share, ahead in made.items()],
         forecast=None if is_at_end else watching.forecast(),
-        notes=list(log.notes),
     )
 
 

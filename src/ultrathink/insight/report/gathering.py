@@ -5,47 +5,28 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ultrathink.checkpoint.format import read_state
-from ultrathink.config.loading import CONFIG_FILE, ORIGINS_FILE
-from ultrathink.config.overrides import flatten
-from ultrathink.config.yaml_format import parse_yaml
 from ultrathink.core.errors import CheckpointError
-from ultrathink.insight.logs.run_folder import RunLog
-from ultrathink.insight.report.curves import Curve
-from ultrathink.insight.report.decisions import (
-    Decision,
-    json_rows,
-    number_of,
-    read_decisions,
-    read_events,
-)
+from ultrathink.insight.events import read_events
+from ultrathink.insight.logs.run_folder import RunFolderLog
+from ultrathink.insight.report.curves import Series
 from ultrathink.insight.report.forecasts import Replay, replay
 from ultrathink.insight.report.loads import GroupCourse, read_loads
 from ultrathink.insight.report.settings import Setting, changed_settings
-from ultrathink.monitoring.jsonl import EXPERTS_FILE, SAMPLES_FILE
 from ultrathink.monitoring.records import MetricRecord
 from ultrathink.orchestrator.events import Event
+from ultrathink.runs.decisions import DecisionRecord
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.listing import RunSummary, summarize
-from ultrathink.runs.reading import config_tree, history, json_object
-from ultrathink.runs.segments import Segment, read_segments
+from ultrathink.runs.reading import RunReader, Sample
+from ultrathink.runs.segments import Segment
 from ultrathink.training.budget import is_over
 
 CURVES = ("loss", "lr", "grad_norm", "tokens_per_sec")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A text that the model wrote after ``prompt``."""
-
-    step: int
-    prompt: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -58,12 +39,12 @@ class Story:
     summary: RunSummary
     train: Sequence[MetricRecord]
     val: Sequence[MetricRecord]
-    curves: dict[str, Curve]  # of the training lines, by metric
-    val_loss: Curve
+    curves: dict[str, Series]  # of the training lines, by metric
+    val_loss: Series
     replay: Replay
     events: Sequence[Event]
     saw_every_step: bool  # the events are those told while it trained
-    decisions: Sequence[Decision]
+    decisions: Sequence[DecisionRecord]
     groups: Sequence[GroupCourse]
     samples: Sequence[Sample]
     elapsed_s: float | None
@@ -86,26 +67,20 @@ class Story:
 
 
 def gather(run: RunFolder) -> Story:
-    """Read a run; what is missing is left out, and what is damaged is told in ``notes``."""
-    notes: list[str] = []
-    records = _history(run, notes)
+    """Read a run; what is missing is left out, and what is damaged is named in ``notes``."""
+    reader = RunReader(run)
+    summary = summarize(run, is_over)
+    records = reader.attempt(reader.history) or []
     train = [record for record in records if record.split == "train"]
     val = [record for record in records if record.split == "val"]
     curves = {
-        name: Curve.of([(r.step, r.values[name]) for r in train if name in r.values])
+        name: Series.of([(r.step, r.values[name]) for r in train if name in r.values])
         for name in CURVES
     }
-    told, saw_every_step = _events(run, notes)
-    seen = _replay(run, train, notes)
-    decisions, damaged = read_decisions(run.decisions)
-    _note_damage(notes, run.decisions, damaged)
-    groups, damaged = read_loads(run.path / EXPERTS_FILE)
-    _note_damage(notes, run.path / EXPERTS_FILE, damaged)
-    config, text = _config(run, notes)
-    summary = summarize(run, is_over)
-    if summary.problem:
-        notes.append(f"{summary.problem}.")
-    return Story(
+    found, saw_every_step = _events(reader)
+    seen = _replay(run, train)
+    config = reader.attempt(reader.config) or {}
+    story = Story(
         name=run.name,
         path=run.path,
         made=time.time(),
@@ -113,79 +88,45 @@ def gather(run: RunFolder) -> Story:
         train=train,
         val=val,
         curves=curves,
-        val_loss=Curve.of([(r.step, r.values.get("loss", math.nan)) for r in val]),
+        val_loss=Series.of([(r.step, r.values.get("loss", math.nan)) for r in val]),
         replay=seen,
-        events=told if saw_every_step else seen.events,
+        events=found if saw_every_step else seen.events,
         saw_every_step=saw_every_step,
-        decisions=decisions,
-        groups=groups,
-        samples=_samples(run, notes),
-        elapsed_s=_elapsed(run, records),
+        decisions=reader.attempt(reader.decisions) or [],
+        groups=reader.attempt(lambda: read_loads(reader)) or [],
+        samples=reader.attempt(reader.samples) or [],
+        elapsed_s=_elapsed(reader, records),
         config=config,
-        config_text=text,
-        changed=changed_settings(config, _origins(run)),
-        manifest=_manifest(run, notes),
-        segments=_segments(run, notes),
-        notes=list(dict.fromkeys(notes)),
+        config_text=reader.attempt(reader.config_text) or "" if config else "",
+        changed=changed_settings(config, reader.origins()),
+        manifest=reader.attempt(reader.manifest) or {},
+        segments=reader.attempt(reader.segments) or [],
     )
+    problems = [f"{summary.problem}."] if summary.problem else []
+    return replace(story, notes=list(dict.fromkeys([*problems, *reader.notes])))
 
 
-def _history(run: RunFolder, notes: list[str]) -> list[MetricRecord]:
-    try:
-        return history(run.metrics)
-    except OSError as error:
-        notes.append(f"{run.metrics.name} cannot be read: {error.strerror}.")
-        return []
-
-
-def _replay(run: RunFolder, train: Sequence[MetricRecord], notes: list[str]) -> Replay:
+def _replay(run: RunFolder, train: Sequence[MetricRecord]) -> Replay:
     if not run.metrics.is_file():
-        return Replay([], [], [], [], None, [])
+        return Replay([], [], [], [], None)
     losses = [(float(r.step), r.values.get("loss", math.nan)) for r in train]
-    seen = replay(RunLog(run.path), losses=losses)
-    notes += [
-        f"{run.metrics.name}: {note}" for note in seen.notes if not note.startswith("It saw every")
-    ]
-    return seen
+    return replay(RunFolderLog(run), losses=losses)
 
 
-def _events(run: RunFolder, notes: list[str]) -> tuple[list[Event], bool]:
-    """What was told while it trained, and whether somebody watched then."""
-    events, damaged = read_events(run.events)
-    _note_damage(notes, run.events, damaged)
-    if run.events.is_file():
+def _events(reader: RunReader) -> tuple[list[Event], bool]:
+    """What was found while it trained, and whether somebody watched then."""
+    events = reader.attempt(lambda: read_events(reader)) or []
+    if reader.run.events.is_file():
         return events, True
-    try:
-        mode = config_tree(run.path).get("orchestrator", {}).get("mode", "off")
-    except (CheckpointError, AttributeError):
-        mode = "off"
+    orchestrator = (reader.attempt(reader.config) or {}).get("orchestrator")
+    mode = orchestrator.get("mode", "off") if isinstance(orchestrator, dict) else "off"
     return [], mode not in ("off", False)
 
 
-def _samples(run: RunFolder, notes: list[str]) -> list[Sample]:
-    path = run.path / SAMPLES_FILE
-    found, damaged = [], 0
-    for row in json_rows(path):
-        step = number_of(row.get("step")) if row is not None else None
-        if row is None or step is None:
-            damaged += 1
-            continue
-        found.append(Sample(int(step), str(row.get("prompt") or ""), str(row.get("text") or "")))
-    _note_damage(notes, path, damaged)
-    return found
-
-
-def _note_damage(notes: list[str], path: Path, count: int) -> None:
-    if count:
-        lines = "line is" if count == 1 else "lines are"
-        notes.append(f"{path.name}: {count:,} {lines} damaged and left out.")
-
-
-def _elapsed(run: RunFolder, records: Sequence[MetricRecord]) -> float | None:
+def _elapsed(reader: RunReader, records: Sequence[MetricRecord]) -> float | None:
     """Seconds of training: what the last checkpoint says, and what was logged since."""
     try:
-        steps = run.steps()
-        progress = read_state(run.step_path(steps[-1]))["progress"] if steps else {}
+        progress = reader.last_state()["progress"]
         saved, elapsed = int(progress["step"]), float(progress["elapsed_s"])
     except (CheckpointError, LookupError, TypeError, ValueError):
         return _logged_time(records)
@@ -200,44 +141,3 @@ def _logged_time(records: Sequence[MetricRecord]) -> float | None:
         return None
     usual = sorted(gaps)[len(gaps) // 2]
     return sum(gap for gap in gaps if gap <= max(60.0, 20 * usual))
-
-
-def _config(run: RunFolder, notes: list[str]) -> tuple[dict[str, Any], str]:
-    try:
-        tree = config_tree(run.path)
-        return tree, (run.path / CONFIG_FILE).read_text(encoding="utf-8")
-    except CheckpointError as error:
-        notes.append(str(error))
-    except OSError as error:
-        notes.append(f"{CONFIG_FILE} cannot be read: {error.strerror}.")
-    return {}, ""
-
-
-def _origins(run: RunFolder) -> dict[str, str] | None:
-    """Where each value came from; None where that is not known."""
-    try:
-        tree = parse_yaml((run.path / ORIGINS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return {str(k): str(v) for k, v in tree.items()} if isinstance(tree, dict) else None
-
-
-def _manifest(run: RunFolder, notes: list[str]) -> dict[str, Any]:
-    try:
-        return json_object(run.manifest)
-    except CheckpointError as error:
-        notes.append(str(error))
-        return {}
-
-
-def _segments(run: RunFolder, notes: list[str]) -> list[Segment]:
-    try:
-        return read_segments(run.segments)
-    except CheckpointError as error:
-        notes.append(str(error))
-        return []
-
-
-def flat_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The facts of a manifest by dotted key."""
-    return flatten(manifest) if manifest else {}

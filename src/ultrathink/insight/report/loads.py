@@ -6,13 +6,13 @@ Shapes: S logged steps, L layers with experts, N slots of one group, C columns o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ultrathink.insight.report.decisions import json_rows, number_of
+from ultrathink.monitoring.jsonl import finite_number
+from ultrathink.runs.reading import RunReader, has_step
 
 MOST_COLUMNS = 240
 _LATE = 0.1  # of the logged steps, that the picture of layers is of
@@ -41,24 +41,15 @@ class GroupCourse:
         return int(self.late_active.sum(1).max(initial=0))
 
 
-def read_loads(path: Path) -> tuple[list[GroupCourse], int]:
-    """Every group of experts, and how many lines are damaged and left out.
-
-    Where steps go back, what lay beyond was undone and is left out too.
-    """
+def read_loads(reader: RunReader) -> list[GroupCourse]:
+    """Every group of experts; where steps go back, what lay beyond was undone and is left out."""
     rows: list[dict[str, Any]] = []
-    num_damaged = 0
-    for row in json_rows(path):
-        if row is None or number_of(row.get("step")) is None or not _groups(row):
-            num_damaged += 1
-            continue
+    for row in reader.rows(reader.run.experts, lambda row: has_step(row) and bool(_groups(row))):
         while rows and rows[-1]["step"] >= row["step"]:
             rows.pop()
         rows.append(_slim(row))
     names = dict.fromkeys(name for row in rows for name in row["loads"])
-    return [_course(name, [row for row in rows if name in row["loads"]]) for name in names], (
-        num_damaged
-    )
+    return [_course(name, [row for row in rows if name in row["loads"]]) for name in names]
 
 
 def _groups(row: dict[str, Any]) -> dict[str, Any]:
@@ -96,7 +87,7 @@ def _load(rows: list[list[Any]]) -> npt.NDArray[np.float32]:
     width = max(len(row) for row in rows)
     grid = np.full((len(rows), width), np.nan, np.float32)
     for number, row in enumerate(rows):
-        grid[number, : len(row)] = [np.nan if number_of(x) is None else x for x in row]
+        grid[number, : len(row)] = [np.nan if finite_number(x) is None else x for x in row]
     return grid
 
 
@@ -111,7 +102,9 @@ def _course(name: str, rows: list[dict[str, Any]]) -> GroupCourse:
     columns = [_over_even(*_summed(loads[part])) for part in parts]
     late = loads[-max(1, round(_LATE * len(rows))) :]
     total, active = _summed(late)
-    ginis = [value for x in rows[-1]["gini"].get(name) or () if (value := number_of(x)) is not None]
+    ginis = [
+        value for x in rows[-1]["gini"].get(name) or () if (value := finite_number(x)) is not None
+    ]
     return GroupCourse(
         name=name,
         steps=np.array([row["step"] for row in rows], float),
@@ -120,7 +113,7 @@ def _course(name: str, rows: list[dict[str, Any]]) -> GroupCourse:
         late=total,
         late_active=active,
         layers=rows[-1]["layers"] or tuple(range(height)),
-        gini=max(ginis, default=None),
+        gini=max((gini for gini in ginis if gini is not None), default=None),
         num_dead=int((active & (total == 0)).sum()),
     )
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ultrathink.insight.report.charts import SIZE, Span
-from ultrathink.insight.report.decisions import Decision
 from ultrathink.insight.report.markup import Html, html, plural, tag
-from ultrathink.orchestrator.events import SEVERITIES, Event
+from ultrathink.orchestrator.events import SEVERITIES, Event, is_alarm
 from ultrathink.orchestrator.phases import (
     CONVERGING,
     DIVERGING,
@@ -17,6 +16,7 @@ from ultrathink.orchestrator.phases import (
     VOLATILE,
     Phase,
 )
+from ultrathink.runs.decisions import DecisionRecord
 
 PHASES = {
     INITIALIZATION: "too little is known",
@@ -83,10 +83,10 @@ class _Badge:
 
     share: float
     lane: int
-    decisions: list[Decision]
+    decisions: list[DecisionRecord]
 
 
-def decision_marks(decisions: Sequence[Decision], span: Span) -> Html | None:
+def decision_marks(decisions: Sequence[DecisionRecord], span: Span) -> Html | None:
     """Numbered marks above the plot, each with a line down into it and a link to its row."""
     if not decisions:
         return None
@@ -96,7 +96,7 @@ def decision_marks(decisions: Sequence[Decision], span: Span) -> Html | None:
     return tag("div", marks, class_="lanes", style=f"--lanes:{lanes}")
 
 
-def decision_lines(decisions: Sequence[Decision], span: Span) -> Html | None:
+def decision_lines(decisions: Sequence[DecisionRecord], span: Span) -> Html | None:
     """A line through the plot at each decision, in the plot's units."""
     if not decisions:
         return None
@@ -111,7 +111,7 @@ def decision_lines(decisions: Sequence[Decision], span: Span) -> Html | None:
     return tag("g", lines, class_="decisions many" if len(decisions) > MANY else "decisions")
 
 
-def _placed(decisions: Sequence[Decision], span: Span, *, is_named: bool) -> list[_Badge]:
+def _placed(decisions: Sequence[DecisionRecord], span: Span, *, is_named: bool) -> list[_Badge]:
     """Each decision in the first lane that has room; where none has, it joins the one before."""
     ends: list[float] = []
     badges: list[_Badge] = []
@@ -181,11 +181,13 @@ def _event(event: Event, num_others: int, span: Span) -> Html:
     if event.is_alarm and right > left:
         style = f"left:{100 * left:.2f}%;width:{100 * (right - left):.2f}%"
         reach = tag("i", class_=f"reach v-{event.severity}", style=style)
-    kind = "alarm" if event.is_alarm else "event"
-    mark = tag(
-        "b", class_=f"{kind} v-{event.severity}", style=f"left:{100 * left:.2f}%", title=title
-    )
-    return html(reach, mark)
+    kind = f"{mark_of(event.severity)} v-{event.severity}"
+    return html(reach, tag("b", class_=kind, style=f"left:{100 * left:.2f}%", title=title))
+
+
+def mark_of(severity: str) -> str:
+    """The class of the mark for events of a severity: alarms stand out."""
+    return "alarm" if is_alarm(severity) else "event"
 
 
 def event_legend(events: Sequence[Event]) -> Html | None:
@@ -196,7 +198,7 @@ def event_legend(events: Sequence[Event]) -> Html | None:
     entries = [
         tag(
             "span",
-            tag("b", class_=f"{'alarm' if SEVERITIES.index(s) >= 2 else 'event'} v-{s} inline"),
+            tag("b", class_=f"{mark_of(s)} v-{s} inline"),
             f"{s} ",
             tag("small", f"{count:,}"),
             class_="entry",

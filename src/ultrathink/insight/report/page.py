@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ultrathink.insight.report import marks, tables
-from ultrathink.insight.report.charts import Line, Span, chart, step_ticks
-from ultrathink.insight.report.curves import Curve, at, smoothed, thinned
+from ultrathink.insight.report.charts import Line, Span, chart, step_axis, step_ticks
+from ultrathink.insight.report.curves import Series, at, smoothed, thinned
 from ultrathink.insight.report.gathering import Story
 from ultrathink.insight.report.headline import headline, state_of
 from ultrathink.insight.report.loads import GroupCourse
@@ -103,17 +103,17 @@ def _course(story: Story) -> Html:
     span = span_of(story)
     content = [_loss_chart(story, span)]
     lines = {
-        "lr": ("Learning rate", True),
-        "grad_norm": ("Gradient norm, before clipping", True),
-        "tokens_per_sec": ("Tokens per second", True),
+        "lr": "Learning rate",
+        "grad_norm": "Gradient norm, before clipping",
+        "tokens_per_sec": "Tokens per second",
     }
     small = []
-    for key, (title, from_zero) in lines.items():
+    for key, title in lines.items():
         curve = story.curves[key]
         drawn = [Line(key, "", curve, is_raw=key != "lr")]
         if key != "lr" and len(smooth := smoothed(curve)):
             drawn = [Line(f"{key} faint", "", curve, is_raw=True), Line(key, "", smooth)]
-        small.append(chart(key, title, drawn, span, from_zero=from_zero))
+        small.append(chart(key, title, drawn, span, from_zero=True))
     content.append(tag("div", small, class_="small-charts"))
     return _section("course", "Course", *content)
 
@@ -132,13 +132,13 @@ def _loss_chart(story: Story, span: Span) -> Html:
         lines.append(Line("smooth", "training, smoothed", smooth))
     if len(val.finite):
         lines.append(Line("val", "validation", val, "joined dots"))
-    undone = [Curve.of(part) for part in story.replay.undone]
+    undone = [Series.of(part) for part in story.replay.undone]
     for number, part in enumerate(undone):
         name = "undone by a rollback" if number == 0 else ""
         lines.insert(0, Line("undone", name, part, is_aside=True))
     basis = smooth if len(smooth) else loss
     points = [(one.step, at(basis, one.step)) for one in story.decisions]
-    placed = Curve.of([(step, value) for step, value in points if value is not None])
+    placed = Series.of([(step, value) for step, value in points if value is not None])
     if len(placed) and len(story.decisions) <= marks.MANY:
         lines.append(Line("decision", "decision", placed, "dots"))
     drawn = chart(
@@ -265,15 +265,6 @@ def _experts(story: Story) -> Html | None:
 
 def _group(group: GroupCourse) -> Html:
     steps = Span(float(group.steps[0]), float(group.steps[-1]))
-    ticks = [
-        tag(
-            "span",
-            f"{step:,.0f}",
-            class_=f"x{' right' if steps.share(step) > 0.94 else ''}{'' if is_wide else ' wide'}",
-            style=f"left:{100 * steps.share(step):.2f}%",
-        )
-        for step, is_wide in step_ticks(steps)
-    ]
     height = int(np.clip(6 * group.course.shape[1], 64, 260))
     told = [plural(group.num_experts, "expert")]
     if group.gini is not None:
@@ -293,7 +284,7 @@ def _group(group: GroupCourse) -> Html:
                 f"Load of the experts of {group.name} over steps",
                 f"{height}px",
                 "experts",
-                html(tag("div", ticks, tag("span", "step", class_="unit"), class_="steps")),
+                step_axis(steps, step_ticks(steps)),
             ),
             _map(
                 load_map(group.late, group.late_active),
@@ -377,7 +368,7 @@ def _pointer_data(story: Story) -> dict[str, Any]:
     }
 
 
-def _series(plot: str, label: str, curve: Curve) -> dict[str, Any]:
+def _series(plot: str, label: str, curve: Series) -> dict[str, Any]:
     shown = thinned(curve, _POINTED)
     return {
         "plot": plot,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from ultrathink.insight.plain import without_nan
 from ultrathink.insight.report.gathering import Story
-from ultrathink.insight.watching import without_nan
 
 
 def to_json(story: Story) -> dict[str, Any]:
@@ -23,10 +23,7 @@ def to_json(story: Story) -> dict[str, Any]:
         "bits_per_byte": summary.bits_per_byte,
         "elapsed_s": story.elapsed_s,
         "decisions": [
-            {
-                **asdict(one),
-                "audit": asdict(one.audit) | {"verdict": one.audit.verdict} if one.audit else None,
-            }
+            {**asdict(one), "audit": one.audit.to_json() if one.audit else None}
             for one in story.decisions
         ],
         "events": [event.to_json() for event in story.events],

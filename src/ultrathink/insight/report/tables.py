@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from ultrathink.config.overrides import flatten
 from ultrathink.config.yaml_format import dump_yaml
+from ultrathink.insight.events import gravest
 from ultrathink.insight.report.charts import ends_of, interval
-from ultrathink.insight.report.decisions import Audit, Decision, number_of
 from ultrathink.insight.report.forecasts import Foretold
-from ultrathink.insight.report.gathering import Sample, flat_manifest
-from ultrathink.insight.report.marks import LEVELS
+from ultrathink.insight.report.marks import LEVELS, mark_of
 from ultrathink.insight.report.markup import (
     NOTHING,
     Content,
@@ -27,7 +27,10 @@ from ultrathink.insight.report.markup import (
     tag,
 )
 from ultrathink.insight.report.settings import NONE, Setting
-from ultrathink.orchestrator.events import SEVERITIES, Event
+from ultrathink.monitoring.jsonl import finite_number
+from ultrathink.orchestrator.events import Event
+from ultrathink.runs.decisions import Audit, DecisionRecord
+from ultrathink.runs.reading import Sample
 from ultrathink.runs.segments import Segment
 
 _MOST_EVENTS = 200
@@ -35,24 +38,35 @@ _MOST_DECISIONS = 1000
 _LONGEST = 400  # characters of one value
 
 
-def table(titles: Sequence[str], rows: Sequence[Html], kind: str) -> Html:
-    """A table that a narrow screen shows as cards."""
+def table(
+    titles: Sequence[str],
+    rows: Sequence[Sequence[Content]],
+    kind: str,
+    ids: Sequence[str] | None = None,
+) -> Html:
+    """A table that a narrow screen shows as cards, where an empty cell is left out.
+
+    ``ids`` are what links call the rows.
+    """
     head = tag("tr", [tag("th", title, scope="col") for title in titles])
-    return tag("table", tag("thead", head), tag("tbody", rows), class_=kind)
-
-
-def cells(titles: Sequence[str], contents: Sequence[Content]) -> list[Html]:
-    """The cells of a row, which know their titles for cards; an empty one is left out there."""
-    return [
-        tag("td", content, data_label=title or None, class_=None if content else "none")
-        for title, content in zip(titles, contents, strict=True)
+    body = [
+        tag(
+            "tr",
+            [
+                tag("td", cell, data_label=title or None, class_=None if cell else "none")
+                for title, cell in zip(titles, row, strict=True)
+            ],
+            id=ids[number] if ids else None,
+        )
+        for number, row in enumerate(rows)
     ]
+    return tag("table", tag("thead", head), tag("tbody", body), class_=kind)
 
 
 # -- decisions -------------------------------------------------------------------------------------
 
 
-def decision_table(decisions: Sequence[Decision]) -> Html:
+def decision_table(decisions: Sequence[DecisionRecord]) -> Html:
     """Every decision: what, why, on what evidence, what came of it, and what the audit found."""
     titles = ["", "step", "what was done", "why", "outcome", "audited gain"]
     audits = [one.audit for one in decisions if one.audit is not None]
@@ -60,33 +74,33 @@ def decision_table(decisions: Sequence[Decision]) -> Html:
         titles.pop()
     ends = ends_of([0.0, *(v for a in audits for v in (a.low, a.high))])
     shown = decisions[:_MOST_DECISIONS]
-    rows = []
-    for one in shown:
-        contents: list[Content] = [
+    rows: list[list[Content]] = [
+        [
             tag("span", str(one.number), class_=f"mark lv-{one.level or 0} inline"),
             f"{one.step:,}",
             _action(one),
             _reason(one),
             _outcome(one),
+            *([_audit(one.audit, ends)] if audits else []),
         ]
-        if audits:
-            contents.append(_audit(one.audit, ends))
-        rows.append(tag("tr", cells(titles, contents), id=f"decision-{one.number}"))
+        for one in shown
+    ]
     more = len(decisions) - len(shown)
+    ids = [f"decision-{one.number}" for one in shown]
     return html(
-        table(titles, rows, "cards decisions"),
+        table(titles, rows, "cards decisions", ids),
         tag("p", f"and {more:,} more; decisions.jsonl has all.", class_="quiet") if more else None,
     )
 
 
-def _action(one: Decision) -> Html:
+def _action(one: DecisionRecord) -> Html:
     change = None
     if one.before is not None or one.after is not None:
         change = tag("div", value(one.before), " → ", value(one.after), class_="change")
     return html(tag("b", one.action.replace("_", " ")), change)
 
 
-def _reason(one: Decision) -> Html:
+def _reason(one: DecisionRecord) -> Html:
     told = []
     if one.is_by_hand:
         told.append("by hand")
@@ -104,10 +118,10 @@ def _reason(one: Decision) -> Html:
     )
 
 
-def _outcome(one: Decision) -> Content:
+def _outcome(one: DecisionRecord) -> Content:
     if one.outcome is None:
         return None if one.id is None else tag("small", "not known yet")
-    resolved, step = one.outcome.get("resolved"), number_of(one.outcome.get("step"))
+    resolved, step = one.outcome.get("resolved"), finite_number(one.outcome.get("step"))
     words = {True: ("resolved", "good"), False: ("not resolved", "bad")}
     word, kind = words.get(resolved, ("told", "")) if isinstance(resolved, bool) else ("", "")
     when = f" at step {step:,.0f}" if step is not None else ""
@@ -126,8 +140,8 @@ def _audit(audit: Audit | None, ends: tuple[float, float]) -> Content:
     width = max(audit.high - audit.low, 1e-9)
     decimals = int(min(9, max(2, math.ceil(1.3 - math.log10(width)))))
     how = [
-        plural(audit.orders, "data order") if audit.orders is not None else "",
-        plural(audit.horizon, "step") if audit.horizon is not None else "",
+        plural(audit.orders, "data order") if audit.orders else "",
+        plural(audit.horizon, "step") if audit.horizon else "",
     ]
     return html(
         drawn,
@@ -141,7 +155,7 @@ def _audit(audit: Audit | None, ends: tuple[float, float]) -> Content:
 _KINDS = {"helped": "good", "hurt": "bad", "unproven": ""}
 
 
-def audit_summary(decisions: Sequence[Decision]) -> str | None:
+def audit_summary(decisions: Sequence[DecisionRecord]) -> str | None:
     """What all audits come to, in a sentence."""
     verdicts = [one.audit.verdict for one in decisions if one.audit is not None]
     if not verdicts:
@@ -181,30 +195,14 @@ def _cut(text: str) -> str:
 def event_table(events: Sequence[Event]) -> Html:
     """Events with their sentences, the gravest of a great many."""
     titles = ["step", "severity", "kind", "what was found"]
-    gravest = sorted(
-        range(len(events)), key=lambda number: -SEVERITIES.index(events[number].severity)
-    )
-    shown = [events[number] for number in sorted(gravest[:_MOST_EVENTS])]
+    shown = gravest(events, _MOST_EVENTS)
     rows = [
-        tag(
-            "tr",
-            cells(
-                titles,
-                [
-                    f"{one.step:,}" + (f" to {one.to_step:,}" if one.to_step > one.step else ""),
-                    html(
-                        tag(
-                            "b",
-                            class_=f"{'alarm' if one.is_alarm else 'event'} "
-                            f"v-{one.severity} inline",
-                        ),
-                        one.severity,
-                    ),
-                    one.kind.replace("_", " ") + (f" ({one.subject})" if one.subject else ""),
-                    one.message,
-                ],
-            ),
-        )
+        [
+            f"{one.step:,}" + (f" to {one.to_step:,}" if one.to_step > one.step else ""),
+            html(tag("b", class_=f"{mark_of(one.severity)} v-{one.severity} inline"), one.severity),
+            one.kind.replace("_", " ") + (f" ({one.subject})" if one.subject else ""),
+            one.message,
+        ]
         for one in shown
     ]
     more = len(events) - len(shown)
@@ -226,23 +224,17 @@ def forecast_table(foretold: Sequence[Foretold]) -> Html:
             ahead.low, ahead.loss, ahead.high, ahead.loss if came is None else came, ends, "ahead"
         )
         rows.append(
-            tag(
-                "tr",
-                cells(
-                    titles,
-                    [
-                        html(f"{one.share:.0%} ", tag("small", f"step {ahead.at_step:,}")),
-                        figure(ahead.loss),
-                        f"{figure(ahead.low)} to {figure(ahead.high)}",
-                        html(
-                            figure(came) if came is not None else None,
-                            " ",
-                            tag("span", inside, class_=f"verdict {kind}"),
-                        ),
-                        drawn,
-                    ],
+            [
+                html(f"{one.share:.0%} ", tag("small", f"step {ahead.at_step:,}")),
+                figure(ahead.loss),
+                f"{figure(ahead.low)} to {figure(ahead.high)}",
+                html(
+                    figure(came) if came is not None else None,
+                    " ",
+                    tag("span", inside, class_=f"verdict {kind}"),
                 ),
-            )
+                drawn,
+            ]
         )
     return table(titles, rows, "cards forecasts")
 
@@ -252,23 +244,16 @@ def forecast_table(foretold: Sequence[Foretold]) -> Html:
 
 def settings_table(settings: Sequence[Setting]) -> Html:
     """The values that somebody set, beside their defaults."""
-    titles = ["key", "value", "default", "set by"]
     rows = [
-        tag(
-            "tr",
-            cells(
-                titles,
-                [
-                    tag("code", one.key),
-                    tag("code", _yaml(one.value)),
-                    tag("code", NOTHING if one.default == NONE else _yaml(one.default)),
-                    tag("small", one.origin) if one.origin else None,
-                ],
-            ),
-        )
+        [
+            tag("code", one.key),
+            tag("code", _yaml(one.value)),
+            tag("code", NOTHING if one.default == NONE else _yaml(one.default)),
+            tag("small", one.origin) if one.origin else None,
+        ]
         for one in settings
     ]
-    return table(titles, rows, "cards settings")
+    return table(["key", "value", "default", "set by"], rows, "cards settings")
 
 
 def _yaml(found: Any) -> str:
@@ -287,7 +272,7 @@ def _yaml(found: Any) -> str:
 def manifest_table(manifest: dict[str, Any]) -> Html:
     """The facts of the machine and the code, one a line."""
     rows = []
-    for key, found in flat_manifest(manifest).items():
+    for key, found in flatten(manifest).items():
         text = " ".join(map(str, found)) if isinstance(found, list) else found
         if key.endswith("memory_bytes") and isinstance(found, int):
             key, text = key.removesuffix("_bytes"), f"{found / 2**30:.1f} GiB"
@@ -315,18 +300,12 @@ def segment_table(segments: Sequence[Segment]) -> Html:
             *one.notes,
         ]
         rows.append(
-            tag(
-                "tr",
-                cells(
-                    titles,
-                    [
-                        moment(one.time),
-                        f"{one.from_step:,}",
-                        ", ".join(str(fact) for fact in where if fact),
-                        [tag("div", _cut(change)) for change in changes] or None,
-                    ],
-                ),
-            )
+            [
+                moment(one.time),
+                f"{one.from_step:,}",
+                ", ".join(str(fact) for fact in where if fact),
+                [tag("div", _cut(change)) for change in changes] or None,
+            ]
         )
     return table(titles, rows, "cards segments")
 

@@ -85,7 +85,7 @@ def test_a_wrong_argument_is_told_in_a_sentence(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.compiled
 @pytest.mark.parametrize("kind", [[], ["--overhead"]], ids=["peer", "overhead"])
 def test_train_speed_compares_by_turns(kind: list[str]) -> None:
@@ -108,7 +108,7 @@ def test_startup_times_whole_processes() -> None:
     assert "ultrathink --help" in seconds
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.compiled
 def test_a_checkpoint_is_timed_beside_training_and_alone() -> None:
     result = run("checkpoint_stall.py", "--shape", "XS", "--checkpoints", "3", "--threads", "1")
@@ -118,7 +118,7 @@ def test_a_checkpoint_is_timed_beside_training_and_alone() -> None:
     assert "stall_share" in result
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.compiled
 def test_processes_are_timed_beside_one_and_beside_plain_code() -> None:
     result = run("scale.py", "--shape", "XS", "--rounds", "2", "--seconds", "0.5")
@@ -152,7 +152,7 @@ def test_every_contender_of_the_speedrun_is_a_configuration(speedrun: Any) -> No
         load_config("demo", overrides)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.compiled
 def test_experts_are_timed_beside_mixtral_and_a_dense_twin() -> None:
     options = ["--shape", "XS-moe", "--rounds", "2", "--seconds", "0.2", "--threads", "1"]
@@ -173,7 +173,7 @@ SMALL = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ways_to_balance_are_compared_with_none() -> None:
     options = ["--only", "bias", "--seeds", "0", "--steps", "4", "--quiet", "--set"]
     result = run("sparse_balance.py", *options, *SMALL, "model.moe.intermediate_size=8")
@@ -195,7 +195,7 @@ def test_what_watching_costs() -> None:
     assert result["share"] < 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_models_are_compared_at_equal_work() -> None:
     options = ["--only", "dense", "8 experts", "--seeds", "0", "--steps", "3", "--minutes", "0"]
     result = run("sparse_quality.py", *options, "--quiet", "--set", *SMALL)

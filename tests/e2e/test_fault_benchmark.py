@@ -95,7 +95,7 @@ def test_a_mistake_is_told_in_a_sentence(tmp_path: Path, arguments: list[str], t
     assert "Traceback" not in error
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_faults_and_controllers_meet(tmp_path: Path) -> None:
     (tmp_path / "steady.py").write_text(STEADY)
     (tmp_path / "zeroed.py").write_text(ZEROED)
@@ -164,7 +164,7 @@ def check_signals(out: Path) -> None:
     assert "val_loss" in then[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_examples_of_the_documentation_run(tmp_path: Path) -> None:
     text = (SCRIPT.parents[1] / "docs" / "faults.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, re.DOTALL)
@@ -180,7 +180,7 @@ def test_the_examples_of_the_documentation_run(tmp_path: Path) -> None:
     assert set(result["controllers"]) == {"none", "my_controller"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_benchmark_goes_on_and_its_twin_is_the_uncut_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--out", str(out), "--seeds", "0", *SIZE, "--only", "lr_x30", "tiny_lr"]

@@ -333,7 +333,7 @@ def run_tests(tree: Path, tests: Sequence[str]) -> subprocess.CompletedProcess[s
     return subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=line"),
-            *("-p", "no:cacheprovider", "-p", "no:randomly", "-n0", "-m", ""),
+            *("-p", "no:cacheprovider", "-p", "no:randomly", "-n0", "-m", "not compiled"),
             *(f"tests/{name}" for name in tests),
         ],
         cwd=tree,

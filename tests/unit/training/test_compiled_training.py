@@ -47,7 +47,7 @@ def test_a_compiled_run_resumes_bit_for_bit_and_follows_the_eager_one(
     assert all(a["loss"] == pytest.approx(b["loss"], rel=0.02) for a, b in pairs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_run_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """Each process compiles for itself, the later ones from the cache of the first."""
     options = (

@@ -166,7 +166,7 @@ def test_fresh_processes_give_equal_bits(name: str, tmp_path: Path) -> None:
     assert repeat(tmp_path, kinds(full=True)[name]) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.compiled
 @pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler to compile with")
 def test_a_run_that_compiles_equals_one_that_finds_the_code(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_gradients_are_those_of_a_batch_that_fitted(
     assert_same(whole, halved)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.compiled
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what is going

@@ -59,9 +59,9 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor], limit: float) ->
 @pytest.mark.parametrize(
     ("precision", "limit", "backend"),
     [
-        pytest.param(torch.float32, 1e-5, "inductor", marks=[*compiled_test, pytest.mark.slow]),
+        pytest.param(torch.float32, 1e-5, "inductor", marks=[*compiled_test, pytest.mark.long]),
         # In bf16 a sum that is rounded otherwise sends a token to another expert here and there.
-        pytest.param(torch.bfloat16, 0.15, "inductor", marks=[*compiled_test, pytest.mark.slow]),
+        pytest.param(torch.bfloat16, 0.15, "inductor", marks=[*compiled_test, pytest.mark.long]),
         (torch.float64, 1e-12, "aot_eager"),
     ],
 )
@@ -113,7 +113,7 @@ def test_live_controls_change_what_they_should_without_compiling_anew(
     [
         ("selective", "aot_eager"),
         ("full", "aot_eager"),
-        pytest.param("full", "inductor", marks=[*compiled_test, pytest.mark.slow]),
+        pytest.param("full", "inductor", marks=[*compiled_test, pytest.mark.long]),
     ],
 )
 def test_recomputation_in_a_compiled_step_routes_as_the_forward_pass_did(

@@ -16,7 +16,6 @@ from tests.stress import evidence
 from tests.stress.kill import OPTIONS, kill_and_compare, plan, summary
 from tests.stress.process import Session
 
-pytestmark = pytest.mark.long
 SEED = 6  # one of the kills it draws hits the trainer and leaves its loader worker behind
 
 

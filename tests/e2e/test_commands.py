@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from ultrathink.cli.main import main
 
 README = Path(__file__).parents[2] / "README.md"
 TINY = ("training.max_steps=6", "training.checkpoint={every_steps: 2, keep: 9}")
@@ -45,6 +48,22 @@ def environment(place: Path) -> dict[str, str]:
     return {**os.environ, "ULTRATHINK_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
 
 
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def said(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
+    """Status, standard output and errors of a command, without a process of its own."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("ULTRATHINK_CACHE", str(place / "cache"))
+
+    def run(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return main(words), *capsys.readouterr()
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def run(place: Path) -> Path:
     """A finished run of the debug preset."""
@@ -71,9 +90,9 @@ def test_train_tells_its_course_and_what_to_do_next(place: Path) -> None:
     assert "\x1b[" not in said  # no colour codes where nobody sees colours
 
 
-def test_a_second_run_of_a_name_gets_a_number(place: Path, run: Path) -> None:
-    done = command(place, "train", "debug", "training.max_steps=1", "--json")
-    assert re.fullmatch(r"runs/debug-\d", json.loads(done.stdout)["run"])
+def test_a_second_run_of_a_name_gets_a_number(said: Said, run: Path) -> None:
+    _, out, _ = said("train", "debug", "training.max_steps=1", "--json")
+    assert re.fullmatch(r"runs/debug-\d", json.loads(out)["run"])
 
 
 def test_a_file_and_overrides(place: Path) -> None:
@@ -99,10 +118,11 @@ def test_a_file_and_overrides(place: Path) -> None:
     assert re.search(r"training\.micro_batch_size: 4 +# chosen at run time", why)
 
 
-def test_resuming_a_finished_run_says_so(place: Path, run: Path) -> None:
-    done = command(place, "train", "--resume", "debug")
-    assert "is finished: step 6 was its last" in done.stderr
-    assert json.loads(command(place, "train", "--resume", "debug", "--json").stdout)["step"] == 6
+def test_resuming_a_finished_run_says_so(said: Said, run: Path) -> None:
+    status, out, told = said("train", "--resume", "debug")
+    assert (status, out) == (0, "")
+    assert "is finished: step 6 was its last" in told
+    assert json.loads(said("train", "--resume", "debug", "--json")[1])["step"] == 6
 
 
 def test_resume_from_an_earlier_step_in_another_process_gives_the_same_run(
@@ -124,24 +144,29 @@ def test_resume_from_an_earlier_step_in_another_process_gives_the_same_run(
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
-def test_resume_takes_changes_but_no_other_configuration(place: Path, run: Path) -> None:
-    done = command(place, "train", "demo", "--resume", "debug", status=2)
-    assert "takes no other (demo)" in done.stderr
-    assert "training.init_from=debug" in done.stderr
-    done = command(place, "train", "--resume", "debug", "model.num_layers=9", status=2)
-    assert "model.num_layers cannot change while a run goes on" in done.stderr
-    done = command(place, "train", "debug", "--reset", "optimizer", status=2)
-    assert "--reset belongs to --resume" in done.stderr
-    command(place, "train", "debug", "run.name=longer", "training.max_steps=2")
+def test_resume_takes_changes_but_no_other_configuration(said: Said, place: Path) -> None:
+    assert said("train", "debug", "run.name=longer", "training.max_steps=2")[0] == 0
+    for words, told in (
+        (("train", "demo", "--resume", "longer"), "takes no other (demo)"),
+        (("train", "demo", "--resume", "longer"), "training.init_from=longer"),
+        (
+            ("train", "--resume", "longer", "model.num_layers=9"),
+            "model.num_layers cannot change while a run goes on",
+        ),
+        (("train", "debug", "--reset", "optimizer"), "--reset belongs to --resume"),
+    ):
+        status, _, errors = said(*words)
+        assert status == 2
+        assert told in errors
     done = command(place, "train", "--resume", "longer", "training.max_steps=4")
     assert "changed after step 2: training.max_steps: 2 -> 4" in done.stderr
     assert "Finished after step 4" in done.stderr
 
 
-def test_generate_streams_what_json_returns(place: Path, run: Path) -> None:
+def test_generate_streams_what_json_returns(said: Said, place: Path, run: Path) -> None:
     words = ("generate", str(run), "the ", "--max-new-tokens", "12", "--temperature", "0")
-    streamed = command(place, *words).stdout
-    result = json.loads(command(place, *words, "--json").stdout)
+    streamed = said(*words)[1]
+    result = json.loads(said(*words, "--json")[1])
     assert streamed == f"the {result['text']}\n"
     assert result["new_tokens"] <= 12
     assert result["finish_reason"] in ("length", "end_of_text")
@@ -149,25 +174,12 @@ def test_generate_streams_what_json_returns(place: Path, run: Path) -> None:
     assert json.loads(from_stdin.stdout)["text"] == result["text"]
 
 
-def test_a_seed_repeats_and_another_differs(place: Path, run: Path) -> None:
-    def text(seed: str) -> str:
-        done = command(
-            place,
-            "generate",
-            "debug",
-            "the ",
-            "--temperature",
-            "1",
-            "--max-new-tokens",
-            "40",
-            "--seed",
-            seed,
-            "--json",
-        )
-        return str(json.loads(done.stdout)["text"])
-
-    assert text("1") == text("1")
-    assert text("1") != text("2")
+def test_a_seed_repeats_and_another_differs(said: Said, run: Path) -> None:
+    words = ("generate", "debug", "the ", "--temperature", "1", "--max-new-tokens", "40", "--json")
+    one, again, other = (
+        json.loads(said(*words, "--seed", seed)[1])["text"] for seed in ("1", "1", "2")
+    )
+    assert one == again != other
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -230,23 +242,17 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(
     ],
 )
 def test_a_mistake_is_one_message_without_a_trace(
-    place: Path, run: Path, words: tuple[str, ...], message: str
+    said: Said, place: Path, run: Path, words: tuple[str, ...], message: str
 ) -> None:
-    done = command(place, *words, status=2)
-    assert message in done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stdout == ""
+    status, out, told = said(*words)
+    assert (status, out) == (2, "")
+    assert told.startswith("error: ")
+    assert message in told
 
 
 def test_a_run_that_fails_before_it_starts_leaves_no_folder(place: Path) -> None:
-    command(
-        place,
-        "train",
-        "debug",
-        "run.name=never",
-        "data.train=[{type: text, path: nothing.txt}]",
-        status=2,
-    )
+    gone = "data.train=[{type: text, path: nothing.txt}]"
+    command(place, "train", "debug", "run.name=never", gone, status=2)
     assert not (place / "runs" / "never").exists()
 
 

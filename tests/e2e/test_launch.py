@@ -53,7 +53,6 @@ def plugin(tmp_path: Path, body: str) -> str:
     return f"--plugin={path}"
 
 
-@pytest.mark.slow
 def test_a_killed_process_is_started_again_and_the_run_is_the_same(start: type[Launched]) -> None:
     words = ("debug", *TINY, "training.max_steps=40", CHECKPOINTS)
     whole = start(*words, place="whole")
@@ -73,7 +72,6 @@ def test_a_killed_process_is_started_again_and_the_run_is_the_same(start: type[L
     assert hit.errors.count("Finished after step 40") == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_all_save_and_stop(start: type[Launched], number: int) -> None:
     run = start("debug", *TINY, "training.max_steps=100000")
@@ -87,7 +85,6 @@ def test_a_signal_lets_all_save_and_stop(start: type[Launched], number: int) -> 
     assert "Traceback" not in run.errors
 
 
-@pytest.mark.slow
 def test_a_process_that_hangs_is_ended_with_its_stacks(
     start: type[Launched], tmp_path: Path
 ) -> None:
@@ -104,7 +101,6 @@ def test_a_process_that_hangs_is_ended_with_its_stacks(
     assert run.rows()[-1]["step"] == 12
 
 
-@pytest.mark.slow
 def test_an_exception_on_one_process_is_told_once(start: type[Launched], tmp_path: Path) -> None:
     fail = "if trainer.progress.step == 3 and trainer.world.rank == 1: raise KeyError('broken')"
     run = start(plugin(tmp_path, fail), "debug", *TINY)
@@ -114,7 +110,6 @@ def test_an_exception_on_one_process_is_told_once(start: type[Launched], tmp_pat
     assert "KeyError: 'broken'" in run.errors
 
 
-@pytest.mark.slow
 def test_a_mistake_is_told_once(start: type[Launched]) -> None:
     run = start("debug", *TINY, "parallel.dp_replicate=3")
     assert run.finish() == 2
@@ -122,7 +117,6 @@ def test_a_mistake_is_told_once(start: type[Launched]) -> None:
     assert "2 processes cannot be divided into 3 equal groups" in run.errors
 
 
-@pytest.mark.slow
 def test_a_checkpoint_of_a_newer_version_is_told_once(start: type[Launched]) -> None:
     run = start("debug", *TINY, "training.max_steps=2")
     assert run.finish() == 0, run.errors
@@ -139,7 +133,6 @@ def test_a_checkpoint_of_a_newer_version_is_told_once(start: type[Launched]) -> 
     assert "has format 99, this version reads 1 and 2" in again.errors
 
 
-@pytest.mark.slow
 def test_a_single_process_is_replaced_too(start: type[Launched]) -> None:
     launcher = (sys.executable, "-m", "ultrathink", "launch", "--nproc", "1")
     run = start("debug", *TINY, "training.max_steps=200", CHECKPOINTS, command=launcher)
@@ -150,7 +143,6 @@ def test_a_single_process_is_replaced_too(start: type[Launched]) -> None:
     assert [path.name for path in run.run.parent.iterdir()] == ["together"]
 
 
-@pytest.mark.slow
 def test_machines_meet_at_an_address(start: type[Launched]) -> None:
     """Two launchers of one process each, as on two machines."""
     with socket.socket() as free:
@@ -165,7 +157,6 @@ def test_machines_meet_at_an_address(start: type[Launched]) -> None:
     assert [path.name for path in first.run.parent.iterdir()] == ["together"]
 
 
-@pytest.mark.slow
 def test_torchrun_starts_it_as_well(start: type[Launched]) -> None:
     torchrun = (
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),

@@ -12,7 +12,6 @@ import pytest
 from tests.e2e.launching import TINY, Launched
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's"),
 ]
 

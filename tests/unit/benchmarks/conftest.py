@@ -21,9 +21,8 @@ MakeTrainer = Callable[..., Trainer]
 
 
 @pytest.fixture
-def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer:
+def make_trainer(tmp_path: Path) -> MakeTrainer:
     """Builds trainers of a tiny model, ``dense`` or ``moe``."""
-    monkeypatch.setenv("ULTRATHINK_CACHE", str(tmp_path / "cache"))
 
     def make(model: str, *overrides: str, **parts: Any) -> Trainer:
         experts = [GROUPS, "model.moe.intermediate_size=16", "model.moe.routing.warmup_steps=0"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,6 @@ from ultrathink.config.data import StdlibSourceConfig
 from ultrathink.config.tokenizer import BpeTokenizerConfig
 from ultrathink.data.sources.stdlib import StdlibSource
 from ultrathink.data.tokenizers.bpe import BpeTokenizer
-
-REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -31,18 +27,3 @@ def stdlib_texts() -> list[str]:
 @pytest.fixture(scope="session")
 def bpe(stdlib_texts: list[str]) -> BpeTokenizer:
     return BpeTokenizer.train(BpeTokenizerConfig(vocab_size=1000), stdlib_texts)
-
-
-@pytest.fixture
-def shared_file() -> Callable[[str], Path]:
-    """Path of a public data file; skips where the folder of them is absent."""
-
-    def find(name: str) -> Path:
-        named = os.environ.get("ULTRATHINK_TEST_DATA")
-        folder = Path(named) if named else REPOSITORY / "../shared/data"
-        path = folder / name
-        if not path.is_file():
-            pytest.skip(f"{path} is absent; name the folder of test data in ULTRATHINK_TEST_DATA")
-        return path
-
-    return find

@@ -288,11 +288,11 @@ def test_the_configured_cache_folder_is_used(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_shakespeare_and_c4_together(shared_file: Callable[[str], Path]) -> None:
+def test_shakespeare_and_c4_together(public_file: Callable[[str], Path]) -> None:
     prepared = prepare(
         [
-            {"type": "text", "path": str(shared_file("text/tinyshakespeare.txt"))},
-            {"type": "jsonl", "path": str(shared_file("text/c4_demo.jsonl")), "weight": 3},
+            {"type": "text", "path": str(public_file("text/tinyshakespeare.txt"))},
+            {"type": "jsonl", "path": str(public_file("text/c4_demo.jsonl")), "weight": 3},
         ],
         BpeTokenizerConfig(vocab_size=2000),
         seq_len=128,

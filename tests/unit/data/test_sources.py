@@ -243,8 +243,8 @@ def test_many_documents_are_held_out_whole_by_their_text(
     assert not set(texts(grown, "train")) & set(texts(grown, "val"))
 
 
-def test_shakespeare_is_split_without_loss(shared_file: SharedFile) -> None:
-    path = shared_file("text/tinyshakespeare.txt")
+def test_shakespeare_is_split_without_loss(public_file: SharedFile) -> None:
+    path = public_file("text/tinyshakespeare.txt")
     source = text_source(path)
     whole = path.read_bytes().decode()
     assert "".join(texts(source, "train") + texts(source, "val")) == whole
@@ -306,8 +306,8 @@ def test_jsonl_takes_json_files_of_a_folder_and_another_field(tmp_path: Path) ->
     assert texts(jsonl_source(tmp_path, field="body"), "all") == ["a", "b"]
 
 
-def test_c4_documents(shared_file: SharedFile) -> None:
-    source = jsonl_source(shared_file("text/c4_demo.jsonl"))
+def test_c4_documents(public_file: SharedFile) -> None:
+    source = jsonl_source(public_file("text/c4_demo.jsonl"))
     assert len(texts(source, "all")) == 300
     assert len(texts(source, "train")) + len(texts(source, "val")) == 300
     assert 3 <= len(texts(source, "val")) <= 35

@@ -91,9 +91,9 @@ def test_lone_surrogates_become_the_replacement_character(bpe: BpeTokenizer) -> 
 
 
 def test_novel_and_stdlib_come_back(
-    bpe: BpeTokenizer, stdlib_texts: list[str], shared_file: Callable[[str], Path]
+    bpe: BpeTokenizer, stdlib_texts: list[str], public_file: Callable[[str], Path]
 ) -> None:
-    novel = shared_file("text/japanese-novel.txt").read_text(encoding="utf-8")
+    novel = public_file("text/japanese-novel.txt").read_text(encoding="utf-8")
     samples = [novel, *stdlib_texts]
     for text, ids in zip(samples, bpe.encode_batch(samples), strict=True):
         assert bpe.decode_bytes(ids) == text.encode()

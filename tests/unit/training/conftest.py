@@ -23,9 +23,8 @@ MakeTrainer = Callable[..., Trainer]
 
 
 @pytest.fixture
-def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTrainer:
+def make_trainer(tmp_path: Path) -> MakeTrainer:
     """Builds trainers of a tiny model in a folder of the test's own."""
-    monkeypatch.setenv("ULTRATHINK_CACHE", str(tmp_path / "cache"))
 
     def make(*overrides: str, **parts: object) -> Trainer:
         config = load_config("debug", [*TINY, f"run.dir={tmp_path / 'runs'}", *overrides])

@@ -161,12 +161,12 @@ def test_what_only_watches_changes_no_bit(make_trainer: MakeTrainer) -> None:
         assert [n for n in one if not torch.equal(one[n], other[n])] == [], words
 
 
-@pytest.mark.parametrize("name", ["eager fp32 adamw 0 workers", "eager bf16 muon 2 workers"])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["eager bf16 muon 2 workers"])
 def test_fresh_processes_give_equal_bits(name: str, tmp_path: Path) -> None:
     assert repeat(tmp_path, kinds(full=True)[name]) == []
 
 
-@pytest.mark.slow
 @pytest.mark.compiled
 @pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler to compile with")
 def test_a_run_that_compiles_equals_one_that_finds_the_code(tmp_path: Path) -> None:

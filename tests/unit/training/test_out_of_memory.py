@@ -169,15 +169,13 @@ def test_gradients_are_those_of_a_batch_that_fitted(
     assert_same(whole, halved)
 
 
-@pytest.mark.slow
 @pytest.mark.compiled
-@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what is going
 @pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler to compile with")
 def test_compiled_gradients_are_those_of_a_batch_that_fitted(
-    make_trainer: MakeTrainer, model: str
+    make_trainer: MakeTrainer,
 ) -> None:
-    words = ("training.precision=fp32", "training.clip=null", *MODELS[model])
+    words = ("training.precision=fp32", "training.clip=null", "model.num_layers=1")
     whole = gradients(make_trainer(*words, WHOLE))
     trainer = make_trainer(*words, WHOLE, "training.compile=true")
     scarcity = Scarcity(trainer, fits=2, where="backward")

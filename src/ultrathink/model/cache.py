@@ -26,7 +26,8 @@ class CacheView(Protocol):
 
     A forward pass calls ``begin`` once, ``update`` and ``visible`` in each of its layers, and
     ``commit`` at its end. A pass that fails before ``commit`` leaves no trace. Sequences have
-    lengths of their own, and so have layers: a layer that did not run holds nothing.
+    lengths of their own, and so have layers: a layer that did not run holds nothing. What is
+    visible is asked layer by layer, so that one may hold fewer tokens than another.
     """
 
     batch_size: int

@@ -124,7 +124,7 @@ def _whole(node: Any) -> Any:
 def train_with_nan_on_rank_1(place: str) -> list[tuple[bool, float]]:
     """Spoil the loss of one process in step 2; whether each step was skipped, and a weight."""
     trainer = new_trainer(place, "training.max_steps=4")
-    losses = trainer.stepper.losses
+    losses = trainer.objective.sums
     found: list[tuple[bool, float]] = []
 
     def spoiled(*args: Any) -> Any:
@@ -132,7 +132,7 @@ def train_with_nan_on_rank_1(place: str) -> list[tuple[bool, float]]:
         is_hit = len(found) == 1 and join_world().rank == 1
         return sums._replace(loss=sums.loss * float("nan")) if is_hit else sums
 
-    trainer.stepper.losses = spoiled
+    trainer.objective.sums = spoiled
     trainer.start()
     try:
         for _ in range(4):
@@ -149,13 +149,13 @@ def random_number_and_scored_tokens(place: str) -> tuple[float, int, int]:
     """A random number drawn in the first step; tokens scored by validation, and those there are."""
     trainer = new_trainer(place, "model.dropout=0.5")
     drawn: list[float] = []
-    losses = trainer.stepper.losses
+    losses = trainer.objective.sums
 
     def watched(*args: Any) -> Any:
         drawn.append(float(torch.rand(())))
         return losses(*args)
 
-    trainer.stepper.losses = watched
+    trainer.objective.sums = watched
     trainer.start()
     try:
         trainer.train_step()

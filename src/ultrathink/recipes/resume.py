@@ -19,6 +19,7 @@ from ultrathink.data.prepare import PreparedData
 from ultrathink.data.tokenizers.base import load_tokenizer
 from ultrathink.monitoring.records import Level
 from ultrathink.parallel.world import World, join_world
+from ultrathink.recipes.parts.models import find_frozen
 from ultrathink.recipes.parts.resumed_data import data_to_go_on_with, keep_record
 from ultrathink.recipes.parts.resumed_snapshots import bring_back_snapshots
 from ultrathink.recipes.parts.resumed_state import (
@@ -147,9 +148,14 @@ class ResumePlan:
         )
         data: PreparedData = found.data
         check_vocabulary(self.config, data)
-        config, choices = choose_together(self.config, data.num_samples, world)
+        frozen = world.main_first(lambda: find_frozen(self.config))
+        for each in frozen:
+            each.check(self.config, data.tokenizer)
+        beside = [each.config for each in frozen]
+        config, choices = choose_together(self.config, data.num_samples, world, beside)
         check_loads(self.folder, config.model)  # names what differs, where the model is another
-        trainer = assemble(config, run, data, build_model(config), choices, callbacks, controllers)
+        model = build_model(config)
+        trainer = assemble(config, run, data, model, choices, callbacks, controllers, frozen)
         state: State = load_checkpoint(self.folder, region=partial(region_needed, trainer))
         reset = self.reset | {"data"} if found.other_samples else self.reset
         adapt_state(

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from ultrathink.config.monitoring import SINKS
+from ultrathink.config.objective import OBJECTIVES
 from ultrathink.config.schema import DEFAULT, Config, flatten
 from ultrathink.config.size import sizes
 from ultrathink.core.divisors import largest_divisor
-from ultrathink.core.errors import ConfigError
+from ultrathink.core.errors import ConfigError, suggestion
 from ultrathink.core.random import seed_everything
 from ultrathink.data.documents import Progress
 from ultrathink.data.loader import Share, TrainLoader
@@ -25,12 +26,11 @@ from ultrathink.model.flops import count_parameters, flops_per_token
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.records import Level
 from ultrathink.orchestrator.live import LiveWatch
-from ultrathink.parallel.mesh import build_mesh
 from ultrathink.parallel.restarts import remember_run
-from ultrathink.parallel.sharding import shard_model
 from ultrathink.parallel.watchdog import Watchdog
 from ultrathink.parallel.world import check_same, join_world
 from ultrathink.recipes.parts.callbacks import SampleWriter, StepBudgetRecorder
+from ultrathink.recipes.parts.models import FoundModel, ReadyModels, find_frozen, ready_models
 from ultrathink.recipes.parts.pretrained import adopt_pretrained
 from ultrathink.recipes.parts.steering import steer
 from ultrathink.runs.folder import NAME_IN_USE, RunFolder
@@ -40,13 +40,12 @@ from ultrathink.runs.manifest import build_manifest, code_and_packages, hardware
 from ultrathink.runs.segments import Segment, append_segment
 from ultrathink.training.callbacks import Callback, Controller, MetricsCallback
 from ultrathink.training.choices import Choices, choose_together
-from ultrathink.training.compiling import compile_blocks, compile_function
 from ultrathink.training.control import LiveSettings
-from ultrathink.training.hardware import DTYPES, keep_freed_memory
+from ultrathink.training.objectives.base import Objective, Parts
 from ultrathink.training.offload import HostCopies
 from ultrathink.training.optimizers import build_optimizers
 from ultrathink.training.run_log import RankLog, RunLog
-from ultrathink.training.stepping import Stepper, loss_function
+from ultrathink.training.stepping import Stepper
 from ultrathink.training.trainer import Trainer
 
 _SAME_CONFIG = "Start all of them with the same file and the same changes."
@@ -98,18 +97,20 @@ def _begin(
     world = join_world()
     check_same(world, "configuration", flatten(config.model_dump(mode="json")), _SAME_CONFIG)
     config, beginning = world.main_first(lambda: _beginning(config))
-    data = world.main_first(
-        lambda: prepare_data(
-            config.data, beginning.tokenizer or config.tokenizer, progress=progress
-        )
-    )
+    frozen = world.main_first(lambda: find_frozen(config))
+    tokenizers = [beginning.tokenizer, *(found.tokenizer for found in frozen), config.tokenizer]
+    tokenizer = next(each for each in tokenizers if each is not None)
+    data = world.main_first(lambda: prepare_data(config.data, tokenizer, progress=progress))
     check_vocabulary(config, data)
-    config, choices = choose_together(config, data.num_samples, world)
+    for found in frozen:
+        found.check(config, data.tokenizer)
+    beside = [found.config for found in frozen]
+    config, choices = choose_together(config, data.num_samples, world, beside)
     model = build_model(config)
     if beginning.fill is not None:
         beginning.fill(model)
     run, config, lock = _found(run, config, data, model, choices)
-    trainer = assemble(config, run, data, model, choices, callbacks, controllers)
+    trainer = assemble(config, run, data, model, choices, callbacks, controllers, frozen)
     trainer.lock = lock
     return trainer
 
@@ -211,6 +212,7 @@ def assemble(
     choices: Choices,
     callbacks: Sequence[Callback],
     controllers: Sequence[Controller],
+    frozen: Sequence[FoundModel] = (),
 ) -> Trainer:
     """The parts of a run, made for this machine and wired; nothing is loaded or trained yet."""
     training = config.training
@@ -231,10 +233,14 @@ def assemble(
         tell=tell,
     )
     watches = config.orchestrator.mode != "off" and world.is_main
-    watch = LiveWatch(run, tell, metrics.sinks.phase) if watches else None
     samples = SampleWriter(config, model, data.tokenizer, metrics.sinks, world)
+    ready = ready_models(config, model, frozen, choices)
+    objective = _objective(config, data, ready, choices)
+    watch = None
+    if watches:
+        watch = LiveWatch(run, tell, metrics.sinks.phase, without=objective.without_detectors)
     trainer = Trainer(
-        model=model,
+        objective=objective,
         loader=TrainLoader(
             data.train_stores,
             data.train_weights,
@@ -245,8 +251,7 @@ def assemble(
             num_workers=config.data.num_workers,
             share=Share(world.rank, world.size),
         ),
-        held_out=ValidationSet(data.val_stores, config.data.seq_len) if data.val_stores else None,
-        stepper=_stepper(config, model, choices),
+        stepper=_stepper(config, objective, choices),
         training=training,
         run=run,
         settings=LiveSettings(
@@ -278,7 +283,7 @@ def assemble(
     if config.orchestrator.mode == "act":
         steer(trainer, config.orchestrator, watch, log, metrics.sinks)
     remember_run(run.path, world)
-    trainer.identity = _identity(data, trainer.loader)
+    trainer.identity = {**_identity(data, trainer.loader), "frozen_hash": ready.frozen_hash}
     warnings = [*choices.warnings, *_skipped(data), *data.notes]
     trainer.remarks = [(text, "warning") for text in warnings]
     return trainer
@@ -294,39 +299,36 @@ def _identity(data: PreparedData, loader: TrainLoader) -> dict[str, Any]:
     }
 
 
-def _stepper(config: Config, model: Transformer, choices: Choices) -> Stepper:
-    """The model made ready for this machine, and what takes steps with it."""
+def _objective(
+    config: Config, data: PreparedData, ready: ReadyModels, choices: Choices
+) -> Objective:
+    """What the run learns."""
     training, packing = config.training, config.data.packing
-    if choices.device.type == "cpu":
-        keep_freed_memory()  # not before: what building leaves free would stay taken, in pieces
-    model.to(choices.device)
-    if choices.precision == "fp64":
-        model.double()
-    model.compute_dtype = DTYPES[choices.precision]
-    model.rope.reserve(config.data.seq_len)  # a compiled step cannot grow the tables
-    model.set_activation_checkpointing(training.activation_checkpointing)
-    model.set_attention_backend(config.model.attention.backend)
-    accumulation = None
-    if choices.world.size > 1:
-        if training.compile:
-            compile_blocks(model)
-        mesh = build_mesh(choices.degrees, choices.device.type)
-        accumulation = shard_model(model, mesh, config.parallel)
-    losses = loss_function(model)
-    if training.compile and choices.world.size == 1:
-        losses = compile_function(losses)
-    optimizers = build_optimizers(training.optimizer, model)
-    offloads = config.parallel.offload == "optimizer"
-    return Stepper(
-        model,
-        optimizers,
-        losses,
+    parts = Parts(
+        ready.models,
         device=choices.device,
         isolate_documents=packing.enabled and packing.isolate_documents,
+        compilation=ready.compilation,
         world=choices.world,
-        accumulation=accumulation,
-        host=HostCopies(optimizers, model) if offloads else None,
+        held_out=ValidationSet(data.val_stores, config.data.seq_len) if data.val_stores else None,
+        scored_tokens=training.eval.max_tokens,
     )
+    objective: Objective = OBJECTIVES.load(training.objective.type)(training.objective, parts)
+    if training.checkpoint.best_by not in objective.best_by:
+        raise ConfigError(
+            f"training.checkpoint.best_by = {training.checkpoint.best_by!r}: objective "
+            f"{training.objective.type!r} has no such figure. "
+            f"{suggestion(training.checkpoint.best_by, objective.best_by)}"
+        )
+    return objective
+
+
+def _stepper(config: Config, objective: Objective, choices: Choices) -> Stepper:
+    """What takes steps towards ``objective``."""
+    optimizers = build_optimizers(config.training.optimizer, objective.model)
+    offloads = config.parallel.offload == "optimizer"
+    host = HostCopies(optimizers, objective.model) if offloads else None
+    return Stepper(objective, optimizers, world=choices.world, host=host)
 
 
 def _skipped(data: PreparedData) -> list[str]:

@@ -29,11 +29,16 @@ def measure_speed(trainer: Trainer) -> Speed:
     trial_s = (trainer.training.max_minutes or 0.0) * 60 * TRIAL_SHARE
     stepper, loader, world = trainer.stepper, trainer.loader, trainer.world
     stepper.allocate_state()  # after the copy, which would hold its zeros twice
-    stepper.take_step(loader.next_batch(), trainer.settings, 0.0)  # compiles
+
+    def take_step() -> None:
+        batch = trainer.objective.prepare(loader.next_batch(), trainer.progress.step + 1)
+        stepper.take_step(batch, trainer.settings, 0.0)
+
+    take_step()  # compiles
     step_s: list[float] = []
     while len(step_s) < _TRIAL_MIN_STEPS or world.of_main(sum(step_s)) < trial_s:
         began = time.perf_counter()
-        stepper.take_step(loader.next_batch(), trainer.settings, 0.0)
+        take_step()
         synchronize(trainer.device)
         step_s.append(time.perf_counter() - began)
     validation_s = estimate_validation(trainer)

@@ -18,11 +18,10 @@ import torch
 
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import OutOfMemoryError
-from ultrathink.data.validation import ValidationSet
 from ultrathink.runs.shortage import Shortage, read_shortage, write_shortage
 from ultrathink.training.control import Change
 from ultrathink.training.hardware import return_freed_memory
-from ultrathink.training.validation import Scores, evaluate
+from ultrathink.training.validation import Scores
 
 if TYPE_CHECKING:
     from ultrathink.training.trainer import Trainer
@@ -181,19 +180,11 @@ def _smaller(step: int, before: int, after: int, reason: str) -> Change:
     return Change(step, "micro_batch_size", before, after, reason, rule="out_of_memory")
 
 
-def score_that_fits(trainer: Trainer, held_out: ValidationSet, max_batches: int | None) -> Scores:
+def score_that_fits(trainer: Trainer, max_batches: int | None) -> Scores:
     """Score held-out text, in smaller batches from here on where memory does not suffice."""
 
     def attempt(size: int) -> Scores:
-        return evaluate(
-            trainer.model,
-            held_out,
-            device=trainer.device,
-            batch_size=size,
-            max_tokens=trainer.training.eval.max_tokens,
-            max_batches=max_batches,
-            world=trainer.world,
-        )
+        return trainer.objective.score(size, max_batches)
 
     def smaller(size: int, problem: str) -> int:
         if size > 1 and trainer.world.size == 1:

@@ -39,31 +39,31 @@ from ultrathink.training.control import ControlQueue, LiveSettings
 from ultrathink.training.experts import read_experts
 from ultrathink.training.length import measure_speed, settle_length
 from ultrathink.training.memory import memory_share
+from ultrathink.training.objectives.base import Objective
 from ultrathink.training.out_of_memory import heed_last_start, score_that_fits, take_smaller
 from ultrathink.training.run_state import Progress, load_guard_state, load_run_state, run_state
 from ultrathink.training.saving import Saving
 from ultrathink.training.schedules import Factor, continued_schedule
 from ultrathink.training.states import cloned
-from ultrathink.training.stepping import Stepper, UpdateGuard
+from ultrathink.training.stepping import Step, UpdateGuard
 from ultrathink.training.validation import Scores
 
 
 @dataclass
 class Trainer:
-    """Trains ``model`` from ``loader`` into ``run``; made by ``ultrathink.build_trainer``.
+    """Learns ``objective`` from ``loader`` into ``run``; made by ``ultrathink.build_trainer``.
 
     ``fit`` is the loop. ``control`` is how a run is changed from outside; every change waits for
     the step boundary.
     """
 
-    model: Transformer
+    objective: Objective
     loader: TrainLoader
-    stepper: Stepper
+    stepper: Step
     training: TrainingConfig
     run: RunFolder
     settings: LiveSettings
     device: torch.device
-    held_out: ValidationSet | None = None
     callbacks: Sequence[Callback] = ()
     controllers: Sequence[Controller] = ()
     tokens_per_step: int = 1
@@ -105,6 +105,16 @@ class Trainer:
         self.eval_batch_size = self.training.eval.batch_size  # less once memory has not sufficed
         self._times = StepTimes(self.world, self.stepper.clock)
         self.paced: tuple[int, float] = (0, 0.0)  # steps since the start, and their seconds
+
+    @property
+    def model(self) -> Transformer:
+        """The model that is trained."""
+        return self.objective.model
+
+    @property
+    def held_out(self) -> ValidationSet | None:
+        """What is validated on."""
+        return self.objective.held_out
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -194,7 +204,7 @@ class Trainer:
     def train_step(self) -> StepReport:
         """Take the next batch and learn from it."""
         assert self._schedule is not None
-        began, self._agreed_s = time.perf_counter(), None
+        began, self._agreed_s, step = time.perf_counter(), None, self.progress.step + 1
         self._feed_watchdog(1 if self.paced[0] else FIRST_STEP_FACTOR)
         if self.world.size > 1:  # each with random numbers of its own, whatever came before
             seed_everything(step_seed(self.loader.seed, self.progress.step, self.world.rank))
@@ -202,15 +212,15 @@ class Trainer:
         data_wait = time.perf_counter() - began
         for note in self.loader.take_notes():
             self.notify("on_message", note, "warning")
-        lr_factor = self._schedule(self.progress.step + 1)
-        lr_factor *= self.settings.lr_factor_at(self.progress.step + 1) * self.settings.lr_scale
-        if self.model.routing is not None:
-            self.model.routing.warm_up(self.progress.step + 1)
-        is_told = self._is_logged(self.progress.step + 1)
+        lr_factor = self._schedule(step)
+        lr_factor *= self.settings.lr_factor_at(step) * self.settings.lr_scale
+        self.objective.before_step(step)
+        batch = self.objective.prepare(batch, step)
+        is_told = self._is_logged(step)
         corrected = lr_factor * self.settings.lr_correction
         result = self.stepper.take_step(batch, self.settings, corrected, with_norms=is_told)
         self.expert_load = result.stats.get("expert_load")
-        self.progress.step += 1
+        self.progress.step = step
         self.progress.tokens += self.tokens_per_step
         self.progress.num_skipped += result.skipped
         seconds = time.perf_counter() - began
@@ -218,12 +228,12 @@ class Trainer:
         if result.skipped:
             self.notify(
                 "on_message",
-                f"step {self.progress.step} was skipped: loss {result.loss}, gradient norm "
+                f"step {step} was skipped: loss {result.loss}, gradient norm "
                 f"{result.grad_norm}, {result.num_tokens} trained tokens",
                 "warning",
             )
         return StepReport(
-            step=self.progress.step,
+            step=step,
             loss=result.loss,
             aux_losses=result.aux_losses,
             grad_norm=result.grad_norm,
@@ -265,9 +275,8 @@ class Trainer:
         self._feed_watchdog(FIRST_STEP_FACTOR)
         began = time.perf_counter()
         scores = self.score(self.held_out)
-        figure = -scores.loss
-        if self.training.checkpoint.best_by == "token_accuracy":
-            figure = scores.token_accuracy
+        best_by = self.training.checkpoint.best_by
+        figure = self.objective.best_by[best_by] * scores[best_by]
         is_best = self.progress.best is None or figure > self.progress.best
         if is_best:
             self.progress.best = figure
@@ -278,12 +287,10 @@ class Trainer:
                 step=self.progress.step,
                 tokens=self.progress.tokens,
                 loss=scores.loss,
-                ppl=scores.ppl,
-                bits_per_byte=scores.bits_per_byte,
-                token_accuracy=scores.token_accuracy,
                 num_tokens=scores.num_tokens,
                 seconds=time.perf_counter() - began,
                 is_best=is_best,
+                figures=scores.figures,
             ),
         )
         self.is_best = is_best
@@ -307,7 +314,7 @@ class Trainer:
 
     def score(self, held_out: ValidationSet, max_batches: int | None = None) -> Scores:
         """Score the model on held-out text, or on its first batches."""
-        return score_that_fits(self, held_out, max_batches)
+        return score_that_fits(self, max_batches)
 
     def _end_if_over(self) -> None:
         assert self.budget is not None

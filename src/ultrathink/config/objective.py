@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
+from pydantic import Field
+
 from ultrathink.config.base import PartConfig, PartOf
 from ultrathink.core.registry import Registry
 
@@ -32,6 +34,35 @@ class PretrainConfig(ObjectiveConfig):
     type: Literal["pretrain"] = "pretrain"
 
 
+class DistillConfig(ObjectiveConfig):
+    """Cross-entropy of text, and beside it the divergence from a teacher (arXiv:1503.02531)."""
+
+    type: Literal["distill"] = "distill"
+    teacher: str = Field(
+        description="The model to learn from: a run (RUN, RUN@best, RUN@step), a checkpoint "
+        "folder, or hf:PATH_OR_NAME. Its vocabulary is the student's; a student that starts from "
+        "nothing uses its tokenizer.",
+    )
+    direction: Literal["forward", "reverse"] = Field(
+        "forward",
+        description="forward: KL(teacher, student), which covers what the teacher finds likely; "
+        "reverse: KL(student, teacher), which avoids what it finds unlikely.",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Divides the logits of both; above 1 small probabilities count more."
+    )
+    weight: float = Field(
+        1.0, ge=0, description="Of the divergence (times temperature²) beside the cross-entropy."
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
+        "auto", description="Number format of the teacher's weights; auto takes training.precision."
+    )
+
+    def frozen_models(self) -> dict[str, FrozenSource]:
+        return {"teacher": FrozenSource("training.objective.teacher", self.teacher, self.precision)}
+
+
 _PLACE = "ultrathink.training.objectives"
 OBJECTIVES.add("pretrain", f"{_PLACE}.pretrain:Pretraining", options=PretrainConfig)
+OBJECTIVES.add("distill", f"{_PLACE}.distill:Distillation", options=DistillConfig)
 ObjectiveField = Annotated[ObjectiveConfig, PartOf(OBJECTIVES)]

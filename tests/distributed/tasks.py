@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ import ultrathink.training.trainer as trainer_module
 from tests.unit.training.shortage import Scarcity
 from ultrathink.checkpoint.format import load_checkpoint, weights
 from ultrathink.config import load_config
+from ultrathink.config.objective import OBJECTIVES, ObjectiveConfig
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.data.batch import Batch
 from ultrathink.parallel.world import (
     PeerFailedError,
     join_world,
@@ -31,6 +34,8 @@ from ultrathink.runs.decisions import read_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Controller, StepReport
 from ultrathink.training.control import Change, Snapshot, TrainerControl
+from ultrathink.training.objectives.base import LOSS, Losses
+from ultrathink.training.objectives.pretrain import Pretraining
 from ultrathink.training.out_of_memory import SmallerStartError
 from ultrathink.training.run_state import region_needed
 from ultrathink.training.stepping import Verdict
@@ -63,6 +68,43 @@ def new_trainer(place: str, *overrides: str, **parts: Any) -> Trainer:
     os.environ["ULTRATHINK_CACHE"] = f"{place}/cache"
     config = load_config("debug", [*TINY, f"run.dir={place}/runs", *overrides])
     return build_trainer(config, **parts)
+
+
+class TwiceConfig(ObjectiveConfig):
+    """Options of ``Twice``."""
+
+    type: Literal["twice"] = "twice"
+
+
+class Twice(Pretraining):
+    """Two passes over each micro-batch, forwards and backwards in time, for one backward pass."""
+
+    def losses(self, batch: Batch) -> Losses:
+        first = super().losses(batch)
+        mirrored = replace(batch, input_ids=batch.input_ids.flip(1), labels=batch.labels.flip(1))
+        second = super().losses(mirrored).terms[LOSS]
+        return Losses({**first.terms, "mirrored": second}, first.stats)
+
+
+OBJECTIVES.add("twice", Twice, options=TwiceConfig)
+
+
+def weights_at_rest(place: str, *overrides: str) -> dict[str, tuple[int, int]]:
+    """How many numbers this process holds after a step, of each model, and how many there are."""
+    trainer = new_trainer(place, *overrides)
+    try:
+        trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
+        models = trainer.objective.models
+        found = {"trained": models.trained, **{n: one.model for n, one in models.frozen.items()}}
+        return {
+            name: (
+                sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)),
+                sum(p.numel() for p in model.parameters()),
+            )
+            for name, model in found.items()
+        }
+    finally:
+        trainer.close()
 
 
 def train(place: str, *overrides: str) -> str:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ultrathink.data.batch import Batch
 from ultrathink.model.transformer import Transformer
-from ultrathink.training.control import LiveSettings
 from ultrathink.training.objectives.pretrain import Sums
 from ultrathink.training.optimizers import Optimizers
+from ultrathink.training.settings import LiveSettings
 from ultrathink.training.stepping import StepResult
 from ultrathink.training.trainer import Trainer
 

@@ -27,8 +27,9 @@ from ultrathink.training.callbacks import (
     StepReport,
     ValidationReport,
 )
-from ultrathink.training.control import Change, TrainerControl
+from ultrathink.training.control import TrainerControl
 from ultrathink.training.memory import memory_in_use
+from ultrathink.training.records import ChangeRecord
 from ultrathink.training.stepping import UpdateGuard, Verdict
 from ultrathink.training.trainer import Trainer
 from ultrathink.training.validation import evaluate
@@ -126,10 +127,10 @@ def _train(job: Job, setting: Setting, out: Path, scratch: Path) -> dict[str, An
 
 def score(trainer: Trainer, setting: Setting) -> float | None:
     """Mean loss on the fixed validation set, nats a token; None where it is not finite."""
-    assert trainer.held_out is not None
+    assert trainer.objective.held_out is not None
     scores = evaluate(
         trainer.model,
-        trainer.held_out,
+        trainer.objective.held_out,
         device=trainer.device,
         batch_size=16,
         max_tokens=setting.scored_tokens,
@@ -188,7 +189,7 @@ class _ChangeWatcher(Callback):
     def on_step(self, report: StepReport) -> None:
         self._step = report.step
 
-    def on_change(self, change: Change) -> None:
+    def on_change(self, change: ChangeRecord) -> None:
         if change.setting not in _NO_INTERVENTIONS:
             self.interventions.append(self._step + 1)
 

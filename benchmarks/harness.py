@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import pty
 import statistics
@@ -47,6 +48,16 @@ def add_turns(options: argparse.ArgumentParser) -> None:
     options.add_argument("--threads", type=int, default=os.cpu_count())
 
 
+def add_checkout(options: argparse.ArgumentParser) -> None:
+    """The option that compares two source trees of ours."""
+    options.add_argument(
+        "--checkout",
+        type=Path,
+        metavar="PATH",
+        help="take turns with another source tree of ours alone, such as a worktree of the parent",
+    )
+
+
 def setting() -> dict[str, Any]:
     """When and on what the figures were taken."""
     facts = hardware()
@@ -56,6 +67,23 @@ def setting() -> dict[str, Any]:
         "processor": facts["cpu"],
         "threads": int(os.environ.get("OMP_NUM_THREADS", facts["threads"])),
         "gpus": gpus,
+    }
+
+
+# Two-sided 95% quantiles of Student's t, by degrees of freedom; beyond, that of the normal.
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
+
+
+def ratio_interval(ratios: Sequence[float]) -> dict[str, float]:
+    """The geometric mean of paired ratios and its 95% interval, by Student's t of their logs."""
+    logs = [math.log(ratio) for ratio in ratios]
+    mean, freedom = statistics.fmean(logs), len(logs) - 1
+    quantile = _T95[freedom - 1] if 0 < freedom <= len(_T95) else 1.96
+    half = quantile * statistics.stdev(logs) / math.sqrt(len(logs)) if freedom else math.inf
+    return {
+        "mean": math.exp(mean),
+        "low_95": math.exp(mean - half),
+        "high_95": math.exp(min(700.0, mean + half)),
     }
 
 
@@ -91,12 +119,17 @@ class Contender:
     """A process of ``contenders.py``: it works for a turn when told to, and waits otherwise.
 
     Its standard error is a terminal, so that a console shows what it would show a person.
-    ``BENCHMARK_DEBUG=1`` passes on what it says there.
+    ``BENCHMARK_DEBUG=1`` passes on what it says there. ``checkout`` is the source tree whose code
+    and benchmarks it runs, this one unless given.
     """
 
-    def __init__(self, name: str, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, arguments: dict[str, Any], checkout: Path = Path(__file__).parents[1]
+    ) -> None:
         self.name = name
-        script = Path(__file__).parent / "contenders.py"
+        script = checkout / "benchmarks" / "contenders.py"
+        if not script.is_file():
+            raise UltrathinkError(f"--checkout {checkout}: {script} does not exist.")
         ours, its = pty.openpty()
         self._process = subprocess.Popen(
             [sys.executable, str(script), name, json.dumps(arguments)],
@@ -104,7 +137,12 @@ class Contender:
             stdout=subprocess.PIPE,
             stderr=its,
             text=True,
-            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(checkout / "src"),
+                "TERM": "xterm-256color",
+                "COLUMNS": "100",
+            },
         )
         os.close(its)
         threading.Thread(target=self._read_terminal, args=(ours,), daemon=True).start()

@@ -3,6 +3,7 @@
     python benchmarks/sparse_speed.py --shape X64
     python benchmarks/sparse_speed.py --shape X
     python benchmarks/sparse_speed.py --shape MoE3 --json
+    python benchmarks/sparse_speed.py --shape X --checkout ../parent
 
 X is shape S with 8 experts of width 344, top-2; X64 has 64 of width 128, top-2; MoE3 the groups
 knowledge 64 top-2, skill 32 top-2, meta 16 top-1, safety 8 top-1, of width 64. The dense twin is
@@ -14,10 +15,12 @@ over the rounds and the medians of the ratios within a round; MFU counts the act
 
 from __future__ import annotations
 
+import argparse
 import os
 
-from harness import Contender, add_turns, by_turns, parser, setting, show, start
-from train_speed import SHAPES, describe, summarize, utilization
+import torch
+from harness import Contender, add_checkout, add_turns, by_turns, parser, setting, show, start
+from train_speed import OURS, SHAPES, describe, summarize, turns_with_checkout, utilization
 
 from ultrathink.training.hardware import choose_device
 
@@ -29,10 +32,15 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--shape", choices=SPARSE, default="X64")
     add_turns(options)
+    add_checkout(options)
     args = options.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     device = choose_device(args.device)
     shape, twin = SHAPES[args.shape], SHAPES[f"{args.shape}-dense"]
+    if args.checkout is not None:
+        taken = turns_with_checkout({**shape, "device": str(device)}, args)
+        _show(OURS, taken, args, device)
+        return
     contenders = {"ultrathink": ("ultrathink", shape), "dense twin": ("ultrathink", twin)}
     if len(shape["model"]["moe"]["groups"]) == 1:
         contenders["Mixtral grouped_mm"] = ("hf_mixtral", shape)
@@ -43,12 +51,21 @@ def main() -> None:
     labels = dict(zip(started, names, strict=True))
     turns = by_turns(started, args.rounds, args.seconds)
     taken = [{labels[one]: answer for one, answer in turn.items()} for turn in turns]
+    _show(names, taken, args, device)
+
+
+def _show(
+    names: tuple[str, ...],
+    taken: list[dict[str, dict[str, float]]],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
     result = {
         "benchmark": "sparse_speed",
         "shape": args.shape,
         "setting": setting(),
         **summarize(names, taken),
-        **utilization(names, taken, shape, device),
+        **utilization(names, taken, SHAPES[args.shape], device),
     }
     show(result, describe(result), args.json)
 

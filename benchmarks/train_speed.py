@@ -4,21 +4,37 @@
     python benchmarks/train_speed.py --shape M --against hf --json
     python benchmarks/train_speed.py --shape S --overhead
     python benchmarks/train_speed.py --shape 760M --device cuda
+    python benchmarks/train_speed.py --shape S --checkout ../parent
 
 Each contender is a process of its own. Ours is the real trainer with `auto` for what a user leaves
 out, with its loader, and with console (on a terminal), JSONL and TensorBoard; a peer gets a bare
 loop of forward, backward, clipping and fused AdamW over batches that lie ready. Printed are medians
-over the rounds with the lowest and highest, and the median of the ratios within a round.
+over the rounds with the lowest and highest, and the median of the ratios within a round. With
+`--checkout` the only peer is our trainer of another source tree; the mean of the paired ratios of
+step times is printed with its 95% interval.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 from typing import Any
 
 import torch
-from harness import Contender, add_turns, by_turns, parser, rows, setting, show, spread, start
+from harness import (
+    Contender,
+    add_checkout,
+    add_turns,
+    by_turns,
+    parser,
+    ratio_interval,
+    rows,
+    setting,
+    show,
+    spread,
+    start,
+)
 
 from ultrathink.config.model import ModelConfig
 from ultrathink.model.flops import flops_per_token
@@ -99,6 +115,21 @@ CONTENDERS = {
 }
 
 
+OURS = ("ultrathink", "checkout")
+
+
+def turns_with_checkout(
+    arguments: dict[str, Any], args: argparse.Namespace
+) -> list[dict[str, dict[str, float]]]:
+    """The turns of this source tree's trainer and of that of ``--checkout``."""
+    contenders = [
+        Contender("ultrathink", arguments),
+        Contender("ultrathink", arguments, args.checkout.resolve()),
+    ]
+    turns = by_turns(contenders, args.rounds, args.seconds)
+    return [{OURS[contenders.index(one)]: found for one, found in turn.items()} for turn in turns]
+
+
 def main() -> None:
     """Run the contenders and print what came out."""
     options = parser(__doc__)
@@ -108,13 +139,18 @@ def main() -> None:
         "--overhead", action="store_true", help="our trainer beside a bare loop of the same step"
     )
     add_turns(options)
+    add_checkout(options)
     args = options.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     device = choose_device(args.device)
     names = CONTENDERS["overhead" if args.overhead else args.against]
     arguments = {**SHAPES[args.shape], "device": str(device)}
-    turns = by_turns([Contender(name, arguments) for name in names], args.rounds, args.seconds)
-    taken = [{contender.name: answer for contender, answer in turn.items()} for turn in turns]
+    if args.checkout is not None:
+        names = OURS
+        taken = turns_with_checkout(arguments, args)
+    else:
+        turns = by_turns([Contender(name, arguments) for name in names], args.rounds, args.seconds)
+        taken = [{one.name: answer for one, answer in turn.items()} for turn in turns]
     result = {
         "benchmark": "train_speed",
         "shape": args.shape,
@@ -135,6 +171,10 @@ def summarize(
         "tokens_per_second": {name: spread(figures) for name, figures in speeds.items()},
         "ratio": {
             name: statistics.median(a / b for a, b in zip(ours, speeds[name], strict=True))
+            for name in names[1:]
+        },
+        "step_time_ratio": {
+            name: ratio_interval([b / a for a, b in zip(ours, speeds[name], strict=True)])
             for name in names[1:]
         },
         "peak_memory_mib": {name: taken[-1][name]["peak_memory_mib"] for name in names},
@@ -179,7 +219,14 @@ def describe(result: dict[str, Any]) -> str:
     ]
     header = ("", "tokens/s", "low", "high", "ours is", "MFU", "peak MiB")
     peak = f"{result['peak_flops'] / 1e9:,.0f} GFLOP/s in {result['peak_precision']}"
-    return f"shape {result['shape']}; peak {peak}\n{rows(header, lines)}"
+    table = f"shape {result['shape']}; peak {peak}\n{rows(header, lines)}"
+    checkout = result["step_time_ratio"].get(OURS[1])
+    if checkout is not None:
+        table += (
+            f"\nstep time over the checkout's: {checkout['mean']:.4f} "
+            f"(95% interval {checkout['low_95']:.4f} to {checkout['high_95']:.4f})"
+        )
+    return table
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def run(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
     counts = count_parameters(trainer.model)
     return {
         "step": trainer.progress.step,
-        "steps_taken": trainer.paced[0],  # those that were undone included
+        "steps_taken": trainer.clock.num_steps,  # those that were undone included
         "lr_scale": trainer.settings.lr_scale,
         "tokens": trainer.progress.tokens,
         "minutes": trainer.progress.elapsed_s / 60,
@@ -87,7 +87,7 @@ def held_out_load(trainer: Any) -> dict[str, Any]:
     from ultrathink.training.experts import read_experts
     from ultrathink.training.stepping import StepResult
 
-    model, held_out = trainer.model, trainer.held_out
+    model, held_out = trainer.model, trainer.objective.held_out
     if not model.expert_layers():
         return {}
     model.eval()

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ultrathink.config import Config, load_config
+    from ultrathink.recipes.parts.assembly import build_model
     from ultrathink.recipes.parts.steering import orchestrator_of
     from ultrathink.recipes.resume import resume_trainer
-    from ultrathink.recipes.train import build_model, build_trainer
+    from ultrathink.recipes.train import build_trainer
     from ultrathink.runs.loading import load_model
 
 __version__ = "0.1.0"
@@ -30,7 +31,7 @@ __all__ = [
 _HOMES = {
     "Config": "ultrathink.config",
     "load_config": "ultrathink.config",
-    "build_model": "ultrathink.recipes.train",
+    "build_model": "ultrathink.recipes.parts.assembly",
     "build_trainer": "ultrathink.recipes.train",
     "resume_trainer": "ultrathink.recipes.resume",
     "orchestrator_of": "ultrathink.recipes.parts.steering",

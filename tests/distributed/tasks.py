@@ -33,11 +33,12 @@ from ultrathink.recipes.train import build_trainer
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Controller, StepReport
-from ultrathink.training.control import Change, Snapshot, TrainerControl
+from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.model_state import region_needed
 from ultrathink.training.objectives.base import LOSS, Losses
 from ultrathink.training.objectives.pretrain import Pretraining
 from ultrathink.training.out_of_memory import SmallerStartError
-from ultrathink.training.run_state import region_needed
+from ultrathink.training.records import ChangeRecord
 from ultrathink.training.stepping import Verdict
 from ultrathink.training.trainer import Trainer
 
@@ -144,7 +145,7 @@ def numbers_read(path: str) -> tuple[int, int]:
     trainer = resume_trainer(run)
     try:
         state: Any = load_checkpoint(
-            run.checkpoint("last"), weights, partial(region_needed, trainer)
+            run.checkpoint("last"), weights, partial(region_needed, trainer.model)
         )
         mine = [piece.local.numel() for piece in state["model"].values()]
         whole = [torch.Size(piece.shape).numel() for piece in state["model"].values()]
@@ -201,9 +202,8 @@ def random_number_and_scored_tokens(place: str) -> tuple[float, int, int]:
     trainer.start()
     try:
         trainer.train_step()
-        assert trainer.held_out is not None
-        scores = trainer.score(trainer.held_out)
-        return drawn[0], scores.num_tokens, trainer.held_out.num_tokens
+        scores = trainer.score()
+        return drawn[0], scores.num_tokens, trainer.objective.num_scored
     finally:
         trainer.close()
 
@@ -352,7 +352,7 @@ class _Told(Callback):
     def __init__(self, told: list[str]) -> None:
         self.told = told
 
-    def on_change(self, change: Change) -> None:
+    def on_change(self, change: ChangeRecord) -> None:
         self.told.append(f"{change.setting}: {change.before} -> {change.after} ({change.reason})")
 
 

@@ -13,7 +13,8 @@ from ultrathink.cli.arguments import (
 )
 from ultrathink.config import docs
 from ultrathink.config.loading import load_config
-from ultrathink.config.schema import Config, flatten
+from ultrathink.config.overrides import flatten
+from ultrathink.config.schema import Config
 from ultrathink.config.size import sizes
 from ultrathink.config.training import BUDGETS
 from ultrathink.core.errors import UltrathinkError, suggestion
@@ -76,11 +77,11 @@ def _print_reference(args: argparse.Namespace) -> None:
             f"not {args.positionals[0]!r}"
         )
     if args.action == "schema":
-        _print_json(docs.json_schema())
+        _print_json(docs.json_schema(Config))
     elif args.json:
         raise UltrathinkError("'config docs' prints Markdown; for JSON there is 'config schema'")
     else:
-        print(docs.markdown(), end="")
+        print(docs.markdown(Config), end="")
 
 
 def _print_config(config: Config, *, why: bool, as_json: bool) -> None:

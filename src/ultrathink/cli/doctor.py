@@ -14,7 +14,8 @@ from ultrathink.cli.arguments import (
     load_plugins,
     split_config_and_overrides,
 )
-from ultrathink.config.loading import DEFAULT_PRESET, load_config
+from ultrathink.config.loading import load_config
+from ultrathink.config.schema import Config
 from ultrathink.monitoring.terminal import (
     SafeStream,
     error_stream,
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     from ultrathink.insight.doctor.diagnose import diagnose
 
     with _progress() as progress:
-        report = diagnose(config, source or DEFAULT_PRESET, quick=args.quick, progress=progress)
+        name = source or str(Config.default_preset)
+        report = diagnose(config, name, quick=args.quick, progress=progress)
     out = SafeStream(sys.stdout)
     if args.json:
         print(json.dumps(report.to_json(), indent=2, allow_nan=False))

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _go_on(run: str, overrides: list[str], reset: list[str], as_json: bool) -> int:
     """Resume ``run`` (its name or folder, or RUN@step)."""
-    from ultrathink.recipes.resume import plan_resume
+    from ultrathink.recipes.parts.resume_plan import plan_resume
+    from ultrathink.recipes.resume import build_resumed
     from ultrathink.runs.folder import find_run, split_run
 
     name, checkpoint = split_run(run)
@@ -99,7 +101,7 @@ def _go_on(run: str, overrides: list[str], reset: list[str], as_json: bool) -> i
     if plan.is_finished:
         plan.release()
         return _say_finished(plan.run.path, plan.step, as_json)
-    return _train(plan.build, as_json)
+    return _train(partial(build_resumed, plan), as_json)
 
 
 def _new_trainer(config: Any, **options: Any) -> Trainer:

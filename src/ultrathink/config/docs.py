@@ -9,8 +9,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from ultrathink.config.overrides import flatten
 from ultrathink.config.reflection import is_list, is_part, sections_of, type_name
-from ultrathink.config.schema import Config, flatten
+from ultrathink.config.root import Root
 from ultrathink.config.yaml_format import dump_yaml
 from ultrathink.core.durations import Duration
 
@@ -34,9 +35,9 @@ This page is made by `ultrathink config docs`. Editors check and complete the fi
 that `ultrathink config schema` prints."""
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema(root: type[Root]) -> dict[str, Any]:
     """A JSON schema of the YAML file, for editors."""
-    schema = Config.model_json_schema()
+    schema = root.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "ULTRATHINK configuration"
     return _with_definitions_on_top(schema)
@@ -64,11 +65,11 @@ def _with_definitions_on_top(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def markdown() -> str:
+def markdown(root: type[Root]) -> str:
     """The reference: a table of every section, with each option's values, default and meaning."""
     lines = [INTRODUCTION]
     documented: dict[tuple[Any, ...], str] = {}
-    _write_nested(Config, "", 2, lines, documented)
+    _write_nested(root, "", 2, lines, documented)
     return "\n".join(lines) + "\n"
 
 
@@ -191,7 +192,7 @@ def _cell(text: str) -> str:
     return "`".join(pieces)
 
 
-def to_yaml(config: Config, *, why: bool = False) -> str:
+def to_yaml(config: Root, *, why: bool = False) -> str:
     """The resolved configuration as YAML; with ``why`` one key a line, its origin beside it."""
     tree = config.model_dump(mode="json")
     if not why:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ultrathink.config.overrides import Draft
 from ultrathink.config.reflection import all_keys, field_at, is_optional, sections_at, type_name
 from ultrathink.config.yaml_format import dump_yaml
 from ultrathink.core.errors import closest
@@ -19,10 +20,8 @@ _NO_KEY = re.compile(
 )
 
 
-def explain_validation_error(
-    error: ValidationError, tree: Mapping[str, Any], origins: Mapping[str, str]
-) -> str:
-    """One line for each key of ``tree`` with a problem; ``origins`` says where values came from."""
+def explain_validation_error(error: ValidationError, draft: Draft, root: type[BaseModel]) -> str:
+    """One line for each key of ``draft``, made for ``root``, with a problem."""
     problems: dict[str, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         problems.setdefault(_key(detail), []).append(detail)
@@ -30,7 +29,7 @@ def explain_validation_error(
     for key, details in problems.items():
         caused_below = any(other.startswith(f"{key}.") for other in problems)
         if not (caused_below and details[0]["type"] == "too_short"):
-            lines.append(_explain(key, details, tree, origins))
+            lines.append(_explain(key, details, draft, root))
     return "\n".join(lines)
 
 
@@ -38,26 +37,24 @@ def _key(detail: ErrorDetails) -> str:
     return ".".join(part for part in map(str, detail["loc"]) if not _NO_KEY.match(part))
 
 
-def _explain(
-    key: str, details: list[ErrorDetails], tree: Mapping[str, Any], origins: Mapping[str, str]
-) -> str:
+def _explain(key: str, details: list[ErrorDetails], draft: Draft, root: type[BaseModel]) -> str:
     detail = details[0]
     path = key.split(".") if key else []
-    source = _source(key, origins)
+    source = _source(key, draft.origins)
     if detail["type"] == "extra_forbidden":
-        return f"{key}{source}: there is no such key. {_nearest_key(path, tree)}"
+        return f"{key}{source}: there is no such key. {_nearest_key(path, draft.tree, root)}"
     if detail["type"] == "missing":
-        return _missing(path, detail["input"], tree, origins)
+        return _missing(path, detail["input"], draft, root)
     if detail["type"] == "value_error":
         reason = str(detail.get("ctx", {}).get("error", detail["msg"])).rstrip(".")
         end = "" if reason.endswith("?") else "."
         return f"{key}{source}: {reason}{end}" if key else f"{reason}{end}"
     wanted = list(dict.fromkeys(_expected(other) for other in details))
-    found = field_at(path, tree)
+    found = field_at(root, path, draft.tree)
     unset = ", or null" if found is not None and is_optional(found[1]) else ""
     return (
         f"{key} = {_shown(detail['input'])}{source}: should be {' or '.join(wanted)}{unset}."
-        f"{_meaning(path, tree)}"
+        f"{_meaning(path, draft.tree, root)}"
     )
 
 
@@ -124,28 +121,26 @@ def _source(key: str, origins: Mapping[str, str]) -> str:
     return f" ({', '.join(overrides)})" if overrides and key else ""
 
 
-def _missing(
-    path: list[str], given: Any, tree: Mapping[str, Any], origins: Mapping[str, str]
-) -> str:
+def _missing(path: list[str], given: Any, draft: Draft, root: type[BaseModel]) -> str:
     *parents, name = path
     if name.isdigit():  # an item of a list that is too short
         parent = ".".join(parents)
         return (
-            f"{parent} = {_shown(list(given))}{_source(parent, origins)}: "
-            f"should have more items.{_meaning(parents, tree)}"
+            f"{parent} = {_shown(list(given))}{_source(parent, draft.origins)}: "
+            f"should have more items.{_meaning(parents, draft.tree, root)}"
         )
-    return f"{'.'.join(path)}: a value is needed here.{_meaning(path, tree)}"
+    return f"{'.'.join(path)}: a value is needed here.{_meaning(path, draft.tree, root)}"
 
 
-def _nearest_key(path: list[str], tree: Mapping[str, Any]) -> str:
+def _nearest_key(path: list[str], tree: Mapping[str, Any], root: type[BaseModel]) -> str:
     """Suggest a key of the same section, the type that has this one, or its place elsewhere."""
     *parents, name = path
-    sections = sections_at(parents, tree)
+    sections = sections_at(root, parents, tree)
     fields = list(dict.fromkeys(key for section in sections for key in section.model_fields))
     near = closest(name, fields)
     if near is not None:
         return f"Did you mean {'.'.join([*parents, near])!r}?"
-    others = [section for section in sections_at(parents, None) if section not in sections]
+    others = [section for section in sections_at(root, parents, None) if section not in sections]
     match = closest(name, [key for section in others for key in section.model_fields])
     if match is not None:
         part = ".".join(parents)
@@ -154,17 +149,17 @@ def _nearest_key(path: list[str], tree: Mapping[str, Any]) -> str:
             f"{match!r} belongs to type {' and '.join(having)}, and {part} is of type "
             f"{type_name(sections[0])}, with: {', '.join(fields)}."
         )
-    elsewhere = [key for key in all_keys() if key.rpartition(".")[2] == name]
+    elsewhere = [key for key in all_keys(root) if key.rpartition(".")[2] == name]
     if elsewhere:
         return f"Did you mean {elsewhere[0]!r}?"
     return f"Known keys: {', '.join(fields)}."
 
 
-def _meaning(path: list[str], tree: Mapping[str, Any]) -> str:
+def _meaning(path: list[str], tree: Mapping[str, Any], root: type[BaseModel]) -> str:
     """What the key is for, in brackets, to follow a sentence."""
     while path and path[-1].isdigit():
         path = path[:-1]
-    found = field_at(path, tree)
+    found = field_at(root, path, tree)
     if found is None or not found[1].description:
         return ""
     return f" ({found[1].description.rstrip('.')}.)"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ultrathink.config.schema import flatten
-from ultrathink.config.training import BUDGETS
 from ultrathink.config.yaml_format import parse_yaml
 from ultrathink.core.errors import ConfigError
 
@@ -42,17 +40,20 @@ class Draft:
         key, value = parse_override(text)
         self._set(key.split("."), value, text)
 
-    def drop_replaced_lengths(self) -> None:
-        """Let a length given as an override replace the one that the preset or file gave."""
-        training = self.tree.get("training")
-        if not isinstance(training, dict):
+    def drop_replaced(self, section: str, alternatives: Sequence[str], *dependent: str) -> None:
+        """Let one of ``alternatives`` that is overridden replace another that was given before.
+
+        Only one of them may be set; ``dependent`` keys of ``section`` follow from it.
+        """
+        values = self.tree.get(section)
+        if not isinstance(values, dict):
             return
-        given = [name for name in BUDGETS if training.get(name) is not None]
-        if any(self._is_override(f"training.{name}") for name in given):
-            for name in (*given, "step_budget"):
-                if not self._is_override(f"training.{name}"):
-                    training.pop(name, None)
-                    self._forget(f"training.{name}")
+        given = [name for name in alternatives if values.get(name) is not None]
+        if any(self._is_override(f"{section}.{name}") for name in given):
+            for name in (*given, *dependent):
+                if not self._is_override(f"{section}.{name}"):
+                    values.pop(name, None)
+                    self._forget(f"{section}.{name}")
 
     def is_overridden(self, key: str) -> bool:
         """Whether an override set ``key`` or something inside it."""
@@ -135,3 +136,20 @@ def _list_index(node: list[Any], part: str, path: str, text: str) -> int:
             f"from 0. To add an item, set the whole list: {path.rpartition('.')[0]}=[...]."
         )
     return int(part)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings and lists by dotted key; empty ones are leaves."""
+    items: list[tuple[str, Any]]
+    if isinstance(tree, Mapping):
+        items = [(str(key), value) for key, value in tree.items()]
+    elif isinstance(tree, list) and any(isinstance(item, Mapping) for item in tree):
+        items = [(str(index), value) for index, value in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    if not items:
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for name, value in items:
+        leaves.update(flatten(value, f"{prefix}.{name}" if prefix else name))
+    return leaves

@@ -8,11 +8,14 @@ from pydantic import Field, model_validator
 
 from ultrathink.config.base import Section, off_means
 
+_NOT_BUILT = {"cp": "context", "tp": "tensor", "pp": "pipeline", "ep": "expert"}
+
 
 class ParallelConfig(Section):
     """How a run is spread over processes; one process needs nothing of it.
 
-    ``dp_replicate`` x ``dp_shard`` is the number of processes. What ``zero_stage`` shards is that
+    ``dp_replicate`` x ``dp_shard`` is the number of processes; the other degrees are not built yet
+    and refused above 1. What ``zero_stage`` shards is that
     of ZeRO (https://arxiv.org/abs/1910.02054), by FSDP2.
     """
 
@@ -24,6 +27,10 @@ class ParallelConfig(Section):
         description="Processes that share one copy of the model; -1: as many as dp_replicate "
         "leaves.",
     )
+    cp: int = Field(1, gt=0, description="Processes that share each sequence; 1 so far.")
+    tp: int = Field(1, gt=0, description="Processes that share each matrix product; 1 so far.")
+    pp: int = Field(1, gt=0, description="Processes that share the layers; 1 so far.")
+    ep: int = Field(1, gt=0, description="Processes that share the experts; 1 so far.")
     zero_stage: Literal[1, 2, 3] = Field(
         3,
         description="What the processes of one copy divide among them: optimizer state (1), also "
@@ -50,4 +57,15 @@ class ParallelConfig(Section):
                 f"dp_shard is {self.dp_shard}; give the number of processes that share one copy "
                 f"of the model, or -1 for as many as there are"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _degree_is_built(self) -> ParallelConfig:
+        for name, kind in _NOT_BUILT.items():
+            degree = getattr(self, name)
+            if degree > 1:
+                raise ValueError(
+                    f"{name} is {degree}, but {kind} parallelism is not built yet; set {name}=1 "
+                    f"and divide the model with dp_shard"
+                )
         return self

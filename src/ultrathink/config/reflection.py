@@ -10,7 +10,6 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ultrathink.config.base import PartConfig, PartOf
-from ultrathink.config.schema import Config
 
 
 def sections_of(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> list[Any]:
@@ -53,9 +52,11 @@ def type_name(section: type[BaseModel]) -> str:
     return default if isinstance(default, str) else section.__name__
 
 
-def sections_at(path: list[str], tree: Mapping[str, Any] | None) -> list[type[BaseModel]]:
+def sections_at(
+    root: type[BaseModel], path: list[str], tree: Mapping[str, Any] | None
+) -> list[type[BaseModel]]:
     """The classes that a path of keys may lead to, in ``tree`` only those of the types it names."""
-    current: list[type[BaseModel]] = [Config]
+    current = [root]
     node: Any = tree
     for part in path:
         node = _step_into(node, part)
@@ -90,20 +91,20 @@ def _of_type(sections: list[type[BaseModel]], node: Any) -> list[type[BaseModel]
 
 
 def field_at(
-    path: list[str], tree: Mapping[str, Any] | None
+    root: type[BaseModel], path: list[str], tree: Mapping[str, Any] | None
 ) -> tuple[type[BaseModel], FieldInfo] | None:
     """The section and the field that a path of keys names; None where there is none."""
     if not path:
         return None
     *parents, name = path
-    for section in sections_at(parents, tree):
+    for section in sections_at(root, parents, tree):
         if name in section.model_fields:
             return section, section.model_fields[name]
     return None
 
 
-def all_keys() -> list[str]:
-    """Every dotted key of the configuration, parts of lists and of all types included."""
+def all_keys(root: type[BaseModel]) -> list[str]:
+    """Every dotted key of a configuration, parts of lists and of all types included."""
     keys: list[str] = []
 
     def visit(section: type[BaseModel], prefix: str) -> None:
@@ -114,5 +115,5 @@ def all_keys() -> list[str]:
             for inner in sections_of(field.annotation, field.metadata):
                 visit(inner, f"{key}.")
 
-    visit(Config, "")
+    visit(root, "")
     return keys

@@ -1,27 +1,26 @@
-"""The whole configuration, and the checks that span sections."""
+"""The configuration of training, and the checks that span its sections."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from pydantic import Field, model_validator
 
-from pydantic import Field, PrivateAttr, model_validator
-
-from ultrathink.config.base import Section
 from ultrathink.config.data import DataConfig
 from ultrathink.config.model import ModelConfig
 from ultrathink.config.monitoring import MonitoringConfig
 from ultrathink.config.orchestrator import OrchestratorConfig
+from ultrathink.config.overrides import Draft
 from ultrathink.config.parallel import ParallelConfig
+from ultrathink.config.root import Root
 from ultrathink.config.run import RunConfig
 from ultrathink.config.tokenizer import BpeTokenizerConfig, TokenizerField
-from ultrathink.config.training import TrainingConfig
-
-DEFAULT = "default"
+from ultrathink.config.training import BUDGETS, TrainingConfig
 
 
-class Config(Section):
-    """Every option of a run."""
+class Config(Root):
+    """Every option of training a model."""
+
+    presets = "presets"
+    default_preset = "demo"
 
     run: RunConfig = Field(RunConfig(), description="Name, place and seed of the run.")
     model: ModelConfig = Field(ModelConfig(), description="The network.")
@@ -37,8 +36,6 @@ class Config(Section):
         ParallelConfig(), description="How the run is spread over processes."
     )
     monitoring: MonitoringConfig = Field(MonitoringConfig(), description="Where metrics go.")
-
-    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _vocabulary_covers_the_tokenizer(self) -> Config:
@@ -60,59 +57,25 @@ class Config(Section):
             )
         return self
 
-    def __eq__(self, other: object) -> bool:
-        """Equal values are equal configurations, wherever they came from."""
-        if not isinstance(other, Config):
-            return NotImplemented
-        return self.model_dump() == other.model_dump()
+    @classmethod
+    def prepare(cls, draft: Draft) -> None:
+        # Its length has no default, and a message about that says more than "training is missing".
+        training = draft.tree.setdefault("training", {})
+        draft.drop_replaced("training", BUDGETS, "step_budget")
+        model = draft.tree.get("model")
+        moe = model.get("moe") if isinstance(model, dict) else None
+        source = training.get("init_from") if isinstance(training, dict) else None
+        if isinstance(moe, dict) and isinstance(source, str) and source.startswith("hf:"):
+            # The checkpoint says how many experts there are, and replaces what has no origin.
+            moe.setdefault("groups", [{"name": "experts", "num_experts": 1, "top_k": 1}])
 
-    def __hash__(self) -> int:
-        return hash(tuple(getattr(self, name) for name in type(self).model_fields))
-
-    def origin(self, key: str) -> str:
-        """Where the value of a dotted key came from; "default" when nothing set it."""
-        while key:
-            if key in self._origins:
-                return self._origins[key]
-            key = key.rpartition(".")[0]
-        return DEFAULT
-
-    @property
-    def origins(self) -> dict[str, str]:
-        """Every recorded origin, by dotted key."""
-        return dict(self._origins)
-
-    def with_origins(self, origins: Mapping[str, str]) -> Config:
-        """The same values, with ``origins`` as their record."""
-        copy = self.model_copy()
-        copy._origins = dict(origins)
-        return copy
-
-    def replace(self, values: Mapping[str, Any], *, origin: str) -> Config:
-        """A checked copy with the dotted keys of ``values`` set, each recorded as ``origin``."""
-        tree = self.model_dump(mode="json")
-        for key, value in values.items():
-            *parents, leaf = key.split(".")
-            node = tree
-            for parent in parents:
-                node = node[parent]
-            node[leaf] = value
-        changed = Config.model_validate(tree)
-        return changed.with_origins({**self._origins, **dict.fromkeys(values, origin)})
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings and lists by dotted key; empty ones are leaves."""
-    items: list[tuple[str, Any]]
-    if isinstance(tree, Mapping):
-        items = [(str(key), value) for key, value in tree.items()]
-    elif isinstance(tree, list) and any(isinstance(item, Mapping) for item in tree):
-        items = [(str(index), value) for index, value in enumerate(tree)]
-    else:
-        return {prefix: tree}
-    if not items:
-        return {prefix: tree}
-    leaves: dict[str, Any] = {}
-    for name, value in items:
-        leaves.update(flatten(value, f"{prefix}.{name}" if prefix else name))
-    return leaves
+    def derived(self, name: str) -> Config:
+        config = self
+        if config.run.name is None:
+            config = config.replace({"run.name": name}, origin="derived from the config's name")
+        for key, (value, reason) in config.model.derived().items():
+            config = config.replace({f"model.{key}": value}, origin=f"derived from {reason}")
+        if config.model.vocab_size is None:
+            size = config.tokenizer.size()
+            config = config.replace({"model.vocab_size": size}, origin="derived from the tokenizer")
+        return config

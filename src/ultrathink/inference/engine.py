@@ -1,14 +1,14 @@
-"""Continuing a text with a model.
+"""Continuing texts with a model.
 
-Shapes: B batch (1 here), T tokens, V vocabulary.
+Shapes: B prompts, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ultrathink.inference.sampling import (
     sample,
 )
 from ultrathink.inference.text_stream import TextStream
-from ultrathink.model.cache import KVCache
+from ultrathink.model.cache import CacheView
 from ultrathink.model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Generation:
 
 
 class Engine:
-    """Generates text from a model and its tokenizer, one prompt at a time.
+    """Generates text from a model and its tokenizer, for one prompt or a batch of them.
 
     The model stays as it was: its weights, and the training or evaluation mode of each module.
     """
@@ -51,15 +51,28 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
 
-    def generate(self, prompt: str, params: SamplingParams | None = None) -> Generation:
-        """Continue ``prompt``; an empty one starts from the end-of-text token."""
-        run = self._run(prompt, params or SamplingParams())
-        while True:
-            try:
-                next(run)
-            except StopIteration as end:
-                generation: Generation = end.value
-                return generation
+    @overload
+    def generate(self, prompts: str, params: SamplingParams | None = None) -> Generation: ...
+
+    @overload
+    def generate(
+        self, prompts: list[str], params: SamplingParams | None = None
+    ) -> list[Generation]: ...
+
+    def generate(
+        self, prompts: str | list[str], params: SamplingParams | None = None
+    ) -> Generation | list[Generation]:
+        """Continue one prompt, or several of any lengths in one batch, each as it would be alone.
+
+        An empty prompt starts from the end-of-text token. With a seed every prompt draws the random
+        numbers of that seed.
+        """
+        if isinstance(prompts, str):
+            return self.generate([prompts], params)[0]
+        texts = [_Continuation(self.tokenizer, prompt, params) for prompt in prompts]
+        for _ in self._decode(texts):
+            pass
+        return [text.generation() for text in texts]
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
         """The text of ``generate`` in pieces, each as soon as it is certain.
@@ -67,47 +80,88 @@ class Engine:
         A piece ends between characters, and nothing of a stop text appears in one. The model is in
         evaluation mode until the iterator is exhausted or closed.
         """
-        yield from self._run(prompt, params or SamplingParams())
+        text = _Continuation(self.tokenizer, prompt, params)
+        num_shown = 0
+        with closing(self._decode([text])) as steps:
+            for _ in steps:
+                yield from text.pieces[num_shown:]
+                num_shown = len(text.pieces)
 
-    def _run(self, prompt: str, params: SamplingParams) -> Generator[str, None, Generation]:
-        ids = self.tokenizer.encode(prompt) or [self.tokenizer.eot_id]
-        generator = new_generator(params.seed)
-        text = TextStream(params.stop)
-        pieces: list[str] = []
-        reason: FinishReason = "length"
-        num_new = 0
+    def _decode(self, texts: list[_Continuation]) -> Generator[None, None, None]:
+        """Add a token to each unfinished text, again and again, until all are finished."""
+        if not texts:
+            return
         with _evaluation_mode(self.model):
-            cache = self.model.new_cache(1, len(ids) + params.max_new_tokens)
-            unread = ids
-            while num_new < params.max_new_tokens:
-                token = sample(self._next_logits(unread, cache), params, generator)
-                unread = [token]
-                num_new += 1
-                if token == self.tokenizer.eot_id:
-                    reason = "end_of_text"
-                    break
-                piece = text.push(self.tokenizer.decode_bytes(unread))
-                if piece:
-                    pieces.append(piece)
-                    yield piece
-                if text.stopped:
-                    reason = "stop"
-                    break
-            rest = text.finish()
-            if rest:
-                pieces.append(rest)
-                yield rest
-        return Generation("".join(pieces), len(ids), num_new, reason)
+            cache = self.model.new_cache(len(texts), max(text.max_length for text in texts))
+            while True:
+                for text, logits in zip(texts, self._next_logits(texts, cache), strict=True):
+                    text.draw(logits)
+                yield
+                rows = [row for row, text in enumerate(texts) if text.finish_reason is None]
+                if not rows:
+                    return
+                if len(rows) < len(texts):
+                    cache.select(rows)
+                    texts = [texts[row] for row in rows]
 
     @torch.inference_mode()
-    def _next_logits(self, ids: list[int], cache: KVCache) -> Tensor:
-        """Logits ``[V]`` of the token after ``ids``, which the cache reads now.
+    def _next_logits(self, texts: list[_Continuation], cache: CacheView) -> Tensor:
+        """Logits ``[B, V]`` of the token after what is unread of each text; the cache reads it now.
 
         Inference mode lasts for this call only: around a ``yield`` it would reach the caller.
         """
-        input_ids = torch.tensor([ids], device=self.model.device)
-        logits = self.model(input_ids, cache=cache, last_only=True).logits[0, -1]
-        return limit_vocabulary(logits, self.tokenizer.vocab_size)
+        lengths = [len(text.unread) for text in texts]
+        rows = [text.unread + [0] * (max(lengths) - len(text.unread)) for text in texts]
+        input_ids = torch.tensor(rows, device=self.model.device)
+        logits = self.model(input_ids, lengths=lengths, cache=cache, last_only=True).logits
+        assert logits is not None, "no labels were given"
+        return limit_vocabulary(logits[:, -1], self.tokenizer.vocab_size)
+
+
+class _Continuation:
+    """One prompt and what was generated after it so far."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, params: SamplingParams | None) -> None:
+        self.tokenizer = tokenizer
+        self.params = params or SamplingParams()
+        self.unread = tokenizer.encode(prompt) or [tokenizer.eot_id]
+        self.prompt_tokens = len(self.unread)
+        self.new_tokens = 0
+        self.pieces: list[str] = []
+        self.finish_reason: FinishReason | None = None
+        self._generator = new_generator(self.params.seed)
+        self._stream = TextStream(self.params.stop)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the prompt and of the longest text that may follow."""
+        return self.prompt_tokens + self.params.max_new_tokens
+
+    def draw(self, logits: Tensor) -> None:
+        """Draw the next token from its logits ``[V]``, and see whether it is the last."""
+        token = sample(logits, self.params, self._generator)
+        self.unread = [token]
+        self.new_tokens += 1
+        if token == self.tokenizer.eot_id:
+            self.finish_reason = "end_of_text"
+        else:
+            self._add(self._stream.push(self.tokenizer.decode_bytes(self.unread)))
+            if self._stream.stopped:
+                self.finish_reason = "stop"
+            elif self.new_tokens == self.params.max_new_tokens:
+                self.finish_reason = "length"
+        if self.finish_reason is not None:
+            self._add(self._stream.finish())
+
+    def generation(self) -> Generation:
+        """The finished text."""
+        assert self.finish_reason is not None, "the text is finished"
+        text = "".join(self.pieces)
+        return Generation(text, self.prompt_tokens, self.new_tokens, self.finish_reason)
+
+    def _add(self, piece: str) -> None:
+        if piece:
+            self.pieces.append(piece)
 
 
 @contextmanager

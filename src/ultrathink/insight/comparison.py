@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from ultrathink.config.schema import flatten
+from ultrathink.config.overrides import flatten
 from ultrathink.core.errors import CheckpointError
 from ultrathink.monitoring.records import MetricRecord, Split
 from ultrathink.runs.folder import RunFolder

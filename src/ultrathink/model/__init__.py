@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ultrathink.model.attention_backends import choose_backend
-    from ultrathink.model.cache import CacheFullError, KVCache
+    from ultrathink.model.cache import CacheFullError, CacheView, ContiguousCache
     from ultrathink.model.compute_path import ComputePath
     from ultrathink.model.flops import count_parameters, flops_per_token
     from ultrathink.model.output import ModelOutput
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 _HOMES = {  # imported when first used, since they need torch
     "CacheFullError": "cache",
+    "CacheView": "cache",
     "ComputePath": "compute_path",
-    "KVCache": "cache",
+    "ContiguousCache": "cache",
     "ModelOutput": "output",
     "Transformer": "transformer",
     "choose_backend": "attention_backends",
@@ -25,8 +26,9 @@ _HOMES = {  # imported when first used, since they need torch
 }
 __all__ = [
     "CacheFullError",
+    "CacheView",
     "ComputePath",
-    "KVCache",
+    "ContiguousCache",
     "ModelOutput",
     "Transformer",
     "choose_backend",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ultrathink.config.model import ModelConfig
 from ultrathink.model.attention_backends import AttentionBackend
 from ultrathink.model.attention_mask import AttentionMask
-from ultrathink.model.cache import KVCache
+from ultrathink.model.cache import CacheView
 from ultrathink.model.linear import Linear
 from ultrathink.model.norm import RMSNorm
 from ultrathink.model.rope import apply_rotary
@@ -49,9 +49,9 @@ class Attention(nn.Module):
         cos_sin: Tensor,
         mask: AttentionMask | None,
         backend: AttentionBackend,
-        cache: KVCache | None,
+        cache: CacheView | None,
     ) -> Tensor:
-        """Map ``[B, T, C]`` to ``[B, T, C]``."""
+        """Map ``[B, T, C]`` to ``[B, T, C]``; without a ``mask`` the cache says what is visible."""
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         query, key, value = heads.split(
@@ -62,6 +62,7 @@ class Attention(nn.Module):
         query, key = apply_rotary(query, cos_sin), apply_rotary(key, cos_sin)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
+            mask = cache.visible(self.layer) if mask is None else mask
         attended = backend(query, key, value, mask)  # [B, H, T, D]
         out: Tensor = self.output(attended.transpose(1, 2).reshape(B, T, -1))
         return out

@@ -5,6 +5,7 @@ Shapes: B batch, H heads, T queries, S keys (S - T of them from a cache).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,19 +37,22 @@ def build_mask(
     attention_mask: Tensor | None,
     document_ids: Tensor | None,
     dense_documents: bool,
+    starts: Sequence[int] | None = None,
 ) -> AttentionMask | None:
     """Combine causality with a mask of the caller's and with documents.
 
     ``attention_mask`` is boolean (True = attend) or additive, ``[B, S]`` or broadcastable to
-    ``[B, H, T, S]``. The last query stands at the last key. None is returned where plain
-    causality of T = S, or a single query that sees everything, says it all. Raises ValueError for
-    a mask of another shape or dtype.
+    ``[B, H, T, S]``. The first query of each row stands at the key ``starts[b]``; without
+    ``starts`` the last query stands at the last key. None is returned where plain causality of
+    T = S, or a single query that sees everything, says it all. Raises ValueError for a mask of
+    another shape or dtype.
     """
     if attention_mask is None and document_ids is not None and not dense_documents:
         return AttentionMask(document_ids=document_ids.to(torch.int32))
     if attention_mask is None and document_ids is None and num_queries in (1, num_keys):
         return None
-    allowed = _causal(num_queries, num_keys, device)
+    starts = (num_keys - num_queries,) if starts is None else starts
+    allowed = causal_mask(starts, num_queries, num_keys, device)
     if document_ids is not None:
         same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
         allowed = allowed & same
@@ -66,11 +70,17 @@ def build_mask(
     return AttentionMask(dense=bias, blank_rows=blank)
 
 
-def _causal(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
-    """Boolean ``[1, 1, T, S]``, True where a key stands at or before the query."""
+def causal_mask(
+    starts: Sequence[int], num_queries: int, num_keys: int, device: torch.device
+) -> Tensor:
+    """Boolean ``[B, 1, T, S]``, True where a key stands at or before the query.
+
+    The first query of row ``b`` stands at the key ``starts[b]``. Rows that start alike may be one.
+    """
+    queries = torch.arange(num_queries, device=device)[:, None]
     keys = torch.arange(num_keys, device=device)
-    queries = keys[num_keys - num_queries :]
-    return (keys <= queries[:, None])[None, None]
+    first = torch.tensor(starts, device=device)[:, None, None, None] if any(starts) else 0
+    return (keys <= queries + first).expand(len(starts), 1, -1, -1)
 
 
 def _as_four_dims(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:

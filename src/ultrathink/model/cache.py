@@ -1,25 +1,81 @@
 """Keys and values of the tokens read so far, so that decoding computes only the new ones.
 
-Shapes: B batch, K key/value heads, S positions that fit, T new tokens, D head dimension.
+Shapes: B sequences, K key/value heads, S positions that fit, T tokens of a row of the input, of
+which the first ones are real and the rest is padding, D head dimension.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.model.attention_mask import AttentionMask, causal_mask
+from ultrathink.model.compute_path import ComputePath
 
 
 class CacheFullError(UltrathinkError):
     """More tokens than the cache was made for."""
 
 
-class KVCache:
-    """Preallocated keys and values, one pair ``[B, K, S, D]`` for each layer.
+class CacheView(Protocol):
+    """All that a model knows of a cache, however that stores keys and values.
 
-    ``length`` counts the positions that are filled. A forward pass calls ``begin`` once, ``update``
-    in each layer, and ``advance`` at its end.
+    A forward pass calls ``begin`` once, ``update`` and ``visible`` in each of its layers, and
+    ``commit`` at its end. A pass that fails before ``commit`` leaves no trace. Sequences have
+    lengths of their own, and so have layers: a layer that did not run holds nothing.
+    """
+
+    batch_size: int
+
+    def lengths(self, layer: int) -> tuple[int, ...]:
+        """The tokens of each sequence that ``layer`` holds."""
+
+    def begin(self, path: ComputePath, lengths: Sequence[int], num_tokens: int) -> tuple[int, ...]:
+        """Make room for the first ``lengths[b]`` of ``num_tokens`` tokens of each row ``b``.
+
+        Returns the position of each row's first new token. Raises CacheFullError where they do
+        not fit, UltrathinkError for another number of rows or another path than before.
+        """
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store ``[B, K, T, D]`` after what is there; return all that ``layer`` holds now.
+
+        What is returned may have places that hold nothing: ``visible`` excludes them.
+        """
+
+    def visible(self, layer: int) -> AttentionMask | None:
+        """What each new token may see of that; None where causality from T = S, or a single
+        query that sees everything, says it all."""
+
+    def commit(self) -> None:
+        """Count the tokens of this pass as read, once every layer has stored them."""
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget what each sequence holds beyond its first ``lengths[b]`` tokens, in all layers."""
+
+
+class _Pass(NamedTuple):
+    """A forward pass from ``begin`` to ``commit``."""
+
+    layers: tuple[int, ...]
+    after: tuple[int, ...]
+    """The length of each sequence once the pass is done."""
+    stop: int
+    """The length of the longest."""
+    places: tuple[Tensor, Tensor, Tensor] | None
+    """Row, token and position of all real tokens; None where each row fills up to ``stop``."""
+    mask: AttentionMask | None
+
+
+class ContiguousCache:
+    """A ``CacheView`` on preallocated keys and values, one pair ``[B, K, S, D]`` for each layer.
+
+    The token at position p of a sequence lies at index p. Where all rows are of equal length,
+    which is one slice of the tensors, attention needs no mask beyond causality.
     """
 
     def __init__(
@@ -43,44 +99,123 @@ class KVCache:
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
         self.batch_size = batch_size
         self.max_length = max_length
-        self.length = 0
-        self._layers: tuple[int, ...] | None = None
+        self._lengths = [(0,) * batch_size] * num_layers
+        self._layers: tuple[int, ...] = ()  # those of the path that filled it
+        self._pass: _Pass | None = None
 
-    def begin(self, batch_size: int, num_tokens: int, layers: tuple[int, ...]) -> None:
-        """Check that ``num_tokens`` more fit and that the same layers run as before.
+    def lengths(self, layer: int) -> tuple[int, ...]:
+        """The tokens of each sequence that ``layer`` holds."""
+        return self._lengths[layer]
 
-        Raises CacheFullError where they do not fit, UltrathinkError for another batch or path.
-        """
-        if batch_size != self.batch_size:
-            raise UltrathinkError(
-                f"the cache holds {self.batch_size} sequences, the input has {batch_size}; make "
-                f"another with new_cache(batch_size={batch_size}, ...)."
-            )
-        if self.length + num_tokens > self.max_length:
-            raise CacheFullError(
-                f"the cache is full: it holds {self.length} of {self.max_length} positions and "
-                f"{num_tokens} more were given; make it longer with new_cache(max_length="
-                f"{self.length + num_tokens}) or more."
-            )
-        if self._layers is not None and self._layers != layers:
+    def begin(self, path: ComputePath, lengths: Sequence[int], num_tokens: int) -> tuple[int, ...]:
+        """Make room for the first ``lengths[b]`` of ``num_tokens`` tokens of each row ``b``."""
+        layers = path.indices(len(self._lengths))
+        before = self._lengths[layers[0]]
+        self._check_sequences(len(lengths))
+        if self._layers != layers and any(map(any, self._lengths)):
             raise UltrathinkError(
                 f"the cache was filled by layers {list(self._layers)} and cannot serve layers "
                 f"{list(layers)}; keep one ComputePath for one cache, or call reset()."
             )
-        self._layers = layers
+        after = tuple(map(sum, zip(before, lengths, strict=True)))
+        stop = max(after)
+        if stop > self.max_length:
+            row = after.index(stop)
+            raise CacheFullError(
+                f"the cache is full: it holds {before[row]} of {self.max_length} positions and "
+                f"{lengths[row]} more were given; make it longer with new_cache(max_length="
+                f"{stop}) or more."
+            )
+        device = self.keys[0].device
+        places, mask = None, None
+        if min(before) == max(before) == stop - num_tokens:
+            if num_tokens not in (1, stop):
+                mask = AttentionMask(dense=causal_mask(before[:1], num_tokens, stop, device))
+        else:
+            mask = AttentionMask(dense=causal_mask(before, num_tokens, stop, device))
+            places = _places(before, lengths, device)
+        self._pass = _Pass(layers, after, stop, places, mask)
+        return before
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``[B, K, T, D]`` after what is there; return all ``[B, K, length + T, D]``."""
-        stop = self.length + key.shape[2]
-        self.keys[layer][:, :, self.length : stop] = key
-        self.values[layer][:, :, self.length : stop] = value
-        return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+        """Store ``[B, K, T, D]`` after what is there; return all ``[B, K, stop, D]``."""
+        now = self._running(layer)
+        keys, values = self.keys[layer][:, :, : now.stop], self.values[layer][:, :, : now.stop]
+        if now.places is None:
+            start = now.stop - key.shape[2]
+            keys[:, :, start:], values[:, :, start:] = key, value
+        else:
+            rows, tokens, positions = now.places
+            keys[rows, :, positions] = key[rows, :, tokens]
+            values[rows, :, positions] = value[rows, :, tokens]
+        return keys, values
 
-    def advance(self, num_tokens: int) -> None:
-        """Count ``num_tokens`` as read, once every layer has stored them."""
-        self.length += num_tokens
+    def visible(self, layer: int) -> AttentionMask | None:
+        """What each new token may see of ``layer``: one mask, since its layers advance together."""
+        return self._running(layer).mask
+
+    def commit(self) -> None:
+        """Count the tokens of this pass as read, once every layer has stored them."""
+        assert self._pass is not None, "begin opens a pass"
+        self._layers = self._pass.layers
+        for layer in self._layers:
+            self._lengths[layer] = self._pass.after
+        self._pass = None
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget what each sequence holds beyond its first ``lengths[b]`` tokens, in all layers.
+
+        UltrathinkError for a length that a sequence does not have.
+        """
+        self._check_sequences(len(lengths))
+        held = tuple(map(max, zip(*self._lengths, strict=True)))
+        for row, (length, most) in enumerate(zip(lengths, held, strict=True)):
+            if not 0 <= length <= most:
+                raise UltrathinkError(
+                    f"sequence {row} of the cache has {most} tokens and cannot be truncated to "
+                    f"{length}; use 0 to {most}."
+                )
+        self._lengths = [tuple(map(min, lengths, layer)) for layer in self._lengths]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these sequences, in this order; a row that is named twice is copied."""
+        if not rows or not all(0 <= row < self.batch_size for row in rows):
+            raise UltrathinkError(
+                f"the cache has the sequences 0 to {self.batch_size - 1} and cannot keep "
+                f"{list(rows)}."
+            )
+        index = torch.tensor(rows, device=self.keys[0].device)
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):
+                tensors[layer] = tensor[index]
+        self._lengths = [tuple(lengths[row] for row in rows) for lengths in self._lengths]
+        self.batch_size = len(rows)
 
     def reset(self) -> None:
         """Forget everything read; the memory is kept."""
-        self.length = 0
-        self._layers = None
+        self.truncate((0,) * self.batch_size)
+
+    def _running(self, layer: int) -> _Pass:
+        assert self._pass is not None, "begin opens a pass"
+        assert layer in self._pass.layers, "only layers of the path store keys"
+        return self._pass
+
+    def _check_sequences(self, given: int) -> None:
+        if given != self.batch_size:
+            raise UltrathinkError(
+                f"the cache holds {self.batch_size} sequences, the input has {given}; make "
+                f"another with new_cache(batch_size={given}, ...)."
+            )
+
+
+def _places(
+    before: Sequence[int], lengths: Sequence[int], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, token and position of all real tokens of a pass, int64 each."""
+    found = [
+        (row, token, start + token)
+        for row, (start, length) in enumerate(zip(before, lengths, strict=True))
+        for token in range(length)
+    ]
+    rows, tokens, positions = torch.tensor(found, dtype=torch.int64).T.to(device)
+    return rows, tokens, positions

@@ -22,7 +22,7 @@ from ultrathink.model.activation_checkpointing import (
 from ultrathink.model.attention import Attention
 from ultrathink.model.attention_backends import READS_DOCUMENTS, AttentionBackend
 from ultrathink.model.attention_mask import AttentionMask, build_mask
-from ultrathink.model.cache import KVCache
+from ultrathink.model.cache import CacheView, ContiguousCache
 from ultrathink.model.compute_path import ComputePath
 from ultrathink.model.embedding import Embedding
 from ultrathink.model.experts.balance import LOSSES
@@ -64,7 +64,7 @@ class Block(nn.Module):
         cos_sin: Tensor,
         mask: AttentionMask | None,
         backend: AttentionBackend,
-        cache: KVCache | None,
+        cache: CacheView | None,
         routed: tuple[Sequences, Controls] | None = None,
     ) -> tuple[Tensor, LayerRouting | None]:
         """Map the residual stream ``[B, T, C]`` to ``[B, T, C]``, and tell of its experts.
@@ -134,7 +134,8 @@ class Transformer(nn.Module):
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        lengths: Sequence[int] | None = None,
+        cache: CacheView | None = None,
         path: ComputePath | None = None,
         last_only: bool = False,
         head: Head | None = None,
@@ -143,45 +144,35 @@ class Transformer(nn.Module):
         """Logits ``[B, T, V]``, or with ``labels`` the summed loss without ever holding them.
 
         ``input_ids``, ``labels`` (the target of each position, -100 where nothing is trained) and
-        ``document_ids`` are ``[B, T]``. ``positions`` is ``[T]`` or ``[B, T]`` and counts from the
-        cache's length when None. ``attention_mask`` is boolean (True = attend) or additive,
-        ``[B, S]`` or broadcastable to ``[B, H, T, S]``. ``last_only`` gives the logits
-        ``[B, 1, V]`` of the last position. ``head`` takes the place of logits and loss; it runs
-        inside this pass, where weights that are divided among processes are whole. ``tap`` names
-        layers, by index or by fraction, whose residual states ``[B, T, C]`` are returned too.
-        Raises ValueError for shapes that do not fit, and for layers that do not exist.
+        ``document_ids`` are ``[B, T]``. The first ``lengths[b]`` tokens of a row are real (None:
+        all), the rest is padding: a cache does not keep it, and its logits mean nothing.
+        ``positions`` is ``[T]`` or ``[B, T]`` and counts from each sequence's length in the cache
+        when None. ``attention_mask`` is boolean (True = attend) or additive, ``[B, S]`` or
+        broadcastable to ``[B, H, T, S]``. ``last_only`` gives the logits ``[B, 1, V]`` of each
+        row's last real token. ``head`` takes the place of logits and loss; it runs inside this
+        pass, where weights that are divided among processes are whole. ``tap`` names layers, by
+        index or by fraction, whose residual states ``[B, T, C]`` are returned too. Raises
+        ValueError for shapes that do not fit, and for layers that do not exist.
         """
-        _check_shapes(input_ids, labels, positions, document_ids, cache)
-        B, T = input_ids.shape
-        layers = (path or ComputePath()).indices(len(self.blocks))
-        offset = 0
-        if cache is not None:
-            cache.begin(B, T, layers)
-            offset = cache.length
-        mask = build_mask(
-            batch_size=B,
-            num_heads=self.config.num_heads,
-            num_queries=T,
-            num_keys=offset + T,
-            dtype=self.dtype,
-            device=input_ids.device,
-            attention_mask=attention_mask,
-            document_ids=document_ids,
-            dense_documents=not self._reads_documents,
+        _check_shapes(input_ids, labels, positions, document_ids, lengths, cache)
+        if lengths is not None and min(lengths) == input_ids.shape[1]:
+            lengths = None  # there is no padding
+        path = path or ComputePath()
+        mask, cos_sin = self._mask_and_rotation(
+            input_ids, attention_mask, positions, document_ids, lengths, cache, path
         )
-        cos_sin = self.rope(positions, T, offset)
         x = self.embedding(input_ids).to(self.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
         recompute = torch.is_grad_enabled() and cache is None
         mode: CheckpointingMode = self.activation_checkpointing if recompute else "none"
         routed = None
         if self.routing is not None:
-            sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL)
+            sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL, lengths)
             routed = (sequences, self.routing.now())
         routings: list[LayerRouting] = []
         taps = {layer_index(layer, len(self.blocks), "tap") for layer in tap}
         tapped: dict[int, Tensor] = {}
-        for layer in layers:
+        for layer in path.indices(len(self.blocks)):
             x, routing = run_checkpointed(
                 mode, self.blocks[layer], x, cos_sin, mask, self._backend, cache, routed
             )
@@ -190,13 +181,13 @@ class Transformer(nn.Module):
             if layer in taps:
                 tapped[layer] = x
         if cache is not None:
-            cache.advance(T)
+            cache.commit()
         beside = ModelOutput(
             aux_losses={} if labels is None else _expert_losses(routings),
             stats=_stacked(routings),
             tapped=tapped,
         )
-        return self._output(self.norm(x[:, -1:] if last_only else x), labels, head, beside)
+        return self._output(self.norm(_last(x, lengths) if last_only else x), labels, head, beside)
 
     def _output(
         self, x: Tensor, labels: Tensor | None, head: Head | None, beside: ModelOutput
@@ -212,6 +203,46 @@ class Transformer(nn.Module):
             stats=beside.stats | output.stats,
             tapped=beside.tapped,
         )
+
+    def _mask_and_rotation(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor | None,
+        document_ids: Tensor | None,
+        lengths: Sequence[int] | None,
+        cache: CacheView | None,
+        path: ComputePath,
+    ) -> tuple[AttentionMask | None, Tensor]:
+        """What limits attention (None: causality, or what a cache says) and the rotary angles."""
+        B, T = input_ids.shape
+        device, num_keys = input_ids.device, T
+        starts: tuple[int, ...] = (0,)
+        if cache is not None:
+            lengths = (T,) * B if lengths is None else lengths
+            starts = cache.begin(path, lengths, T)
+            num_keys = max(map(sum, zip(starts, lengths, strict=True)))
+        offset = max(starts)
+        if positions is None and min(starts) < offset:
+            positions = torch.tensor(starts, device=device)[:, None] + torch.arange(
+                T, device=device
+            )
+        cos_sin = self.rope(positions, T, offset)
+        if cache is not None and attention_mask is None:
+            return None, cos_sin
+        mask = build_mask(
+            batch_size=B,
+            num_heads=self.config.num_heads,
+            num_queries=T,
+            num_keys=num_keys,
+            dtype=self.dtype,
+            device=device,
+            attention_mask=attention_mask,
+            document_ids=document_ids,
+            dense_documents=not self._reads_documents,
+            starts=starts,
+        )
+        return mask, cos_sin
 
     def head_loss(self, x: Tensor, labels: Tensor) -> ModelOutput:
         """The summed loss of ``labels`` ``[B*T]`` at the normalized states ``x`` ``[B, T, C]``."""
@@ -273,12 +304,12 @@ class Transformer(nn.Module):
         (``full``) for the backward pass; without effect where no gradient is taken."""
         self.activation_checkpointing = check_mode(mode)
 
-    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+    def new_cache(self, batch_size: int, max_length: int) -> ContiguousCache:
         """An empty cache of ``max_length`` positions for ``batch_size`` sequences."""
         config = self.config
         assert config.num_kv_heads is not None, "the configuration is resolved first"
         assert config.head_dim is not None, "the configuration is resolved first"
-        return KVCache(
+        return ContiguousCache(
             num_layers=config.num_layers,
             batch_size=batch_size,
             num_kv_heads=config.num_kv_heads,
@@ -287,6 +318,14 @@ class Transformer(nn.Module):
             device=self.device,
             dtype=self.dtype,
         )
+
+
+def _last(x: Tensor, lengths: Sequence[int] | None) -> Tensor:
+    """The states ``[B, 1, C]`` of each row's last real token."""
+    if lengths is None:
+        return x[:, -1:]
+    last = torch.tensor([max(length, 1) - 1 for length in lengths], device=x.device)
+    return x[torch.arange(len(x), device=x.device), last][:, None]
 
 
 def _stacked(routings: list[LayerRouting]) -> dict[str, Tensor]:
@@ -314,7 +353,8 @@ def _check_shapes(
     labels: Tensor | None,
     positions: Tensor | None,
     document_ids: Tensor | None,
-    cache: KVCache | None,
+    lengths: Sequence[int] | None,
+    cache: CacheView | None,
 ) -> None:
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {list(input_ids.shape)}; it must be [B, T].")
@@ -328,5 +368,11 @@ def _check_shapes(
         raise ValueError(
             f"positions has shape {list(positions.shape)}; it must be [{T}] or [{B}, {T}]."
         )
+    if lengths is not None:
+        fits = len(lengths) == B and all(0 <= length <= T for length in lengths)
+        if not fits or not any(lengths):
+            raise ValueError(
+                f"lengths is {list(lengths)}; it must have {B} numbers of 0 to {T}, not all 0."
+            )
     if cache is not None and document_ids is not None:
         raise ValueError("document_ids cannot be used with a cache, which holds one document each.")

@@ -1,65 +1,112 @@
-"""Degrees of parallelism, and the mesh of devices that they make."""
+"""Degrees of parallelism, the groups of processes that they make, and the mesh of devices."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ultrathink.config.parallel import ParallelConfig
 from ultrathink.core.errors import ConfigError
+from ultrathink.parallel.world import Group, World
 
 REPLICATE, SHARD = "dp_replicate", "dp_shard"
+# Ranks count along these axes, along the last one fastest, so that neighbors communicate most.
+AXES = ("pp", REPLICATE, SHARD, "cp", "tp")
 
 
-class Degrees(NamedTuple):
-    """How many copies of the model there are, and by how many processes each is shared."""
+@dataclass(frozen=True)
+class ParallelDims:
+    """The degree of each kind of parallelism, and the place of the process ``rank`` among them.
 
-    replicate: int
-    shard: int
+    Every share of a batch, and every group of processes but the world itself, comes from here.
+    ``ep`` is no axis: experts are divided among processes that the axes count already.
+    """
 
+    rank: int = 0
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
 
-SINGLE = Degrees(1, 1)
-
-
-def resolve_degrees(parallel: ParallelConfig, world_size: int) -> Degrees:
-    """The degrees of a world of ``world_size`` processes; ConfigError where they do not fit."""
-    replicate, shard = parallel.dp_replicate, parallel.dp_shard
-    if shard == -1:
-        if world_size % replicate:
+    @classmethod
+    def resolve(cls, parallel: ParallelConfig, world: World) -> ParallelDims:
+        """The degrees of ``world``; ConfigError where they do not fit its processes."""
+        shard = parallel.dp_shard
+        if shard == -1:
+            shard = _what_is_left(parallel.dp_replicate, world.size)
+        dims = cls(
+            world.rank,
+            parallel.dp_replicate,
+            shard,
+            parallel.cp,
+            parallel.tp,
+            parallel.pp,
+            parallel.ep,
+        )
+        wanted = dims.num_processes
+        if wanted != world.size:
             raise ConfigError(
-                f"parallel.dp_replicate = {replicate}: {world_size} "
-                f"process{'es' if world_size != 1 else ''} cannot be divided into {replicate} "
-                f"equal groups; start a multiple of {replicate} (ultrathink launch --nproc "
-                f"{replicate}), or set parallel.dp_replicate to a divisor of {world_size}."
+                f"parallel.dp_replicate x parallel.dp_shard = {dims.dp_replicate} x {shard} = "
+                f"{wanted}, but there {'are' if world.size != 1 else 'is'} "
+                f"{_processes(world.size)}; start {wanted} (ultrathink launch --nproc {wanted}), "
+                f"or set parallel.dp_shard=-1 to take what is there."
             )
-        return Degrees(replicate, world_size // replicate)
-    if replicate * shard != world_size:
+        return dims
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes the axes make."""
+        return math.prod(self._sizes)
+
+    @property
+    def dp_group(self) -> Group:
+        """The processes that hold different parts of a batch, over which its sums are taken."""
+        replicate, shard = (self.coordinate(axis) for axis in (REPLICATE, SHARD))
+        return Group(replicate * self.dp_shard + shard, self.dp_replicate * self.dp_shard)
+
+    def coordinate(self, axis: str) -> int:
+        """Where this process lies along ``axis``."""
+        place = AXES.index(axis)
+        return self.rank // math.prod(self._sizes[place + 1 :]) % self._sizes[place]
+
+    def share(self, batch_size: int) -> int:
+        """Sequences that this process takes of a batch; ConfigError where shares differ."""
+        size = self.dp_group.size
+        if batch_size % size:
+            below = batch_size // size * size
+            raise ConfigError(
+                f"training.batch_size = {batch_size} cannot be divided by {size} processes; "
+                f"use {f'{below} or ' if below else ''}{below + size}, or start a number of "
+                f"processes that divides it."
+            )
+        return batch_size // size
+
+    def dp_mesh(self, device_type: str) -> DeviceMesh:
+        """The devices that hold the model, by copy of it and by share of a copy."""
+        shape = (self.dp_replicate, self.dp_shard)
+        return init_device_mesh(device_type, shape, mesh_dim_names=(REPLICATE, SHARD))
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in AXES)
+
+
+ONE_PROCESS = ParallelDims()
+
+
+def _what_is_left(replicate: int, num_processes: int) -> int:
+    if num_processes % replicate:
         raise ConfigError(
-            f"parallel.dp_replicate x parallel.dp_shard = {replicate} x {shard} = "
-            f"{replicate * shard}, but there "
-            f"{'are' if world_size != 1 else 'is'} {world_size} "
-            f"process{'es' if world_size != 1 else ''}; start {replicate * shard} (ultrathink "
-            f"launch --nproc {replicate * shard}), or set parallel.dp_shard=-1 to take what is "
-            f"there."
+            f"parallel.dp_replicate = {replicate}: {_processes(num_processes)} cannot be divided "
+            f"into {replicate} equal groups; start a multiple of {replicate} (ultrathink launch "
+            f"--nproc {replicate}), or set parallel.dp_replicate to a divisor of {num_processes}."
         )
-    return Degrees(replicate, shard)
+    return num_processes // replicate
 
 
-def check_batch(batch_size: int, world_size: int) -> int:
-    """Sequences that each process takes of a batch; ConfigError where they cannot be equal."""
-    if batch_size % world_size:
-        below = batch_size // world_size * world_size
-        raise ConfigError(
-            f"training.batch_size = {batch_size} cannot be divided by {world_size} processes; "
-            f"use {f'{below} or ' if below else ''}{below + world_size}, or start a number of "
-            f"processes that divides it."
-        )
-    return batch_size // world_size
-
-
-def build_mesh(degrees: Degrees, device_type: str) -> DeviceMesh:
-    """The devices of all processes, by copy of the model and by share of it."""
-    return init_device_mesh(
-        device_type, (degrees.replicate, degrees.shard), mesh_dim_names=(REPLICATE, SHARD)
-    )
+def _processes(number: int) -> str:
+    return f"{number} process{'es' if number != 1 else ''}"

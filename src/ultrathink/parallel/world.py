@@ -39,24 +39,17 @@ class PeerFailedError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class World:
-    """The processes that train together; this one is ``rank`` of ``size``."""
+class Group:
+    """Processes that add up what each has a part of; this one is ``rank`` of ``size``."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # among those of this machine
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process decides and speaks."""
-        return self.rank == 0
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Each of ``values`` summed over all processes, in float64."""
         if self.size == 1:
             return [float(value) for value in values]
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
+        total = self.summed(torch.tensor(values, dtype=torch.float64))
         summed: list[float] = total.tolist()
         return summed
 
@@ -64,9 +57,23 @@ class World:
         """``values``, of one shape on every process, summed over all of them, on their device."""
         if self.size == 1:
             return values
+        assert self.size == dist.get_world_size(), "a part of the world has no channel of its own"
         total = values.clone()
         dist.all_reduce(total)
         return total
+
+
+@dataclass(frozen=True)
+class World(Group):
+    """All processes of a run, whatever they divide among them (``ParallelDims`` says what)."""
+
+    local_rank: int = 0  # among those of this machine
+    local_size: int = 1  # how many those are
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process decides and speaks."""
+        return self.rank == 0
 
     def from_main(self, value: Any = None) -> Any:
         """The ``value`` of rank 0, anything that JSON knows, on every process."""
@@ -142,6 +149,7 @@ def join_world() -> World:
     if size == 1:
         return ALONE
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))  # not said: all on this machine
     if not dist.is_initialized():
         meeting = os.environ.get(RENDEZVOUS_VARIABLE)
         if meeting:  # each start meets at a file of its own
@@ -156,7 +164,7 @@ def join_world() -> World:
             world_size=size,
             timeout=_COLLECTIVE_TIMEOUT,
         )
-    return World(rank, size, local_rank)
+    return World(rank, size, local_rank, local_size)
 
 
 def leave_world() -> None:

@@ -148,7 +148,7 @@ def _replay(
         end = _StopAt(record["step"] + horizon)
         trainer = resume_trainer(copy, overrides=_QUIET, controllers=[end])
         # A run that was limited in minutes is replayed in the steps that those came to.
-        trainer.training = trainer.training.model_copy(update={"max_minutes": None})
+        trainer.length.max_minutes = None
         batch_size, gap = trainer.loader.batch_size, record["step"] - trainer.progress.step
         if acts:
             _apply(trainer, actions, record)
@@ -161,9 +161,9 @@ def _replay(
             trainer.fit()
         else:
             trainer.close()
-        if trainer.held_out is None:
+        if not trainer.objective.can_score:
             raise UltrathinkError(f"run {run.path} has no held-out text to judge a decision by.")
-        return trainer.score(trainer.held_out).loss
+        return trainer.score().loss
 
 
 def _apply(trainer: Trainer, actions: dict[str, Any], record: dict[str, Any]) -> None:

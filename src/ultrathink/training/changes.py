@@ -5,19 +5,18 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import ConfigError
-from ultrathink.training.control import Change, Request
+from ultrathink.training.control import Request
 from ultrathink.training.hardware import forget_most_used
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.optimizers import set_option
+from ultrathink.training.records import ChangeRecord
 from ultrathink.training.revival import revive_experts
-from ultrathink.training.run_state import return_to
 from ultrathink.training.states import cloned
 
 if TYPE_CHECKING:
@@ -30,12 +29,12 @@ Apply = Callable[["Trainer", Any], tuple[Any, Any]]
 _PAUSE_S = 0.1  # between looks at whether anything was asked for
 
 
-def apply_change(trainer: Trainer, request: Request) -> Change | None:
+def apply_change(trainer: Trainer, request: Request) -> ChangeRecord | None:
     """Apply one request at a step boundary; returns its record, where it changes anything."""
     setting, value, reason, decision = request
     if setting == "snapshot":
         key, in_checkpoints = value
-        trainer.snapshots[key] = trainer.copied_state()
+        trainer.snapshots[key] = trainer.state.copy()
         if in_checkpoints:
             trainer.carried.add(key)
         return None
@@ -53,7 +52,7 @@ def apply_change(trainer: Trainer, request: Request) -> Change | None:
         setting = f"routing.{value[0]}"
     if setting == "optimizer_param":
         setting = f"optimizer.{value[0]}"
-    return Change(trainer.progress.step, setting, before, after, reason, decision)
+    return ChangeRecord(trainer.progress.step, setting, before, after, reason, decision)
 
 
 def _live_setting(name: str) -> Apply:
@@ -83,11 +82,10 @@ def _optimizer_param(trainer: Trainer, value: tuple[str, Any]) -> tuple[Any, Any
 
 
 def _reset_schedule(trainer: Trainer, _: None) -> tuple[int, int]:
-    assert trainer.budget is not None
     before = trainer.settings.schedule_start
     trainer.settings.schedule_start = trainer.progress.step
     trainer.settings.schedule_ceiling = 1.0
-    trainer.set_budget(trainer.budget)
+    trainer.length.follow_settings()
     return before, trainer.settings.schedule_start
 
 
@@ -120,7 +118,7 @@ def _pause(trainer: Trainer, seconds: float) -> tuple[float, float]:
 def _micro_batch_size(trainer: Trainer, size: int) -> tuple[int, int]:
     """Use the largest divisor of the batch that is not above ``size``."""
     before = trainer.settings.micro_batch_size
-    share = trainer.training.batch_size // trainer.world.size
+    share = trainer.dims.share(trainer.training.batch_size)
     trainer.settings.micro_batch_size = largest_divisor(share, size)
     return before, trainer.settings.micro_batch_size
 
@@ -156,12 +154,8 @@ def _restore(trainer: Trainer, key: int) -> tuple[int, int]:
     """Go back, and make the checkpoints on disk those of the history that counts now."""
     before = trainer.progress.step
     trainer.saving.settle()
-    return_to(trainer, trainer.snapshots[key])
-    assert trainer.budget is not None
-    if trainer.training.max_minutes is not None and trainer.training.step_budget is None:
-        # The steps are taken once more, and the minutes are not: fewer fit in.
-        trainer.budget = replace(trainer.budget, is_settled=False, looks=0)
-    trainer.set_budget(trainer.budget)  # the schedule follows from the settings of then
+    trainer.state.roll_back(trainer.snapshots[key])
+    trainer.length.reopen()
     step = trainer.progress.step
     if trainer.world.is_main:
         trainer.run.remove_after(step)
@@ -172,19 +166,19 @@ def _restore(trainer: Trainer, key: int) -> tuple[int, int]:
 
 def _average(trainer: Trainer, keys: list[int]) -> tuple[float, float]:
     """Returns the validation loss before and after, which is the better of the two."""
-    if trainer.held_out is None:
+    if not trainer.objective.can_score:
         raise ConfigError(
             "weights are averaged by what held-out text says of it, and data.val is none."
         )
     alone = cloned(trainer.model.state_dict())
-    before = trainer.score(trainer.held_out).loss
+    before = trainer.score().loss
     others: list[Any] = [trainer.snapshots[key]["model"] for key in keys]
     with torch.no_grad():
         for name, weight in trainer.model.named_parameters():
             for other in others:
                 weight.add_(other[name])
             weight.div_(len(others) + 1)
-    after = trainer.score(trainer.held_out).loss
+    after = trainer.score().loss
     if not after < before:
         trainer.model.load_state_dict(alone)
         after = before

@@ -14,7 +14,7 @@ from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import ConfigError
 from ultrathink.model.experts.products import GROUPED_MM_DTYPES, choose_expert_backend
 from ultrathink.model.flops import flops_per_token
-from ultrathink.parallel.mesh import SINGLE, Degrees, check_batch, resolve_degrees
+from ultrathink.parallel.mesh import ONE_PROCESS, ParallelDims
 from ultrathink.parallel.world import ALONE, World
 from ultrathink.training.attention_choice import choose_attention
 from ultrathink.training.budget import planned_steps
@@ -47,7 +47,7 @@ class Choices:
     peak_flops: float
     warnings: tuple[str, ...]
     world: World = ALONE
-    degrees: Degrees = SINGLE
+    dims: ParallelDims = ONE_PROCESS
 
 
 def choose_together(
@@ -61,8 +61,8 @@ def choose_together(
     ``frozen`` models take memory beside the one that is trained.
     ConfigError where the processes or the batch cannot be divided as configured.
     """
-    degrees = resolve_degrees(config.parallel, world.size)
-    share = check_batch(config.training.batch_size, world.size)
+    dims = ParallelDims.resolve(config.parallel, world)
+    share = dims.share(config.training.batch_size)
     if world.is_main:
         config, choices = choose(config, samples_per_epoch, share, frozen)
     if world.size > 1:
@@ -70,7 +70,7 @@ def choose_together(
         config = Config.model_validate(tree).with_origins(origins)
     if not world.is_main:
         config, choices = choose(config, samples_per_epoch, share, frozen)
-    return config, replace(choices, world=world, degrees=degrees)
+    return config, replace(choices, world=world, dims=dims)
 
 
 def choose(

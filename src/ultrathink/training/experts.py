@@ -9,11 +9,13 @@ from torch import Tensor
 from ultrathink.model.experts.router import LayerRouting
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.experts import ExpertStatistics, GroupSlots
-from ultrathink.parallel.world import World
+from ultrathink.parallel.world import Group
 from ultrathink.training.stepping import StepResult
 
 
-def read_experts(model: Transformer, result: StepResult, world: World) -> ExpertStatistics | None:
+def read_experts(
+    model: Transformer, result: StepResult, dp_group: Group
+) -> ExpertStatistics | None:
     """How a step's tokens were spread over experts, on all processes together; all call it.
 
     None for a model without experts.
@@ -25,7 +27,7 @@ def read_experts(model: Transformer, result: StepResult, world: World) -> Expert
     names = [name for name in LayerRouting._fields if name != "losses"]
     parts = [result.stats[f"expert_{name}"].double() for name in names]
     sizes = [part.shape[1] for part in parts]
-    sums = world.summed(torch.cat(parts, 1)).cpu()  # one exchange for all
+    sums = dp_group.summed(torch.cat(parts, 1)).cpu()  # one exchange for all
     values = {name: _array(part) for name, part in zip(names, sums.split(sizes, 1), strict=True)}
     return ExpertStatistics(
         groups=tuple(

@@ -61,7 +61,7 @@ def revive_experts(
     """
     layers, load = trainer.model.expert_layers(), trainer.expert_load
     places = [_place(layers, one["layer"], one["group"], one["expert"]) for one in wanted]
-    total = None if load is None else trainer.world.summed(load).cpu().clone()
+    total = None if load is None else trainer.dims.dp_group.summed(load).cpu().clone()
     before, after, revivals = [], [], []
     for place, one in zip(places, wanted, strict=True):
         tokens = None if total is None else total[place.row, place.slots]
@@ -76,7 +76,7 @@ def revive_experts(
             tokens[source] /= 2
             tokens[place.expert] = tokens[source]
     if load is not None and total is not None:  # by which further requests of this boundary go
-        trainer.expert_load = (total / trainer.world.size).to(load)
+        trainer.expert_load = (total / trainer.dims.dp_group.size).to(load)
     _copy(trainer, revivals)
     return before, after
 

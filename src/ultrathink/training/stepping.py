@@ -18,8 +18,7 @@ from torch import Tensor
 from ultrathink.core.random import set_torch_random_state, torch_random_state
 from ultrathink.data.batch import Batch
 from ultrathink.parallel.timing import CommunicationClock
-from ultrathink.parallel.world import ALONE, World
-from ultrathink.training.control import LiveSettings
+from ultrathink.parallel.world import ALONE, Group, World
 from ultrathink.training.norms import LayerNorms, total_norm
 from ultrathink.training.objectives.base import LOSS, TOKENS, Objective
 from ultrathink.training.offload import HostCopies
@@ -34,6 +33,7 @@ from ultrathink.training.out_of_memory import (
     smaller_until_it_fits,
     told_as,
 )
+from ultrathink.training.settings import LiveSettings
 
 _CLIP_EPS = 1e-6  # what torch adds to the norm that it divides by
 
@@ -79,6 +79,7 @@ class UpdateGuard(Protocol):
 class Step(Protocol):
     """How a batch becomes an update: one pass after the other here, a pipeline could be another."""
 
+    objective: Objective
     optimizers: Optimizers
     host: HostCopies | None
     host_names: Mapping[Tensor, str]
@@ -109,6 +110,7 @@ class Stepper:
         optimizers: Optimizers,
         *,
         world: World = ALONE,
+        dp_group: Group = ALONE,
         host: HostCopies | None = None,
         guard: UpdateGuard | None = None,
     ) -> None:
@@ -116,6 +118,7 @@ class Stepper:
         self.optimizers = optimizers
         self.world = world
         self.accumulation = accumulation = objective.models.accumulation
+        self.dp_group = dp_group
         self.host = host
         self.guard: UpdateGuard | None = guard
         self.host_names: Mapping[Tensor, str] = host.names if host is not None else NO_COPIES
@@ -160,7 +163,7 @@ class Stepper:
         norm = total_norm([p.grad for p in self.parameters if p.grad is not None])
         shares = [value.item() for value in means.terms.values()]
         with self.clock.running():
-            sums = self.world.sums(shares)
+            sums = self.dp_group.sums(shares)
         aux_losses = dict(zip(means.terms, sums, strict=True))
         loss_value, norm_value = aux_losses.pop(LOSS), norm.item()
         is_sound = any(counts.values()) and math.isfinite(loss_value) and math.isfinite(norm_value)
@@ -199,7 +202,7 @@ class Stepper:
         """What the objective's sums are divided by, of the whole batch."""
         mine = self.objective.counts(batch)
         with self.clock.running():
-            return dict(zip(mine, self.world.sums(list(mine.values())), strict=True))
+            return dict(zip(mine, self.dp_group.sums(list(mine.values())), strict=True))
 
     def _accumulate(self, batch: Batch, size: int, counts: Mapping[str, float]) -> Means:
         """Add up the gradients of micro-batches of ``size`` sequences.
@@ -258,7 +261,7 @@ class Stepper:
 
     def _summed(self, values: Tensor) -> Tensor:
         with self.clock.running():
-            return self.world.summed(values)
+            return self.dp_group.summed(values)
 
     def _update(self, settings: LiveSettings) -> None:
         if self.host is not None:

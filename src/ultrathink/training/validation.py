@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ultrathink.data.validation import ValidationSet
-from ultrathink.parallel.world import ALONE, World
+from ultrathink.parallel.world import ALONE, Group
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def evaluate(
     batch_size: int,
     max_tokens: int | None = None,
     max_batches: int | None = None,
-    world: World = ALONE,
+    dp_group: Group = ALONE,
 ) -> Scores:
     """Score ``model`` on ``held_out``; its train or eval mode is left as it was.
 
@@ -50,7 +50,7 @@ def evaluate(
         for number, batch in enumerate(held_out.batches(batch_size, max_tokens)):
             if max_batches is not None and number >= max_batches:
                 break
-            share = batch.share(world.rank, world.size)
+            share = batch.share(dp_group.rank, dp_group.size)
             input_ids, labels = share.on(device, "input_ids", "labels")
             output = model(input_ids, labels=labels)
             loss += output.loss.double().cpu()
@@ -58,7 +58,7 @@ def evaluate(
             tokens += int(output.num_tokens)
     finally:
         model.train(was_training)
-    loss_sum, num_correct, num_scored = world.sums([loss.item(), correct, tokens])
+    loss_sum, num_correct, num_scored = dp_group.sums([loss.item(), correct, tokens])
     mean = loss_sum / max(1, num_scored)
     num_tokens, num_bytes = held_out.extent(max_tokens)
     return Scores(

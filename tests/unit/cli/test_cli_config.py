@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from ultrathink.cli.main import main
-from ultrathink.config import docs, load_config
+from ultrathink.config import Config, docs, load_config
 from ultrathink.config.optimizer import OPTIMIZERS
 
 Out = pytest.CaptureFixture[str]
@@ -117,9 +117,9 @@ def test_check_of_a_wrong_configuration_says_what_is_wrong(capsys: Out) -> None:
 
 def test_docs_and_schema_are_about_all_configurations(capsys: Out) -> None:
     assert main(["config", "docs"]) == 0
-    assert capsys.readouterr().out == docs.markdown()
+    assert capsys.readouterr().out == docs.markdown(Config)
     assert main(["config", "schema"]) == 0
-    assert json.loads(capsys.readouterr().out) == docs.json_schema()
+    assert json.loads(capsys.readouterr().out) == docs.json_schema(Config)
     assert "takes none, not 'demo'" in fails(capsys, "schema", "demo")
     assert "prints Markdown" in fails(capsys, "docs", "--json")
 
@@ -161,8 +161,8 @@ def test_a_part_of_the_users_own_is_an_option_like_any_other(capsys: Out, tmp_pa
     assert main(["config", "show", *argv]) == 0
     shown = json.loads(capsys.readouterr().out)["training"]["optimizer"]
     assert shown == {"type": "sgd", "lr": 0.25, "weight_decay": 0.1}
-    assert "Plain gradient descent." in docs.markdown()
-    assert "sgd" in json.dumps(docs.json_schema())
+    assert "Plain gradient descent." in docs.markdown(Config)
+    assert "sgd" in json.dumps(docs.json_schema(Config))
 
 
 @pytest.mark.usefixtures("_own_optimizers")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import ultrathink.config
-from ultrathink.config import docs, load_config, preset_names
+from ultrathink.config import Config, docs, load_config, preset_names
 from ultrathink.config.reflection import all_keys, field_at
 from ultrathink.config.size import sizes
 
@@ -19,12 +19,12 @@ PRESETS = Path(ultrathink.config.__file__).parent / "presets"
 
 def test_the_reference_in_the_repository_is_current() -> None:
     kept = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert kept == docs.markdown(), "run: ultrathink config docs > docs/configuration.md"
+    assert kept == docs.markdown(Config), "run: ultrathink config docs > docs/configuration.md"
 
 
-@pytest.mark.parametrize("key", all_keys())
+@pytest.mark.parametrize("key", all_keys(Config))
 def test_every_key_is_described_and_in_the_reference(key: str) -> None:
-    found = field_at(key.split("."), None)
+    found = field_at(Config, key.split("."), None)
     assert found is not None
     field = found[1]
     is_own_type = key.endswith(".type") and field.default is not None and not field.is_required()
@@ -32,11 +32,11 @@ def test_every_key_is_described_and_in_the_reference(key: str) -> None:
     if not is_own_type:
         shown = key.replace("data.train.", "data.train.N.").replace("data.val.", "data.train.N.")
         shown = shown.replace("moe.groups.", "moe.groups.N.")
-        assert f"`{shown}`" in docs.markdown()
+        assert f"`{shown}`" in docs.markdown(Config)
 
 
 def test_tables_have_as_many_cells_as_columns() -> None:
-    rows = [line for line in docs.markdown().splitlines() if line.startswith("|")]
+    rows = [line for line in docs.markdown(Config).splitlines() if line.startswith("|")]
     assert len(rows) > 50
     assert {row.replace("\\|", "").count("|") for row in rows} == {5}
 
@@ -47,7 +47,7 @@ def test_markdown_of_its_own_is_escaped() -> None:
 
 @pytest.fixture(scope="module")
 def schema() -> dict[str, Any]:
-    return json.loads(json.dumps(docs.json_schema(), allow_nan=False))
+    return json.loads(json.dumps(docs.json_schema(Config), allow_nan=False))
 
 
 def test_the_schema_is_a_schema(schema: dict[str, Any]) -> None:

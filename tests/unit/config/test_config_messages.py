@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ultrathink.config import load_config
+from ultrathink.config import Config, load_config
 from ultrathink.config.reflection import all_keys
 from ultrathink.core.errors import ConfigError
 
@@ -48,7 +48,9 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(override: str) ->
     assert UNKNOWN_KEYS[override] in message(override)
 
 
-@pytest.mark.parametrize("key", [key for key in all_keys() if len(key.rpartition(".")[2]) > 3])
+@pytest.mark.parametrize(
+    "key", [key for key in all_keys(Config) if len(key.rpartition(".")[2]) > 3]
+)
 def test_a_slip_in_any_key_is_answered_with_that_key(key: str) -> None:
     prefix, _, name = key.rpartition(".")
     slip = f"{name[:-2]}{name[-1]}{name[-2]}" if name[-1] != name[-2] else name[:-1]

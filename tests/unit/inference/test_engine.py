@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.model.experts.mixtures import FOUR, mixture
 from ultrathink.config.model import ModelConfig
 from ultrathink.inference.engine import Engine, Generation
 from ultrathink.inference.sampling import SamplingParams
@@ -57,21 +59,32 @@ class Script(torch.nn.Module):
 GREEDY = SamplingParams(temperature=0, max_new_tokens=24)
 
 
-@pytest.fixture
-def model() -> Transformer:
+SHAPE = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "vocab_size": 272,
+    "init": {"std": 0.2},
+}
+
+
+def make_model(**changes: Any) -> Transformer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = ModelConfig.model_validate(
-            {
-                "hidden_size": 32,
-                "num_layers": 2,
-                "num_heads": 4,
-                "num_kv_heads": 2,
-                "vocab_size": 272,
-                "init": {"std": 0.2},
-            }
-        )
-        return Transformer(config)
+        return Transformer(ModelConfig.model_validate(SHAPE | changes))
+
+
+@pytest.fixture
+def model() -> Transformer:
+    return make_model()
+
+
+@cache
+def double_model(kind: str) -> Transformer:
+    """One model for many examples, in a precision in which no two tokens are equally likely."""
+    moe = {"moe": mixture(FOUR)} if kind == "experts" else {}
+    return make_model(**moe).double()
 
 
 def scripted(text: str | bytes | list[int], **options: Any) -> tuple[list[str], Generation]:
@@ -109,6 +122,42 @@ def test_the_prompt_is_read_in_one_pass_and_then_token_by_token() -> None:
         "go on", SamplingParams(temperature=0, max_new_tokens=3)
     )
     assert script.reads == [list(b"go on"), [97], [98]]
+
+
+PROMPTS = st.lists(st.text(alphabet="abcé ", max_size=12), max_size=4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(prompts=PROMPTS, temperature=st.sampled_from([0.0, 1.5]), data=st.data())
+def test_prompts_of_any_lengths_are_continued_as_each_alone(
+    prompts: list[str], temperature: float, data: st.DataObject
+) -> None:
+    """Texts end at different times, by a stop text, the end-of-text token or their length."""
+    model = data.draw(st.sampled_from(["dense", "experts"]).map(double_model))
+    params = SamplingParams(temperature=temperature, max_new_tokens=12, seed=3, stop=("a", "\x07"))
+    engine = Engine(model, Bytes())
+    together = engine.generate(prompts, params)
+    assert together == [engine.generate(prompt, params) for prompt in prompts]
+    assert all(isinstance(generation, Generation) for generation in together)
+
+
+def test_a_batch_reads_no_more_of_a_finished_text() -> None:
+    model = double_model("dense")
+    engine, widths = Engine(model, Bytes()), []
+    lone = engine.generate("a", GREEDY)
+    assert lone.finish_reason == "length"
+    stop = lone.text[2:4]
+    hook = model.register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape)))
+    try:
+        params = SamplingParams(temperature=0, max_new_tokens=24, stop=(stop,))
+        first, second = engine.generate(["a", "bcd"], params)
+    finally:
+        hook.remove()
+    assert first.finish_reason == "stop"
+    assert widths[0] == (2, 3)
+    ends = sorted([first.new_tokens, second.new_tokens])
+    assert ends[0] < ends[1], "the comparison needs texts of different lengths"
+    assert widths[1:] == [(2, 1)] * (ends[0] - 1) + [(1, 1)] * (ends[1] - ends[0])
 
 
 def test_a_prompt_longer_than_the_rotary_tables(model: Transformer) -> None:

@@ -1,38 +1,195 @@
-"""Decoding with a cache equals the full forward pass."""
+"""Decoding with a cache equals the full forward pass, whatever the lengths of the sequences."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache as memoized
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.unit.model.conftest import TINY, VOCAB
+from tests.unit.model.experts.mixtures import FOUR, mixture
+from ultrathink.config.model import ModelConfig
 from ultrathink.core.errors import ConfigError, UltrathinkError
+from ultrathink.model.attention_mask import AttentionMask
 from ultrathink.model.cache import CacheFullError
 from ultrathink.model.compute_path import ComputePath
+from ultrathink.model.transformer import Transformer
+
+LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
+LONGEST = 24
+EDGES = ComputePath(layers=(0, 1.0))
+
+
+@memoized
+def model_of(kind: str, dtype: torch.dtype, backend: str) -> Transformer:
+    """Three layers, dense or with the four groups of MoE³."""
+    options: dict[str, Any] = {"num_layers": 3, "qk_norm": True}
+    if kind == "experts":
+        options["moe"] = mixture(FOUR, routing={"capacity_factor": 0.3}, shared_size=16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig.model_validate(TINY | options)).to(dtype).eval()
+    model.set_attention_backend(backend)
+    return model
+
+
+MODELS = st.builds(
+    model_of,
+    st.sampled_from(["dense", "experts"]),
+    st.sampled_from(list(LIMITS)),
+    st.sampled_from(["sdpa", "blocks", "eager"]),
+)
+PATHS = st.sampled_from([None, EDGES])
+
+
+def random_ids(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB, (length,), generator=generator).tolist()
+
+
+def pass_of(model: Transformer, chunks: list[list[int]], cache: Any, **options: Any) -> Tensor:
+    """Logits ``[B, T, V]`` of chunks of any lengths, padded on the right with a token in use."""
+    width = max(map(len, chunks)) + options.pop("extra", 0)
+    ids = torch.tensor([chunk + [7] * (width - len(chunk)) for chunk in chunks])
+    lengths = [len(chunk) for chunk in chunks]
+    logits = model(ids, lengths=lengths, cache=cache, **options).logits
+    assert logits is not None
+    return logits
+
+
+def assert_close(model: Transformer, found: Tensor, expected: Tensor) -> None:
+    limit = LIMITS[model.dtype]
+    torch.testing.assert_close(found, expected, rtol=limit, atol=limit)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), model=MODELS, path=PATHS)
+@torch.no_grad()
+def test_any_chunks_and_truncations_equal_each_sequence_alone(
+    data: st.DataObject, model: Transformer, path: ComputePath | None
+) -> None:
+    """Rows advance by chunks of their own, none included, and may be set back to any length.
+
+    What was read beyond that were other tokens (rejected drafts), so that leftovers would be seen.
+    """
+    num_rows = data.draw(st.integers(1, 4), label="rows")
+    texts = [random_ids(LONGEST, seed) for seed in range(num_rows)]
+    expected = [model(torch.tensor([text]), path=path).logits[0] for text in texts]
+    cache = model.new_cache(num_rows, LONGEST)
+    done = [0] * num_rows
+    for _ in range(data.draw(st.integers(1, 5), label="passes")):
+        rooms = [LONGEST - read for read in done]
+        equal = data.draw(st.booleans(), label="equal")
+        most = [min(rooms)] * num_rows if equal else rooms
+        steps = data.draw(st.tuples(*(st.integers(0, room) for room in most)), label="steps")
+        steps = (steps[0],) * num_rows if equal else steps
+        if not any(steps):
+            continue
+        extra = data.draw(st.integers(0, 2), label="extra padding")
+        chunks = [text[at : at + n] for text, at, n in zip(texts, done, steps, strict=True)]
+        logits = pass_of(model, chunks, cache, path=path, extra=extra)
+        for row, (at, n) in enumerate(zip(done, steps, strict=True)):
+            assert_close(model, logits[row, :n], expected[row][at : at + n])
+        done = [at + n for at, n in zip(done, steps, strict=True)]
+        rooms = [LONGEST - read for read in done]
+        drafts = data.draw(st.tuples(*(st.integers(0, room) for room in rooms)), label="drafts")
+        if any(drafts):
+            wrong = [random_ids(n, 100 + row) for row, n in enumerate(drafts)]
+            pass_of(model, wrong, cache, path=path)
+        done = list(data.draw(st.tuples(*(st.integers(0, n) for n in done)), label="kept"))
+        cache.truncate(done)
+        assert cache.lengths(0) == cache.lengths(2) == tuple(done)
+    assert cache.lengths(1) == (tuple(done) if path is None else (0,) * num_rows)
+
+
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+@pytest.mark.parametrize("dtype", list(LIMITS))
+@torch.no_grad()
+def test_a_batch_writes_the_greedy_tokens_of_each_prompt(kind: str, dtype: torch.dtype) -> None:
+    model = model_of(kind, dtype, "sdpa")
+    prompts = [random_ids(length, seed) for seed, length in enumerate((1, 5, 19, 5))]
+
+    def continued(prompts: list[list[int]]) -> list[list[int]]:
+        cache = model.new_cache(len(prompts), max(map(len, prompts)) + 16)
+        unread, new = prompts, []
+        for _ in range(16):
+            logits = pass_of(model, unread, cache, last_only=True)
+            new.append(logits[:, 0].argmax(-1).tolist())
+            unread = [[token] for token in new[-1]]
+        return [list(row) for row in zip(*new, strict=True)]
+
+    together = continued(prompts)
+    assert together == [continued([prompt])[0] for prompt in prompts]
+    assert len({tuple(row) for row in together}) == len(prompts)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "blocks", "eager"])
-@pytest.mark.parametrize("pieces", [[1] * 40, [17, 1, 1, 20, 1], [40], [3, 37]])
-@pytest.mark.parametrize("path", [None, ComputePath(layers=(0, 1.0))])
 @torch.no_grad()
-def test_pieces_equal_the_full_pass(
-    make_model: Any, tokens: Tensor, backend: str, pieces: list[int], path: ComputePath | None
-) -> None:
-    model = make_model(backend=backend, dtype=torch.float64, num_layers=3, qk_norm=True).eval()
-    expected = model(tokens, path=path).logits
-    if path is not None:
-        assert (expected - model(tokens).logits).abs().max() > 1e-3
-    cache = model.new_cache(batch_size=2, max_length=40)
-    logits = [model(piece, cache=cache, path=path).logits for piece in tokens.split(pieces, dim=1)]
-    assert cache.length == 40
-    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-10)
+def test_equal_lengths_need_no_mask_and_keep_their_bits(backend: str, tokens: Tensor) -> None:
+    """The kernel sees what it saw without lengths: no mask, but where a chunk follows others."""
+    model = model_of("dense", torch.float32, backend)
+    kernel, masks = model._backend, []
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None) -> Tensor:
+        masks.append(mask)
+        return kernel(query, key, value, mask)
+
+    caches = model.new_cache(2, 40), model.new_cache(2, 40)
+    try:
+        model._backend = watched
+        for part in tokens.split([20, 1, 1, 17, 1], 1):
+            masks.clear()
+            plain = model(part, cache=caches[0]).logits
+            given = model(part, cache=caches[1], lengths=[part.shape[1]] * 2).logits
+            assert torch.equal(plain, given)
+            assert {mask is None for mask in masks} == {part.shape[1] != 17}
+        masks.clear()
+        pass_of(model, [[1, 2, 3], [4]], model.new_cache(2, 3))
+        assert masks == [None] * 3, "right padding of a first chunk is hidden by causality"
+    finally:
+        model._backend = kernel
+
+
+@torch.no_grad()
+def test_experts_do_not_count_padding(tokens: Tensor) -> None:
+    model = model_of("experts", torch.float64, "sdpa")
+    lengths = [9, 23]
+    padded = model(tokens, lengths=lengths, cache=model.new_cache(2, 40)).stats
+    alone = [model(tokens[row : row + 1, :length]).stats for row, length in enumerate(lengths)]
+    assert padded["expert_load"].sum() > 0
+    for name, value in padded.items():
+        torch.testing.assert_close(value, alone[0][name] + alone[1][name], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_sequences_can_leave_and_be_copied() -> None:
+    model = model_of("experts", torch.float64, "sdpa")
+    texts = [random_ids(12, row) for row in range(3)]
+    cache = model.new_cache(3, 12)
+    pass_of(model, [texts[0][:2], texts[1][:7], texts[2][:5]], cache)
+    cache.select([2, 1, 2])
+    assert cache.lengths(0) == (5, 7, 5)
+    logits = pass_of(model, [texts[2][5:], texts[1][7:], texts[0][5:9]], cache)
+    for row, text in enumerate((texts[2], texts[1], texts[2][:5] + texts[0][5:9])):
+        start = (5, 7, 5)[row]
+        expected = model(torch.tensor([text])).logits[0, start:]
+        assert_close(model, logits[row, : len(text) - start], expected)
+    for rows in ([], [3], [-1]):
+        with pytest.raises(UltrathinkError, match=r"sequences 0 to 2 and cannot keep"):
+            cache.select(rows)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_a_padded_batch_decodes_like_its_rows(make_model: Any, tokens: Tensor, side: str) -> None:
+def test_a_batch_with_a_mask_decodes_like_its_rows(
+    make_model: Any, tokens: Tensor, side: str
+) -> None:
     model = make_model(dtype=torch.float64).eval()
     mask = torch.ones(2, 20, dtype=torch.bool)
     mask[0, slice(0, 8) if side == "left" else slice(12, 20)] = False
@@ -56,6 +213,27 @@ def test_a_padded_batch_decodes_like_its_rows(make_model: Any, tokens: Tensor, s
 
 
 @torch.no_grad()
+def test_a_mask_limits_sequences_of_different_lengths(make_model: Any, tokens: Tensor) -> None:
+    """Its columns are positions of each sequence; it is combined with causality."""
+    model = make_model(dtype=torch.float64).eval()
+    mask = torch.ones(2, 14, dtype=torch.bool)
+    mask[:, 3:5] = False
+    cache = model.new_cache(2, 14)
+    texts, firsts = tokens[:, :14].tolist(), (4, 10)
+    pass_of(
+        model,
+        [text[:first] for text, first in zip(texts, firsts, strict=True)],
+        cache,
+        attention_mask=mask[:, :10],
+    )
+    rest = [text[first:14] for text, first in zip(texts, firsts, strict=True)]
+    logits = pass_of(model, rest, cache, attention_mask=mask)
+    expected = model(tokens[:, :14], attention_mask=mask).logits
+    for row, first in enumerate(firsts):
+        assert_close(model, logits[row, : 14 - first], expected[row, first:])
+
+
+@torch.no_grad()
 def test_a_full_cache_is_an_error_and_stays_usable(make_model: Any, tokens: Tensor) -> None:
     model = make_model().eval()
     cache = model.new_cache(2, 10)
@@ -71,18 +249,85 @@ def test_a_full_cache_is_an_error_and_stays_usable(make_model: Any, tokens: Tens
 
 
 @torch.no_grad()
-def test_a_cache_serves_one_batch_and_one_path(make_model: Any, tokens: Tensor) -> None:
+def test_a_pass_that_fails_leaves_no_trace(make_model: Any, tokens: Tensor) -> None:
     model = make_model().eval()
     cache = model.new_cache(2, 10)
-    with pytest.raises(UltrathinkError, match="holds 2 sequences, the input has 1"):
-        model(tokens[:1, :3], cache=cache)
+    model(tokens[:, :4], cache=cache)
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("broken")
+
+    hook = model.blocks[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        model(tokens[:, 30:36], cache=cache)
+    hook.remove()
+    assert cache.lengths(0) == cache.lengths(1) == (4, 4)
+    logits = model(tokens[:, 4:6], cache=cache).logits
+    torch.testing.assert_close(logits, model(tokens[:, :6]).logits[:, 4:])
+
+
+REFUSED: dict[str, tuple[Callable[[Transformer, Tensor, Any], Any], str]] = {
+    "another batch": (
+        lambda model, tokens, cache: model(tokens[:1, :3], cache=cache),
+        "holds 2 sequences, the input has 1",
+    ),
+    "another path": (
+        lambda model, tokens, cache: model(tokens[:, 3:4], cache=cache),
+        r"layers \[0\] and cannot serve layers \[0, 1\]",
+    ),
+    "no room in a cache": (
+        lambda model, tokens, cache: model.new_cache(2, 0),
+        "max_length of at least 1, not 2 and 0",
+    ),
+    "documents": (
+        lambda model, tokens, cache: model(tokens, document_ids=tokens, cache=cache),
+        "document_ids cannot be used with a cache",
+    ),
+    "truncated beyond its end": (
+        lambda model, tokens, cache: cache.truncate([3, 4]),
+        "sequence 1 of the cache has 3 tokens and cannot be truncated to 4; use 0 to 3",
+    ),
+    "truncated to less than nothing": (
+        lambda model, tokens, cache: cache.truncate([-1, 0]),
+        "sequence 0 of the cache has 3 tokens and cannot be truncated to -1",
+    ),
+    "truncated by too few lengths": (
+        lambda model, tokens, cache: cache.truncate([1]),
+        "holds 2 sequences, the input has 1",
+    ),
+    "no real tokens": (
+        lambda model, tokens, cache: model(tokens, lengths=[0, 0], cache=cache),
+        r"lengths is \[0, 0\]; it must have 2 numbers of 0 to 40, not all 0",
+    ),
+    "a length too long": (
+        lambda model, tokens, cache: model(tokens, lengths=[41, 1], cache=cache),
+        r"lengths is \[41, 1\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@torch.no_grad()
+def test_what_a_cache_cannot_do_is_named_and_changes_nothing(
+    make_model: Any, tokens: Tensor, name: str
+) -> None:
+    model = make_model().eval()
+    cache = model.new_cache(2, 40)
     model(tokens[:, :3], cache=cache, path=ComputePath(layers=(0,)))
-    with pytest.raises(UltrathinkError, match=r"layers \[0\] and cannot serve layers \[0, 1\]"):
-        model(tokens[:, 3:4], cache=cache)
-    with pytest.raises(UltrathinkError, match="max_length of at least 1, not 2 and 0"):
-        model.new_cache(2, 0)
-    with pytest.raises(ValueError, match="document_ids cannot be used with a cache"):
-        model(tokens, document_ids=tokens, cache=model.new_cache(2, 40))
+    call, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        call(model, tokens, cache)
+    assert (cache.lengths(0), cache.lengths(1)) == ((3, 3), (0, 0))
+
+
+@torch.no_grad()
+def test_an_emptied_cache_serves_another_path(make_model: Any, tokens: Tensor) -> None:
+    model = make_model().eval()
+    cache = model.new_cache(2, 10)
+    model(tokens[:, :3], cache=cache, path=ComputePath(layers=(0,)))
+    cache.truncate([0, 0])
+    logits = model(tokens[:, :3], cache=cache).logits
+    torch.testing.assert_close(logits, model(tokens[:, :3]).logits)
 
 
 def test_a_cache_follows_the_model(make_model: Any) -> None:
@@ -94,11 +339,16 @@ def test_a_cache_follows_the_model(make_model: Any) -> None:
     assert cache.keys[0].shape == (1, 2, 4, 8)
 
 
+@pytest.mark.parametrize("lengths", [None, [40, 40], [13, 40]])
 @torch.no_grad()
-def test_last_only_gives_the_last_logits(make_model: Any, tokens: Tensor) -> None:
+def test_last_only_gives_the_last_logits(
+    make_model: Any, tokens: Tensor, lengths: list[int] | None
+) -> None:
     model = make_model().eval()
-    logits = model(tokens, last_only=True).logits
-    torch.testing.assert_close(logits, model(tokens).logits[:, -1:])
+    logits = model(tokens, lengths=lengths, last_only=True).logits
+    expected = model(tokens).logits
+    for row, length in enumerate(lengths or [40, 40]):
+        torch.testing.assert_close(logits[row, 0], expected[row, length - 1])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import torch
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, Recorder, final_state, records, without_time
 from ultrathink.core.errors import CheckpointError, ConfigError, UltrathinkError
-from ultrathink.recipes.resume import plan_resume, resume_trainer
+from ultrathink.recipes.parts.resume_plan import plan_resume
+from ultrathink.recipes.resume import resume_trainer
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import Segment, append_segment, read_segments
 from ultrathink.training.trainer import Trainer

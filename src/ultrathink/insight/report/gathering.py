@@ -12,7 +12,7 @@ from typing import Any
 
 from ultrathink.checkpoint.format import read_state
 from ultrathink.config.loading import CONFIG_FILE, ORIGINS_FILE
-from ultrathink.config.schema import flatten
+from ultrathink.config.overrides import flatten
 from ultrathink.config.yaml_format import parse_yaml
 from ultrathink.core.errors import CheckpointError
 from ultrathink.insight.logs.run_folder import RunLog

@@ -10,7 +10,8 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from ultrathink.config.reflection import field_at
-from ultrathink.config.schema import DEFAULT
+from ultrathink.config.root import DEFAULT
+from ultrathink.config.schema import Config
 
 _NOT_SET_BY_ANYBODY = (DEFAULT, "derived", "chosen at run time")
 _LONGEST_ORIGIN = 40
@@ -77,9 +78,9 @@ def _default(key: str, tree: Mapping[str, Any]) -> Any:
     path = key.split(".")
     try:
         if path[-1] == "type":  # of a part: the one that is chosen where none is named
-            found = field_at(path[:-1], tree)
+            found = field_at(Config, path[:-1], tree)
             return getattr(found[1].default, "type", NONE) if found else NONE
-        found = field_at(path, tree)
+        found = field_at(Config, path, tree)
     except (KeyError, TypeError, AttributeError):  # a part of a plugin that is not loaded
         return NONE
     if found is None or found[1].default is PydanticUndefined:

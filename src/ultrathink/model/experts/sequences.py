@@ -8,6 +8,7 @@ Shapes: B rows of a batch, T tokens, S rows of means: T where documents are isol
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from typing import Any, NamedTuple
 
 import torch
@@ -49,16 +50,24 @@ class Sequences(NamedTuple):
 
 
 def find_sequences(
-    labels: Tensor | None, document_ids: Tensor | None, like: Tensor, ignored: int
+    labels: Tensor | None,
+    document_ids: Tensor | None,
+    like: Tensor,
+    ignored: int,
+    lengths: SequenceOf[int] | None = None,
 ) -> Sequences:
     """The sequences of a batch, in the precision of ``like`` ``[B, T, C]``, at least float32.
 
-    ``labels`` and ``document_ids`` are ``[B, T]``. Tokens whose label is ``ignored`` do not count.
+    ``labels`` and ``document_ids`` are ``[B, T]``. Tokens whose label is ``ignored`` do not count;
+    without labels those do not that lie beyond the ``lengths[b]`` first ones of their row.
     """
     B, T = like.shape[:2]
     dtype = torch.promote_types(like.dtype, torch.float32)
     if labels is None:
         counted = torch.ones(B, T, 1, dtype=dtype, device=like.device)
+        if lengths is not None:
+            ends = torch.tensor(lengths, device=like.device)[:, None, None]
+            counted = counted * (torch.arange(T, device=like.device)[:, None] < ends)
     else:
         counted = (labels != ignored).to(dtype)[..., None]
     first, after = (None, None) if document_ids is None else _bounds(document_ids)

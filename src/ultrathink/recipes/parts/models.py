@@ -16,7 +16,6 @@ from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
 from ultrathink.interop.fetching import is_pretrained
 from ultrathink.interop.importing import open_pretrained
 from ultrathink.model.transformer import Transformer
-from ultrathink.parallel.mesh import build_mesh
 from ultrathink.parallel.sharding import shard_model
 from ultrathink.runs.loading import empty_model, load_weights, weights_from
 from ultrathink.training.choices import Choices
@@ -35,8 +34,8 @@ class FoundModel:
     tokenizer: Tokenizer | None  # None where only weights are there
     fill: Callable[[Transformer], None]
 
-    def check(self, config: Config, tokenizer: Tokenizer) -> None:
-        """Raise ConfigError where its token ids are not those of the run."""
+    def checked(self, config: Config, tokenizer: Tokenizer) -> ModelConfig:
+        """Its configuration; ConfigError where its token ids are not those of the run."""
         place, ours = f"{self.source.field}={self.source.source}", config.model.vocab_size
         theirs = self.config.vocab_size
         if theirs != ours:
@@ -49,6 +48,7 @@ class FoundModel:
                 f"{place} has another tokenizer than this run, so that its token ids stand for "
                 f"other text; name a {self.name} that was trained with the run's tokenizer."
             )
+        return self.config
 
 
 def find_frozen(config: Config) -> tuple[FoundModel, ...]:
@@ -102,7 +102,7 @@ def ready_models(
     model.compute_dtype = DTYPES[choices.precision]
     model.set_activation_checkpointing(config.training.activation_checkpointing)
     _prepare(model, config, compilation)
-    mesh = build_mesh(choices.degrees, choices.device.type) if several else None
+    mesh = choices.dims.dp_mesh(choices.device.type) if several else None
     accumulation = shard_model(model, mesh, config.parallel) if mesh is not None else None
     digest = hashlib.sha256()
     asked: dict[str, FrozenModel] = {}

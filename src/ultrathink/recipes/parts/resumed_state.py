@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ultrathink.config.overrides import parse_override
-from ultrathink.config.schema import Config, flatten
+from ultrathink.config.overrides import flatten, parse_override
+from ultrathink.config.schema import Config
 from ultrathink.config.training import BUDGETS
 from ultrathink.core.errors import CheckpointError, UltrathinkError
 from ultrathink.core.protocols import State
@@ -14,8 +14,8 @@ from ultrathink.recipes.parts.resumed_data import touches
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import ConfigChange
 from ultrathink.training.budget import Budget
-from ultrathink.training.control import LiveSettings
 from ultrathink.training.schedules import ceiling_at, continued_schedule
+from ultrathink.training.settings import LiveSettings
 from ultrathink.training.trainer import Trainer
 
 _LENGTHS = tuple(f"training.{name}" for name in (*BUDGETS, "step_budget"))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ultrathink.data.batch import Batch
 from ultrathink.data.validation import ValidationSet
-from ultrathink.parallel.world import ALONE, World
+from ultrathink.parallel.world import ALONE, Group
 from ultrathink.training.compiling import EAGER, Compilation
 from ultrathink.training.model_set import ModelSet
 from ultrathink.training.validation import Scores
@@ -52,7 +52,7 @@ class Parts:
     device: torch.device
     isolate_documents: bool = True
     compilation: Compilation = EAGER
-    world: World = ALONE
+    dp_group: Group = ALONE  # processes that hold different parts of a batch
     held_out: ValidationSet | None = None
     scored_tokens: int | None = None  # of the held-out text; all where None
 
@@ -78,7 +78,7 @@ class Objective(ABC):
         self.models = parts.models
         self.model = parts.models.trained
         self.device = parts.device
-        self.world = parts.world
+        self.dp_group = parts.dp_group
         self.held_out = parts.held_out
         self.scored_tokens = parts.scored_tokens
 
@@ -108,6 +108,16 @@ class Objective(ABC):
         load = stats.get("expert_load")
         if load is not None:
             self.model.move_selection_biases(summed(load))
+
+    @property
+    def can_score(self) -> bool:
+        """Whether there is text to validate on."""
+        return self.held_out is not None
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens of a whole validation."""
+        return 0 if self.held_out is None else self.held_out.extent(self.scored_tokens).num_tokens
 
     @abstractmethod
     def score(self, batch_size: int, max_batches: int | None = None) -> Scores:

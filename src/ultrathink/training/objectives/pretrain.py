@@ -74,5 +74,5 @@ class Pretraining(Objective):
             batch_size=batch_size,
             max_tokens=self.scored_tokens,
             max_batches=max_batches,
-            world=self.world,
+            dp_group=self.dp_group,
         )

@@ -1,0 +1,185 @@
+"""The parts of a run, made for this machine and put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ultrathink.config.monitoring import SINKS
+from ultrathink.config.objective import OBJECTIVES
+from ultrathink.config.schema import Config
+from ultrathink.core.divisors import largest_divisor
+from ultrathink.core.errors import ConfigError, suggestion
+from ultrathink.core.random import seed_everything
+from ultrathink.data.loader import Share, TrainLoader
+from ultrathink.data.prepare import PreparedData
+from ultrathink.data.tokenizers.base import behavior_hash
+from ultrathink.data.validation import ValidationSet
+from ultrathink.model.flops import flops_per_token
+from ultrathink.model.transformer import Transformer
+from ultrathink.monitoring.records import Level
+from ultrathink.orchestrator.live import LiveWatch
+from ultrathink.parallel.restarts import remember_run
+from ultrathink.parallel.watchdog import Watchdog
+from ultrathink.recipes.parts.callbacks import SampleWriter, StepBudgetRecorder
+from ultrathink.recipes.parts.heading import heading
+from ultrathink.recipes.parts.models import FoundModel, ReadyModels, ready_models
+from ultrathink.recipes.parts.steering import steer
+from ultrathink.runs.folder import RunFolder
+from ultrathink.training.callbacks import Callback, Controller, MetricsCallback
+from ultrathink.training.choices import Choices
+from ultrathink.training.objectives.base import Objective, Parts
+from ultrathink.training.offload import HostCopies
+from ultrathink.training.optimizers import build_optimizers
+from ultrathink.training.run_log import RankLog, RunLog
+from ultrathink.training.settings import LiveSettings
+from ultrathink.training.stepping import Stepper
+from ultrathink.training.trainer import Trainer
+
+
+def build_model(config: Config) -> Transformer:
+    """The bare network of ``config`` on the CPU in fp32, its weights drawn from ``run.seed``."""
+    seed_everything(config.run.seed)
+    return Transformer(config.model)
+
+
+def assemble(
+    config: Config,
+    run: RunFolder,
+    data: PreparedData,
+    model: Transformer,
+    choices: Choices,
+    callbacks: Sequence[Callback],
+    controllers: Sequence[Controller],
+    frozen: Sequence[FoundModel] = (),
+) -> Trainer:
+    """The parts of a run, made for this machine and wired; nothing is loaded or trained yet."""
+    training = config.training
+    assert isinstance(training.micro_batch_size, int), "choose() has set it"
+    tokens_per_step = training.batch_size * config.data.seq_len
+    world, dims = choices.world, choices.dims
+
+    def tell(text: str, level: Level) -> None:
+        trainer.notify("on_message", text, level)
+
+    log = RunLog(run, tell)
+    metrics = MetricsCallback(
+        [SINKS.load(name)() for name in config.monitoring.sinks if world.is_main],
+        log_every=training.log_every,
+        flops_per_token=flops_per_token(config.model, config.data.seq_len),
+        peak_flops=choices.peak_flops * world.size,
+        tell=tell,
+    )
+    watches = config.orchestrator.mode != "off" and world.is_main
+    samples = SampleWriter(config, model, data.tokenizer, metrics.sinks, world)
+    ready = ready_models(config, model, frozen, choices)
+    objective = _objective(config, data, ready, choices)
+    watch = None
+    if watches:
+        watch = LiveWatch(run, tell, metrics.sinks.phase, without=objective.without_detectors)
+    trainer = Trainer(
+        objective=objective,
+        loader=TrainLoader(
+            data.train_stores,
+            data.train_weights,
+            seq_len=config.data.seq_len,
+            batch_size=training.batch_size,
+            packing=config.data.packing,
+            seed=config.run.seed,
+            num_workers=config.data.num_workers,
+            share=Share(dims.dp_group.rank, dims.dp_group.size),
+        ),
+        stepper=_stepper(config, objective, choices),
+        training=training,
+        run=run,
+        settings=LiveSettings(
+            clip=training.clip,
+            micro_batch_size=largest_divisor(
+                dims.share(training.batch_size), training.micro_batch_size
+            ),
+            eval_every=training.eval.every_steps,
+            activation_checkpointing=training.activation_checkpointing,
+        ),
+        device=choices.device,
+        callbacks=[
+            StepBudgetRecorder(run, config),
+            log,
+            *callbacks,
+            samples,
+            metrics,
+            *([watch] if watch is not None else []),
+        ]
+        if world.is_main
+        else [RankLog(run, world.rank), samples],
+        controllers=controllers if world.is_main else (),
+        world=world,
+        dims=dims,
+        watchdog=Watchdog(60 * config.parallel.hang_minutes, run.logs / f"stacks-{world.rank}.txt")
+        if world.size > 1
+        else None,
+        tokens_per_step=tokens_per_step,
+        config=config.model_dump(mode="json"),
+        heading=heading(config, choices),
+    )
+    if config.orchestrator.mode == "act":
+        steer(trainer, config.orchestrator, watch, log, metrics.sinks)
+    remember_run(run.path, world)
+    trainer.identity = {**_identity(data, trainer.loader), "frozen_hash": ready.frozen_hash}
+    warnings = [*choices.warnings, *_skipped(data), *data.notes]
+    trainer.remarks = [(text, "warning") for text in warnings]
+    return trainer
+
+
+def _identity(data: PreparedData, loader: TrainLoader) -> dict[str, Any]:
+    """What a checkpoint may only be gone on with if it is the same: hashes of the data."""
+    return {
+        "data_hash": data.data_hash,
+        "tokenizer_hash": data.tokenizer.fingerprint,
+        "tokenizer_behavior": behavior_hash(data.tokenizer),
+        "order_hash": loader.order_hash(),
+    }
+
+
+def _objective(
+    config: Config, data: PreparedData, ready: ReadyModels, choices: Choices
+) -> Objective:
+    """What the run learns."""
+    training, packing = config.training, config.data.packing
+    parts = Parts(
+        ready.models,
+        device=choices.device,
+        isolate_documents=packing.enabled and packing.isolate_documents,
+        compilation=ready.compilation,
+        dp_group=choices.dims.dp_group,
+        held_out=ValidationSet(data.val_stores, config.data.seq_len) if data.val_stores else None,
+        scored_tokens=training.eval.max_tokens,
+    )
+    objective: Objective = OBJECTIVES.load(training.objective.type)(training.objective, parts)
+    if training.checkpoint.best_by not in objective.best_by:
+        raise ConfigError(
+            f"training.checkpoint.best_by = {training.checkpoint.best_by!r}: objective "
+            f"{training.objective.type!r} has no such figure. "
+            f"{suggestion(training.checkpoint.best_by, objective.best_by)}"
+        )
+    return objective
+
+
+def _stepper(config: Config, objective: Objective, choices: Choices) -> Stepper:
+    """What takes steps towards ``objective``."""
+    optimizers = build_optimizers(config.training.optimizer, objective.model)
+    offloads = config.parallel.offload == "optimizer"
+    return Stepper(
+        objective,
+        optimizers,
+        world=choices.world,
+        dp_group=choices.dims.dp_group,
+        host=HostCopies(optimizers, objective.model) if offloads else None,
+    )
+
+
+def _skipped(data: PreparedData) -> list[str]:
+    return [
+        f"data source {name}: {count} items could not be read and were skipped"
+        for name, count in data.skipped.items()
+        if count
+    ]

@@ -1,0 +1,62 @@
+"""What a new run begins from: fresh weights, those of another run, or those of Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ultrathink.config.root import DEFAULT
+from ultrathink.config.schema import Config
+from ultrathink.core.errors import ConfigError
+from ultrathink.data.prepare import PreparedData
+from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
+from ultrathink.interop.fetching import is_pretrained
+from ultrathink.model.transformer import Transformer
+from ultrathink.recipes.parts.pretrained import adopt_pretrained
+from ultrathink.runs.loading import load_weights, weights_from
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where training starts from: weights to fill a model with, and the tokenizer they go with."""
+
+    fill: Callable[[Transformer], None] | None = None
+    tokenizer: Tokenizer | None = None
+
+
+def find_beginning(config: Config) -> tuple[Config, Beginning]:
+    """What ``training.init_from`` names, and the configuration that goes with it."""
+    source = config.training.init_from
+    if source is None:
+        return config, Beginning()
+    if is_pretrained(source):
+        config, pretrained = adopt_pretrained(config)
+        return config, Beginning(pretrained.load_into, pretrained.tokenizer)
+    weights, parent = weights_from(source, config.run.dir)
+    tokenizer = load_tokenizer(parent.tokenizer) if parent is not None else None
+
+    def fill(model: Transformer) -> None:
+        load_weights(model, weights)
+        if model.routing is not None:
+            model.routing.reset()  # how tokens find experts is this configuration's to say
+
+    return _without_warmup(config), Beginning(fill, tokenizer)
+
+
+def _without_warmup(config: Config) -> Config:
+    """``config`` with no warm-up of routing, which is learned already, unless one is asked for."""
+    key = "model.moe.routing.warmup_steps"
+    if config.model.moe is None or config.origin(key) != DEFAULT:
+        return config
+    return config.replace({key: 0}, origin="derived from training.init_from: routing is learned")
+
+
+def check_vocabulary(config: Config, data: PreparedData) -> None:
+    """ConfigError where the vocabulary of the data does not fit the model's."""
+    size = config.model.vocab_size
+    assert size is not None, "a loaded configuration has a vocabulary"
+    if data.tokenizer.vocab_size > size:
+        raise ConfigError(
+            f"model.vocab_size ({size}) is smaller than the tokenizer's vocabulary "
+            f"({data.tokenizer.vocab_size}); set tokenizer.vocab_size or model.vocab_size to match."
+        )

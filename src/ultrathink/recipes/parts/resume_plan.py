@@ -1,0 +1,177 @@
+"""From where a run goes on, and with which changes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ultrathink.checkpoint.format import read_state
+from ultrathink.config.loading import change_config
+from ultrathink.config.overrides import parse_override
+from ultrathink.config.schema import Config
+from ultrathink.core.errors import UltrathinkError
+from ultrathink.monitoring.records import Level
+from ultrathink.parallel.world import World, join_world
+from ultrathink.recipes.parts.resumed_state import check_changes, check_overrides, is_new_length
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.lock import RunLock
+from ultrathink.runs.segments import ConfigChange, differences, read_segments
+from ultrathink.training.budget import Budget
+
+# Values that may differ between a checkpoint and config.yaml without anybody having changed them.
+NOT_COMPARED = ("run.name", "run.dir", "training.step_budget")
+
+
+@dataclass(frozen=True)
+class ResumePlan:
+    """From where a run goes on, and as what; holds the run's lock."""
+
+    run: RunFolder
+    lock: RunLock | None  # held by the first process, for all of them
+    folder: Path  # the checkpoint
+    plain: dict[str, Any]  # its state without the tensors
+    before: Config  # the configuration it was made with
+    config: Config  # the one to go on with
+    changes: tuple[ConfigChange, ...]
+    reset: frozenset[str]
+    remarks: tuple[tuple[str, Level], ...] = field(default=())
+    given: frozenset[str] = frozenset()  # keys that were given a value with this start
+
+    @property
+    def step(self) -> int:
+        step: int = self.plain["progress"]["step"]
+        return step
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run's length is used up, so that there is nothing to go on with."""
+        if is_new_length(self.changes):
+            return False
+        elapsed_s = self.plain["progress"]["elapsed_s"]
+        limit = self.config.training.max_minutes
+        return Budget(**self.plain["budget"]).ending(self.step, elapsed_s, limit) is not None
+
+    def release(self) -> None:
+        """Give the run free, where nothing is to be done with it."""
+        if self.lock is not None:
+            self.lock.release()
+
+
+@dataclass(frozen=True)
+class FreshStart:
+    """A run that ended before its first checkpoint, and so begins again; holds the run's lock."""
+
+    run: RunFolder
+    lock: RunLock | None
+    step: int = 0
+    is_finished: bool = False
+
+    def release(self) -> None:
+        """Give the run free, where nothing is to be done with it."""
+        if self.lock is not None:
+            self.lock.release()
+
+
+def plan_resume(
+    run: RunFolder,
+    checkpoint: str = "last",
+    *,
+    overrides: Sequence[str] = (),
+    reset: Sequence[str] = (),
+) -> ResumePlan | FreshStart:
+    """Lock ``run``, find its checkpoint, and work out what is to change; trains nothing yet."""
+    lock = _lock_for_all(run, join_world())
+    try:
+        if not run.steps() and checkpoint == "last":
+            if overrides or reset:
+                raise UltrathinkError(
+                    f"run {run.path} ended before its first checkpoint, so there is nothing to go "
+                    f"on with and change; resume it as it is, or begin a new run."
+                )
+            return FreshStart(run, lock)
+        plan = _plan(run, lock, checkpoint, overrides, reset)
+        check_changes(plan.changes, plan.reset, plan.step)
+        return plan
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _lock_for_all(run: RunFolder, world: World) -> RunLock | None:
+    """Hold ``run`` on the first process of ``world``, and put right what a crash left in it."""
+    lock: RunLock | None = None
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            lock = RunLock.acquire(run)
+            run.clean()
+        except Exception as caught:
+            error = caught
+    try:
+        world.raise_together(error)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    return lock
+
+
+def _plan(
+    run: RunFolder,
+    lock: RunLock | None,
+    checkpoint: str,
+    overrides: Sequence[str],
+    reset: Sequence[str],
+) -> ResumePlan:
+    folder, damaged = run.sound_checkpoint(checkpoint)
+    plain = read_state(folder)
+    step = plain["progress"]["step"]
+    before = Config.model_validate(plain["config"])
+    here = run.read_config()
+    base, pending = _with_last_start(before.with_origins(here.origins), run, step)
+    remarks: list[tuple[str, Level]] = [(text, "warning") for text in damaged]
+    edited = differences(base, here, NOT_COMPARED) and differences(before, here, NOT_COMPARED)
+    if edited and checkpoint == "last" and not damaged:
+        raise UltrathinkError(_edited(run, edited))
+    remarks += [
+        (f"as in the checkpoint of step {step}: {change.key} = {change.before}", "info")
+        for change in edited
+    ]
+    check_overrides(overrides, base, run)
+    config = change_config(base, overrides) if overrides else base
+    changes = tuple(differences(before, config, NOT_COMPARED))
+    resets = frozenset(reset) | pending
+    remarks += [(f"changed after step {step}: {change}", "info") for change in changes]
+    remarks += [(f"begins anew after step {step}: the {what}", "info") for what in sorted(resets)]
+    given = frozenset(parse_override(override)[0] for override in overrides)
+    return ResumePlan(
+        run, lock, folder, plain, before, config, changes, resets, tuple(remarks), given
+    )
+
+
+def _with_last_start(before: Config, run: RunFolder, step: int) -> tuple[Config, frozenset[str]]:
+    """The checkpoint's configuration with the changes of the last start, if that was from here.
+
+    A run that was resumed with changes, and died before its next checkpoint, goes on with them.
+    """
+    segments = read_segments(run.segments)
+    if not segments or segments[-1].from_step != step:
+        return before, frozenset()
+    last = segments[-1]
+    config = before.replace(
+        {change.key: change.after for change in last.changes}, origin=f"changed after step {step}"
+    )
+    return config, frozenset(last.reset)
+
+
+def _edited(run: RunFolder, edited: Sequence[ConfigChange]) -> str:
+    words = " ".join(f"{change.key}={change.after}" for change in edited[:4])
+    listed = "; ".join(str(change) for change in edited[:4])
+    return (
+        f"{run.path / 'config.yaml'} is not what the run's last checkpoint was made with "
+        f"({listed}). To go on with a change, put the file back and give the change with the "
+        f"command, which records it: ultrathink train --resume {run.path} {words}"
+    )

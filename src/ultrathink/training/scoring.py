@@ -1,0 +1,65 @@
+"""Validation in batches that memory suffices for."""
+
+from __future__ import annotations
+
+import time
+
+from ultrathink.core.errors import OutOfMemoryError
+from ultrathink.monitoring.records import Tell
+from ultrathink.parallel.world import World
+from ultrathink.training.objectives.base import Objective
+from ultrathink.training.out_of_memory import smaller_until_it_fits
+from ultrathink.training.validation import Scores
+
+
+class Scorer:
+    """Validates an objective, in smaller batches from there on where memory does not suffice."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        batch_size: int,
+        *,
+        world: World,
+        tell: Tell,
+    ) -> None:
+        self.batch_size = batch_size
+        self._objective = objective
+        self._world = world
+        self._tell = tell
+
+    def score(self, max_batches: int | None = None) -> Scores:
+        """Score what the objective validates on, or its first batches."""
+
+        def attempt(size: int) -> Scores:
+            return self._objective.score(size, max_batches)
+
+        def smaller(size: int, problem: str) -> int:
+            if size > 1 and self._world.size == 1:
+                return size // 2
+            raise OutOfMemoryError(
+                f"validation ran out of memory with batches of {size} ({problem}). Take a lower "
+                f"training.eval.batch_size, or where it is 1 a lower data.seq_len, and go on from "
+                f"the last checkpoint: ultrathink train --resume RUN."
+            )
+
+        before = self.batch_size
+        scores, fit = smaller_until_it_fits(attempt, before, smaller)
+        if fit.size != before:
+            self.batch_size = fit.size
+            self._tell(
+                f"validation takes {fit.size} sequences at a time, no longer {before}: "
+                f"{fit.problem}",
+                "warning",
+            )
+        return scores
+
+    def estimated_s(self) -> float:
+        """Seconds that a whole validation will take, from three batches of it."""
+        if not self._objective.can_score:
+            return 0.0
+        self.score(max_batches=1)  # the first pays for fresh memory
+        began = time.perf_counter()
+        scores = self.score(max_batches=3)
+        seconds = self._world.of_main(time.perf_counter() - began)
+        return seconds * self._objective.num_scored / max(1, scores.num_tokens)

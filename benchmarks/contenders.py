@@ -131,15 +131,16 @@ def _bare_loop(shape: dict[str, Any], *, whole_logits: bool) -> None:
 
     from ultrathink import build_trainer
     from ultrathink.training.compiling import compile_function
-    from ultrathink.training.stepping import Sums
+    from ultrathink.training.objectives.pretrain import Sums
 
     turns = Turns(shape)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(config_of(shape, folder))
-        batch = trainer.loader.next_batch().to(trainer.device)
+        batch = trainer.loader.next_batch()
+        input_ids, labels = batch.on(trainer.device, "input_ids", "labels")
         stepper, optimizers = trainer.stepper, trainer.stepper.optimizers
         trainer.model.train()
-        losses = stepper.losses
+        losses = trainer.objective.sums
         if whole_logits:
 
             def plain(ids: Any, labels: Any, *_: Any) -> Any:
@@ -149,8 +150,8 @@ def _bare_loop(shape: dict[str, Any], *, whole_logits: bool) -> None:
 
             losses = compile_function(plain)
         while True:
-            loss = losses(batch.input_ids, batch.labels, None, None).loss
-            (loss / batch.labels.numel()).backward()
+            loss = losses(input_ids, labels, None, None).loss
+            (loss / labels.numel()).backward()
             torch.nn.utils.clip_grad_norm_(stepper.parameters, 1.0)
             for optimizer in optimizers:
                 optimizer.step()

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ultrathink.data.batch import Batch
 from ultrathink.model.transformer import Transformer
+from ultrathink.training.objectives.pretrain import Sums
 from ultrathink.training.optimizers import Optimizers
 from ultrathink.training.settings import LiveSettings
-from ultrathink.training.stepping import StepResult, Sums
+from ultrathink.training.stepping import StepResult
 from ultrathink.training.trainer import Trainer
 
 GROUPS = ("loss", "gradient", "experts", "data", "resources")
@@ -112,7 +113,8 @@ class Injection:
 
     def _wrap_stepper(self, fault: Fault) -> None:
         stepper, moment = self._trainer.stepper, self.moment
-        inner_losses = stepper.losses
+        objective: Any = self._trainer.objective
+        inner_losses = objective.sums
         take_step = stepper.take_step
 
         def losses(input_ids: Tensor, *rest: Any) -> Sums:
@@ -131,7 +133,7 @@ class Injection:
             if self._is_active:
                 fault.before_update(moment)
 
-        stepper.losses = losses
+        objective.sums = losses
         stepper.take_step = faulty_step  # type: ignore[method-assign]
         stepper.optimizers[0].register_step_pre_hook(update)
         for name, parameter in moment.model.named_parameters():

@@ -127,10 +127,10 @@ def _train(job: Job, setting: Setting, out: Path, scratch: Path) -> dict[str, An
 
 def score(trainer: Trainer, setting: Setting) -> float | None:
     """Mean loss on the fixed validation set, nats a token; None where it is not finite."""
-    assert trainer.held_out is not None
+    assert trainer.objective.held_out is not None
     scores = evaluate(
         trainer.model,
-        trainer.held_out,
+        trainer.objective.held_out,
         device=trainer.device,
         batch_size=16,
         max_tokens=setting.scored_tokens,

@@ -87,7 +87,7 @@ def held_out_load(trainer: Any) -> dict[str, Any]:
     from ultrathink.training.experts import read_experts
     from ultrathink.training.stepping import StepResult
 
-    model, held_out = trainer.model, trainer.held_out
+    model, held_out = trainer.model, trainer.objective.held_out
     if not model.expert_layers():
         return {}
     model.eval()

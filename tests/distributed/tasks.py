@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ import ultrathink.training.trainer as trainer_module
 from tests.unit.training.shortage import Scarcity
 from ultrathink.checkpoint.format import load_checkpoint, weights
 from ultrathink.config import load_config
+from ultrathink.config.objective import OBJECTIVES, ObjectiveConfig
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.data.batch import Batch
 from ultrathink.parallel.world import (
     PeerFailedError,
     join_world,
@@ -32,6 +35,8 @@ from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Controller, StepReport
 from ultrathink.training.control import Snapshot, TrainerControl
 from ultrathink.training.model_state import region_needed
+from ultrathink.training.objectives.base import LOSS, Losses
+from ultrathink.training.objectives.pretrain import Pretraining
 from ultrathink.training.out_of_memory import SmallerStartError
 from ultrathink.training.records import ChangeRecord
 from ultrathink.training.stepping import Verdict
@@ -64,6 +69,43 @@ def new_trainer(place: str, *overrides: str, **parts: Any) -> Trainer:
     os.environ["ULTRATHINK_CACHE"] = f"{place}/cache"
     config = load_config("debug", [*TINY, f"run.dir={place}/runs", *overrides])
     return build_trainer(config, **parts)
+
+
+class TwiceConfig(ObjectiveConfig):
+    """Options of ``Twice``."""
+
+    type: Literal["twice"] = "twice"
+
+
+class Twice(Pretraining):
+    """Two passes over each micro-batch, forwards and backwards in time, for one backward pass."""
+
+    def losses(self, batch: Batch) -> Losses:
+        first = super().losses(batch)
+        mirrored = replace(batch, input_ids=batch.input_ids.flip(1), labels=batch.labels.flip(1))
+        second = super().losses(mirrored).terms[LOSS]
+        return Losses({**first.terms, "mirrored": second}, first.stats)
+
+
+OBJECTIVES.add("twice", Twice, options=TwiceConfig)
+
+
+def weights_at_rest(place: str, *overrides: str) -> dict[str, tuple[int, int]]:
+    """How many numbers this process holds after a step, of each model, and how many there are."""
+    trainer = new_trainer(place, *overrides)
+    try:
+        trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
+        models = trainer.objective.models
+        found = {"trained": models.trained, **{n: one.model for n, one in models.frozen.items()}}
+        return {
+            name: (
+                sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)),
+                sum(p.numel() for p in model.parameters()),
+            )
+            for name, model in found.items()
+        }
+    finally:
+        trainer.close()
 
 
 def train(place: str, *overrides: str) -> str:
@@ -125,7 +167,7 @@ def _whole(node: Any) -> Any:
 def train_with_nan_on_rank_1(place: str) -> list[tuple[bool, float]]:
     """Spoil the loss of one process in step 2; whether each step was skipped, and a weight."""
     trainer = new_trainer(place, "training.max_steps=4")
-    losses = trainer.stepper.losses
+    losses = trainer.objective.sums
     found: list[tuple[bool, float]] = []
 
     def spoiled(*args: Any) -> Any:
@@ -133,7 +175,7 @@ def train_with_nan_on_rank_1(place: str) -> list[tuple[bool, float]]:
         is_hit = len(found) == 1 and join_world().rank == 1
         return sums._replace(loss=sums.loss * float("nan")) if is_hit else sums
 
-    trainer.stepper.losses = spoiled
+    trainer.objective.sums = spoiled
     trainer.start()
     try:
         for _ in range(4):
@@ -150,19 +192,18 @@ def random_number_and_scored_tokens(place: str) -> tuple[float, int, int]:
     """A random number drawn in the first step; tokens scored by validation, and those there are."""
     trainer = new_trainer(place, "model.dropout=0.5")
     drawn: list[float] = []
-    losses = trainer.stepper.losses
+    losses = trainer.objective.sums
 
     def watched(*args: Any) -> Any:
         drawn.append(float(torch.rand(())))
         return losses(*args)
 
-    trainer.stepper.losses = watched
+    trainer.objective.sums = watched
     trainer.start()
     try:
         trainer.train_step()
-        assert trainer.held_out is not None
-        scores = trainer.score(trainer.held_out)
-        return drawn[0], scores.num_tokens, trainer.held_out.num_tokens
+        scores = trainer.score()
+        return drawn[0], scores.num_tokens, trainer.objective.num_scored
     finally:
         trainer.close()
 

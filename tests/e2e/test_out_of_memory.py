@@ -132,12 +132,12 @@ from ultrathink.training.trainer import Trainer
 start = Trainer.start
 
 def scarce_start(trainer):
-    losses = trainer.stepper.losses
+    losses = trainer.objective.sums
     def scarce(ids, *rest):
         if trainer.world.rank == 1 and trainer.progress.step + 1 >= {step} and len(ids) > 1:
             torch.empty(1 << 60, dtype=torch.uint8)
         return losses(ids, *rest)
-    trainer.stepper.losses = scarce
+    trainer.objective.sums = scarce
     start(trainer)
 
 Trainer.start = scarce_start

@@ -192,7 +192,7 @@ def _result(trainer: Trainer, last: Any) -> dict[str, Any]:
         "minutes": round(trainer.elapsed_s() / 60, 3),
         "loss": last.step.loss if last.step else None,
         "val_loss": validation.loss if validation else None,
-        "bits_per_byte": validation.bits_per_byte if validation else None,
+        "bits_per_byte": validation.figures.get("bits_per_byte") if validation else None,
         "skipped_steps": trainer.progress.num_skipped,
     }
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from ultrathink.config.base import Section
 from ultrathink.config.model import Checkpointing
+from ultrathink.config.objective import ObjectiveField, PretrainConfig
 from ultrathink.config.optimizer import (
     AdamWConfig,
     CosineConfig,
@@ -29,8 +30,10 @@ class CheckpointConfig(Section):
         None, gt=0, description="Save after every so many minutes of training."
     )
     keep: int = Field(2, gt=0, description="Newest checkpoints kept, besides best and last.")
-    best_by: Literal["loss", "token_accuracy"] = Field(
-        "loss", description="Validation figure by which `best` is chosen."
+    best_by: str = Field(
+        "loss",
+        description="Validation figure by which `best` is chosen: one of the objective's, such as "
+        "loss or token_accuracy.",
     )
     retry_s: float = Field(
         60.0,
@@ -112,6 +115,7 @@ class TrainingConfig(Section):
         1.0, gt=0, description="Largest global gradient norm; larger ones are scaled down."
     )
     log_every: int = Field(10, gt=0, description="Steps between logged steps.")
+    objective: ObjectiveField = Field(PretrainConfig(), description="What is learned.")
     optimizer: OptimizerField = Field(AdamWConfig(), description="What moves the weights.")
     schedule: ScheduleField = Field(CosineConfig(), description="Course of the learning rate.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What is saved.")

@@ -5,32 +5,54 @@ Shapes: B sequences, T tokens in each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from ultrathink.data.packing import IGNORED
 
+# What a field's tensor holds.
+INT64, FLOAT32 = {"dtype": torch.int64}, {"dtype": torch.float32}
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of token ids with their targets, each ``int64 [B, T]``."""
+    """Sequences of token ids with their targets; each tensor has a row for every sequence.
 
-    input_ids: Tensor
-    labels: Tensor
-    """The target of each position, already shifted; -100 is not trained."""
-    positions: Tensor
-    """Position for rotary embeddings; restarts with each document that is isolated."""
-    document_ids: Tensor
-    """Numbers the documents within a sequence from 0; -1 is padding."""
-    source_ids: Tensor
-    """Which source of ``data.train`` the sequence came from, in the order of the config."""
+    Another kind of learning derives a batch with fields of its own.
+    """
+
+    input_ids: Tensor = field(metadata=INT64)
+    """``[B, T]``."""
+    labels: Tensor = field(metadata=INT64)
+    """``[B, T]``: the target of each position, already shifted; -100 is not trained."""
+    positions: Tensor = field(metadata=INT64)
+    """``[B, T]``, for rotary embeddings; restarts with each document that is isolated."""
+    document_ids: Tensor = field(metadata=INT64)
+    """``[B, T]``: numbers the documents within a sequence from 0; -1 is padding."""
+    source_ids: Tensor = field(metadata=INT64)
+    """``[B, T]``: which source of ``data.train`` the sequence came from, in the config's order."""
+    sample_ids: Tensor = field(metadata=INT64)
+    """``[B]``: which sample of the run's order each sequence is."""
+    loss_weights: Tensor | None = field(default=None, metadata=FLOAT32)
+    """``[B, T]``: how much each target counts, where an objective asks for that."""
+    unit_size: int = 1
+    """Consecutive sequences that belong together (a pair, a group) and are never parted."""
+
+    def __post_init__(self) -> None:
+        for name, value in self.tensors().items():
+            wanted = self.__dataclass_fields__[name].metadata["dtype"]
+            assert value.dtype == wanted, f"{name} is {value.dtype}, and should be {wanted}"
+            assert len(value) == self.num_sequences, f"{name} has a row for each sequence"
+        assert self.num_sequences % self.unit_size == 0, "units are whole"
 
     @classmethod
-    def unstack(cls, values: Tensor) -> Batch:
-        """A batch from its five fields stacked in the order above, ``int64 [5, B, T]``."""
-        return cls(*values.unbind(0))
+    def unstack(cls, values: Tensor, sample_ids: Tensor) -> Batch:
+        """A batch from its first five fields stacked in order, ``int64 [5, B, T]``, and ``[B]``."""
+        input_ids, labels, positions, document_ids, source_ids = values.unbind(0)
+        return cls(input_ids, labels, positions, document_ids, source_ids, sample_ids)
 
     @property
     def num_sequences(self) -> int:
@@ -38,33 +60,51 @@ class Batch:
         return self.input_ids.shape[0]
 
     @property
+    def seq_len(self) -> int:
+        """T."""
+        return self.input_ids.shape[1]
+
+    @property
     def num_target_tokens(self) -> int:
         """How many positions are trained; means are taken over them."""
         return int((self.labels != IGNORED).sum())
 
-    def fields(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The five tensors in order."""
-        return self.input_ids, self.labels, self.positions, self.document_ids, self.source_ids
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that hold tensors, by name; those that are None are left out."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch on ``device``."""
-        return Batch(*(field.to(device, non_blocking=True) for field in self.fields()))
+    def on(self, device: torch.device | str, *names: str) -> list[Tensor]:
+        """Some fields, on ``device``."""
+        return [getattr(self, name).to(device, non_blocking=True) for name in names]
 
-    def share(self, rank: int, size: int) -> Batch:
-        """The ``rank``-th of ``size`` parts of as many sequences each.
+    def share(self, rank: int, size: int) -> Self:
+        """The ``rank``-th of ``size`` parts of as many sequences each, units whole.
 
         Where there are too few, a part is filled up with sequences that nothing is trained on.
         """
         if size == 1:
             return self
-        num_rows = -(-self.num_sequences // size)
-        begin = min(rank * num_rows, self.num_sequences)
-        rows = torch.arange(begin, begin + num_rows)
-        part = Batch(*(field[rows.clamp(max=self.num_sequences - 1)] for field in self.fields()))
-        part.labels[rows >= self.num_sequences] = IGNORED
-        return part
+        num_units = -(-self.num_sequences // self.unit_size // size)
+        num_rows = num_units * self.unit_size
+        rows = torch.arange(rank * num_rows, (rank + 1) * num_rows)
+        chosen = rows.clamp(max=self.num_sequences - 1)
+        part: dict[str, Any] = {name: value[chosen] for name, value in self.tensors().items()}
+        part["labels"][rows >= self.num_sequences] = IGNORED
+        return replace(self, **part)
 
-    def split(self, micro_batch_size: int) -> list[Batch]:
-        """Consecutive pieces of ``micro_batch_size`` sequences; the last may have fewer."""
-        pieces = zip(*(field.split(micro_batch_size) for field in self.fields()), strict=True)
-        return [Batch(*piece) for piece in pieces]
+    def split(self, micro_batch_size: int) -> list[Self]:
+        """Consecutive pieces of ``micro_batch_size`` sequences; the last may have fewer.
+
+        Of units of several sequences, as many as fit, and at least one.
+        """
+        num_rows = max(1, micro_batch_size // self.unit_size) * self.unit_size
+        if num_rows >= self.num_sequences:
+            return [self]
+        pieces: dict[str, Any] = {
+            name: value.split(num_rows) for name, value in self.tensors().items()
+        }
+        return [
+            replace(self, **dict(zip(pieces, piece, strict=True)))
+            for piece in zip(*pieces.values(), strict=True)
+        ]

@@ -129,8 +129,9 @@ class TrainLoader:
         num_rows = len(self._rows)
         values, rest = self._block[:, :num_rows], self._block[:, num_rows:]
         self._block = rest if rest.shape[1] else None
+        sample_ids = torch.arange(self._rows.start, self._rows.stop) + self._samples_seen
         self._samples_seen += self.batch_size
-        return Batch.unstack(values)
+        return Batch.unstack(values, sample_ids)
 
     def skip(self, num_samples: int) -> None:
         """Jump over the next ``num_samples`` samples."""

@@ -95,7 +95,7 @@ class ValidationSet:
         beyond = np.arange(self.seq_len) >= self._lengths(number, starts)[:, None]
         values[0][beyond] = store.eot_id
         values[1][beyond] = IGNORED
-        return Batch.unstack(torch.from_numpy(values))
+        return Batch.unstack(torch.from_numpy(values), torch.from_numpy(windows))
 
     def _num_windows(self, number: int) -> int:
         return -(-self._num_targets[number] // self.seq_len)

@@ -33,3 +33,9 @@ class ModelOutput(NamedTuple):
     ``expert_load``, ``expert_dropped``, ``expert_probability`` ``[L, E]``, ``expert_entropy`` and
     ``expert_confidence`` ``[L, G]``, as ``LayerRouting`` says.
     """
+
+    head: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
+    """What the function ``head`` returned, where one took the place of logits and loss."""
+
+    tapped: dict[int, Tensor] = {}  # noqa: RUF012 - never written to
+    """Residual states ``[B, T, C]`` behind the layers that were named, by index."""

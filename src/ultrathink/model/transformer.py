@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, S keys (T and those in a cache), C hidden size, V voc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ultrathink.config.model import ATTENTION_BACKENDS, FEED_FORWARDS, ModelConfig
 from ultrathink.core.errors import ConfigError
+from ultrathink.core.layers import layer_index
 from ultrathink.model.activation_checkpointing import (
     CheckpointingMode,
     check_mode,
@@ -35,6 +36,10 @@ from ultrathink.model.loss import IGNORED_LABEL, linear_cross_entropy
 from ultrathink.model.norm import RMSNorm
 from ultrathink.model.output import ModelOutput
 from ultrathink.model.rope import RotaryEmbedding
+
+# What takes the place of the logits or the loss: given the normalized states [B, T, C], the output
+# projection [V, C] and the labels [B, T], if any, it returns tensors by name.
+Head = Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]]
 
 
 class Block(nn.Module):
@@ -133,6 +138,8 @@ class Transformer(nn.Module):
         cache: CacheView | None = None,
         path: ComputePath | None = None,
         last_only: bool = False,
+        head: Head | None = None,
+        tap: Sequence[int | float] = (),
     ) -> ModelOutput:
         """Logits ``[B, T, V]``, or with ``labels`` the summed loss without ever holding them.
 
@@ -142,7 +149,10 @@ class Transformer(nn.Module):
         ``positions`` is ``[T]`` or ``[B, T]`` and counts from each sequence's length in the cache
         when None. ``attention_mask`` is boolean (True = attend) or additive, ``[B, S]`` or
         broadcastable to ``[B, H, T, S]``. ``last_only`` gives the logits ``[B, 1, V]`` of each
-        row's last real token. Raises ValueError for shapes that do not fit.
+        row's last real token. ``head`` takes the place of logits and loss; it runs inside this
+        pass, where weights that are divided among processes are whole. ``tap`` names layers, by
+        index or by fraction, whose residual states ``[B, T, C]`` are returned too. Raises
+        ValueError for shapes that do not fit, and for layers that do not exist.
         """
         _check_shapes(input_ids, labels, positions, document_ids, lengths, cache)
         if lengths is not None and min(lengths) == input_ids.shape[1]:
@@ -160,21 +170,39 @@ class Transformer(nn.Module):
             sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL, lengths)
             routed = (sequences, self.routing.now())
         routings: list[LayerRouting] = []
+        taps = {layer_index(layer, len(self.blocks), "tap") for layer in tap}
+        tapped: dict[int, Tensor] = {}
         for layer in path.indices(len(self.blocks)):
             x, routing = run_checkpointed(
                 mode, self.blocks[layer], x, cos_sin, mask, self._backend, cache, routed
             )
             if routing is not None:
                 routings.append(routing)
+            if layer in taps:
+                tapped[layer] = x
         if cache is not None:
             cache.commit()
-        stats = _stacked(routings)
-        if labels is not None:
-            output = self.head_loss(self.norm(x), labels.flatten())
-            losses = _expert_losses(routings) | output.aux_losses
-            return output._replace(aux_losses=losses, stats=stats | output.stats)
-        x = self.norm(_last(x, lengths) if last_only else x)
-        return ModelOutput(logits=F.linear(x, self.head_weight.to(x.dtype)), stats=stats)
+        beside = ModelOutput(
+            aux_losses={} if labels is None else _expert_losses(routings),
+            stats=_stacked(routings),
+            tapped=tapped,
+        )
+        return self._output(self.norm(_last(x, lengths) if last_only else x), labels, head, beside)
+
+    def _output(
+        self, x: Tensor, labels: Tensor | None, head: Head | None, beside: ModelOutput
+    ) -> ModelOutput:
+        """``beside`` with what the output projection makes of the normalized states ``x``."""
+        if head is not None:
+            return beside._replace(head=head(x, self.head_weight, labels))
+        if labels is None:
+            return beside._replace(logits=F.linear(x, self.head_weight.to(x.dtype)))
+        output = self.head_loss(x, labels.flatten())
+        return output._replace(
+            aux_losses=beside.aux_losses | output.aux_losses,
+            stats=beside.stats | output.stats,
+            tapped=beside.tapped,
+        )
 
     def _mask_and_rotation(
         self,

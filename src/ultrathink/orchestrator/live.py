@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from ultrathink.core.protocols import State
 from ultrathink.monitoring.appending import ResilientAppender
@@ -12,6 +12,7 @@ from ultrathink.monitoring.expert_figures import figures_of
 from ultrathink.monitoring.experts import ExpertRecord
 from ultrathink.monitoring.jsonl import line_appender
 from ultrathink.monitoring.records import Note, RunInfo, Tell
+from ultrathink.orchestrator.detectors import DETECTORS
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.watcher import Watcher
@@ -29,14 +30,22 @@ from ultrathink.training.run_log import WatchedFile
 class LiveWatch(Callback):
     """Watches a run as it trains: alarms are told, all events are kept in ``events.jsonl``.
 
-    It never changes the run. ``show_phase`` hears of each new phase.
+    It never changes the run. ``show_phase`` hears of each new phase. ``without`` names detectors,
+    by class, that do not apply.
     """
 
     def __init__(
-        self, run: RunFolder, tell: Tell, show_phase: Callable[[str], None] = lambda phase: None
+        self,
+        run: RunFolder,
+        tell: Tell,
+        show_phase: Callable[[str], None] = lambda phase: None,
+        *,
+        without: Collection[str] = (),
     ) -> None:
         self.run = run
-        self.watcher = Watcher()
+        self.watcher = Watcher(
+            detectors=[make() for make in DETECTORS if make.__name__ not in without]
+        )
         self._tell = tell
         self._show_phase = show_phase
         self._shown = ""  # the phase that was shown last
@@ -62,7 +71,9 @@ class LiveWatch(Callback):
             self._notes(self._file.do(ResilientAppender.flush))
 
     def on_validation(self, report: ValidationReport) -> None:
-        values = {"val_loss": report.loss, "val_accuracy": report.token_accuracy}
+        values = {"val_loss": report.loss}
+        if "token_accuracy" in report.figures:
+            values["val_accuracy"] = report.figures["token_accuracy"]
         self._keep(report.step, self.watcher.observe(Signals(report.step, values)))
 
     def on_end(self, ending: Ending | None) -> None:

@@ -49,24 +49,32 @@ class Accumulation:
             self.model.set_reshard_after_backward(is_last)
 
 
-def shard_model(model: Transformer, mesh: DeviceMesh, parallel: ParallelConfig) -> Accumulation:
+def shard_model(
+    model: Transformer,
+    mesh: DeviceMesh,
+    parallel: ParallelConfig,
+    clock: CommunicationClock | None = None,
+) -> Accumulation:
     """Divide ``model``, which lies whole and alike on every process, over ``mesh``, in place.
 
     Blocks are gathered one by one, in the precision of their products; embedding, last norm and
     head together and in that of the weights, because the embedding's gradient is a sum of many.
     Gradients are summed, not averaged: the loss is divided by the tokens of all processes already.
+    A frozen model, which has no backward pass, gathers a block for each use; its embedding and head
+    stay whole until ``release``. ``clock`` counts the time of exchanges; a new one where None.
     """
-    clock = CommunicationClock()
+    clock = clock or CommunicationClock()
+    is_frozen = not model.embedding.weight.requires_grad
     weight_dtype = model.embedding.weight.dtype
     offload = OffloadPolicy()
     if parallel.offload == "params":
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
 
-    def shard(module: torch.nn.Module, param_dtype: torch.dtype | None) -> None:
+    def shard(module: torch.nn.Module, param_dtype: torch.dtype | None, *, frees: bool) -> None:
         sharded = fully_shard(
             module,
             mesh=mesh,
-            reshard_after_forward=parallel.zero_stage == 3,
+            reshard_after_forward=frees,
             mp_policy=MixedPrecisionPolicy(
                 param_dtype=param_dtype, reduce_dtype=weight_dtype, cast_forward_inputs=False
             ),
@@ -79,6 +87,12 @@ def shard_model(model: Transformer, mesh: DeviceMesh, parallel: ParallelConfig) 
 
     products = model.compute_dtype if model.compute_dtype != weight_dtype else None
     for block in model.blocks:
-        shard(block, products)
-    shard(model, None)
+        shard(block, products, frees=is_frozen or parallel.zero_stage == 3)
+    shard(model, None, frees=not is_frozen and parallel.zero_stage == 3)
     return Accumulation(cast(FSDPModule, model), parallel.zero_stage, clock)
+
+
+def release(model: Transformer) -> None:
+    """Free what a pass of a frozen ``model`` has left gathered, where that is divided."""
+    if isinstance(model, FSDPModule):
+        model.reshard()

@@ -148,9 +148,9 @@ def _replay(
             trainer.fit()
         else:
             trainer.close()
-        if trainer.held_out is None:
+        if not trainer.objective.can_score:
             raise UltrathinkError(f"run {run.path} has no held-out text to judge a decision by.")
-        return trainer.score(trainer.held_out).loss
+        return trainer.score().loss
 
 
 def _apply(trainer: Trainer, actions: dict[str, Any], record: dict[str, Any]) -> None:

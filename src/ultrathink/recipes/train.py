@@ -12,6 +12,7 @@ from ultrathink.parallel.world import check_same, join_world
 from ultrathink.recipes.parts.assembly import assemble, build_model
 from ultrathink.recipes.parts.beginning import check_vocabulary, find_beginning
 from ultrathink.recipes.parts.folder import start_folder
+from ultrathink.recipes.parts.models import find_frozen
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
 from ultrathink.training.callbacks import Callback, Controller
@@ -61,17 +62,17 @@ def _begin(
     world = join_world()
     check_same(world, "configuration", flatten(config.model_dump(mode="json")), _SAME_CONFIG)
     config, beginning = world.main_first(lambda: find_beginning(config))
-    data = world.main_first(
-        lambda: prepare_data(
-            config.data, beginning.tokenizer or config.tokenizer, progress=progress
-        )
-    )
+    frozen = world.main_first(lambda: find_frozen(config))
+    tokenizers = [beginning.tokenizer, *(found.tokenizer for found in frozen), config.tokenizer]
+    tokenizer = next(each for each in tokenizers if each is not None)
+    data = world.main_first(lambda: prepare_data(config.data, tokenizer, progress=progress))
     check_vocabulary(config, data)
-    config, choices = choose_together(config, data.num_samples, world)
+    beside = [found.checked(config, data.tokenizer) for found in frozen]
+    config, choices = choose_together(config, data.num_samples, world, beside)
     model = build_model(config)
     if beginning.fill is not None:
         beginning.fill(model)
     run, config, lock = start_folder(run, config, data, model, choices)
-    trainer = assemble(config, run, data, model, choices, callbacks, controllers)
+    trainer = assemble(config, run, data, model, choices, callbacks, controllers, frozen)
     trainer.lock = lock
     return trainer

@@ -19,7 +19,7 @@ event.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -64,12 +64,10 @@ class ValidationReport:
     step: int
     tokens: int  # positions trained on so far
     loss: float
-    ppl: float
-    bits_per_byte: float
-    token_accuracy: float
     num_tokens: int  # positions validated on
     seconds: float
     is_best: bool
+    figures: Mapping[str, float] = field(default_factory=dict)  # of the objective, by name
 
 
 class Callback:
@@ -169,13 +167,7 @@ class MetricsCallback(Callback):
                 report.step,
                 "val",
                 time.time(),
-                {
-                    "loss": report.loss,
-                    "tokens": report.tokens,
-                    "bits_per_byte": report.bits_per_byte,
-                    "ppl": report.ppl,
-                    "token_accuracy": report.token_accuracy,
-                },
+                {"loss": report.loss, "tokens": report.tokens, **report.figures},
             )
         )
 

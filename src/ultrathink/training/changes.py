@@ -166,19 +166,19 @@ def _restore(trainer: Trainer, key: int) -> tuple[int, int]:
 
 def _average(trainer: Trainer, keys: list[int]) -> tuple[float, float]:
     """Returns the validation loss before and after, which is the better of the two."""
-    if trainer.held_out is None:
+    if not trainer.objective.can_score:
         raise ConfigError(
             "weights are averaged by what held-out text says of it, and data.val is none."
         )
     alone = cloned(trainer.model.state_dict())
-    before = trainer.score(trainer.held_out).loss
+    before = trainer.score().loss
     others: list[Any] = [trainer.snapshots[key]["model"] for key in keys]
     with torch.no_grad():
         for name, weight in trainer.model.named_parameters():
             for other in others:
                 weight.add_(other[name])
             weight.div_(len(others) + 1)
-    after = trainer.score(trainer.held_out).loss
+    after = trainer.score().loss
     if not after < before:
         trainer.model.load_state_dict(alone)
         after = before

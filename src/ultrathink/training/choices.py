@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from ultrathink.config.model import ModelConfig
 from ultrathink.config.schema import Config
+from ultrathink.config.size import sizes
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import ConfigError
 from ultrathink.model.experts.products import GROUPED_MM_DTYPES, choose_expert_backend
@@ -33,6 +35,7 @@ _CPU_MICRO_TOKENS = 8192
 # a block of the Llama family saves (Korthikanti et al., arXiv:2205.05198, eq. 2, without masks).
 _ACTIVATION_FACTOR = 34
 _MEMORY_SHARE = 0.6
+_FROZEN_BYTES = 4  # a weight, at most, unless training is in fp64
 
 
 @dataclass(frozen=True)
@@ -48,26 +51,33 @@ class Choices:
 
 
 def choose_together(
-    config: Config, samples_per_epoch: int | None, world: World
+    config: Config,
+    samples_per_epoch: int | None,
+    world: World,
+    frozen: Sequence[ModelConfig] = (),
 ) -> tuple[Config, Choices]:
     """``choose`` for all processes of ``world``: what the first one chose holds for all.
 
+    ``frozen`` models take memory beside the one that is trained.
     ConfigError where the processes or the batch cannot be divided as configured.
     """
     dims = ParallelDims.resolve(config.parallel, world)
     share = dims.share(config.training.batch_size)
     if world.is_main:
-        config, choices = choose(config, samples_per_epoch, share)
+        config, choices = choose(config, samples_per_epoch, share, frozen)
     if world.size > 1:
         tree, origins = world.from_main([config.model_dump(mode="json"), config.origins])
         config = Config.model_validate(tree).with_origins(origins)
     if not world.is_main:
-        config, choices = choose(config, samples_per_epoch, share)
+        config, choices = choose(config, samples_per_epoch, share, frozen)
     return config, replace(choices, world=world, dims=dims)
 
 
 def choose(
-    config: Config, samples_per_epoch: int | None, share: int | None = None
+    config: Config,
+    samples_per_epoch: int | None,
+    share: int | None = None,
+    frozen: Sequence[ModelConfig] = (),
 ) -> tuple[Config, Choices]:
     """Replace every ``auto`` in ``config`` with what suits this machine, and say why.
 
@@ -95,7 +105,7 @@ def choose(
     if training.compile != compiled:
         chosen["training.compile"] = (compiled, compile_reason)
     if training.micro_batch_size == "auto":
-        size = _micro_batch_size(config, device, share or training.batch_size)
+        size = _micro_batch_size(config, device, share or training.batch_size, frozen)
         chosen["training.micro_batch_size"] = (size, "what fits the device's memory")
     config = _replaced(config, chosen)
     if config.model.attention.backend == "auto":
@@ -142,16 +152,22 @@ def _planned_flops(config: Config, samples_per_epoch: int | None) -> float | Non
     return steps * tokens_per_step * flops_per_token(config.model, config.data.seq_len)
 
 
-def _micro_batch_size(config: Config, device: torch.device, share: int) -> int:
-    """The largest divisor of this process's share of the batch whose activations fit."""
+def _micro_batch_size(
+    config: Config, device: torch.device, share: int, frozen: Sequence[ModelConfig]
+) -> int:
+    """The largest divisor of this process's share of the batch whose activations fit.
+
+    A frozen model takes its weights, and keeps the activations of one layer at a time.
+    """
     seq_len = config.data.seq_len
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         if config.training.deterministic:  # what others use of it differs from run to run
             free = total
         model = config.model
-        per_sequence = _ACTIVATION_FACTOR * model.hidden_size * model.num_layers * seq_len
-        most = int(free * _MEMORY_SHARE / per_sequence)
+        layers = model.hidden_size * model.num_layers + sum(one.hidden_size for one in frozen)
+        free -= sum(sizes(one).total * _FROZEN_BYTES for one in frozen)
+        most = int(free * _MEMORY_SHARE / (_ACTIVATION_FACTOR * layers * seq_len))
     else:
         most = _CPU_MICRO_TOKENS // seq_len
     return largest_divisor(share, most)

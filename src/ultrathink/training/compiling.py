@@ -7,8 +7,10 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +18,8 @@ from torch import nn
 from ultrathink.config.training import TrainingConfig
 from ultrathink.data.cache import cache_folder
 from ultrathink.model.transformer import Transformer
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # What compiling costs at the start, and what share of a step it saves: seen with the shape of the
 # preset `demo` on two CPU cores (33 s; 163 ms forward and backward became 113). They only steer
@@ -98,11 +102,36 @@ def compile_cache_folder() -> Path:
     return Path(named) if named else cache_folder(None) / "compiled"
 
 
-def compile_function(function: Callable[..., Any]) -> Callable[..., Any]:
+def compile_function(function: Function) -> Function:
     """``function`` compiled as one graph with fixed shapes; the code is kept between runs."""
     _prepare_compiler()
-    compiled: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False)
-    return compiled
+    compiled: Any = torch.compile(function, fullgraph=True, dynamic=False)
+    return compiled  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What of a run's passes is compiled: each as a whole, or where processes exchange weights
+    between one block and the next, blocks and heads by themselves."""
+
+    is_on: bool
+    by_blocks: bool = False
+
+    def of_pass(self, function: Function) -> Function:
+        """``function``, from token ids to losses, compiled as one graph where passes are whole."""
+        return compile_function(function) if self.is_on and not self.by_blocks else function
+
+    def of_head(self, function: Function) -> Function:
+        """``function``, a loss of a head, compiled where passes are not whole."""
+        return compile_function(function) if self.is_on and self.by_blocks else function
+
+    def of_model(self, model: Transformer) -> None:
+        """Compile the parts of ``model`` in place, where passes are not whole."""
+        if self.is_on and self.by_blocks:
+            compile_blocks(model)
+
+
+EAGER = Compilation(is_on=False)
 
 
 def compile_blocks(model: Transformer) -> None:
@@ -113,7 +142,9 @@ def compile_blocks(model: Transformer) -> None:
     _prepare_compiler()
     # Not the modules: their hooks gather the weights, and no prefix may reach a checkpoint.
     for block in model.blocks:
-        block.forward = _while_training(block, block.forward)
+        is_frozen = not any(parameter.requires_grad for parameter in block.parameters())
+        compiled = compile_function if is_frozen else partial(_while_training, block)
+        block.forward = compiled(block.forward)
     model.head_loss = _while_training(model, model.head_loss)  # type: ignore[method-assign]
 
 

@@ -21,7 +21,7 @@ from ultrathink.training.optimizers import (
     set_option,
 )
 from ultrathink.training.settings import LiveSettings
-from ultrathink.training.stepping import Stepper
+from ultrathink.training.stepping import Step
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,15 @@ class ModelState:
 class OptimizerState:
     """What the optimizers of ``stepper`` remember; to be loaded after the weights."""
 
-    stepper: Stepper
+    stepper: Step
 
     def state_dict(self) -> State:
         stepper = self.stepper
-        return optimizer_state(stepper.optimizers, stepper.model, stepper.host_names)
+        return optimizer_state(stepper.optimizers, stepper.objective.model, stepper.host_names)
 
     def load_state_dict(self, state: State) -> None:
         stepper = self.stepper
-        load_optimizer_state(stepper.optimizers, stepper.model, state, stepper.host_names)
+        load_optimizer_state(stepper.optimizers, stepper.objective.model, state, stepper.host_names)
         if stepper.host is not None:
             stepper.host.take_weights()
 

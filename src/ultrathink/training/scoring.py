@@ -1,56 +1,38 @@
-"""Scoring a model on held-out text in batches that memory suffices for."""
+"""Validation in batches that memory suffices for."""
 
 from __future__ import annotations
 
 import time
 
-import torch
-from torch import nn
-
-from ultrathink.config.training import EvalConfig
 from ultrathink.core.errors import OutOfMemoryError
-from ultrathink.data.validation import ValidationSet
 from ultrathink.monitoring.records import Tell
-from ultrathink.parallel.mesh import ParallelDims
 from ultrathink.parallel.world import World
+from ultrathink.training.objectives.base import Objective
 from ultrathink.training.out_of_memory import smaller_until_it_fits
-from ultrathink.training.validation import Scores, evaluate
+from ultrathink.training.validation import Scores
 
 
 class Scorer:
-    """Scores ``model``, in smaller batches from there on where memory does not suffice."""
+    """Validates an objective, in smaller batches from there on where memory does not suffice."""
 
     def __init__(
         self,
-        model: nn.Module,
-        rule: EvalConfig,
+        objective: Objective,
+        batch_size: int,
         *,
-        device: torch.device,
-        dims: ParallelDims,
         world: World,
         tell: Tell,
     ) -> None:
-        self.batch_size = rule.batch_size
-        self._model = model
-        self._rule = rule
-        self._device = device
-        self._dims = dims
+        self.batch_size = batch_size
+        self._objective = objective
         self._world = world
         self._tell = tell
 
-    def score(self, held_out: ValidationSet, max_batches: int | None = None) -> Scores:
-        """Score the model on held-out text, or on its first batches."""
+    def score(self, max_batches: int | None = None) -> Scores:
+        """Score what the objective validates on, or its first batches."""
 
         def attempt(size: int) -> Scores:
-            return evaluate(
-                self._model,
-                held_out,
-                device=self._device,
-                batch_size=size,
-                max_tokens=self._rule.max_tokens,
-                max_batches=max_batches,
-                dp_group=self._dims.dp_group,
-            )
+            return self._objective.score(size, max_batches)
 
         def smaller(size: int, problem: str) -> int:
             if size > 1 and self._world.size == 1:
@@ -72,13 +54,12 @@ class Scorer:
             )
         return scores
 
-    def estimated_s(self, held_out: ValidationSet | None) -> float:
+    def estimated_s(self) -> float:
         """Seconds that a whole validation will take, from three batches of it."""
-        if held_out is None:
+        if not self._objective.can_score:
             return 0.0
-        self.score(held_out, max_batches=1)  # the first pays for fresh memory
+        self.score(max_batches=1)  # the first pays for fresh memory
         began = time.perf_counter()
-        scores = self.score(held_out, max_batches=3)
-        num_tokens, _ = held_out.extent(self._rule.max_tokens)
+        scores = self.score(max_batches=3)
         seconds = self._world.of_main(time.perf_counter() - began)
-        return seconds * num_tokens / max(1, scores.num_tokens)
+        return seconds * self._objective.num_scored / max(1, scores.num_tokens)

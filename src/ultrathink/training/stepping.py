@@ -1,26 +1,26 @@
 """One optimizer step: micro-batches forward and backward, clipping, the update.
 
-On several processes each has its share of the batch. What decides (the count of trained tokens, the
-loss, the norm) is summed over all of them, so all come to the same decision.
+On several processes each has its share of the batch. What decides (the counts that losses are
+divided by, the loss, the norm) is summed over all of them, so all come to the same decision.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ultrathink.core.random import set_torch_random_state, torch_random_state
 from ultrathink.data.batch import Batch
-from ultrathink.model.transformer import Transformer
-from ultrathink.parallel.sharding import Accumulation
 from ultrathink.parallel.timing import CommunicationClock
 from ultrathink.parallel.world import ALONE, Group, World
 from ultrathink.training.norms import LayerNorms, total_norm
+from ultrathink.training.objectives.base import LOSS, TOKENS, Objective
 from ultrathink.training.offload import HostCopies
 from ultrathink.training.optimizers import NO_COPIES, Optimizers, allocate_state
 from ultrathink.training.out_of_memory import (
@@ -38,36 +38,19 @@ from ultrathink.training.settings import LiveSettings
 _CLIP_EPS = 1e-6  # what torch adds to the norm that it divides by
 
 
-class Sums(NamedTuple):
-    """What a model tells of a micro-batch, each summed over its trained tokens."""
+class Means(NamedTuple):
+    """What the passes over a batch gave, of this process's share."""
 
-    loss: Tensor  # cross-entropy, nats
-    aux_losses: dict[str, Tensor]
-    stats: dict[str, Tensor]  # without gradients
-
-
-# input_ids, labels, positions, document_ids
-LossFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Sums]
-
-
-def loss_function(model: nn.Module) -> LossFunction:
-    """The part of a step that is worth compiling: from token ids to losses."""
-
-    def summed_losses(
-        input_ids: Tensor, labels: Tensor, positions: Tensor | None, document_ids: Tensor | None
-    ) -> Sums:
-        output = model(input_ids, labels=labels, positions=positions, document_ids=document_ids)
-        return Sums(output.loss, output.aux_losses, output.stats)
-
-    return summed_losses
+    terms: dict[str, Tensor]  # each term's sum over the count of the whole batch, unweighted
+    stats: dict[str, Tensor]  # sums
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step found."""
 
-    loss: float  # mean over trained tokens, nats
-    aux_losses: dict[str, float]
+    loss: float  # the objective's term of that name; of text the mean over trained tokens, nats
+    aux_losses: dict[str, float]  # its other terms
     grad_norm: float
     num_tokens: int
     skipped: bool
@@ -93,6 +76,26 @@ class UpdateGuard(Protocol):
         ...
 
 
+class Step(Protocol):
+    """How a batch becomes an update: one pass after the other here, a pipeline could be another."""
+
+    objective: Objective
+    optimizers: Optimizers
+    host: HostCopies | None
+    host_names: Mapping[Tensor, str]
+    guard: UpdateGuard | None
+    clock: CommunicationClock
+    on_smaller: Callable[[int, Fit], None]
+
+    def take_step(
+        self, batch: Batch, settings: LiveSettings, lr_factor: float, *, with_norms: bool = False
+    ) -> StepResult: ...
+
+    def allocate_state(self) -> None: ...
+
+    def learning_rate(self) -> float: ...
+
+
 class Stepper:
     """Takes optimizer steps; a step that is not finite, or has nothing to learn, is left out.
 
@@ -103,33 +106,26 @@ class Stepper:
 
     def __init__(
         self,
-        model: Transformer,
+        objective: Objective,
         optimizers: Optimizers,
-        losses: LossFunction,
         *,
-        device: torch.device,
-        isolate_documents: bool,
         world: World = ALONE,
         dp_group: Group = ALONE,
-        accumulation: Accumulation | None = None,
         host: HostCopies | None = None,
         guard: UpdateGuard | None = None,
     ) -> None:
-        self.model = model
+        self.objective = objective
         self.optimizers = optimizers
-        self.losses = losses
-        self.device = device
-        self.isolate_documents = isolate_documents
         self.world = world
+        self.accumulation = accumulation = objective.models.accumulation
         self.dp_group = dp_group
-        self.accumulation = accumulation
         self.host = host
-        self.guard = guard
-        self.host_names = host.names if host is not None else NO_COPIES
+        self.guard: UpdateGuard | None = guard
+        self.host_names: Mapping[Tensor, str] = host.names if host is not None else NO_COPIES
         self.clock = accumulation.clock if accumulation is not None else CommunicationClock()
         self.on_smaller: Callable[[int, Fit], None] = lambda size, fit: None
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.layer_norms = LayerNorms(model)
+        self.parameters = [p for p in objective.model.parameters() if p.requires_grad]
+        self.layer_norms = LayerNorms(objective.model)
 
     def take_step(
         self, batch: Batch, settings: LiveSettings, lr_factor: float, *, with_norms: bool = False
@@ -141,11 +137,12 @@ class Stepper:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
-        with self.clock.running():
-            num_tokens = int(self.dp_group.sums([batch.num_target_tokens])[0])
-        sums = self._passes(batch, settings, max(1, num_tokens))
+        counts = self._counts(batch)
+        means = self._while_memory_suffices(
+            lambda size: self._accumulate(batch, size, counts), batch, settings
+        )
         with told_as(UPDATE_FAILED):
-            result = self._learn(sums, num_tokens, settings, with_norms)
+            result = self._learn(means, counts, settings, with_norms)
         for parameter in self.parameters:
             parameter.grad = None
         return result
@@ -157,19 +154,19 @@ class Stepper:
 
     def _learn(
         self,
-        sums: Sums,
-        num_tokens: int,
+        means: Means,
+        counts: Mapping[str, float],
         settings: LiveSettings,
         with_norms: bool,
     ) -> StepResult:
         """Update the weights by the gradients of a batch, unless it is to be left out."""
-        loss, aux_losses, stats = sums
         norm = total_norm([p.grad for p in self.parameters if p.grad is not None])
-        shares = [value.item() for value in (loss, *aux_losses.values())]
+        shares = [value.item() for value in means.terms.values()]
         with self.clock.running():
-            loss_value, *aux_values = self.dp_group.sums(shares)
-        norm_value = norm.item()
-        is_sound = num_tokens > 0 and math.isfinite(loss_value) and math.isfinite(norm_value)
+            sums = self.dp_group.sums(shares)
+        aux_losses = dict(zip(means.terms, sums, strict=True))
+        loss_value, norm_value = aux_losses.pop(LOSS), norm.item()
+        is_sound = any(counts.values()) and math.isfinite(loss_value) and math.isfinite(norm_value)
         norms: dict[str, float] = {}
         verdict = Verdict(skip=not is_sound)
         if is_sound and self.guard is not None:
@@ -181,15 +178,15 @@ class Stepper:
             if limits and norm_value + _CLIP_EPS > min(limits):
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, min(limits), norm)
             self._update(settings)
-            self._even_out_experts(stats)
+            self.objective.after_update(means.stats, self._summed)
             norms |= self.layer_norms.after_update()
         return StepResult(
             loss=loss_value,
-            aux_losses=dict(zip(aux_losses, aux_values, strict=True)),
+            aux_losses=aux_losses,
             grad_norm=norm_value,
-            num_tokens=num_tokens,
+            num_tokens=int(counts[TOKENS]),
             skipped=verdict.skip,
-            stats=stats,
+            stats=means.stats,
             norms=norms,
         )
 
@@ -201,12 +198,44 @@ class Stepper:
         rate: float = self.optimizers[0].param_groups[0]["lr"]
         return rate
 
-    def _passes(self, batch: Batch, settings: LiveSettings, num_tokens: int) -> Sums:
-        """``_backward``, begun anew in smaller micro-batches where memory does not suffice.
+    def _counts(self, batch: Batch) -> dict[str, float]:
+        """What the objective's sums are divided by, of the whole batch."""
+        mine = self.objective.counts(batch)
+        with self.clock.running():
+            return dict(zip(mine, self.dp_group.sums(list(mine.values())), strict=True))
+
+    def _accumulate(self, batch: Batch, size: int, counts: Mapping[str, float]) -> Means:
+        """Add up the gradients of micro-batches of ``size`` sequences.
+
+        Each term is divided by the count of the whole batch: micro-batches are not averaged, but
+        weighted by what is in them.
+        """
+        terms: dict[str, Tensor] = {}
+        stats: dict[str, Tensor] = {}
+        micro_batches = batch.split(size)
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            if self.accumulation is not None:
+                self.accumulation.before_micro_batch(number == len(micro_batches))
+            losses = self.objective.losses(micro_batch)
+            means = {
+                name: term.sum / max(1.0, counts[term.per]) for name, term in losses.terms.items()
+            }
+            weighted = [
+                mean if term.weight is None else mean * term.weight
+                for mean, term in zip(means.values(), losses.terms.values(), strict=True)
+            ]
+            functools.reduce(torch.add, weighted).backward()
+            _add_to(terms, {name: mean.detach() for name, mean in means.items()})
+            _add_to(stats, losses.stats)
+        return Means(terms, stats)
+
+    def _while_memory_suffices(
+        self, attempt: Callable[[int], Means], batch: Batch, settings: LiveSettings
+    ) -> Means:
+        """``attempt`` with micro-batches as set, and repeated with smaller ones where memory fails.
 
         One of several processes cannot: the others wait in the middle of theirs.
         """
-        share, seq_len = batch.input_ids.shape
         before, random_state = settings.micro_batch_size, torch_random_state()
 
         def undo() -> None:
@@ -215,50 +244,24 @@ class Stepper:
             set_torch_random_state(random_state)
 
         def smaller(size: int, problem: str) -> int:
-            if size == 1:
-                raise nothing_smaller(seq_len, problem, self.model.activation_checkpointing)
-            half = half_of(share, size)
+            if size <= batch.unit_size:
+                checkpointing = self.objective.model.activation_checkpointing
+                raise nothing_smaller(batch.seq_len, problem, checkpointing)
+            half = half_of(batch.num_sequences, size)
             if self.world.size > 1:
                 self.on_smaller(size, Fit(half, problem))
                 raise smaller_start(self.world.rank, size, half, problem)
             return half
 
-        sums, fit = smaller_until_it_fits(
-            lambda size: self._backward(batch, size, num_tokens), before, smaller, undo
-        )
+        means, fit = smaller_until_it_fits(attempt, before, smaller, undo)
         if fit.size != before:
             settings.micro_batch_size = fit.size
             self.on_smaller(before, fit)
-        return sums
+        return means
 
-    def _backward(self, batch: Batch, micro_batch_size: int, num_tokens: int) -> Sums:
-        """Accumulate gradients of the mean over the whole batch's trained tokens.
-
-        Micro-batches are weighted by their tokens, not equally: each sum is divided by the count
-        of the whole batch. Returns those means, and sums of what else the model told.
-        """
-        total: Sums | None = None
-        micro_batches = batch.split(micro_batch_size)
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            if self.accumulation is not None:
-                self.accumulation.before_micro_batch(number == len(micro_batches))
-            part = micro_batch.to(self.device)
-            isolated = (
-                (part.positions, part.document_ids) if self.isolate_documents else (None,) * 2
-            )
-            sums = self.losses(part.input_ids, part.labels, *isolated)
-            objective = sums.loss
-            for value in sums.aux_losses.values():
-                objective = objective + value
-            (objective / num_tokens).backward()
-            means = Sums(
-                sums.loss.detach() / num_tokens,
-                {name: value.detach() / num_tokens for name, value in sums.aux_losses.items()},
-                sums.stats,
-            )
-            total = means if total is None else _added(total, means)
-        assert total is not None
-        return total
+    def _summed(self, values: Tensor) -> Tensor:
+        with self.clock.running():
+            return self.dp_group.summed(values)
 
     def _update(self, settings: LiveSettings) -> None:
         if self.host is not None:
@@ -272,18 +275,7 @@ class Stepper:
         if self.host is not None:
             self.host.give_weights()
 
-    def _even_out_experts(self, stats: dict[str, Tensor]) -> None:
-        """Move the biases by which experts are chosen; by the load of the whole batch."""
-        load = stats.get("expert_load")
-        if load is not None:
-            with self.clock.running():
-                load = self.dp_group.summed(load)
-            self.model.move_selection_biases(load)
 
-
-def _added(total: Sums, more: Sums) -> Sums:
-    return Sums(
-        total.loss + more.loss,
-        {name: total.aux_losses[name] + value for name, value in more.aux_losses.items()},
-        {name: total.stats[name] + value for name, value in more.stats.items()},
-    )
+def _add_to(totals: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
+    for name, value in more.items():
+        totals[name] = totals[name] + value if name in totals else value

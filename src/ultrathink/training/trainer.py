@@ -16,8 +16,8 @@ from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.protocols import State, Stateful
 from ultrathink.core.random import random_state, seed_everything, set_random_state, step_seed
+from ultrathink.data.batch import Batch
 from ultrathink.data.loader import TrainLoader
-from ultrathink.data.validation import ValidationSet
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.records import Level, RunInfo
 from ultrathink.parallel.mesh import ONE_PROCESS, ParallelDims
@@ -43,31 +43,31 @@ from ultrathink.training.experts import read_experts
 from ultrathink.training.length import Length, seconds_per_step
 from ultrathink.training.memory import memory_share
 from ultrathink.training.model_state import ModelState, OptimizerState, SettingsState
+from ultrathink.training.objectives.base import Objective
 from ultrathink.training.out_of_memory import Fit, last_shortage, smaller_record
 from ultrathink.training.run_state import Progress, RunState
 from ultrathink.training.saving import Saving
 from ultrathink.training.scoring import Scorer
 from ultrathink.training.settings import LiveSettings
-from ultrathink.training.stepping import Stepper, UpdateGuard
+from ultrathink.training.stepping import Step, UpdateGuard
 from ultrathink.training.validation import Scores
 
 
 @dataclass
 class Trainer:
-    """Trains ``model`` from ``loader`` into ``run``; made by ``ultrathink.build_trainer``.
+    """Learns ``objective`` from ``loader`` into ``run``; made by ``ultrathink.build_trainer``.
 
     ``fit`` is the loop. ``control`` is how a run is changed from outside; every change waits for
     the step boundary.
     """
 
-    model: Transformer
+    objective: Objective
     loader: TrainLoader
-    stepper: Stepper
+    stepper: Step
     training: TrainingConfig
     run: RunFolder
     settings: LiveSettings
     device: torch.device
-    held_out: ValidationSet | None = None
     callbacks: Sequence[Callback] = ()
     controllers: Sequence[Controller] = ()
     tokens_per_step: int = 1
@@ -97,10 +97,8 @@ class Trainer:
             snapshots=self.snapshots,
         )
         self.scorer = Scorer(
-            self.model,
-            self.training.eval,
-            device=self.device,
-            dims=self.dims,
+            self.objective,
+            self.training.eval.batch_size,
             world=self.world,
             tell=self._tell,
         )
@@ -114,6 +112,11 @@ class Trainer:
         self.stepper.on_smaller = self._go_on_smaller
         self._times = StepTimes(self.world, self.stepper.clock)
         self._register_parts()
+
+    @property
+    def model(self) -> Transformer:
+        """The model that is trained."""
+        return self.objective.model
 
     def _register_parts(self) -> None:
         """Name all that the run remembers, in the order in which it is loaded."""
@@ -243,18 +246,18 @@ class Trainer:
         before = self.state.copy()
         self.stepper.allocate_state()  # after the copy, which would hold its zeros twice
         step_s = seconds_per_step(
-            lambda: self.stepper.take_step(self.loader.next_batch(), self.settings, 0.0),
+            lambda: self.stepper.take_step(self._next_batch(), self.settings, 0.0),
             self.training.max_minutes or 0.0,
             self.world,
             self.device,
         )
-        validation_s = self.scorer.estimated_s(self.held_out)
+        validation_s = self.scorer.estimated_s()
         self.state.roll_back(before)
         return Speed(step_s, validation_s, self.world.of_main(self.clock.elapsed_s))
 
     def train_step(self) -> StepReport:
         """Take the next batch and learn from it."""
-        began, self.clock.agreed_s = time.perf_counter(), None
+        began, self.clock.agreed_s, step = time.perf_counter(), None, self.progress.step + 1
         self._feed_watchdog(1 if self.clock.num_steps else FIRST_STEP_FACTOR)
         if self.world.size > 1:  # each with random numbers of its own, whatever came before
             rank = self.dims.dp_group.rank
@@ -263,14 +266,13 @@ class Trainer:
         data_wait = time.perf_counter() - began
         for note in self.loader.take_notes():
             self.notify("on_message", note, "warning")
-        lr_factor = self.length.lr_factor(self.progress.step + 1)
-        if self.model.routing is not None:
-            self.model.routing.warm_up(self.progress.step + 1)
-        is_told = self._is_logged(self.progress.step + 1)
+        lr_factor, is_told = self.length.lr_factor(step), self._is_logged(step)
+        self.objective.before_step(step)
+        batch = self.objective.prepare(batch, step)
         corrected = lr_factor * self.settings.lr_correction
         result = self.stepper.take_step(batch, self.settings, corrected, with_norms=is_told)
         self.expert_load = result.stats.get("expert_load")
-        self.progress.step += 1
+        self.progress.step = step
         self.progress.tokens += self.tokens_per_step
         self.progress.num_skipped += result.skipped
         seconds = time.perf_counter() - began
@@ -278,12 +280,12 @@ class Trainer:
         if result.skipped:
             self.notify(
                 "on_message",
-                f"step {self.progress.step} was skipped: loss {result.loss}, gradient norm "
+                f"step {step} was skipped: loss {result.loss}, gradient norm "
                 f"{result.grad_norm}, {result.num_tokens} trained tokens",
                 "warning",
             )
         return StepReport(
-            step=self.progress.step,
+            step=step,
             loss=result.loss,
             aux_losses=result.aux_losses,
             grad_norm=result.grad_norm,
@@ -300,6 +302,10 @@ class Trainer:
             experts=read_experts(self.model, result, self.dims.dp_group) if is_told else None,
             memory_share=self._memory_share,
         )
+
+    def _next_batch(self) -> Batch:
+        """A batch that is complete, of a step that will be undone."""
+        return self.objective.prepare(self.loader.next_batch(), self.progress.step + 1)
 
     def _is_logged(self, step: int) -> bool:
         return is_logged(step, self.training.log_every, self.length.total_steps)
@@ -319,14 +325,12 @@ class Trainer:
 
     def validate(self) -> None:
         """Score the held-out text; a best score makes this step's checkpoint the ``best``."""
-        if self.held_out is None:
+        if not self.objective.can_score:
             return
         self._feed_watchdog(FIRST_STEP_FACTOR)
         began = time.perf_counter()
-        scores = self.score(self.held_out)
-        figure = -scores.loss
-        if self.training.checkpoint.best_by == "token_accuracy":
-            figure = scores.token_accuracy
+        scores, best_by = self.score(), self.training.checkpoint.best_by
+        figure = self.objective.best_by[best_by] * scores[best_by]
         is_best = self.progress.best is None or figure > self.progress.best
         if is_best:
             self.progress.best = figure
@@ -337,12 +341,10 @@ class Trainer:
                 step=self.progress.step,
                 tokens=self.progress.tokens,
                 loss=scores.loss,
-                ppl=scores.ppl,
-                bits_per_byte=scores.bits_per_byte,
-                token_accuracy=scores.token_accuracy,
                 num_tokens=scores.num_tokens,
                 seconds=time.perf_counter() - began,
                 is_best=is_best,
+                figures=scores.figures,
             ),
         )
         self.is_best = is_best
@@ -364,9 +366,9 @@ class Trainer:
         if self.watchdog is not None:
             self.watchdog.feed(factor)
 
-    def score(self, held_out: ValidationSet, max_batches: int | None = None) -> Scores:
-        """Score the model on held-out text, or on its first batches."""
-        return self.scorer.score(held_out, max_batches)
+    def score(self, max_batches: int | None = None) -> Scores:
+        """Score what the objective validates on, or its first batches."""
+        return self.scorer.score(max_batches)
 
     def _end_if_over(self) -> None:
         if self.ending is None:
@@ -376,9 +378,7 @@ class Trainer:
         """Correct a length in minutes by the pace of real steps."""
         if self.ending is not None:
             return
-        record = self.length.settle(
-            self.progress, self.clock, lambda: self.scorer.estimated_s(self.held_out)
-        )
+        record = self.length.settle(self.progress, self.clock, lambda: self.scorer.estimated_s())
         if record is not None:
             self.notify("on_change", record)
             self.notify("on_budget", record.after)

@@ -1,9 +1,10 @@
-"""Validation: the held-out text in windows, its loss, perplexity and bits per byte."""
+"""Validation of a language model: loss, perplexity and bits per byte of held-out text."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -17,14 +18,11 @@ class Scores:
     """What a model reaches on held-out text."""
 
     loss: float  # nats per token
-    bits_per_byte: float
-    token_accuracy: float
     num_tokens: int
+    figures: Mapping[str, float] = field(default_factory=dict)  # what else there is, by name
 
-    @property
-    def ppl(self) -> float:
-        """Perplexity, exp(loss)."""
-        return math.exp(min(self.loss, 700.0))
+    def __getitem__(self, name: str) -> float:
+        return self.loss if name == "loss" else self.figures[name]
 
 
 @torch.no_grad()
@@ -52,8 +50,9 @@ def evaluate(
         for number, batch in enumerate(held_out.batches(batch_size, max_tokens)):
             if max_batches is not None and number >= max_batches:
                 break
-            batch = batch.share(dp_group.rank, dp_group.size).to(device)
-            output = model(batch.input_ids, labels=batch.labels)
+            share = batch.share(dp_group.rank, dp_group.size)
+            input_ids, labels = share.on(device, "input_ids", "labels")
+            output = model(input_ids, labels=labels)
             loss += output.loss.double().cpu()
             correct += int(output.stats["num_correct"])
             tokens += int(output.num_tokens)
@@ -64,7 +63,10 @@ def evaluate(
     num_tokens, num_bytes = held_out.extent(max_tokens)
     return Scores(
         loss=mean,
-        bits_per_byte=mean * num_tokens / num_bytes / math.log(2),
-        token_accuracy=num_correct / max(1, num_scored),
         num_tokens=int(num_scored),
+        figures={
+            "bits_per_byte": mean * num_tokens / num_bytes / math.log(2),
+            "ppl": math.exp(min(mean, 700.0)),
+            "token_accuracy": num_correct / max(1, num_scored),
+        },
     )

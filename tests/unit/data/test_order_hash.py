@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.unit.data.batches import planes
 from tests.unit.data.data_helpers import store_of
 from ultrathink.config.data import PackingConfig
 from ultrathink.data import order, packing, permutation
@@ -72,7 +73,7 @@ def test_it_disturbs_nothing(stores: list[TokenStore]) -> None:
         state = hashed.state_dict()
         hashed.order_hash()
         assert hashed.state_dict() == state
-        ours, theirs = hashed.next_batch().fields(), plain.next_batch().fields()
+        ours, theirs = planes(hashed.next_batch()), planes(plain.next_batch())
         assert [each.tolist() for each in ours] == [each.tolist() for each in theirs]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tests.unit.data.data_helpers import ArrayStore
 from ultrathink.config.data import PackingConfig
@@ -146,17 +147,56 @@ def test_rows_of_several_stores_come_in_the_order_asked(data: Any) -> None:
 
 def batch_of(num_sequences: int, seq_len: int) -> Batch:
     return Batch.unstack(
-        torch.arange(5 * num_sequences * seq_len).reshape(5, num_sequences, seq_len)
+        torch.arange(5 * num_sequences * seq_len).reshape(5, num_sequences, seq_len),
+        torch.arange(num_sequences),
     )
 
 
-@pytest.mark.parametrize(("size", "expected"), [(1, [1] * 7), (3, [3, 3, 1]), (9, [7])])
-def test_micro_batches_are_the_batch_in_pieces(size: int, expected: list[int]) -> None:
-    batch = batch_of(7, 3)
+@given(
+    num_units=st.integers(1, 6),
+    unit_size=st.integers(1, 3),
+    size=st.integers(1, 20),
+    ranks=st.integers(1, 4),
+    weighted=st.booleans(),
+)
+def test_pieces_and_shares_are_the_batch_and_never_part_a_unit(
+    num_units: int, unit_size: int, size: int, ranks: int, weighted: bool
+) -> None:
+    """The fields of a batch of another kind are divided as all others are."""
+
+    @dataclass(frozen=True)
+    class Rewarded(Batch):
+        rewards: Tensor = field(default=torch.empty(0), metadata={"dtype": torch.float32})
+
+    num_rows = num_units * unit_size
+    plain = batch_of(num_rows, 3)
+    batch = Rewarded(
+        **plain.tensors(),
+        loss_weights=torch.rand(num_rows, 3) if weighted else None,
+        rewards=torch.arange(num_rows, dtype=torch.float32),
+        unit_size=unit_size,
+    )
     pieces = batch.split(size)
-    assert [piece.num_sequences for piece in pieces] == expected
-    for whole, *parts in zip(batch.fields(), *(piece.fields() for piece in pieces), strict=True):
-        assert torch.equal(torch.cat(parts), whole)
+    assert all(piece.num_sequences % unit_size == 0 for piece in pieces)
+    assert all(piece.num_sequences <= max(size, unit_size) for piece in pieces)
+    shares = [batch.share(rank, ranks) for rank in range(ranks)]
+    assert len({share.num_sequences for share in shares}) == 1
+    assert all(share.num_sequences % unit_size == 0 for share in shares)
+    assert sum(share.num_target_tokens for share in shares) == batch.num_target_tokens
+    for name, whole in batch.tensors().items():
+        assert torch.equal(torch.cat([piece.tensors()[name] for piece in pieces]), whole)
+        if name != "labels":
+            joined = torch.cat([share.tensors()[name] for share in shares])
+            assert torch.equal(joined[:num_rows], whole)
+    assert ("loss_weights" in batch.tensors()) == weighted
+
+
+def test_a_field_of_another_type_is_refused() -> None:
+    batch = batch_of(2, 3)
+    with pytest.raises(AssertionError, match=r"labels is torch\.int32, and should be torch\.int64"):
+        replace(batch, labels=batch.labels.int())
+    with pytest.raises(AssertionError, match="units are whole"):
+        replace(batch_of(3, 3), unit_size=2)
 
 
 def test_targets_are_counted_without_what_is_not_trained() -> None:
@@ -165,5 +205,5 @@ def test_targets_are_counted_without_what_is_not_trained() -> None:
     assert batch.num_target_tokens == 5
     batch.labels[:] = -100
     assert batch.num_target_tokens == 0
-    moved = batch.to("cpu")
-    assert Counter(field.shape for field in moved.fields()) == {torch.Size([2, 3]): 5}
+    ids, samples = batch.on("cpu", "input_ids", "sample_ids")
+    assert (ids.shape, samples.tolist()) == ((2, 3), [0, 1])

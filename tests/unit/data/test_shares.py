@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.data.batches import planes
 from tests.unit.data.data_helpers import store_of
 from ultrathink.config.data import PackingConfig
 from ultrathink.core.errors import DataError
@@ -48,9 +49,12 @@ def test_shares_of_a_batch_make_the_batch(stores: list[TokenStore], size: int, s
         if number == 3:
             for loader in (whole, *parts):
                 loader.set_weights([1.0, 3.0])
-        expected = torch.stack(whole.next_batch().fields())
-        found = torch.cat([torch.stack(part.next_batch().fields()) for part in parts], dim=1)
-        assert torch.equal(expected, found)
+        expected = whole.next_batch()
+        shares = [part.next_batch() for part in parts]
+        found = torch.cat([torch.stack(planes(share)) for share in shares], dim=1)
+        assert torch.equal(torch.stack(planes(expected)), found)
+        assert expected.sample_ids.tolist() == list(range(12 * number, 12 * (number + 1)))
+        assert torch.equal(torch.cat([share.sample_ids for share in shares]), expected.sample_ids)
         assert {part.samples_seen for part in parts} == {whole.samples_seen}
 
 
@@ -84,7 +88,7 @@ def test_shares_that_cannot_be_equal_are_refused(stores: list[TokenStore]) -> No
 @given(num_sequences=st.integers(1, 9), size=st.integers(1, 6))
 def test_parts_of_a_validation_batch_hold_each_sequence_once(num_sequences: int, size: int) -> None:
     values = torch.arange(5 * num_sequences * 2).reshape(5, num_sequences, 2)
-    batch = Batch.unstack(values)
+    batch = Batch.unstack(values, torch.arange(num_sequences))
     parts = [batch.share(rank, size) for rank in range(size)]
     assert len({part.num_sequences for part in parts}) == 1
     trained = torch.cat([part.labels for part in parts])
@@ -94,5 +98,5 @@ def test_parts_of_a_validation_batch_hold_each_sequence_once(num_sequences: int,
 
 
 def test_one_part_is_the_batch_itself(tmp_path: Path) -> None:
-    batch = Batch.unstack(torch.zeros(5, 3, 2, dtype=torch.int64))
+    batch = Batch.unstack(torch.zeros(5, 3, 2, dtype=torch.int64), torch.arange(3))
     assert batch.share(0, 1) is batch

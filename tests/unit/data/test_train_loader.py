@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.unit.data.batches import planes
 from tests.unit.data.data_helpers import store_of
 from ultrathink.config.data import PackingConfig
 from ultrathink.core.errors import CheckpointError, DataError
@@ -57,7 +58,7 @@ def make(stores: list[TokenStore], **options: Any) -> TrainLoader:
 
 def rows(batches: list[Batch]) -> list[list[int]]:
     """The samples of ``batches``, each with its source and all of its fields, in order."""
-    stacked = torch.cat([torch.stack(batch.fields(), dim=1) for batch in batches])
+    stacked = torch.cat([torch.stack(planes(batch), dim=1) for batch in batches])
     result: list[list[int]] = stacked.flatten(1).tolist()
     return result
 
@@ -71,7 +72,7 @@ def take(loader: TrainLoader, num_batches: int) -> list[list[int]]:
 
 def test_batches_have_the_contracted_shape(stores: list[TokenStore]) -> None:
     batch = make(stores).next_batch()
-    for field in batch.fields():
+    for field in planes(batch):
         assert field.shape == (B, T)
         assert field.dtype == torch.int64
         assert field.is_contiguous()

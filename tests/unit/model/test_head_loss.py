@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.unit.model.largest_tensor import LargestTensor
 from ultrathink.model import loss as loss_module
 from ultrathink.model.loss import IGNORED_LABEL, HeadLoss, chunk_tokens, linear_cross_entropy
 
@@ -141,22 +142,10 @@ def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch: pytest.Monkey
 def test_the_logits_of_a_whole_batch_are_never_held() -> None:
     N, C, V = 16384, 4, 2048
     hidden, weight, labels = make_inputs(N, C, V, dtype=torch.float32)
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor):
-                largest = max(largest, out.numel())
-            return out
-
-    with Watch():
+    with LargestTensor() as largest:
         linear_cross_entropy(hidden, weight, labels, z_weight=0.1).cross_entropy.backward()
-    assert largest == chunk_tokens(N, V, "cpu") * V
-    assert largest <= N * V / 4
+    assert largest.numel == chunk_tokens(N, V, "cpu") * V
+    assert largest.numel <= N * V / 4
 
 
 def test_chunks_are_few() -> None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ultrathink.config.model import ModelConfig
 from ultrathink.core.errors import ConfigError
 from ultrathink.model import Transformer, count_parameters, flops_per_token
+from ultrathink.model.compute_path import ComputePath
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -332,3 +333,35 @@ def test_flops_count_the_matrices_and_causal_attention(
             products += 2 * 2 * model.config.num_heads * model.config.head_dim
     expected = 6 * counts.matrices + 3 * model.config.num_layers * products / seq_len
     assert flops_per_token(model.config, seq_len) == pytest.approx(expected)
+
+
+def test_a_head_of_ones_own_works_inside_the_pass(make_model: Any, tokens: Tensor) -> None:
+    """It is given what the logits are made of; the rest of the output stays."""
+    model = make_model(tie_embeddings=False)
+    labels, logits = tokens.roll(-1, 1), model(tokens).logits
+
+    def head(x: Tensor, weight: Tensor, given: Tensor | None) -> dict[str, Tensor]:
+        assert weight is model.head_weight
+        assert given is labels
+        return {"logits": x @ weight.T, "loss": -(x @ weight.T).log_softmax(-1).sum()}
+
+    out = model(tokens, labels, head=head)
+    assert (out.logits, out.loss, out.num_tokens) == (None, None, None)
+    torch.testing.assert_close(out.head["logits"], logits)
+    out.head["loss"].backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_taps_are_the_states_that_a_pass_over_fewer_layers_ends_with(
+    make_model: Any, tokens: Tensor
+) -> None:
+    model = make_model(num_layers=4)
+    plain = model(tokens)
+    out = model(tokens, tap=(0, 0.5))
+    assert torch.equal(out.logits, plain.logits)
+    assert (list(out.tapped), plain.tapped) == ([0, 2], {})
+    for layer, states in out.tapped.items():
+        shorter = model(tokens, path=ComputePath(tuple(range(layer + 1)))).logits
+        torch.testing.assert_close(model.norm(states) @ model.head_weight.T, shorter)
+    with pytest.raises(ConfigError, match="tap: there is no layer 4"):
+        model(tokens, tap=[4])

@@ -53,10 +53,9 @@ def test_a_replay_with_the_decision_is_what_the_run_did(broken: Trainer) -> None
     [record] = [one for one in read_decisions(broken.run.decisions) if one["rule"] == "roll_back"]
     from ultrathink.recipes.audit import _replay
 
-    assert broken.held_out is not None
     left = 140 - record["step"]
     loss = _replay(broken.run, record, 0, left, acts=True)
-    assert loss == broken.score(broken.held_out).loss
+    assert loss == broken.score().loss
 
 
 @pytest.mark.parametrize(

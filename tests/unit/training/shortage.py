@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ultrathink.training.stepping import Sums
+from ultrathink.training.objectives.pretrain import Sums
 from ultrathink.training.trainer import Trainer
 
 MORE_THAN_ANY = 1 << 60  # bytes, beyond every address space
@@ -39,9 +39,9 @@ class Scarcity:
 
     def __init__(self, trainer: Trainer, fits: int, where: str = "forward", after: int = 0) -> None:
         self.tried: list[int] = []
-        self._inner = trainer.stepper.losses
+        self._inner = trainer.objective.sums
         self.fits, self._where, self._after = fits, where, after
-        trainer.stepper.losses = self._losses
+        trainer.objective.sums = self._losses
 
     def _losses(self, input_ids: Tensor, *rest: Any) -> Sums:
         self.tried.append(len(input_ids))

@@ -99,13 +99,13 @@ def test_a_rate_of_zero_leaves_the_biases_alone(make_trainer: MakeTrainer) -> No
 def test_no_bias_moves_in_a_step_that_is_left_out(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(*FP64)
     take_steps(trainer, 1)
-    before, losses = state(trainer), trainer.stepper.losses
+    before, losses = state(trainer), trainer.objective.sums
 
     def poisoned(*inputs: Any) -> Any:
         sums = losses(*inputs)
         return sums._replace(loss=sums.loss * math.nan)
 
-    trainer.stepper.losses = poisoned
+    trainer.objective.sums = poisoned
     [result] = take_steps(trainer, 1)
     assert result.skipped
     assert all(torch.equal(value, before[name]) for name, value in state(trainer).items())

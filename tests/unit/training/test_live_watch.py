@@ -31,7 +31,7 @@ def kept(run: RunFolder) -> list[dict[str, Any]]:
 
 def scaled_at(trainer: Trainer, steps: range, factor: float) -> None:
     """Multiply the loss of some steps, as a fault in it would; each once."""
-    losses, to_come = trainer.stepper.losses, set(steps)
+    losses, to_come = trainer.objective.sums, set(steps)
 
     def faulty(*inputs: Any) -> Any:
         sums, step = losses(*inputs), trainer.progress.step + 1
@@ -40,7 +40,7 @@ def scaled_at(trainer: Trainer, steps: range, factor: float) -> None:
         to_come.remove(step)
         return sums._replace(loss=sums.loss * factor)
 
-    trainer.stepper.losses = faulty
+    trainer.objective.sums = faulty
 
 
 def test_an_alarm_is_told_and_kept(make_trainer: MakeTrainer) -> None:

@@ -117,14 +117,14 @@ def test_a_step_left_out_at_first_changes_nothing(make_trainer: MakeTrainer) -> 
                 controllers=[At(step2=lambda control: control.set_lr_factor(0.5, reason="test"))],
             )
         )
-        losses, calls = trainer.stepper.losses, []
+        losses, calls = trainer.objective.sums, []
 
         def spoiled(*args: Any) -> Any:
             calls.append(1)  # noqa: B023
             sums = losses(*args)  # noqa: B023
             return sums._replace(loss=sums.loss * float("nan")) if len(calls) == 1 else sums  # noqa: B023
 
-        trainer.stepper.losses = spoiled
+        trainer.objective.sums = spoiled
         trainer.fit()
         assert trainer.progress.num_skipped == 1
         results.append(final_state(trainer.run))

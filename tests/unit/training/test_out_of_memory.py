@@ -124,7 +124,7 @@ def test_another_error_is_not_repeated(make_trainer: MakeTrainer) -> None:
         calls.append(1)
         raise RuntimeError("broken")
 
-    trainer.stepper.losses = broken
+    trainer.objective.sums = broken
     with pytest.raises(RuntimeError, match="broken"):
         trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
     assert calls == [1]

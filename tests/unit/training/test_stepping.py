@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ def uneven(batch: Batch) -> Batch:
     labels = batch.labels.clone()
     for row in range(labels.shape[0]):
         labels[row, : 9 * row] = IGNORED
-    return Batch(batch.input_ids, labels, batch.positions, batch.document_ids, batch.source_ids)
+    return replace(batch, labels=labels)
 
 
 @pytest.mark.parametrize("micro", [1, 2])
@@ -55,13 +56,7 @@ def test_the_loss_is_the_mean_over_all_trained_tokens(make_trainer: MakeTrainer)
 def test_a_batch_with_nothing_to_train_is_skipped(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(*FP64)
     batch = trainer.loader.next_batch()
-    masked = Batch(
-        batch.input_ids,
-        torch.full_like(batch.labels, IGNORED),
-        batch.positions,
-        batch.document_ids,
-        batch.source_ids,
-    )
+    masked = replace(batch, labels=torch.full_like(batch.labels, IGNORED))
     before = weights(trainer)
     result = trainer.stepper.take_step(masked, trainer.settings, 1.0)
     assert result.skipped
@@ -77,13 +72,13 @@ def test_a_skipped_step_is_as_if_it_had_not_been(make_trainer: MakeTrainer, opti
         trainer = make_trainer(
             "training.precision=fp64", f"training.optimizer={{type: {optimizer}, lr: 0.01}}"
         )
-        losses = trainer.stepper.losses
+        losses = trainer.objective.sums
         batches = [trainer.loader.next_batch() for _ in range(3)]
         for number, batch in enumerate(batches):
             if poison and number != 1:
-                trainer.stepper.losses = _poisoned(losses)
+                trainer.objective.sums = _poisoned(losses)
                 assert trainer.stepper.take_step(batch, trainer.settings, 1.0).skipped
-                trainer.stepper.losses = losses
+                trainer.objective.sums = losses
             trainer.stepper.take_step(batch, trainer.settings, 1.0)
         results.append(weights(trainer))
     clean, survived = results

@@ -240,10 +240,10 @@ def test_best_is_the_best_by_the_chosen_figure(make_trainer: MakeTrainer) -> Non
         callbacks=[recorder],
     )
     trainer.fit()
-    best = max(recorder.validations, key=lambda report: report.token_accuracy)
+    best = max(recorder.validations, key=lambda report: report.figures["token_accuracy"])
     assert int(trainer.run.checkpoint("best").name.removeprefix("step_")) == best.step
     state: Trainer = trainer
-    assert state.progress.best == best.token_accuracy
+    assert state.progress.best == best.figures["token_accuracy"]
 
 
 # -- what goes wrong ------------------------------------------------------------------------------
@@ -272,14 +272,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_training_goes_on(
 ) -> None:
     recorder = Recorder()
     trainer = make_trainer("training.max_steps=4", callbacks=[recorder])
-    original, calls = trainer.stepper.losses, []
+    original, calls = trainer.objective.sums, []
 
     def sometimes_nan(*inputs: Any) -> Any:
         calls.append(1)
         sums = original(*inputs)
         return sums._replace(loss=sums.loss * math.nan) if len(calls) == 2 else sums
 
-    trainer.stepper.losses = sometimes_nan
+    trainer.objective.sums = sometimes_nan
     trainer.fit()
     assert [report.skipped for report in recorder.steps] == [False, True, False, False]
     assert any("step 2 was skipped" in text for text in recorder.messages)

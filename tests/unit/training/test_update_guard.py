@@ -120,13 +120,13 @@ def test_what_is_not_finite_is_left_out_without_asking(make_trainer: MakeTrainer
     trainer = make_trainer()
     guard = Asked()
     trainer.set_guard(guard)
-    losses = trainer.stepper.losses
+    losses = trainer.objective.sums
 
     def poisoned(*inputs: Any) -> Any:
         sums = losses(*inputs)
         return sums._replace(loss=sums.loss * float("nan"))
 
-    trainer.stepper.losses = poisoned
+    trainer.objective.sums = poisoned
     assert trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0).skipped
     assert guard.seen == []
 

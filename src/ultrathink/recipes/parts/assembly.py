@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from ultrathink.config.monitoring import SINKS
+from ultrathink.config.objective import OBJECTIVES
 from ultrathink.config.schema import Config
 from ultrathink.core.divisors import largest_divisor
+from ultrathink.core.errors import ConfigError, suggestion
 from ultrathink.core.random import seed_everything
 from ultrathink.data.loader import Share, TrainLoader
 from ultrathink.data.prepare import PreparedData
@@ -18,21 +20,20 @@ from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.records import Level
 from ultrathink.orchestrator.live import LiveWatch
 from ultrathink.parallel.restarts import remember_run
-from ultrathink.parallel.sharding import shard_model
 from ultrathink.parallel.watchdog import Watchdog
 from ultrathink.recipes.parts.callbacks import SampleWriter, StepBudgetRecorder
 from ultrathink.recipes.parts.heading import heading
+from ultrathink.recipes.parts.models import FoundModel, ReadyModels, ready_models
 from ultrathink.recipes.parts.steering import steer
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Controller, MetricsCallback
 from ultrathink.training.choices import Choices
-from ultrathink.training.compiling import compile_blocks, compile_function
-from ultrathink.training.hardware import DTYPES, keep_freed_memory
+from ultrathink.training.objectives.base import Objective, Parts
 from ultrathink.training.offload import HostCopies
 from ultrathink.training.optimizers import build_optimizers
 from ultrathink.training.run_log import RankLog, RunLog
 from ultrathink.training.settings import LiveSettings
-from ultrathink.training.stepping import Stepper, loss_function
+from ultrathink.training.stepping import Stepper
 from ultrathink.training.trainer import Trainer
 
 
@@ -50,6 +51,7 @@ def assemble(
     choices: Choices,
     callbacks: Sequence[Callback],
     controllers: Sequence[Controller],
+    frozen: Sequence[FoundModel] = (),
 ) -> Trainer:
     """The parts of a run, made for this machine and wired; nothing is loaded or trained yet."""
     training = config.training
@@ -69,10 +71,14 @@ def assemble(
         tell=tell,
     )
     watches = config.orchestrator.mode != "off" and world.is_main
-    watch = LiveWatch(run, tell, metrics.sinks.phase) if watches else None
     samples = SampleWriter(config, model, data.tokenizer, metrics.sinks, world)
+    ready = ready_models(config, model, frozen, choices)
+    objective = _objective(config, data, ready, choices)
+    watch = None
+    if watches:
+        watch = LiveWatch(run, tell, metrics.sinks.phase, without=objective.without_detectors)
     trainer = Trainer(
-        model=model,
+        objective=objective,
         loader=TrainLoader(
             data.train_stores,
             data.train_weights,
@@ -83,8 +89,7 @@ def assemble(
             num_workers=config.data.num_workers,
             share=Share(dims.dp_group.rank, dims.dp_group.size),
         ),
-        held_out=ValidationSet(data.val_stores, config.data.seq_len) if data.val_stores else None,
-        stepper=_stepper(config, model, choices),
+        stepper=_stepper(config, objective, choices),
         training=training,
         run=run,
         settings=LiveSettings(
@@ -119,7 +124,7 @@ def assemble(
     if config.orchestrator.mode == "act":
         steer(trainer, config.orchestrator, watch, log, metrics.sinks)
     remember_run(run.path, world)
-    trainer.identity = _identity(data, trainer.loader)
+    trainer.identity = {**_identity(data, trainer.loader), "frozen_hash": ready.frozen_hash}
     warnings = [*choices.warnings, *_skipped(data), *data.notes]
     trainer.remarks = [(text, "warning") for text in warnings]
     return trainer
@@ -135,39 +140,40 @@ def _identity(data: PreparedData, loader: TrainLoader) -> dict[str, Any]:
     }
 
 
-def _stepper(config: Config, model: Transformer, choices: Choices) -> Stepper:
-    """The model made ready for this machine, and what takes steps with it."""
+def _objective(
+    config: Config, data: PreparedData, ready: ReadyModels, choices: Choices
+) -> Objective:
+    """What the run learns."""
     training, packing = config.training, config.data.packing
-    if choices.device.type == "cpu":
-        keep_freed_memory()  # not before: what building leaves free would stay taken, in pieces
-    model.to(choices.device)
-    if choices.precision == "fp64":
-        model.double()
-    model.compute_dtype = DTYPES[choices.precision]
-    model.rope.reserve(config.data.seq_len)  # a compiled step cannot grow the tables
-    model.set_activation_checkpointing(training.activation_checkpointing)
-    model.set_attention_backend(config.model.attention.backend)
-    accumulation = None
-    if choices.world.size > 1:
-        if training.compile:
-            compile_blocks(model)
-        mesh = choices.dims.dp_mesh(choices.device.type)
-        accumulation = shard_model(model, mesh, config.parallel)
-    losses = loss_function(model)
-    if training.compile and choices.world.size == 1:
-        losses = compile_function(losses)
-    optimizers = build_optimizers(training.optimizer, model)
-    offloads = config.parallel.offload == "optimizer"
-    return Stepper(
-        model,
-        optimizers,
-        losses,
+    parts = Parts(
+        ready.models,
         device=choices.device,
         isolate_documents=packing.enabled and packing.isolate_documents,
+        compilation=ready.compilation,
+        dp_group=choices.dims.dp_group,
+        held_out=ValidationSet(data.val_stores, config.data.seq_len) if data.val_stores else None,
+        scored_tokens=training.eval.max_tokens,
+    )
+    objective: Objective = OBJECTIVES.load(training.objective.type)(training.objective, parts)
+    if training.checkpoint.best_by not in objective.best_by:
+        raise ConfigError(
+            f"training.checkpoint.best_by = {training.checkpoint.best_by!r}: objective "
+            f"{training.objective.type!r} has no such figure. "
+            f"{suggestion(training.checkpoint.best_by, objective.best_by)}"
+        )
+    return objective
+
+
+def _stepper(config: Config, objective: Objective, choices: Choices) -> Stepper:
+    """What takes steps towards ``objective``."""
+    optimizers = build_optimizers(config.training.optimizer, objective.model)
+    offloads = config.parallel.offload == "optimizer"
+    return Stepper(
+        objective,
+        optimizers,
         world=choices.world,
         dp_group=choices.dims.dp_group,
-        accumulation=accumulation,
-        host=HostCopies(optimizers, model) if offloads else None,
+        host=HostCopies(optimizers, objective.model) if offloads else None,
     )
 
 

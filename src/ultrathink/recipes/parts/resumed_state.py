@@ -154,6 +154,10 @@ _IDENTITIES = {
         "the code that tokenizes",
         "use the version of ultrathink that began the run (manifest.json)",
     ),
+    "frozen_hash": (
+        "what training.objective compares the model with",
+        "name the checkpoint that it was: training.objective.teacher=RUN@STEP",
+    ),
     "data_hash": ("the data", "put the files back as they were"),
     "order_hash": (
         "the code that orders and packs samples",
@@ -168,10 +172,10 @@ def _check_identity(recorded: dict[str, Any], here: dict[str, Any], reset: Colle
     for name, (what, advice) in _IDENTITIES.items():
         if name in ("data_hash", "order_hash") and "data" in reset:
             continue
-        if recorded.get(name) != here[name]:
+        if recorded.get(name) != here.get(name):
             raise CheckpointError(
                 f"{what} changed since the checkpoint was written (hash "
-                f"{str(recorded.get(name))[:12]} then, {str(here[name])[:12]} now), so the run "
+                f"{str(recorded.get(name))[:12]} then, {str(here.get(name))[:12]} now), so the run "
                 f"cannot go on where it stopped; {advice}, or start a new run with its weights: "
                 f"training.init_from=RUN."
             )

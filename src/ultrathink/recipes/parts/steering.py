@@ -37,7 +37,7 @@ def steer(
         log.on_message(text, "info")
 
     guard = Guard(most=config.limits.skipped_share, tell=tell)
-    if config.rules.skip_outliers:
+    if config.rules.skip_outliers and trainer.objective.is_guarded:
         trainer.set_guard(guard)
     if watch is None:
         return

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from tests.unit.model.experts.mixtures import FOUR, mixture
-from ultrathink.training.stepping import loss_function
+from ultrathink.training.objectives.pretrain import loss_function
 
 # torch.compile uses deprecated parts of torch itself; every other warning is an error here.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

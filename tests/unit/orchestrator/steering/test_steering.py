@@ -59,8 +59,7 @@ def test_broken_weights_are_taken_back(make_trainer: MakeTrainer) -> None:
     losses = []
     for one in (clean, trainer, unhelped):
         assert one.progress.step == 140
-        assert one.held_out is not None
-        losses.append(one.score(one.held_out).loss)
+        losses.append(one.score().loss)
     assert losses[1] < losses[0] * 1.02
     assert losses[2] > losses[0] * 1.05
     assert trainer.loader.samples_skipped == 4 * (rollback["before"] - rollback["after"])
@@ -121,10 +120,7 @@ def test_a_rate_that_is_off_is_put_right_and_its_steps_are_undone(
     assert trainer.loader.samples_skipped == 0
     clean = make_trainer(*RUN)
     clean.fit()
-    assert trainer.held_out is not None
-    assert trainer.score(trainer.held_out).loss == pytest.approx(
-        clean.score(trainer.held_out).loss, rel=1e-4
-    )
+    assert trainer.score().loss == pytest.approx(clean.score().loss, rel=1e-4)
 
 
 def test_a_rate_that_is_too_small_is_put_right_where_it_is(make_trainer: MakeTrainer) -> None:
@@ -162,8 +158,7 @@ def test_a_rate_that_is_too_high_from_the_start_is_lowered(make_trainer: MakeTra
             f"orchestrator.mode={mode}",
         )
         trainer.fit()
-        assert trainer.held_out is not None
-        scores.append(trainer.score(trainer.held_out).loss)
+        scores.append(trainer.score().loss)
     tuned, too_high, steered = scores
     assert too_high > 1.1 * tuned
     assert steered - tuned < 0.25 * (too_high - tuned)
@@ -231,8 +226,7 @@ def test_overfitting_ends_with_the_best_weights(make_trainer: MakeTrainer, may_s
     best = min(recorder.validations, key=lambda report: report.loss)
     assert decision["after"] == best.step == trainer.progress.step
     assert [one["action"] for one in decision["also"]] == ["average", "stop"]
-    assert trainer.held_out is not None
-    scored = trainer.score(trainer.held_out).loss
+    scored = trainer.score().loss
     assert scored <= best.loss
 
 

@@ -1,0 +1,128 @@
+"""The models of a run: frozen ones found and checked, all made ready for this machine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ultrathink.checkpoint.format import read_state
+from ultrathink.config.model import ModelConfig
+from ultrathink.config.objective import FrozenSource
+from ultrathink.config.schema import Config
+from ultrathink.core.errors import CheckpointError, ConfigError
+from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
+from ultrathink.interop.fetching import is_pretrained
+from ultrathink.interop.importing import open_pretrained
+from ultrathink.model.transformer import Transformer
+from ultrathink.parallel.sharding import shard_model
+from ultrathink.runs.loading import empty_model, load_weights, weights_from
+from ultrathink.training.choices import Choices
+from ultrathink.training.compiling import Compilation
+from ultrathink.training.hardware import DTYPES, keep_freed_memory
+from ultrathink.training.model_set import FrozenModel, ModelSet
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A frozen model that was found; ``fill`` reads its weights."""
+
+    name: str
+    source: FrozenSource
+    config: ModelConfig
+    tokenizer: Tokenizer | None  # None where only weights are there
+    fill: Callable[[Transformer], None]
+
+    def checked(self, config: Config, tokenizer: Tokenizer) -> ModelConfig:
+        """Its configuration; ConfigError where its token ids are not those of the run."""
+        place, ours = f"{self.source.field}={self.source.source}", config.model.vocab_size
+        theirs = self.config.vocab_size
+        if theirs != ours:
+            raise ConfigError(
+                f"{place} has a vocabulary of {theirs} tokens, and the model one of {ours}; set "
+                f"model.vocab_size={theirs}, or name a {self.name} with the model's vocabulary."
+            )
+        if self.tokenizer is not None and self.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise ConfigError(
+                f"{place} has another tokenizer than this run, so that its token ids stand for "
+                f"other text; name a {self.name} that was trained with the run's tokenizer."
+            )
+        return self.config
+
+
+def find_frozen(config: Config) -> tuple[FoundModel, ...]:
+    """The models that the objective asks; CheckpointError where one is missing or damaged."""
+    wanted = config.training.objective.frozen_models()
+    return tuple(_find(name, source, config) for name, source in wanted.items())
+
+
+def _find(name: str, source: FrozenSource, config: Config) -> FoundModel:
+    text = source.source
+    try:
+        if is_pretrained(text):
+            pretrained = open_pretrained(text)
+            pretrained.check_length(config.data.seq_len)
+            model, fill = pretrained.model, pretrained.load_into
+            return FoundModel(name, source, model, pretrained.tokenizer, fill)
+        weights, run = weights_from(text, config.run.dir)
+        if run is not None:
+            model, tokenizer = run.read_config().model, load_tokenizer(run.tokenizer)
+        else:
+            plain: dict[str, Any] = read_state(weights)["config"]
+            model, tokenizer = ModelConfig.model_validate(plain["model"]), None
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the {name} of this run cannot be read ({str(error).rstrip('.')}); put it back, or "
+            f"give the place where it is now: {source.field}=PLACE."
+        ) from error
+    return FoundModel(name, source, model, tokenizer, lambda empty: load_weights(empty, weights))
+
+
+@dataclass(frozen=True)
+class ReadyModels:
+    """The models of a run on their device, compiled and divided as configured."""
+
+    models: ModelSet
+    compilation: Compilation
+    frozen_hash: str | None  # of the weights of those that checkpoints do not hold
+
+
+def ready_models(
+    config: Config, model: Transformer, frozen: Sequence[FoundModel], choices: Choices
+) -> ReadyModels:
+    """Make ``model``, which is trained, and the ``frozen`` ones ready for this machine."""
+    if choices.device.type == "cpu":
+        keep_freed_memory()  # not before: what building leaves free would stay taken, in pieces
+    several = choices.world.size > 1
+    compilation = Compilation(bool(config.training.compile), by_blocks=several)
+    model.to(choices.device)
+    if choices.precision == "fp64":
+        model.double()
+    model.compute_dtype = DTYPES[choices.precision]
+    model.set_activation_checkpointing(config.training.activation_checkpointing)
+    _prepare(model, config, compilation)
+    mesh = choices.dims.dp_mesh(choices.device.type) if several else None
+    accumulation = shard_model(model, mesh, config.parallel) if mesh is not None else None
+    digest = hashlib.sha256()
+    asked: dict[str, FrozenModel] = {}
+    for found in frozen:
+        other = empty_model(found.config)
+        found.fill(other)
+        for name, value in other.state_dict().items():
+            digest.update(f"{found.name}/{name}".encode() + value.numpy().tobytes())
+        precision = found.source.precision
+        dtype = DTYPES[choices.precision if precision == "auto" else precision]
+        asked[found.name] = FrozenModel(other.to(choices.device, dtype), compilation)
+        _prepare(other, config, compilation)
+        if mesh is not None:
+            assert accumulation is not None
+            shard_model(other, mesh, config.parallel, accumulation.clock)
+    models = ModelSet(model, accumulation, asked)
+    return ReadyModels(models, compilation, digest.hexdigest() if frozen else None)
+
+
+def _prepare(model: Transformer, config: Config, compilation: Compilation) -> None:
+    model.rope.reserve(config.data.seq_len)  # a compiled step cannot grow the tables
+    model.set_attention_backend(config.model.attention.backend)
+    compilation.of_model(model)

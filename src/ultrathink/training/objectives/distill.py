@@ -1,0 +1,85 @@
+"""Distillation: the next token of text, and what a teacher thinks of all tokens.
+
+https://arxiv.org/abs/1503.02531, in the direction of https://arxiv.org/abs/2306.08543 if asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ultrathink.config.objective import DistillConfig
+from ultrathink.data.batch import Batch
+from ultrathink.model.token_losses import linear_kl
+from ultrathink.model.transformer import Transformer
+from ultrathink.training.objectives.base import LOSS, Losses, Parts, Term
+from ultrathink.training.objectives.pretrain import Pretraining, Sums
+
+KL = "kl"
+
+
+class Distillation(Pretraining):
+    """Cross-entropy, and beside it the divergence from a teacher over the same tokens.
+
+    Reports show the divergence as ``kl``, in nats a token, at the temperature. What is minimized is
+    ``weight * temperature² * kl``: gradients then keep their size at any temperature. Validation is
+    that of pretraining.
+    """
+
+    def __init__(self, config: DistillConfig, parts: Parts) -> None:
+        super().__init__(config, parts)
+        self.teacher = parts.models.frozen["teacher"]
+        # Tensors, so that a compiled step is not compiled again for other values.
+        self.temperature = torch.tensor(config.temperature, device=parts.device)
+        self.weight = torch.tensor(config.weight, device=parts.device)
+        divergence = parts.compilation.of_head(
+            partial(linear_kl, reverse=config.direction == "reverse")
+        )
+        self.sums_beside = parts.compilation.of_pass(loss_function(self.model, divergence))
+
+    def losses(self, batch: Batch) -> Losses:
+        input_ids, labels, *isolated = self.inputs(batch)
+        with self.teacher.states(input_ids, *isolated) as (states, weight):
+            sums = self.sums_beside(input_ids, labels, *isolated, states, weight, self.temperature)
+        terms = {name: Term(value) for name, value in {LOSS: sums.loss, **sums.aux_losses}.items()}
+        scale = self.weight * self.temperature.square()
+        terms[KL] = terms[KL]._replace(weight=scale)
+        return Losses(terms, sums.stats)
+
+
+def loss_function(model: Transformer, divergence: Callable[..., Tensor]) -> Callable[..., Sums]:
+    """From token ids, and the teacher's states ``[B, T, C]`` and head ``[V, C]``, to losses."""
+
+    def summed_losses(
+        input_ids: Tensor,
+        labels: Tensor,
+        positions: Tensor | None,
+        document_ids: Tensor | None,
+        states: Tensor,
+        weight: Tensor,
+        temperature: Tensor,
+    ) -> Sums:
+        def head(x: Tensor, own_weight: Tensor, _: Tensor | None) -> dict[str, Tensor]:
+            targets = labels.flatten()
+            own = model.head_loss(x, targets)
+            assert own.loss is not None
+            kl = divergence(
+                x.flatten(0, 1),
+                own_weight,
+                targets,
+                states.flatten(0, 1),
+                weight,
+                temperature=temperature,
+            )
+            return {LOSS: own.loss, KL: kl, **own.aux_losses}
+
+        output = model(
+            input_ids, labels=labels, positions=positions, document_ids=document_ids, head=head
+        )
+        losses = dict(output.head)
+        return Sums(losses.pop(LOSS), {**losses, **output.aux_losses}, output.stats)
+
+    return summed_losses

@@ -1,0 +1,78 @@
+"""Pretraining: the next token of text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor
+
+from ultrathink.config.objective import ObjectiveConfig
+from ultrathink.data.batch import Batch
+from ultrathink.model.transformer import Transformer
+from ultrathink.training.objectives.base import LOSS, TOKENS, Losses, Objective, Parts, Term
+from ultrathink.training.validation import Scores, evaluate
+
+
+class Sums(NamedTuple):
+    """What a model returns for a micro-batch, each summed over its trained tokens."""
+
+    loss: Tensor  # cross-entropy, nats
+    aux_losses: dict[str, Tensor]
+    stats: dict[str, Tensor]  # without gradients
+
+
+# input_ids, labels, positions, document_ids
+LossFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Sums]
+
+
+def loss_function(model: Transformer) -> LossFunction:
+    """The part of a step that is worth compiling: from token ids to losses."""
+
+    def summed_losses(
+        input_ids: Tensor, labels: Tensor, positions: Tensor | None, document_ids: Tensor | None
+    ) -> Sums:
+        output = model(input_ids, labels=labels, positions=positions, document_ids=document_ids)
+        assert output.loss is not None
+        return Sums(output.loss, output.aux_losses, output.stats)
+
+    return summed_losses
+
+
+class Pretraining(Objective):
+    """Cross-entropy of the next token, and the auxiliary losses of the model."""
+
+    best_by: ClassVar = {LOSS: -1, "token_accuracy": 1}
+
+    def __init__(self, config: ObjectiveConfig, parts: Parts) -> None:
+        super().__init__(parts)
+        self.isolate_documents = parts.isolate_documents
+        self.sums = parts.compilation.of_pass(loss_function(self.model))
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {TOKENS: batch.num_target_tokens}
+
+    def losses(self, batch: Batch) -> Losses:
+        sums = self.sums(*self.inputs(batch))
+        terms = {LOSS: sums.loss, **sums.aux_losses}
+        return Losses({name: Term(value) for name, value in terms.items()}, sums.stats)
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Ids, labels and, where documents are isolated, positions and documents, on the device."""
+        input_ids, labels = batch.on(self.device, "input_ids", "labels")
+        if not self.isolate_documents:
+            return input_ids, labels, None, None
+        positions, document_ids = batch.on(self.device, "positions", "document_ids")
+        return input_ids, labels, positions, document_ids
+
+    def score(self, batch_size: int, max_batches: int | None = None) -> Scores:
+        assert self.held_out is not None, "there is something to validate on"
+        return evaluate(
+            self.model,
+            self.held_out,
+            device=self.device,
+            batch_size=batch_size,
+            max_tokens=self.scored_tokens,
+            max_batches=max_batches,
+            dp_group=self.dp_group,
+        )

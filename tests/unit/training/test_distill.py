@@ -1,0 +1,202 @@
+"""Learning from a teacher, against whole logits; what a run keeps of it, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unit.training.conftest import TINY, MakeTrainer
+from ultrathink.checkpoint.format import load_checkpoint
+from ultrathink.config import load_config
+from ultrathink.core.errors import CheckpointError, ConfigError, UltrathinkError
+from ultrathink.data.batch import IGNORED, Batch
+from ultrathink.interop.export import export_run
+from ultrathink.recipes.resume import resume_trainer
+from ultrathink.recipes.train import build_trainer
+from ultrathink.runs.loading import load_model
+from ultrathink.training.objectives.distill import Distillation
+from ultrathink.training.trainer import Trainer
+
+FP64 = "training.precision=fp64"
+# Large weights, so that its predictions differ from the student's; of another width and depth.
+TEACHER = ("model.hidden_size=16", "model.num_layers=3", "model.init={std: 0.5}", "run.seed=9")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run to learn from; it was trained with dropout."""
+    place = tmp_path_factory.mktemp("teacher")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ULTRATHINK_CACHE", str(place / "cache"))
+        words = (*TEACHER, "model.dropout=0.5", "training.max_steps=1", f"run.dir={place}")
+        trainer = build_trainer(load_config("debug", [*TINY, *words]))
+        trainer.fit()
+    return trainer.run.path
+
+
+def objective(teacher: Path, **options: Any) -> str:
+    given = "".join(f", {name}: {value}" for name, value in options.items())
+    return f"training.objective={{type: distill, teacher: {teacher}{given}}}"
+
+
+def reference(trainer: Trainer, teacher: Path, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy and divergence of a batch, from the logits of all its positions."""
+
+    def log_probabilities(model: Any) -> Tensor:
+        logits = model(
+            batch.input_ids, positions=batch.positions, document_ids=batch.document_ids
+        ).logits
+        return torch.log_softmax(logits / 2.0, -1), torch.log_softmax(logits, -1)
+
+    ours, plain = log_probabilities(trainer.model)
+    theirs, _ = log_probabilities(load_model(teacher, "last")[0].double())
+    trained = batch.labels != IGNORED
+    chosen = plain.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
+    p, q = theirs.detach(), ours
+    if trainer.training.objective.direction == "reverse":  # type: ignore[attr-defined]
+        p, q = q, p
+    kl = (p.exp() * (p - q)).sum(-1)
+    return -chosen[trained].mean(), kl[trained].mean()
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("micro", [4, 1])
+def test_a_step_is_that_of_whole_logits(
+    make_trainer: MakeTrainer, teacher: Path, direction: str, micro: int
+) -> None:
+    words = objective(teacher, direction=direction, temperature=2.0, weight=0.25)
+    trainer = make_trainer(FP64, words, f"training.micro_batch_size={micro}")
+    batch = trainer.loader.next_batch()
+    batch.labels[0, 5:] = IGNORED  # rows weigh differently
+    loss, kl = reference(trainer, teacher, batch)
+    gradients = torch.autograd.grad(
+        loss + 0.25 * 4.0 * kl, [p for p in trainer.model.parameters() if p.requires_grad]
+    )
+    result = trainer.stepper.take_step(batch, trainer.settings, 1.0)
+    assert result.loss == pytest.approx(loss.item(), rel=1e-10)
+    assert result.aux_losses == {"kl": pytest.approx(kl.item(), rel=1e-10)}
+    assert kl.item() > 0.01
+    norm = torch.nn.utils.get_total_norm(gradients).item()
+    assert result.grad_norm == pytest.approx(norm, rel=1e-9)
+
+
+def test_weight_and_temperature_are_live(make_trainer: MakeTrainer, teacher: Path) -> None:
+    """What is set during a run holds from the next step on."""
+    results = []
+    for weight, temperature in ((3.0, 2.0), (1.0, 1.0)):
+        words = objective(teacher, weight=weight, temperature=temperature)
+        trainer = make_trainer(FP64, words)
+        assert isinstance(trainer.objective, Distillation)
+        trainer.objective.weight.fill_(3.0)
+        trainer.objective.temperature.fill_(2.0)
+        results.append(trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1))
+    assert results[0].grad_norm == results[1].grad_norm
+    assert results[0].aux_losses == results[1].aux_losses
+
+
+def test_a_teacher_is_frozen_and_no_part_of_a_checkpoint(
+    make_trainer: MakeTrainer, teacher: Path
+) -> None:
+    """It draws no random numbers either, though it was trained with dropout."""
+    trainer = make_trainer(objective(teacher, precision="bf16"), "training.max_steps=2")
+    frozen = trainer.objective.models.frozen["teacher"]
+    assert {p.dtype for p in frozen.model.parameters()} == {torch.bfloat16}
+    before = {name: value.clone() for name, value in frozen.model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    with frozen.states(torch.arange(32)[None], None, None) as (states, weight):
+        assert (states.shape, weight.shape) == ((1, 32, 16), (257, 16))
+    assert torch.equal(random_state, torch.get_rng_state())
+    trainer.fit()
+    after = frozen.model.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    state: Any = load_checkpoint(trainer.run.checkpoint("last"))
+    assert state["model"].keys() == trainer.model.state_dict().keys()
+    assert len(state["identity"]["frozen_hash"]) == 64
+
+
+def test_a_run_goes_on_bit_for_bit_and_only_with_its_teacher(
+    make_trainer: MakeTrainer, teacher: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "teacher"
+    shutil.copytree(teacher, place, symlinks=True)
+    words = (objective(place), "model.dropout=0.1", "training.checkpoint={every_steps: 2, keep: 9}")
+    straight = make_trainer(*words, "training.max_steps=4", "run.name=straight")
+    straight.fit()
+    resumed = resume_trainer(straight.run, "2")
+    resumed.fit()
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+    place.rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError) as gone:
+        resume_trainer(straight.run, "2")
+    told = str(gone.value)
+    assert told.startswith(f"the teacher of this run cannot be read (there is no run '{place}'.")
+    assert told.endswith("give the place where it is now: training.objective.teacher=PLACE.")
+    moved = resume_trainer(
+        straight.run, "2", overrides=[f"training.objective.teacher={tmp_path / 'elsewhere'}"]
+    )
+    moved.close()
+
+    other = make_trainer(*TEACHER, "training.max_steps=1", "run.name=other", "run.seed=10")
+    other.fit()
+    with pytest.raises(CheckpointError, match=r"compares the model with changed since the check"):
+        resume_trainer(
+            straight.run, "2", overrides=[f"training.objective.teacher={other.run.path}"]
+        )
+
+
+def test_teachers_that_do_not_fit_are_refused(
+    make_trainer: MakeTrainer, teacher: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as larger:
+        make_trainer(objective(teacher), "model.vocab_size=300")
+    assert str(larger.value) == (
+        f"training.objective.teacher={teacher} has a vocabulary of 257 tokens, and the model one "
+        f"of 300; set model.vocab_size=257, or name a teacher with the model's vocabulary."
+    )
+    bpe = ("tokenizer={type: bpe, vocab_size: 300}", "training.max_steps=1")
+    make_trainer(*bpe, "run.name=bpe").fit()
+    init = f"training.init_from={tmp_path / 'runs' / 'bpe'}"
+    words = (*bpe, "data.train=[{type: dummy, num_documents: 90, num_words: 50}]")
+    make_trainer(*words, "run.name=other").fit()
+    with pytest.raises(ConfigError, match=r"has another tokenizer than this run, so that its tok"):
+        make_trainer(*bpe, init, objective(tmp_path / "runs" / "other"))
+    with pytest.raises(CheckpointError, match=r"^the teacher of this run cannot be read"):
+        make_trainer(objective(tmp_path / "nothing"))
+    with pytest.raises(UltrathinkError, match=r"no objective called 'distil'. Did you mean 'disti"):
+        make_trainer("training.objective={type: distil, teacher: x}")
+    with pytest.raises(ConfigError, match=r"has no such figure. Did you mean 'token_accuracy'"):
+        make_trainer("training.checkpoint.best_by=token_acuracy")
+
+
+def test_a_student_takes_the_tokenizer_of_its_teacher(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    bpe = ("tokenizer={type: bpe, vocab_size: 300}", "training.max_steps=1")
+    make_trainer(*bpe, "run.name=bpe").fit()
+    words = (*bpe, "data.train=[{type: dummy, num_documents: 90, num_words: 50}]")
+    student = make_trainer(*words, objective(tmp_path / "runs" / "bpe"))
+    found = [load_model(path)[1].fingerprint for path in (tmp_path / "runs" / "bpe",)]
+    assert student.identity["tokenizer_hash"] == found[0]
+
+
+def test_a_model_of_hugging_face_teaches(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    """It is opened as for ``init_from``, and learned from by a student of another shape."""
+    bpe = "tokenizer={type: bpe, vocab_size: 300}"
+    run = make_trainer(*TEACHER, "training.max_steps=1", bpe)
+    run.fit()
+    export_run(str(run.run.path), output=tmp_path / "hf")
+    results = []
+    for place in (run.run.path, f"hf:{tmp_path / 'hf'}"):
+        trainer = make_trainer(
+            FP64, objective(Path(place)), "tokenizer={type: hf, vocab_size: 300}"
+        )
+        batch = trainer.loader.next_batch()
+        results.append(trainer.stepper.take_step(batch, trainer.settings, 1.0).aux_losses["kl"])
+    assert results[0] == pytest.approx(results[1], rel=1e-6)

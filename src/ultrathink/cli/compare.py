@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ultrathink.core.errors import UltrathinkError
@@ -120,10 +121,7 @@ def _side_to_json(side: Side) -> dict[str, Any]:
         "segments": [
             {
                 "from_step": segment.from_step,
-                "changes": [
-                    {"key": change.key, "before": change.before, "after": change.after}
-                    for change in segment.changes
-                ],
+                "changes": [asdict(change) for change in segment.changes],
             }
             for segment in side.segments
         ],

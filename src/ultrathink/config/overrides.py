@@ -59,13 +59,13 @@ class Draft:
         """Whether an override set ``key`` or something inside it."""
         return any(f"{known}.".startswith(f"{key}.") for known in self._overridden)
 
-    def set_open(self, key: str, value: Any) -> None:
-        """Put ``key`` back to ``value``, as if nothing had chosen it."""
+    def set_open(self, key: str) -> None:
+        """Leave ``key`` to its default, as if nothing had chosen it."""
         *path, leaf = key.split(".")
         node: Any = self.tree
         for part in path:
             node = node[part]
-        node[leaf] = value
+        node.pop(leaf, None)
         self._forget(key)
 
     def _set(self, path: list[str], value: Any, text: str) -> None:

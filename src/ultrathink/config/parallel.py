@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ultrathink.config.base import Section, off_means
+from ultrathink.config.options import free
 
 
 class ParallelConfig(Section):
@@ -16,26 +17,26 @@ class ParallelConfig(Section):
     of ZeRO (https://arxiv.org/abs/1910.02054), by FSDP2.
     """
 
-    dp_replicate: int = Field(
+    dp_replicate: int = free(
         1, gt=0, description="Copies of the model; each has dp_shard processes that share it."
     )
-    dp_shard: int = Field(
+    dp_shard: int = free(
         -1,
         description="Processes that share one copy of the model; -1: as many as dp_replicate "
         "leaves.",
     )
-    zero_stage: Literal[1, 2, 3] = Field(
+    zero_stage: Literal[1, 2, 3] = free(
         3,
         description="What the processes of one copy divide among them: optimizer state (1), also "
         "gradients (2), also parameters (3). More takes less memory and more communication.",
     )
-    offload: Annotated[Literal["none", "optimizer", "params"], off_means("none")] = Field(
+    offload: Annotated[Literal["none", "optimizer", "params"], off_means("none")] = free(
         "none",
         description="What waits in the memory of the host and not of the GPU: the optimizer's "
         "state, or the parameters with it.",
     )
-    engine: Literal["native"] = Field("native", description="native: PyTorch's FSDP2.")
-    hang_minutes: float = Field(
+    engine: Literal["native"] = free("native", description="native: PyTorch's FSDP2.")
+    hang_minutes: float = free(
         10.0,
         gt=0,
         description="Minutes without a step after which a process of several writes where it "

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ultrathink.config.base import PartConfig, PartOf
+from ultrathink.config.options import OnResume, on_resume
 
 
 def sections_of(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> list[Any]:
@@ -101,6 +102,25 @@ def field_at(
         if name in section.model_fields:
             return section, section.model_fields[name]
     return None
+
+
+def rule_of(root: type[BaseModel], key: str) -> OnResume:
+    """What resuming with another value of ``key`` does, as the field or what it is in declares."""
+    path = key.split(".")
+    while path:
+        found = field_at(root, path, None)
+        rule = on_resume(found[1]) if found is not None else None
+        if rule is not None:
+            return rule
+        path = path[:-1]
+    raise KeyError(f"nothing says what resuming with another {key} does")
+
+
+def options_of(root: type[BaseModel]) -> dict[str, OnResume]:
+    """The rule of every option that declares one, by dotted key."""
+    found = {key: field_at(root, key.split("."), None) for key in all_keys(root)}
+    rules = {key: on_resume(place[1]) for key, place in found.items() if place is not None}
+    return {key: rule for key, rule in rules.items() if rule is not None}
 
 
 def all_keys(root: type[BaseModel]) -> list[str]:

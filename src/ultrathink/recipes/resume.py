@@ -13,7 +13,7 @@ from ultrathink.data.tokenizers.base import load_tokenizer
 from ultrathink.parallel.world import join_world
 from ultrathink.recipes.parts.assembly import assemble, build_model
 from ultrathink.recipes.parts.beginning import check_vocabulary
-from ultrathink.recipes.parts.resume_plan import NOT_COMPARED, FreshStart, ResumePlan, plan_resume
+from ultrathink.recipes.parts.resume_plan import FreshStart, ResumePlan, plan_resume
 from ultrathink.recipes.parts.resumed_data import data_to_go_on_with, keep_record
 from ultrathink.recipes.parts.resumed_snapshots import bring_back_snapshots
 from ultrathink.recipes.parts.resumed_state import adapt_state
@@ -118,7 +118,7 @@ def _resume(
         run.segments,
         Segment(
             from_step=plan.step,
-            changes=tuple(differences(plan.before, config, NOT_COMPARED)),
+            changes=tuple(differences(plan.before, config)),
             reset=tuple(sorted(reset)),
             notes=tuple(found.notes),
             environment=here,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ultrathink.runs.loading import check_loads
 from ultrathink.runs.lock import Owner, holder
 from ultrathink.runs.metrics_check import Status, check_metrics
 from ultrathink.runs.reading import json_object
-from ultrathink.runs.segments import read_segments
+from ultrathink.runs.segments import Segment, read_segments
 
 _STEP_FOLDER = re.compile(r"^step_(\d+)$")
 _MAX_TRIES = 5
@@ -154,11 +154,22 @@ def _check_records(run: RunFolder, findings: list[Finding]) -> None:
         if not path.exists():
             continue
         try:
-            read(path)
+            found = read(path)
         except (CheckpointError, OSError) as error:
             findings.append(Finding(path.name, "damaged", _inside(run, error)))
         else:
-            findings.append(Finding(path.name, "ok", "can be read"))
+            detail = _felt_changes(found) if isinstance(found, list) else ""
+            findings.append(Finding(path.name, "ok", f"can be read{detail}"))
+
+
+def _felt_changes(segments: Sequence[Segment]) -> str:
+    """The changes that training felt, to follow what else is said of the segments."""
+    felt = [
+        f"after step {segment.from_step:,} {'; '.join(map(str, segment.felt))}"
+        for segment in segments
+        if segment.felt
+    ]
+    return f"; training felt changes: {', '.join(felt)}" if felt else ""
 
 
 # -- checkpoints ----------------------------------------------------------------------------------

@@ -198,6 +198,7 @@ def test_off_and_false_mean_the_mode_none() -> None:
     for word in ("off", "false", "none"):
         config = load_config("demo", [f"training.activation_checkpointing={word}"])
         assert config.training.activation_checkpointing == "none"
+    assert load_config("demo", ["orchestrator.mode=off"]).orchestrator.mode == "off"
 
 
 def test_a_configuration_never_changes() -> None:

@@ -9,19 +9,18 @@ from typing import Any
 
 from ultrathink.checkpoint.format import read_state
 from ultrathink.config.loading import change_config
-from ultrathink.config.overrides import parse_override
+from ultrathink.config.overrides import flatten, parse_override
+from ultrathink.config.reflection import options_of
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.monitoring.records import Level
 from ultrathink.parallel.world import World, join_world
-from ultrathink.recipes.parts.resumed_state import check_changes, check_overrides, is_new_length
+from ultrathink.recipes.parts.resumed_data import decided
+from ultrathink.recipes.parts.resumed_state import check_changes, check_overrides
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
 from ultrathink.runs.segments import ConfigChange, differences, read_segments
 from ultrathink.training.budget import Budget
-
-# Values that may differ between a checkpoint and config.yaml without anybody having changed them.
-NOT_COMPARED = ("run.name", "run.dir", "training.step_budget")
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class ResumePlan:
     @property
     def is_finished(self) -> bool:
         """Whether the run's length is used up, so that there is nothing to go on with."""
-        if is_new_length(self.changes):
+        if decided(self.changes, "length"):
             return False
         elapsed_s = self.plain["progress"]["elapsed_s"]
         limit = self.config.training.max_minutes
@@ -129,11 +128,11 @@ def _plan(
     folder, damaged = run.sound_checkpoint(checkpoint)
     plain = read_state(folder)
     step = plain["progress"]["step"]
-    before = Config.model_validate(plain["config"])
     here = run.read_config()
-    base, pending = _with_last_start(before.with_origins(here.origins), run, step)
+    before = _placed_as(here, Config.model_validate(plain["config"]))
+    base, pending = _with_last_start(before, run, step)
     remarks: list[tuple[str, Level]] = [(text, "warning") for text in damaged]
-    edited = differences(base, here, NOT_COMPARED) and differences(before, here, NOT_COMPARED)
+    edited = differences(base, here) and differences(before, here)
     if edited and checkpoint == "last" and not damaged:
         raise UltrathinkError(_edited(run, edited))
     remarks += [
@@ -142,14 +141,22 @@ def _plan(
     ]
     check_overrides(overrides, base, run)
     config = change_config(base, overrides) if overrides else base
-    changes = tuple(differences(before, config, NOT_COMPARED))
+    changes = tuple(differences(before, config))
     resets = frozenset(reset) | pending
-    remarks += [(f"changed after step {step}: {change}", "info") for change in changes]
+    felt = [change for change in changes if change.felt]
+    remarks += [(f"changed after step {step}: {change}", "info") for change in felt]
     remarks += [(f"begins anew after step {step}: the {what}", "info") for what in sorted(resets)]
     given = frozenset(parse_override(override)[0] for override in overrides)
     return ResumePlan(
         run, lock, folder, plain, before, config, changes, resets, tuple(remarks), given
     )
+
+
+def _placed_as(here: Config, config: Config) -> Config:
+    """``config`` with the places that ``here`` names, since a run may be moved."""
+    values = flatten(here.model_dump(mode="json"))
+    places = {key: values[key] for key, rule in options_of(Config).items() if rule.is_place}
+    return config.replace(places, origin="").with_origins(here.origins)
 
 
 def _with_last_start(before: Config, run: RunFolder, step: int) -> tuple[Config, frozenset[str]]:

@@ -118,14 +118,6 @@ def test_slots_and_experts_of_a_token_are_counted_over_groups() -> None:
     assert (moe.num_slots, moe.experts_per_token) == (15, 3)
 
 
-def test_one_control_of_a_group_is_set_by_its_number() -> None:
-    config = load_config("debug", [ONE, "model.moe.groups.0.top_k=1", "model.moe.balance.z=0"])
-    assert config.model.moe is not None
-    assert config.model.moe.groups[0].top_k == 1
-    assert config.model.moe.balance.z == 0
-    assert config.model.moe.balance.load == 0.01
-
-
 def test_several_groups_are_balanced_by_a_bias_and_one_is_not() -> None:
     """A Mixtral has one group and no bias."""
     one = "{name: knowledge, num_experts: 8, top_k: 2}"

@@ -111,7 +111,7 @@ def _write_table(section: type[BaseModel], prefix: str, lines: list[str]) -> Non
         inner = sections_of(field.annotation, field.metadata)
         is_own_type = name == "type" and "Literal" in str(field.annotation) and _has_default(field)
         if is_own_type or (inner and not is_part(field)):
-            continue  # told by the heading
+            continue  # in the heading
         rule = on_resume(field)
         cells = [
             f"`{prefix}{name}`",

@@ -32,7 +32,7 @@ class Draft:
     def __init__(self, tree: dict[str, Any], origins: Mapping[str, str]) -> None:
         self.tree = tree
         self.origins = dict(origins)
-        # Not told from origins: a run folder's own origins name the overrides it was made with.
+        # Not read from origins: a run folder's own origins name the overrides it was made with.
         self._overridden: set[str] = set()
 
     def override(self, text: str) -> None:

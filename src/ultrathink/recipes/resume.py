@@ -39,11 +39,11 @@ def resume_trainer(
     controllers: Sequence[Controller] = (),
     progress: DataProgress | None = None,
 ) -> Trainer:
-    """A trainer that goes on from a checkpoint of ``run``, bit for bit as if never stopped.
+    """A trainer that resumes ``run`` from a checkpoint, bit for bit as if never stopped.
 
-    ``overrides`` ("dotted.key=value") change the run from here on; ``reset`` lets the
-    ``optimizer``, the ``schedule`` or the order of the ``data`` begin anew. Both are recorded in
-    the run's ``segments.jsonl``. Raises ConfigError, DataError or CheckpointError.
+    ``overrides`` ("dotted.key=value") change the run from here on; ``reset`` restarts the
+    ``optimizer``, the ``schedule`` or the order of the ``data``. Both are recorded in the run's
+    ``segments.jsonl``. Raises ConfigError, DataError or CheckpointError.
     """
     plan = plan_resume(run, checkpoint, overrides=overrides, reset=reset)
     return build_resumed(plan, callbacks=callbacks, controllers=controllers, progress=progress)
@@ -113,7 +113,7 @@ def _resume(
     run.remove_after(trainer.progress.step)
     if "training.micro_batch_size" in plan.given:
         forget_shortage(run)  # it is to be tried again
-    # The segment first: it is what a start that dies right here is gone on with.
+    # The segment first: a start that dies right here is resumed with it.
     append_segment(
         run.segments,
         Segment(

@@ -44,7 +44,7 @@ class Segment:
 
     from_step: int
     changes: tuple[ConfigChange, ...] = ()
-    reset: tuple[str, ...] = ()  # what began anew: optimizer, schedule, data
+    reset: tuple[str, ...] = ()  # optimizer, schedule, data
     notes: tuple[str, ...] = ()  # what else was different: the text, the machine
     environment: dict[str, Any] = field(default_factory=dict)
     time: float = field(default_factory=time.time)  # unix seconds

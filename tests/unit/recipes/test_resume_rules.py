@@ -20,6 +20,7 @@ from ultrathink.config.yaml_format import dump_yaml
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.recipes.parts.resume_plan import ResumePlan, plan_resume
 from ultrathink.recipes.resume import resume_trainer
+from ultrathink.runs.checking import check_run
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import read_segments
 
@@ -143,3 +144,8 @@ def test_what_is_free_is_applied_silently_and_what_is_felt_on_record(
         "training.max_steps",
         "training.clip",
     }
+    details = [one.detail for one in check_run(run).findings if one.item == "segments.jsonl"]
+    assert len(details) == 1
+    assert "training felt changes: after step 8 " in details[0]
+    assert "training.clip: 1.0 -> 0.5" in details[0]
+    assert "log_every" not in details[0]

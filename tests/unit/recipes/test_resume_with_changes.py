@@ -313,7 +313,7 @@ def test_a_run_without_a_checkpoint_begins_again_in_its_folder(make_trainer: Mak
 
 REFUSED = {
     "model.hidden_size=64": r"model\.hidden_size cannot change to 64 in a run that is resumed",
-    "training.optimizer.type=muon": "begin it anew with --reset optimizer",
+    "training.optimizer.type=muon": "restart it with --reset optimizer",
     "training.max_steps=3": "the run is at step 4 already; give more",
     "training.optimzer.lr=1": "Did you mean",
     "training.batch_size=many": "batch_size = 'many' .* whole number",

@@ -1,4 +1,4 @@
-"""From where a run goes on, and with which changes."""
+"""From which checkpoint a run is resumed, and with which changes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from ultrathink.training.budget import Budget
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """From where a run goes on, and as what; holds the run's lock."""
+    """A checkpoint to resume and the configuration to resume it with; holds the run's lock."""
 
     run: RunFolder
     lock: RunLock | None  # held by the first process, for all of them
     folder: Path  # the checkpoint
     plain: dict[str, Any]  # its state without the tensors
     before: Config  # the configuration it was made with
-    config: Config  # the one to go on with
+    config: Config  # the one to resume with
     changes: tuple[ConfigChange, ...]
     reset: frozenset[str]
     remarks: tuple[tuple[str, Level], ...] = field(default=())
@@ -45,7 +45,7 @@ class ResumePlan:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run's length is used up, so that there is nothing to go on with."""
+        """Whether the run's length is used up, so that there is nothing to resume."""
         if decided(self.changes, "length"):
             return False
         elapsed_s = self.plain["progress"]["elapsed_s"]
@@ -53,14 +53,14 @@ class ResumePlan:
         return Budget(**self.plain["budget"]).ending(self.step, elapsed_s, limit) is not None
 
     def release(self) -> None:
-        """Give the run free, where nothing is to be done with it."""
+        """Release the run's lock, where the run is not resumed after all."""
         if self.lock is not None:
             self.lock.release()
 
 
 @dataclass(frozen=True)
 class FreshStart:
-    """A run that ended before its first checkpoint, and so begins again; holds the run's lock."""
+    """A run that ended before its first checkpoint, and so restarts; holds the run's lock."""
 
     run: RunFolder
     lock: RunLock | None
@@ -68,7 +68,7 @@ class FreshStart:
     is_finished: bool = False
 
     def release(self) -> None:
-        """Give the run free, where nothing is to be done with it."""
+        """Release the run's lock, where the run is not resumed after all."""
         if self.lock is not None:
             self.lock.release()
 
@@ -100,7 +100,7 @@ def plan_resume(
 
 
 def _lock_for_all(run: RunFolder, world: World) -> RunLock | None:
-    """Hold ``run`` on the first process of ``world``, and put right what a crash left in it."""
+    """Hold ``run`` on the first process of ``world``, and repair what a crash left in it."""
     lock: RunLock | None = None
     error: Exception | None = None
     if world.is_main:
@@ -145,7 +145,7 @@ def _plan(
     resets = frozenset(reset) | pending
     felt = [change for change in changes if change.felt]
     remarks += [(f"changed after step {step}: {change}", "info") for change in felt]
-    remarks += [(f"begins anew after step {step}: the {what}", "info") for what in sorted(resets)]
+    remarks += [(f"reset after step {step}: the {what}", "info") for what in sorted(resets)]
     given = frozenset(parse_override(override)[0] for override in overrides)
     return ResumePlan(
         run, lock, folder, plain, before, config, changes, resets, tuple(remarks), given
@@ -162,7 +162,7 @@ def _placed_as(here: Config, config: Config) -> Config:
 def _with_last_start(before: Config, run: RunFolder, step: int) -> tuple[Config, frozenset[str]]:
     """The checkpoint's configuration with the changes of the last start, if that was from here.
 
-    A run that was resumed with changes, and died before its next checkpoint, goes on with them.
+    A run that was resumed with changes, and died before its next checkpoint, keeps them.
     """
     segments = read_segments(run.segments)
     if not segments or segments[-1].from_step != step:
@@ -179,6 +179,6 @@ def _edited(run: RunFolder, edited: Sequence[ConfigChange]) -> str:
     listed = "; ".join(str(change) for change in edited[:4])
     return (
         f"{run.path / 'config.yaml'} is not what the run's last checkpoint was made with "
-        f"({listed}). To go on with a change, put the file back and give the change with the "
+        f"({listed}). To resume with a change, put the file back and give the change with the "
         f"command, which records it: ultrathink train --resume {run.path} {words}"
     )

@@ -1,4 +1,4 @@
-"""The data that a resumed run goes on with, when its text or its configuration has changed."""
+"""The data of a resumed run, when its text or its configuration has changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ultrathink.runs.segments import ConfigChange
 
 @dataclass(frozen=True)
 class FoundData:
-    """The data to go on with, and what of it is not as the run had it so far."""
+    """The data to train on, and what of it is not as the run had it so far."""
 
     data: PreparedData
     other_samples: bool  # the text that is trained on, or how it is cut

@@ -42,7 +42,7 @@ def check_changes(changes: Sequence[ConfigChange], reset: Collection[str], step:
         if change.key == "training.optimizer" and "optimizer" not in reset:
             raise UltrathinkError(
                 f"training.optimizer.type: {change.before['type']} -> {change.after['type']}: "
-                f"what the one remembers does not fit the other; begin it anew with "
+                f"what the one remembers does not fit the other; restart it with "
                 f"--reset optimizer."
             )
         if change.key == "training.max_steps" and change.after is not None and change.after <= step:
@@ -61,7 +61,7 @@ def adapt_state(
     *,
     other_scores: bool,
 ) -> None:
-    """Change ``state``, read from a checkpoint, to what ``trainer`` is to go on with."""
+    """Change ``state``, read from a checkpoint, to what ``trainer`` resumes with."""
     values: dict[str, Any] = state
     settings, progress = values["settings"], values["progress"]
     _check_identity(values["identity"], trainer.identity, reset)
@@ -90,7 +90,7 @@ def adapt_state(
 def _adapt_routing(
     weights: dict[str, Any], trainer: Trainer, changes: Sequence[ConfigChange]
 ) -> None:
-    """Let the live controls of routing that were configured anew be as configured."""
+    """Set the live controls of routing whose configuration changed as configured."""
     if trainer.model.routing is None:
         return
     for name, value in trainer.model.routing.named_buffers():

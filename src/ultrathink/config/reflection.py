@@ -118,22 +118,19 @@ def rule_of(root: type[BaseModel], key: str) -> OnResume:
 
 def options_of(root: type[BaseModel]) -> dict[str, OnResume]:
     """The rule of every option that declares one, by dotted key."""
-    found = {key: field_at(root, key.split("."), None) for key in all_keys(root)}
-    rules = {key: on_resume(place[1]) for key, place in found.items() if place is not None}
+    rules = {key: on_resume(field) for key, field in all_fields(root).items()}
     return {key: rule for key, rule in rules.items() if rule is not None}
 
 
-def all_keys(root: type[BaseModel]) -> list[str]:
-    """Every dotted key of a configuration, parts of lists and of all types included."""
-    keys: list[str] = []
+def all_fields(root: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Every field of a configuration by dotted key, parts of lists and of all types included."""
+    fields: dict[str, FieldInfo] = {}
 
     def visit(section: type[BaseModel], prefix: str) -> None:
         for name, field in section.model_fields.items():
-            key = f"{prefix}{name}"
-            if key not in keys:
-                keys.append(key)
+            fields.setdefault(f"{prefix}{name}", field)
             for inner in sections_of(field.annotation, field.metadata):
-                visit(inner, f"{key}.")
+                visit(inner, f"{prefix}{name}.")
 
     visit(root, "")
-    return keys
+    return fields

@@ -11,7 +11,7 @@ import yaml
 import ultrathink.config
 from ultrathink.config import Config, docs, load_config, preset_names
 from ultrathink.config.base import PartConfig
-from ultrathink.config.reflection import all_keys, field_at, options_of, sections_of
+from ultrathink.config.reflection import all_fields, field_at, options_of, sections_of
 from ultrathink.config.size import sizes
 
 ROOT = Path(__file__).parents[3]
@@ -34,7 +34,7 @@ def test_every_option_is_described_and_says_what_resuming_does(schema: dict[str,
     assert {row.replace("\\|", "").count("|") for row in rows.values()} == {6}
     rules = options_of(Config)
     described = json.dumps(schema)
-    for key in all_keys(Config):
+    for key in all_fields(Config):
         found = field_at(Config, key.split("."), None)
         assert found is not None
         section, field = found

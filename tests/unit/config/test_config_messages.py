@@ -50,12 +50,6 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(override: str) ->
 VALUES = {
     "training.optimizer.lr=.inf": "= .inf (override): should be a finite number.",
     "training.batch_size=3.5": "training.batch_size = 3.5 (override): should be a whole number.",
-    "training.compile=maybe": "'maybe' (override): should be true or false or 'auto'.",
-    "training.micro_batch_size=x": "should be a whole number or 'auto'. (Sequences in one forward",
-    "training.precision=fp8": "'fp8' (override): should be 'auto', 'fp32', 'bf16' or 'fp64'.",
-    "training.eval.every_steps=off": "= false (override): should be a whole number, or null.",
-    "model.hidden_size=true": "model.hidden_size = true (override): should be a whole number.",
-    "model.dropout=yes": "model.dropout = true (override): should be a number.",
     "run.name=a b": "run.name = 'a b' (override): should be a name of letters, digits,",
     "data=3": "data = 3 (override): should be a section with keys of its own.",
     "data.train=[]": "data.train = [] (override): should be a list with at least one item.",

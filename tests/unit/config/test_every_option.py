@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from tests.unit.config.whole import WHOLE
 from ultrathink.config import Config, load_config
 from ultrathink.config.overrides import flatten
-from ultrathink.config.reflection import all_keys, field_at, is_list
+from ultrathink.config.reflection import all_fields, field_at, is_list
 from ultrathink.core.durations import Duration
 from ultrathink.core.errors import ConfigError
 
@@ -42,11 +42,15 @@ def message(whole: tuple[str, ...], override: str) -> str:
     return str(caught.value)
 
 
+def choices_of(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
 def test_these_configurations_have_every_option() -> None:
     seen = {key for parts in WHOLE.values() for key, _ in options(parts)}
     names = {".".join(part for part in key.split(".") if not part.isdigit()) for key in seen}
-    for key in all_keys(Config):
-        is_section = any(other.startswith(f"{key}.") for other in all_keys(Config))
+    for key in all_fields(Config):
+        is_section = any(other.startswith(f"{key}.") for other in all_fields(Config))
         in_val = key.startswith("data.val.")  # of the types of data.train
         assert key in names or is_section or in_val or key.endswith(".type"), key
 
@@ -72,6 +76,12 @@ def test_a_value_of_another_kind_is_answered_with_the_right_one(whole: tuple[str
         assert f"({str(field.description).rstrip('.')}.)" in said, key
         assert not is_list(field) or "list" in said, key
         assert (type(None) in allowed) == (", or null" in said), key
+        choices = [c for kind in (field.annotation, *allowed) for c in choices_of(kind)]
+        assert all(repr(choice) in said for choice in choices), key
+        if {int, float} & set(allowed) and bool not in allowed and not is_list(field):
+            truth = message(whole, f"{key}=true")
+            assert truth.startswith(f"{key} = true (override): should be a "), key
+            assert "number" in truth, key
 
 
 def test_a_number_beyond_its_bound_is_answered_with_the_bound(whole: tuple[str, ...]) -> None:

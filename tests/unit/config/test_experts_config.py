@@ -32,8 +32,6 @@ MISTAKES: dict[tuple[str, ...], str] = {
     (ONE, "model.moe.shared_size=20"): r"shared_size \(20\) must be a multiple of 8.*use 16 or 24",
     (ONE, "model.hidden_size=36", "model.num_heads=2"): r"hidden_size \(36\) must be a multiple of "
     r"8 for a model with experts",
-    (ONE, "model.moe.layers=evry"): r"layers = 'evry' .*'all', 'interleaved' or 'sandwich' or a "
-    r"list",
     (
         ONE,
         "model.moe.layers=[2]",
@@ -45,10 +43,6 @@ MISTAKES: dict[tuple[str, ...], str] = {
     r"with num_layers = 2",
     (ONE, "model.moe.layers=interleaved", "model.num_layers=1"): r"moe\.layers is 'interleaved', "
     r"which is no layer of a model with num_layers = 1; use all",
-    (
-        ONE,
-        "model.moe.backend=lopo",
-    ): "there is no expert backend called 'lopo'. Did you mean 'loop'",
 }
 
 

@@ -129,7 +129,7 @@ def test_resume_takes_changes_but_no_other_configuration(place: Path, run: Path)
     assert "takes no other (demo)" in done.stderr
     assert "training.init_from=debug" in done.stderr
     done = command(place, "train", "--resume", "debug", "model.num_layers=9", status=2)
-    assert "model.num_layers cannot change while a run goes on" in done.stderr
+    assert "model.num_layers cannot change to 9 in a run that is resumed" in done.stderr
     done = command(place, "train", "debug", "--reset", "optimizer", status=2)
     assert "--reset belongs to --resume" in done.stderr
     command(place, "train", "debug", "run.name=longer", "training.max_steps=2")

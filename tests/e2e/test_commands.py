@@ -151,7 +151,7 @@ def test_resume_takes_changes_but_no_other_configuration(said: Said, place: Path
         (("train", "demo", "--resume", "longer"), "training.init_from=longer"),
         (
             ("train", "--resume", "longer", "model.num_layers=9"),
-            "model.num_layers cannot change while a run goes on",
+            "model.num_layers cannot change to 9 in a run that is resumed",
         ),
         (("train", "debug", "--reset", "optimizer"), "--reset belongs to --resume"),
     ):

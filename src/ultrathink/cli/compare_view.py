@@ -84,14 +84,14 @@ def _print_differences(
 
 def _print_segments(report: Report, comparison: Comparison) -> None:
     changed = [
-        (side, segment) for side in comparison.sides for segment in side.segments if segment.changes
+        (side, segment) for side in comparison.sides for segment in side.segments if segment.felt
     ]
     if not changed:
         return
     report.line()
     _title(report, "Changed on resuming")
     for side, segment in changed:
-        said = "; ".join(map(str, segment.changes))
+        said = "; ".join(map(str, segment.felt))
         report.line(f"  {side.label} after step {segment.from_step:,}: {said}")
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from ultrathink.config.base import PartConfig, PartOf, Section
+from ultrathink.config.options import felt, free, place
 from ultrathink.core.registry import Registry
 
 SOURCES: Registry[Any] = Registry("data source")
+
+content = partial(felt, decides=("samples",))
 
 OnBad = Literal["error", "skip"]
 
@@ -17,10 +21,10 @@ OnBad = Literal["error", "skip"]
 class SourceConfig(PartConfig):
     """What every source has."""
 
-    name: str | None = Field(
+    name: str | None = content(
         None, description="What metrics call the source; its type or file name when unset."
     )
-    weight: float = Field(
+    weight: float = content(
         1.0, gt=0, description="Share of the training samples, relative to the other sources."
     )
 
@@ -34,17 +38,17 @@ class StdlibSourceConfig(SourceConfig):
 class FileSourceConfig(SourceConfig):
     """What sources that read files share."""
 
-    path: str | tuple[str, ...] = Field(
+    path: str | tuple[str, ...] = content(
         description="A file, a folder (searched recursively), a pattern with *, or a list of them."
     )
-    val_fraction: float = Field(
+    val_fraction: float = content(
         0.05,
         ge=0,
         lt=1,
         description="Share held out for validation when data.val is unset: whole documents chosen "
         "by hash, or the end of each document where there are fewer than 20.",
     )
-    on_bad: OnBad = Field(
+    on_bad: OnBad = content(
         "error", description="What to do with text that cannot be read: error, or skip and count."
     )
 
@@ -59,16 +63,16 @@ class JsonlSourceConfig(FileSourceConfig):
     """Files with one JSON object a line, each a document."""
 
     type: Literal["jsonl"] = "jsonl"
-    field: str = Field("text", description="Key of the object that holds the document's text.")
+    field: str = content("text", description="Key of the object that holds the document's text.")
 
 
 class DummySourceConfig(SourceConfig):
     """Generated text with structure to learn; for tests and trial runs."""
 
     type: Literal["dummy"] = "dummy"
-    num_documents: int = Field(200, gt=0, description="How many documents to generate.")
-    num_words: int = Field(200, gt=0, description="Words in each document.")
-    seed: int = Field(0, ge=0, description="Seed of the generated text.")
+    num_documents: int = content(200, gt=0, description="How many documents to generate.")
+    num_words: int = content(200, gt=0, description="Words in each document.")
+    seed: int = content(0, ge=0, description="Seed of the generated text.")
 
 
 _TARGETS: dict[str, type[SourceConfig]] = {
@@ -90,12 +94,12 @@ SourceField = Annotated[SourceConfig, PartOf(SOURCES)]
 class PackingConfig(Section):
     """How documents fill sequences."""
 
-    enabled: bool = Field(
+    enabled: bool = content(
         True,
         description="Join documents and cut sequences of seq_len from the stream; when false each "
         "sequence holds one document (long ones are cut), padded to seq_len.",
     )
-    isolate_documents: bool = Field(
+    isolate_documents: bool = content(
         True, description="Documents in one sequence do not see each other, positions restart."
     )
 
@@ -103,26 +107,28 @@ class PackingConfig(Section):
 class DataConfig(Section):
     """Text sources and sequences."""
 
-    mode: Literal["base"] = Field("base", description="What is learned: base (plain text).")
-    seq_len: int = Field(256, gt=1, description="Tokens in a sequence.")
-    train: tuple[SourceField, ...] = Field(
+    mode: Literal["base"] = content("base", description="What is learned: base (plain text).")
+    seq_len: int = content(256, gt=1, description="Tokens in a sequence.")
+    train: tuple[SourceField, ...] = content(
         (StdlibSourceConfig(),), min_length=1, description="Sources to train on."
     )
-    val: tuple[SourceField, ...] | None = Field(
-        None, description="Sources to validate on; the held-out part of data.train when unset."
+    val: tuple[SourceField, ...] | None = felt(
+        None,
+        decides=("samples", "scores"),
+        description="Sources to validate on; the held-out part of data.train when unset.",
     )
     packing: PackingConfig = Field(PackingConfig(), description="How documents fill sequences.")
-    num_workers: int = Field(
+    num_workers: int = free(
         0, ge=0, description="Processes that prepare batches; 0 prepares them in the trainer."
     )
-    on_change: Literal["refuse", "rebuild", "keep"] = Field(
+    on_change: Literal["refuse", "rebuild", "keep"] = free(
         "refuse",
         description="What resuming does when the text is not what the run was trained on: refuse "
         "names what changed and stops, rebuild tokenizes the text as it is now and goes on from "
         "the start of its order, keep goes on bit for bit with the tokens that are in the cache, "
         "even where files changed or vanished.",
     )
-    cache_dir: str | None = Field(
+    cache_dir: str | None = place(
         None,
         description="Folder of tokenized data; $ULTRATHINK_CACHE or ~/.cache/ultrathink when "
         "unset.",

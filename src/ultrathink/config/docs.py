@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from ultrathink.config.options import on_resume
 from ultrathink.config.overrides import flatten
 from ultrathink.config.reflection import is_list, is_part, sections_of, type_name
 from ultrathink.config.root import Root
@@ -30,6 +31,11 @@ one and decides the other keys; its bare name stands for the type with its defau
 (`training.optimizer=muon`), and another type starts from its own defaults. A length of training
 is written as steps (`100`), a share of the run (`0.1`, `10%`), tokens (`2M tokens`) or minutes
 (`3 minutes`).
+
+The column *resuming* says what `ultrathink train --resume RUN key=value` does: `fixed` is refused,
+since the run is bound to the value; `felt` is applied from there on, reported, and recorded as a
+change that training feels; `free` is applied without a word: the same updates follow, up to
+rounding, and what steers the run records what it does.
 
 This page is made by `ultrathink config docs`. Editors check and complete the file with the schema
 that `ultrathink config schema` prints."""
@@ -105,16 +111,19 @@ def _write_table(section: type[BaseModel], prefix: str, lines: list[str]) -> Non
         inner = sections_of(field.annotation, field.metadata)
         is_own_type = name == "type" and "Literal" in str(field.annotation) and _has_default(field)
         if is_own_type or (inner and not is_part(field)):
-            continue  # told by the heading
+            continue  # in the heading
+        rule = on_resume(field)
         cells = [
             f"`{prefix}{name}`",
             "see below" if inner else _values(field),
             _default(field),
+            rule.rule if rule is not None else "",
             _sentence(field.description or ""),
         ]
         rows.append(f"| {' | '.join(map(_cell, cells))} |")
     if rows:
-        lines += ["", "| key | values | default | meaning |", "|---|---|---|---|", *rows]
+        titles = "| key | values | default | resuming | meaning |"
+        lines += ["", titles, "|---|---|---|---|---|", *rows]
 
 
 def _has_default(field: FieldInfo) -> bool:

@@ -7,11 +7,13 @@ side: knowledge 64 top-2, skill 32 top-2, meta 16 top-1, safety 8 top-1.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from ultrathink.config.base import Section
+from ultrathink.config.options import felt, fixed, free
 from ultrathink.core.layers import layer_index
 from ultrathink.core.registry import Registry
 
@@ -25,18 +27,21 @@ WIDTH_STEP = 8
 
 BIAS_RATE = 0.005  # of several groups; one group is a Mixtral, which has no bias
 
+# What the shape of the weights, or what they compute, follows from.
+shape = partial(fixed, because="the weights would no longer fit or mean what they did")
+
 
 class ExpertGroupConfig(Section):
     """Experts that compete with each other for tokens; groups do not compete."""
 
-    name: str = Field(
+    name: str = shape(
         min_length=1,
         pattern=r"^[A-Za-z][A-Za-z0-9_-]*$",
         description="What the group is called in metrics and messages.",
     )
-    num_experts: int = Field(gt=0, description="Experts of the group.")
-    top_k: int = Field(gt=0, description="Experts of the group that each token is sent to.")
-    max_experts: int | None = Field(
+    num_experts: int = shape(gt=0, description="Experts of the group.")
+    top_k: int = shape(gt=0, description="Experts of the group that each token is sent to.")
+    max_experts: int | None = shape(
         None,
         gt=0,
         description="Slots for experts, those beyond num_experts empty: room to add experts while "
@@ -66,27 +71,27 @@ class ExpertGroupConfig(Section):
 class RoutingConfig(Section):
     """How tokens find experts; each value can be changed while training goes on."""
 
-    temperature: float = Field(1.0, gt=0, description="Divides the router's logits.")
-    jitter: float = Field(
+    temperature: float = felt(1.0, gt=0, description="Divides the router's logits.")
+    jitter: float = felt(
         0.0,
         ge=0,
         lt=1,
         description="What the router reads is multiplied by noise between 1 - jitter and "
         "1 + jitter, in training.",
     )
-    capacity_factor: float | None = Field(
+    capacity_factor: float | None = felt(
         None,
         gt=0,
         description="Tokens that an expert takes of one sequence, as a multiple of the even share; "
         "those with the lowest scores beyond it are dropped, in training. None are when unset.",
     )
-    expert_dropout: float = Field(
+    expert_dropout: float = felt(
         0.0,
         ge=0,
         lt=1,
         description="Probability that an expert is closed to a sequence, in training.",
     )
-    warmup_steps: int = Field(
+    warmup_steps: int = felt(
         100, ge=0, description="Steps over which routing goes from nearly uniform to learned."
     )
 
@@ -98,20 +103,20 @@ class BalanceConfig(Section):
     least loss of learning (docs/experts.md).
     """
 
-    load: float = Field(
+    load: float = felt(
         0.01, ge=0, description="Weight of N·Σ P_i·f_i, mean probability times load (Switch)."
     )
-    importance: float = Field(
+    importance: float = felt(
         0.0, ge=0, description="Weight of the squared coefficient of variation of Σ P_i."
     )
-    entropy: float = Field(
+    entropy: float = felt(
         0.0,
         ge=0,
         description="Weight of 1 - H/ln N, which rewards a token's router distribution for being "
         "spread.",
     )
-    z: float = Field(0.0, ge=0, description="Weight of the squared log-partition of the router.")
-    bias_rate: float | None = Field(
+    z: float = felt(0.0, ge=0, description="Weight of the squared log-partition of the router.")
+    bias_rate: float | None = felt(
         None,
         ge=0,
         description="Change per step of a bias that is added to logits where experts are chosen, "
@@ -123,38 +128,38 @@ class BalanceConfig(Section):
 class MoeConfig(Section):
     """Groups of experts: each token is sent to the top_k of every group."""
 
-    groups: tuple[ExpertGroupConfig, ...] = Field(
+    groups: tuple[ExpertGroupConfig, ...] = shape(
         min_length=1, description="Groups of experts; a token is sent to the top_k of each."
     )
-    intermediate_size: int | None = Field(
+    intermediate_size: int | None = shape(
         None,
         gt=0,
         description="Width of each expert, a multiple of 8; the dense width divided by the experts "
         "of a token, rounded up to a multiple of 8, when unset.",
     )
-    shared_size: int | None = Field(
+    shared_size: int | None = shape(
         None, gt=0, description="Width of an expert that every token is sent to; none when unset."
     )
-    layers: Literal["all", "interleaved", "sandwich"] | tuple[int | float, ...] = Field(
+    layers: Literal["all", "interleaved", "sandwich"] | tuple[int | float, ...] = shape(
         "all",
         description="Layers that have experts: all, every second one, all but the first and last, "
         "or a list of indices and fractions of the depth.",
     )
-    score: Literal["softmax", "sigmoid"] = Field(
+    score: Literal["softmax", "sigmoid"] = shape(
         "softmax", description="How logits of the router become scores within a group."
     )
-    normalize_gates: bool = Field(
+    normalize_gates: bool = shape(
         True,
         description="Divide the scores of a token's chosen experts by their sum in each group with "
         "top_k above 1.",
     )
-    gate_scale: float = Field(
+    gate_scale: float = shape(
         1.0,
         gt=0,
         description="What the gates are multiplied with; DeepSeek-V3 calls it "
         "routed_scaling_factor.",
     )
-    backend: str = Field(
+    backend: str = free(
         "auto",
         description="Kernel of the grouped product: a registered name (batched, grouped_mm, loop), "
         "or auto to choose for the device.",

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ultrathink.config.overrides import Draft
-from ultrathink.config.reflection import all_keys, field_at, is_optional, sections_at, type_name
+from ultrathink.config.reflection import all_fields, field_at, is_optional, sections_at, type_name
 from ultrathink.config.yaml_format import dump_yaml
 from ultrathink.core.errors import closest
 
@@ -149,7 +149,7 @@ def _nearest_key(path: list[str], tree: Mapping[str, Any], root: type[BaseModel]
             f"{match!r} belongs to type {' and '.join(having)}, and {part} is of type "
             f"{type_name(sections[0])}, with: {', '.join(fields)}."
         )
-    elsewhere = [key for key in all_keys(root) if key.rpartition(".")[2] == name]
+    elsewhere = [key for key in all_fields(root) if key.rpartition(".")[2] == name]
     if elsewhere:
         return f"Did you mean {elsewhere[0]!r}?"
     return f"Known keys: {', '.join(fields)}."

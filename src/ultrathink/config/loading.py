@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ultrathink.config.base import PartConfig
 from ultrathink.config.explain import explain_validation_error
 from ultrathink.config.overrides import Draft, flatten
+from ultrathink.config.reflection import options_of
 from ultrathink.config.root import DEFAULT, Root
 from ultrathink.config.schema import Config
 from ultrathink.config.yaml_format import parse_yaml
@@ -21,24 +22,6 @@ CONFIG_FILE = "config.yaml"
 ORIGINS_FILE = "origins.yaml"
 CHOSEN = "chosen at run time"
 RootT = TypeVar("RootT", bound=Root)
-# What is chosen at run time, and the values that the choice rests on.
-_RESTS_ON = {
-    "training.micro_batch_size": (
-        "training.batch_size",
-        "training.device",
-        "training.activation_checkpointing",
-        "data.seq_len",
-    ),
-    "training.precision": ("training.device",),
-    "training.compile": ("training.device",),
-    "model.attention.backend": (
-        "training.device",
-        "training.precision",
-        "training.compile",
-        "data.seq_len",
-    ),
-    "training.step_budget": ("training.batch_size", "data.seq_len", "data.train"),
-}
 
 
 @overload
@@ -77,10 +60,10 @@ def change_config(config: RootT, overrides: Sequence[str]) -> RootT:
     for override in overrides:
         draft.override(override)
     config.prepare(draft)
-    for key, grounds in _RESTS_ON.items():
-        is_chosen = config.origin(key).startswith(CHOSEN)
-        if is_chosen and not draft.is_overridden(key) and any(map(draft.is_overridden, grounds)):
-            draft.set_open(key, None if key == "training.step_budget" else "auto")
+    for key, rule in options_of(type(config)).items():
+        is_open = any(map(draft.is_overridden, rule.rests_on)) and not draft.is_overridden(key)
+        if is_open and config.origin(key).startswith(CHOSEN):
+            draft.set_open(key)
     return _validated(draft, type(config))
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import field_validator
 
 from ultrathink.config.base import Section
+from ultrathink.config.options import free
 from ultrathink.core.registry import Registry
 
 SINKS: Registry[Any] = Registry("sink")
@@ -18,7 +19,7 @@ SINKS.add("tensorboard", "ultrathink.monitoring.tensorboard:TensorBoardSink")
 class MonitoringConfig(Section):
     """Where metrics go."""
 
-    sinks: tuple[str, ...] = Field(
+    sinks: tuple[str, ...] = free(
         ("console", "jsonl", "tensorboard"), description="Registered sinks that get every record."
     )
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field
-
 from ultrathink.config.base import PartConfig, PartOf
+from ultrathink.config.options import felt, place
 from ultrathink.core.registry import Registry
 
 OBJECTIVES: Registry[Any] = Registry("objective")
@@ -38,23 +37,24 @@ class DistillConfig(ObjectiveConfig):
     """Cross-entropy of text, and beside it the divergence from a teacher (arXiv:1503.02531)."""
 
     type: Literal["distill"] = "distill"
-    teacher: str = Field(
+    teacher: str = place(
+        ...,
         description="The model to learn from: a run (RUN, RUN@best, RUN@step), a checkpoint "
         "folder, or hf:PATH_OR_NAME. Its vocabulary is the student's; a student that starts from "
         "nothing uses its tokenizer.",
     )
-    direction: Literal["forward", "reverse"] = Field(
+    direction: Literal["forward", "reverse"] = felt(
         "forward",
         description="forward: KL(teacher, student), which covers what the teacher finds likely; "
         "reverse: KL(student, teacher), which avoids what it finds unlikely.",
     )
-    temperature: float = Field(
+    temperature: float = felt(
         1.0, gt=0, description="Divides the logits of both; above 1 small probabilities count more."
     )
-    weight: float = Field(
+    weight: float = felt(
         1.0, ge=0, description="Of the divergence (times temperature²) beside the cross-entropy."
     )
-    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = felt(
         "auto", description="Number format of the teacher's weights; auto takes training.precision."
     )
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ultrathink.config.base import DurationField, PartConfig, PartOf
+from ultrathink.config.options import felt
 from ultrathink.core.durations import Duration
 from ultrathink.core.registry import Registry
 
@@ -19,8 +20,8 @@ DecayRate = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(PartConfig):
     """What every optimizer has."""
 
-    lr: float = Field(3e-4, gt=0, description="Peak learning rate.")
-    weight_decay: float = Field(
+    lr: float = felt(3e-4, gt=0, description="Peak learning rate.")
+    weight_decay: float = felt(
         0.1, ge=0, description="Decoupled weight decay; norms and biases are never decayed."
     )
 
@@ -29,34 +30,34 @@ class AdamWConfig(OptimizerConfig):
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101), fused where torch can."""
 
     type: Literal["adamw"] = "adamw"
-    betas: tuple[DecayRate, DecayRate] = Field(
+    betas: tuple[DecayRate, DecayRate] = felt(
         (0.9, 0.95), description="Decay rates of the two moments, each between 0 and 1."
     )
-    eps: float = Field(1e-8, gt=0, description="Constant beside the root of the second moment.")
+    eps: float = felt(1e-8, gt=0, description="Constant beside the root of the second moment.")
 
 
 class MuonConfig(OptimizerConfig):
     """Muon (Jordan et al., 2024) for hidden matrices, AdamW for everything else."""
 
     type: Literal["muon"] = "muon"
-    lr: float = Field(0.012, gt=0, description="Peak learning rate of the hidden matrices.")
-    weight_decay: float = Field(
+    lr: float = felt(0.012, gt=0, description="Peak learning rate of the hidden matrices.")
+    weight_decay: float = felt(
         0.0, ge=0, description="Decoupled weight decay; norms and biases are never decayed."
     )
-    momentum: float = Field(0.95, ge=0, lt=1, description="Nesterov momentum of Muon.")
-    num_iterations: int = Field(5, ge=1, le=20, description="Newton-Schulz iterations.")
-    experts: Literal["muon", "adamw"] = Field(
+    momentum: float = felt(0.95, ge=0, lt=1, description="Nesterov momentum of Muon.")
+    num_iterations: int = felt(5, ge=1, le=20, description="Newton-Schulz iterations.")
+    experts: Literal["muon", "adamw"] = felt(
         "muon",
         description="What moves the matrices of experts: muon, or adamw (at adamw_lr), which takes "
         "a fraction of the time where there are many.",
     )
-    adamw_lr: float = Field(
+    adamw_lr: float = felt(
         0.008, gt=0, description="Peak learning rate of embeddings, head, norms and biases."
     )
-    betas: tuple[DecayRate, DecayRate] = Field(
+    betas: tuple[DecayRate, DecayRate] = felt(
         (0.9, 0.95), description="Decay rates of AdamW's moments."
     )
-    eps: float = Field(1e-8, gt=0, description="Constant of AdamW.")
+    eps: float = felt(1e-8, gt=0, description="Constant of AdamW.")
 
 
 OPTIMIZERS.add("adamw", "ultrathink.training.optimizers:build_adamw", options=AdamWConfig)
@@ -67,12 +68,12 @@ OptimizerField = Annotated[OptimizerConfig, PartOf(OPTIMIZERS)]
 class ScheduleConfig(PartConfig):
     """What every schedule has."""
 
-    warmup: DurationField = Field(
+    warmup: DurationField = felt(
         Duration(0.05, "ratio"),
         description="Linear warm-up: steps (100), a share of the run (0.05 or 5%), tokens "
         "('2M tokens') or minutes ('1 minute').",
     )
-    min_ratio: float = Field(
+    min_ratio: float = felt(
         0.1, ge=0, le=1, description="Learning rate at the end, as a share of the peak."
     )
 
@@ -87,13 +88,13 @@ class WsdConfig(ScheduleConfig):
     """Warm-up, stable, decay (Hu et al., arXiv:2404.06395)."""
 
     type: Literal["wsd"] = "wsd"
-    min_ratio: float = Field(
+    min_ratio: float = felt(
         0.0, ge=0, le=1, description="Learning rate at the end, as a share of the peak."
     )
-    decay: DurationField = Field(
+    decay: DurationField = felt(
         Duration(0.2, "ratio"), description="Length of the decay, in the units of warmup."
     )
-    shape: Literal["linear", "sqrt"] = Field(
+    shape: Literal["linear", "sqrt"] = felt(
         "linear", description="Course of the decay: linear, or 1 - √progress."
     )
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from ultrathink.config.base import Section
+from ultrathink.config.options import free
 
 Mode = Literal["off", "advise", "act"]
 
@@ -14,25 +15,25 @@ Mode = Literal["off", "advise", "act"]
 class RulesConfig(Section):
     """Which rules may act; docs/steering.md says what each does and what its audits show."""
 
-    skip_outliers: bool = Field(
+    skip_outliers: bool = free(
         True, description="Leave out an update whose loss or gradient norm is unlike all before."
     )
-    correct_rate: bool = Field(
+    correct_rate: bool = free(
         True, description="Make up for a learning rate that is not the scheduled one."
     )
-    roll_back: bool = Field(True, description="Go back to a snapshot from before the run broke.")
-    revive_experts: bool = Field(
+    roll_back: bool = free(True, description="Go back to a snapshot from before the run broke.")
+    revive_experts: bool = free(
         True,
         description="Begin experts that stay without tokens anew, as copies of busy ones, where "
         "going back cannot help.",
     )
-    save_memory: bool = Field(
+    save_memory: bool = free(
         True, description="Compute activations again rather than keep them as memory runs short."
     )
-    stop_overfitting: bool = Field(
+    stop_overfitting: bool = free(
         True, description="End with the best weights once the held-out loss has risen far above."
     )
-    find_rate: bool = Field(
+    find_rate: bool = free(
         True,
         description="Try lower learning rates on the first steps where updates are too large, and "
         "take the best.",
@@ -42,22 +43,22 @@ class RulesConfig(Section):
 class LimitsConfig(Section):
     """What the policy may do at most."""
 
-    lr_factor: tuple[float, float] = Field(
+    lr_factor: tuple[float, float] = free(
         (0.01, 1.0), description="Least and largest factor on the scheduled learning rate."
     )
-    lr_correction: float = Field(
+    lr_correction: float = free(
         100.0, ge=1, description="By how much a rate that is off may be corrected, either way."
     )
-    memory: tuple[float, float] = Field(
+    memory: tuple[float, float] = free(
         (0.7, 0.85),
         description="Shares of the memory in use above which activations are kept in part "
         "(selective, where that spares any) and hardly at all (full).",
     )
-    rollbacks: int = Field(12, ge=0, description="How often a run may go back.")
-    skipped_share: float = Field(
+    rollbacks: int = free(12, ge=0, description="How often a run may go back.")
+    skipped_share: float = free(
         0.25, ge=0, lt=1, description="Largest share of 256 steps that may be left out."
     )
-    may_stop: bool = Field(True, description="Whether the run may be ended early.")
+    may_stop: bool = free(True, description="Whether the run may be ended early.")
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> LimitsConfig:
@@ -79,14 +80,14 @@ class LimitsConfig(Section):
 class SnapshotsConfig(Section):
     """Copies of the whole state in memory, to go back to."""
 
-    every_steps: int = Field(50, gt=0, description="Steps between snapshots.")
-    max_gib: float | None = Field(
+    every_steps: int = free(50, gt=0, description="Steps between snapshots.")
+    max_gib: float | None = free(
         None,
         ge=0,
         description="GiB that snapshots may take on each process; a fifth of what is free when "
         "unset.",
     )
-    in_checkpoints: bool = Field(
+    in_checkpoints: bool = free(
         True,
         description="Whether checkpoints hold the snapshots too, so that a resumed run can go back "
         "to before its start; each takes as much of the disk as a checkpoint without, once.",
@@ -96,7 +97,7 @@ class SnapshotsConfig(Section):
 class OrchestratorConfig(Section):
     """Watching the run while it trains, and steering it."""
 
-    mode: Mode = Field(
+    mode: Mode = free(
         "advise",
         description="advise: detectors watch every step, tell of what goes wrong and keep it in "
         "events.jsonl, and change nothing; act: what goes wrong is dealt with, and each decision "
@@ -106,12 +107,12 @@ class OrchestratorConfig(Section):
     limits: LimitsConfig = Field(LimitsConfig(), description="What they may do at most.")
     snapshots: SnapshotsConfig = Field(SnapshotsConfig(), description="What to go back to.")
 
-    audit: bool = Field(
+    audit: bool = free(
         False,
         description="Audit the decisions whose states were kept once the run has ended: replay "
         "with and without each of them.",
     )
-    kept_states: int = Field(
+    kept_states: int = free(
         2,
         ge=0,
         description="Decisions, the newest, whose state is kept on disk for an audit; each takes "

@@ -32,7 +32,7 @@ class Draft:
     def __init__(self, tree: dict[str, Any], origins: Mapping[str, str]) -> None:
         self.tree = tree
         self.origins = dict(origins)
-        # Not told from origins: a run folder's own origins name the overrides it was made with.
+        # Not read from origins: a run folder's own origins name the overrides it was made with.
         self._overridden: set[str] = set()
 
     def override(self, text: str) -> None:
@@ -59,13 +59,13 @@ class Draft:
         """Whether an override set ``key`` or something inside it."""
         return any(f"{known}.".startswith(f"{key}.") for known in self._overridden)
 
-    def set_open(self, key: str, value: Any) -> None:
-        """Put ``key`` back to ``value``, as if nothing had chosen it."""
+    def set_open(self, key: str) -> None:
+        """Leave ``key`` to its default, as if nothing had chosen it."""
         *path, leaf = key.split(".")
         node: Any = self.tree
         for part in path:
             node = node[part]
-        node[leaf] = value
+        node.pop(leaf, None)
         self._forget(key)
 
     def _set(self, path: list[str], value: Any, text: str) -> None:

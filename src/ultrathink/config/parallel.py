@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ultrathink.config.base import Section, off_means
+from ultrathink.config.options import free
 
 _NOT_BUILT = {"cp": "context", "tp": "tensor", "pp": "pipeline", "ep": "expert"}
 
@@ -19,30 +20,30 @@ class ParallelConfig(Section):
     of ZeRO (https://arxiv.org/abs/1910.02054), by FSDP2.
     """
 
-    dp_replicate: int = Field(
+    dp_replicate: int = free(
         1, gt=0, description="Copies of the model; each has dp_shard processes that share it."
     )
-    dp_shard: int = Field(
+    dp_shard: int = free(
         -1,
         description="Processes that share one copy of the model; -1: as many as dp_replicate "
         "leaves.",
     )
-    cp: int = Field(1, gt=0, description="Processes that share each sequence; 1 so far.")
-    tp: int = Field(1, gt=0, description="Processes that share each matrix product; 1 so far.")
-    pp: int = Field(1, gt=0, description="Processes that share the layers; 1 so far.")
-    ep: int = Field(1, gt=0, description="Processes that share the experts; 1 so far.")
-    zero_stage: Literal[1, 2, 3] = Field(
+    cp: int = free(1, gt=0, description="Processes that share each sequence; 1 so far.")
+    tp: int = free(1, gt=0, description="Processes that share each matrix product; 1 so far.")
+    pp: int = free(1, gt=0, description="Processes that share the layers; 1 so far.")
+    ep: int = free(1, gt=0, description="Processes that share the experts; 1 so far.")
+    zero_stage: Literal[1, 2, 3] = free(
         3,
         description="What the processes of one copy divide among them: optimizer state (1), also "
         "gradients (2), also parameters (3). More takes less memory and more communication.",
     )
-    offload: Annotated[Literal["none", "optimizer", "params"], off_means("none")] = Field(
+    offload: Annotated[Literal["none", "optimizer", "params"], off_means("none")] = free(
         "none",
         description="What waits in the memory of the host and not of the GPU: the optimizer's "
         "state, or the parameters with it.",
     )
-    engine: Literal["native"] = Field("native", description="native: PyTorch's FSDP2.")
-    hang_minutes: float = Field(
+    engine: Literal["native"] = free("native", description="native: PyTorch's FSDP2.")
+    hang_minutes: float = free(
         10.0,
         gt=0,
         description="Minutes without a step after which a process of several writes where it "

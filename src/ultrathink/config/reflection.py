@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ultrathink.config.base import PartConfig, PartOf
+from ultrathink.config.options import OnResume, on_resume
 
 
 def sections_of(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> list[Any]:
@@ -103,17 +104,33 @@ def field_at(
     return None
 
 
-def all_keys(root: type[BaseModel]) -> list[str]:
-    """Every dotted key of a configuration, parts of lists and of all types included."""
-    keys: list[str] = []
+def rule_of(root: type[BaseModel], key: str) -> OnResume:
+    """What resuming with another value of ``key`` does, as the field or what it is in declares."""
+    path = key.split(".")
+    while path:
+        found = field_at(root, path, None)
+        rule = on_resume(found[1]) if found is not None else None
+        if rule is not None:
+            return rule
+        path = path[:-1]
+    raise KeyError(f"nothing says what resuming with another {key} does")
+
+
+def options_of(root: type[BaseModel]) -> dict[str, OnResume]:
+    """The rule of every option that declares one, by dotted key."""
+    rules = {key: on_resume(field) for key, field in all_fields(root).items()}
+    return {key: rule for key, rule in rules.items() if rule is not None}
+
+
+def all_fields(root: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Every field of a configuration by dotted key, parts of lists and of all types included."""
+    fields: dict[str, FieldInfo] = {}
 
     def visit(section: type[BaseModel], prefix: str) -> None:
         for name, field in section.model_fields.items():
-            key = f"{prefix}{name}"
-            if key not in keys:
-                keys.append(key)
+            fields.setdefault(f"{prefix}{name}", field)
             for inner in sections_of(field.annotation, field.metadata):
-                visit(inner, f"{key}.")
+                visit(inner, f"{prefix}{name}.")
 
     visit(root, "")
-    return keys
+    return fields

@@ -12,7 +12,7 @@ from ultrathink.config.overrides import Draft
 from ultrathink.config.parallel import ParallelConfig
 from ultrathink.config.root import Root
 from ultrathink.config.run import RunConfig
-from ultrathink.config.tokenizer import BpeTokenizerConfig, TokenizerField
+from ultrathink.config.tokenizer import BpeTokenizerConfig, TokenizerField, tokens
 from ultrathink.config.training import BUDGETS, TrainingConfig
 
 
@@ -24,7 +24,7 @@ class Config(Root):
 
     run: RunConfig = Field(RunConfig(), description="Name, place and seed of the run.")
     model: ModelConfig = Field(ModelConfig(), description="The network.")
-    tokenizer: TokenizerField = Field(
+    tokenizer: TokenizerField = tokens(
         BpeTokenizerConfig(), description="How text becomes token ids."
     )
     data: DataConfig = Field(DataConfig(), description="Text sources and sequences.")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
-
 from ultrathink.config.base import PartConfig, PartOf
+from ultrathink.config.options import fixed
 from ultrathink.core.registry import Registry
 
 TOKENIZERS: Registry[Any] = Registry("tokenizer")
+
+tokens = partial(fixed, because="the token ids would stand for other text")
 
 
 class TokenizerConfig(PartConfig, ABC):
@@ -25,13 +27,13 @@ class BpeTokenizerConfig(TokenizerConfig):
     """Byte-level byte-pair encoding, trained on the training documents."""
 
     type: Literal["bpe"] = "bpe"
-    vocab_size: int = Field(
+    vocab_size: int = tokens(
         4096, ge=257, lt=2**31, description="Number of tokens, the 256 bytes and specials included."
     )
-    train_bytes: int = Field(
+    train_bytes: int = tokens(
         30_000_000, gt=0, description="At most this many bytes of text are read to learn merges."
     )
-    pattern: Literal["gpt4", "code", "gpt2"] = Field(
+    pattern: Literal["gpt4", "code", "gpt2"] = tokens(
         "gpt4",
         description="How text is cut into words before merging: as GPT-4 and GPT-2 do, or `code`, "
         "which keeps a line break and the next line's indentation in one piece.",
@@ -54,7 +56,7 @@ class HuggingFaceTokenizerConfig(TokenizerConfig):
     """The tokenizer that came with pretrained weights; `training.init_from=hf:…` sets it."""
 
     type: Literal["hf"] = "hf"
-    vocab_size: int = Field(
+    vocab_size: int = tokens(
         1, gt=0, lt=2**31, description="Number of ids; taken from the tokenizer itself."
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -15,33 +16,37 @@ from ultrathink.config.optimizer import (
     OptimizerField,
     ScheduleField,
 )
+from ultrathink.config.options import felt, fixed, free
 from ultrathink.core.durations import Duration
 
 BUDGETS = ("max_steps", "max_tokens", "max_minutes", "epochs")
+
+length = partial(felt, decides=("length",))
 
 
 class CheckpointConfig(Section):
     """When the run is saved and what is kept."""
 
-    every_steps: int | None = Field(
+    every_steps: int | None = free(
         None, gt=0, description="Save after every so many steps; the last step is always saved."
     )
-    every_minutes: float | None = Field(
+    every_minutes: float | None = free(
         None, gt=0, description="Save after every so many minutes of training."
     )
-    keep: int = Field(2, gt=0, description="Newest checkpoints kept, besides best and last.")
-    best_by: str = Field(
+    keep: int = free(2, gt=0, description="Newest checkpoints kept, besides best and last.")
+    best_by: str = free(
         "loss",
+        decides=("scores",),
         description="Validation figure by which `best` is chosen: one of the objective's, such as "
         "loss or token_accuracy.",
     )
-    retry_s: float = Field(
+    retry_s: float = free(
         60.0,
         gt=0,
         description="Seconds after which a checkpoint that could not be written (a full disk) is "
         "tried again; training goes on meanwhile.",
     )
-    patience_minutes: float = Field(
+    patience_minutes: float = free(
         60.0,
         ge=0,
         description="Minutes that the end of a run waits for a disk that cannot take its last "
@@ -52,77 +57,97 @@ class CheckpointConfig(Section):
 class EvalConfig(Section):
     """When the model is validated, and on how much."""
 
-    every_steps: int | None = Field(
+    every_steps: int | None = free(
         None, gt=0, description="Validate after every so many steps; the last step always is."
     )
-    batch_size: int = Field(16, gt=0, description="Sequences in one validation batch.")
-    max_tokens: int | None = Field(
-        None, gt=0, description="Use only so many held-out tokens; all of them when unset."
+    batch_size: int = free(16, gt=0, description="Sequences in one validation batch.")
+    max_tokens: int | None = free(
+        None,
+        decides=("scores",),
+        gt=0,
+        description="Use only so many held-out tokens; all of them when unset.",
     )
 
 
 class SampleConfig(Section):
     """Text written by the model at the end of training, as a first look at it."""
 
-    prompts: tuple[str, ...] = Field((), description="Texts to continue; none when empty.")
-    max_new_tokens: int = Field(160, gt=0, description="Tokens to write for each prompt.")
-    temperature: float = Field(0.7, ge=0, description="Sampling temperature; 0 is greedy.")
-    top_p: float = Field(0.95, gt=0, le=1, description="Share of probability sampled from.")
+    prompts: tuple[str, ...] = free((), description="Texts to continue; none when empty.")
+    max_new_tokens: int = free(160, gt=0, description="Tokens to write for each prompt.")
+    temperature: float = free(0.7, ge=0, description="Sampling temperature; 0 is greedy.")
+    top_p: float = free(0.95, gt=0, le=1, description="Share of probability sampled from.")
 
 
 class TrainingConfig(Section):
     """The course of training."""
 
-    max_steps: int | None = Field(None, gt=0, description="Length in optimizer steps.")
-    max_tokens: int | None = Field(None, gt=0, description="Length in training tokens.")
-    max_minutes: float | None = Field(
+    max_steps: int | None = length(None, gt=0, description="Length in optimizer steps.")
+    max_tokens: int | None = length(None, gt=0, description="Length in training tokens.")
+    max_minutes: float | None = length(
         None,
         gt=0,
         description="Length in minutes from the first training step, compilation and validation "
         "included, tokenizing not.",
     )
-    epochs: float | None = Field(None, gt=0, description="Length in passes over the data.")
-    step_budget: int | None = Field(
+    epochs: float | None = length(None, gt=0, description="Length in passes over the data.")
+    step_budget: int | None = length(
         None,
+        rests_on=("training.batch_size", "data.seq_len", "data.train"),
+        is_compared=False,
         gt=0,
         description="Optimizer steps that the length came to; chosen at run time and kept on "
         "resuming.",
     )
-    batch_size: int = Field(
-        32, gt=0, description="Sequences per optimizer step, over all devices and micro-batches."
+    batch_size: int = felt(
+        32,
+        decides=("steps",),
+        gt=0,
+        description="Sequences per optimizer step, over all devices and micro-batches.",
     )
-    micro_batch_size: int | Literal["auto"] = Field(
-        "auto", description="Sequences in one forward pass of one device."
+    micro_batch_size: int | Literal["auto"] = free(
+        "auto",
+        rests_on=(
+            "training.batch_size",
+            "training.device",
+            "training.activation_checkpointing",
+            "data.seq_len",
+        ),
+        description="Sequences in one forward pass of one device.",
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps.")
-    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
-        "auto", description="Number format of the products; weights are kept in fp32 (fp64)."
+    device: str = free("auto", description="auto, cpu, cuda, cuda:1, mps.")
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = felt(
+        "auto",
+        rests_on=("training.device",),
+        description="Number format of the products; weights are kept in fp32 (fp64).",
     )
-    compile: bool | Literal["auto"] = Field(
-        "auto", description="Compile the model; auto compiles when the run is long enough to pay."
+    compile: bool | Literal["auto"] = free(
+        "auto",
+        rests_on=("training.device",),
+        description="Compile the model; auto compiles when the run is long enough to pay.",
     )
-    deterministic: bool = Field(
+    deterministic: bool = free(
         False,
         description="Take the same bits in every run on one machine: deterministic kernels, and "
         "no choice that follows a measurement or the clock.",
     )
-    activation_checkpointing: Checkpointing = Field(
+    activation_checkpointing: Checkpointing = free(
         "none",
         description="Recompute activations in the backward pass: full (all of a block), "
         "selective (all but the products), none.",
     )
-    clip: float | None = Field(
+    clip: float | None = felt(
         1.0, gt=0, description="Largest global gradient norm; larger ones are scaled down."
     )
-    log_every: int = Field(10, gt=0, description="Steps between logged steps.")
-    objective: ObjectiveField = Field(PretrainConfig(), description="What is learned.")
-    optimizer: OptimizerField = Field(AdamWConfig(), description="What moves the weights.")
-    schedule: ScheduleField = Field(CosineConfig(), description="Course of the learning rate.")
+    log_every: int = free(10, gt=0, description="Steps between logged steps.")
+    objective: ObjectiveField = felt(PretrainConfig(), description="What is learned.")
+    optimizer: OptimizerField = felt(AdamWConfig(), description="What moves the weights.")
+    schedule: ScheduleField = felt(CosineConfig(), description="Course of the learning rate.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What is saved.")
     eval: EvalConfig = Field(EvalConfig(), description="Validation.")
     sample: SampleConfig = Field(SampleConfig(), description="Text written at the end.")
-    init_from: str | None = Field(
+    init_from: str | None = fixed(
         None,
+        because="the run has weights of its own by now",
         description="Run folder or checkpoint whose weights training starts from, or "
         "hf:PATH_OR_NAME for a model of Hugging Face, which brings its shape and its tokenizer.",
     )

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ultrathink.config.overrides import flatten
+from ultrathink.config.reflection import options_of
+from ultrathink.config.schema import Config
 from ultrathink.monitoring.records import MetricRecord, Split
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.reading import RunReader
@@ -18,7 +20,7 @@ from ultrathink.runs.segments import Segment
 MAX_ROWS = 12
 MIN_ROWS = 4
 # Where a run is kept and what it is called; of no account for what it learns.
-PLACE_KEYS = frozenset({"run.name", "run.dir", "data.cache_dir"})
+PLACE_KEYS = frozenset(key for key, rule in options_of(Config).items() if rule.is_place)
 # Of the manifest, what differs between any two runs.
 _OCCASION_KEYS = frozenset({"created", "command"})
 _ROUND = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)

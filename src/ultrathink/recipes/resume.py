@@ -14,7 +14,7 @@ from ultrathink.parallel.world import join_world
 from ultrathink.recipes.parts.assembly import assemble, build_model
 from ultrathink.recipes.parts.beginning import check_vocabulary
 from ultrathink.recipes.parts.models import find_frozen
-from ultrathink.recipes.parts.resume_plan import NOT_COMPARED, FreshStart, ResumePlan, plan_resume
+from ultrathink.recipes.parts.resume_plan import FreshStart, ResumePlan, plan_resume
 from ultrathink.recipes.parts.resumed_data import data_to_go_on_with, keep_record
 from ultrathink.recipes.parts.resumed_snapshots import bring_back_snapshots
 from ultrathink.recipes.parts.resumed_state import adapt_state
@@ -40,11 +40,11 @@ def resume_trainer(
     controllers: Sequence[Controller] = (),
     progress: DataProgress | None = None,
 ) -> Trainer:
-    """A trainer that goes on from a checkpoint of ``run``, bit for bit as if never stopped.
+    """A trainer that resumes ``run`` from a checkpoint, bit for bit as if never stopped.
 
-    ``overrides`` ("dotted.key=value") change the run from here on; ``reset`` lets the
-    ``optimizer``, the ``schedule`` or the order of the ``data`` begin anew. Both are recorded in
-    the run's ``segments.jsonl``. Raises ConfigError, DataError or CheckpointError.
+    ``overrides`` ("dotted.key=value") change the run from here on; ``reset`` restarts the
+    ``optimizer``, the ``schedule`` or the order of the ``data``. Both are recorded in the run's
+    ``segments.jsonl``. Raises ConfigError, DataError or CheckpointError.
     """
     plan = plan_resume(run, checkpoint, overrides=overrides, reset=reset)
     return build_resumed(plan, callbacks=callbacks, controllers=controllers, progress=progress)
@@ -116,12 +116,12 @@ def _resume(
     run.remove_after(trainer.progress.step)
     if "training.micro_batch_size" in plan.given:
         forget_shortage(run)  # it is to be tried again
-    # The segment first: it is what a start that dies right here is gone on with.
+    # The segment first: a start that dies right here is resumed with it.
     append_segment(
         run.segments,
         Segment(
             from_step=plan.step,
-            changes=tuple(differences(plan.before, config, NOT_COMPARED)),
+            changes=tuple(differences(plan.before, config)),
             reset=tuple(sorted(reset)),
             notes=tuple(found.notes),
             environment=here,

@@ -31,8 +31,8 @@ def build_trainer(
 ) -> Trainer:
     """A trainer for a new run, its folder made; ``trainer.fit()`` trains.
 
-    ``callbacks`` watch, ``controllers`` may steer; ``progress(label, done, total)`` is told how
-    far the preparation of data is. Raises ConfigError, DataError or CheckpointError.
+    ``callbacks`` watch, ``controllers`` may steer; ``progress(label, done, total)``
+    reports the preparation of data. Raises ConfigError, DataError or CheckpointError.
     """
     return _begin(config, None, callbacks, controllers, progress)
 

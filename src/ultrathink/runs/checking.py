@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ultrathink.runs.loading import check_loads
 from ultrathink.runs.lock import Owner, holder
 from ultrathink.runs.metrics_check import Status, check_metrics
 from ultrathink.runs.reading import RunReader, in_run
+from ultrathink.runs.segments import Segment
 
 _STEP_FOLDER = re.compile(r"^step_(\d+)$")
 _MAX_TRIES = 5
@@ -153,11 +154,22 @@ def _check_records(run: RunFolder, findings: list[CheckedItem]) -> None:
         if not path.exists():
             continue
         try:
-            read()
+            found = read()
         except (CheckpointError, OSError) as error:
             findings.append(CheckedItem(path.name, "damaged", in_run(run, error)))
         else:
-            findings.append(CheckedItem(path.name, "ok", "can be read"))
+            detail = _felt_changes(found) if isinstance(found, list) else ""
+            findings.append(CheckedItem(path.name, "ok", f"can be read{detail}"))
+
+
+def _felt_changes(segments: Sequence[Segment]) -> str:
+    """The changes that training felt, to follow what else is said of the segments."""
+    felt = [
+        f"after step {segment.from_step:,} {'; '.join(map(str, segment.felt))}"
+        for segment in segments
+        if segment.felt
+    ]
+    return f"; training felt changes: {', '.join(felt)}" if felt else ""
 
 
 # -- checkpoints ----------------------------------------------------------------------------------

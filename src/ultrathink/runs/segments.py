@@ -9,11 +9,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ultrathink.config.options import Effect
+from ultrathink.config.reflection import rule_of
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import sync_folder
@@ -27,6 +28,12 @@ class ConfigChange:
     key: str
     before: Any
     after: Any
+    felt: bool = True  # by training; else the same updates follow
+
+    @property
+    def decides(self) -> frozenset[Effect]:
+        """What follows from the value that changed."""
+        return rule_of(Config, self.key).decides
 
     def __str__(self) -> str:
         return f"{self.key}: {_shown(self.before)} -> {_shown(self.after)}"
@@ -38,13 +45,18 @@ class Segment:
 
     from_step: int
     changes: tuple[ConfigChange, ...] = ()
-    reset: tuple[str, ...] = ()  # what began anew: optimizer, schedule, data
+    reset: tuple[str, ...] = ()  # optimizer, schedule, data
     notes: tuple[str, ...] = ()  # what else was different: the text, the machine
     environment: dict[str, Any] = field(default_factory=dict)
     time: float = field(default_factory=time.time)  # unix seconds
     command: tuple[str, ...] = field(
         default_factory=lambda: (Path(sys.argv[0]).name, *sys.argv[1:])
     )
+
+    @property
+    def felt(self) -> tuple[ConfigChange, ...]:
+        """The changes that training feels."""
+        return tuple(change for change in self.changes if change.felt)
 
 
 def append_segment(path: Path, segment: Segment) -> None:
@@ -68,25 +80,26 @@ def read_segments(path: Path) -> list[Segment]:
     return [_from_plain(row, path) for row in rows if row is not None]
 
 
-def differences(before: Config, after: Config, ignored: Sequence[str] = ()) -> list[ConfigChange]:
-    """The values that differ, by dotted key; keys below those of ``ignored`` are passed over.
+def differences(before: Config, after: Config) -> list[ConfigChange]:
+    """The values that differ and are compared, by dotted key.
 
     A list, and a part whose ``type`` differs, is one value.
     """
-    changes = _differences(before.model_dump(mode="json"), after.model_dump(mode="json"), "")
+    found = _differences(before.model_dump(mode="json"), after.model_dump(mode="json"), "")
+    rules = {key: rule_of(Config, key) for key, *_ in found}
     return [
-        change
-        for change in changes
-        if not any(f"{change.key}.".startswith(f"{prefix}.") for prefix in ignored)
+        ConfigChange(key, then, now, felt=rules[key].rule != "free")
+        for key, then, now in found
+        if rules[key].is_compared
     ]
 
 
-def _differences(before: Any, after: Any, key: str) -> list[ConfigChange]:
+def _differences(before: Any, after: Any, key: str) -> list[tuple[str, Any, Any]]:
     if before == after:
         return []
     are_sections = isinstance(before, dict) and isinstance(after, dict)
     if not are_sections or before.get("type") != after.get("type"):
-        return [ConfigChange(key, before, after)]
+        return [(key, before, after)]
     return [
         change
         for name in dict.fromkeys([*before, *after])

@@ -215,12 +215,14 @@ def test_steps_of_another_size_are_compared_by_tokens(two: None, capsys: Out) ->
 
 def test_what_was_changed_on_resuming_is_told(two: None, capsys: Out) -> None:
     change = ConfigChange("training.clip", 1.0, 0.5)
-    append_segment(Path("runs/b/segments.jsonl"), Segment(2, changes=(change,)))
+    other = ConfigChange("training.log_every", 10, 1, felt=False)
+    append_segment(Path("runs/b/segments.jsonl"), Segment(2, changes=(change, other)))
     out = compare(capsys, "a", "b")
     assert "Changed on resuming\n  b after step 2: training.clip: 1.0 -> 0.5\n" in out
     found = json.loads(compare(capsys, "a", "b", "--json"))
     assert found["runs"][1]["segments"][0]["changes"] == [
-        {"key": "training.clip", "before": 1.0, "after": 0.5}
+        {"key": "training.clip", "before": 1.0, "after": 0.5, "felt": True},
+        {"key": "training.log_every", "before": 10, "after": 1, "felt": False},
     ]
 
 

@@ -10,11 +10,17 @@ import yaml
 
 import ultrathink.config
 from ultrathink.config import Config, docs, load_config, preset_names
-from ultrathink.config.reflection import all_keys, field_at
+from ultrathink.config.base import PartConfig
+from ultrathink.config.reflection import all_fields, field_at, options_of, sections_of
 from ultrathink.config.size import sizes
 
 ROOT = Path(__file__).parents[3]
 PRESETS = Path(ultrathink.config.__file__).parent / "presets"
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    return json.loads(json.dumps(docs.json_schema(Config), allow_nan=False))
 
 
 def test_the_reference_in_the_repository_is_current() -> None:
@@ -22,32 +28,37 @@ def test_the_reference_in_the_repository_is_current() -> None:
     assert kept == docs.markdown(Config), "run: ultrathink config docs > docs/configuration.md"
 
 
-@pytest.mark.parametrize("key", all_keys(Config))
-def test_every_key_is_described_and_in_the_reference(key: str) -> None:
-    found = field_at(Config, key.split("."), None)
-    assert found is not None
-    field = found[1]
-    is_own_type = key.endswith(".type") and field.default is not None and not field.is_required()
-    assert field.description or is_own_type, f"{key} has no description"
-    if not is_own_type:
+def test_every_option_is_described_and_says_what_resuming_does(schema: dict[str, Any]) -> None:
+    page = docs.markdown(Config).splitlines()
+    rows = {row.split("`")[1]: row for row in page if row.startswith("| `")}
+    assert {row.replace("\\|", "").count("|") for row in rows.values()} == {6}
+    rules = options_of(Config)
+    described = json.dumps(schema)
+    for key in all_fields(Config):
+        found = field_at(Config, key.split("."), None)
+        assert found is not None
+        section, field = found
+        if key.endswith(".type") and issubclass(section, PartConfig):
+            continue
+        assert field.description, f"{key} has no description"
         shown = key.replace("data.train.", "data.train.N.").replace("data.val.", "data.train.N.")
         shown = shown.replace("moe.groups.", "moe.groups.N.")
-        assert f"`{shown}`" in docs.markdown(Config)
-
-
-def test_tables_have_as_many_cells_as_columns() -> None:
-    rows = [line for line in docs.markdown(Config).splitlines() if line.startswith("|")]
-    assert len(rows) > 50
-    assert {row.replace("\\|", "").count("|") for row in rows} == {5}
+        if sections_of(field.annotation, field.metadata) and key not in rules:
+            assert any(other.startswith(f"{key}.") for other in rules), key
+            assert any(line.endswith(f"# `{shown}`") for line in page), key
+            continue
+        assert key in rules, f"{key}: declare it with felt, free or fixed"
+        rule = rules[key]
+        assert bool(rule.because) == (rule.rule == "fixed"), key
+        assert set(rule.rests_on) <= rules.keys(), key
+        assert shown not in rows or f"| {rule.rule} |" in rows[shown], key
+        assert shown in rows or sections_of(field.annotation, field.metadata), key
+        assert f'"description": {json.dumps(field.description)}' in described, key
+    assert described.count('"x-resume"') >= len(rows)
 
 
 def test_markdown_of_its_own_is_escaped() -> None:
     assert docs._cell("a | b * c <d> 1 < 2 `e * f`") == "a \\| b \\* c &lt;d> 1 < 2 `e * f`"
-
-
-@pytest.fixture(scope="module")
-def schema() -> dict[str, Any]:
-    return json.loads(json.dumps(docs.json_schema(Config), allow_nan=False))
 
 
 def test_the_schema_is_a_schema(schema: dict[str, Any]) -> None:

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ultrathink.config import Config, load_config
-from ultrathink.config.reflection import all_keys
+from ultrathink.config import load_config
 from ultrathink.core.errors import ConfigError
 
 
@@ -48,49 +47,11 @@ def test_an_unknown_key_is_answered_with_the_nearest_known_one(override: str) ->
     assert UNKNOWN_KEYS[override] in message(override)
 
 
-@pytest.mark.parametrize(
-    "key", [key for key in all_keys(Config) if len(key.rpartition(".")[2]) > 3]
-)
-def test_a_slip_in_any_key_is_answered_with_that_key(key: str) -> None:
-    prefix, _, name = key.rpartition(".")
-    slip = f"{name[:-2]}{name[-1]}{name[-2]}" if name[-1] != name[-2] else name[:-1]
-    where = prefix.replace("data.train", "data.train.0").replace("data.val", "data.val.0")
-    where = where.replace("moe.groups", "moe.groups.0")
-    # A type that has the key, so that the message need not name another.
-    file = Path("all.yaml")
-    for optimizer in ("adamw", "muon"):
-        for source in ("stdlib", "{type: jsonl, path: x}", "dummy"):
-            file.write_text(
-                f"model: {{rope_scaling: {{type: linear, factor: 2}}, "
-                f"moe: {{groups: [{{name: a, num_experts: 8, top_k: 2}}]}}}}\n"
-                f"training: {{max_steps: 3, optimizer: {optimizer}, schedule: wsd}}\n"
-                f"data: {{train: [{source}], val: [{source}]}}\n"
-            )
-            text = message(f"{where}.{slip}=1".lstrip("."), source="all.yaml")
-            expected = f"{where}.{name}".lstrip(".")
-            if f"Did you mean {expected!r}?" in text:
-                return
-    pytest.fail(text)
-
-
 VALUES = {
-    "training.optimizer.lr=fast": "training.optimizer.lr = 'fast' (override): should be a number. "
-    "(Peak learning rate of the hidden matrices.)",
-    "training.optimizer.lr=-1": "training.optimizer.lr = -1 (override): should be greater than 0.",
     "training.optimizer.lr=.inf": "= .inf (override): should be a finite number.",
     "training.batch_size=3.5": "training.batch_size = 3.5 (override): should be a whole number.",
-    "training.batch_size=0": "training.batch_size = 0 (override): should be greater than 0.",
-    "training.compile=maybe": "'maybe' (override): should be true or false or 'auto'.",
-    "training.micro_batch_size=x": "should be a whole number or 'auto'. (Sequences in one forward",
-    "training.precision=fp8": "'fp8' (override): should be 'auto', 'fp32', 'bf16' or 'fp64'.",
-    "training.eval.every_steps=off": "= false (override): should be a whole number, or null.",
-    "model.hidden_size=true": "model.hidden_size = true (override): should be a whole number.",
-    "model.dropout=yes": "model.dropout = true (override): should be a number.",
-    "model.qk_norm=3": "model.qk_norm = 3 (override): should be true or false.",
     "run.name=a b": "run.name = 'a b' (override): should be a name of letters, digits,",
-    "run.name=3": "run.name = 3 (override): should be text (in quotes), or null.",
     "data=3": "data = 3 (override): should be a section with keys of its own.",
-    "data.train=stdlib": "data.train = 'stdlib' (override): should be a list, like [a, b].",
     "data.train=[]": "data.train = [] (override): should be a list with at least one item.",
     "data.train=[{type: text}]": "data.train.0.path: a value is needed here. (A file, a folder",
     "data.train=[{path: x}]": "name the data source, for example {type: stdlib}.",
@@ -99,8 +60,6 @@ VALUES = {
     "0.9]): should be a number.",
     "training.optimizer.betas=[0.9, 2]": "betas.1 = 2 (override training.optimizer.betas=[0.9, "
     "2]): should be less than 1.",
-    "training.schedule.warmup=soon": "training.schedule.warmup (override): 'soon' is not a length "
-    "of training; write steps (100),",
     "training.schedule.warmup=1.5": "a share of the run lies between 0 and 1 (0% and 100%), not",
     "training.schedule.warmup=[1]": "'[1]' is not a length of training; write steps",
     "model.rope_scaling={type: linear}": "model.rope_scaling.factor: a value is needed here. (How",
@@ -130,6 +89,8 @@ def test_an_unknown_part_is_answered_with_the_known_ones(override: str) -> None:
 
 
 CROSS_FIELD = {
+    "orchestrator.limits.lr_factor=[1.0, 0.1]": "lr_factor [1, 0.1] leaves no room",
+    "orchestrator.limits.lr_factor=[0, 1]": "leaves no room",
     "training.max_minutes=null": "give exactly one of max_steps, max_tokens, max_minutes, "
     "epochs; none is given.",
     "training={max_steps: 5, epochs: 1}": "given: max_steps and epochs.",

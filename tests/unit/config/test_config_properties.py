@@ -1,5 +1,6 @@
 """Any valid override survives the run folder; any text at all is a configuration or a message."""
 
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,48 +10,33 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.unit.config.whole import WHOLE, another
 from ultrathink.config import Config, load_config
 from ultrathink.config.docs import to_yaml
-from ultrathink.config.reflection import all_keys
+from ultrathink.config.overrides import flatten
+from ultrathink.config.reflection import all_fields
 from ultrathink.config.yaml_format import dump_yaml, parse_yaml
 from ultrathink.core.errors import ConfigError
 
-positive = st.floats(1e-12, 1e12)
-share = st.floats(0, 1)
-length = st.one_of(
-    st.integers(0, 10**9),
-    share,
-    positive.map(lambda x: f"{x:.6f} tokens"),
-    st.integers(0, 999).map(lambda n: f"{n} minutes"),
-)
-name = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=True)
-
 VALID: dict[str, st.SearchStrategy[Any]] = {
-    "run.name": name,
+    "run.name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=True),
     "run.dir": st.text(min_size=1),
-    "run.seed": st.integers(0, 2**63 - 1),
-    "model.num_layers": st.integers(1, 10**6),
-    "model.norm_eps": positive,
-    "model.qk_norm": st.booleans(),
-    "model.init.residual": st.sampled_from(["depth_scaled", "zero"]),
-    "data.cache_dir": st.none() | st.text(min_size=1),
-    "data.train": st.lists(
-        st.fixed_dictionaries(
-            {"type": st.just("text"), "path": st.text() | st.lists(st.text(), max_size=3)}
-        ),
-        min_size=1,
-        max_size=3,
+    "training.optimizer.lr": st.floats(1e-12, 1e12),
+    "training.schedule.warmup": st.one_of(
+        st.integers(0, 10**9),
+        st.floats(0, 1),
+        st.floats(1e-12, 1e12).map(lambda x: f"{x:.6f} tokens"),
+        st.integers(0, 999).map(lambda n: f"{n} minutes"),
     ),
-    "training.batch_size": st.integers(1, 10**6),
-    "training.compile": st.booleans() | st.just("auto"),
-    "training.max_tokens": st.integers(1, 10**15),
-    "training.epochs": positive,
-    "training.schedule.warmup": length,
-    "training.schedule.decay": length,
-    "training.optimizer.lr": positive,
-    "training.optimizer.betas": st.lists(st.floats(0, 0.999), min_size=2, max_size=2),
     "training.sample.prompts": st.lists(st.text(), max_size=4),
 }
+
+
+def assert_survives(config: Config, file: Path) -> None:
+    file.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(file) == config
+    # Any other program reads the same values from it.
+    assert yaml.safe_load(to_yaml(config)) == config.model_dump(mode="json")
 
 
 @pytest.mark.parametrize("key", VALID)
@@ -63,13 +49,23 @@ def test_a_valid_value_survives_yaml_and_reloading(key: str, tmp_path: Path) -> 
     @given(VALID[key])
     def check(value: Any) -> None:
         config = load_config("demo", [f"{key}={dump_yaml(value, one_line=True)}"])
-        file = tmp_path / "demo.yaml"
-        file.write_text(to_yaml(config), encoding="utf-8")
-        assert load_config(file) == config
-        # Any other program reads the same values from it.
-        assert yaml.safe_load(to_yaml(config)) == config.model_dump(mode="json")
+        assert_survives(config, tmp_path / "demo.yaml")
 
     check()
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_another_value_of_every_option_is_taken_and_survives(name: str, tmp_path: Path) -> None:
+    tree = load_config("debug", WHOLE[name]).model_dump(mode="json")
+    derived = re.compile(r"^model\.|^tokenizer\.|\.type$")  # their values have to fit each other
+    for key, value in flatten(tree).items():
+        wanted = None if derived.search(key) else another(key, value)
+        if wanted is not None:
+            override = f"{key}={dump_yaml(wanted, one_line=True)}"
+            config = load_config("debug", [*WHOLE[name], override])
+            assert flatten(config.model_dump(mode="json"))[key] == wanted
+            assert config.origin(key) == f"override {override}"
+            assert_survives(config, tmp_path / "debug.yaml")
 
 
 plain = st.recursive(
@@ -104,7 +100,7 @@ def test_what_occurs_twice_is_written_twice() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(all_keys(Config)), plain)
+@given(st.sampled_from(list(all_fields(Config))), plain)
 def test_any_value_anywhere_is_accepted_or_explained(key: str, value: Any) -> None:
     override = f"{key}={dump_yaml(value, one_line=True)}"
     with suppress(ConfigError):

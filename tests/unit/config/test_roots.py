@@ -11,7 +11,7 @@ from ultrathink.config import Config, docs, load_config
 from ultrathink.config.base import Section
 from ultrathink.config.data import DataConfig
 from ultrathink.config.loading import change_config, preset_names
-from ultrathink.config.reflection import all_keys
+from ultrathink.config.reflection import all_fields
 from ultrathink.config.root import Root
 from ultrathink.config.run import RunConfig
 from ultrathink.core.errors import ConfigError
@@ -79,4 +79,6 @@ def test_reference_and_schema() -> None:
     Draft202012Validator(schema).validate(
         load_config(None, (), ScoringRoot).model_dump(mode="json")
     )
-    assert set(all_keys(ScoringRoot)) - {"scoring", "scoring.batch_size"} < set(all_keys(Config))
+    assert set(all_fields(ScoringRoot)) - {"scoring", "scoring.batch_size"} < set(
+        all_fields(Config)
+    )

@@ -247,7 +247,7 @@ def test_a_run_keeps_its_groups_when_it_is_resumed(make_trainer: MakeTrainer) ->
     trainer = make_trainer(f"model.moe={TWO_OF_8}", "training.max_steps=1")
     trainer.fit()
     for change in (f"model.moe={GROUPS_OF_16}", "model.moe=null"):
-        with pytest.raises(UltrathinkError, match=r"model\.moe cannot change while a run goes on"):
+        with pytest.raises(UltrathinkError, match=r"model\.moe\S* cannot change to "):
             resume_trainer(trainer.run, overrides=[change, "training.max_steps=2"])
 
 

@@ -131,7 +131,7 @@ def assemble(
 
 
 def _identity(data: PreparedData, loader: TrainLoader) -> dict[str, Any]:
-    """What a checkpoint may only be gone on with if it is the same: hashes of the data."""
+    """Hashes that have to be the same for a checkpoint to be resumed."""
     return {
         "data_hash": data.data_hash,
         "tokenizer_hash": data.tokenizer.fingerprint,

@@ -19,7 +19,7 @@ from ultrathink.training.choices import Choices
 def start_folder(
     run: RunFolder | None, config: Config, data: PreparedData, model: Transformer, choices: Choices
 ) -> tuple[RunFolder, Config, RunLock | None]:
-    """Make the run folder, or write a given one anew; the first process does, for all of them."""
+    """Make the run folder, or rewrite a given one; the first process does, for all of them."""
     world, lock = choices.world, None
     error: Exception | None = None
     if world.is_main:

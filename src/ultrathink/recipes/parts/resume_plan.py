@@ -1,4 +1,4 @@
-"""From where a run goes on, and with which changes."""
+"""From which checkpoint a run is resumed, and with which changes."""
 
 from __future__ import annotations
 
@@ -9,31 +9,30 @@ from typing import Any
 
 from ultrathink.checkpoint.format import read_state
 from ultrathink.config.loading import change_config
-from ultrathink.config.overrides import parse_override
+from ultrathink.config.overrides import flatten, parse_override
+from ultrathink.config.reflection import options_of
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.monitoring.records import Level
 from ultrathink.parallel.world import World, join_world
-from ultrathink.recipes.parts.resumed_state import check_changes, check_overrides, is_new_length
+from ultrathink.recipes.parts.resumed_data import decided
+from ultrathink.recipes.parts.resumed_state import check_changes, check_overrides
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
 from ultrathink.runs.segments import ConfigChange, differences, read_segments
 from ultrathink.training.budget import Budget
 
-# Values that may differ between a checkpoint and config.yaml without anybody having changed them.
-NOT_COMPARED = ("run.name", "run.dir", "training.step_budget")
-
 
 @dataclass(frozen=True)
 class ResumePlan:
-    """From where a run goes on, and as what; holds the run's lock."""
+    """A checkpoint to resume and the configuration to resume it with; holds the run's lock."""
 
     run: RunFolder
     lock: RunLock | None  # held by the first process, for all of them
     folder: Path  # the checkpoint
     plain: dict[str, Any]  # its state without the tensors
     before: Config  # the configuration it was made with
-    config: Config  # the one to go on with
+    config: Config  # the one to resume with
     changes: tuple[ConfigChange, ...]
     reset: frozenset[str]
     remarks: tuple[tuple[str, Level], ...] = field(default=())
@@ -46,22 +45,22 @@ class ResumePlan:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run's length is used up, so that there is nothing to go on with."""
-        if is_new_length(self.changes):
+        """Whether the run's length is used up, so that there is nothing to resume."""
+        if decided(self.changes, "length"):
             return False
         elapsed_s = self.plain["progress"]["elapsed_s"]
         limit = self.config.training.max_minutes
         return Budget(**self.plain["budget"]).ending(self.step, elapsed_s, limit) is not None
 
     def release(self) -> None:
-        """Give the run free, where nothing is to be done with it."""
+        """Release the run's lock, where the run is not resumed after all."""
         if self.lock is not None:
             self.lock.release()
 
 
 @dataclass(frozen=True)
 class FreshStart:
-    """A run that ended before its first checkpoint, and so begins again; holds the run's lock."""
+    """A run that ended before its first checkpoint, and so restarts; holds the run's lock."""
 
     run: RunFolder
     lock: RunLock | None
@@ -69,7 +68,7 @@ class FreshStart:
     is_finished: bool = False
 
     def release(self) -> None:
-        """Give the run free, where nothing is to be done with it."""
+        """Release the run's lock, where the run is not resumed after all."""
         if self.lock is not None:
             self.lock.release()
 
@@ -101,7 +100,7 @@ def plan_resume(
 
 
 def _lock_for_all(run: RunFolder, world: World) -> RunLock | None:
-    """Hold ``run`` on the first process of ``world``, and put right what a crash left in it."""
+    """Hold ``run`` on the first process of ``world``, and repair what a crash left in it."""
     lock: RunLock | None = None
     error: Exception | None = None
     if world.is_main:
@@ -129,11 +128,11 @@ def _plan(
     folder, damaged = run.sound_checkpoint(checkpoint)
     plain = read_state(folder)
     step = plain["progress"]["step"]
-    before = Config.model_validate(plain["config"])
     here = run.read_config()
-    base, pending = _with_last_start(before.with_origins(here.origins), run, step)
+    before = _placed_as(here, Config.model_validate(plain["config"]))
+    base, pending = _with_last_start(before, run, step)
     remarks: list[tuple[str, Level]] = [(text, "warning") for text in damaged]
-    edited = differences(base, here, NOT_COMPARED) and differences(before, here, NOT_COMPARED)
+    edited = differences(base, here) and differences(before, here)
     if edited and checkpoint == "last" and not damaged:
         raise UltrathinkError(_edited(run, edited))
     remarks += [
@@ -142,20 +141,28 @@ def _plan(
     ]
     check_overrides(overrides, base, run)
     config = change_config(base, overrides) if overrides else base
-    changes = tuple(differences(before, config, NOT_COMPARED))
+    changes = tuple(differences(before, config))
     resets = frozenset(reset) | pending
-    remarks += [(f"changed after step {step}: {change}", "info") for change in changes]
-    remarks += [(f"begins anew after step {step}: the {what}", "info") for what in sorted(resets)]
+    felt = [change for change in changes if change.felt]
+    remarks += [(f"changed after step {step}: {change}", "info") for change in felt]
+    remarks += [(f"reset after step {step}: the {what}", "info") for what in sorted(resets)]
     given = frozenset(parse_override(override)[0] for override in overrides)
     return ResumePlan(
         run, lock, folder, plain, before, config, changes, resets, tuple(remarks), given
     )
 
 
+def _placed_as(here: Config, config: Config) -> Config:
+    """``config`` with the places that ``here`` names, since a run may be moved."""
+    values = flatten(here.model_dump(mode="json"))
+    places = {key: values[key] for key, rule in options_of(Config).items() if rule.is_place}
+    return config.replace(places, origin="").with_origins(here.origins)
+
+
 def _with_last_start(before: Config, run: RunFolder, step: int) -> tuple[Config, frozenset[str]]:
     """The checkpoint's configuration with the changes of the last start, if that was from here.
 
-    A run that was resumed with changes, and died before its next checkpoint, goes on with them.
+    A run that was resumed with changes, and died before its next checkpoint, keeps them.
     """
     segments = read_segments(run.segments)
     if not segments or segments[-1].from_step != step:
@@ -172,6 +179,6 @@ def _edited(run: RunFolder, edited: Sequence[ConfigChange]) -> str:
     listed = "; ".join(str(change) for change in edited[:4])
     return (
         f"{run.path / 'config.yaml'} is not what the run's last checkpoint was made with "
-        f"({listed}). To go on with a change, put the file back and give the change with the "
+        f"({listed}). To resume with a change, put the file back and give the change with the "
         f"command, which records it: ultrathink train --resume {run.path} {words}"
     )

@@ -1,4 +1,4 @@
-"""The data that a resumed run goes on with, when its text or its configuration has changed."""
+"""The data of a resumed run, when its text or its configuration has changed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ultrathink.config.options import Effect
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError
 from ultrathink.data.documents import Progress
@@ -17,13 +18,10 @@ from ultrathink.data.tokenizers.base import Tokenizer
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import ConfigChange
 
-# Values that say what is trained on, beside those of data.train that only name or weigh it.
-_CONTENT = ("data.train", "data.val", "data.seq_len", "data.packing", "data.mode")
-
 
 @dataclass(frozen=True)
 class FoundData:
-    """The data to go on with, and what of it is not as the run had it so far."""
+    """The data to train on, and what of it is not as the run had it so far."""
 
     data: PreparedData
     other_samples: bool  # the text that is trained on, or how it is cut
@@ -44,10 +42,10 @@ def data_to_go_on_with(
     Other data is taken where the configuration's own values changed, or ``data.on_change`` allows
     it; else it is an error that names what changed.
     """
-    if touches(changes, *_CONTENT):  # asked for by name, so it is not a change behind one's back
+    if decided(changes, "samples"):  # asked for by name, so it is not a change behind one's back
         data = prepare_data(config.data, tokenizer, progress=progress)
-        other_scores = touches(changes, "data.val") or data.data_hash != data_hash
-        return FoundData(data, data.data_hash != data_hash, other_scores, tuple(data.notes))
+        is_other = data.data_hash != data_hash
+        return FoundData(data, is_other, is_other, tuple(data.notes))
     found = resume_data(config.data, tokenizer, _record_of(run, data_hash), progress=progress)
     is_other = found.action == "rebuild"
     notes = (*found.data.notes, *(f"the data changed: {text}" for text in found.changes))
@@ -71,6 +69,11 @@ def _record_of(run: RunFolder, data_hash: str) -> DataRecord:
 
 def _beside(run: RunFolder, data_hash: str) -> Path:
     return run.path / f"data-{data_hash[:12]}.json"
+
+
+def decided(changes: Sequence[ConfigChange], *effects: Effect) -> bool:
+    """Whether one of ``effects`` follows from one of ``changes``."""
+    return any(not change.decides.isdisjoint(effects) for change in changes)
 
 
 def touches(changes: Sequence[ConfigChange], *keys: str) -> bool:

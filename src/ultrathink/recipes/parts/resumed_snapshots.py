@@ -11,23 +11,10 @@ from ultrathink.checkpoint.format import DamagedCheckpointError, load_checkpoint
 from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
 from ultrathink.config.orchestrator import OrchestratorConfig
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.recipes.parts.resumed_data import touches
 from ultrathink.recipes.parts.steering import room_for_snapshots
 from ultrathink.runs.segments import ConfigChange
 from ultrathink.training.model_state import placed_state, region_needed
 from ultrathink.training.trainer import Trainer
-
-# What may change and leave it right to go back to before the change.
-_HARMLESS = (
-    "run",
-    "monitoring",
-    "orchestrator",
-    "parallel",
-    "data.num_workers",
-    "training.checkpoint",
-    "training.log_every",
-    "training.sample",
-)
 
 
 def bring_back_snapshots(
@@ -45,7 +32,7 @@ def bring_back_snapshots(
     steps = carried_steps(plain)
     if not steps or config.mode != "act" or not config.snapshots.in_checkpoints:
         return []
-    if reset or any(not touches([change], *_HARMLESS) for change in changes):
+    if reset or any(change.felt for change in changes):
         return [
             f"the run goes on with changes, so it cannot go back to before step "
             f"{plain['progress']['step']}: the snapshots of the checkpoint are left out"
@@ -76,7 +63,10 @@ def _bring_back(trainer: Trainer, folder: Path, step: int) -> str | None:
     """Read one snapshot, each process its part; what was wrong, where one could not."""
     problem = None
     try:
-        state = load_checkpoint(folder, region=partial(region_needed, trainer.model))
+        state: dict[str, Any] = load_checkpoint(
+            folder, region=partial(region_needed, trainer.model)
+        )
+        state["settings"]["eval_every"] = trainer.settings.eval_every  # as configured since
         state = placed_state(state, trainer.model, trainer.stepper.host_names)
     except DamagedCheckpointError as error:
         problem = error.problem if folder.is_dir() else f"{folder.name} is missing"

@@ -6,11 +6,11 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from ultrathink.config.overrides import flatten, parse_override
+from ultrathink.config.reflection import field_at, rule_of
 from ultrathink.config.schema import Config
-from ultrathink.config.training import BUDGETS
 from ultrathink.core.errors import CheckpointError, UltrathinkError
 from ultrathink.core.protocols import State
-from ultrathink.recipes.parts.resumed_data import touches
+from ultrathink.recipes.parts.resumed_data import decided, touches
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import ConfigChange
 from ultrathink.training.budget import Budget
@@ -18,41 +18,21 @@ from ultrathink.training.schedules import ceiling_at, continued_schedule
 from ultrathink.training.settings import LiveSettings
 from ultrathink.training.trainer import Trainer
 
-_LENGTHS = tuple(f"training.{name}" for name in (*BUDGETS, "step_budget"))
-# What a length given in other units comes to in steps depends on these as well.
-_STEP_SIZES = ("training.batch_size", "data.seq_len", "data.train")
-
-# Sections and keys that a run is bound to, and why.
-_FIXED = {
-    "model": "the weights would no longer fit or mean what they did",
-    "tokenizer": "the token ids would stand for other text",
-    "run.seed": "it decides the order of the data",
-    "training.init_from": "the run has weights of its own by now",
-}
-# Keys of a fixed section that may change all the same.
-_FREE = (
-    "model.attention",
-    "model.dropout",
-    "model.z_loss",
-    *(f"model.moe.{name}" for name in ("routing", "balance", "backend")),
-    "model.rope_theta",
-    "model.rope_scaling",
-)
-
 
 def check_overrides(overrides: Sequence[str], config: Config, run: RunFolder) -> None:
     """Refuse a value that a run is bound to, saying why and what to do instead."""
     values = flatten(config.model_dump(mode="json"))
     for override in overrides:
-        key, value = parse_override(override)
-        if values.get(key, ...) == value or _is_inside(key, _FREE):
-            continue
-        for fixed, reason in _FIXED.items():
-            if _is_inside(key, (fixed,)):
+        name, given = parse_override(override)
+        for key, value in flatten(given, name).items():
+            if values.get(key, ...) == value or field_at(Config, key.split("."), None) is None:
+                continue
+            rule = rule_of(Config, key)
+            if rule.rule == "fixed":
                 raise UltrathinkError(
-                    f"{key} cannot change while a run goes on: {reason}. For a new run with the "
-                    f"weights of this one: ultrathink train CONFIG {override} "
-                    f"training.init_from={run.path}"
+                    f"{key} cannot change to {value} in a run that is resumed: {rule.because}; "
+                    f"begin a new run with it: ultrathink train CONFIG {override} "
+                    f"(training.init_from={run.path} takes the weights along)."
                 )
 
 
@@ -62,7 +42,7 @@ def check_changes(changes: Sequence[ConfigChange], reset: Collection[str], step:
         if change.key == "training.optimizer" and "optimizer" not in reset:
             raise UltrathinkError(
                 f"training.optimizer.type: {change.before['type']} -> {change.after['type']}: "
-                f"what the one remembers does not fit the other; begin it anew with "
+                f"what the one remembers does not fit the other; restart it with "
                 f"--reset optimizer."
             )
         if change.key == "training.max_steps" and change.after is not None and change.after <= step:
@@ -70,15 +50,6 @@ def check_changes(changes: Sequence[ConfigChange], reset: Collection[str], step:
                 f"training.max_steps={change.after}: the run is at step {step} already; give more, "
                 f"or resume from an earlier checkpoint: --resume RUN@STEP."
             )
-
-
-def _is_inside(key: str, sections: Sequence[str]) -> bool:
-    return any(f"{key}.".startswith(f"{section}.") for section in sections)
-
-
-def is_new_length(changes: Sequence[ConfigChange]) -> bool:
-    """Whether the run was given another length."""
-    return touches(changes, *_LENGTHS)
 
 
 def adapt_state(
@@ -90,7 +61,7 @@ def adapt_state(
     *,
     other_scores: bool,
 ) -> None:
-    """Change ``state``, read from a checkpoint, to what ``trainer`` is to go on with."""
+    """Change ``state``, read from a checkpoint, to what ``trainer`` resumes with."""
     values: dict[str, Any] = state
     settings, progress = values["settings"], values["progress"]
     _check_identity(values["identity"], trainer.identity, reset)
@@ -112,14 +83,14 @@ def adapt_state(
     if touches(changes, "training.eval.every_steps"):
         settings["eval_every"] = trainer.settings.eval_every
     _adapt_routing(values["model"], trainer, changes)
-    if other_scores or touches(changes, "training.checkpoint.best_by"):
+    if other_scores or decided(changes, "scores"):
         progress["best"] = None  # it does not compare with those to come
 
 
 def _adapt_routing(
     weights: dict[str, Any], trainer: Trainer, changes: Sequence[ConfigChange]
 ) -> None:
-    """Let the live controls of routing that were configured anew be as configured."""
+    """Set the live controls of routing whose configuration changed as configured."""
     if trainer.model.routing is None:
         return
     for name, value in trainer.model.routing.named_buffers():
@@ -136,7 +107,7 @@ def _adapt_schedule(
     """Let another schedule or length begin where the old one stands, never above it."""
     settings, step = values["settings"], values["progress"]["step"]
     budget = Budget(**values["budget"])
-    other_length = touches(changes, *_LENGTHS, *_STEP_SIZES)
+    other_length = decided(changes, "length", "steps", "samples")
     if other_length:
         values["budget"] = None  # resolved when training starts
     if "schedule" in reset:

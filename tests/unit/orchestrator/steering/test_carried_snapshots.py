@@ -208,11 +208,12 @@ def test_a_run_that_goes_on_with_changes_begins_with_none(make_trainer: MakeTrai
     assert rollback["after"] == 107
 
 
-def test_what_is_written_elsewhere_changes_nothing_of_them(make_trainer: MakeTrainer) -> None:
+def test_what_training_does_not_feel_changes_nothing_of_them(make_trainer: MakeTrainer) -> None:
     run = stopped_run(make_trainer)
-    again = resumed_and_broken(run, "training.checkpoint.keep=5")
+    again = resumed_and_broken(run, "training.checkpoint.keep=5", "training.eval.every_steps=7")
     [rollback] = decisions(again, "roll_back")
     assert rollback["after"] == 101
+    assert again.settings.eval_every == 7, "as configured since"
 
 
 def test_where_memory_is_short_the_newest_are_brought_back(make_trainer: MakeTrainer) -> None:

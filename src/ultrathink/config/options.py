@@ -1,0 +1,88 @@
+"""Declaring an option, and with it what resuming a run with another value of it does.
+
+``fixed``: refused, since the run is bound to its value. ``felt``: applied, recorded and reported as
+a change that training feels. ``free``: applied without a word, since the same updates follow, up to
+rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+from pydantic.annotated_handlers import GetJsonSchemaHandler
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema
+
+Rule = Literal["fixed", "felt", "free"]
+Effect = Literal["length", "steps", "samples", "scores", "place"]
+"""What a value decides: the length of the run, how many steps a length given in other units comes
+to, which samples are trained on, what scores compare with, or where files lie."""
+
+
+@dataclass(frozen=True)
+class OnResume:
+    """What resuming with another value of an option does."""
+
+    rule: Rule
+    because: str = ""  # it is fixed
+    decides: frozenset[Effect] = frozenset()
+    rests_on: tuple[str, ...] = ()  # keys that a choice made at run time depends on
+    is_compared: bool = True  # or the run writes it itself, or may be moved
+
+    @property
+    def is_place(self) -> bool:
+        """Whether the value names a run or says where files lie."""
+        return "place" in self.decides
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "x-resume": self.rule}
+
+
+def fixed(default: Any = ..., *, because: str, **options: Any) -> Any:
+    """An option whose value a run keeps to its end."""
+    return _option(OnResume("fixed", because), default, options)
+
+
+def felt(
+    default: Any = ...,
+    *,
+    decides: tuple[Effect, ...] = (),
+    rests_on: tuple[str, ...] = (),
+    is_compared: bool = True,
+    **options: Any,
+) -> Any:
+    """An option that changes what is learned from here on."""
+    rule = OnResume("felt", "", frozenset(decides), rests_on, is_compared)
+    return _option(rule, default, options)
+
+
+def free(
+    default: Any = ...,
+    *,
+    decides: tuple[Effect, ...] = (),
+    rests_on: tuple[str, ...] = (),
+    **options: Any,
+) -> Any:
+    """An option that changes nothing of what is learned."""
+    return _option(OnResume("free", "", frozenset(decides), rests_on), default, options)
+
+
+def place(default: Any, **options: Any) -> Any:
+    """An option that names a run or says where files lie."""
+    rule = OnResume("free", decides=frozenset({"place"}), is_compared=False)
+    return _option(rule, default, options)
+
+
+def on_resume(field: FieldInfo) -> OnResume | None:
+    """The rule that a field was declared with; None for a section, and for a user's own part."""
+    return next((marker for marker in field.metadata if isinstance(marker, OnResume)), None)
+
+
+def _option(rule: OnResume, default: Any, options: dict[str, Any]) -> Any:
+    field = Field(default, **options)
+    field.metadata.append(rule)
+    return field

@@ -23,7 +23,7 @@ MODEL = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("config", [AdamWConfig(), MuonConfig()])
+@pytest.mark.parametrize("config", [AdamWConfig(), MuonConfig(weight_decay=0.1)])
 def test_every_parameter_is_moved_by_exactly_one_optimizer(
     config: AdamWConfig | MuonConfig,
 ) -> None:

@@ -111,7 +111,7 @@ BREAKAGES = (
         "model/rope.py",
         "return inverse / scaling.factor * stretched + inverse * (1 - stretched)",
         "return inverse / scaling.factor * (1 - stretched) + inverse * stretched",
-        ("unit/model/test_rope.py",),
+        ("unit/model/test_rope.py", "numerics/test_llama_parity.py"),
     ),
     Breakage(
         "the z-loss is scaled by the gradient of the cross-entropy",
@@ -125,7 +125,7 @@ BREAKAGES = (
         "model/experts/balance.py",
         "(mean - load).sign()",
         "(load - mean).sign()",
-        ("unit/model/experts/test_balance_losses.py",),
+        ("unit/model/experts/test_balance_losses.py", "unit/training/test_expert_steps.py"),
     ),
     Breakage(
         "padding takes the places of trained tokens in a full expert",
@@ -177,10 +177,10 @@ BREAKAGES = (
         ("unit/training/test_control.py",),
     ),
     Breakage(
-        "an older state that could not be written replaces a newer one",
+        "a best state that could not be written is forgotten once a newer one is",
         "training/saving.py",
-        'self._unwritten.pop("newest", None)  # this one is newer',
-        "pass",
+        'if other.step > request.step or (kind == "best" and not request.is_best)',
+        "if other.step > request.step",
         ("unit/training/test_saving.py",),
     ),
     Breakage(
@@ -254,10 +254,10 @@ BREAKAGES = (
         ("unit/monitoring/test_tensorboard_sink.py",),
     ),
     Breakage(
-        "a new level of the loss is found again and again",
+        "the logarithm of a negative loss is taken",
         "orchestrator/detectors/loss.py",
-        "        self._end()\n        self.baseline.restart()",
-        "        self._end()",
+        "if loss < 0 and self.scale.is_log:",
+        "if False:",
         ("unit/orchestrator/test_loss_detectors.py", "unit/orchestrator/test_watcher.py"),
     ),
     Breakage(

@@ -13,7 +13,6 @@ from typing import Any
 
 import ultrathink.checkpoint.tensor_files  # noqa: F401 — else every child imports it
 from tests.unit.checkpoint.disks import state
-from ultrathink.checkpoint.saver import CheckpointSaver
 from ultrathink.runs.folder import RunFolder
 
 CRASHED = 9
@@ -38,30 +37,14 @@ def save_and_crash(run: RunFolder, step: int, keep: int, crash_at: int) -> None:
     run.save(step, state(100 * step + crash_at), is_best=True, keep=keep)
 
 
-def save_for_ever(run: RunFolder) -> None:
-    """Save steps, every one of them twice, every third the best one."""
-    saver = CheckpointSaver(run, keep=2)
-    step = max(run.steps(), default=0)
-    while True:
-        step += 1
-        for _ in range(2):
-            saver.submit(step, state(step, 100_000), is_best=step % 3 == 0)
-        failed = [outcome.error for outcome in saver.outcomes() if outcome.error is not None]
-        if failed:
-            raise failed[0]
-
-
 def serve() -> None:
     for line in sys.stdin:
         step, keep, crash_at, folder = line.rstrip("\n").split(maxsplit=3)
         child = os.fork()
         if child == 0:
             run = RunFolder(Path(folder))
-            if int(step):
-                save_and_crash(run, int(step), int(keep), int(crash_at))
-                os._exit(0)
-            save_for_ever(run)
-        print(child, flush=True)
+            save_and_crash(run, int(step), int(keep), int(crash_at))
+            os._exit(0)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 
@@ -72,24 +55,12 @@ class Writer:
         assert process.stdout is not None
         self.orders, self.answers = process.stdin, process.stdout
 
-    def start_saving(self, run: RunFolder) -> int:
-        """Begin to save without an end; the process id to kill."""
-        return self._order(run, 0, 0, 0)
-
-    def ending(self) -> int:
-        """The exit status of the child that was started last, once it ended."""
-        return int(self.answers.readline())
-
     def save(self, run: RunFolder, step: int, *, keep: int, crash_at: int) -> bool:
         """Whether the save of ``step`` came through before it was to crash."""
-        self._order(run, step, keep, crash_at)
-        status = self.ending()
+        print(step, keep, crash_at, run.path.absolute(), file=self.orders, flush=True)
+        status = int(self.answers.readline())
         assert status in (0, CRASHED)
         return status == 0
-
-    def _order(self, run: RunFolder, *numbers: int) -> int:
-        print(*numbers, run.path.absolute(), file=self.orders, flush=True)
-        return int(self.answers.readline())
 
 
 @contextmanager

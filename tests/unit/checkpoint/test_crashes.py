@@ -1,9 +1,6 @@
-"""A process that ends in the middle of a save, killed at random and at every change to the disk."""
+"""A process that ends in the middle of a save, killed at every change to the disk."""
 
 import os
-import random
-import signal
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -69,40 +66,6 @@ def test_killed_at_any_change_while_a_step_is_replaced_one_of_the_two_is_there(
         num_kept += after == before
     assert num_kept > 10
     assert value_of(load_checkpoint(run.step_path(1))) == 100 + crash_at
-
-
-def test_killed_at_random_moments_every_visible_checkpoint_is_whole(
-    run: RunFolder, crashing: Writer
-) -> None:
-    seed = int.from_bytes(os.urandom(4), "big")
-    print(f"seed {seed}")
-    chance = random.Random(seed)
-    reached = 0
-    for _ in range(8):
-        pid = crashing.start_saving(run)
-        try:
-            await_step(run, reached + 1)
-            time.sleep(chance.uniform(0, 0.15))
-        finally:
-            os.kill(pid, signal.SIGKILL)
-        assert crashing.ending() == -signal.SIGKILL
-        for step in run.steps():
-            assert value_of(load_checkpoint(run.step_path(step))) == step
-        run.clean()
-        assert hidden(run.path) == []
-        reached = run.steps()[-1]
-        assert step_of(run, "last") == reached
-        if reached >= 3:
-            assert step_of(run, "best") == reached - reached % 3
-        for step in run.steps():
-            assert value_of(load_checkpoint(run.step_path(step))) == step
-
-
-def await_step(run: RunFolder, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while max(run.steps(), default=0) < step:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def test_what_a_crash_left_of_an_older_process_does_not_stop_a_save(run: RunFolder) -> None:

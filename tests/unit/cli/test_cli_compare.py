@@ -156,16 +156,6 @@ def test_where_the_encoding_has_no_bars_there_is_no_plot(
     assert "\\u" not in text
 
 
-def test_a_run_and_itself_are_identical(two: None, capsys: Out) -> None:
-    out = compare(capsys, "a", "a")
-    assert "Configuration: all 101 values are the same\n" in out
-    assert "Manifest: same code, packages, hardware, data and tokenizer\n" in out
-    assert (
-        "  a (1) and a (2): all 4 logged losses are equal (identical); "
-        "the one validation loss is equal (identical)\n"
-    ) in out
-
-
 def test_two_trainings_of_a_configuration_are_identical(place: Path, capsys: Out) -> None:
     for _ in range(2):
         train(place.parent, "training.max_steps=4", "training.log_every=1")
@@ -185,13 +175,6 @@ def test_how_long_curves_are_equal(two: None, capsys: Out) -> None:
     assert "all 3 logged losses are equal at the steps that both have" in compare(capsys, "a", "d")
 
 
-def test_three_runs_with_a_metric_that_one_lacks(two: None, capsys: Out) -> None:
-    with_course(make_run(Path("runs"), "c"), 4.0, aux_balance=0.5)
-    out = compare(capsys, "a", "b", "c")
-    assert "  up to step  loss a       b       c  bits/byte a       b       c\n" in out
-    assert "  only c has the metric train aux_balance\n" in out
-
-
 def test_what_only_a_mixture_of_experts_measures_is_told_group_by_group(
     two: None, capsys: Out
 ) -> None:
@@ -205,14 +188,6 @@ def test_what_only_a_mixture_of_experts_measures_is_told_group_by_group(
     assert answer["curves"]["lone_metrics"]["train experts/skill/gini"] == ["c"]
 
 
-def test_steps_of_another_size_are_compared_by_tokens(two: None, capsys: Out) -> None:
-    wide = make_run(Path("runs"), "wide")
-    write_lines(wide.metrics, [train_line(n, 2.0, tokens=1024 * n) for n in range(1, 5)])
-    out = compare(capsys, "a", "wide")
-    assert "up to token" in out
-    assert "train loss over 2,048 tokens" in out
-
-
 def test_what_was_changed_on_resuming_is_told(two: None, capsys: Out) -> None:
     change = ConfigChange("training.clip", 1.0, 0.5)
     other = ConfigChange("training.log_every", 10, 1, felt=False)
@@ -224,15 +199,6 @@ def test_what_was_changed_on_resuming_is_told(two: None, capsys: Out) -> None:
         {"key": "training.clip", "before": 1.0, "after": 0.5, "felt": True},
         {"key": "training.log_every", "before": 10, "after": 1, "felt": False},
     ]
-
-
-def test_a_run_without_metrics_is_compared_in_the_rest(two: None, capsys: Out) -> None:
-    make_run(Path("runs"), "c")
-    out = compare(capsys, "a", "c")
-    assert "Configuration: all 101 values are the same (run.name left out)" in out
-    assert "Manifest: c has none that can be read" in out
-    assert "Curves: c has no metrics yet" in out
-    assert json.loads(compare(capsys, "a", "c", "--json"))["curves"]["stretches"] == []
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(two: None, capsys: Out) -> None:
@@ -254,8 +220,3 @@ def test_mistakes_are_answered(
     two: None, capsys: Out, words: tuple[str, ...], message: str
 ) -> None:
     assert message in compare(capsys, *words, status=2)
-
-
-def test_a_configuration_that_cannot_be_read_is_named(two: None, capsys: Out) -> None:
-    Path("runs/b/config.yaml").write_text("{")
-    assert "runs/b/config.yaml is damaged" in compare(capsys, "a", "b", status=2)

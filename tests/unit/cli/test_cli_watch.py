@@ -83,32 +83,6 @@ def test_what_a_program_sees(log: Path, capsys: Out) -> None:
     assert found["forecast"]["step"] == 1200
 
 
-def test_columns_that_are_named(place: Path, capsys: Out) -> None:
-    (place / "log").write_text("n,q\n" + rows(1, 50))
-    found = json.loads(watch(capsys, "log", "--columns", "loss=q,step=n", "--json"))
-    assert (found["log"]["last_step"], found["log"]["signals"]) == (49, ["loss"])
-
-
-def test_steps_that_go_backwards(place: Path, capsys: Out) -> None:
-    (place / "log").write_text("step,loss\n" + rows(1, 301) + rows(251, 401))
-    found = json.loads(watch(capsys, "log", "--json"))
-    assert (251, "resumed") in [(e["step"], e["kind"]) for e in found["events"]]
-    assert found["log"]["num_steps"] == 400
-
-
-def test_losses_that_are_no_numbers(place: Path, capsys: Out) -> None:
-    (place / "log").write_text("step,loss\n" + rows(1, 301) + "301,nan\n302,NaN\n303,inf\n")
-    found = json.loads(watch(capsys, "log", "--json"))
-    (event,) = [e for e in found["events"] if e["kind"] == "non_finite"]
-    assert event["step"] == 301
-    assert event["severity"] in ("high", "critical")
-
-
-def test_a_torn_line_is_noted(place: Path, capsys: Out) -> None:
-    (place / "log").write_text("step,loss,lr\n1,2,3\n2,1.5")
-    assert "  The last line is torn and was left out.\n" in watch(capsys, "log")
-
-
 def test_nothing_found_is_said(place: Path, capsys: Out) -> None:
     (place / "log").write_text("step,loss\n1,2\n2,1.5\n")
     assert "Nothing was found." in watch(capsys, "log")

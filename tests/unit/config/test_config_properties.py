@@ -99,7 +99,7 @@ def test_what_occurs_twice_is_written_twice() -> None:
     assert "&" not in dump_yaml({"a": shared, "b": shared})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(list(all_fields(Config))), plain)
 def test_any_value_anywhere_is_accepted_or_explained(key: str, value: Any) -> None:
     override = f"{key}={dump_yaml(value, one_line=True)}"
@@ -107,7 +107,7 @@ def test_any_value_anywhere_is_accepted_or_explained(key: str, value: Any) -> No
         load_config("demo", [override])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text())
 def test_any_text_is_an_override_or_a_message(text: str) -> None:
     with suppress(ConfigError):

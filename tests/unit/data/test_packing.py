@@ -43,7 +43,6 @@ def marked(documents: Sequence[Sequence[int]]) -> ArrayStore:
 
 
 @given(documents=Documents, seq_len=SEQ_LEN)
-@settings(deadline=None)
 def test_packed_every_token_but_the_first_is_a_target_once(
     documents: list[list[int]], seq_len: int
 ) -> None:
@@ -60,7 +59,6 @@ def test_packed_every_token_but_the_first_is_a_target_once(
 
 
 @given(documents=Documents, seq_len=SEQ_LEN)
-@settings(deadline=None)
 def test_isolated_documents_are_numbered_by_where_they_start(
     documents: list[list[int]], seq_len: int
 ) -> None:
@@ -80,7 +78,6 @@ def test_isolated_documents_are_numbered_by_where_they_start(
 
 
 @given(documents=Documents, seq_len=SEQ_LEN)
-@settings(deadline=None)
 def test_without_isolation_a_sequence_is_one_document(
     documents: list[list[int]], seq_len: int
 ) -> None:
@@ -92,7 +89,6 @@ def test_without_isolation_a_sequence_is_one_document(
 
 
 @given(documents=Documents, seq_len=SEQ_LEN)
-@settings(deadline=None)
 def test_unpacked_documents_stay_alone(documents: list[list[int]], seq_len: int) -> None:
     store = ArrayStore(documents)
     input_ids, labels, positions, document_ids, _ = read_all(store, seq_len, ALONE)
@@ -122,7 +118,7 @@ def test_an_example_in_full() -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_rows_of_several_stores_come_in_the_order_asked(data: Any) -> None:
     stores = [ArrayStore(data.draw(Documents)) for _ in range(3)]
     packing = data.draw(st.sampled_from([ISOLATED, JOINED, ALONE]))

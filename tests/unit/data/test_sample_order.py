@@ -67,7 +67,7 @@ def test_seed_source_and_epoch_each_give_another_order() -> None:
 
 
 @given(weights=Weights, offset=st.integers(0, 10**12), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shares_hold_over_any_window(weights: list[float], offset: int, data: Any) -> None:
     num_samples = 400
     order = SampleOrder([10**9] * len(weights), weights, seed=0)
@@ -84,7 +84,7 @@ def test_shares_hold_over_any_window(weights: list[float], offset: int, data: An
 
 
 @given(weights=Weights)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_each_source_counts_up_without_a_gap(weights: list[float]) -> None:
     sizes = [7 + 10 * number for number in range(len(weights))]
     order = SampleOrder(sizes, weights, seed=5)
@@ -168,7 +168,7 @@ def made(steps: list[tuple[int, list[float] | None, int]]) -> list[Change]:
 
 
 @given(steps=Changes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_changes_equal_a_walk_that_applies_them_one_by_one(
     steps: list[tuple[int, list[float] | None, int]],
 ) -> None:
@@ -208,7 +208,7 @@ def test_changes_equal_a_walk_that_applies_them_one_by_one(
 
 
 @given(steps=Changes, more=Changes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_later_change_alters_no_earlier_sample(
     steps: list[tuple[int, list[float] | None, int]],
     more: list[tuple[int, list[float] | None, int]],

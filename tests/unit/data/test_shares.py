@@ -37,7 +37,7 @@ def make(stores: list[TokenStore], share: Share, num_workers: int = 0) -> TrainL
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(size=st.sampled_from([1, 2, 3, 4, 6, 12]), skip=st.integers(0, 40))
 def test_shares_of_a_batch_make_the_batch(stores: list[TokenStore], size: int, skip: int) -> None:
     whole = make(stores, Share())

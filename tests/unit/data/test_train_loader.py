@@ -167,9 +167,7 @@ def act(loader: TrainLoader, action: tuple[str, int]) -> list[list[int]]:
 
 
 @given(actions=Actions, data=st.data())
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_resumed_loader_goes_on_as_if_never_stopped(
     stores: list[TokenStore], actions: list[tuple[str, int]], data: Any
 ) -> None:

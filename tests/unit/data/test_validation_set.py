@@ -21,9 +21,7 @@ TEXTS = ["the first held-out document", "größer als ASCII 🙂", "x"]
     seq_len=st.integers(2, 12),
     batch_size=st.integers(1, 4),
 )
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_each_token_but_the_first_is_predicted_once(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], seq_len: int, batch_size: int
 ) -> None:

@@ -4,13 +4,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.unit.monitoring.disks import small_disk
 from ultrathink.config import load_config
 from ultrathink.insight.doctor import machine
 from ultrathink.insight.doctor import speed as speed_module
@@ -31,21 +30,6 @@ from ultrathink.training.compiling import compiler_problem
 
 CPU = torch.device("cpu")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads files of Linux")
-
-
-@contextmanager
-def mounted(folder: Path, size: str) -> Iterator[Path]:
-    """A small disk of its own at ``folder``; skips where mounting is not permitted."""
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True
-    )
-    if done.returncode != 0:
-        pytest.skip("mounting is not permitted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 # -- cores and memory ------------------------------------------------------------------------------
@@ -164,7 +148,7 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
 
 @linux
 def test_a_disk_without_room_and_one_that_is_read_only(tmp_path: Path) -> None:
-    with mounted(tmp_path / "disk", "64k") as disk:
+    with small_disk(tmp_path / "disk", "64k") as disk:
         assert disk_rate(disk) is None
         assert list(disk.iterdir()) == []
         with (disk / "full").open("wb", buffering=0) as file:

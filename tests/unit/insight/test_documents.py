@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ultrathink.insight.logs.documents import read_document
@@ -179,7 +179,6 @@ trees = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(trees, min_size=1), st.data())
 def test_what_is_read_of_a_cut_document_was_in_it(document: list[Any], data: st.DataObject) -> None:
     """All elements but the last are as they were, and the last is not an invention."""

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.runs.trained_runs import train_line, val_line, write_lines
@@ -29,7 +29,6 @@ def append(path: Path, text: str) -> None:
 # -- the tail of a file ----------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(alphabet="abc\nä", max_size=12), max_size=8))
 def test_pieces_that_are_appended_make_the_whole(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[str]

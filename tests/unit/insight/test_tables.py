@@ -264,7 +264,7 @@ tables = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(tables, st.sampled_from([",", "\t", ";"]), st.booleans())
 def test_every_loss_of_a_table_is_read(
     tmp_path_factory: pytest.TempPathFactory, rows: Any, delimiter: str, has_end: bool

@@ -44,46 +44,13 @@ def refused(**values: Any) -> str:
 # -- defaults --------------------------------------------------------------------------------------
 
 
-def test_what_is_left_out_has_the_default_of_its_family() -> None:
-    llama = read()
-    assert (llama.num_kv_heads, llama.head_dim, llama.max_positions) == (4, 16, 2048)
-    assert (llama.norm_eps, llama.tie_embeddings, llama.rope_theta) == (1e-6, False, 10_000.0)
-    assert (llama.qk_norm, llama.qkv_bias, llama.rope_scaling) == (False, False, None)
-    heads = {"num_attention_heads": 32, "hidden_size": 512}
-    mistral = read_family({**LLAMA, **heads, "model_type": "mistral"}, PATH)
-    assert (mistral.model.num_kv_heads, mistral.window) == (8, 4096)
-    assert mistral.model.max_positions == 4096, "beyond its window attention is another"
-    qwen2 = read(model_type="qwen2", **heads)
-    assert (qwen2.num_kv_heads, qwen2.head_dim, qwen2.qkv_bias) == (32, 16, True)
-    qwen3 = read(model_type="qwen3", **heads)
-    assert (qwen3.num_kv_heads, qwen3.head_dim, qwen3.qk_norm) == (32, 128, True)
-    assert (qwen3.norm_eps, qwen3.rope_theta, qwen3.moe) == (1e-6, 10_000.0, None)
-    mixtral = read_family({**LLAMA, **heads, "model_type": "mixtral"}, PATH)
-    assert (mixtral.model.num_kv_heads, mixtral.window) == (8, None)
-    assert (mixtral.model.norm_eps, mixtral.model.rope_theta) == (1e-5, 1e6)
-    assert mixtral.model.max_positions == 131_072
-    moe = mixtral.model.moe
-    assert moe is not None
-    assert [(group.num_experts, group.top_k) for group in moe.groups] == [(8, 2)]
-    assert (moe.intermediate_size, moe.layers, moe.score) == (96, "all", "softmax")
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "mixtral"])
+def test_what_is_left_out_has_the_default_of_transformers(kind: str) -> None:
+    from transformers import AutoConfig
 
-
-def test_the_defaults_of_a_mixtral_are_those_of_transformers() -> None:
-    import transformers
-
-    theirs = transformers.MixtralConfig()
-    described = read_family(
-        {
-            "model_type": "mixtral",
-            "hidden_size": theirs.hidden_size,
-            "num_hidden_layers": theirs.num_hidden_layers,
-            "num_attention_heads": theirs.num_attention_heads,
-            "intermediate_size": theirs.intermediate_size,
-            "vocab_size": theirs.vocab_size,
-        },
-        PATH,
-    )
-    assert described == read_family(theirs.to_dict(), PATH)
+    described = LLAMA | {"model_type": kind, "num_attention_heads": 32, "hidden_size": 512}
+    theirs = AutoConfig.for_model(**described).to_dict()
+    assert read_family(described, PATH) == read_family(theirs, PATH)
 
 
 def test_null_heads_are_all_heads() -> None:

@@ -59,7 +59,7 @@ def mask_for(
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     T=st.integers(1, 90),
     H_K=st.sampled_from([(4, 4), (4, 2), (4, 1), (3, 1)]),

@@ -56,7 +56,7 @@ def test_loss_passes_gradcheck(z_weight: float) -> None:
     assert torch.autograd.gradcheck(losses, (hidden, weight))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(N=st.integers(1, 40), size=st.integers(1, 48), seed=st.integers(0, 9))
 def test_chunks_change_nothing(N: int, size: int, seed: int) -> None:
     hidden, weight, _ = make_inputs(N)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.monitoring.routed import Routed, routed, statistics, with_loads
@@ -104,7 +104,6 @@ tokens_of = st.builds(
 
 
 @given(tokens_of)
-@settings(deadline=None)
 def test_every_figure_is_finite_and_within_its_bounds(tokens: Routed) -> None:
     T, N = tokens.chosen.shape
     k, none = tokens.top_k, T == 0
@@ -135,7 +134,6 @@ def test_every_figure_is_finite_and_within_its_bounds(tokens: Routed) -> None:
 
 
 @given(tokens_of, st.randoms(use_true_random=False))
-@settings(deadline=None)
 def test_the_order_of_experts_changes_nothing(tokens: Routed, random: object) -> None:
     order = list(range(tokens.chosen.shape[1]))
     random.shuffle(order)  # type: ignore[attr-defined]

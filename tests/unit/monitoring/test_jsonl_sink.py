@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +108,6 @@ def test_a_resumed_run_cuts_what_its_experts_did_later(start: int, tmp_path: Pat
     assert steps == ([1, 10, 20, 21] if start else [1])
 
 
-def test_a_run_that_starts_over_forgets_its_steps(tmp_path: Path) -> None:
-    sink = opened(tmp_path)
-    sink.write(record(5, loss=1.0))
-    sink.close()
-    again = opened(tmp_path)
-    again.write(record(1, loss=1.0))
-    again.close()
-    assert [r.step for r in read_records(tmp_path / "metrics.jsonl")] == [1]
-
-
 @pytest.mark.parametrize(
     "torn", [b'{"step": 3, "lo', b'{"step": 3}', b"\0\0\0\n", b'{"t": "\xff"}\n', b"[3]\n"]
 )
@@ -176,31 +165,6 @@ def test_samples_keep_any_text(tmp_path: Path) -> None:
 # -- surroundings that break ----------------------------------------------------------------------
 
 
-def test_a_full_disk_keeps_records_waiting_and_lines_whole(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk") as disk:
-        folder, path = disk / "run", disk / "run" / "metrics.jsonl"
-        sink = opened(folder)
-        sink.write(record(1, loss=1.0))
-        filler = fill(disk)
-        failed = []
-        for step in range(2, 200):
-            try:
-                sink.write(record(step, loss=1.0))
-            except OSError as error:
-                failed.append(str(error))
-            for line in path.read_text().splitlines():
-                json.loads(line)
-        assert len(failed) > 20
-        assert set(failed) == {f"[Errno 28] No space left on device: {str(path)!r}"}
-        filler.unlink()
-        sink.write(record(200, loss=1.0))
-        assert [r.step for r in read_records(path)] == list(range(1, 201))
-        ((note, level),) = sink.take_notes()
-        assert f"caught up with {len(failed)} entries that had to wait" in note
-        assert level == "info"
-        sink.close()
-
-
 def test_a_resume_on_a_full_disk_cuts_and_writes_when_there_is_room(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
         path = disk / "metrics.jsonl"
@@ -219,49 +183,6 @@ def test_a_resume_on_a_full_disk_cuts_and_writes_when_there_is_room(tmp_path: Pa
         resumed.write(record(152, loss=0.5))
         resumed.close()
         assert [r.step for r in read_records(path)] == list(range(1, 153))
-
-
-def test_a_full_disk_keeps_what_experts_did_waiting(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk") as disk:
-        sink = opened(disk)
-        sink.experts(experts(1))
-        filler = fill(disk)
-        failed = 0
-        for step in range(2, 100):
-            try:
-                sink.experts(experts(step))
-            except OSError:
-                failed += 1
-            lines_of(disk / "experts.jsonl")  # all whole
-        assert failed > 20
-        filler.unlink()
-        sink.experts(experts(100))
-        assert lines_of(disk / "experts.jsonl") == [experts(n).to_json() for n in range(1, 101)]
-        ((note, _),) = sink.take_notes()
-        assert f"experts.jsonl has caught up with {failed} entries" in note
-        sink.close()
-
-
-@pytest.mark.parametrize("how", ["file deleted", "folder deleted", "file moved"])
-def test_a_file_that_vanished_is_begun_anew_and_named_once(how: str, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    sink = opened(folder)
-    for step in (1, 2):
-        sink.write(record(step, loss=1.0))
-    if how == "file deleted":
-        (folder / "metrics.jsonl").unlink()
-    elif how == "folder deleted":
-        shutil.rmtree(folder)
-    else:
-        (folder / "metrics.jsonl").rename(tmp_path / "mine.jsonl")
-    for step in (3, 4):
-        sink.write(record(step, loss=1.0))
-    sink.close()
-    assert [r.step for r in read_records(folder / "metrics.jsonl")] == [3, 4]
-    ((note, level),) = sink.take_notes()
-    assert "metrics.jsonl was deleted or moved while the run wrote to it" in note
-    assert "and up to 2 entries with it" in note
-    assert level == "warning"
 
 
 def test_both_files_are_tried_whatever_happens_to_one(tmp_path: Path) -> None:

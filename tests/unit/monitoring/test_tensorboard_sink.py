@@ -2,7 +2,6 @@
 
 import importlib
 import math
-import shutil
 import threading
 import warnings
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from tests.unit.monitoring.disks import fill, small_disk
 from tests.unit.monitoring.routed import routed, statistics
 from ultrathink.monitoring import MetricRecord, RunInfo
 from ultrathink.monitoring.experts import ExpertRecord
@@ -102,20 +100,6 @@ def test_experts_have_scalars_of_each_layer_and_a_picture_of_each_group(tmp_path
         assert "White: 1." in about.summary_description
 
 
-def test_a_resumed_run_hides_what_its_experts_did_later(tmp_path: Path) -> None:
-    given = statistics({"skill": routed(1, 8, 2, 60)})
-    sink = opened(tmp_path)
-    for step in (10, 20, 30):
-        sink.experts(ExpertRecord(step, float(step), given))
-    sink.close()
-    resumed = opened(tmp_path, start_step=20)
-    resumed.experts(ExpertRecord(21, 99.0, given))
-    resumed.close()
-    events = read(tmp_path, "plugin_event_accumulator")  # as the program reads; scalars are tensors
-    for tag in ("experts/skill/load", "experts/skill/gini/layer_1"):
-        assert [event.step for event in events.Tensors(tag)] == [10, 20, 21]
-
-
 def test_warnings_of_its_packages_stay_inside(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,56 +145,6 @@ def loss_record(step: int) -> MetricRecord:
 
 def steps(folder: Path) -> list[int]:
     return [event.step for event in read(folder).Scalars("train/loss")]
-
-
-def test_a_full_disk_neither_stops_nor_loses_anything(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk") as disk:
-        sink = opened(disk)
-        sink.write(loss_record(1))
-        filler = fill(disk)
-        failures = 0
-        for step in range(2, 100):
-            try:
-                sink.write(loss_record(step))
-            except OSError:
-                failures += 1
-        assert failures > 20
-        assert steps(disk) == list(range(1, 100 - failures))  # whole records only
-        filler.unlink()
-        sink.write(loss_record(100))
-        assert steps(disk) == list(range(1, 101))
-        sink.close()
-
-
-def test_closing_on_a_full_disk_returns_and_counts_what_is_lost(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk") as disk:
-        fill(disk)
-        sink = opened(disk)
-        for step in range(1, 50):
-            with pytest.raises(OSError, match="No space left"):
-                sink.write(loss_record(step))
-        with pytest.raises(OSError, match="No space left"):
-            sink.close()
-        ((note, _),) = sink.take_notes()
-        assert "lacks 49 entries that could not be written" in note
-        assert len(list((disk / "tensorboard").iterdir())) == 1  # however often it was tried
-
-
-@pytest.mark.parametrize("victim", ["tensorboard", "."])
-def test_a_folder_that_vanished_gets_a_new_event_file(victim: str, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    sink = opened(run, start_step=10)
-    sink.write(loss_record(11))
-    (name,) = [file.name for file in (run / "tensorboard").iterdir()]
-    shutil.rmtree(run / victim)
-    sink.write(loss_record(12))
-    sink.write(loss_record(13))
-    sink.close()
-    assert steps(run) == [12, 13]
-    ((note, _),) = sink.take_notes()
-    assert "was deleted or moved while the run wrote to it" in note
-    (new_name,) = [file.name for file in (run / "tensorboard").iterdir()]
-    assert new_name > name  # TensorBoard reads on in the order of the names
 
 
 def test_an_event_file_that_vanished_leaves_the_earlier_ones_in_force(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def troubled(seed: int, count: int = 400) -> list[Signals]:
     return run
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.integers(0, 1000), st.integers(1, 419))
 @example(0, 415)  # within the last point of the curve
 def test_a_restart_at_any_step_changes_nothing(seed: int, stop: int) -> None:
@@ -117,7 +117,7 @@ def test_negative_losses_are_judged_as_finely_after_a_restart() -> None:
     assert other.events == whole.events
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_no_input_is_too_odd(data: st.DataObject) -> None:
     names = data.draw(st.lists(st.sampled_from(NAMES), min_size=1, max_size=6, unique=True))
@@ -147,7 +147,7 @@ def test_values_of_every_size_in_every_signal(name: str) -> None:
         json.dumps([watcher.report(), watcher.state_dict()], allow_nan=False)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     st.integers(0, 1000),
     st.lists(st.tuples(st.integers(1, 300), st.integers(1, 60)), max_size=4),

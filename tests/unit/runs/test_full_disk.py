@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.checkpoint.disks import Disk, flip, hidden, state, value_of
-from ultrathink.checkpoint.format import load_checkpoint, save_checkpoint, verify_checkpoint
+from tests.unit.checkpoint.disks import Disk, hidden, state, value_of
+from ultrathink.checkpoint.format import load_checkpoint, save_checkpoint
 from ultrathink.checkpoint.saver import CheckpointSaver, Outcome
 from ultrathink.config import load_config
 from ultrathink.core.errors import CheckpointError
@@ -52,40 +52,6 @@ def test_a_disk_that_fills_up_at_any_page_leaves_the_old_checkpoint_and_nothing_
     assert free > 16  # two files of eight pages each, and three small ones
     assert value_of(load_checkpoint(folder)) == 2
     assert [path.name for path in disk.path.iterdir()] == [folder.name]
-
-
-def test_a_full_disk_is_an_outcome_and_the_next_save_works(disk: Disk, run: RunFolder) -> None:
-    saver = CheckpointSaver(run, keep=2)
-    assert save(saver, 1).error is None
-    with disk.filled():
-        outcome = save(saver, 2, is_best=True)
-        assert isinstance(outcome.error, OSError)
-        assert outcome.error.errno == errno.ENOSPC
-        assert outcome.error.filename is not None
-        assert (outcome.step, outcome.is_best) == (2, True)
-        assert run.steps() == [1]
-        assert not (run.checkpoints / "best").exists()
-        assert hidden(run.path) == []
-    assert save(saver, 3).error is None
-    assert run.steps() == [1, 3]
-    assert value_of(load_checkpoint(run.checkpoint())) == 3
-
-
-def test_a_failed_save_never_costs_the_last_good_checkpoint(disk: Disk, run: RunFolder) -> None:
-    """With keep=1, the only sound one is older than those damaged since."""
-    for step in (1, 2, 3):
-        run.save(step, state(step), is_best=False, keep=3)
-    for step in (2, 3):
-        flip(run.step_path(step) / "model-00001-of-00002.safetensors")  # its size tells nothing
-    saver = CheckpointSaver(run, keep=1)
-    with disk.filled():
-        assert isinstance(save(saver, 4).error, OSError)
-    path, notes = run.sound_checkpoint()
-    assert path == run.step_path(1)
-    assert len(notes) == 2
-    assert save(saver, 5).error is None  # only a whole one lets old ones go
-    assert run.steps() == [5]
-    verify_checkpoint(run.step_path(5))
 
 
 def test_a_disk_that_cannot_be_written_is_an_outcome_until_it_can(

@@ -1,7 +1,6 @@
 """What a run of a mixture of experts tells: in its files, and to who watches."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,14 +131,3 @@ def _noting(trainer: Trainer, told_at: list[int]) -> Any:
         notify(event, *details)
 
     return note
-
-
-def test_a_file_of_experts_that_vanished_is_begun_anew(make_trainer: MakeTrainer) -> None:
-    def remove(_: object) -> None:
-        path: Path = trainer.run.path / "experts.jsonl"
-        path.unlink()
-
-    trainer = make_trainer(*EXPERTS, controllers=[At(step4=remove)])
-    assert trainer.fit() == "finished"
-    assert [line["step"] for line in lines(trainer.run)] == [5, 6, 7, 8, 9]
-    assert "experts.jsonl was deleted" in (trainer.run.logs / "run.log").read_text()

@@ -23,18 +23,21 @@ MODEL = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("config", [AdamWConfig(), MuonConfig()])
+@pytest.mark.parametrize("config", [AdamWConfig(), MuonConfig(weight_decay=0.1)])
 def test_every_parameter_is_moved_by_exactly_one_optimizer(
     config: AdamWConfig | MuonConfig,
 ) -> None:
     model = Transformer(MODEL)
     moved = [
-        parameter
+        (parameter, group["weight_decay"])
         for optimizer in build_optimizers(config, model)
         for group in optimizer.param_groups
         for parameter in group["params"]
     ]
-    assert len(moved) == len(set(moved)) == len(list(model.parameters()))
+    parameters = {parameter for parameter, _ in moved}
+    assert len(moved) == len(parameters) == len(list(model.parameters()))
+    # Matrices are decayed, norms and biases are not.
+    assert all((decay > 0) == (parameter.ndim > 1) for parameter, decay in moved)
 
 
 def test_muon_takes_hidden_matrices_and_knows_what_is_fused_in_them() -> None:

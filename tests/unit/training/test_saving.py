@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.unit.monitoring import disks
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, Recorder, final_state, records, without_time
 from ultrathink.checkpoint.format import load_checkpoint, verify_checkpoint
@@ -37,38 +37,14 @@ class During(Callback):
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 4 MB of its own."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("mounting a small disk is not permitted here")
-    try:
+    with disks.small_disk(tmp_path / "disk", "4m") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-def fill(disk: Path) -> None:
-    with (disk / "ballast").open("wb", buffering=0) as file:
-        block = b"\0" * 65536
-        try:
-            while True:
-                file.write(block)
-        except OSError:
-            pass
-        try:
-            while True:
-                file.write(b"\0")
-        except OSError:
-            pass
 
 
 def fill_once_saved(trainer: Trainer, disk: Path) -> None:
     """Fill ``disk`` when nothing is being written to it."""
     trainer.saving.settle()
-    fill(disk)
+    disks.fill(disk)
 
 
 def same_as_undisturbed(make_trainer: MakeTrainer, trainer: Trainer, *overrides: str) -> bool:
@@ -133,7 +109,7 @@ def test_a_full_disk_warns_keeps_training_and_tries_again(
             Written(),
             During(
                 step3=lambda: fill_once_saved(trainer, small_disk),
-                step9=(small_disk / "ballast").unlink,
+                step9=(small_disk / "filler").unlink,
             ),
         ],
     )
@@ -168,7 +144,7 @@ def test_the_end_of_a_run_waits_for_room_on_the_disk(
         while not any("waiting up to 60 minutes" in text for text in recorder.messages):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        (small_disk / "ballast").unlink()
+        (small_disk / "filler").unlink()
 
     helper = threading.Thread(target=make_room)
     helper.start()
@@ -188,7 +164,7 @@ def test_patience_with_a_full_disk_ends(make_trainer: MakeTrainer, small_disk: P
     with pytest.raises(CheckpointError, match="step 4 could not be written: No space left"):
         trainer.fit()
     assert trainer.run.steps() == [2]  # what was good is still there
-    (small_disk / "ballast").unlink()
+    (small_disk / "filler").unlink()
     assert resume_trainer(trainer.run).fit() == "finished"
 
 
@@ -196,7 +172,7 @@ def test_a_best_checkpoint_that_could_not_be_written_is_written_later(
     make_trainer: MakeTrainer, small_disk: Path
 ) -> None:
     def make_room() -> None:
-        (small_disk / "ballast").unlink()
+        (small_disk / "filler").unlink()
         deadline = time.monotonic() + 60
         while 4 not in trainer.run.steps():
             assert time.monotonic() < deadline

@@ -59,17 +59,6 @@ def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_guard_that_lets_all_pass_changes_no_bit(make_trainer: MakeTrainer) -> None:
-    results = []
-    for guard in (None, Asked()):
-        trainer = make_trainer("training.max_steps=5", "training.clip=0.3")
-        if guard is not None:
-            trainer.set_guard(guard)
-        trainer.fit()
-        results.append(final_state(trainer.run))
-    assert are_equal(*results)
-
-
 def test_it_is_asked_of_the_loss_and_the_norm_before_clipping(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(*FP64, "training.clip=0.01")
     guard = Asked()
@@ -183,10 +172,3 @@ def test_a_rollback_takes_the_guard_back(make_trainer: MakeTrainer) -> None:
     trainer.fit()
     assert counts == [5]
     assert guard.count == 6  # and not 9
-
-
-def test_a_checkpoint_from_before_there_were_guards_loads(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer()
-    state = trainer.state.copy()
-    assert state.pop("guard") is None
-    trainer.load_state_dict(state)

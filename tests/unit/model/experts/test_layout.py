@@ -52,7 +52,7 @@ def check(layout: Layout, flat: list[int], num_experts: int, multiple: int) -> N
 @pytest.mark.parametrize("by_size", [False, True])
 @pytest.mark.parametrize("multiple", [1, 8, 16])
 @given(drawn=assignments())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_assignment_has_a_row_of_its_own_among_its_experts(
     drawn: tuple[list[list[int]], int], multiple: int, by_size: bool
 ) -> None:

@@ -144,9 +144,10 @@ def test_rows_stand_where_both_were_validated(tmp_path: Path) -> None:
 
 def test_steps_of_another_size_are_compared_by_tokens(tmp_path: Path) -> None:
     wide = [train_line(step, 2.0, tokens=1024 * step) for step in range(1, 11)]
-    found = compared(tmp_path, course(10), wide)
-    assert found.axis == "tokens"
-    assert found.stretches[-1].end == 5120
+    for other in (wide, [*course(5), *wide[5:]]):  # throughout, or from a resume on
+        found = compared(tmp_path, course(10), other)
+        assert found.axis == "tokens"
+        assert found.stretches[-1].end == 5120
     assert len(found.stretches) <= MAX_ROWS
 
 

@@ -15,8 +15,7 @@ from typing import Any
 
 from ultrathink.config.experts import MoeConfig
 from ultrathink.config.model import ModelConfig
-from ultrathink.core.errors import ConfigError
-from ultrathink.interop.values import Values
+from ultrathink.interop.values import Values, cannot_export
 
 GROUP = "experts"  # what its only group is called here
 
@@ -60,10 +59,7 @@ def check_mixtral(config: ModelConfig) -> None:
     Slots without an expert change nothing that is computed, so they may be there.
     """
     for problem, remedy in _problems(config):
-        raise ConfigError(
-            f"{problem}; a model that is to be exported is trained with {remedy}. ultrathink "
-            f"generate and load_model read this run as it is."
-        )
+        raise cannot_export(f"{problem}.", remedy)
 
 
 def _problems(config: ModelConfig) -> Iterator[tuple[str, str]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 
 from ultrathink.checkpoint.format import load_checkpoint, weights
 from ultrathink.core.errors import ConfigError
-from ultrathink.core.files import replace_folder, sync_file, sync_folder
+from ultrathink.core.files import new_folder
 from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
 from ultrathink.data.tokenizers.huggingface import TOKENIZER_FILE, HuggingFaceTokenizer
 from ultrathink.interop.families import write_family
@@ -129,20 +128,9 @@ def _json(values: dict[str, Any]) -> str:
 
 
 def _write(folder: Path, texts: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
-    """Write all of a folder beside its place, flush it, and rename it there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir()
+    """Write all of a folder, or nothing."""
+    with new_folder(folder) as beside:
         for name, text in texts.items():
             (beside / name).write_bytes(text.encode())
         # transformers wants to be told which library's tensors these are.
         save_file(tensors, beside / WEIGHTS_FILE, metadata={"format": "pt"})
-        for file in beside.iterdir():
-            sync_file(file)
-        sync_folder(beside)
-        replace_folder(beside, folder)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise

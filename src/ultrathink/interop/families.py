@@ -16,10 +16,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from ultrathink.config.model import ModelConfig
-from ultrathink.core.errors import CheckpointError, ConfigError, suggestion
+from ultrathink.core.errors import CheckpointError, suggestion
 from ultrathink.interop.experts import check_mixtral, read_mixtral, write_mixtral
 from ultrathink.interop.rope import read_rope, write_rope
-from ultrathink.interop.values import Values
+from ultrathink.interop.values import Values, cannot_export
 
 # What a checkpoint decides of the section ``model``; the rest is how it is trained and computed.
 SHAPE = (
@@ -190,20 +190,19 @@ def choose_family(config: ModelConfig) -> str:
     Raises ConfigError naming what no family has, and the alternatives.
     """
     if config.feed_forward != "swiglu":
-        raise ConfigError(
+        raise cannot_export(
             f"model.feed_forward is {config.feed_forward}, which no family of Hugging Face has "
-            f"that can be exported to ({', '.join(FAMILIES)}); a model that is to be exported is "
-            f"trained with model.feed_forward=swiglu. ultrathink generate and load_model read "
-            f"this run as it is."
+            f"that can be exported to ({', '.join(FAMILIES)}).",
+            "model.feed_forward=swiglu",
         )
     if config.moe is not None:
         check_mixtral(config)
         return "mixtral"
     if config.qk_norm and config.qkv_bias:
-        raise ConfigError(
+        raise cannot_export(
             "model.qk_norm and model.qkv_bias are both true, which no family of Hugging Face has: "
-            "Qwen3 has the norms, Qwen2 the biases; a model that is to be exported is trained "
-            "with one of them. ultrathink generate and load_model read this run as it is."
+            "Qwen3 has the norms, Qwen2 the biases.",
+            "one of them",
         )
     if config.qk_norm:
         return "qwen3"

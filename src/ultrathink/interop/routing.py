@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ultrathink.config.model import ModelConfig
-from ultrathink.core.errors import CheckpointError, ConfigError
+from ultrathink.core.errors import CheckpointError
+from ultrathink.interop.values import cannot_export
 
 
 def fold_routing(
@@ -41,11 +42,10 @@ def fold_routing(
             )
         largest = bias[active].abs().max().item()
         if largest > 0:
-            raise ConfigError(
+            raise cannot_export(
                 f"{source}: {router}.selection_bias is up to {largest:.3g}, and Mixtral has no "
-                f"bias with which experts are chosen: without it, tokens would go to others. A "
-                f"model that is to be exported is trained with model.moe.balance.bias_rate=0 from "
-                f"its first step. ultrathink generate and load_model read this run as it is."
+                f"bias with which experts are chosen: without it, tokens would go to others.",
+                "model.moe.balance.bias_rate=0 from its first step",
             )
         if scale != 1:
             weight = state[f"{router}.weight"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ultrathink.core.errors import CheckpointError
+from ultrathink.core.errors import CheckpointError, ConfigError
 
 
 class Values:
@@ -50,6 +50,14 @@ class Values:
                 f"with transformers."
             )
         return value
+
+
+def cannot_export(problem: str, remedy: str) -> ConfigError:
+    """The error for a model that has no form elsewhere; ``remedy`` is what to train it with."""
+    return ConfigError(
+        f"{problem} A model that is to be exported is trained with {remedy}. ultrathink generate "
+        f"and load_model read this run as it is."
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

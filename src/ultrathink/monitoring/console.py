@@ -27,9 +27,8 @@ from ultrathink.monitoring.terminal import (
     error_stream,
     is_interactive,
     make_console,
-    short_number,
-    short_time,
 )
+from ultrathink.monitoring.wording import short_number, short_time
 
 REFRESH_S = 0.2
 PLAIN_INTERVAL_S = 2.0

@@ -19,9 +19,8 @@ from ultrathink.monitoring.terminal import (
     error_stream,
     is_interactive,
     make_console,
-    short_number,
-    short_time,
 )
+from ultrathink.monitoring.wording import short_number, short_time
 
 
 class PreparationDisplay:

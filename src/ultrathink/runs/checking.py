@@ -23,7 +23,6 @@ from ultrathink.runs.metrics_check import Status, check_metrics
 from ultrathink.runs.reading import RunReader, in_run
 from ultrathink.runs.segments import Segment
 
-_STEP_FOLDER = re.compile(r"^step_(\d+)$")
 _MAX_TRIES = 5
 _UNFINISHED = re.compile(r"^\..+\.(tmp|old|deleted)$")
 
@@ -80,7 +79,7 @@ def check_run(run: RunFolder, which: str | None = None) -> Check:
         _check_records(run, findings)
     found: dict[int, CheckedItem] = {}
     for _ in range(_MAX_TRIES):
-        steps = _step_folders(run)
+        steps = {step: run.step_path(step) for step in run.step_folders()}
         chosen = list(steps) if which is None else [_step_named(run, which, steps)]
         for step in sorted(chosen, reverse=True):
             finding = _check_checkpoint(run, step, steps[step], config, tokenizer_hash)
@@ -173,17 +172,6 @@ def _felt_changes(segments: Sequence[Segment]) -> str:
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
-
-
-def _step_folders(run: RunFolder) -> dict[int, Path]:
-    """Every folder that a checkpoint was written to, whole or not, by step."""
-    if not run.checkpoints.is_dir():
-        return {}
-    return {
-        int(match[1]): path
-        for path in run.checkpoints.iterdir()
-        if (match := _STEP_FOLDER.match(path.name)) and path.is_dir() and not path.is_symlink()
-    }
 
 
 def _step_named(run: RunFolder, which: str, steps: dict[int, Path]) -> int:

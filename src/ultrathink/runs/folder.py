@@ -178,7 +178,7 @@ class RunFolder:
         """Steps that have a checkpoint, oldest first; what is in them is not looked at."""
         return [
             step
-            for step in self._step_folders()
+            for step in self.step_folders()
             if (self.step_path(step) / STATE_FILE).is_file()
             and (self.step_path(step) / CHECKSUM_FILE).is_file()
         ]
@@ -219,7 +219,7 @@ class RunFolder:
         compared with its checksums. Raises DamagedCheckpointError where none is left.
         """
         step = _step_of(which)
-        found = self._step_folders()
+        found = self.step_folders()
         if not found or (step is None and which not in ("last", "best")):
             return self.checkpoint(which), []  # which says what is wrong
         if step is not None:
@@ -248,7 +248,7 @@ class RunFolder:
         )
 
     def _sound_step(self, step: int, wanted: Wanted) -> Path:
-        found = self._step_folders()
+        found = self.step_folders()
         if step not in found:
             return self.checkpoint(step)  # which lists what there is
         path = self.step_path(step)
@@ -304,12 +304,12 @@ class RunFolder:
 
     def remove_after(self, step: int) -> None:
         """Drop the checkpoints beyond ``step``: a run that goes on from there writes its own."""
-        for later in self._step_folders():
+        for later in self.step_folders():
             if later > step:
                 remove_folder(self.step_path(later))
         self._mend_links()
 
-    def _step_folders(self) -> list[int]:
+    def step_folders(self) -> list[int]:
         """Steps that have a folder, whole or not, oldest first."""
         if not self.checkpoints.is_dir():
             return []
@@ -349,7 +349,7 @@ class RunFolder:
 
         One that lacks bytes does not count among those kept, so it never displaces a good one.
         """
-        found = [self.step_path(step) for step in self._step_folders()]
+        found = [self.step_path(step) for step in self.step_folders()]
         kept = {written, *[path for path in found if has_its_sizes(path)][-keep:]}
         for name in ("last", "best"):
             link = self.checkpoints / name

@@ -19,7 +19,7 @@ from ultrathink.checkpoint.format import (
 )
 from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
 from ultrathink.core.errors import CheckpointError
-from ultrathink.core.files import replace_folder, sync_file, sync_folder
+from ultrathink.core.files import new_folder
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.listing import size_on_disk
 
@@ -135,18 +135,8 @@ def consolidate(run: RunFolder, checkpoint: str, output: Path | None = None) -> 
             f"with --output."
         )
     state: dict[str, Any] = dict(load_checkpoint(folder, weights))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
-        beside.mkdir()
+    with new_folder(target) as beside:
         save_file(state["model"], beside / WEIGHTS_FILE, metadata={"format": "pt"})
-        sync_file(beside / WEIGHTS_FILE)
         RunFolder(beside).write_config(run.read_config())
         shutil.copytree(run.tokenizer, beside / "tokenizer")
-        sync_folder(beside)
-        replace_folder(beside, target)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
     return target, "; ".join(notes)

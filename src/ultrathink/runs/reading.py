@@ -129,14 +129,14 @@ class RunReader:
         Raises CheckpointError where it cannot be used; a file that is missing or has another size
         becomes one of the ``problems``.
         """
-        folders = sorted(self.run.checkpoints.glob("step_*"))
-        if not folders:
+        steps = self.run.step_folders()
+        if not steps:
             return {}
-        state = read_state(folders[-1])
-        if not has_its_sizes(folders[-1]):
+        folder = self.run.step_path(steps[-1])
+        state = read_state(folder)
+        if not has_its_sizes(folder):
             self.problems.append(
-                f"checkpoints/{folders[-1].name} is not whole: a file is missing or has another "
-                f"size"
+                f"checkpoints/{folder.name} is not whole: a file is missing or has another size"
             )
         return state
 

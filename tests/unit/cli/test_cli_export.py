@@ -15,9 +15,9 @@ from tests.unit.runs.trained_runs import train
 from ultrathink import load_model
 from ultrathink.cli.main import main
 from ultrathink.config.tokenizer import TOKENIZERS
+from ultrathink.core import files
 from ultrathink.core.registry import load_plugin
 from ultrathink.data.tokenizers.byte import ByteTokenizer
-from ultrathink.interop import export as export_module
 from ultrathink.runs.folder import RunFolder
 
 Out = pytest.CaptureFixture[str]
@@ -32,6 +32,7 @@ SMALL = (
 
 _LETTERS = """
 from ultrathink.config.tokenizer import TOKENIZERS
+from ultrathink.core import files
 from ultrathink.data.tokenizers.base import write_meta
 
 @TOKENIZERS.register("letters")
@@ -133,7 +134,7 @@ def test_a_disk_that_does_not_take_it_leaves_nothing(
     def fail(path: Path) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(export_module, "sync_file", fail)
+    monkeypatch.setattr(files, "sync_file", fail)
     assert main(["export", str(run.path), "--output", str(tmp_path / "out" / "model")]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []

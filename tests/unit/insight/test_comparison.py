@@ -126,15 +126,8 @@ def test_the_mean_of_what_is_finite(values: list[float], expected: float | None)
 
 def test_rows_stand_where_both_were_validated(tmp_path: Path) -> None:
     def lines(every: int) -> Lines:
-        return [
-            line
-            for step in range(1, 81)
-            for line in (
-                [train_line(step, 3.0), val_line(step, 10 / step)]
-                if step % every == 0
-                else [train_line(step, 3.0)]
-            )
-        ]
+        validations = [val_line(step, 10 / step) for step in range(every, 81, every)]
+        return sorted([*course(80), *validations], key=lambda line: line["step"])
 
     found = compared(tmp_path, lines(5), lines(10))
     assert [s.end for s in found.stretches] == list(range(10, 81, 10))
@@ -151,9 +144,10 @@ def test_rows_stand_where_both_were_validated(tmp_path: Path) -> None:
 
 def test_steps_of_another_size_are_compared_by_tokens(tmp_path: Path) -> None:
     wide = [train_line(step, 2.0, tokens=1024 * step) for step in range(1, 11)]
-    found = compared(tmp_path, course(10), wide)
-    assert found.axis == "tokens"
-    assert found.stretches[-1].end == 5120
+    for other in (wide, [*course(5), *wide[5:]]):  # throughout, or from a resume on
+        found = compared(tmp_path, course(10), other)
+        assert found.axis == "tokens"
+        assert found.stretches[-1].end == 5120
     assert len(found.stretches) <= MAX_ROWS
 
 
@@ -181,28 +175,25 @@ def test_rows_have_round_numbers(end: int, ends: list[int]) -> None:
     assert round_ends(end) == ends
 
 
-def test_equal_curves_are_identical(tmp_path: Path) -> None:
+def agree(tmp_path: Path, first: Lines, other: Lines) -> list[tuple[bool, int, int, Any, Any]]:
+    return [
+        (a.is_identical, a.num_common, a.num_equal, a.last_equal, a.first_difference)
+        for a in compared(tmp_path, first, other).agreements[0]
+    ]
+
+
+def test_how_far_curves_are_equal(tmp_path: Path) -> None:
     lines = [*course(20), val_line(20, 2.0)]
     lines[3]["loss"] = None
-    train, val = compared(tmp_path, lines, lines).agreements[0]
-    assert train.is_identical
-    assert val.is_identical
-    assert (train.num_common, train.num_equal, val.num_common) == (20, 20, 1)
-
-
-def test_the_least_difference_is_found(tmp_path: Path) -> None:
+    train, val = agree(tmp_path / "same", lines, lines)
+    assert (train, val) == ((True, 20, 20, 20, None), (True, 1, 1, 20, None))
     changed = course(20)
     changed[7]["loss"] = math.nextafter(3.0, 4.0)
-    train, val = compared(tmp_path, course(20), changed).agreements[0]
-    assert not train.is_identical
-    assert (train.num_equal, train.last_equal, train.first_difference) == (19, 7, 8)
-    assert not val.is_identical  # there is none
-
-
-def test_curves_of_different_length_are_equal_and_not_identical(tmp_path: Path) -> None:
-    train, _ = compared(tmp_path, course(20), course(30)).agreements[0]
-    assert not train.is_identical
-    assert (train.num_common, train.num_equal, train.first_difference) == (20, 20, None)
+    train, val = agree(tmp_path / "least", course(20), changed)
+    assert train == (False, 20, 19, 7, 8)
+    assert not val[0]  # there is none
+    train, _ = agree(tmp_path / "longer", course(20), course(30))
+    assert train == (False, 20, 20, 20, None)
 
 
 def test_every_run_is_measured_by_the_first(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ STATE = {
         {"epoch": 0.2, "loss": 2.5, "learning_rate": 1e-4, "step": 20},
         {"epoch": 0.2, "train_loss": 2.75, "train_runtime": 60.0, "step": 20},
         {"epoch": 0.2, "train_loss": 2.75, "step": 20},
+        {"epoch": 0.2, "loss": 2.8, "train_runtime": 60.0, "step": 20},
     ],
 }
 
@@ -66,37 +67,42 @@ def test_series_of_megatron(path: Path) -> None:
     ]
 
 
-def test_series_without_steps_have_an_interval(path: Path) -> None:
-    entry = {"start_step": 0, "end_step": 15, "step_interval": 5, "values": [3.0, 2.5, 2.0]}
-    assert losses_of(path, {"lm loss": entry}) == {0: "3.0", 5: "2.5", 10: "2.0"}
+# A "nan" fills the steps that were not recorded, and stands for a loss that was no number.
+SERIES: dict[str, tuple[dict[str, Any], dict[int, Any]]] = {
+    "lists have an interval": (
+        {"lm loss": {"start_step": 0, "step_interval": 5, "values": [3.0, 2.5, 2.0]}},
+        {0: "3.0", 5: "2.5", 10: "2.0"},
+    ),
+    "at the ends nothing was recorded": (
+        series(lm_loss={"1": "nan", "2": 3.0, "3": 2.5, "4": "nan", "5": "nan"}),
+        {2: "3.0", 3: "2.5"},
+    ),
+    "between numbers it is one": (
+        series(lm_loss={"1": 3.0, "2": "nan", "3": 2.5, "4": 2.4}),
+        {1: "3.0", 2: "nan", 3: "2.5", 4: "2.4"},
+    ),
+    "a series that is mostly nan has gaps": (
+        series(lm_loss={"1": 3.0, "2": "nan", "3": "nan", "4": "nan", "5": 2.5}),
+        {1: "3.0", 5: "2.5"},
+    ),
+    "where something else was recorded it is one": (  # norms stop, the count of zeros does not
+        series(
+            lm_loss={"1": 3.0, "2": "nan", "3": "nan", "4": "nan"},
+            num_zeros={"1": 7.0, "2": 8.0, "3": 9.0, "4": "nan"},
+        ),
+        {1: "3.0", 2: "nan", 3: "nan"},
+    ),
+    "what is no text is a value": (
+        series(lm_loss={"1": 3.0, "2": math.nan}),
+        {1: "3.0", 2: "nan"},
+    ),
+}
 
 
-def test_a_nan_at_the_ends_was_not_recorded(path: Path) -> None:
-    values = {"1": "nan", "2": 3.0, "3": 2.5, "4": "nan", "5": "nan"}
-    assert losses_of(path, series(lm_loss=values)) == {2: "3.0", 3: "2.5"}
-
-
-def test_a_nan_between_numbers_is_one(path: Path) -> None:
-    values = {"1": 3.0, "2": "nan", "3": 2.5, "4": 2.4}
-    assert losses_of(path, series(lm_loss=values)) == {1: "3.0", 2: "nan", 3: "2.5", 4: "2.4"}
-
-
-def test_a_series_that_is_mostly_nan_has_gaps(path: Path) -> None:
-    values = {"1": 3.0, "2": "nan", "3": "nan", "4": "nan", "5": 2.5}
-    assert losses_of(path, series(lm_loss=values)) == {1: "3.0", 5: "2.5"}
-
-
-def test_a_nan_where_something_else_was_recorded_is_one(path: Path) -> None:
-    """A run that went to pieces and on: the norms stop, the count of zeros does not."""
-    found = losses_of(path, series(
-        lm_loss={"1": 3.0, "2": "nan", "3": "nan", "4": "nan"},
-        num_zeros={"1": 7.0, "2": 8.0, "3": 9.0, "4": "nan"},
-    ))  # fmt: skip
-    assert found == {1: "3.0", 2: "nan", 3: "nan"}
-
-
-def test_a_nan_that_is_no_text_is_one(path: Path) -> None:
-    assert losses_of(path, series(lm_loss={"1": 3.0, "2": math.nan})) == {1: "3.0", 2: "nan"}
+@pytest.mark.parametrize("case", SERIES)
+def test_what_a_series_recorded(path: Path, case: str) -> None:
+    document, losses = SERIES[case]
+    assert losses_of(path, document) == losses
 
 
 @pytest.mark.parametrize(
@@ -137,39 +143,22 @@ def test_other_documents_are_no_log(path: Path, text: str, message: str) -> None
         open_log(path)
 
 
-def test_only_what_is_new_is_told(path: Path) -> None:
+def test_only_what_is_new_is_told_and_another_document_from_its_beginning(path: Path) -> None:
+    def news(document: Any) -> tuple[list[int], bool]:
+        path.write_text(document if isinstance(document, str) else json.dumps(document))
+        new = log.poll()
+        return [s.step for s in new.signals], new.is_anew
+
     path.write_text(json.dumps(STATE))
     log = open_log(path)
-    assert [s.step for s in log.poll().signals] == [10, 10, 20]
-    assert not log.poll().signals
+    assert news(STATE) == ([10, 10, 20], False)
+    assert news(STATE) == ([], False)
+    assert news("") == ([], False)  # half written: it is waited for
+    assert news(STATE) == ([], False)
     history: Any = STATE["log_history"]
     longer = {**STATE, "log_history": [*history[:3], {"step": 30, "loss": 2.0}]}
-    path.write_text(json.dumps(longer))
-    news = log.poll()
-    assert [s.step for s in news.signals] == [30]
-    assert not news.is_anew
-
-
-def test_a_document_that_is_half_written_is_waited_for(path: Path) -> None:
-    path.write_text(json.dumps(STATE))
-    log = open_log(path)
-    log.poll()
-    path.write_text("")
-    assert not log.poll().signals
-    path.write_text(json.dumps(STATE))
-    news = log.poll()
-    assert not news.signals
-    assert not news.is_anew
-
-
-def test_another_document_is_told_from_its_beginning(path: Path) -> None:
-    path.write_text(json.dumps(STATE))
-    log = open_log(path)
-    log.poll()
-    path.write_text(json.dumps({"log_history": [{"step": 1, "loss": 9.0}]}))
-    news = log.poll()
-    assert news.is_anew
-    assert [s.step for s in news.signals] == [1]
+    assert news(longer) == ([30], False)
+    assert news({"log_history": [{"step": 1, "loss": 9.0}]}) == ([1], True)
 
 
 trees = st.recursive(

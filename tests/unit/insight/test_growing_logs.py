@@ -13,7 +13,7 @@ from ultrathink.insight.logs.log import LogError, LogSignals, NotYetError
 from ultrathink.insight.logs.opening import open_log
 from ultrathink.insight.logs.order import StepOrder
 from ultrathink.insight.logs.run_folder import figures_of
-from ultrathink.insight.logs.tail import Tail
+from ultrathink.insight.logs.tail import NewLines, Tail
 
 
 @pytest.fixture
@@ -45,34 +45,33 @@ def test_pieces_that_are_appended_make_the_whole(
     assert lines == "".join(pieces).split("\n")[:-1]
 
 
-def test_a_file_that_is_cut_is_read_anew(path: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "one\n",  # cut
+        "one\nTWO\nthree\nfour\n",  # cut, and longer than it was: seen by its bytes
+    ],
+)
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_another_file_is_read_from_its_beginning(path: Path, text: str, is_replaced: bool) -> None:
     path.write_text("one\ntwo\nthree\n")
     tail = Tail(path)
     tail.read()
-    path.write_text("one\n")
-    assert tail.read() == type(tail.read())(["one"], is_anew=True)
+    other = path.with_name("other") if is_replaced else path
+    other.write_text(text)
+    other.replace(path)
+    assert tail.read() == NewLines(text.splitlines(), is_anew=True)
+    assert tail.read() == NewLines([])
 
 
-def test_a_file_that_was_cut_and_grew_is_seen_by_its_bytes(path: Path) -> None:
-    path.write_text("one\ntwo\nthree\n")
-    tail = Tail(path)
-    tail.read()
-    path.write_text("one\nTWO\nthree\nfour\n")  # longer than it was
-    new = tail.read()
-    assert new.is_anew
-    assert new.lines == ["one", "TWO", "three", "four"]
-
-
-def test_a_file_in_the_place_of_another_is_read_anew(path: Path) -> None:
+def test_a_longer_file_of_the_same_bytes_is_another_by_its_inode(path: Path) -> None:
     path.write_text("one\n")
     tail = Tail(path)
     tail.read()
     other = path.with_name("other")
     other.write_text("one\ntwo\n")
     other.replace(path)
-    new = tail.read()
-    assert new.is_anew
-    assert new.lines == ["one", "two"]
+    assert tail.read() == NewLines(["one", "two"], is_anew=True)
 
 
 def test_a_growing_table(path: Path) -> None:
@@ -193,32 +192,34 @@ def order_of(*records: tuple[int, str]) -> list[tuple[int | None, int]]:
     return [(undone, signals.step) for undone, signals in taken]
 
 
-def test_a_validation_at_the_same_step_is_no_step_back() -> None:
-    assert order_of((1, "loss"), (2, "loss"), (2, "val_loss"), (3, "loss")) == [
-        (None, 1), (None, 2), (None, 2), (None, 3),
-    ]  # fmt: skip
+T, V = "loss", "val_loss"
 
 
-def test_a_resume_undoes_what_lies_beyond() -> None:
-    assert order_of((1, "loss"), (5, "loss"), (3, "loss"), (4, "loss"), (4, "val_loss")) == [
-        (None, 1), (None, 5), (2, 3), (None, 4), (None, 4),
-    ]  # fmt: skip
-
-
-def test_a_step_that_is_taken_again_was_undone() -> None:
-    assert order_of((2, "loss"), (2, "loss")) == [(None, 2), (1, 2)]
-
-
-def test_a_validation_that_is_late_is_no_resume() -> None:
-    assert order_of((1, "val_loss"), (9, "loss"), (5, "val_loss"), (10, "loss")) == [
-        (None, 1), (None, 9), (None, 9), (None, 10),
-    ]  # fmt: skip
-
-
-def test_after_a_resume_validations_come_again() -> None:
-    assert order_of((5, "loss"), (5, "val_loss"), (3, "loss"), (5, "loss"), (5, "val_loss")) == [
-        (None, 5), (None, 5), (2, 3), (None, 5), (None, 5),
-    ]  # fmt: skip
+@pytest.mark.parametrize(
+    ("records", "taken"),
+    [
+        # A validation at the same step is no step back,
+        (((1, T), (2, T), (2, V), (3, T)), [(None, 1), (None, 2), (None, 2), (None, 3)]),
+        # a resume undoes what lies beyond,
+        (
+            ((1, T), (5, T), (3, T), (4, T), (4, V)),
+            [(None, 1), (None, 5), (2, 3), (None, 4), (None, 4)],
+        ),
+        # a step that is taken again was undone,
+        (((2, T), (2, T)), [(None, 2), (1, 2)]),
+        # a validation that is late is no resume,
+        (((1, V), (9, T), (5, V), (10, T)), [(None, 1), (None, 9), (None, 9), (None, 10)]),
+        # and after a resume validations come again.
+        (
+            ((5, T), (5, V), (3, T), (5, T), (5, V)),
+            [(None, 5), (None, 5), (2, 3), (None, 5), (None, 5)],
+        ),
+    ],
+)
+def test_which_steps_were_undone(
+    records: tuple[tuple[int, str], ...], taken: list[tuple[int | None, int]]
+) -> None:
+    assert order_of(*records) == taken
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.sampled_from(["loss", "val_loss", "lr"]))))
@@ -258,21 +259,18 @@ def test_what_is_no_log_is_said(
         open_log(path)
 
 
-def test_a_missing_file_and_its_neighbour(path: Path) -> None:
-    path.with_name("train.csv").write_text("")
-    with pytest.raises(NotYetError, match=r"no file .*trian.csv' and no run.*'train.csv'"):
-        open_log(path.with_name("trian.csv"))
-
-
-def test_a_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(NotYetError, match=r"there is no folder .*nowhere' either"):
-        open_log(tmp_path / "nowhere" / "log")
-
-
-def test_a_folder_without_a_log(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(NotYetError, match=r"a folder without metrics.jsonl.*holds notes.txt"):
-        open_log(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("trian.csv", r"no file .*trian.csv' and no run.*'train.csv'"),
+        ("nowhere/log", r"there is no folder .*nowhere' either"),
+        ("", r"a folder without metrics.jsonl.*holds train.csv"),
+    ],
+)
+def test_what_is_not_there_is_said(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "train.csv").write_text("")
+    with pytest.raises(NotYetError, match=message):
+        open_log(tmp_path / name)
 
 
 def test_a_folder_of_hugging_face(tmp_path: Path) -> None:

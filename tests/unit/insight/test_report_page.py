@@ -16,7 +16,7 @@ from tests.unit.insight.reported import (
     write_lines,
 )
 from ultrathink.insight.report.gathering import gather
-from ultrathink.insight.report.markup import compact, duration, figure, html, short, tag
+from ultrathink.insight.report.markup import duration, figure, html, short, tag
 from ultrathink.insight.report.page import render
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
@@ -237,7 +237,6 @@ def test_short_figures_counts_and_times() -> None:
     assert [short(x) for x in (0.0015, 3.1e-4, 100.0, 7.1, 1234.0)] == [
         *("0.0015", "3.1e-4", "100", "7.1", "1,234")
     ]
-    assert [compact(x) for x in (512, 614_400, 5_120_000)] == ["512", "614k", "5.12M"]
     assert [duration(x) for x in (3.25, 42, 229, 18_720, 200_000)] == [
         *("3.2 s", "42 s", "3 min 49 s", "5 h 12 min", "2 d 8 h")
     ]

@@ -71,76 +71,68 @@ def test_no_alias_stands_for_two_signals() -> None:
     assert len(names) == len(set(names))
 
 
-def test_the_surer_name_wins(path: Path) -> None:
-    assert read(path, "epoch,step,total_loss,loss\n0,7,9.0,3.0\n") == [(7, {"loss": 3.0})]
+TABLES: dict[str, tuple[str, dict[str, str], Read]] = {
+    "the surer name wins": (
+        "loss,epoch,step,total_loss\n3.0,0,7,9.0\n", {}, [(7, {"loss": 3.0})],
+    ),
+    "minima and maxima beside a column are left out": (
+        '"Step","a - loss","a - loss__MIN","a - loss__MAX"\n"5","2.5","2.0","3.0"\n', {},
+        [(5, {"loss": 2.5})],
+    ),
+    "columns can be named": (
+        "n,q,r\n4,1.5,8\n", {"step": "n", "loss": "q", "val_loss": "r"},
+        [(4, {"loss": 1.5, "val_loss": 8.0})],
+    ),
+    "a named column is taken before a guessed one": (
+        "step,loss,smoothed\n4,1.5,8\n", {"loss": "smoothed"}, [(4, {"loss": 8.0})],
+    ),
+    "rows of training and validation": (
+        "step,kind,loss,lr,time_ms\n0,val,9.5,,3\n1,train,9.0,0.1,4\n1,val,8.5,0.1,5\n", {},
+        [(0, {"val_loss": 9.5}), (1, {"loss": 9.0, "lr": 0.1}), (1, {"val_loss": 8.5})],
+    ),
+    "sources that take turns are no runs": (
+        "source,step,loss\nweb,1,3\ncode,1,2\nweb,2,2.5\ncode,2,1.5\n", {},
+        [(1, {"loss/web": 3.0}), (1, {"loss/code": 2.0}),
+         (2, {"loss/web": 2.5}), (2, {"loss/code": 1.5})],
+    ),
+    "empty cells say nothing": (
+        "step,train_loss,val_loss\n1,3.0,\n1,,2.9\n2,None,N/A\n3,2.5,nan\n4,nan,2.4\n", {},
+        [(1, {"loss": 3.0}), (1, {"val_loss": 2.9}), (3, {"loss": 2.5}), (4, {"val_loss": 2.4})],
+    ),
+    "a gradient norm of zero from the start was not computed": (
+        "step,loss,grad_norm\n1,3,0.000\n2,3,0.5\n3,3,0\n", {},
+        [(1, {"loss": 3.0}), (2, {"loss": 3.0, "grad_norm": 0.5}),
+         (3, {"loss": 3.0, "grad_norm": 0.0})],
+    ),
+    "a loss that is not a number is kept, a time was not recorded": (
+        "step,loss,step_time\n1,3.0,nan\n2,nan,nan\n3,-nan,NaN\n4,Infinity,inf\n", {},
+        [(1, {"loss": 3.0}), (2, {"loss": math.nan}), (3, {"loss": math.nan}),
+         (4, {"loss": math.inf})],
+    ),
+    "titles may come again": (
+        "step,loss\n1,3\n2,2\nstep,loss\n2,2.5\n", {},
+        [(1, {"loss": 3.0}), (2, {"loss": 2.0}), (2, {"loss": 2.5})],
+    ),
+    "the last line may lack its end": (
+        "step,loss\r\n1,3.0\r\n2,2.5", {}, [(1, {"loss": 3.0}), (2, {"loss": 2.5})],
+    ),
+    "objects in lines of others": (
+        '{"_step": 5, "train": {"loss": "2.5"}, "_timestamp": 3.0, "val": {"loss": null}}\n'
+        '{"_step": 6, "train": {"loss": "NaN"}, "note": "x", "flag": true}\n', {},
+        [(5, {"loss": 2.5}), (6, {"loss": math.nan})],
+    ),
+}  # fmt: skip
 
 
-def test_minima_and_maxima_beside_a_column_are_left_out(path: Path) -> None:
-    text = '"Step","a - loss","a - loss__MIN","a - loss__MAX"\n"5","2.5","2.0","3.0"\n'
-    assert read(path, text) == [(5, {"loss": 2.5})]
-
-
-def test_columns_can_be_named(path: Path) -> None:
-    assert read(path, "n,q,r\n4,1.5,8\n", step="n", loss="q", val_loss="r") == [
-        (4, {"loss": 1.5, "val_loss": 8.0})
-    ]
-
-
-def test_a_named_column_is_taken_before_a_guessed_one(path: Path) -> None:
-    assert read(path, "step,loss,smoothed\n4,1.5,8\n", loss="smoothed") == [(4, {"loss": 8.0})]
-
-
-def test_rows_of_training_and_validation(path: Path) -> None:
-    text = "step,kind,loss,lr,time_ms\n0,val,9.5,,3\n1,train,9.0,0.1,4\n1,val,8.5,0.1,5\n"
-    assert read(path, text) == [
-        (0, {"val_loss": 9.5}),
-        (1, {"loss": 9.0, "lr": 0.1}),
-        (1, {"val_loss": 8.5}),
-    ]
+@pytest.mark.parametrize("case", TABLES)
+def test_what_a_table_says(path: Path, case: str) -> None:
+    text, columns, expected = TABLES[case]
+    assert repr(read(path, text, **columns)) == repr(expected)  # a NaN equals none
 
 
 def test_runs_one_after_the_other_are_told_apart(path: Path) -> None:
     path.write_text("run,step,loss\na,1,3\na,2,2\nb,1,4\n")
     assert [(s.run, s.step) for s in open_log(path).signals()] == [("a", 1), ("a", 2), ("b", 1)]
-
-
-def test_sources_that_take_turns_are_no_runs(path: Path) -> None:
-    text = "source,step,loss\nweb,1,3\ncode,1,2\nweb,2,2.5\ncode,2,1.5\n"
-    assert read(path, text) == [
-        (1, {"loss/web": 3.0}),
-        (1, {"loss/code": 2.0}),
-        (2, {"loss/web": 2.5}),
-        (2, {"loss/code": 1.5}),
-    ]
-
-
-@pytest.mark.parametrize("spelling", ["nan", "NaN", "NAN", "-nan"])
-def test_a_loss_that_is_not_a_number_is_kept(path: Path, spelling: str) -> None:
-    found = read(path, f"step,loss,step_time\n1,3.0,nan\n2,{spelling},{spelling}\n")
-    assert found[0] == (1, {"loss": 3.0})  # a time that is no number was not recorded
-    assert found[1][0] == 2
-    assert math.isnan(found[1][1].pop("loss"))
-    assert found[1][1] == {}
-
-
-@pytest.mark.parametrize("spelling", ["inf", "Infinity", "+inf"])
-def test_an_infinite_loss_is_kept(path: Path, spelling: str) -> None:
-    assert read(path, f"step,loss\n1,{spelling}\n2,3\n")[0] == (1, {"loss": math.inf})
-
-
-def test_empty_cells_say_nothing(path: Path) -> None:
-    text = "step,train_loss,val_loss\n1,3.0,\n1,,2.9\n2,None,N/A\n3,2.5,nan\n4,nan,2.4\n"
-    assert read(path, text) == [
-        (1, {"loss": 3.0}),
-        (1, {"val_loss": 2.9}),
-        (3, {"loss": 2.5}),
-        (4, {"val_loss": 2.4}),
-    ]
-
-
-def test_a_gradient_norm_of_zero_from_the_start_was_not_computed(path: Path) -> None:
-    text = "step,loss,grad_norm\n1,3,0.000\n2,3,0.5\n3,3,0\n"
-    assert [values.get("grad_norm") for _, values in read(path, text)] == [None, 0.5, 0.0]
 
 
 def test_without_steps_rows_are_counted(path: Path) -> None:
@@ -160,32 +152,25 @@ def test_damaged_lines_are_left_out_with_a_note(path: Path) -> None:
     ]
 
 
-def test_titles_may_come_again(path: Path) -> None:
-    found = read(path, "step,loss\n1,3\n2,2\nstep,loss\n2,2.5\n")
-    assert found == [(1, {"loss": 3.0}), (2, {"loss": 2.0}), (2, {"loss": 2.5})]
-
-
-@pytest.mark.parametrize("suffix", ["", "\n"])
-def test_the_last_line_may_lack_its_end(path: Path, suffix: str) -> None:
-    assert len(read(path, "step,loss\r\n1,3.0\r\n2,2.5" + suffix)) == 2
-
-
-def test_unknown_columns_are_listed(path: Path) -> None:
-    path.write_text("a,b,c\n1,2,3\n")
-    with pytest.raises(LogError, match=r"known as a loss.*seen: a, b, c\. Name them: --columns"):
-        open_log(path)
-
-
-def test_a_named_column_must_be_there(path: Path) -> None:
-    path.write_text("step,nll_mean\n1,2\n")
-    with pytest.raises(LogError, match=r"no column 'nll_maen'.*'nll_mean'"):
-        open_log(path, {"loss": "nll_maen"})
-
-
-def test_titles_alone_are_not_yet_a_log(path: Path) -> None:
-    path.write_text("step,loss\n")
-    with pytest.raises(NotYetError, match="no rows yet"):
-        open_log(path)
+@pytest.mark.parametrize(
+    ("text", "columns", "kind", "message"),
+    [
+        ("a,b,c\n1,2,3\n", {}, LogError, r"as a loss.*seen: a, b, c\. Name them: --columns"),
+        (
+            "step,nll_mean\n1,2\n",
+            {"loss": "nll_maen"},
+            LogError,
+            r"no column 'nll_maen'.*'nll_mean'",
+        ),
+        ("step,loss\n", {}, NotYetError, "no rows yet"),
+    ],
+)
+def test_what_is_no_table_of_a_training_is_said(
+    path: Path, text: str, columns: dict[str, str], kind: type[LogError], message: str
+) -> None:
+    path.write_text(text)
+    with pytest.raises(kind, match=message):
+        open_log(path, columns)
 
 
 @pytest.mark.parametrize(
@@ -235,16 +220,6 @@ def test_our_own_lines(path: Path) -> None:
         "grad_norm": True,
     }
     assert third.values == {"val_loss": 7.5, "val_ppl": 9.0, "val_accuracy": 0.5}
-
-
-def test_lines_of_others(path: Path) -> None:
-    text = json_lines(
-        {"_step": 5, "train": {"loss": "2.5"}, "_timestamp": 3.0, "val": {"loss": None}},
-        {"_step": 6, "train": {"loss": "NaN"}, "note": "x", "flag": True},
-    )
-    found = read(path, text)
-    assert found[0] == (5, {"loss": 2.5})
-    assert math.isnan(found[1][1]["loss"])
 
 
 def test_a_torn_line_of_json_is_left_out(path: Path) -> None:

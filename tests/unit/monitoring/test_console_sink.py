@@ -10,7 +10,10 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -72,8 +75,17 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
 
-def info(total_steps: int = 100, start_step: int = 0) -> RunInfo:
-    return RunInfo("demo", Path("runs/demo"), total_steps, start_step, "4M parameters\non a cpu")
+def opened(
+    stream: IO[str],
+    clock: Callable[[], float] = time.monotonic,
+    total_steps: int = 100,
+    start_step: int = 0,
+) -> ConsoleSink:
+    """The console of a run that begins."""
+    sink = ConsoleSink(stream, clock)
+    heading = "4M parameters\non a cpu"
+    sink.open(RunInfo("demo", Path("runs/demo"), total_steps, start_step, heading))
+    return sink
 
 
 def train(step: int, **values: float) -> MetricRecord:
@@ -97,8 +109,7 @@ def simulate(clock: Clock, sink: ConsoleSink, *, steps: int, seconds: float) -> 
 
 def test_a_file_gets_plain_lines() -> None:
     stream, clock = io.StringIO(), Clock()
-    sink = ConsoleSink(stream, clock)
-    sink.open(info())
+    sink = opened(stream, clock)
     simulate(clock, sink, steps=100, seconds=0.5)
     sink.write(val(100))
     sink.message("look here", "warning")
@@ -133,8 +144,7 @@ def test_a_file_gets_plain_lines() -> None:
 
 def test_lines_keep_their_distance_but_for_validation_and_the_last() -> None:
     stream, clock = io.StringIO(), Clock()
-    sink = ConsoleSink(stream, clock)
-    sink.open(info(total_steps=500))
+    sink = opened(stream, clock, total_steps=500)
     simulate(clock, sink, steps=500, seconds=1 / 64)  # 51 records in 8 seconds
     sink.write(val(500))
     lines = stream.getvalue().splitlines()[3:]
@@ -144,8 +154,7 @@ def test_lines_keep_their_distance_but_for_validation_and_the_last() -> None:
 
 def test_a_length_that_becomes_known_later_is_shown_from_then_on() -> None:
     stream, clock = io.StringIO(), Clock()
-    sink = ConsoleSink(stream, clock)
-    sink.open(info(total_steps=0))
+    sink = opened(stream, clock, total_steps=0)
     sink.progress(1)
     sink.write(train(1))
     sink.set_total_steps(40)
@@ -161,16 +170,14 @@ def test_a_length_that_becomes_known_later_is_shown_from_then_on() -> None:
 
 def test_a_resumed_run_says_from_where() -> None:
     for stream in (io.StringIO(), Terminal()):
-        sink = ConsoleSink(stream)
-        sink.open(info(start_step=1200))
+        sink = opened(stream, start_step=1200)
         sink.close()
         assert "kept in runs/demo, going on after step 1,200" in stream.getvalue()
 
 
 def test_a_loss_that_is_no_number_is_shown_as_such() -> None:
     stream = io.StringIO()
-    sink = ConsoleSink(stream)
-    sink.open(info())
+    sink = opened(stream)
     sink.write(train(1, loss=math.nan, tokens_per_sec=math.inf))
     assert "loss nan  lr 1.00e-02  tokens/s inf" in stream.getvalue()
 
@@ -182,8 +189,7 @@ def test_a_terminal_that_cannot_redraw_gets_lines(
     name, _, value = variable.partition("=")
     monkeypatch.setenv(name, value)
     stream = Terminal()
-    sink = ConsoleSink(stream)
-    sink.open(info())
+    sink = opened(stream)
     sink.progress(1)
     sink.write(train(1))
     sink.close()
@@ -197,8 +203,7 @@ def test_a_terminal_that_cannot_redraw_gets_lines(
 def shown_on_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     monkeypatch.setenv("COLUMNS", str(width))
     stream, clock = Terminal(), Clock()
-    sink = ConsoleSink(stream, clock)
-    sink.open(info())
+    sink = opened(stream, clock)
     simulate(clock, sink, steps=50, seconds=0.5)
     sink.write(val(50))
     sink.message("look [bold]here[/]", "warning")
@@ -234,8 +239,7 @@ def test_the_terminal_is_left_as_it_was() -> None:
     stream = Terminal()
     stderr, stdout = sys.stderr, sys.stdout
     num_threads = threading.active_count()
-    sink = ConsoleSink(stream)
-    sink.open(info())
+    sink = opened(stream)
     assert threading.active_count() == num_threads  # none that would compete with training
     assert "\x1b[?25l" in stream.getvalue()  # the cursor is hidden
     assert sys.stdout is stdout
@@ -247,8 +251,7 @@ def test_the_terminal_is_left_as_it_was() -> None:
 
 def test_the_bar_is_redrawn_a_few_times_a_second_at_most() -> None:
     stream, clock = Terminal(), Clock()
-    sink = ConsoleSink(stream, clock)
-    sink.open(info(total_steps=10_000))
+    sink = opened(stream, clock, total_steps=10_000)
     simulate(clock, sink, steps=10_000, seconds=0.001)  # ten seconds
     assert stream.text().count("tokens/s") <= 52
     sink.close()
@@ -256,8 +259,7 @@ def test_the_bar_is_redrawn_a_few_times_a_second_at_most() -> None:
 
 def test_an_unknown_length_has_no_share_and_no_time() -> None:
     stream, clock = Terminal(), Clock()
-    sink = ConsoleSink(stream, clock)
-    sink.open(info(total_steps=0))
+    sink = opened(stream, clock, total_steps=0)
     simulate(clock, sink, steps=30, seconds=0.5)
     sink.close()
     assert "%" not in stream.text()
@@ -278,31 +280,21 @@ class Broken(Terminal):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_reader_that_is_gone_does_not_end_the_run(terminal: bool) -> None:
+def test_a_reader_that_is_gone_is_reported_once_and_does_not_end_the_run(terminal: bool) -> None:
     stream = Broken()
     stream.terminal = terminal
-    sink = ConsoleSink(stream)
-    sink.open(info())
-    sink.progress(1)
-    sink.write(train(1))
-    sink.write(val(1))
-    sink.message("a", "info")
-    sink.sample(1, "a", "b")
-    sink.close()
-
-
-def test_that_the_reader_is_gone_is_told_once() -> None:
-    stream = Broken()
-    stream.terminal = False
-    sink = ConsoleSink(stream)
-    sink.open(info())
+    sink = opened(stream)
     ((note, level),) = sink.take_notes()
     assert note == (
         "the console cannot be written to (BrokenPipeError: ); training goes on, and logs/run.log "
         "has its messages"
     )
     assert level == "warning"
+    sink.progress(1)
+    for each in (train(1), val(1)):
+        sink.write(each)
     sink.message("a", "info")
+    sink.sample(1, "a", "b")
     sink.close()
     assert sink.take_notes() == []
 
@@ -316,8 +308,7 @@ def test_a_console_that_fails_for_a_while_is_told_to_be_back() -> None:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
     stream = Full()
-    sink = ConsoleSink(stream)
-    sink.open(info())
+    sink = opened(stream)
     assert len(sink.take_notes()) == 1
     stream.full = False
     sink.message("seen", "info")

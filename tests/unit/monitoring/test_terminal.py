@@ -14,15 +14,14 @@ from ultrathink.monitoring.terminal import (
     SafeStream,
     clean_text,
     is_interactive,
-    short_number,
-    short_time,
 )
+from ultrathink.monitoring.wording import short_number, short_time
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (7, "7"), (950, "950"), (999.7, "1k"), (18_211, "18.2k"), (999_900, "1M"),
-     (1_310_000, "1.31M"), (2.5e9, "2.5B"), (math.nan, "nan"), (math.inf, "inf")],
+     (1_310_000, "1.31M"), (2.5e9, "2.5B"), (1.2e12, "1.2T"), (math.nan, "nan"), (math.inf, "inf")],
 )  # fmt: skip
 def test_counts_are_short(value: float, text: str) -> None:
     assert short_number(value) == text

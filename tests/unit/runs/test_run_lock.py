@@ -32,9 +32,9 @@ sys.stdin.read()
 
 
 @contextmanager
-def holding_process(run: RunFolder) -> Iterator["subprocess.Popen[str]"]:
+def holding_process(run: RunFolder, code: str = HOLDING) -> Iterator["subprocess.Popen[str]"]:
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDING, str(run.path)],
+        [sys.executable, "-c", code, str(run.path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -45,6 +45,12 @@ def holding_process(run: RunFolder) -> Iterator["subprocess.Popen[str]"]:
             yield process
         finally:
             process.kill()
+
+
+def holding_pid(run: RunFolder) -> int | None:
+    """The process that holds the run, None where it is free."""
+    owner = holder(run)
+    return owner.pid if owner is not None else None
 
 
 def test_a_second_process_is_told_who_holds_the_run(run: RunFolder) -> None:
@@ -74,9 +80,7 @@ def test_a_run_is_free_as_soon_as_its_holder_is_killed(run: RunFolder) -> None:
         assert (run.path / ".owner.json").exists()  # what a killed process leaves
         assert holder(run) is None
         with RunLock.acquire(run):
-            owner = holder(run)
-            assert owner is not None
-            assert owner.pid == os.getpid()
+            assert holding_pid(run) == os.getpid()
 
 
 def test_a_run_is_free_when_its_holder_ends_without_releasing(run: RunFolder) -> None:
@@ -102,9 +106,7 @@ def test_releasing_twice_does_nothing(run: RunFolder) -> None:
     first.release()
     with RunLock.acquire(run):
         first.release()
-        owner = holder(run)
-        assert owner is not None
-        assert owner.pid == os.getpid()
+        assert holding_pid(run) == os.getpid()
     assert holder(run) is None
 
 
@@ -140,17 +142,8 @@ if child == 0:
 os.waitpid(child, 0)
 print("held\"""",
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(run.path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        owner = holder(run)
-        assert owner is not None
-        assert owner.pid == process.pid
+    with holding_process(run, code) as process:
+        assert holding_pid(run) == process.pid
 
 
 def test_asking_disturbs_nobody(run: RunFolder) -> None:
@@ -213,9 +206,7 @@ def test_a_run_that_vanished_and_was_made_anew_is_held_again(run: RunFolder) -> 
         run.restore_founding(files)
         assert holder(run) is None  # what was locked is gone
         lock.renew()
-        owner = holder(run)
-        assert owner is not None
-        assert owner.pid == os.getpid()
+        assert holding_pid(run) == os.getpid()
     assert holder(run) is None
     lock.renew()
     assert holder(run) is None
@@ -230,6 +221,4 @@ def test_a_run_that_was_made_anew_may_be_taken_by_another(run: RunFolder) -> Non
             with pytest.raises(CheckpointError, match=f"in use by process {process.pid}"):
                 lock.renew()
             lock.release()
-            owner = holder(run)
-            assert owner is not None
-            assert owner.pid == process.pid
+            assert holding_pid(run) == process.pid

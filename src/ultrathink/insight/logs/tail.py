@@ -23,7 +23,7 @@ class Tail:
     """Reads a text file line by line, again and again, from where it stopped.
 
     A line without its end is left for the next time. That a file is another one is seen by its
-    inode, by a size below the place that was read to, or by other bytes before that place.
+    inode, or by other bytes, or none, before the place that was read to.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,7 +50,7 @@ class Tail:
         known, self._inode = self._inode, status.st_ino
         if known is None or self._position == 0:
             return False
-        if known != status.st_ino or status.st_size < self._position:
+        if known != status.st_ino:
             return True
         place = self._position - len(self._before)
         return os.pread(descriptor, len(self._before), place) != self._before

@@ -19,8 +19,9 @@ from ultrathink.insight.report.curves import (
     thinned,
     ticks_of,
 )
-from ultrathink.insight.report.markup import Html, compact, figure, html, tag
+from ultrathink.insight.report.markup import Html, figure, html, tag
 from ultrathink.monitoring.plot import Scale
+from ultrathink.monitoring.wording import short_number
 
 SIZE = 1000.0  # of a plot, in its own units
 
@@ -172,7 +173,7 @@ def step_axis(span: Span, steps: Sequence[tuple[float, bool]]) -> Html:
         labels.append(
             tag(
                 "span",
-                f"{step:,.0f}" if step < 1e6 else compact(step),
+                f"{step:,.0f}" if step < 1e6 else short_number(step),
                 class_=f"x{edge}{'' if is_wide else ' wide'}",
                 style=f"left:{100 * share:.2f}%",
             )
@@ -183,7 +184,7 @@ def step_axis(span: Span, steps: Sequence[tuple[float, bool]]) -> Html:
 def label(value: float, digits: int) -> str:
     """A value of an axis; large ones are short."""
     if abs(value) >= 10_000:
-        return compact(value)
+        return short_number(value)
     if value and abs(value) < 1e-3:
         return figure(value, 3)
     return f"{value:,.{digits}f}"

@@ -60,11 +60,6 @@ class Story:
         """The last logged step; 0 where there is none."""
         return max((records[-1].step for records in (self.train, self.val) if records), default=0)
 
-    @property
-    def is_running(self) -> bool:
-        """Whether a process was training it when the page was made."""
-        return self.summary.state == "running"
-
 
 def gather(run: RunFolder) -> Story:
     """Read a run; what is missing is left out, and what is damaged is named in ``notes``."""

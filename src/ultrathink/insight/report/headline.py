@@ -10,7 +10,6 @@ from ultrathink.insight.report.markup import (
     NOTHING,
     Content,
     Html,
-    compact,
     duration,
     figure,
     html,
@@ -19,6 +18,7 @@ from ultrathink.insight.report.markup import (
     tag,
 )
 from ultrathink.monitoring.records import MetricRecord
+from ultrathink.monitoring.wording import short_number
 
 _LATE = 0.1  # of the steps, that the training loss is the mean of
 
@@ -59,7 +59,7 @@ def _described(story: Story) -> str:
     parts = []
     parameters = story.manifest.get("num_parameters")
     if isinstance(parameters, int):
-        parts.append(f"{compact(parameters)} parameters")
+        parts.append(f"{short_number(parameters)} parameters")
     model = story.config.get("model")
     if isinstance(model, dict):
         shape = [f"{model.get('num_layers')} layers", f"width {model.get('hidden_size')}"]
@@ -121,14 +121,14 @@ def _tokens(story: Story) -> Html | None:
     total = story.summary.total_steps
     if total and total > story.last_step:
         steps = f"{story.last_step:,} of {total:,} steps"
-    return _tile("Tokens", compact(found[-1][1]), steps)
+    return _tile("Tokens", short_number(found[-1][1]), steps)
 
 
 def _time(story: Story) -> Html | None:
     if story.elapsed_s is None:
         return None
     speeds = sorted(speed for _, speed in _finite(story.train, "tokens_per_sec"))
-    speed = f"{compact(speeds[len(speeds) // 2])} tokens/s, median" if speeds else None
+    speed = f"{short_number(speeds[len(speeds) // 2])} tokens/s, median" if speeds else None
     return _tile("Training time", duration(story.elapsed_s), speed)
 
 

@@ -101,15 +101,6 @@ def short(value: float, digits: int = 4) -> str:
     return text.rstrip("0").rstrip(".")
 
 
-def compact(value: float) -> str:
-    """A large count in few characters: ``614k``, ``5.1M``, ``1.2B``."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            scaled = value / limit
-            return f"{scaled:.0f}{unit}" if abs(scaled) >= 100 else f"{scaled:.3g}{unit}"
-    return f"{value:.3g}" if value % 1 else f"{value:.0f}"
-
-
 def signed(value: float, decimals: int) -> str:
     """A number with its sign, a real minus, to so many decimals."""
     text = f"{abs(value):,.{decimals}f}"

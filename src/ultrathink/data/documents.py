@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from ultrathink.core.errors import DataError
 
 Split = Literal["train", "val", "all"]
+Verify = Literal["stat", "full"]  # files whose stat may tell of a change are hashed, or all are
 
 # Called with what is being done, how much of it is done, and how much there is (UTF-8 bytes).
 Progress = Callable[[str, int, int], None]
@@ -33,9 +35,10 @@ class FileSummary:
 
     num_documents: int
     num_bytes: int  # UTF-8 bytes of the documents' text
-    digest: str  # 16 hex digits of a SHA-256 over the documents and their places in the file
-    earlier: str | None = None
-    """The digest of as many documents from its start as were asked for, where there are so many."""
+    digest: str  # SHA-256 over the documents and their places in the file
+    num_skipped: int  # unreadable documents that were left out
+    lowest: int  # the least of the documents' hashes (their first 64 bits), and the greatest:
+    highest: int  # what is held out of many documents is chosen by them
 
 
 class UnreadableSourceError(DataError):
@@ -55,7 +58,19 @@ class Source(Protocol):
     """
 
     name: str
-    num_skipped: int  # unreadable documents left out, known after the first pass
+
+    @property
+    def num_skipped(self) -> int:
+        """Unreadable documents that were left out."""
+        ...
+
+    def scan(self, manifests: Path | None = None, verify: Verify = "stat") -> None:
+        """Find out what each file holds; reads those that the manifest does not know.
+
+        Manifests are kept in the folder ``manifests``. ``verify: full`` hashes every file. What
+        was not scanned before is when it is first used. DataError where text cannot be read.
+        """
+        ...
 
     def documents(self, split: Split) -> Iterator[Document]:
         """The documents of ``split``; ``all`` is every document, uncut."""
@@ -65,15 +80,16 @@ class Source(Protocol):
         """A hash of the ids and contents of ``split``: equal means the same documents."""
         ...
 
-    def num_bytes(self, split: Split) -> int:
-        """UTF-8 bytes of all documents of ``split``."""
+    def expected_bytes(self, split: Split) -> int:
+        """About how many UTF-8 bytes ``split`` has, from the share that is held out."""
         ...
 
-    def files(self, earlier: Mapping[str, int]) -> dict[str, FileSummary]:
-        """What each file holds, by its id, in the order in which they are read.
+    def files(self) -> dict[str, FileSummary]:
+        """What each file holds, by its id, in the order in which they are read."""
+        ...
 
-        For a file in ``earlier`` the digest of its first so many documents is told too.
-        """
+    def begins_with(self, file: str, known: FileSummary) -> bool:
+        """Whether the first documents of ``file`` are those that ``known`` tells of."""
         ...
 
 

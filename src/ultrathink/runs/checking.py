@@ -14,6 +14,8 @@ from ultrathink.checkpoint.snapshots import problems_of_snapshots, snapshot_path
 from ultrathink.config.loading import CONFIG_FILE
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError, ConfigError, UltrathinkError
+from ultrathink.data.record import DataRecord
+from ultrathink.data.resume import check_data
 from ultrathink.data.tokenizers.base import load_tokenizer
 from ultrathink.runs.folder import RunFolder, find_run
 from ultrathink.runs.listing import size_on_disk
@@ -70,14 +72,19 @@ def run_to_check(name: str) -> RunFolder:
         raise
 
 
-def check_run(run: RunFolder, which: str | None = None) -> Check:
-    """Read all that ``run`` holds, or only the checkpoint ``which`` and what it needs."""
+def check_run(run: RunFolder, which: str | None = None, *, data: bool = False) -> Check:
+    """Read all that ``run`` holds, or only the checkpoint ``which`` and what it needs.
+
+    With ``data`` its text and its part of the token cache are read as well.
+    """
     owner = holder(run)
     findings: list[Finding] = []
     config = _check_config(run, findings)
     tokenizer_hash = _check_tokenizer(run, _check_manifest(run, findings), findings)
     if which is None:
         _check_records(run, findings)
+    if data and config is not None and tokenizer_hash is not None:
+        findings += _check_data(run, config)
     found: dict[int, Finding] = {}
     for _ in range(_MAX_TRIES):
         steps = _step_folders(run)
@@ -159,6 +166,16 @@ def _check_records(run: RunFolder, findings: list[Finding]) -> None:
             findings.append(Finding(path.name, "damaged", _inside(run, error)))
         else:
             findings.append(Finding(path.name, "ok", "can be read"))
+
+
+def _check_data(run: RunFolder, config: Config) -> list[Finding]:
+    """Compare text and token stores with what the run was trained on."""
+    try:
+        record = DataRecord.read(run.data_record)
+        found = check_data(config.data, load_tokenizer(run.tokenizer), record)
+    except CheckpointError as error:
+        return [Finding(run.data_record.name, "damaged", _inside(run, error))]
+    return [Finding(*finding) for finding in found]
 
 
 # -- checkpoints ----------------------------------------------------------------------------------

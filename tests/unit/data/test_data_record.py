@@ -214,7 +214,8 @@ def test_the_order_of_files_counts(folder: Path) -> None:
 
 
 def test_a_name_given_to_a_single_file_stands_before_it(folder: Path) -> None:
-    config = config_of(folder, train=[{"type": "jsonl", "path": str(folder), "name": "web"}])
+    path = str(folder / "craw*")
+    config = config_of(folder, train=[{"type": "jsonl", "path": path, "name": "web"}])
     before = record_of(config)
     appended(folder)
     assert describe_changes(before, record_of(config, before)) == [

@@ -30,8 +30,9 @@ import numpy.typing as npt
 from ultrathink.core.errors import DataError
 from ultrathink.core.files import sync_folder, write_atomic
 from ultrathink.data.checksums import HashingWriter, file_checksum, is_sealed, sealed
-from ultrathink.data.documents import Document, Progress, Source, Split, Verify
+from ultrathink.data.documents import Document, Progress, Split, Verify
 from ultrathink.data.manifest import FileEntry, Manifest, Stat, wait_for_tick
+from ultrathink.data.sources.base import Source
 from ultrathink.data.tokenizers.base import Tokenizer, behavior_hash
 
 CACHE_VARIABLE = "ULTRATHINK_CACHE"

@@ -1,13 +1,12 @@
-"""Documents, and what a source of them offers."""
+"""Documents, and what a file of them held."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from ultrathink.core.errors import DataError
 
@@ -48,49 +47,6 @@ class UnreadableSourceError(DataError):
         """``problem`` is a clause; ``advice`` follows it and ends the sentence."""
         super().__init__(problem + advice)
         self.problem = problem
-
-
-class Source(Protocol):
-    """Documents, split into those to train on and those held out.
-
-    Iterating twice gives the same documents in the same order, or DataError where a file changed
-    in between. A text never holds lone surrogates: all of it can be written as UTF-8.
-    """
-
-    name: str
-
-    @property
-    def num_skipped(self) -> int:
-        """Unreadable documents that were left out."""
-        ...
-
-    def scan(self, manifests: Path | None = None, verify: Verify = "stat") -> None:
-        """Find out what each file holds; reads those that the manifest does not know.
-
-        Manifests are kept in the folder ``manifests``. ``verify: full`` hashes every file. What
-        was not scanned before is when it is first used. DataError where text cannot be read.
-        """
-        ...
-
-    def documents(self, split: Split) -> Iterator[Document]:
-        """The documents of ``split``; ``all`` is every document, uncut."""
-        ...
-
-    def fingerprint(self, split: Split) -> str:
-        """A hash of the ids and contents of ``split``: equal means the same documents."""
-        ...
-
-    def expected_bytes(self, split: Split) -> int:
-        """About how many UTF-8 bytes ``split`` has, from the share that is held out."""
-        ...
-
-    def files(self) -> dict[str, FileSummary]:
-        """What each file holds, by its id, in the order in which they are read."""
-        ...
-
-    def begins_with(self, file: str, known: FileSummary) -> bool:
-        """Whether the first documents of ``file`` are those that ``known`` tells of."""
-        ...
 
 
 def is_held_out(document_id: str) -> bool:

@@ -16,10 +16,11 @@ from ultrathink.config.data import DataConfig
 from ultrathink.config.tokenizer import TOKENIZERS, TokenizerConfig
 from ultrathink.core.errors import CheckpointError, DataError
 from ultrathink.data.cache import TokenStore, cache_folder, open_or_build, writing_to
-from ultrathink.data.documents import Progress, Source, Split
+from ultrathink.data.documents import Progress, Split
 from ultrathink.data.packing import make_samples
 from ultrathink.data.reading import Sources, hash_data, read_sources, record_sources
 from ultrathink.data.record import DataRecord, SourceRecord
+from ultrathink.data.sources.base import Source
 from ultrathink.data.tokenizers.base import DamagedTokenizerError, Tokenizer, load_tokenizer
 
 _TRAINING_FORMAT = 1  # part of the key of trained tokenizers; raise it when training changes

@@ -12,8 +12,9 @@ from typing import Any
 from ultrathink.config.data import SOURCES, DataConfig, SourceConfig
 from ultrathink.core.errors import DataError
 from ultrathink.data.cache import cache_folder, store_folder
-from ultrathink.data.documents import Progress, Source, Split
+from ultrathink.data.documents import Progress, Split
 from ultrathink.data.record import MAX_FILES, DataRecord, SourceRecord
+from ultrathink.data.sources.base import Source
 from ultrathink.data.tokenizers.base import Tokenizer, behavior_hash
 
 

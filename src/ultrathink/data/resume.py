@@ -15,7 +15,7 @@ from ultrathink.data.cache import (
     cached_store,
     open_or_build,
 )
-from ultrathink.data.documents import Progress, Source, Split, UnreadableSourceError
+from ultrathink.data.documents import Progress, Split, UnreadableSourceError
 from ultrathink.data.prepare import PreparedData, assemble_data, prepare_sources
 from ultrathink.data.reading import Sources, read_sources, record_source, record_sources
 from ultrathink.data.record import (
@@ -25,6 +25,7 @@ from ultrathink.data.record import (
     shortened,
     source_changes,
 )
+from ultrathink.data.sources.base import Source
 from ultrathink.data.tokenizers.base import Tokenizer, behavior_hash
 
 

@@ -12,7 +12,7 @@ import pytest
 from ultrathink.config.data import JsonlSourceConfig, StdlibSourceConfig, TextSourceConfig
 from ultrathink.core.errors import DataError
 from ultrathink.data.cache import open_or_build
-from ultrathink.data.sources.base import ScannedSource
+from ultrathink.data.sources.base import Source
 from ultrathink.data.sources.jsonl import JsonlSource
 from ultrathink.data.sources.stdlib import StdlibSource
 from ultrathink.data.sources.text import TextSource
@@ -31,20 +31,20 @@ def folder(tmp_path: Path) -> Path:
     return books
 
 
-def text(folder: Path, **options: Any) -> ScannedSource:
+def text(folder: Path, **options: Any) -> Source:
     return TextSource(TextSourceConfig(path=str(folder / "*.py"), name="books", **options))
 
 
-def few(folder: Path) -> ScannedSource:
+def few(folder: Path) -> Source:
     """So few documents that the end of each is held out."""
     return TextSource(TextSourceConfig(path=str(folder / "0?.py"), name="books"))
 
 
-def jsonl(folder: Path) -> ScannedSource:
+def jsonl(folder: Path) -> Source:
     return JsonlSource(JsonlSourceConfig(path=str(folder), name="books"))
 
 
-def stdlib(folder: Path) -> ScannedSource:
+def stdlib(folder: Path) -> Source:
     return StdlibSource(StdlibSourceConfig(), folder)
 
 
@@ -70,7 +70,7 @@ MORE = '{"text": "more"}\n'
 def test_a_file_that_changed_since_it_was_hashed_is_named_and_makes_no_store(
     folder: Path,
     tmp_path: Path,
-    make: Callable[[Path], ScannedSource],
+    make: Callable[[Path], Source],
     name: str,
     change: Callable[[list[str]], list[str]],
     event: str,

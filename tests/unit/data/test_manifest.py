@@ -26,7 +26,7 @@ from ultrathink.data.cache import DamagedStoreError, TokenStore
 from ultrathink.data.checksums import sealed
 from ultrathink.data.manifest import Stat, read_manifest, wait_for_tick, write_manifest
 from ultrathink.data.prepare import prepare_data
-from ultrathink.data.sources.base import ScannedSource
+from ultrathink.data.sources.base import Source
 from ultrathink.data.sources.jsonl import JsonlSource
 from ultrathink.data.sources.text import TextSource
 
@@ -107,11 +107,11 @@ def cut(path: Path) -> None:
 EVENTS = [edit, grow, equal, touch, hide, swap, cut, Path.unlink]
 
 
-def source_of(folder: Path) -> ScannedSource:
+def source_of(folder: Path) -> Source:
     return JsonlSource(JsonlSourceConfig(path=str(folder), on_bad="skip"))
 
 
-def what_it_holds(source: ScannedSource) -> Any:
+def what_it_holds(source: Source) -> Any:
     prints = [source.fingerprint(split) for split in ("all", "train", "val")]
     return prints, source.files(), source.num_skipped, list(source.documents("all"))
 

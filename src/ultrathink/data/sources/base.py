@@ -1,4 +1,4 @@
-"""What all sources share: one scan that hashes the documents, and the split it decides."""
+"""A source of documents: one scan that hashes them, and the split that follows from it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ from ultrathink.data.manifest import FileEntry, Manifest, Stat, read_manifest, w
 _NOWHERE = Stat(0, 0, 0, 0)
 
 
-class ScannedSource(ABC):
-    """A source whose files are hashed once, then known by their manifest.
+class Source(ABC):
+    """Documents in files, hashed once, then known by their manifest; some are held out.
 
-    A subclass says which documents a file has (``_read``) and which are held out.
+    Iterating twice gives the same documents in the same order, or DataError where a file changed
+    in between. A text never holds lone surrogates: all of it can be written as UTF-8. A subclass
+    says which documents a file has (``_read``) and which are held out.
     """
 
     def __init__(
@@ -58,7 +60,11 @@ class ScannedSource(ABC):
         return sum(summary.num_skipped for summary in self._summaries().values())
 
     def scan(self, manifests: Path | None = None, verify: Verify = "stat") -> None:
-        """Find out what each file holds; reads those that the manifest does not know."""
+        """Find out what each file holds; reads those that the manifest does not know.
+
+        Manifests are kept in the folder ``manifests``; ``verify: full`` hashes every file. What
+        was not scanned before is when it is first used. DataError where text cannot be read.
+        """
         parts = json.dumps(dict(self._reading), sort_keys=True)
         path = (manifests or Path()) / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.json"
         known = {} if manifests is None else read_manifest(path)

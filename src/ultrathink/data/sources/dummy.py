@@ -9,7 +9,7 @@ from pathlib import Path
 from ultrathink.config.data import DummySourceConfig
 from ultrathink.data.checksums import HashedFile
 from ultrathink.data.documents import Document, Verify, is_held_out
-from ultrathink.data.sources.base import ScannedSource
+from ultrathink.data.sources.base import Source
 
 _SYLLABLES = ("ba", "ke", "li", "mo", "nu", "ra", "shi", "to")
 _WORDS = tuple(first + second for first in _SYLLABLES for second in _SYLLABLES)
@@ -17,7 +17,7 @@ _WORDS = tuple(first + second for first in _SYLLABLES for second in _SYLLABLES)
 _SUCCESSOR_SHARES = (0.5, 0.25, 0.125, 0.125)
 
 
-class DummySource(ScannedSource):
+class DummySource(Source):
     """Documents drawn from a first-order Markov chain over 64 words; equal for equal options.
 
     One in 20 is held out by the SHA-256 of its id, and at least one where there are two.

@@ -17,12 +17,12 @@ from ultrathink.data.documents import (
     Verify,
     replace_surrogates,
 )
-from ultrathink.data.sources.base import ScannedSource
+from ultrathink.data.sources.base import Source
 
 MIN_DOCUMENTS_FOR_HASH = 20
 
 
-class FileSource(ScannedSource):
+class FileSource(Source):
     """Documents from files; ``val_fraction`` of them is held out.
 
     With 20 documents or more whole ones are held out: those whose text hashes below the

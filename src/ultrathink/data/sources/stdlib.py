@@ -12,7 +12,7 @@ from ultrathink.config.data import StdlibSourceConfig
 from ultrathink.core.errors import DataError
 from ultrathink.data.checksums import HashedFile
 from ultrathink.data.documents import Document, is_held_out
-from ultrathink.data.sources.base import ScannedSource
+from ultrathink.data.sources.base import Source
 from ultrathink.data.sources.files import reading
 
 # Installed packages are not the library. Test packages and the code tables of `encodings` make
@@ -20,7 +20,7 @@ from ultrathink.data.sources.files import reading
 LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"})
 
 
-class StdlibSource(ScannedSource):
+class StdlibSource(Source):
     """Every readable ``.py`` file of the standard library; ids are posix paths relative to it.
 
     A file is held out when the SHA-256 of its id, as a number, is divisible by 20.

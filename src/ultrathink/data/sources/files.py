@@ -118,8 +118,7 @@ def expand_paths(
             raise _nothing_there(path, source_name)
         for file_id, file, in_folder in here:
             # A name may hold bytes that are not UTF-8, which Python keeps as lone surrogates.
-            named = (replace_surrogates(file_id), in_folder)
-            found.setdefault(os.path.realpath(file), named)
+            found.setdefault(file, (replace_surrogates(file_id), in_folder))
     files: dict[str, tuple[Path, bool]] = {}
     for real, (file_id, in_folder) in found.items():
         unique, number = file_id, 2
@@ -130,25 +129,27 @@ def expand_paths(
 
 
 def _expand(path: str, suffixes: frozenset[str] | None) -> Iterator[tuple[str, str, bool]]:
-    """Files below one path, with ids relative to the folder or to the fixed part of a pattern."""
+    """Files below one path: their ids, relative to the folder or to the fixed part of a pattern,
+    where they really are, and whether they were found in a folder.
+    """
     whole = Path(path)
     if whole.is_file():
-        yield whole.name, path, False
+        yield whole.name, os.path.realpath(path), False
     elif whole.is_dir():
-        for file_id in sorted(_below(path)):
+        for file_id, file in sorted(_below(os.path.realpath(path))):
             if suffixes is None or Path(file_id).suffix.lower() in suffixes:
-                yield file_id, os.path.join(path, file_id), True
+                yield file_id, file, True
     elif glob.has_magic(path):
         fixed = whole
         while glob.has_magic(str(fixed)):
             fixed = fixed.parent
         for match in sorted(glob.glob(path, recursive=True)):
             if os.path.isfile(match):
-                yield Path(match).relative_to(fixed).as_posix(), match, False
+                yield Path(match).relative_to(fixed).as_posix(), os.path.realpath(match), False
 
 
-def _below(folder: str, prefix: str = "") -> Iterator[str]:
-    """The files of a folder at any depth, relative to it; hidden ones are left out."""
+def _below(folder: str, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The files of a folder at any depth: relative to it, and where they really are."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -156,7 +157,8 @@ def _below(folder: str, prefix: str = "") -> Iterator[str]:
             if entry.is_dir(follow_symlinks=False):
                 yield from _below(entry.path, f"{prefix}{entry.name}/")
             elif entry.is_file():
-                yield f"{prefix}{entry.name}"
+                real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+                yield f"{prefix}{entry.name}", real
 
 
 def _nothing_there(path: str, source_name: str) -> UnreadableSourceError:

@@ -342,6 +342,7 @@ def _read_meta(folder: Path, verify: Verify = "stat") -> dict[str, Any]:
 def _verified(path: Path, known: FileEntry, verify: Verify) -> FileEntry:
     """The entry of a file of a store as it is now; DamagedStoreError where it is not ``known``."""
     stat = Stat.of(path)
+    lasting = stat.settled()
     if stat.size_bytes != known.stat.size_bytes:
         raise DamagedStoreError(
             f"{path.name}: {stat.size_bytes:,} bytes instead of {known.stat.size_bytes:,}"
@@ -350,7 +351,7 @@ def _verified(path: Path, known: FileEntry, verify: Verify) -> FileEntry:
         return known
     if file_checksum(path) != known.sha256:
         raise DamagedStoreError(f"{path.name}: other content than was written")
-    return known if stat == known.stat else replace(known, stat=stat.settled())
+    return known if stat == known.stat else replace(known, stat=lasting)
 
 
 def _remove_abandoned(parent: Path) -> None:

@@ -176,12 +176,6 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(DataError, match=r"the cache .*/file cannot be written"):
-        open_or_build(dummy(), "train", ByteTokenizer(), tmp_path / "file")
-
-
 def test_other_code_that_cuts_text_otherwise_has_its_own_stores(
     bpe: BpeTokenizer, tmp_path: Path
 ) -> None:

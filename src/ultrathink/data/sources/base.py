@@ -136,20 +136,21 @@ class Source(ABC):
 
     def _entry(self, file: str, known: FileEntry | None, verify: Verify) -> FileEntry:
         """What a file holds: as ``known`` where it is the same, else from reading it."""
-        path, stat = self._paths[file], _NOWHERE
+        path, lasting = self._paths[file], _NOWHERE
         if path is not None:
             with suppress(OSError):  # reading it says what is wrong
                 # Before it is read: a change from now on gives it another one.
                 stat = Stat.of(path)
+                lasting = stat.settled()
                 if known is not None and stat.size_bytes == known.stat.size_bytes:
                     if verify == "stat" and stat == known.stat:
                         return known
                     if file_checksum(path) == known.sha256:
-                        return replace(known, stat=stat.settled())
+                        return replace(known, stat=lasting)
         tally, opened = _Tally(file), self._open(file)
         for document in self._read(file, opened):
             tally.add(document)
-        return FileEntry(stat.settled(), opened.hexdigest(), tally.summary())
+        return FileEntry(lasting, opened.hexdigest(), tally.summary())
 
 
 class _Tally:

@@ -116,8 +116,6 @@ def record_sources(
         val=None if data.val is None else val_records,
         tokenizer=tokenizer.fingerprint,
         tokenizer_behavior=behavior_hash(tokenizer),
-        seq_len=data.seq_len,
-        packing=data.packing.model_dump(mode="json"),
         data_hash=hash_data(trained, tokenizer, data),
         skipped=count_skipped([*train, *val]),
     )

@@ -48,8 +48,6 @@ class DataRecord:
     """The tokenizer's fingerprint."""
     tokenizer_behavior: str
     """What ``behavior_hash`` gave for it."""
-    seq_len: int
-    packing: dict[str, bool]
     data_hash: str
     skipped: dict[str, int]
     """Unreadable documents left out, by source."""
@@ -104,7 +102,7 @@ class DataRecord:
 
 
 def describe_changes(before: DataRecord, now: DataRecord) -> list[str]:
-    """One line for each difference, naming sources and files; none where all is the same.
+    """One line for each difference in the text, naming sources and files; none where there is none.
 
     That a file only grew is known where ``now`` was made with ``before`` at hand. At most eight
     lines, and one that counts the others.
@@ -113,7 +111,6 @@ def describe_changes(before: DataRecord, now: DataRecord) -> list[str]:
         [
             *_group_changes(before.train, now.train, "data.train"),
             *_group_changes(before.val or (), now.val or (), "data.val"),
-            *_setting_changes(before, now),
         ]
     )
 
@@ -150,24 +147,6 @@ def _group_changes(
     lines += [f"source {name!r} of {section} is new" for name in here if name not in then]
     both = [(then[name], here[name]) for name in then if name in here]
     return lines + [line for pair in both for line in source_changes(*pair)]
-
-
-def _setting_changes(before: DataRecord, now: DataRecord) -> list[str]:
-    lines = []
-    if before.tokenizer != now.tokenizer:
-        lines.append("the tokenizer is another")
-    elif before.tokenizer_behavior != now.tokenizer_behavior:
-        lines.append("the code that tokenizes is another")
-    if before.seq_len != now.seq_len:
-        lines.append(f"data.seq_len: {before.seq_len} then, {now.seq_len} now")
-    for key in {**before.packing, **now.packing}:
-        then, here = (
-            "not set" if record.packing.get(key) is None else str(record.packing[key]).lower()
-            for record in (before, now)
-        )
-        if then != here:
-            lines.append(f"data.packing.{key}: {then} then, {here} now")
-    return lines
 
 
 def _file_changes(before: SourceRecord, now: SourceRecord) -> list[str]:

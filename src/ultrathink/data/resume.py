@@ -35,7 +35,7 @@ class ResumedData:
 
     data: PreparedData
     changes: list[str]
-    """What differs from the record, a line each; with ``same`` settings only, never text."""
+    """What differs from the record, a line each; with ``same`` weights at most, never text."""
     action: Literal["same", "rebuild", "keep"]
     """``same``: the text is what it was; otherwise what ``data.on_change`` says was done."""
 
@@ -100,7 +100,7 @@ def check_data(data: DataConfig, tokenizer: Tokenizer, record: DataRecord) -> li
 def _compare(
     data: DataConfig, sources: Sources, tokenizer: Tokenizer, record: DataRecord
 ) -> tuple[bool, list[str]]:
-    """Whether the text is that of ``record``, and what differs in text and settings."""
+    """Whether the text is that of ``record``, and what differs."""
     if sources.errors:
         return False, _changes_and_errors(data, sources, tokenizer, record)
     now = record_sources(data, sources, tokenizer, earlier=record)

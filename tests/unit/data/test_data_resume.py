@@ -131,15 +131,6 @@ def test_other_times_and_equal_content_are_no_change(folder: Path, before: Prepa
     assert_equal_data(found.data, before)
 
 
-def test_settings_of_another_kind_are_told_and_not_refused(
-    folder: Path, before: PreparedData
-) -> None:
-    found = resume(before, config_of(folder, seq_len=32))
-    assert found.action == "same"
-    assert found.changes == ["data.seq_len: 16 then, 32 now"]
-    assert found.data.data_hash != before.data_hash
-
-
 # -- the text changed ---------------------------------------------------------------------------
 
 

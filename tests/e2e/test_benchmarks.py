@@ -110,6 +110,7 @@ def test_startup_times_whole_processes() -> None:
 
 @pytest.mark.slow
 @pytest.mark.compiled
+@pytest.mark.long
 def test_a_second_start_reads_next_to_nothing() -> None:
     result = run("second_start.py", "--size-gb", "0.01", "--files", "4", "--rounds", "1")
     assert set(result["seconds"]) == {"small", "large"}

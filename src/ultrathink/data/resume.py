@@ -85,7 +85,7 @@ def check_data(data: DataConfig, tokenizer: Tokenizer, record: DataRecord) -> li
             except DamagedStoreError as error:
                 status: Literal["note", "damaged"] = "damaged" if folder.exists() else "note"
                 problem = f"{folder}: {error}" if folder.exists() else f"{folder} is not there"
-                advice = "the next start builds it again, if the text is what it was"
+                advice = "the next start rebuilds it if the text is unchanged"
                 findings.append(DataFinding(item, status, f"{problem}; {advice}"))
             else:
                 detail = f"{store.num_tokens:,} as they were written"

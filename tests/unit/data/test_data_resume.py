@@ -329,7 +329,7 @@ def test_a_check_hashes_text_and_stores_and_mends_nothing(
     grow_and_remove(folder)
     for _ in range(2):
         found = check()
-        again = "the next start builds it again, if the text is what it was"
+        again = "the next start rebuilds it if the text is unchanged"
         assert found["tokens of books (train)"] == (
             "damaged",
             f"{books.folder}: tokens.bin: other content than was written; {again}",

@@ -116,6 +116,12 @@ def test_startup_times_whole_processes() -> None:
     assert "ultrathink --help" in seconds
 
 
+def test_a_second_start_reads_next_to_nothing() -> None:
+    result = run("second_start.py", "--size-gb", "0.01", "--files", "4", "--rounds", "1")
+    assert set(result["seconds"]) == {"small", "large"}
+    assert 0 < result["gate"]["share_read"] < 0.01
+
+
 def test_a_checkpoint_is_timed_beside_training_and_alone() -> None:
     result = run("checkpoint_stall.py", "--shape", "XS", "--checkpoints", "2", "--threads", "1")
     assert result["megabytes"] > 0

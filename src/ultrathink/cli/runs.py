@@ -22,7 +22,7 @@ UNSOUND = 1
 _EPILOG = """what to do:
   runs [DIR]       list the runs in a folder (default: runs), the newest change first
   runs check RUN   read everything that a run holds and say what is sound; the status is 1
-                   where something is damaged
+                   where something is damaged; --data reads its text and token cache too
 
 states:
   running   a process is training it        finished  trained to its end
@@ -51,6 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("words", nargs="*", metavar="DIR | check RUN", help="see below")
     add_plugin_argument(parser)
+    parser.add_argument("--data", action="store_true", help="check text and token cache as well")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -64,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
                 + (f"; one at a time, not {' '.join(words[1:])}" if words[1:] else "")
             )
         load_plugins(args)
-        return _check(words[1], as_json=args.json)
+        return _check(words[1], data=args.data, as_json=args.json)
+    if args.data:
+        raise UltrathinkError("--data goes with a check: ultrathink runs check RUN --data")
     if len(words) > 1:
         near = closest(words[0], [CHECK])
         raise UltrathinkError(
@@ -171,13 +174,13 @@ def _size(num_bytes: int) -> str:
 # -- one run --------------------------------------------------------------------------------------
 
 
-def _check(name: str, *, as_json: bool) -> int:
+def _check(name: str, *, data: bool, as_json: bool) -> int:
     from ultrathink.runs.checking import check_run, run_to_check
     from ultrathink.runs.folder import split_run
 
     run_name, which = split_run(name)
     is_whole = run_name == name
-    check = check_run(run_to_check(run_name), None if is_whole else which)
+    check = check_run(run_to_check(run_name), None if is_whole else which, data=data)
     command = f"ultrathink train --resume {run_name}"
     if check.newest_sound != check.newest:
         command += f"@{check.newest_sound}"

@@ -128,6 +128,12 @@ class DataConfig(Section):
         "the start of its order, keep goes on bit for bit with the tokens that are in the cache, "
         "even where files changed or vanished.",
     )
+    verify: Literal["stat", "full"] = free(
+        "stat",
+        description="How a start makes sure that text and token cache are what they were: stat "
+        "hashes the files whose size, times or inode differ from those of the last start, full "
+        "hashes all of them, which finds what a disk damaged by itself.",
+    )
     cache_dir: str | None = place(
         None,
         description="Folder of tokenized data; $ULTRATHINK_CACHE or ~/.cache/ultrathink when "

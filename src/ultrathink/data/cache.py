@@ -5,19 +5,21 @@ A store is a folder:
 - ``tokens.bin``: the documents' tokens, each document followed by the end-of-text token
 - ``offsets.npy``: where each document starts, and the total at the end
 - ``token_bytes.npy``: UTF-8 bytes that each id of the vocabulary stands for
-- ``meta.json``: counts, types, and the size and SHA-256 of each other file; written last
+- ``meta.json``: counts, types, and the manifest of the other files; written last
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -28,12 +30,15 @@ import numpy.typing as npt
 from ultrathink.core.errors import DataError
 from ultrathink.core.files import sync_folder, write_atomic
 from ultrathink.data.checksums import HashingWriter, file_checksum, is_sealed, sealed
-from ultrathink.data.documents import Document, Progress, Source, Split
+from ultrathink.data.documents import Document, Progress, Split, Verify
+from ultrathink.data.manifest import FileEntry, Manifest, Stat, wait_for_tick
+from ultrathink.data.sources.base import Source
 from ultrathink.data.tokenizers.base import Tokenizer, behavior_hash
 
 CACHE_VARIABLE = "ULTRATHINK_CACHE"
-FORMAT = 2  # part of the key: a store of another format is another store
+FORMAT = 3  # part of the key: a store of another format is another store
 _TOKENS, _OFFSETS, _TOKEN_BYTES, _META = "tokens.bin", "offsets.npy", "token_bytes.npy", "meta.json"
+_OF_THE_FILES = ("files", "checksum")
 _BATCH_CHARACTERS = 2_000_000
 _ABANDONED_AFTER_S = 24 * 3600
 
@@ -45,14 +50,14 @@ class DamagedStoreError(Exception):
 class TokenStore:
     """The tokens of one source's documents; opened at first use, so that it is cheap to pickle."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, verify: Verify = "stat") -> None:
         """``name`` is the source's; DamagedStoreError where ``folder`` holds no whole store.
 
-        All files are read once and compared with their checksums.
+        Files whose stat is not the recorded one are hashed; with ``full`` all are.
         """
         self.folder = folder
         self.name = name
-        meta = _read_meta(folder)
+        meta = _read_meta(folder, verify)
         self.num_tokens: int = meta["num_tokens"]  # end-of-text tokens included
         self.num_documents: int = meta["num_documents"]
         self.num_bytes: int = meta["num_bytes"]  # UTF-8 bytes of the documents, nothing between
@@ -99,6 +104,27 @@ class TokenStore:
             ) from error
 
 
+@contextmanager
+def without_read_ahead(arrays: Iterable[npt.NDArray[Any]]) -> Iterator[None]:
+    """While a few places of mapped ``arrays`` are read, read those and nothing around them."""
+    maps = [base for array in arrays if isinstance(base := _memory_of(array), mmap.mmap)]
+    if not hasattr(mmap, "MADV_RANDOM"):
+        maps = []
+    for each in maps:
+        each.madvise(mmap.MADV_RANDOM)
+    try:
+        yield
+    finally:
+        for each in maps:
+            each.madvise(mmap.MADV_NORMAL)
+
+
+def _memory_of(array: Any) -> Any:
+    while isinstance(array, np.ndarray):
+        array = array.base
+    return array
+
+
 def cache_folder(cache_dir: str | None) -> Path:
     """``cache_dir``, else ``$ULTRATHINK_CACHE``, else ``~/.cache/ultrathink``."""
     named = cache_dir or os.environ.get(CACHE_VARIABLE)
@@ -125,6 +151,7 @@ def open_or_build(
     cache: Path,
     progress: Progress | None = None,
     notes: list[str] | None = None,
+    verify: Verify = "stat",
 ) -> TokenStore:
     """The store of ``source``'s documents, from the cache where it is there and whole.
 
@@ -136,11 +163,11 @@ def open_or_build(
     damage = None
     if folder.exists():
         try:
-            return TokenStore(folder, source.name)
+            return TokenStore(folder, source.name, verify)
         except DamagedStoreError as error:
             damage = str(error)
     label = f"tokenizing {source.name} ({split})"
-    documents, num_bytes = source.documents(split), source.num_bytes(split)
+    documents, num_bytes = source.documents(split), source.expected_bytes(split)
     with writing_to(cache):
         build_store(folder, documents, tokenizer, label, num_bytes, progress)
     if damage is not None and notes is not None:
@@ -213,6 +240,8 @@ def _write_store(
         _OFFSETS: _save_array(folder / _OFFSETS, np.array([0, *ends], dtype=np.int64)),
         _TOKEN_BYTES: _save_array(folder / _TOKEN_BYTES, np.array(lengths, dtype=np.uint32)),
     }
+    stats = {name: Stat.of(folder / name) for name in checksums}
+    wait_for_tick(folder, stats.values())
     meta = {
         "format": FORMAT,
         "num_tokens": num_tokens,
@@ -220,10 +249,8 @@ def _write_store(
         "num_bytes": num_bytes,
         "eot_id": tokenizer.eot_id,
         "dtype": dtype.name,
-        "sizes": {name: (folder / name).stat().st_size for name in checksums},
-        "sha256": checksums,
     }
-    write_atomic(folder / _META, json.dumps(sealed(meta), indent=2) + "\n")
+    _write_meta(folder, meta, {name: FileEntry(stats[name], checksums[name]) for name in checksums})
     sync_folder(folder)
 
 
@@ -282,28 +309,49 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def _write_meta(folder: Path, meta: dict[str, Any], manifest: Manifest) -> None:
+    files = {name: entry.to_json() for name, entry in manifest.items()}
+    write_atomic(folder / _META, json.dumps(sealed({**meta, "files": files}), indent=2) + "\n")
+
+
+def _read_meta(folder: Path, verify: Verify = "stat") -> dict[str, Any]:
     """The meta file of a whole store; DamagedStoreError says what is wrong with any other."""
     try:
-        meta: Any = json.loads((folder / _META).read_text(encoding="utf-8"))
-        if not isinstance(meta, dict) or not is_sealed(meta):
+        sealed_meta: Any = json.loads((folder / _META).read_text(encoding="utf-8"))
+        if not isinstance(sealed_meta, dict) or not is_sealed(sealed_meta):
             raise DamagedStoreError(f"{_META}: other content than was written")
+        meta = {
+            key: value for key, value in sealed_meta.items() if key not in ("files", "checksum")
+        }
         if meta["format"] != FORMAT:
             raise DamagedStoreError(f"format {meta['format']}, this version reads {FORMAT}")
-        for name, size in meta["sizes"].items():
-            here = (folder / name).stat().st_size
-            if here != size:
-                raise DamagedStoreError(f"{name}: {here:,} bytes instead of {size:,}")
-        for name, checksum in meta["sha256"].items():
-            if file_checksum(folder / name) != checksum:
-                raise DamagedStoreError(f"{name}: other content than was written")
+        known = {name: FileEntry.from_json(entry) for name, entry in sealed_meta["files"].items()}
+        found = {name: _verified(folder / name, entry, verify) for name, entry in known.items()}
     except FileNotFoundError as error:
         raise DamagedStoreError(f"{Path(error.filename).name} is missing") from error
     except OSError as error:
         raise DamagedStoreError(f"cannot be read: {error}") from error
     except ValueError as error:
         raise DamagedStoreError(f"{_META}: not JSON ({error})") from error
+    if found != known:  # copied, say: equal content, which need not be hashed again
+        with suppress(OSError):
+            _write_meta(folder, meta, found)
     return meta
+
+
+def _verified(path: Path, known: FileEntry, verify: Verify) -> FileEntry:
+    """The entry of a file of a store as it is now; DamagedStoreError where it is not ``known``."""
+    stat = Stat.of(path)
+    lasting = stat.settled()
+    if stat.size_bytes != known.stat.size_bytes:
+        raise DamagedStoreError(
+            f"{path.name}: {stat.size_bytes:,} bytes instead of {known.stat.size_bytes:,}"
+        )
+    if verify == "stat" and stat == known.stat:
+        return known
+    if file_checksum(path) != known.sha256:
+        raise DamagedStoreError(f"{path.name}: other content than was written")
+    return known if stat == known.stat else replace(known, stat=lasting)
 
 
 def _remove_abandoned(parent: Path) -> None:

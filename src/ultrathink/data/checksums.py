@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,31 @@ class HashingWriter:
 
     def hexdigest(self) -> str:
         """The SHA-256 of all that was written."""
+        return self._digest.hexdigest()
+
+
+class HashedFile:
+    """A file that is hashed while it is read once, from its start to its end."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._digest = hashlib.sha256()
+
+    def read(self) -> bytes:
+        """All of it."""
+        content = self.path.read_bytes()
+        self._digest.update(content)
+        return content
+
+    def lines(self) -> Iterator[bytes]:
+        """Its lines, each with its end."""
+        with self.path.open("rb") as file:
+            for line in file:
+                self._digest.update(line)
+                yield line
+
+    def hexdigest(self) -> str:
+        """The SHA-256 of what was read."""
         return self._digest.hexdigest()
 
 

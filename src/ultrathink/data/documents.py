@@ -1,16 +1,17 @@
-"""Documents, and what a source of them offers."""
+"""Documents, and what a file of them held."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from ultrathink.core.errors import DataError
 
 Split = Literal["train", "val", "all"]
+Verify = Literal["stat", "full"]  # files whose stat may tell of a change are hashed, or all are
 
 # Called with what is being done, how much of it is done, and how much there is (UTF-8 bytes).
 Progress = Callable[[str, int, int], None]
@@ -33,9 +34,10 @@ class FileSummary:
 
     num_documents: int
     num_bytes: int  # UTF-8 bytes of the documents' text
-    digest: str  # 16 hex digits of a SHA-256 over the documents and their places in the file
-    earlier: str | None = None
-    """The digest of as many documents from its start as were asked for, where there are so many."""
+    digest: str  # SHA-256 over the documents and their places in the file
+    num_skipped: int  # unreadable documents that were left out
+    lowest: int  # the least of the documents' hashes (their first 64 bits), and the greatest:
+    highest: int  # what is held out of many documents is chosen by them
 
 
 class UnreadableSourceError(DataError):
@@ -45,36 +47,6 @@ class UnreadableSourceError(DataError):
         """``problem`` is a clause; ``advice`` follows it and ends the sentence."""
         super().__init__(problem + advice)
         self.problem = problem
-
-
-class Source(Protocol):
-    """Documents, split into those to train on and those held out.
-
-    Iterating twice gives the same documents in the same order, or DataError where a file changed
-    in between. A text never holds lone surrogates: all of it can be written as UTF-8.
-    """
-
-    name: str
-    num_skipped: int  # unreadable documents left out, known after the first pass
-
-    def documents(self, split: Split) -> Iterator[Document]:
-        """The documents of ``split``; ``all`` is every document, uncut."""
-        ...
-
-    def fingerprint(self, split: Split) -> str:
-        """A hash of the ids and contents of ``split``: equal means the same documents."""
-        ...
-
-    def num_bytes(self, split: Split) -> int:
-        """UTF-8 bytes of all documents of ``split``."""
-        ...
-
-    def files(self, earlier: Mapping[str, int]) -> dict[str, FileSummary]:
-        """What each file holds, by its id, in the order in which they are read.
-
-        For a file in ``earlier`` the digest of its first so many documents is told too.
-        """
-        ...
 
 
 def is_held_out(document_id: str) -> bool:

@@ -15,7 +15,7 @@ from ultrathink.core.errors import CheckpointError, DataError
 from ultrathink.core.protocols import State
 from ultrathink.data.batch import Batch
 from ultrathink.data.blocks import Block, BlockReader, BlockRequest
-from ultrathink.data.cache import TokenStore
+from ultrathink.data.cache import TokenStore, without_read_ahead
 from ultrathink.data.order import Change, SampleOrder
 from ultrathink.data.packing import SampleReader
 from ultrathink.data.workers import WorkerPool
@@ -175,7 +175,8 @@ class TrainLoader:
         last = [(number, size - 1) for number, size in enumerate(self._sizes) if size > 0]
         source_ids = np.array([*fresh.source_ids[few], *(number for number, _ in last)])
         positions = np.array([*fresh.positions[few], *(position for _, position in last)])
-        values = self._reader.read(source_ids, positions)
+        with without_read_ahead(store.tokens for store in self._reader.stores):
+            values = self._reader.read(source_ids, positions)
         digest.update(values.astype("<i8").tobytes())
         return digest.hexdigest()
 

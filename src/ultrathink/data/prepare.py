@@ -16,10 +16,11 @@ from ultrathink.config.data import DataConfig
 from ultrathink.config.tokenizer import TOKENIZERS, TokenizerConfig
 from ultrathink.core.errors import CheckpointError, DataError
 from ultrathink.data.cache import TokenStore, cache_folder, open_or_build, writing_to
-from ultrathink.data.documents import Progress, Source, Split
+from ultrathink.data.documents import Progress, Split
 from ultrathink.data.packing import make_samples
 from ultrathink.data.reading import Sources, hash_data, read_sources, record_sources
 from ultrathink.data.record import DataRecord, SourceRecord
+from ultrathink.data.sources.base import Source
 from ultrathink.data.tokenizers.base import DamagedTokenizerError, Tokenizer, load_tokenizer
 
 _TRAINING_FORMAT = 1  # part of the key of trained tokenizers; raise it when training changes
@@ -81,7 +82,7 @@ def prepare_sources(
     notes: list[str] = []
     train, val = sources.readable()
     for source in [*train, *val]:
-        _require_text(source, sources.train_split if source in train else "all")
+        _require_text(source)
     if isinstance(tokenizer, TokenizerConfig):
         weights, split = [source.weight for source in data.train], sources.train_split
         tokenizer = train_or_load(tokenizer, train, split, weights, cache, progress, notes)
@@ -89,9 +90,10 @@ def prepare_sources(
 
     def open_store(_: SourceRecord, source: Source | None, split: Split) -> TokenStore:
         assert source is not None, "all were readable"
-        if split == "val":
-            _require_held_out(source)
-        return open_or_build(source, split, chosen, cache, progress, notes)
+        store = open_or_build(source, split, chosen, cache, progress, notes, data.verify)
+        if store.num_bytes == 0:
+            raise _too_small(source, split)
+        return store
 
     record = record_sources(data, sources, chosen, earlier)
     return assemble_data(data, chosen, record, sources, open_store, notes)
@@ -160,7 +162,7 @@ def train_or_load(
     One that was damaged is trained again, which ``notes`` are told.
     """
     prints = [source.fingerprint(split) for source in sources]
-    sizes = [source.num_bytes(split) for source in sources]
+    sizes = [max(1, source.expected_bytes(split)) for source in sources]
     limit: int = getattr(config, "train_bytes", sum(sizes))
     # Weights decide only where there is more text than is learned from.
     shares = None if sum(sizes) <= limit else _shares(sizes, weights, limit)
@@ -214,8 +216,9 @@ def _texts_to_learn_from(
     """
     for number, source in enumerate(sources):
         share = 1.0 if shares is None else shares[number]
-        num_pieces = 0
+        num_pieces, has_text = 0, False
         for document in source.documents(split):
+            has_text = has_text or document.text != ""
             if share == 1:
                 yield document.text
                 continue
@@ -223,27 +226,28 @@ def _texts_to_learn_from(
                 if math.ceil((num_pieces + 1) * share) > math.ceil(num_pieces * share):
                     yield document.text[begin : begin + _PIECE_CHARACTERS]
                 num_pieces += 1
+        if not has_text:
+            raise _too_small(source, split)
 
 
-def _require_held_out(source: Source) -> None:
-    if source.num_bytes("val") > 0:
-        return
-    raise DataError(
-        f"data source {source.name!r} is too small to hold out text for validation "
-        f"({source.num_bytes('all')} bytes in all). Name validation text in data.val, or "
-        f"change the source's val_fraction (0: no validation)."
+def _too_small(source: Source, split: Split) -> DataError:
+    """What is wrong where ``split`` has no text and the whole source has."""
+    if split == "val":
+        return DataError(
+            f"data source {source.name!r} is too small to hold out text for validation "
+            f"({source.expected_bytes('all')} bytes in all). Name validation text in data.val, or "
+            f"change the source's val_fraction (0: no validation)."
+        )
+    return DataError(
+        f"data source {source.name!r} has no text left to train on once some is held out. "
+        f"Name validation text in data.val, or lower the source's val_fraction."
     )
 
 
-def _require_text(source: Source, split: Split) -> None:
-    if source.num_bytes(split) > 0:
+def _require_text(source: Source) -> None:
+    if source.expected_bytes("all") > 0:
         return
     skipped = f"; {source.num_skipped} were skipped as unreadable" if source.num_skipped else ""
-    if source.num_bytes("all") > 0:
-        raise DataError(
-            f"data source {source.name!r} has no text left to train on once some is held out. "
-            f"Name validation text in data.val, or lower the source's val_fraction."
-        )
     raise DataError(
         f"data source {source.name!r} has no text: its documents are empty or there are "
         f"none{skipped}. Point it at other files."

@@ -12,8 +12,9 @@ from typing import Any
 from ultrathink.config.data import SOURCES, DataConfig, SourceConfig
 from ultrathink.core.errors import DataError
 from ultrathink.data.cache import cache_folder, store_folder
-from ultrathink.data.documents import Progress, Source, Split
-from ultrathink.data.record import MAX_FILES, DataRecord, SourceRecord, earlier_documents
+from ultrathink.data.documents import Progress, Split
+from ultrathink.data.record import MAX_FILES, DataRecord, SourceRecord
+from ultrathink.data.sources.base import Source
 from ultrathink.data.tokenizers.base import Tokenizer, behavior_hash
 
 
@@ -46,7 +47,8 @@ class Sources:
 
 
 def read_sources(data: DataConfig, progress: Progress | None = None) -> Sources:
-    """Find the text that ``data`` names and read all of it once."""
+    """Find the text that ``data`` names, and read what of it the manifests do not know."""
+    manifests = cache_folder(data.cache_dir) / "sources"
 
     def read(source: Source | DataError) -> Source | DataError:
         if isinstance(source, DataError):
@@ -54,7 +56,7 @@ def read_sources(data: DataConfig, progress: Progress | None = None) -> Sources:
         if progress is not None:
             progress(f"reading {source.name}", 0, 0)
         try:
-            source.num_bytes("all")
+            source.scan(manifests, data.verify)
         except DataError as error:
             return error
         return source
@@ -114,8 +116,6 @@ def record_sources(
         val=None if data.val is None else val_records,
         tokenizer=tokenizer.fingerprint,
         tokenizer_behavior=behavior_hash(tokenizer),
-        seq_len=data.seq_len,
-        packing=data.packing.model_dump(mode="json"),
         data_hash=hash_data(trained, tokenizer, data),
         skipped=count_skipped([*train, *val]),
     )
@@ -131,7 +131,8 @@ def record_source(
 ) -> SourceRecord:
     """What one source holds; with ``before`` at hand it can be told that a file only grew."""
     cache = cache_folder(data.cache_dir)
-    files = source.files(earlier_documents(before))
+    files = source.files()
+    then = (before and before.files) or {}
     prints: dict[Split, str] = {split: source.fingerprint(split) for split in splits}
     folders = {split: store_folder(cache, prints[split], split, tokenizer) for split in splits}
     return SourceRecord(
@@ -143,6 +144,13 @@ def record_source(
         num_documents=sum(summary.num_documents for summary in files.values()),
         num_bytes=sum(summary.num_bytes for summary in files.values()),
         files=files if len(files) <= MAX_FILES else None,
+        grown=tuple(
+            file
+            for file, known in then.items()
+            if file in files
+            and files[file].num_documents > known.num_documents
+            and source.begins_with(file, known)
+        ),
     )
 
 

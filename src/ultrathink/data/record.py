@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ from ultrathink.core.files import write_atomic
 from ultrathink.data.checksums import is_sealed, sealed
 from ultrathink.data.documents import FileSummary, Split, file_label
 
-FORMAT = 1
+FORMAT = 2
 MAX_FILES = 20_000  # a source with more is recorded by its totals only
 _MAX_LINES = 8
 
@@ -33,6 +33,8 @@ class SourceRecord:
     num_bytes: int  # UTF-8 bytes of the documents
     files: dict[str, FileSummary] | None
     """What each file held, by its id, in the order of reading; None beyond 20,000 files."""
+    grown: tuple[str, ...] = ()
+    """Files that hold what they held in the record that this one is compared with, and more."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,6 @@ class DataRecord:
     """The tokenizer's fingerprint."""
     tokenizer_behavior: str
     """What ``behavior_hash`` gave for it."""
-    seq_len: int
-    packing: dict[str, bool]
     data_hash: str
     skipped: dict[str, int]
     """Unreadable documents left out, by source."""
@@ -58,7 +58,7 @@ class DataRecord:
         return [[source.fingerprints for source in group] for group in (self.train, self.val or ())]
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON holds it, with a checksum; a file is [documents, bytes, digest]."""
+        """The record as JSON holds it, with a checksum; a file is a list, in its fields' order."""
         values = asdict(self)
         values["train"] = [_source_to_json(source) for source in self.train]
         if self.val is not None:
@@ -102,7 +102,7 @@ class DataRecord:
 
 
 def describe_changes(before: DataRecord, now: DataRecord) -> list[str]:
-    """One line for each difference, naming sources and files; none where all is the same.
+    """One line for each difference in the text, naming sources and files; none where there is none.
 
     That a file only grew is known where ``now`` was made with ``before`` at hand. At most eight
     lines, and one that counts the others.
@@ -111,7 +111,6 @@ def describe_changes(before: DataRecord, now: DataRecord) -> list[str]:
         [
             *_group_changes(before.train, now.train, "data.train"),
             *_group_changes(before.val or (), now.val or (), "data.val"),
-            *_setting_changes(before, now),
         ]
     )
 
@@ -127,12 +126,6 @@ def source_changes(before: SourceRecord, now: SourceRecord) -> list[str]:
         return lines
     changed = [] if before.type != now.type else _file_changes(before, now)
     return lines + (changed or [_other_text(before, now)])
-
-
-def earlier_documents(record: SourceRecord | None) -> Mapping[str, int]:
-    """How many documents each file of ``record`` held."""
-    files = (record and record.files) or {}
-    return {file: summary.num_documents for file, summary in files.items()}
 
 
 def shortened(lines: Sequence[str]) -> list[str]:
@@ -156,24 +149,6 @@ def _group_changes(
     return lines + [line for pair in both for line in source_changes(*pair)]
 
 
-def _setting_changes(before: DataRecord, now: DataRecord) -> list[str]:
-    lines = []
-    if before.tokenizer != now.tokenizer:
-        lines.append("the tokenizer is another")
-    elif before.tokenizer_behavior != now.tokenizer_behavior:
-        lines.append("the code that tokenizes is another")
-    if before.seq_len != now.seq_len:
-        lines.append(f"data.seq_len: {before.seq_len} then, {now.seq_len} now")
-    for key in {**before.packing, **now.packing}:
-        then, here = (
-            "not set" if record.packing.get(key) is None else str(record.packing[key]).lower()
-            for record in (before, now)
-        )
-        if then != here:
-            lines.append(f"data.packing.{key}: {then} then, {here} now")
-    return lines
-
-
 def _file_changes(before: SourceRecord, now: SourceRecord) -> list[str]:
     """What happened to the files; nothing where they are the same or were not recorded."""
     then, here = before.files, now.files
@@ -188,15 +163,16 @@ def _file_changes(before: SourceRecord, now: SourceRecord) -> list[str]:
         elif file not in then:
             lines.append(f"{label} is new")
         elif then[file].digest != here[file].digest:
-            lines.append(f"{label} {_content_change(then[file], here[file])}")
+            change = _content_change(then[file], here[file], grew=file in now.grown)
+            lines.append(f"{label} {change}")
     if not lines and list(then) != list(here):
         lines.append(f"source {now.name!r}: its files come in another order")
     return lines
 
 
-def _content_change(then: FileSummary, here: FileSummary) -> str:
+def _content_change(then: FileSummary, here: FileSummary, *, grew: bool) -> str:
     more = here.num_documents - then.num_documents
-    if more > 0 and here.earlier == then.digest:
+    if grew:
         return f"grew by {more:,} document{'s' if more > 1 else ''}"
     if then.num_documents == here.num_documents == 1:
         return f"changed ({_then_and_now(then.num_bytes, here.num_bytes, 'bytes')})"
@@ -208,7 +184,7 @@ def _then_and_now(then: int, here: int, unit: str) -> str:
 
 
 def _other_text(before: SourceRecord, now: SourceRecord) -> str:
-    if before.files is not None and before.files == _without_earlier(now.files):
+    if before.files is not None and before.files == now.files:
         return f"source {now.name!r}: another part of its text is held out for validation"
     return (
         f"source {now.name!r} has other text ("
@@ -217,17 +193,11 @@ def _other_text(before: SourceRecord, now: SourceRecord) -> str:
     )
 
 
-def _without_earlier(files: dict[str, FileSummary] | None) -> dict[str, FileSummary]:
-    return {file: replace(summary, earlier=None) for file, summary in (files or {}).items()}
-
-
 def _source_to_json(source: SourceRecord) -> dict[str, Any]:
     values = asdict(source)
+    del values["grown"]
     if source.files is not None:
-        values["files"] = {
-            file: [summary.num_documents, summary.num_bytes, summary.digest]
-            for file, summary in source.files.items()
-        }
+        values["files"] = {file: list(astuple(found)) for file, found in source.files.items()}
     return values
 
 

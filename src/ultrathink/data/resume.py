@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ultrathink.config.data import DataConfig
 from ultrathink.core.errors import CheckpointError, DataError
@@ -15,7 +15,7 @@ from ultrathink.data.cache import (
     cached_store,
     open_or_build,
 )
-from ultrathink.data.documents import Progress, Source, Split, UnreadableSourceError
+from ultrathink.data.documents import Progress, Split, UnreadableSourceError
 from ultrathink.data.prepare import PreparedData, assemble_data, prepare_sources
 from ultrathink.data.reading import Sources, read_sources, record_source, record_sources
 from ultrathink.data.record import (
@@ -25,6 +25,7 @@ from ultrathink.data.record import (
     shortened,
     source_changes,
 )
+from ultrathink.data.sources.base import Source
 from ultrathink.data.tokenizers.base import Tokenizer, behavior_hash
 
 
@@ -34,7 +35,7 @@ class ResumedData:
 
     data: PreparedData
     changes: list[str]
-    """What differs from the record, a line each; with ``same`` settings only, never text."""
+    """What differs from the record, a line each; with ``same`` weights at most, never text."""
     action: Literal["same", "rebuild", "keep"]
     """``same``: the text is what it was; otherwise what ``data.on_change`` says was done."""
 
@@ -54,11 +55,7 @@ def resume_data(
     """
     _require_same_tokenizer(tokenizer, record)
     sources = read_sources(data, progress)
-    if sources.errors:
-        is_same, changes = False, _changes_and_errors(data, sources, tokenizer, record)
-    else:
-        now = record_sources(data, sources, tokenizer, earlier=record)
-        is_same, changes = now.fingerprints == record.fingerprints, describe_changes(record, now)
+    is_same, changes = _compare(data, sources, tokenizer, record)
     if not is_same and data.on_change == "keep":
         prepared = _keep(data, sources, tokenizer, record, changes, progress)
         return ResumedData(prepared, changes, "keep")
@@ -66,6 +63,48 @@ def resume_data(
         raise CheckpointError(_refusal(data, sources, changes))
     prepared = prepare_sources(data, sources, tokenizer, progress=progress)
     return ResumedData(prepared, changes, "same" if is_same else "rebuild")
+
+
+class DataFinding(NamedTuple):
+    """What became of the text or the tokens of a run."""
+
+    item: str
+    status: Literal["ok", "note", "damaged"]
+    detail: str
+
+
+def check_data(data: DataConfig, tokenizer: Tokenizer, record: DataRecord) -> list[DataFinding]:
+    """Hash the text and the token stores that ``record`` tells of: every byte of them is read."""
+    findings = []
+    cache = cache_folder(data.cache_dir)
+    for source in (*record.train, *(record.val or ())):
+        for split, key in source.stores.items():
+            item, folder = f"tokens of {source.name} ({split})", cached_store(cache, key)
+            try:
+                store = TokenStore(folder, source.name, "full")
+            except DamagedStoreError as error:
+                status: Literal["note", "damaged"] = "damaged" if folder.exists() else "note"
+                problem = f"{folder}: {error}" if folder.exists() else f"{folder} is not there"
+                advice = "the next start rebuilds it if the text is unchanged"
+                findings.append(DataFinding(item, status, f"{problem}; {advice}"))
+            else:
+                detail = f"{store.num_tokens:,} as they were written"
+                findings.append(DataFinding(item, "ok", detail))
+    sources = read_sources(data.model_copy(update={"verify": "full"}))
+    is_same, changes = _compare(data, sources, tokenizer, record)
+    if is_same:
+        return [*findings, DataFinding("text", "ok", "what the run was trained on")]
+    return findings + [DataFinding("text", "note", f"changed since: {line}") for line in changes]
+
+
+def _compare(
+    data: DataConfig, sources: Sources, tokenizer: Tokenizer, record: DataRecord
+) -> tuple[bool, list[str]]:
+    """Whether the text is that of ``record``, and what differs."""
+    if sources.errors:
+        return False, _changes_and_errors(data, sources, tokenizer, record)
+    now = record_sources(data, sources, tokenizer, earlier=record)
+    return now.fingerprints == record.fingerprints, describe_changes(record, now)
 
 
 def _require_same_tokenizer(tokenizer: Tokenizer, record: DataRecord) -> None:
@@ -131,11 +170,11 @@ def _keep(
     def open_store(recorded: SourceRecord, source: Source | None, split: Split) -> TokenStore:
         folder = cached_store(cache, recorded.stores[split])
         try:
-            return TokenStore(folder, recorded.name)
+            return TokenStore(folder, recorded.name, data.verify)
         except DamagedStoreError as error:
             damage = str(error)
         if source is not None and source.fingerprint(split) == recorded.fingerprints[split]:
-            return open_or_build(source, split, tokenizer, cache, progress, notes)
+            return open_or_build(source, split, tokenizer, cache, progress, notes, data.verify)
         state = f"is damaged ({damage})" if folder.exists() else "is not there"
         raise CheckpointError(
             f"data.on_change=keep goes on with the tokens cached when the run began, but the store "

@@ -14,6 +14,8 @@ from ultrathink.checkpoint.snapshots import problems_of_snapshots, snapshot_path
 from ultrathink.config.loading import CONFIG_FILE
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError, ConfigError, UltrathinkError
+from ultrathink.data.record import DataRecord
+from ultrathink.data.resume import check_data
 from ultrathink.data.tokenizers.base import load_tokenizer
 from ultrathink.runs.folder import RunFolder, find_run
 from ultrathink.runs.listing import size_on_disk
@@ -69,14 +71,19 @@ def run_to_check(name: str) -> RunFolder:
         raise
 
 
-def check_run(run: RunFolder, which: str | None = None) -> Check:
-    """Read all that ``run`` holds, or only the checkpoint ``which`` and what it needs."""
+def check_run(run: RunFolder, which: str | None = None, *, data: bool = False) -> Check:
+    """Read all that ``run`` holds, or only the checkpoint ``which`` and what it needs.
+
+    With ``data`` its text and its part of the token cache are read as well.
+    """
     owner = holder(run)
     findings: list[CheckedItem] = []
     config = _check_config(run, findings)
     tokenizer_hash = _check_tokenizer(run, _check_manifest(run, findings), findings)
     if which is None:
         _check_records(run, findings)
+    if data and config is not None and tokenizer_hash is not None:
+        findings += _check_data(run, config)
     found: dict[int, CheckedItem] = {}
     for _ in range(_MAX_TRIES):
         steps = {step: run.step_path(step) for step in run.step_folders()}
@@ -169,6 +176,16 @@ def _felt_changes(segments: Sequence[Segment]) -> str:
         if segment.felt
     ]
     return f"; training felt changes: {', '.join(felt)}" if felt else ""
+
+
+def _check_data(run: RunFolder, config: Config) -> list[CheckedItem]:
+    """Compare text and token stores with what the run was trained on."""
+    try:
+        record = DataRecord.read(run.data_record)
+        found = check_data(config.data, load_tokenizer(run.tokenizer), record)
+    except CheckpointError as error:
+        return [CheckedItem(run.data_record.name, "damaged", in_run(run, error))]
+    return [CheckedItem(*finding) for finding in found]
 
 
 # -- checkpoints ----------------------------------------------------------------------------------

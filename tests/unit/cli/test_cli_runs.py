@@ -137,6 +137,7 @@ def test_mistakes_are_answered(place: Path, capsys: Out) -> None:
     assert "to check it: ultrathink runs check runs/demo" in fails(capsys, "runs/demo")
     assert "there is no run 'dmeo'. Did you mean 'demo'?" in fails(capsys, "check", "dmeo")
     assert "say which run to check" in fails(capsys, "check")
+    assert "--data goes with a check: ultrathink runs check" in fails(capsys, "--data")
     assert "one at a time, not a b" in fails(capsys, "check", "a", "b")
     assert "runs check demo" in fails(capsys, "chek", "demo")
     assert "no checkpoint yet" in fails(capsys, "check", "demo@7")
@@ -200,7 +201,7 @@ def test_check_tells_what_is_damaged_and_how_to_go_on(trained: RunFolder, capsys
     assert line.endswith("-of-00002.safetensors: content differs from its checksum")
     assert lines[-1] == "To go on from step 2: ultrathink train --resume debug@2"
 
-    assert main(["runs", "check", "debug@2"]) == 0
+    assert main(["runs", "check", "debug@2", "--data"]) == 0
     out = capsys.readouterr().out
     assert "step_00000004" not in out
     assert "metrics.jsonl" not in out

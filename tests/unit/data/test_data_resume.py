@@ -17,7 +17,7 @@ from ultrathink.data.cache import TokenStore
 from ultrathink.data.loader import TrainLoader
 from ultrathink.data.prepare import PreparedData, prepare_data
 from ultrathink.data.record import DataRecord
-from ultrathink.data.resume import ResumedData, resume_data
+from ultrathink.data.resume import ResumedData, check_data, resume_data
 from ultrathink.data.tokenizers.bpe import BpeTokenizer
 from ultrathink.data.tokenizers.byte import ByteTokenizer
 
@@ -121,13 +121,14 @@ def test_a_folder_that_was_moved_is_no_change(folder: Path, before: PreparedData
     assert_equal_data(found.data, before)
 
 
-def test_settings_of_another_kind_are_told_and_not_refused(
-    folder: Path, before: PreparedData
-) -> None:
-    found = resume(before, config_of(folder, seq_len=32))
-    assert found.action == "same"
-    assert found.changes == ["data.seq_len: 16 then, 32 now"]
-    assert found.data.data_hash != before.data_hash
+def test_other_times_and_equal_content_are_no_change(folder: Path, before: PreparedData) -> None:
+    for path in (*(folder / "books").iterdir(), folder / "crawl.jsonl"):
+        copy = path.with_name("copy")
+        copy.write_bytes(path.read_bytes())
+        copy.replace(path)
+    found = resume(before, config_of(folder))
+    assert (found.action, found.changes, found.data.notes) == ("same", [], [])
+    assert_equal_data(found.data, before)
 
 
 # -- the text changed ---------------------------------------------------------------------------
@@ -259,6 +260,7 @@ def test_keep_needs_whole_stores(
     damage(store.folder / "tokens.bin")
     write_crawl(folder, 12)
     text = refusal(before, config_of(folder), on_change="keep")
+    assert refusal(before, config_of(folder), on_change="keep", verify="full") == text
     assert f"the store of crawl (train), {store.folder}, " in text
     assert words in text
     assert "cannot be built again: crawl.jsonl changed (30 documents then, 12 now). Put" in text
@@ -309,6 +311,32 @@ def test_keep_after_the_whole_cache_is_lost_works_while_the_text_is_there(
     assert "is not there, and cannot be built" in refusal(
         before, config_of(folder), on_change="keep"
     )
+
+
+def test_a_check_hashes_text_and_stores_and_mends_nothing(
+    folder: Path, before: PreparedData
+) -> None:
+    def check() -> dict[str, tuple[str, str]]:
+        found = check_data(config_of(folder), before.tokenizer, before.record)
+        return {item: (status, detail) for item, status, detail in found}
+
+    sound = check()
+    assert len(sound) == 5
+    assert {status for status, _ in sound.values()} == {"ok"}
+    books, crawl = before.train_stores
+    flip(books.folder / "tokens.bin")
+    shutil.rmtree(crawl.folder)
+    grow_and_remove(folder)
+    for _ in range(2):
+        found = check()
+        again = "the next start rebuilds it if the text is unchanged"
+        assert found["tokens of books (train)"] == (
+            "damaged",
+            f"{books.folder}: tokens.bin: other content than was written; {again}",
+        )
+        assert found["tokens of crawl (train)"] == ("note", f"{crawl.folder} is not there; {again}")
+        assert found["tokens of books (val)"][0] == "ok"
+        assert found["text"] == ("note", "changed since: crawl.jsonl grew by 310 documents")
 
 
 def test_a_store_that_vanishes_after_it_was_opened_is_named(before: PreparedData) -> None:

@@ -75,6 +75,18 @@ def test_a_trained_run_is_sound_in_all_its_parts(trained: RunFolder) -> None:
     assert before == {path: path.lstat().st_mtime_ns for path in trained.path.rglob("*")}
 
 
+def test_the_token_cache_is_looked_at_where_that_is_asked_for(trained: RunFolder) -> None:
+    check = check_run(trained, data=True)
+    assert check.is_sound
+    assert {f.item for f in check.findings} >= {"text", "tokens of dummy (train)"}
+    for path in (trained.path.parents[1] / "cache" / "tokens").glob("*/tokens.bin"):
+        flip_a_bit(path)
+    assert check_run(trained).is_sound
+    check = check_run(trained, data=True)
+    assert "other content than was written" in damage(check)["tokens of dummy (train)"]
+    assert check.can_resume
+
+
 @pytest.mark.parametrize("pattern", ["*1-of-*", "*2-of-*", "state.json"])
 def test_one_wrong_bit_is_found(run: RunFolder, pattern: str) -> None:
     [file] = run.checkpoint(6).glob(pattern)

@@ -1,141 +1,197 @@
-"""What all sources share: one scan that hashes the documents, and the split it decides."""
+"""A source of documents: one scan that hashes them, and the split that follows from it."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import groupby, zip_longest
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from ultrathink.core.errors import DataError
-from ultrathink.data.documents import Document, FileSummary, Split, file_label
+from ultrathink.data.checksums import HashedFile, file_checksum
+from ultrathink.data.documents import (
+    HELD_OUT_ONE_IN,
+    Document,
+    FileSummary,
+    Split,
+    Verify,
+    file_label,
+)
+from ultrathink.data.manifest import FileEntry, Manifest, Stat, read_manifest, write_manifest
 
-_DIGEST_DIGITS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What the scan remembers of a document."""
-
-    id: str
-    digest: bytes  # SHA-256 of the text
-    num_bytes: int
-
-    @classmethod
-    def of(cls, document: Document) -> Entry:
-        payload = document.text.encode()
-        return cls(document.id, hashlib.sha256(payload).digest(), len(payload))
+_NOWHERE = Stat(0, 0, 0, 0)
 
 
-class ScannedSource(ABC):
-    """A source that reads all of its documents once to hash them, then again as they are used.
+class Source(ABC):
+    """Documents in files, hashed once, then known by their manifest; some are held out.
 
-    A subclass says what the documents are (``_read``) and which are held out (``_held_out``).
+    Iterating twice gives the same documents in the same order, or DataError where a file changed
+    in between. A text never holds lone surrogates: all of it can be written as UTF-8. A subclass
+    says which documents a file has (``_read``) and which are held out.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(
+        self, name: str, files: Mapping[str, Path | None], reading: Mapping[str, Any]
+    ) -> None:
+        """``files`` by id, in order, None where text is generated.
+
+        ``reading`` is all that decides what is found in them: the key of their manifest.
+        """
         self.name = name
-        self.num_skipped = 0
-        self._entries: list[Entry] | None = None
-        self._held_out_flags: list[bool] = []
-        self._fingerprints: dict[Split, str] = {}
+        self._paths = files
+        self._reading = reading
+        self._entries: Manifest | None = None
 
     @abstractmethod
-    def _read(self) -> Iterator[Document | None]:
-        """Every document in a fixed order, None in place of one that was skipped."""
+    def _read(self, file_id: str, file: HashedFile) -> Iterator[Document | None]:
+        """The documents of a file in order, None in place of one that was skipped."""
 
     @abstractmethod
-    def _held_out(self, entries: list[Entry]) -> list[bool]:
-        """For each document, whether it belongs to the validation split."""
+    def _is_held_out(self, document: Document, key: int) -> bool:
+        """Whether a document, whose text has the hash ``key``, is for validation."""
 
-    def file_of(self, document_id: str) -> str:
-        """The id of the file that a document is in; its own where each has a file to itself."""
-        return document_id
+    @property
+    def num_skipped(self) -> int:
+        """Unreadable documents that were left out."""
+        return sum(summary.num_skipped for summary in self._summaries().values())
+
+    def scan(self, manifests: Path | None = None, verify: Verify = "stat") -> None:
+        """Find out what each file holds; reads those that the manifest does not know.
+
+        Manifests are kept in the folder ``manifests``; ``verify: full`` hashes every file. What
+        was not scanned before is when it is first used. DataError where text cannot be read.
+        """
+        parts = json.dumps(dict(self._reading), sort_keys=True)
+        path = (manifests or Path()) / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.json"
+        known = {} if manifests is None else read_manifest(path)
+        self._entries = {file: self._entry(file, known.get(file), verify) for file in self._paths}
+        if manifests is not None and self._entries != known:
+            write_manifest(path, self._entries)
 
     def documents(self, split: Split) -> Iterator[Document]:
-        """The documents of ``split``, in a fixed order, each as it was when first read."""
-        self._scan()
-        for document, held_out in zip(self._read_again(), self._held_out_flags, strict=True):
-            if split == "all" or held_out == (split == "val"):
-                yield document
+        """The documents of ``split``, in a fixed order; DataError where a file changed since."""
+        for file, known in self._summaries().items():
+            tally, began_so = _Tally(file), False
+            for document in self._read(file, self._open(file)):
+                key = tally.add(document)
+                began_so = began_so or tally.is_so_far(known)
+                if document is None:
+                    continue
+                if split == "all" or self._is_held_out(document, key) == (split == "val"):
+                    yield document
+            if tally.summary() != known:
+                event = "grew" if began_so else "changed"
+                label = file_label(self.name, file, is_only=len(self.files()) == 1)
+                raise DataError(
+                    f"{label} {event} while it was read; start again once nothing writes to it."
+                )
 
-    def files(self, earlier: Mapping[str, int]) -> dict[str, FileSummary]:
+    def files(self) -> dict[str, FileSummary]:
         """What each file holds, by its id, in order; those without documents are left out."""
-        found = {}
-        for file, entries in groupby(self._scan(), key=lambda entry: self.file_of(entry.id)):
-            digest = hashlib.sha256()
-            num_documents = num_bytes = 0
-            prefix = None
-            for entry in entries:
-                digest.update(_framed(entry.id.removeprefix(file)) + entry.digest)
-                num_documents += 1
-                num_bytes += entry.num_bytes
-                if num_documents == earlier.get(file):
-                    prefix = digest.hexdigest()[:_DIGEST_DIGITS]
-            found[file] = FileSummary(
-                num_documents, num_bytes, digest.hexdigest()[:_DIGEST_DIGITS], prefix
-            )
-        return found
+        return {file: found for file, found in self._summaries().items() if found.num_documents}
+
+    def begins_with(self, file: str, known: FileSummary) -> bool:
+        """Whether the first documents of ``file`` are those that ``known`` tells of."""
+        tally = _Tally(file)
+        for document in self._read(file, self._open(file)):
+            tally.add(document)
+            if tally.num_documents >= known.num_documents:
+                break
+        return tally.is_so_far(known)
 
     def fingerprint(self, split: Split) -> str:
-        """A hash of the ids and contents of ``split``."""
-        if split not in self._fingerprints:
-            digest = hashlib.sha256()
-            for entry in self._select(split):
-                digest.update(_framed(entry.id) + entry.digest)
-            self._fingerprints[split] = digest.hexdigest()
-        return self._fingerprints[split]
-
-    def num_bytes(self, split: Split) -> int:
-        """UTF-8 bytes of all documents of ``split``."""
-        return sum(entry.num_bytes for entry in self._select(split))
-
-    def _select(self, split: Split) -> list[Entry]:
-        entries = self._scan()
+        """A hash of the ids and contents of ``split``, by way of all documents and the rule."""
+        digest = hashlib.sha256()
+        for file, found in self.files().items():
+            digest.update(_framed(file) + bytes.fromhex(found.digest))
         if split == "all":
-            return entries
-        wanted = split == "val"
-        flags = self._held_out_flags
-        return [entry for entry, flag in zip(entries, flags, strict=True) if flag == wanted]
+            return digest.hexdigest()
+        return hashlib.sha256(f"{split} {self._rule()} {digest.hexdigest()}".encode()).hexdigest()
 
-    def _read_again(self) -> Iterator[Document]:
-        """Every document once more; DataError names the file that is not as it was scanned."""
-        again = (document for document in self._read() if document is not None)
-        last: Entry | None = None
-        for entry, document in zip_longest(self._scan(), again):
-            if entry is None or document is None or Entry.of(document) != entry:
-                raise DataError(self._changed(last, entry, document))
-            yield document
-            last = entry
+    def expected_bytes(self, split: Split) -> int:
+        """About how many UTF-8 bytes ``split`` has, from the share that is held out."""
+        share = {"all": 1.0, "val": self._held_out_share(), "train": 1 - self._held_out_share()}
+        total = sum(found.num_bytes for found in self._summaries().values())
+        return round(total * share[split])
 
-    def _changed(self, last: Entry | None, entry: Entry | None, document: Document | None) -> str:
-        """What happened where ``document`` came after ``last``, and not ``entry``."""
-        files = {self.file_of(known.id): None for known in self._scan()}
-        expected = None if entry is None else self.file_of(entry.id)
-        came = None if document is None else self.file_of(document.id)
-        if came is not None and came not in files:
-            file, event = came, "appeared"
-        elif came is not None and last is not None and came == self.file_of(last.id) != expected:
-            file, event = came, "grew"
-        else:
-            file, event = expected or came or "", "changed"
-        label = file_label(self.name, file, is_only=len(files) == 1)
-        return f"{label} {event} while it was read; start again once nothing writes to it."
+    def _held_out_share(self) -> float:
+        return 1 / HELD_OUT_ONE_IN
 
-    def _scan(self) -> list[Entry]:
+    def _rule(self) -> str:
+        """What decides which of the documents are held out, beside themselves."""
+        return "by id"
+
+    def _summaries(self) -> dict[str, FileSummary]:
         if self._entries is None:
-            entries: list[Entry] = []
-            num_skipped = 0
-            for document in self._read():
-                if document is None:
-                    num_skipped += 1
-                    continue
-                entries.append(Entry.of(document))
-            self.num_skipped = num_skipped
-            self._held_out_flags = self._held_out(entries)
-            self._entries = entries
-        return self._entries
+            self.scan()
+        entries = self._entries or {}
+        return {file: entry.documents for file, entry in entries.items() if entry.documents}
+
+    def _open(self, file: str) -> HashedFile:
+        return HashedFile(self._paths[file] or Path())
+
+    def _entry(self, file: str, known: FileEntry | None, verify: Verify) -> FileEntry:
+        """What a file holds: as ``known`` where it is the same, else from reading it."""
+        path, lasting = self._paths[file], _NOWHERE
+        if path is not None:
+            with suppress(OSError):  # reading it says what is wrong
+                # Before it is read: a change from now on gives it another one.
+                stat = Stat.of(path)
+                lasting = stat.settled()
+                if known is not None and stat.size_bytes == known.stat.size_bytes:
+                    if verify == "stat" and stat == known.stat:
+                        return known
+                    if file_checksum(path) == known.sha256:
+                        return replace(known, stat=lasting)
+        tally, opened = _Tally(file), self._open(file)
+        for document in self._read(file, opened):
+            tally.add(document)
+        return FileEntry(lasting, opened.hexdigest(), tally.summary())
+
+
+class _Tally:
+    """Sums up the documents of a file."""
+
+    def __init__(self, file: str) -> None:
+        self.num_documents = 0
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._num_bytes = self._num_skipped = 0
+        self._lowest, self._highest = 2**64 - 1, 0
+
+    def add(self, document: Document | None) -> int:
+        """Count one, or one that was skipped; the hash of its text."""
+        if document is None:
+            self._num_skipped += 1
+            return 0
+        payload = document.text.encode()
+        text_digest = hashlib.sha256(payload).digest()
+        key = int.from_bytes(text_digest[:8], "big")
+        self._digest.update(_framed(document.id.removeprefix(self._file)) + text_digest)
+        self.num_documents += 1
+        self._num_bytes += len(payload)
+        self._lowest, self._highest = min(self._lowest, key), max(self._highest, key)
+        return key
+
+    def is_so_far(self, known: FileSummary) -> bool:
+        """Whether the documents counted are just those of ``known``."""
+        if self.num_documents != known.num_documents:
+            return False
+        return self._digest.hexdigest() == known.digest
+
+    def summary(self) -> FileSummary:
+        return FileSummary(
+            self.num_documents,
+            self._num_bytes,
+            self._digest.hexdigest(),
+            self._num_skipped,
+            self._lowest,
+            self._highest,
+        )
 
 
 def _framed(text: str) -> bytes:

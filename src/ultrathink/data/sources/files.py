@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ultrathink.config.data import FileSourceConfig
 from ultrathink.core.errors import DataError
-from ultrathink.data.documents import Document, Split, UnreadableSourceError, replace_surrogates
-from ultrathink.data.sources.base import Entry, ScannedSource
+from ultrathink.data.documents import (
+    Document,
+    Split,
+    UnreadableSourceError,
+    Verify,
+    replace_surrogates,
+)
+from ultrathink.data.sources.base import Source
 
 MIN_DOCUMENTS_FOR_HASH = 20
 
 
-class FileSource(ScannedSource):
+class FileSource(Source):
     """Documents from files; ``val_fraction`` of them is held out.
 
     With 20 documents or more whole ones are held out: those whose text hashes below the
@@ -26,17 +31,39 @@ class FileSource(ScannedSource):
     is near.
     """
 
-    def __init__(self, config: FileSourceConfig, keeps_in_folder: Callable[[Path], bool]) -> None:
+    suffixes: frozenset[str] | None = None
+    """Which files of a folder are read; all where it is None."""
+
+    def __init__(self, config: FileSourceConfig) -> None:
         paths = (config.path,) if isinstance(config.path, str) else config.path
-        super().__init__(config.name or _default_name(paths, config.type))
+        name = config.name or _default_name(paths, config.type)
+        found = expand_paths(paths, self.suffixes, name)
+        reading = config.model_dump(mode="json", exclude={"name", "weight", "val_fraction"})
+        reading["path"] = [os.path.abspath(os.path.expanduser(path)) for path in paths]
+        super().__init__(name, {file: at for file, (at, _) in found.items()}, reading)
+        self.found_in_folders = {file for file, (_, in_folder) in found.items() if in_folder}
         self.val_fraction = config.val_fraction
         self.on_bad = config.on_bad
-        self._cut_sizes: dict[Split, int] = {}  # where documents are cut, bytes of each side
-        self.paths = expand_paths(paths, keeps_in_folder, self.name)
+        self._threshold: int | None = None
+
+    def scan(self, manifests: Path | None = None, verify: Verify = "stat") -> None:
+        """Find out what each file holds, and which documents are held out."""
+        super().scan(manifests, verify)
+        files = self.files().values()
+        is_whole = sum(found.num_documents for found in files) >= MIN_DOCUMENTS_FOR_HASH
+        self._threshold = None  # the end of each document is held out
+        if is_whole or self.val_fraction == 0:
+            self._threshold = int(self.val_fraction * 2**64)
+        if self._threshold and is_whole:
+            # Chance may leave a side empty among few documents; the nearest hash goes there.
+            lowest = min(found.lowest for found in files)
+            highest = max(found.highest for found in files)
+            self._threshold = min(max(self._threshold, lowest + 1), highest)
 
     def documents(self, split: Split) -> Iterator[Document]:
         """The documents of ``split``, in the order of the files."""
-        if split == "all" or not self._cuts_documents():
+        self._summaries()
+        if split == "all" or self._threshold is not None:
             yield from super().documents(split)
             return
         for document in super().documents("all"):
@@ -45,33 +72,14 @@ class FileSource(ScannedSource):
             if text:
                 yield Document(document.id, text)
 
-    def fingerprint(self, split: Split) -> str:
-        """A hash of the ids and contents of ``split``."""
-        if split == "all" or not self._cuts_documents():
-            return super().fingerprint(split)
-        # Where a document is cut follows from its text and the fraction.
-        parts = f"cut {split} {self.val_fraction!r} {super().fingerprint('all')}"
-        return hashlib.sha256(parts.encode()).hexdigest()
+    def _is_held_out(self, document: Document, key: int) -> bool:
+        return self._threshold is not None and key < self._threshold
 
-    def num_bytes(self, split: Split) -> int:
-        """UTF-8 bytes of all documents of ``split``."""
-        if split == "all" or not self._cuts_documents():
-            return super().num_bytes(split)
-        if split not in self._cut_sizes:
-            self._cut_sizes[split] = sum(len(d.text.encode()) for d in self.documents(split))
-        return self._cut_sizes[split]
+    def _held_out_share(self) -> float:
+        return self.val_fraction
 
-    def _cuts_documents(self) -> bool:
-        return self.val_fraction > 0 and len(self._scan()) < MIN_DOCUMENTS_FOR_HASH
-
-    def _held_out(self, entries: list[Entry]) -> list[bool]:
-        if self.val_fraction == 0 or len(entries) < MIN_DOCUMENTS_FOR_HASH:
-            return [False] * len(entries)
-        threshold = int(self.val_fraction * 2**64)
-        hashes = [int.from_bytes(entry.digest[:8], "big") for entry in entries]
-        # Chance may leave a side empty among few documents; the nearest hash goes there.
-        threshold = min(max(threshold, min(hashes) + 1), max(hashes))
-        return [value < threshold for value in hashes]
+    def _rule(self) -> str:
+        return repr(self.val_fraction)
 
 
 def _default_name(paths: tuple[str, ...], source_type: str) -> str:
@@ -92,53 +100,65 @@ def _cut_position(text: str, val_fraction: float) -> int:
 
 
 def expand_paths(
-    paths: tuple[str, ...], keeps_in_folder: Callable[[Path], bool], source_name: str
-) -> list[tuple[str, Path]]:
-    """The files that ``paths`` mean, each once, with an id that no two of them share.
+    paths: tuple[str, ...], suffixes: frozenset[str] | None, source_name: str
+) -> dict[str, tuple[Path, bool]]:
+    """The files that ``paths`` mean, each once, by an id that no two of them share.
 
-    A folder stands for the files in it, at any depth, that ``keeps_in_folder`` accepts; hidden
-    ones are left out. DataError names a path that is missing or means no file.
+    A folder stands for the files in it, at any depth, that have one of ``suffixes``; hidden ones
+    are left out, and those found so are marked. DataError names a path that is missing or means
+    no file.
     """
     if not paths:
         raise DataError(f"data source {source_name!r}: path is empty; name a file or folder.")
-    found: dict[Path, str] = {}
+    found: dict[str, tuple[str, bool]] = {}
     for path in paths:
         with reading(Path(path)):
-            here = list(_expand(os.path.expanduser(path), keeps_in_folder))
+            here = list(_expand(os.path.expanduser(path), suffixes))
         if not here:
             raise _nothing_there(path, source_name)
-        for file_id, file in here:
+        for file_id, file, in_folder in here:
             # A name may hold bytes that are not UTF-8, which Python keeps as lone surrogates.
-            found.setdefault(file.resolve(), replace_surrogates(file_id))
-    ids: set[str] = set()
-    files: list[tuple[str, Path]] = []
-    for file, file_id in found.items():
+            found.setdefault(file, (replace_surrogates(file_id), in_folder))
+    files: dict[str, tuple[Path, bool]] = {}
+    for real, (file_id, in_folder) in found.items():
         unique, number = file_id, 2
-        while unique in ids:
+        while unique in files:
             unique, number = f"{file_id}#{number}", number + 1
-        ids.add(unique)
-        files.append((unique, file))
+        files[unique] = Path(real), in_folder
     return files
 
 
-def _expand(path: str, keeps_in_folder: Callable[[Path], bool]) -> Iterator[tuple[str, Path]]:
-    """Files below one path, with ids relative to the folder or to the fixed part of a pattern."""
+def _expand(path: str, suffixes: frozenset[str] | None) -> Iterator[tuple[str, str, bool]]:
+    """Files below one path: their ids, relative to the folder or to the fixed part of a pattern,
+    where they really are, and whether they were found in a folder.
+    """
     whole = Path(path)
     if whole.is_file():
-        yield whole.name, whole
+        yield whole.name, os.path.realpath(path), False
     elif whole.is_dir():
-        for file in sorted(whole.rglob("*"), key=lambda file: file.as_posix()):
-            relative = file.relative_to(whole)
-            hidden = any(part.startswith(".") for part in relative.parts)
-            if not hidden and file.is_file() and keeps_in_folder(file):
-                yield relative.as_posix(), file
+        for file_id, file in sorted(_below(os.path.realpath(path))):
+            if suffixes is None or Path(file_id).suffix.lower() in suffixes:
+                yield file_id, file, True
     elif glob.has_magic(path):
         fixed = whole
         while glob.has_magic(str(fixed)):
             fixed = fixed.parent
         for match in sorted(glob.glob(path, recursive=True)):
             if os.path.isfile(match):
-                yield Path(match).relative_to(fixed).as_posix(), Path(match)
+                yield Path(match).relative_to(fixed).as_posix(), os.path.realpath(match), False
+
+
+def _below(folder: str, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The files of a folder at any depth: relative to it, and where they really are."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                yield from _below(entry.path, f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+                yield f"{prefix}{entry.name}", real
 
 
 def _nothing_there(path: str, source_name: str) -> UnreadableSourceError:

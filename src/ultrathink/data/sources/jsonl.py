@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ultrathink.config.data import JsonlSourceConfig
 from ultrathink.core.errors import closest
+from ultrathink.data.checksums import HashedFile
 from ultrathink.data.documents import Document, UnreadableSourceError, replace_surrogates
 from ultrathink.data.sources.files import FileSource, reading
 
-SUFFIXES = frozenset({".jsonl", ".json", ".ndjson"})
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -22,22 +22,19 @@ class JsonlSource(FileSource):
     replaced by U+FFFD.
     """
 
+    suffixes = frozenset({".jsonl", ".json", ".ndjson"})
+
     def __init__(self, config: JsonlSourceConfig) -> None:
-        super().__init__(config, lambda path: path.suffix.lower() in SUFFIXES)
+        super().__init__(config)
         self.field = config.field
 
-    def file_of(self, document_id: str) -> str:
-        """The file's id is what stands before the line number."""
-        return document_id.rpartition(":")[0]
-
-    def _read(self) -> Iterator[Document | None]:
-        for file_id, path in self.paths:
-            with reading(path), path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if number == 1:
-                        line = line.removeprefix(_BYTE_ORDER_MARK)
-                    if line.strip():
-                        yield self._document(f"{file_id}:{number}", line.rstrip(), path, number)
+    def _read(self, file_id: str, file: HashedFile) -> Iterator[Document | None]:
+        with reading(file.path):
+            for number, line in enumerate(file.lines(), start=1):
+                if number == 1:
+                    line = line.removeprefix(_BYTE_ORDER_MARK)
+                if line.strip():
+                    yield self._document(f"{file_id}:{number}", line.rstrip(), file.path, number)
 
     def _document(self, document_id: str, line: bytes, path: Path, number: int) -> Document | None:
         text, problem = self._text(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ultrathink.config.data import TextSourceConfig
+from ultrathink.data.checksums import HashedFile
 from ultrathink.data.documents import Document, UnreadableSourceError
 from ultrathink.data.sources.files import FileSource, reading
 
@@ -16,39 +16,33 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 class TextSource(FileSource):
     """Text files, named or found in folders; line ends stay as they are."""
 
-    def __init__(self, config: TextSourceConfig) -> None:
-        super().__init__(config, _looks_like_text)
-
-    def _read(self) -> Iterator[Document | None]:
-        for file_id, path in self.paths:
-            try:
-                yield Document(file_id, _read_text(path))
-            except UnreadableSourceError:
-                if self.on_bad == "error":
-                    raise
-                yield None
+    def _read(self, file_id: str, file: HashedFile) -> Iterator[Document | None]:
+        try:
+            if file_id not in self.found_in_folders or _looks_like_text(file.path):
+                yield Document(file_id, _read_text(file))
+        except UnreadableSourceError:
+            if self.on_bad == "error":
+                raise
+            yield None
 
 
-def _read_text(path: Path) -> str:
-    with reading(path):
+def _read_text(file: HashedFile) -> str:
+    with reading(file.path):
         # A byte-order mark says how the file is written; it is not part of the text.
-        payload = path.read_bytes().removeprefix(_BYTE_ORDER_MARK)
+        payload = file.read().removeprefix(_BYTE_ORDER_MARK)
     try:
         return payload.decode()
     except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from error
+        raise _not_utf8(file.path, error) from error
 
 
 def _looks_like_text(path: Path) -> bool:
     """Whether a file found in a folder is text: like Git, no NUL among its first 8,000 bytes.
 
-    UTF-16 does hold NULs; it passes, and so does what cannot be read: the user is to hear of it.
+    UTF-16 does hold NULs; it passes: the user is to hear of it.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(8000)
-    except OSError:
-        return True
+    with reading(path), path.open("rb") as file:
+        head = file.read(8000)
     return b"\0" not in head or head.startswith(_UTF16_MARKS)
 
 

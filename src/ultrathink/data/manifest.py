@@ -1,0 +1,106 @@
+"""The identity of files: by their stat, which says what may have changed, and their hash.
+
+As Git's index does: a file whose stat is the recorded one is not read. A stat cannot tell a change
+in the same tick of the clock, so a file that changed within two seconds before it was recorded
+keeps a stat that nothing matches, and is hashed the next time (https://git-scm.com/docs/racy-git).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from ultrathink.core.files import write_atomic
+from ultrathink.data.checksums import is_sealed, sealed
+from ultrathink.data.documents import FileSummary
+
+FORMAT = 1  # raise it when the same file gives other documents
+_RACY_NS = 2 * 10**9
+_UNSETTLED = -1
+_MAX_TICK_S = 3.0  # the coarsest clock of a file system has ticks of two seconds
+
+
+class Stat(NamedTuple):
+    """What a change of a file changes: content moves mtime and ctime, a replacement the inode.
+
+    The ctime cannot be set, so that it moves even where size and mtime are made the same.
+    """
+
+    size_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """The stat of ``path`` as it is; OSError where it is not there."""
+        found = path.stat()
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+    def settled(self) -> Self:
+        """The stat to record now: one that nothing matches where the file changed just before.
+
+        So does a file from the future, which a clock that was set back leaves.
+        """
+        changed_ns = max(self.mtime_ns, self.ctime_ns)
+        is_settled = changed_ns + _RACY_NS <= time.time_ns()
+        return self if is_settled else self._replace(ctime_ns=_UNSETTLED)
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file as it was when it was read."""
+
+    stat: Stat
+    sha256: str
+    documents: FileSummary | None = None
+    """What a source found in it; None for a file of a token store."""
+
+    def to_json(self) -> list[Any]:
+        """``[size, mtime_ns, ctime_ns, inode, sha256, documents]``."""
+        documents = None if self.documents is None else astuple(self.documents)
+        return [*self.stat, self.sha256, documents]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> Self:
+        """Read back what ``to_json`` gave."""
+        *stat, sha256, documents = values
+        return cls(Stat(*stat), sha256, None if documents is None else FileSummary(*documents))
+
+
+Manifest = dict[str, FileEntry]
+"""Files by name, in the order of reading."""
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a source; empty where there is none that can be used: it is made again."""
+    with suppress(OSError, ValueError):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and is_sealed(values) and values["format"] == FORMAT:
+            return {name: FileEntry.from_json(entry) for name, entry in values["files"].items()}
+    return {}
+
+
+def write_manifest(path: Path, manifest: Mapping[str, FileEntry]) -> None:
+    """Keep ``manifest`` for the next start, which reads all files again where it cannot be kept."""
+    files = {name: entry.to_json() for name, entry in manifest.items()}
+    with suppress(OSError):  # a cache that nobody may write to is of use all the same
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(sealed({"format": FORMAT, "files": files})))
+
+
+def wait_for_tick(folder: Path, stats: Iterable[Stat]) -> None:
+    """Return once whatever changes in ``folder`` gets another ctime than ``stats`` have."""
+    last_ns = max(stat.ctime_ns for stat in stats)
+    probe, until = folder / ".tick", time.monotonic() + _MAX_TICK_S
+    while time.monotonic() < until:
+        probe.touch()
+        if probe.stat().st_ctime_ns > last_ns:
+            break
+        time.sleep(0.001)
+    probe.unlink()

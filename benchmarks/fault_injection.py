@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ultrathink.data.batch import Batch
 from ultrathink.model.transformer import Transformer
-from ultrathink.training.control import LiveSettings
 from ultrathink.training.optimizers import Optimizers
+from ultrathink.training.settings import LiveSettings
 from ultrathink.training.stepping import StepResult, Sums
 from ultrathink.training.trainer import Trainer
 

@@ -27,8 +27,9 @@ from ultrathink.training.callbacks import (
     StepReport,
     ValidationReport,
 )
-from ultrathink.training.control import Change, TrainerControl
+from ultrathink.training.control import TrainerControl
 from ultrathink.training.memory import memory_in_use
+from ultrathink.training.records import ChangeRecord
 from ultrathink.training.stepping import UpdateGuard, Verdict
 from ultrathink.training.trainer import Trainer
 from ultrathink.training.validation import evaluate
@@ -188,7 +189,7 @@ class _ChangeWatcher(Callback):
     def on_step(self, report: StepReport) -> None:
         self._step = report.step
 
-    def on_change(self, change: Change) -> None:
+    def on_change(self, change: ChangeRecord) -> None:
         if change.setting not in _NO_INTERVENTIONS:
             self.interventions.append(self._step + 1)
 

@@ -68,7 +68,7 @@ def run(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
     counts = count_parameters(trainer.model)
     return {
         "step": trainer.progress.step,
-        "steps_taken": trainer.paced[0],  # those that were undone included
+        "steps_taken": trainer.clock.num_steps,  # those that were undone included
         "lr_scale": trainer.settings.lr_scale,
         "tokens": trainer.progress.tokens,
         "minutes": trainer.progress.elapsed_s / 60,

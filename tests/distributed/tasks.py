@@ -30,9 +30,10 @@ from ultrathink.recipes.train import build_trainer
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Controller, StepReport
-from ultrathink.training.control import Change, Snapshot, TrainerControl
+from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.model_state import region_needed
 from ultrathink.training.out_of_memory import SmallerStartError
-from ultrathink.training.run_state import region_needed
+from ultrathink.training.records import ChangeRecord
 from ultrathink.training.stepping import Verdict
 from ultrathink.training.trainer import Trainer
 
@@ -102,7 +103,7 @@ def numbers_read(path: str) -> tuple[int, int]:
     trainer = resume_trainer(run)
     try:
         state: Any = load_checkpoint(
-            run.checkpoint("last"), weights, partial(region_needed, trainer)
+            run.checkpoint("last"), weights, partial(region_needed, trainer.model)
         )
         mine = [piece.local.numel() for piece in state["model"].values()]
         whole = [torch.Size(piece.shape).numel() for piece in state["model"].values()]
@@ -310,7 +311,7 @@ class _Told(Callback):
     def __init__(self, told: list[str]) -> None:
         self.told = told
 
-    def on_change(self, change: Change) -> None:
+    def on_change(self, change: ChangeRecord) -> None:
         self.told.append(f"{change.setting}: {change.before} -> {change.after} ({change.reason})")
 
 

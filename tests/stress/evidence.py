@@ -179,7 +179,7 @@ def _value_differences(here: Any, there: Any, path: str = "") -> Iterator[str]:
             below = f"{path}/{key}" if path else key
             if key in here and key in there:
                 yield from _value_differences(here[key], there[key], below)
-            else:
+            elif {**here, **there}[key] != {}:  # a part without a state need not be there
                 yield f"state.json: only one of them has {below}"
     elif isinstance(here, list) and isinstance(there, list) and len(here) == len(there):
         for number, pair in enumerate(zip(here, there, strict=True)):

@@ -72,8 +72,7 @@ class LiveWatch(Callback):
         return self.watcher.state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        if state:  # a checkpoint of a run that nobody watched has none
-            self.watcher.load_state_dict(state)
+        self.watcher.load_state_dict(state)
 
     def take_events(self) -> list[Event]:
         """The events that are new, or graver than before, since the last call."""

@@ -148,7 +148,7 @@ def _replay(
         end = _StopAt(record["step"] + horizon)
         trainer = resume_trainer(copy, overrides=_QUIET, controllers=[end])
         # A run that was limited in minutes is replayed in the steps that those came to.
-        trainer.training = trainer.training.model_copy(update={"max_minutes": None})
+        trainer.length.max_minutes = None
         batch_size, gap = trainer.loader.batch_size, record["step"] - trainer.progress.step
         if acts:
             _apply(trainer, actions, record)

@@ -48,7 +48,7 @@ from ultrathink.runs.shortage import forget_shortage
 from ultrathink.training.budget import Budget
 from ultrathink.training.callbacks import Callback, Controller
 from ultrathink.training.choices import choose_together
-from ultrathink.training.run_state import region_needed
+from ultrathink.training.model_state import region_needed
 from ultrathink.training.trainer import Trainer
 
 RESETS = ("optimizer", "schedule", "data")
@@ -150,13 +150,12 @@ class ResumePlan:
         config, choices = choose_together(self.config, data.num_samples, world)
         check_loads(self.folder, config.model)  # names what differs, where the model is another
         trainer = assemble(config, run, data, build_model(config), choices, callbacks, controllers)
-        state: State = load_checkpoint(self.folder, region=partial(region_needed, trainer))
+        state: State = load_checkpoint(self.folder, region=partial(region_needed, trainer.model))
         reset = self.reset | {"data"} if found.other_samples else self.reset
         adapt_state(
             state, trainer, self.before, self.changes, reset, other_scores=found.other_scores
         )
         trainer.load_state_dict(state)
-        trainer.fit_micro_batch()
         lost = bring_back_snapshots(
             trainer, config.orchestrator, self.folder, self.plain, self.changes, reset
         )

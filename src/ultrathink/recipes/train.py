@@ -41,11 +41,11 @@ from ultrathink.runs.segments import Segment, append_segment
 from ultrathink.training.callbacks import Callback, Controller, MetricsCallback
 from ultrathink.training.choices import Choices, choose_together
 from ultrathink.training.compiling import compile_blocks, compile_function
-from ultrathink.training.control import LiveSettings
 from ultrathink.training.hardware import DTYPES, keep_freed_memory
 from ultrathink.training.offload import HostCopies
 from ultrathink.training.optimizers import build_optimizers
 from ultrathink.training.run_log import RankLog, RunLog
+from ultrathink.training.settings import LiveSettings
 from ultrathink.training.stepping import Stepper, loss_function
 from ultrathink.training.trainer import Trainer
 

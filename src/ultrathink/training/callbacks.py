@@ -28,8 +28,9 @@ from ultrathink.core.protocols import State
 from ultrathink.monitoring.experts import ExpertRecord, ExpertStatistics
 from ultrathink.monitoring.records import Level, MetricRecord, RunInfo, Sink, Tell
 from ultrathink.monitoring.sink_group import SinkGroup
-from ultrathink.training.control import Change, TrainerControl
+from ultrathink.training.control import TrainerControl
 from ultrathink.training.memory import memory_in_use
+from ultrathink.training.records import ChangeRecord
 
 Ending = Literal["finished", "out of time", "stopped"]
 
@@ -82,7 +83,7 @@ class Callback:
 
     def on_validation(self, report: ValidationReport) -> None: ...
 
-    def on_change(self, change: Change) -> None: ...
+    def on_change(self, change: ChangeRecord) -> None: ...
 
     def on_checkpoint(self, step: int, path: Path) -> None: ...
 
@@ -97,6 +98,10 @@ class Callback:
 
     def load_state_dict(self, state: State) -> None: ...
 
+    def roll_back(self, state: State) -> None:
+        """The run goes back to when ``state_dict`` returned ``state``."""
+        self.load_state_dict(state)
+
 
 class Controller:
     """Steers a run through ``TrainerControl``; it is asked after every step."""
@@ -108,6 +113,10 @@ class Controller:
         return {}
 
     def load_state_dict(self, state: State) -> None: ...
+
+    def roll_back(self, state: State) -> None:
+        """The run goes back to when ``state_dict`` returned ``state``."""
+        self.load_state_dict(state)
 
 
 def is_logged(step: int, log_every: int, total_steps: int) -> bool:
@@ -173,7 +182,7 @@ class MetricsCallback(Callback):
     def on_message(self, text: str, level: Level) -> None:
         self.sinks.message(text, level)
 
-    def on_change(self, change: Change) -> None:
+    def on_change(self, change: ChangeRecord) -> None:
         if change.setting == "restore":  # tokens went back too: the rate is that of what comes
             self._tokens_at_last_record, self._seconds_since_record = None, 0.0
         if change.decision is None:  # a decision has a line of its own

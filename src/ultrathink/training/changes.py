@@ -5,19 +5,18 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import ConfigError
-from ultrathink.training.control import Change, Request
+from ultrathink.training.control import Request
 from ultrathink.training.hardware import forget_most_used
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.optimizers import set_option
+from ultrathink.training.records import ChangeRecord
 from ultrathink.training.revival import revive_experts
-from ultrathink.training.run_state import return_to
 from ultrathink.training.states import cloned
 
 if TYPE_CHECKING:
@@ -30,12 +29,12 @@ Apply = Callable[["Trainer", Any], tuple[Any, Any]]
 _PAUSE_S = 0.1  # between looks at whether anything was asked for
 
 
-def apply_change(trainer: Trainer, request: Request) -> Change | None:
+def apply_change(trainer: Trainer, request: Request) -> ChangeRecord | None:
     """Apply one request at a step boundary; returns its record, where it changes anything."""
     setting, value, reason, decision = request
     if setting == "snapshot":
         key, in_checkpoints = value
-        trainer.snapshots[key] = trainer.copied_state()
+        trainer.snapshots[key] = trainer.state.copy()
         if in_checkpoints:
             trainer.carried.add(key)
         return None
@@ -53,7 +52,7 @@ def apply_change(trainer: Trainer, request: Request) -> Change | None:
         setting = f"routing.{value[0]}"
     if setting == "optimizer_param":
         setting = f"optimizer.{value[0]}"
-    return Change(trainer.progress.step, setting, before, after, reason, decision)
+    return ChangeRecord(trainer.progress.step, setting, before, after, reason, decision)
 
 
 def _live_setting(name: str) -> Apply:
@@ -83,11 +82,10 @@ def _optimizer_param(trainer: Trainer, value: tuple[str, Any]) -> tuple[Any, Any
 
 
 def _reset_schedule(trainer: Trainer, _: None) -> tuple[int, int]:
-    assert trainer.budget is not None
     before = trainer.settings.schedule_start
     trainer.settings.schedule_start = trainer.progress.step
     trainer.settings.schedule_ceiling = 1.0
-    trainer.set_budget(trainer.budget)
+    trainer.length.follow_settings()
     return before, trainer.settings.schedule_start
 
 
@@ -156,12 +154,8 @@ def _restore(trainer: Trainer, key: int) -> tuple[int, int]:
     """Go back, and make the checkpoints on disk those of the history that counts now."""
     before = trainer.progress.step
     trainer.saving.settle()
-    return_to(trainer, trainer.snapshots[key])
-    assert trainer.budget is not None
-    if trainer.training.max_minutes is not None and trainer.training.step_budget is None:
-        # The steps are taken once more, and the minutes are not: fewer fit in.
-        trainer.budget = replace(trainer.budget, is_settled=False, looks=0)
-    trainer.set_budget(trainer.budget)  # the schedule follows from the settings of then
+    trainer.state.roll_back(trainer.snapshots[key])
+    trainer.length.reopen()
     step = trainer.progress.step
     if trainer.world.is_main:
         trainer.run.remove_after(step)

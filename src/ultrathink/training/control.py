@@ -6,64 +6,12 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.core.protocols import State
 from ultrathink.model.activation_checkpointing import check_mode
 from ultrathink.model.experts.controls import check_control
-
-
-@dataclass
-class LiveSettings:
-    """What may change during a run; part of every checkpoint."""
-
-    lr_factor: float = 1.0
-    lr_eases_from: int = 0  # from this step on the factor returns to 1 ...
-    lr_eases_over: int | None = None  # ... over so many steps; None: it stays
-    lr_scale: float = 1.0  # for good
-    lr_correction: float = 1.0  # makes up for a rate that is not what was asked for
-    optimizer_params: dict[str, Any] = field(default_factory=dict)  # name: as configured, as it is
-    weight_decay: float | None = None  # None: as configured
-    clip: float | None = None
-    micro_batch_size: int = 1
-    # What a resume with another schedule or length leaves behind, so that the rate never jumps up.
-    schedule_start: int = 0  # the schedule begins after this step
-    schedule_ceiling: float = 1.0  # largest factor that the schedule may give
-    eval_every: int | None = None  # steps between validations
-    activation_checkpointing: str = "none"
-
-    def lr_factor_at(self, step: int) -> float:
-        """What the schedule's rate is multiplied by in ``step``; even steps in its logarithm."""
-        if self.lr_eases_over is None:
-            return self.lr_factor
-        left = 1 - (step - self.lr_eases_from) / self.lr_eases_over
-        return float(self.lr_factor ** min(1.0, max(0.0, left)))
-
-    def state_dict(self) -> State:
-        return asdict(self)
-
-    def load_state_dict(self, state: State) -> None:
-        for name in [one.name for one in fields(self)]:
-            if name in state:  # older checkpoints lack what is newer
-                setattr(self, name, state[name])
-
-
-BY_HAND = "by_hand"
-
-
-@dataclass(frozen=True)
-class Change:
-    """The record of one change: what it was before and after, and why."""
-
-    step: int  # the change holds from the step after this one
-    setting: str
-    before: Any
-    after: Any
-    reason: str
-    decision: int | None = None  # of the policy, by its number; None where somebody else asked
-    rule: str = BY_HAND  # or what the trainer had to change to go on
 
 
 @dataclass(frozen=True)

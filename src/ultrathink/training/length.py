@@ -1,18 +1,23 @@
-"""A length in minutes: the speed that turns it into steps, and its correction later on."""
+"""How long a run is in steps: resolved at the start, corrected for a length in minutes."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any, Literal
 
+import torch
+
+from ultrathink.config.training import TrainingConfig
+from ultrathink.parallel.world import World
 from ultrathink.training.budget import Budget, Speed, steps_within
-from ultrathink.training.control import Change
+from ultrathink.training.clock import Clock
 from ultrathink.training.hardware import synchronize
-from ultrathink.training.run_state import return_to
-
-if TYPE_CHECKING:
-    from ultrathink.training.trainer import Trainer
+from ultrathink.training.records import ChangeRecord
+from ultrathink.training.run_state import Progress
+from ultrathink.training.schedules import Factor, continued_schedule
+from ultrathink.training.settings import LiveSettings
 
 # Steps timed to turn minutes into steps: this share of the run's minutes, and at least so many.
 TRIAL_SHARE = 0.004
@@ -23,69 +28,112 @@ _LOOKS = (0.1, 0.3, 0.5, 0.7)
 _SETTLED_WITHIN = 1.05
 
 
-def measure_speed(trainer: Trainer) -> Speed:
-    """Time a few real steps and a piece of validation, then undo them."""
-    before = trainer.copied_state()
-    trial_s = (trainer.training.max_minutes or 0.0) * 60 * TRIAL_SHARE
-    stepper, loader, world = trainer.stepper, trainer.loader, trainer.world
-    stepper.allocate_state()  # after the copy, which would hold its zeros twice
-    stepper.take_step(loader.next_batch(), trainer.settings, 0.0)  # compiles
+class Length:
+    """The budget of a run in steps, and the schedule of the learning rate that follows from it.
+
+    ``max_minutes`` is the limit that training ends at; None: there is none.
+    """
+
+    def __init__(
+        self, training: TrainingConfig, settings: LiveSettings, budget: Budget | None = None
+    ) -> None:
+        self.max_minutes = training.max_minutes
+        self.budget = budget  # None until training starts
+        self._training = training
+        self._settings = settings
+        self._schedule: Factor | None = None
+
+    @property
+    def total_steps(self) -> int:
+        """The length in steps; 0 while it is not known."""
+        return self.budget.total_steps if self.budget is not None else 0
+
+    def set(self, budget: Budget) -> None:
+        """Let the run, and the schedule of its learning rate, be so long from here on."""
+        self.budget = budget
+        self.follow_settings()
+
+    def follow_settings(self) -> None:
+        """Let the schedule begin where the settings say."""
+        assert self.budget is not None
+        self._schedule = continued_schedule(self._training.schedule, self.budget, self._settings)
+
+    def ending(self, step: int, elapsed_s: float) -> Literal["finished", "out of time"] | None:
+        """Why the run ends after ``step``, None where steps and time are left."""
+        assert self.budget is not None
+        return self.budget.ending(step, elapsed_s, self.max_minutes)
+
+    def lr_factor(self, step: int) -> float:
+        """What the peak rate is multiplied by in ``step``, corrections of faults left out."""
+        assert self._schedule is not None
+        factor = self._schedule(step)
+        return factor * self._settings.lr_factor_at(step) * self._settings.lr_scale
+
+    def reopen(self) -> None:
+        """Follow the settings of before; steps are taken again and minutes are not: fewer fit."""
+        assert self.budget is not None
+        if self.max_minutes is not None and self._training.step_budget is None:
+            self.budget = replace(self.budget, is_settled=False, looks=0)
+        self.follow_settings()
+
+    def settle(
+        self, progress: Progress, clock: Clock, validation_s: Callable[[], float]
+    ) -> ChangeRecord | None:
+        """Correct a length in minutes where real steps are not as fast as was thought, or were
+        undone; returns the record of a correction.
+
+        That is looked at four times, and after each time that the run went back.
+        """
+        minutes, budget = self.max_minutes, self.budget
+        assert budget is not None
+        if minutes is None or budget.is_settled:
+            return None
+        looks = sum(clock.elapsed_s >= share * minutes * 60 for share in _LOOKS)
+        if looks <= budget.looks and progress.step < budget.total_steps:
+            return None
+        is_settled = looks == len(_LOOKS)
+        speed = Speed(clock.steps_s / clock.num_steps, validation_s(), clock.elapsed_s)
+        total = progress.step + steps_within(minutes, speed, self._training.eval.every_steps)
+        corrected = replace(
+            budget,
+            total_steps=total,
+            seconds_per_step=speed.step_s,
+            validation_s=speed.validation_s,
+            is_settled=is_settled,
+            looks=looks,
+        )
+        is_over = clock.elapsed_s >= minutes * 60 - corrected.reserve_s
+        differs = max(total, budget.total_steps) > _SETTLED_WITHIN * min(total, budget.total_steps)
+        if is_over or not differs:
+            self.budget = replace(budget, is_settled=is_settled, looks=looks)
+            return None
+        self.set(corrected)
+        slower = speed.step_s / max(budget.seconds_per_step, 1e-9)
+        reason = f"a step takes {speed.step_s:.3g} s, not {budget.seconds_per_step:.3g}"
+        if 1 / _SETTLED_WITHIN < slower < _SETTLED_WITHIN:
+            reason = "steps were taken twice, and the minutes are what they were"
+        return ChangeRecord(
+            progress.step, "training.step_budget", budget.total_steps, total, reason
+        )
+
+    def state_dict(self) -> dict[str, float] | None:
+        return self.budget.to_dict() if self.budget is not None else None
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if state is not None:
+            self.budget = Budget(**state)
+
+
+def seconds_per_step(
+    take_step: Callable[[], object], minutes: float, world: World, device: torch.device
+) -> float:
+    """Time a few steps, after one that compiles; all processes get the figure of the first."""
+    take_step()
     step_s: list[float] = []
+    trial_s = minutes * 60 * TRIAL_SHARE
     while len(step_s) < _TRIAL_MIN_STEPS or world.of_main(sum(step_s)) < trial_s:
         began = time.perf_counter()
-        stepper.take_step(loader.next_batch(), trainer.settings, 0.0)
-        synchronize(trainer.device)
+        take_step()
+        synchronize(device)
         step_s.append(time.perf_counter() - began)
-    validation_s = estimate_validation(trainer)
-    return_to(trainer, before)
-    return Speed(
-        step_s=world.of_main(sum(step_s) / len(step_s)),
-        validation_s=validation_s,
-        elapsed_s=world.of_main(trainer.elapsed_s()),
-    )
-
-
-def estimate_validation(trainer: Trainer) -> float:
-    """Seconds that a whole validation will take, from three batches of it."""
-    if trainer.held_out is None:
-        return 0.0
-    trainer.score(trainer.held_out, max_batches=1)  # the first pays for fresh memory
-    began = time.perf_counter()
-    scores = trainer.score(trainer.held_out, max_batches=3)
-    num_tokens, _ = trainer.held_out.extent(trainer.training.eval.max_tokens)
-    seconds = trainer.world.of_main(time.perf_counter() - began)
-    return seconds * num_tokens / max(1, scores.num_tokens)
-
-
-def settle_length(trainer: Trainer) -> None:
-    """Correct a length in minutes where real steps are not as fast as was thought, or were undone.
-
-    That is looked at four times, and after each time that the run went back.
-    """
-    minutes, budget, progress = trainer.training.max_minutes, trainer.budget, trainer.progress
-    assert budget is not None
-    if minutes is None or budget.is_settled or trainer.ending is not None:
-        return
-    looks = sum(trainer.elapsed_s() >= share * minutes * 60 for share in _LOOKS)
-    if looks <= budget.looks and progress.step < budget.total_steps:
-        return
-    is_settled = looks == len(_LOOKS)
-    num_steps, seconds = trainer.paced
-    speed = Speed(seconds / num_steps, estimate_validation(trainer), trainer.elapsed_s())
-    total = progress.step + steps_within(minutes, speed, trainer.training.eval.every_steps)
-    corrected = Budget(
-        total, trainer.tokens_per_step, speed.step_s, speed.validation_s, is_settled, looks
-    )
-    is_over = trainer.elapsed_s() >= minutes * 60 - corrected.reserve_s
-    differs = max(total, budget.total_steps) > _SETTLED_WITHIN * min(total, budget.total_steps)
-    if is_over or not differs:
-        trainer.budget = replace(budget, is_settled=is_settled, looks=looks)
-        return
-    trainer.set_budget(corrected)
-    slower = speed.step_s / max(budget.seconds_per_step, 1e-9)
-    reason = f"a step takes {speed.step_s:.3g} s, not {budget.seconds_per_step:.3g}"
-    if 1 / _SETTLED_WITHIN < slower < _SETTLED_WITHIN:
-        reason = "steps were taken twice, and the minutes are what they were"
-    change = Change(progress.step, "training.step_budget", budget.total_steps, total, reason)
-    trainer.notify("on_change", change)
-    trainer.notify("on_budget", total)
+    return world.of_main(sum(step_s) / len(step_s))

@@ -12,20 +12,17 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import OutOfMemoryError
-from ultrathink.data.validation import ValidationSet
-from ultrathink.runs.shortage import Shortage, read_shortage, write_shortage
-from ultrathink.training.control import Change
+from ultrathink.parallel.world import World
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.shortage import Shortage, read_shortage
 from ultrathink.training.hardware import return_freed_memory
-from ultrathink.training.validation import Scores, evaluate
-
-if TYPE_CHECKING:
-    from ultrathink.training.trainer import Trainer
+from ultrathink.training.records import ChangeRecord
 
 T = TypeVar("T")
 
@@ -149,65 +146,13 @@ UPDATE_FAILED = (
 )
 
 
-def take_smaller(trainer: Trainer, before: int, fit: Fit) -> None:
-    """Put on record that a run goes on in smaller micro-batches; of several processes, will."""
-    step, rank = trainer.progress.step, trainer.world.rank
-    if trainer.world.size > 1:
-        write_shortage(trainer.run, Shortage(step + 1, rank, before, fit.size, fit.problem))
-    else:
-        reason = f"step {step + 1} ran out of memory: {fit.problem}"
-        trainer.notify("on_change", _smaller(step, before, fit.size, reason))
+def last_shortage(run: RunFolder, world: World) -> Shortage | None:
+    """What the last start ran out of memory with, as the first process finds it for all."""
+    found = read_shortage(run) if world.is_main else None
+    values = world.from_main(found.to_dict() if found is not None else None)
+    return Shortage(**values) if values is not None else None
 
 
-def heed_last_start(trainer: Trainer) -> None:
-    """Take the micro-batch that the last start left word of, where no checkpoint knows of it."""
-    world = trainer.world
-    found = read_shortage(trainer.run) if world.is_main else None
-    told = world.from_main(found.to_dict() if found is not None else None)
-    if told is None or trainer.progress.step >= told["step"]:
-        return
-    shortage = Shortage(**told)
-    before = trainer.settings.micro_batch_size
-    after = largest_divisor(trainer.training.batch_size // world.size, shortage.after)
-    if after < before:
-        trainer.settings.micro_batch_size = after
-        reason = (
-            f"step {shortage.step} ran out of memory on process {shortage.rank}: {shortage.problem}"
-        )
-        trainer.notify("on_change", _smaller(trainer.progress.step, before, after, reason))
-
-
-def _smaller(step: int, before: int, after: int, reason: str) -> Change:
-    return Change(step, "micro_batch_size", before, after, reason, rule="out_of_memory")
-
-
-def score_that_fits(trainer: Trainer, held_out: ValidationSet, max_batches: int | None) -> Scores:
-    """Score held-out text, in smaller batches from here on where memory does not suffice."""
-
-    def attempt(size: int) -> Scores:
-        return evaluate(
-            trainer.model,
-            held_out,
-            device=trainer.device,
-            batch_size=size,
-            max_tokens=trainer.training.eval.max_tokens,
-            max_batches=max_batches,
-            world=trainer.world,
-        )
-
-    def smaller(size: int, problem: str) -> int:
-        if size > 1 and trainer.world.size == 1:
-            return size // 2
-        raise OutOfMemoryError(
-            f"validation ran out of memory with batches of {size} ({problem}). Take a lower "
-            f"training.eval.batch_size, or where it is 1 a lower data.seq_len, and go on from the "
-            f"last checkpoint: ultrathink train --resume RUN."
-        )
-
-    before = trainer.eval_batch_size
-    scores, fit = smaller_until_it_fits(attempt, before, smaller)
-    if fit.size != before:
-        trainer.eval_batch_size = fit.size
-        told = f"validation takes {fit.size} sequences at a time, no longer {before}: {fit.problem}"
-        trainer.notify("on_message", told, "warning")
-    return scores
+def smaller_record(step: int, before: int, after: int, reason: str) -> ChangeRecord:
+    """The record of smaller micro-batches that a run went on with for want of memory."""
+    return ChangeRecord(step, "micro_batch_size", before, after, reason, rule="out_of_memory")

@@ -15,7 +15,7 @@ from ultrathink.monitoring.records import Level, Note, RunInfo, Tell
 from ultrathink.runs.decisions import fold_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Ending, StepReport
-from ultrathink.training.control import BY_HAND, Change
+from ultrathink.training.records import BY_HAND, ChangeRecord
 
 
 class RunLog(Callback):
@@ -43,7 +43,7 @@ class RunLog(Callback):
             if file.appender.is_waiting:
                 self._do(file, ResilientAppender.flush)
 
-    def on_change(self, change: Change) -> None:
+    def on_change(self, change: ChangeRecord) -> None:
         if change.decision is None:  # else who decided it writes it down
             self.write_decision(_record(change))
 
@@ -76,7 +76,7 @@ class RunLog(Callback):
             self._tell(text, level)
 
 
-def _record(change: Change) -> dict[str, Any]:
+def _record(change: ChangeRecord) -> dict[str, Any]:
     """The record of a change that the policy did not decide."""
     is_by_hand = change.rule == BY_HAND
     return {
@@ -132,7 +132,7 @@ class RankLog(Callback):
     def on_message(self, text: str, level: Level) -> None:
         self._log.write(_told(text, level))
 
-    def on_change(self, change: Change) -> None:
+    def on_change(self, change: ChangeRecord) -> None:
         self.on_message(f"{change.setting}: {change.before} -> {change.after}", "info")
 
     def on_end(self, ending: Ending | None) -> None:

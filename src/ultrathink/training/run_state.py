@@ -1,27 +1,98 @@
-"""All that a run remembers, gathered from a trainer and given back to it."""
+"""What a run remembers: named parts, each with a state, and what a rollback does to it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor
-from torch.distributed.tensor import DTensor
-
+from ultrathink.core.errors import CheckpointError
 from ultrathink.core.protocols import State, Stateful
-from ultrathink.core.random import random_state, set_random_state
-from ultrathink.parallel.placement import placed_like, region_of
-from ultrathink.training.budget import Budget
-from ultrathink.training.optimizers import (
-    load_optimizer_state,
-    optimizer_state,
-    placed_values,
-    set_option,
-)
-from ultrathink.training.states import load_states, states_of
+from ultrathink.training.states import cloned
 
-if TYPE_CHECKING:
-    from ultrathink.training.trainer import Trainer
+Load = Callable[[Any], None]
+
+
+class Part(Stateful, Protocol):
+    """A callback or a controller, as far as the run remembers it."""
+
+    def roll_back(self, state: State) -> None: ...
+
+
+class _Entry(NamedTuple):
+    state_dict: Callable[[], Any]
+    load_state_dict: Load
+    roll_back: Load
+
+
+class RunState:
+    """A registry of all that a run remembers.
+
+    The state of a part that is not there (a guard that is set later, a callback that this start
+    lacks) is kept, and written again.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[str, _Entry] = {}
+        self._required: set[str] = set()
+        self._absent: dict[str, Any] = {}
+
+    def register(
+        self,
+        name: str,
+        state_dict: Callable[[], Any],
+        load_state_dict: Load,
+        *,
+        roll_back: Load | None = None,
+        is_required: bool = False,
+    ) -> None:
+        """Remember a part under ``name``; a state that waits for it is loaded now.
+
+        ``roll_back(state)`` goes back to an earlier state of this process, as ``load_state_dict``
+        does unless something else is given. A state without a required part is refused.
+        """
+        self._parts[name] = _Entry(state_dict, load_state_dict, roll_back or load_state_dict)
+        if is_required:
+            self._required.add(name)
+        if name in self._absent:
+            load_state_dict(self._absent.pop(name))
+
+    def register_one_of(self, kind: str, part: Part) -> None:
+        """Remember one of several parts by its class, the second of a class with its number."""
+        name = first = f"{kind}.{type(part).__name__}"
+        number = 1
+        while name in self._parts:
+            number += 1
+            name = f"{first}.{number}"
+        self.register(name, part.state_dict, part.load_state_dict, roll_back=part.roll_back)
+
+    def state_dict(self) -> State:
+        """All states by the names of their parts."""
+        return {**self._absent, **{name: part.state_dict() for name, part in self._parts.items()}}
+
+    def copy(self) -> State:
+        """The state with tensors of its own, which later steps do not change."""
+        state: State = cloned(self.state_dict())
+        return state
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from what ``state_dict`` returned, here or in another process."""
+        missing = sorted(self._required - state.keys())
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint has no {missing[0]!r}: it is not one of a run, or of another "
+                f"version of ultrathink; start a new run with its weights: training.init_from=RUN."
+            )
+        self._absent = {name: one for name, one in state.items() if one and name not in self._parts}
+        for name, part in self._parts.items():
+            if name in state:
+                part.load_state_dict(state[name])
+
+    def roll_back(self, state: State) -> None:
+        """Go back to an earlier state of this process, each part in its own way."""
+        for name, part in self._parts.items():
+            if name in state:
+                part.roll_back(state[name])
 
 
 @dataclass
@@ -37,111 +108,9 @@ class Progress:
     last_checkpoint: int = 0  # step
     last_checkpoint_s: float = 0.0  # elapsed time
 
+    def state_dict(self) -> State:
+        return asdict(self)
 
-def run_state(trainer: Trainer) -> State:
-    """What ``Trainer.state_dict`` returns."""
-    stepper, budget = trainer.stepper, trainer.budget
-    return {
-        "model": dict(trainer.model.state_dict()),
-        "optimizer": optimizer_state(stepper.optimizers, trainer.model, stepper.host_names),
-        "random": random_state(),
-        "data": trainer.loader.state_dict(),
-        "settings": trainer.settings.state_dict(),
-        "progress": asdict(trainer.progress),
-        "budget": budget.to_dict() if budget is not None else None,
-        "callbacks": states_of(trainer.callbacks),
-        "controllers": states_of(trainer.controllers),
-        "guard": _guard_state(trainer),
-        "identity": trainer.identity,
-        "config": trainer.config,
-    }
-
-
-def load_run_state(trainer: Trainer, state: State) -> None:
-    """Let ``trainer`` go on from what ``run_state`` returned."""
-    values: dict[str, Any] = dict(state)
-    stepper, weights = trainer.stepper, trainer.model.state_dict()
-    trainer.model.load_state_dict(
-        {name: placed_like(value, weights[name]) for name, value in values["model"].items()}
-    )
-    load_optimizer_state(stepper.optimizers, trainer.model, values["optimizer"], stepper.host_names)
-    if stepper.host is not None:
-        stepper.host.take_weights()
-    set_random_state(values["random"])
-    trainer.loader.load_state_dict(values["data"])
-    for name, (configured, _) in trainer.settings.optimizer_params.items():
-        set_option(stepper.optimizers, name, configured)
-    trainer.settings.load_state_dict(values["settings"])
-    for name, (_, current) in trainer.settings.optimizer_params.items():
-        set_option(stepper.optimizers, name, current)
-    trainer.model.set_activation_checkpointing(trainer.settings.activation_checkpointing)
-    trainer.progress = Progress(**values["progress"])
-    if values["budget"] is not None:
-        trainer.budget = Budget(**values["budget"])
-    load_states(trainer.callbacks, values["callbacks"])
-    load_states(trainer.controllers, values["controllers"])
-    load_guard_state(trainer, values.get("guard"))  # older checkpoints have none
-
-
-def return_to(trainer: Trainer, state: State) -> None:
-    """Go back to a state of this same process; what spares memory stays as it is by now.
-
-    What memory suffices for is the machine's matter, and not the history's.
-    """
-    size, recomputed = trainer.settings.micro_batch_size, trainer.settings.activation_checkpointing
-    load_run_state(trainer, state)
-    trainer.settings.micro_batch_size = min(size, trainer.settings.micro_batch_size)
-    trainer.settings.activation_checkpointing = recomputed
-    trainer.model.set_activation_checkpointing(recomputed)
-    trainer.fit_micro_batch()  # it may be from when there were more processes
-
-
-def placed_state(trainer: Trainer, state: State) -> State:
-    """``state``, as read for this process, lying where copies of the trainer's own state do."""
-    values: dict[str, Any] = dict(state)
-    weights, stepper = trainer.model.state_dict(), trainer.stepper
-    moved: dict[str, Tensor] = dict(trainer.model.named_parameters())
-    moved |= {name: copy for copy, name in stepper.host_names.items()}
-    return {
-        **values,
-        "model": {
-            name: _on_device(placed_like(value, weights[name]), weights[name])
-            for name, value in values["model"].items()
-        },
-        "optimizer": {
-            name: {
-                key: _on_device(value, moved[name])
-                for key, value in placed_values(remembered, moved[name]).items()
-            }
-            for name, remembered in values["optimizer"].items()
-        },
-    }
-
-
-def _on_device(value: Any, reference: Tensor) -> Any:
-    """``value`` beside ``reference`` where it is as large; a count of steps stays where it is."""
-    is_like = isinstance(value, Tensor) and value.shape == reference.shape
-    return value.to(reference.device) if is_like and not isinstance(value, DTensor) else value
-
-
-def _guard_state(trainer: Trainer) -> Any:
-    guard: object = trainer.stepper.guard
-    return guard.state_dict() if isinstance(guard, Stateful) else trainer.guard_state
-
-
-def load_guard_state(trainer: Trainer, state: Any) -> None:
-    """Give the guard of updates its state, now or once it is there."""
-    trainer.guard_state = state
-    guard: object = trainer.stepper.guard
-    if state is not None and isinstance(guard, Stateful):
-        guard.load_state_dict(state)
-
-
-def region_needed(trainer: Trainer, name: str, shape: tuple[int, ...]) -> tuple[Any, Any] | None:
-    """Which part of a tensor of a checkpoint this process needs; None: all of it."""
-    kind, _, inside = name.partition("/")
-    weight = inside if kind == "model" else inside.rpartition("/")[0]
-    reference: Tensor | None = dict(trainer.model.named_parameters()).get(weight)
-    if isinstance(reference, DTensor) and tuple(reference.shape) == shape:
-        return region_of(reference)
-    return None
+    def load_state_dict(self, state: State) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

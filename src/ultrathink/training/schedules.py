@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ultrathink.config.optimizer import SCHEDULES, CosineConfig, ScheduleConfig, WsdConfig
 from ultrathink.training.budget import Budget
-from ultrathink.training.control import LiveSettings
+from ultrathink.training.settings import LiveSettings
 
 Factor = Callable[[int], float]  # step, counted from 1 -> share of the peak learning rate
 

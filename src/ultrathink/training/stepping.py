@@ -20,7 +20,6 @@ from ultrathink.model.transformer import Transformer
 from ultrathink.parallel.sharding import Accumulation
 from ultrathink.parallel.timing import CommunicationClock
 from ultrathink.parallel.world import ALONE, World
-from ultrathink.training.control import LiveSettings
 from ultrathink.training.norms import LayerNorms, total_norm
 from ultrathink.training.offload import HostCopies
 from ultrathink.training.optimizers import NO_COPIES, Optimizers, allocate_state
@@ -34,6 +33,7 @@ from ultrathink.training.out_of_memory import (
     smaller_until_it_fits,
     told_as,
 )
+from ultrathink.training.settings import LiveSettings
 
 _CLIP_EPS = 1e-6  # what torch adds to the norm that it divides by
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ultrathink.checkpoint.snapshots import SNAPSHOTS
 from ultrathink.config.training import TrainingConfig
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.core.protocols import State
-from ultrathink.core.random import seed_everything, step_seed
+from ultrathink.core.protocols import State, Stateful
+from ultrathink.core.random import random_state, seed_everything, set_random_state, step_seed
 from ultrathink.data.loader import TrainLoader
 from ultrathink.data.validation import ValidationSet
 from ultrathink.model.transformer import Transformer
@@ -25,7 +25,8 @@ from ultrathink.parallel.watchdog import FIRST_STEP_FACTOR, Watchdog
 from ultrathink.parallel.world import ALONE, World, is_lost_connection
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
-from ultrathink.training.budget import Budget, Done, resolve_budget
+from ultrathink.runs.shortage import Shortage, write_shortage
+from ultrathink.training.budget import Done, Speed, resolve_budget
 from ultrathink.training.callbacks import (
     Callback,
     Controller,
@@ -35,15 +36,17 @@ from ultrathink.training.callbacks import (
     is_logged,
 )
 from ultrathink.training.changes import apply_change
-from ultrathink.training.control import ControlQueue, LiveSettings
+from ultrathink.training.clock import Clock
+from ultrathink.training.control import ControlQueue
 from ultrathink.training.experts import read_experts
-from ultrathink.training.length import measure_speed, settle_length
+from ultrathink.training.length import Length, seconds_per_step
 from ultrathink.training.memory import memory_share
-from ultrathink.training.out_of_memory import heed_last_start, score_that_fits, take_smaller
-from ultrathink.training.run_state import Progress, load_guard_state, load_run_state, run_state
+from ultrathink.training.model_state import ModelState, OptimizerState, SettingsState
+from ultrathink.training.out_of_memory import Fit, last_shortage, smaller_record
+from ultrathink.training.run_state import Progress, RunState
 from ultrathink.training.saving import Saving
-from ultrathink.training.schedules import Factor, continued_schedule
-from ultrathink.training.states import cloned
+from ultrathink.training.scoring import Scorer
+from ultrathink.training.settings import LiveSettings
 from ultrathink.training.stepping import Stepper, UpdateGuard
 from ultrathink.training.validation import Scores
 
@@ -72,13 +75,14 @@ class Trainer:
     lock: RunLock | None = None  # held until the run ends
     heading: str = ""
     remarks: Sequence[tuple[str, Level]] = ()  # said once the run has a place to say them
-    budget: Budget | None = None
     progress: Progress = field(default_factory=Progress)
     world: World = ALONE
     watchdog: Watchdog | None = None
 
     def __post_init__(self) -> None:
         self.control = ControlQueue(lambda: self.progress.step)
+        self.clock = Clock(self.progress)
+        self.length = Length(self.training, self.settings)
         self.snapshots: dict[int, State] = {}
         self.carried: set[int] = set()  # keys of those that checkpoints hold too
         self.saving = Saving(
@@ -86,25 +90,73 @@ class Trainer:
             self.training.checkpoint,
             on_written=lambda step, path: self.notify("on_checkpoint", step, path),
             on_restored=self._renew_lock,
-            tell=lambda text, level: self.notify("on_message", text, level),
+            tell=self._tell,
             world=self.world,
             snapshots=self.snapshots,
+        )
+        self.scorer = Scorer(
+            self.model, self.training.eval, device=self.device, world=self.world, tell=self._tell
         )
         self.ending: Ending | None = None
         self.is_best = False  # this step's weights have the best score so far
         self.save_wanted = False
         self.expert_load: Tensor | None = None  # [L, E] of the last step: this process's tokens
-        self._schedule: Factor | None = None
-        self._clock: float | None = None
-        self._agreed_s: float | None = None  # by the first process's clock, at a step boundary
         self._all_have_written = True  # the last checkpoint, as far as all processes know
         self._failures: set[str] = set()
         self._memory_share = 0.0  # of several processes, the fullest
-        self.guard_state: Any = None  # of a checkpoint whose guard is not here, or not yet
-        self.stepper.on_smaller = partial(take_smaller, self)
-        self.eval_batch_size = self.training.eval.batch_size  # less once memory has not sufficed
+        self.stepper.on_smaller = self._go_on_smaller
         self._times = StepTimes(self.world, self.stepper.clock)
-        self.paced: tuple[int, float] = (0, 0.0)  # steps since the start, and their seconds
+        self._register_parts()
+
+    def _register_parts(self) -> None:
+        """Name all that the run remembers, in the order in which it is loaded."""
+        share = self.training.batch_size // self.world.size
+        model, optimizer = ModelState(self.model), OptimizerState(self.stepper)
+        settings = SettingsState(self.settings, self.model, self.stepper.optimizers, share)
+        self.state = state = RunState()
+        state.register("model", model.state_dict, model.load_state_dict, is_required=True)
+        state.register("optimizer", optimizer.state_dict, optimizer.load_state_dict)
+        state.register("random", random_state, set_random_state)
+        state.register("data", self.loader.state_dict, self.loader.load_state_dict)
+        state.register(
+            "settings",
+            settings.state_dict,
+            settings.load_state_dict,
+            roll_back=settings.roll_back,
+        )
+        state.register(
+            "progress", self._progress_state, self.progress.load_state_dict, is_required=True
+        )
+        state.register("budget", self.length.state_dict, self.length.load_state_dict)
+        state.register("identity", lambda: self.identity, _keep_own)
+        state.register("config", lambda: self.config, _keep_own)
+        for callback in self.callbacks:
+            state.register_one_of("callback", callback)
+        for controller in self.controllers:
+            state.register_one_of("controller", controller)
+
+    def _progress_state(self) -> State:
+        self.progress.elapsed_s = self.clock.elapsed_s
+        return self.progress.state_dict()
+
+    def add_callback(self, callback: Callback) -> None:
+        """Let ``callback`` watch the run; it is told of everything after those that are there."""
+        self.callbacks = [*self.callbacks, callback]
+        self.state.register_one_of("callback", callback)
+
+    def add_controller(self, controller: Controller) -> None:
+        """Let ``controller`` steer the run; it is asked after those that are there."""
+        self.controllers = [*self.controllers, controller]
+        self.state.register_one_of("controller", controller)
+
+    def set_guard(self, guard: UpdateGuard) -> None:
+        """Ask ``guard`` before each update, from where the loaded checkpoint left it.
+
+        On several processes each has one of its own.
+        """
+        self.stepper.guard = guard
+        if isinstance(guard, Stateful):
+            self.state.register("guard", guard.state_dict, guard.load_state_dict)
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -120,7 +172,7 @@ class Trainer:
                 self.ask_controllers(report)
                 self.agree()
                 self.apply_changes()
-                settle_length(self)
+                self.settle_length()
                 self._end_if_over()
                 self.save_if_due()
             self.finish()
@@ -135,7 +187,7 @@ class Trainer:
 
     def close(self) -> None:
         """Stop what works beside the loop and give the run folder free."""
-        self.progress.elapsed_s, self._clock = self.elapsed_s(), None
+        self.clock.stop()
         if self.watchdog is not None:
             self.watchdog.stop()
         self.saving.close()
@@ -148,13 +200,13 @@ class Trainer:
         """Announce the run and fix its length in steps."""
         self._feed_watchdog(FIRST_STEP_FACTOR)
         self.model.train()
-        self._clock = time.perf_counter() - self.progress.elapsed_s
+        self.clock.start()
         self.notify(
             "on_start",
             RunInfo(
                 name=self.run.name,
                 folder=self.run.path,
-                total_steps=self.budget.total_steps if self.budget is not None else 0,
+                total_steps=self.length.total_steps,
                 start_step=self.progress.step,
                 heading=self.heading,
             ),
@@ -163,47 +215,47 @@ class Trainer:
             self.notify("on_message", text, level)
         if self.training.compile:
             self.notify("on_message", "compiling the model; the first step takes longer", "info")
-        heed_last_start(self)
-        if self.budget is None:
-            self.budget = resolve_budget(
+        self._take_last_shortage()
+        budget = self.length.budget
+        if budget is None:
+            budget = resolve_budget(
                 self.training,
                 tokens_per_step=self.tokens_per_step,
                 samples_per_epoch=self.loader.num_samples,
-                measure_speed=lambda: measure_speed(self),
+                measure_speed=self._measure_speed,
                 done=Done(self.progress.step, self.progress.tokens, self.loader.samples_seen),
             )
-        self.set_budget(self.budget)
+        self.length.set(budget)
         self.stepper.allocate_state()
-        self.notify("on_budget", self.budget.total_steps)
+        self.notify("on_budget", budget.total_steps)
         self.agree()
         self._end_if_over()
 
-    def set_guard(self, guard: UpdateGuard) -> None:
-        """Ask ``guard`` before each update, from where the loaded checkpoint left it.
-
-        On several processes each has one of its own.
-        """
-        self.stepper.guard = guard
-        load_guard_state(self, self.guard_state)
-
-    def set_budget(self, budget: Budget) -> None:
-        """Let the run, and the schedule of its learning rate, be so long from here on."""
-        self.budget = budget
-        self._schedule = continued_schedule(self.training.schedule, budget, self.settings)
+    def _measure_speed(self) -> Speed:
+        """Time a few real steps and a piece of validation, then undo them."""
+        before = self.state.copy()
+        self.stepper.allocate_state()  # after the copy, which would hold its zeros twice
+        step_s = seconds_per_step(
+            lambda: self.stepper.take_step(self.loader.next_batch(), self.settings, 0.0),
+            self.training.max_minutes or 0.0,
+            self.world,
+            self.device,
+        )
+        validation_s = self.scorer.estimated_s(self.held_out)
+        self.state.roll_back(before)
+        return Speed(step_s, validation_s, self.world.of_main(self.clock.elapsed_s))
 
     def train_step(self) -> StepReport:
         """Take the next batch and learn from it."""
-        assert self._schedule is not None
-        began, self._agreed_s = time.perf_counter(), None
-        self._feed_watchdog(1 if self.paced[0] else FIRST_STEP_FACTOR)
+        began, self.clock.agreed_s = time.perf_counter(), None
+        self._feed_watchdog(1 if self.clock.num_steps else FIRST_STEP_FACTOR)
         if self.world.size > 1:  # each with random numbers of its own, whatever came before
             seed_everything(step_seed(self.loader.seed, self.progress.step, self.world.rank))
         batch = self.loader.next_batch()
         data_wait = time.perf_counter() - began
         for note in self.loader.take_notes():
             self.notify("on_message", note, "warning")
-        lr_factor = self._schedule(self.progress.step + 1)
-        lr_factor *= self.settings.lr_factor_at(self.progress.step + 1) * self.settings.lr_scale
+        lr_factor = self.length.lr_factor(self.progress.step + 1)
         if self.model.routing is not None:
             self.model.routing.warm_up(self.progress.step + 1)
         is_told = self._is_logged(self.progress.step + 1)
@@ -214,7 +266,7 @@ class Trainer:
         self.progress.tokens += self.tokens_per_step
         self.progress.num_skipped += result.skipped
         seconds = time.perf_counter() - began
-        self.paced = (self.paced[0] + 1, self.paced[1] + seconds)
+        self.clock.count_step(seconds)
         if result.skipped:
             self.notify(
                 "on_message",
@@ -242,8 +294,7 @@ class Trainer:
         )
 
     def _is_logged(self, step: int) -> bool:
-        total_steps = self.budget.total_steps if self.budget is not None else 0
-        return is_logged(step, self.training.log_every, total_steps)
+        return is_logged(step, self.training.log_every, self.length.total_steps)
 
     def _compare_times(self, seconds: float) -> dict[str, float]:
         """What of a step's time went where on all processes, now and then."""
@@ -307,14 +358,46 @@ class Trainer:
 
     def score(self, held_out: ValidationSet, max_batches: int | None = None) -> Scores:
         """Score the model on held-out text, or on its first batches."""
-        return score_that_fits(self, held_out, max_batches)
+        return self.scorer.score(held_out, max_batches)
 
     def _end_if_over(self) -> None:
-        assert self.budget is not None
         if self.ending is None:
-            self.ending = self.budget.ending(
-                self.progress.step, self.elapsed_s(), self.training.max_minutes
-            )
+            self.ending = self.length.ending(self.progress.step, self.clock.elapsed_s)
+
+    def settle_length(self) -> None:
+        """Correct a length in minutes by the pace of real steps."""
+        if self.ending is not None:
+            return
+        record = self.length.settle(
+            self.progress, self.clock, lambda: self.scorer.estimated_s(self.held_out)
+        )
+        if record is not None:
+            self.notify("on_change", record)
+            self.notify("on_budget", record.after)
+
+    # -- memory that does not suffice ----------------------------------------------------------
+
+    def _go_on_smaller(self, before: int, fit: Fit) -> None:
+        """Put on record that a run goes on in smaller micro-batches; of several processes, will."""
+        step, world = self.progress.step, self.world
+        if world.size > 1:
+            found = Shortage(step + 1, world.rank, before, fit.size, fit.problem)
+            write_shortage(self.run, found)
+        else:
+            reason = f"step {step + 1} ran out of memory: {fit.problem}"
+            self.notify("on_change", smaller_record(step, before, fit.size, reason))
+
+    def _take_last_shortage(self) -> None:
+        """Take the micro-batch that the last start asks for, where no checkpoint knows of it."""
+        found, step = last_shortage(self.run, self.world), self.progress.step
+        if found is None or step >= found.step:
+            return
+        before = self.settings.micro_batch_size
+        after = largest_divisor(self.training.batch_size // self.world.size, found.after)
+        if after < before:
+            self.settings.micro_batch_size = after
+            reason = f"step {found.step} ran out of memory on process {found.rank}: {found.problem}"
+            self.notify("on_change", smaller_record(step, before, after, reason))
 
     # -- changes -------------------------------------------------------------------------------
 
@@ -341,24 +424,18 @@ class Trainer:
         """Let all processes hear every request, and decide by the clock of the first."""
         if self.world.size == 1:
             return
-        num_steps, seconds = self.paced
-        mine = (self.elapsed_s(), seconds) if self.world.is_main else (0.0, 0.0)
+        clock = self.clock
+        mine = (clock.elapsed_s, clock.steps_s) if self.world.is_main else (0.0, 0.0)
         own = (self.control.num_waiting, self.saving.is_idle)
         shares = [0.0] * self.world.size
         shares[self.world.rank] = memory_share()
         sums = self.world.sums([*mine, *own, *shares])
-        self._agreed_s, seconds, waiting, num_idle, *shares = sums
+        clock.agreed_s, clock.steps_s, waiting, num_idle, *shares = sums
         self._memory_share = max(shares)
-        self.paced = (num_steps, seconds)
         self._all_have_written = num_idle == self.world.size
         if waiting:
             everyones = self.world.gathered(self.control.take())
             self.control.put([request for requests in everyones for request in requests])
-
-    def copied_state(self) -> State:
-        """A copy of the whole state, in memory."""
-        state: State = cloned(self.state_dict())
-        return state
 
     def notify(self, event: str, *details: Any) -> None:
         """Tell every callback; one that fails is reported once and changes nothing."""
@@ -374,6 +451,9 @@ class Trainer:
         if text not in self._failures:
             self._failures.add(text)
             self.notify("on_message", text, "warning")
+
+    def _tell(self, text: str, level: Level) -> None:
+        self.notify("on_message", text, level)
 
     def _renew_lock(self) -> None:
         if self.lock is not None:
@@ -392,7 +472,7 @@ class Trainer:
     def save(self) -> None:
         """Have a checkpoint of this step written; training goes on meanwhile."""
         self.progress.last_checkpoint = self.progress.step
-        self.progress.last_checkpoint_s = self.elapsed_s()
+        self.progress.last_checkpoint_s = self.clock.elapsed_s
         self.saving.save(
             self.progress.step,
             self.state_dict(),
@@ -404,29 +484,15 @@ class Trainer:
 
     def state_dict(self) -> State:
         """All that a run remembers; with the same files it goes on bit for bit from here."""
-        self.progress.elapsed_s = self.elapsed_s()
-        return run_state(self)
+        return self.state.state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        """Go back to what ``state_dict`` returned."""
-        load_run_state(self, state)
-
-    def fit_micro_batch(self) -> None:
-        """Let micro-batches divide this process's share of the batch, however many there were."""
-        share = self.training.batch_size // self.world.size
-        size = self.settings.micro_batch_size
-        self.settings.micro_batch_size = largest_divisor(share, size)
+        """Go on from what ``state_dict`` returned."""
+        self.state.load_state_dict({k: v for k, v in state.items() if k != SNAPSHOTS})
 
     def elapsed_s(self) -> float:
-        """Seconds of training so far, over all its sessions, compilation included.
-
-        From ``agree`` to the next step it is the same moment for all processes.
-        """
-        if self._agreed_s is not None:
-            return self._agreed_s
-        if self._clock is None:
-            return self.progress.elapsed_s
-        return time.perf_counter() - self._clock
+        """Seconds of training so far, over all its sessions, compilation included."""
+        return self.clock.elapsed_s
 
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.progress.step % every == 0
@@ -435,6 +501,10 @@ class Trainer:
         rule = self.training.checkpoint
         if self.progress.last_checkpoint == self.progress.step:
             return False
-        since = self.elapsed_s() - self.progress.last_checkpoint_s
+        since = self.clock.elapsed_s - self.progress.last_checkpoint_s
         is_time = rule.every_minutes is not None and since >= rule.every_minutes * 60
         return is_time or self._is_due(rule.every_steps)
+
+
+def _keep_own(_: object) -> None:
+    """What a run is made of is written into its checkpoints, and not read from them."""

@@ -8,14 +8,15 @@ from safetensors.torch import load_file
 
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Controller, StepReport, ValidationReport
-from ultrathink.training.control import Change, TrainerControl
+from ultrathink.training.control import TrainerControl
+from ultrathink.training.records import ChangeRecord
 
 
 class Recorder(Callback):
     def __init__(self) -> None:
         self.steps: list[StepReport] = []
         self.validations: list[ValidationReport] = []
-        self.changes: list[Change] = []
+        self.changes: list[ChangeRecord] = []
         self.messages: list[str] = []
 
     def on_step(self, report: StepReport) -> None:
@@ -24,7 +25,7 @@ class Recorder(Callback):
     def on_validation(self, report: ValidationReport) -> None:
         self.validations.append(report)
 
-    def on_change(self, change: Change) -> None:
+    def on_change(self, change: ChangeRecord) -> None:
         self.changes.append(change)
 
     def on_message(self, text: str, level: str) -> None:

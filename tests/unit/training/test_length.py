@@ -7,7 +7,6 @@ from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, Recorder, records, without_time
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training import length
-from ultrathink.training import trainer as trainer_module
 from ultrathink.training.budget import MARGIN, Budget, Speed
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.changes import apply_change
@@ -19,15 +18,16 @@ def test_minutes_become_steps_once_and_trying_out_leaves_no_trace(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(length, "TRIAL_SHARE", 0.0)
-    monkeypatch.setattr(trainer_module, "settle_length", lambda trainer: None)  # tested below
+    monkeypatch.setattr(Trainer, "settle_length", lambda trainer: None)  # tested below
+    measure_speed = Trainer._measure_speed
     timed = make_trainer("training.max_minutes=10", "training.schedule.warmup=2")
 
     def measured(trainer: Trainer) -> Speed:
         """The steps are tried out for real; the figure is one that no machine can change."""
-        assert length.measure_speed(trainer).step_s > 0
+        assert measure_speed(trainer).step_s > 0
         return Speed(step_s=(600 * (1 - MARGIN) - 1) / 12)
 
-    monkeypatch.setattr(trainer_module, "measure_speed", measured)
+    monkeypatch.setattr(Trainer, "_measure_speed", measured)
     assert timed.fit() == "finished"
     config = timed.run.read_config()
     assert config.training.step_budget == 12
@@ -43,7 +43,7 @@ def test_a_run_that_gets_slower_ends_on_the_minute(make_trainer: MakeTrainer) ->
             time.sleep(0.1)
 
     trainer = make_trainer("training.max_minutes=0.04", callbacks=[Slow()])
-    trainer.budget = Budget(total_steps=1000, tokens_per_step=128)  # from when it was faster
+    trainer.length.budget = Budget(total_steps=1000, tokens_per_step=128)  # from when it was faster
     assert trainer.fit() == "out of time"
     assert 0 < trainer.progress.step < 1000
     assert trainer.run.steps()[-1] == trainer.progress.step
@@ -65,14 +65,14 @@ def test_a_bad_moment_at_the_start_does_not_decide_the_length(
         "training.max_minutes=0.05", "training.schedule.warmup=1", callbacks=[recorder]
     )
     slow = Speed(step_s=measured_s, validation_s=measured_s)
-    monkeypatch.setattr(trainer_module, "measure_speed", lambda trainer: slow)
+    monkeypatch.setattr(Trainer, "_measure_speed", lambda trainer: slow)
     trainer.fit()
-    assert trainer.budget is not None
+    assert trainer.length.budget is not None
     change = recorder.changes[0]
     assert change.setting == "training.step_budget"
     assert change.after > 10 if measured_s > 1 else change.after < change.before
     change = recorder.changes[-1]  # the first is coarse where steps take a thousandth of a second
-    assert change.after == trainer.budget.total_steps
+    assert change.after == trainer.length.budget.total_steps
     assert change.after == trainer.run.read_config().training.step_budget
     assert 10 < trainer.progress.step <= change.after
     assert trainer.elapsed_s() < 4.5
@@ -86,24 +86,22 @@ def test_a_run_that_goes_back_has_fewer_steps_left_in_its_minutes(
     make_trainer: MakeTrainer,
 ) -> None:
     trainer = make_trainer("training.max_minutes=10", "training.schedule.warmup=2")
-    trainer.budget = settled = Budget(1000, tokens_per_step=128, seconds_per_step=1e-3, looks=4)
-    trainer.set_budget(settled)
-    trainer.snapshots[0] = trainer.copied_state()
+    trainer.length.set(Budget(1000, tokens_per_step=128, seconds_per_step=1e-3, looks=4))
+    trainer.snapshots[0] = trainer.state.copy()
     apply_change(trainer, Request("restore", 0, "test", None))
     trainer.progress.step, trainer.progress.elapsed_s = 100, 540.0
-    trainer.paced = (1000, 500.0)
-    length.settle_length(trainer)
-    assert trainer.budget is not None
-    assert 150 < trainer.budget.total_steps < 250  # a minute is left, of half a second a step
+    trainer.clock.num_steps, trainer.clock.steps_s = 1000, 500.0
+    trainer.settle_length()
+    assert 150 < trainer.length.total_steps < 250  # a minute is left, of half a second a step
     trainer.close()
 
 
 def test_a_length_in_steps_stays_when_a_run_goes_back(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("training.max_steps=10")
-    trainer.budget = Budget(10, tokens_per_step=128)
-    trainer.snapshots[0] = trainer.copied_state()
+    trainer.length.budget = Budget(10, tokens_per_step=128)
+    trainer.snapshots[0] = trainer.state.copy()
     apply_change(trainer, Request("restore", 0, "test", None))
-    assert trainer.budget.is_settled
+    assert trainer.length.budget.is_settled
     trainer.close()
 
 
@@ -114,10 +112,10 @@ def test_a_corrected_length_is_that_of_a_resumed_run_too(
         "training.max_minutes=0.1",
         controllers=[At(step60=lambda control: control.stop(reason="test"))],
     )
-    monkeypatch.setattr(trainer_module, "measure_speed", lambda trainer: Speed(step_s=1.0))
+    monkeypatch.setattr(Trainer, "_measure_speed", lambda trainer: Speed(step_s=1.0))
     assert trainer.fit() == "stopped"
-    assert trainer.budget is not None
+    assert trainer.length.budget is not None
     resumed = resume_trainer(trainer.run)
-    assert resumed.budget == trainer.budget
-    assert resumed.budget.total_steps > 60
+    assert resumed.length.budget == trainer.length.budget
+    assert resumed.length.budget.total_steps > 60
     resumed.close()

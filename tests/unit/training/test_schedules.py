@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from ultrathink.config.optimizer import CosineConfig, ScheduleConfig, WsdConfig
 from ultrathink.training.budget import Budget
-from ultrathink.training.control import LiveSettings
 from ultrathink.training.schedules import build_schedule, ceiling_at, continued_schedule
+from ultrathink.training.settings import LiveSettings
 
 BUDGET = Budget(total_steps=100, tokens_per_step=1000, seconds_per_step=0.5)
 

@@ -25,7 +25,7 @@ from ultrathink.orchestrator.steering.proposals import (
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
 
 if TYPE_CHECKING:
-    from ultrathink.training.control import LiveSettings
+    from ultrathink.training.settings import LiveSettings
 
 NON_FINITE = 3  # steps in a row: the weights are no numbers any more
 LEFT_OUT = 8  # steps in a row: this is no single bad batch

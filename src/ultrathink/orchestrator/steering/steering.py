@@ -33,8 +33,10 @@ from ultrathink.orchestrator.steering.rules import EASES_OVER, LOSS_KINDS, WEIGH
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
 from ultrathink.runs.decisions import state_name, target_name
 from ultrathink.training.callbacks import Callback, Controller, Ending, StepReport, ValidationReport
-from ultrathink.training.control import Change, ControlQueue, LiveSettings, TrainerControl
+from ultrathink.training.control import ControlQueue, TrainerControl
+from ultrathink.training.records import ChangeRecord
 from ultrathink.training.run_log import RunLog
+from ultrathink.training.settings import LiveSettings
 from ultrathink.training.stepping import Verdict
 
 FOLLOWED_FOR = 64  # steps after which a decision is judged by what came of it
@@ -261,7 +263,7 @@ class Steering(Controller):
         self._followed.append(decision.id)
         return decision
 
-    def heard(self, change: Change) -> None:
+    def heard(self, change: ChangeRecord) -> None:
         """A change took effect; where it belongs to a decision, its record is filled in."""
         decision = self._open
         if decision is None or change.decision != decision.id:
@@ -413,9 +415,7 @@ class Steering(Controller):
         return self.snapshots.state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        """Go back to what ``state_dict`` returned; a rollback leaves all as it is."""
-        if self._control is not None or not state:
-            return
+        """Go on from what ``state_dict`` returned."""
         values: dict[str, Any] = dict(state)
         self.policy.load_state_dict(values["policy"])
         self.decisions = [Decision(**one) for one in values["decisions"]]
@@ -423,7 +423,10 @@ class Steering(Controller):
         self._num_skipped = values["num_skipped"]
         self._non_finite = values["non_finite"]
         self._since_rollback = values["since_rollback"]
-        self._ring_state = values.get("snapshots")  # older checkpoints have none
+        self._ring_state = values["snapshots"]
+
+    def roll_back(self, state: State) -> None:
+        """What was decided outlives going back."""
 
 
 class _Ear(Callback):
@@ -441,7 +444,7 @@ class _Ear(Callback):
     def on_validation(self, report: ValidationReport) -> None:
         self._steering.note_best(report.is_best)
 
-    def on_change(self, change: Change) -> None:
+    def on_change(self, change: ChangeRecord) -> None:
         self._steering.heard(change)
 
     def on_end(self, ending: Ending | None) -> None:

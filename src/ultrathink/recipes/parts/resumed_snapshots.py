@@ -14,7 +14,7 @@ from ultrathink.core.errors import UltrathinkError
 from ultrathink.recipes.parts.resumed_data import touches
 from ultrathink.recipes.parts.steering import room_for_snapshots
 from ultrathink.runs.segments import ConfigChange
-from ultrathink.training.run_state import placed_state, region_needed
+from ultrathink.training.model_state import placed_state, region_needed
 from ultrathink.training.trainer import Trainer
 
 # What may change and leave it right to go back to before the change.
@@ -76,9 +76,8 @@ def _bring_back(trainer: Trainer, folder: Path, step: int) -> str | None:
     """Read one snapshot, each process its part; what was wrong, where one could not."""
     problem = None
     try:
-        state = placed_state(
-            trainer, load_checkpoint(folder, region=partial(region_needed, trainer))
-        )
+        state = load_checkpoint(folder, region=partial(region_needed, trainer.model))
+        state = placed_state(state, trainer.model, trainer.stepper.host_names)
     except DamagedCheckpointError as error:
         problem = error.problem if folder.is_dir() else f"{folder.name} is missing"
     except (UltrathinkError, OSError) as error:

@@ -14,8 +14,8 @@ from ultrathink.recipes.parts.resumed_data import touches
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import ConfigChange
 from ultrathink.training.budget import Budget
-from ultrathink.training.control import LiveSettings
 from ultrathink.training.schedules import ceiling_at, continued_schedule
+from ultrathink.training.settings import LiveSettings
 from ultrathink.training.trainer import Trainer
 
 _LENGTHS = tuple(f"training.{name}" for name in (*BUDGETS, "step_budget"))

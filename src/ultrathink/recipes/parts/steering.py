@@ -53,8 +53,8 @@ def steer(
         show=show,
         tell=tell,
     )
-    trainer.callbacks = [*trainer.callbacks, steering.ear]
-    trainer.controllers = [*trainer.controllers, steering]
+    trainer.add_callback(steering.ear)
+    trainer.add_controller(steering)
 
 
 def orchestrator_of(trainer: Trainer) -> Steering:

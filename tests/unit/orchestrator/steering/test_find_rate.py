@@ -16,7 +16,8 @@ from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.steering.policy import Policy
 from ultrathink.orchestrator.steering.proposals import Proposal
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
-from ultrathink.training.control import LiveSettings, Snapshot
+from ultrathink.training.control import Snapshot
+from ultrathink.training.settings import LiveSettings
 
 TUNED = 0.01
 

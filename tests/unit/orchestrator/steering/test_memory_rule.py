@@ -12,7 +12,7 @@ from ultrathink.config import load_config
 from ultrathink.config.orchestrator import LimitsConfig
 from ultrathink.core.errors import ConfigError
 from ultrathink.orchestrator.steering.proposals import Action
-from ultrathink.training.control import LiveSettings
+from ultrathink.training.settings import LiveSettings
 
 __all__ = ["make_trainer"]
 

@@ -22,7 +22,8 @@ from ultrathink.orchestrator.steering.proposals import (
 )
 from ultrathink.orchestrator.steering.rules import Rule, Situation
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
-from ultrathink.training.control import LiveSettings, Snapshot
+from ultrathink.training.control import Snapshot
+from ultrathink.training.settings import LiveSettings
 
 
 def situation(**values: Any) -> Situation:

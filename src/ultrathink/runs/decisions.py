@@ -11,17 +11,18 @@ from typing import Any
 
 from ultrathink.core.files import write_atomic
 
-ROLLBACKS = ("restore", "rollback_steps", "redo_steps")  # actions that take a run back
+ROLLBACK = "rollback"  # the action that takes a run back
 
 
-def state_name(number: int) -> str:
-    """The folder, below ``states``, of the run's state when the decision was taken."""
-    return f"{number:05}"
+def state_name(number: int, key: int | None = None) -> str:
+    """The folder, below ``states``, of the run's state when decision ``number`` was taken, or of
+    the snapshot ``key`` that it needs."""
+    return f"{number:05}" if key is None else f"{number:05}-{key:05}"
 
 
-def target_name(number: int) -> str:
-    """The folder of the state that the decision took the run back to."""
-    return f"{number:05}-target"
+def decision_of(name: str) -> int:
+    """The number of the decision that a folder of ``states`` belongs to."""
+    return int(name.partition("-")[0])
 
 
 def add_to_decision(path: Path, number: int, **values: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError
-from ultrathink.runs.decisions import ROLLBACKS, read_decisions
+from ultrathink.runs.decisions import ROLLBACK, read_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.reading import is_undone, parse_record
 from ultrathink.runs.segments import Segment, read_segments
@@ -91,8 +91,8 @@ def _rollbacks(decisions: Path) -> list[tuple[int, int]]:
     """The steps that a run was rolled back from and to; a line that is torn tells of none."""
     found = []
     for change in read_decisions(decisions):
-        try:  # older runs call the action "setting"
-            if change.get("action", change.get("setting")) in ROLLBACKS:
+        try:
+            if change.get("action") == ROLLBACK:
                 found.append((int(change["before"]), int(change["after"])))
         except (ValueError, LookupError, TypeError):
             continue

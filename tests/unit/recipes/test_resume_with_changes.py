@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, Recorder, final_state, records, without_time
+from tests.unit.training.observers import At, Recorder, asks, final_state, records, without_time
 from ultrathink.core.errors import CheckpointError, ConfigError, UltrathinkError
 from ultrathink.recipes.resume import plan_resume, resume_trainer
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import Segment, append_segment, read_segments
+from ultrathink.training.changes import SetClip, SetLearningRateFactor, SetRouting, Stop
 from ultrathink.training.trainer import Trainer
 
 STOP_AT_4 = "training.checkpoint={every_steps: 4, keep: 9}"
@@ -26,7 +27,7 @@ def stopped(make_trainer: MakeTrainer, *overrides: str) -> Trainer:
         "training.max_steps=10",
         STOP_AT_4,
         *overrides,
-        controllers=[At(step4=lambda control: control.stop(reason="test"))],
+        controllers=[At(step4=asks(Stop()))],
     )
     assert trainer.fit() == "stopped"
     return trainer
@@ -144,7 +145,9 @@ def test_another_length_counts_what_was_done(
     make_trainer: MakeTrainer, length: str, override: str, total: int
 ) -> None:
     trainer = make_trainer(
-        length, STOP_AT_4, controllers=[At(step4=lambda control: control.stop(reason="test"))]
+        length,
+        STOP_AT_4,
+        controllers=[At(step4=asks(Stop()))],
     )
     trainer.fit()
     resumed = resume_trainer(trainer.run, overrides=[override])
@@ -231,9 +234,9 @@ def test_other_data_begins_its_own_order(make_trainer: MakeTrainer, tmp_path: Pa
 
 def test_a_live_change_of_a_controller_outlives_a_plain_resume(make_trainer: MakeTrainer) -> None:
     def slow_down(control: object) -> None:
-        control.set_lr_factor(0.5, reason="test")  # type: ignore[attr-defined]
-        control.set_clip(0.1, reason="test")  # type: ignore[attr-defined]
-        control.stop(reason="test")  # type: ignore[attr-defined]
+        control.request(SetLearningRateFactor(0.5), reason="test")  # type: ignore[attr-defined]
+        control.request(SetClip(0.1), reason="test")  # type: ignore[attr-defined]
+        control.request(Stop(), reason="test")  # type: ignore[attr-defined]
 
     trainer = make_trainer("training.max_steps=10", STOP_AT_4, controllers=[At(step4=slow_down)])
     trainer.fit()
@@ -370,8 +373,8 @@ def test_routing_and_balance_may_change_and_other_live_values_stay(
         EXPERTS,
         controllers=[
             At(
-                step2=lambda control: control.set_routing("temperature", 2.0, reason="test"),
-                step4=lambda control: control.stop(reason="test"),
+                step2=asks(SetRouting("temperature", 2.0)),
+                step4=asks(Stop()),
             )
         ],
     )

@@ -388,13 +388,13 @@ class Trainer:
     def apply_changes(self) -> None:
         """Do what was asked through ``control``, and report each change."""
         for change, reason, decision in self.control.take():
-            step = self.progress.step
             try:
                 effect = change.apply(self.parts)
             except UltrathinkError as error:  # one that cannot be done, such as odd weights
                 self._report_failure(f"the change of {change.setting} ({reason})", error)
                 continue
             if effect is not None:
+                step = self.progress.step  # where a rollback leads: a resume from there keeps it
                 record = ChangeRecord(
                     step, change.setting, *effect, reason, decision, change=change
                 )

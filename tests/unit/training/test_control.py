@@ -114,6 +114,9 @@ def test_going_back_leaves_no_checkpoint_of_the_abandoned_history(
     trainer.fit()
     assert trainer.run.steps() == [1, 2]
     assert trainer.run.checkpoint("last").name == "step_00000002"
+    lines = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
+    where = [(line["action"], line["step"], line["before"], line["after"]) for line in lines]
+    assert where[0] == ("rollback", 2, 4, 2)  # a resume at step 2 keeps the record
 
 
 def test_mixture_weights_change_what_comes(make_trainer: MakeTrainer) -> None:

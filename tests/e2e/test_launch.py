@@ -136,7 +136,7 @@ def test_a_checkpoint_of_a_newer_version_is_told_once(start: type[Launched]) -> 
     again = start("--resume", "runs/together", "training.max_steps=4")
     assert again.finish() == 2
     assert again.errors.count("error:") == 1
-    assert "has format 99, this version reads 1 and 2" in again.errors
+    assert "has format 99, this version reads 3 and 4" in again.errors
 
 
 @pytest.mark.slow

@@ -208,7 +208,7 @@ def test_messages_name_what_is_wrong(tmp_path: Path) -> None:
         with pytest.raises(DamagedCheckpointError, match=r"state\.json cannot be read"):
             read_state(tmp_path / "c")
     state_file.write_text(whole.replace('"format": 3', '"format": 99'))
-    with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match="has format 99, this version reads 3"):
         read_state(tmp_path / "c")
 
 

@@ -82,4 +82,4 @@ def test_a_newer_format_is_named(run: RunFolder, capsys: Out) -> None:
     path.write_text(path.read_text().replace('"format": 3', '"format": 99'))
     assert main(["checkpoint", "info", str(run.path)]) == 2
     told = capsys.readouterr().err
-    assert "has format 99, this version reads 1 and 2; use the version of ultrathink" in told
+    assert "has format 99, this version reads 3 and 4; use the version of ultrathink" in told

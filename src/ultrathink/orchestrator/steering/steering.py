@@ -214,11 +214,13 @@ class Steering(Controller):
         most = self.config.kept_states
         if not most or (changes and not any(change.is_felt for change in changes)):
             return
+        averaged: dict[int, bool] = {}  # alone, by their keys: of those the weights suffice
         for change in changes:
             for one in change.needed:
                 is_average = isinstance(change, AverageSnapshots)
-                kept = KeepState(decision.id, most, one.key, weights_only=is_average)
-                control.request(kept, "")
+                averaged[one.key] = averaged.get(one.key, True) and is_average
+        for key, weights_only in averaged.items():
+            control.request(KeepState(decision.id, most, key, weights_only), "")
         control.request(KeepState(decision.id, most), "")
 
     def _went_back(self, change: Rollback) -> None:

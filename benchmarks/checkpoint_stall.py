@@ -30,6 +30,7 @@ from train_speed import SHAPES
 from ultrathink import build_trainer
 from ultrathink.checkpoint.format import save_checkpoint
 from ultrathink.training.callbacks import Callback, Controller, StepReport
+from ultrathink.training.changes import SaveCheckpoint, Stop
 from ultrathink.training.control import TrainerControl
 from ultrathink.training.saving import private_copy
 from ultrathink.training.trainer import Trainer
@@ -62,9 +63,9 @@ class Timed(Controller, Callback):
         (self._disturbed if self._is_writing else self._quiet).append(taken)
         if len(self._quiet) > QUIET_STEPS and not self._is_writing:
             if len(self.stalls_s) == self.checkpoints:
-                control.stop(reason="enough")
+                control.request(Stop(), reason="enough")
             else:
-                control.checkpoint_now(reason="benchmark")
+                control.request(SaveCheckpoint(), reason="benchmark")
                 self._is_writing, self._asked = True, now
 
     def on_checkpoint(self, step: int, path: Path) -> None:

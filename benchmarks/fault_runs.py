@@ -27,6 +27,7 @@ from ultrathink.training.callbacks import (
     StepReport,
     ValidationReport,
 )
+from ultrathink.training.changes import Stop
 from ultrathink.training.control import TrainerControl
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.records import ChangeRecord
@@ -63,7 +64,7 @@ class _StopAt(Controller):
 
     def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
         if report.step == self.step:
-            control.stop(reason="the snapshot of the benchmark")
+            control.request(Stop(), reason="the snapshot of the benchmark")
 
 
 def _make_snapshot(job: Job, setting: Setting, folder: Path) -> dict[str, Any]:

@@ -33,12 +33,20 @@ from ultrathink.recipes.train import build_trainer
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Controller, StepReport
-from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.changes import (
+    ReviveExperts,
+    Rollback,
+    SetLearningRateFactor,
+    SkipSamples,
+    Stop,
+)
+from ultrathink.training.control import TrainerControl
 from ultrathink.training.model_state import region_needed
 from ultrathink.training.objectives.base import LOSS, Losses
 from ultrathink.training.objectives.pretrain import Pretraining
 from ultrathink.training.out_of_memory import SmallerStartError
 from ultrathink.training.records import ChangeRecord
+from ultrathink.training.snapshots import Snapshot
 from ultrathink.training.stepping import Verdict
 from ultrathink.training.trainer import Trainer
 
@@ -220,10 +228,10 @@ class _Steering(Controller):
             self.kept.append(control.snapshot())
         if report.step == 4 and not self.returned:
             self.returned = True
-            control.restore(self.kept[0], reason="test")
+            control.request(Rollback(self.kept[0], skip_data=False), reason="test")
         if report.step == 5:
-            control.set_lr_factor(0.5, reason="test")
-            control.skip_samples(3, reason="test")
+            control.request(SetLearningRateFactor(0.5), reason="test")
+            control.request(SkipSamples(3), reason="test")
 
 
 def train_with_a_controller(place: str, *overrides: str) -> tuple[str, float, list[int]]:
@@ -264,7 +272,7 @@ def resume_and_break(path: str, *overrides: str) -> tuple[str, list[Any], int]:
 class _StopsAt106(Controller):
     def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
         if report.step == 106:
-            control.stop(reason="test")
+            control.request(Stop(), reason="test")
 
 
 def _broken(trainer: Trainer) -> tuple[str, list[Any], int]:
@@ -411,7 +419,7 @@ class _Reviving(Controller):
                 {"layer": layer, "group": group, "expert": expert}
                 for layer, group, expert in places
             ]
-            control.revive_experts(wanted, reason="test")
+            control.request(ReviveExperts(wanted), reason="test")
 
 
 def train_and_revive(place: str, *overrides: str) -> tuple[str, list[Any], str]:

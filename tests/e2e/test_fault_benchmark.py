@@ -20,6 +20,9 @@ SIZE = ("--steps", "8", "24", "--healthy-steps", "20", "--scored-tokens", "2048"
 
 # Divides the rate by what it was multiplied with, as soon as that is seen.
 STEADY = """
+from ultrathink.training.changes import SetLearningRateFactor
+
+
 class Steady:
     def __init__(self):
         self.usual = None
@@ -27,7 +30,7 @@ class Steady:
     def at_boundary(self, report, control):
         self.usual = self.usual or report.lr
         if report.lr > 2 * self.usual:
-            control.set_lr_factor(self.usual / report.lr, reason="the rate jumped")
+            control.request(SetLearningRateFactor(self.usual / report.lr), reason="the rate jumped")
 
     def state_dict(self):
         return {}

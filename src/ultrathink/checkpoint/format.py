@@ -46,7 +46,7 @@ INDEX_FILE = "model.safetensors.index.json"
 CHECKSUM_FILE = "checksums.json"
 MODEL = "model/"  # how the names of the model's tensors begin
 # A reader that does not know of pieces would take the first one for the whole.
-FORMAT, FORMAT_IN_PIECES = 1, 2
+FORMAT, FORMAT_IN_PIECES = 3, 4
 _TENSOR = "__tensor__"  # in state.json, stands where a tensor was, with the tensor's name
 
 Wanted: TypeAlias = Callable[[str], bool]  # chooses tensors by name

@@ -22,6 +22,7 @@ from ultrathink.cli.arguments import (
 from ultrathink.cli.together import is_launched, run_together
 from ultrathink.config import load_config
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.training.changes import Stop
 
 if TYPE_CHECKING:
     from ultrathink.training.trainer import Trainer
@@ -167,7 +168,7 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
         if len(received) > 1:
             raise KeyboardInterrupt
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        trainer.control.stop(reason=name)
+        trainer.control.request(Stop(), reason=name)
         told = f"{name}: saving after this step; once more ends it at once, without saving"
         trainer.notify("on_message", told, "info")
 

@@ -116,7 +116,7 @@ class OrchestratorConfig(Section):
         2,
         ge=0,
         description="Decisions, the newest, whose state is kept on disk for an audit; each takes "
-        "as much as one checkpoint, or two where the run went back.",
+        "as much as one checkpoint, or two where the run went back, and the averaged weights.",
     )
 
     @field_validator("mode", mode="before")

@@ -11,26 +11,23 @@ import math
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ultrathink.checkpoint.format import load_checkpoint
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.orchestrator.steering.proposals import GOES_BACK
+from ultrathink.orchestrator.steering.proposals import SKIP_BATCH
 from ultrathink.recipes.resume import resume_trainer
-from ultrathink.runs.decisions import (
-    Audit,
-    add_to_decision,
-    read_decisions,
-    state_name,
-    target_name,
-)
+from ultrathink.runs.decisions import Audit, add_to_decision, read_decisions, state_name
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
 from ultrathink.training.callbacks import Controller, StepReport
-from ultrathink.training.changes import apply_change
-from ultrathink.training.control import Request, TrainerControl
+from ultrathink.training.change import Change
+from ultrathink.training.changes import Stop, change_from
+from ultrathink.training.control import TrainerControl
+from ultrathink.training.model_state import placed_state
 from ultrathink.training.trainer import Trainer
 
 Told = Callable[[str], None]
@@ -49,7 +46,6 @@ _QUIET = (
     "training.checkpoint.every_steps=null",
     "training.checkpoint.every_minutes=null",
 )
-_LIVE = {"correct_learning_rate": "lr_correction", "scale_learning_rate": "lr_scale"}  # actions
 # Two-sided 95% quantiles of Student's t, by degrees of freedom; beyond, that of the normal.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -127,24 +123,12 @@ def _replay(
     run: RunFolder, record: dict[str, Any], order: int, horizon: int, *, acts: bool
 ) -> float:
     """The validation loss of one branch, ``horizon`` steps after the decision."""
-    number, actions = record["id"], dict(record["actions"])
-    goes_back = acts and any(name in GOES_BACK for name in actions)
     with tempfile.TemporaryDirectory(prefix="ultrathink-audit-") as scratch:
-        state = target_name(number) if goes_back else state_name(number)
-        copy = _copy(run, run.states / state, Path(scratch) / "run")
         end = _StopAt(record["step"] + horizon)
-        trainer = resume_trainer(copy, overrides=_QUIET, controllers=[end])
-        # A run that was limited in minutes is replayed in the steps that those came to.
-        trainer.length.max_minutes = None
-        batch_size, gap = trainer.loader.batch_size, record["step"] - trainer.progress.step
-        if acts:
-            _apply(trainer, actions, record)
-        elif "skip_batch" in actions:
-            _take_back(trainer)
-        passed = gap * batch_size if "rollback_steps" in actions else 0
+        trainer = branch(run, record, Path(scratch) / "run", acts=acts, controllers=[end])
         # What an order trains on begins behind all that the ones before it train on.
-        trainer.loader.skip(passed + order * (horizon + _FARTHEST) * batch_size)
-        if "stop" not in actions or not acts:
+        trainer.loader.skip(order * (horizon + _FARTHEST) * trainer.loader.batch_size)
+        if trainer.ending is None:
             trainer.fit()
         else:
             trainer.close()
@@ -153,16 +137,34 @@ def _replay(
         return trainer.score().loss
 
 
-def _apply(trainer: Trainer, actions: dict[str, Any], record: dict[str, Any]) -> None:
-    """Do again what was done beside going back: the rest follows from the state."""
-    factor = actions.get("adjust_learning_rate")
-    if factor is not None:
-        apply_change(trainer, Request("lr_factor", [factor, 200], "audit"))
-    for name, setting in _LIVE.items():
-        if name in actions:
-            apply_change(trainer, Request(setting, actions[name], "audit"))
-    if "revive_experts" in actions:  # which says as well what each was copied from
-        apply_change(trainer, Request("revive_expert", record["after"], "audit"))
+def branch(
+    run: RunFolder,
+    record: dict[str, Any],
+    folder: Path,
+    *,
+    acts: bool,
+    controllers: Sequence[Controller] = (),
+) -> Trainer:
+    """A trainer in ``folder`` that stands where ``run`` did once it had decided, or had not."""
+    copy = _copy(run, run.states / state_name(record["id"]), folder)
+    trainer = resume_trainer(copy, overrides=_QUIET, controllers=controllers)
+    # A run that was limited in minutes is replayed in the steps that those came to.
+    trainer.length.max_minutes = None
+    if acts:
+        for change in map(change_from, record["changes"]):
+            _apply(trainer, change, run, record["id"])
+    elif record["action"] == SKIP_BATCH:
+        _take_back(trainer)
+    return trainer
+
+
+def _apply(trainer: Trainer, change: Change, run: RunFolder, number: int) -> None:
+    """Do again what decision ``number`` did, with the snapshots that were kept for it."""
+    for one in change.needed:
+        state = load_checkpoint(run.states / state_name(number, one.key))
+        placed = placed_state(state, trainer.model, trainer.stepper.host_names)
+        trainer.snapshots.keep(one.key, placed, in_checkpoints=False)
+    change.apply(trainer.parts)
 
 
 def _take_back(trainer: Trainer) -> None:
@@ -178,7 +180,7 @@ class _StopAt(Controller):
 
     def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
         if report.step >= self.step:
-            control.stop(reason="the horizon of an audit")
+            control.request(Stop(), reason="the horizon of an audit")
 
 
 def _copy(run: RunFolder, state: Path, to: Path) -> RunFolder:

@@ -15,7 +15,7 @@ from ultrathink.core.files import write_atomic
 from ultrathink.monitoring.jsonl import finite_number, read_lines
 
 BY_HAND = "by_hand"
-ROLLBACKS = ("restore", "rollback_steps", "redo_steps")  # actions that take a run back
+ROLLBACK = "rollback"  # the action that takes a run back
 
 Verdict = Literal["helped", "hurt", "unproven"]
 
@@ -111,7 +111,7 @@ class DecisionRecord:
     @property
     def rollback(self) -> tuple[int, int] | None:
         """The steps that it took the run back from and to; None where it did no such thing."""
-        if self.action not in ROLLBACKS:
+        if self.action != ROLLBACK:
             return None
         ends = finite_number(self.before), finite_number(self.after)
         return None if None in ends else (int(self.before), int(self.after))
@@ -136,14 +136,15 @@ def read_decisions(path: Path) -> list[dict[str, Any]]:
     return last_of_each(row for _, row in read_lines(path) if row is not None)
 
 
-def state_name(number: int) -> str:
-    """The folder, below ``states``, of the run's state when the decision was taken."""
-    return f"{number:05}"
+def state_name(number: int, key: int | None = None) -> str:
+    """The folder, below ``states``, of the run's state when decision ``number`` was taken, or of
+    the snapshot ``key`` that it needs."""
+    return f"{number:05}" if key is None else f"{number:05}-{key:05}"
 
 
-def target_name(number: int) -> str:
-    """The folder of the state that the decision took the run back to."""
-    return f"{number:05}-target"
+def decision_of(name: str) -> int:
+    """The number of the decision that a folder of ``states`` belongs to."""
+    return int(name.partition("-")[0])
 
 
 def add_to_decision(path: Path, number: int, **values: Any) -> None:

@@ -175,7 +175,7 @@ class MetricsCallback(Callback):
         self.sinks.message(text, level)
 
     def on_change(self, change: ChangeRecord) -> None:
-        if change.setting == "restore":  # tokens went back too: the rate is that of what comes
+        if change.setting == "rollback":  # tokens went back too: the rate is that of what comes
             self._tokens_at_last_record, self._seconds_since_record = None, 0.0
         if change.decision is None:  # a decision has a line of its own
             text = f"{change.setting}: {change.before} -> {change.after} ({change.reason})"

@@ -1,221 +1,490 @@
-"""What each request of ``TrainerControl`` does to a trainer."""
+"""Every change of a running training, one typed object each.
+
+The same objects serve the policy, anybody who steers by hand, the queue between processes, the
+records and audits. torch is imported where a change is applied: rules that propose changes do
+without.
+"""
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import ConfigError
-from ultrathink.training.control import Request
-from ultrathink.training.hardware import forget_most_used
-from ultrathink.training.memory import memory_in_use
-from ultrathink.training.optimizers import set_option
-from ultrathink.training.records import ChangeRecord
-from ultrathink.training.revival import revive_experts
-from ultrathink.training.states import cloned
+from ultrathink.training.change import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Change,
+    Effect,
+    checked,
+    is_number,
+)
+from ultrathink.training.snapshots import Snapshot
 
 if TYPE_CHECKING:
-    from ultrathink.training.trainer import Trainer
-
-# Each applies a value and returns what it was before and what it is now.
-Apply = Callable[["Trainer", Any], tuple[Any, Any]]
-
+    from ultrathink.training.parts import Parts
 
 _PAUSE_S = 0.1  # between looks at whether anything was asked for
 
 
-def apply_change(trainer: Trainer, request: Request) -> ChangeRecord | None:
-    """Apply one request at a step boundary; returns its record, where it changes anything."""
-    setting, value, reason, decision = request
-    if setting == "snapshot":
-        key, in_checkpoints = value
-        trainer.snapshots[key] = trainer.state.copy()
-        if in_checkpoints:
-            trainer.carried.add(key)
-        return None
-    if setting == "forget":
-        trainer.snapshots.pop(value, None)
-        trainer.carried.discard(value)
-        return None
-    if setting == "keep_state":
-        name, key, newest = value
-        state = trainer.state_dict() if key is None else trainer.snapshots[key]
-        trainer.saving.keep_state(name, state, newest=newest)
-        return None
-    before, after = _APPLY[setting](trainer, value)
-    if setting == "routing":
-        setting = f"routing.{value[0]}"
-    if setting == "optimizer_param":
-        setting = f"optimizer.{value[0]}"
-    return ChangeRecord(trainer.progress.step, setting, before, after, reason, decision)
+class _LiveSetting(Change):
+    """Sets the live setting of its own name to the value of its one field."""
+
+    def apply(self, run: Parts) -> Effect:
+        return _set(run, self.name, getattr(self, fields(self)[0].name))
 
 
-def _live_setting(name: str) -> Apply:
-    def apply(trainer: Trainer, value: Any) -> tuple[Any, Any]:
-        before = getattr(trainer.settings, name)
-        setattr(trainer.settings, name, value)
-        return before, value
-
-    return apply
+# -- the learning rate and the optimizer -----------------------------------------------------------
 
 
-def _lr_factor(trainer: Trainer, value: tuple[float, int | None]) -> tuple[float, float]:
-    settings, step = trainer.settings, trainer.progress.step
-    before = settings.lr_factor_at(step + 1)
-    settings.lr_factor, settings.lr_eases_over = value
-    settings.lr_eases_from = step + 1
-    return before, settings.lr_factor
+@dataclass(frozen=True)
+class SetLearningRateFactor(Change):
+    """Multiply the scheduled learning rate by `factor`; with `over_steps` the factor returns to 1
+    over so many steps."""
+
+    name = "lr_factor"
+    factor: float = checked(POSITIVE)
+    over_steps: int | None = field(default=None, metadata={"check": COUNT, "may_be_none": True})
+
+    def apply(self, run: Parts) -> Effect:
+        settings, step = run.settings, run.progress.step
+        before = settings.lr_factor_at(step + 1)
+        settings.lr_factor, settings.lr_eases_over = self.factor, self.over_steps
+        settings.lr_eases_from = step + 1
+        return before, settings.lr_factor
 
 
-def _optimizer_param(trainer: Trainer, value: tuple[str, Any]) -> tuple[Any, Any]:
-    """Set an option in every group of every optimizer that has it."""
-    name, new = value
-    before = set_option(trainer.stepper.optimizers, name, new)
-    kept = trainer.settings.optimizer_params
-    trainer.settings.optimizer_params = {**kept, name: [kept.get(name, [before])[0], new]}
-    return before, new
+@dataclass(frozen=True)
+class ScaleLearningRate(_LiveSetting):
+    """Multiply the scheduled rate by `scale` for good, beside other factors."""
+
+    name = "lr_scale"
+    scale: float = checked(POSITIVE)
 
 
-def _reset_schedule(trainer: Trainer, _: None) -> tuple[int, int]:
-    before = trainer.settings.schedule_start
-    trainer.settings.schedule_start = trainer.progress.step
-    trainer.settings.schedule_ceiling = 1.0
-    trainer.length.follow_settings()
-    return before, trainer.settings.schedule_start
+@dataclass(frozen=True)
+class CorrectLearningRate(_LiveSetting):
+    """Multiply the rate by `factor` to make up for a fault: the reported scheduled rate stays."""
+
+    name = "lr_correction"
+    factor: float = checked(POSITIVE)
 
 
-def _activation_checkpointing(trainer: Trainer, mode: str) -> tuple[str, str]:
-    """A compiled step is compiled once more, as its next batch comes."""
-    before = trainer.settings.activation_checkpointing
-    trainer.settings.activation_checkpointing = mode
-    trainer.model.set_activation_checkpointing(mode)
-    forget_most_used()
-    return before, mode
+@dataclass(frozen=True)
+class RestartSchedule(Change):
+    """Let the schedule of the learning rate start over for the steps that are left."""
+
+    name = "schedule"
+
+    def apply(self, run: Parts) -> Effect:
+        before = run.settings.schedule_start
+        run.settings.schedule_start = run.progress.step
+        run.settings.schedule_ceiling = 1.0
+        run.length.follow_settings()
+        return before, run.settings.schedule_start
 
 
-def _clear_memory(trainer: Trainer, _: None) -> tuple[float, float]:
-    """Returns GiB in use."""
-    before = memory_in_use()["memory"]
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return before, memory_in_use()["memory"]
+@dataclass(frozen=True)
+class SetOptimizerOption(Change):
+    """Set an `option` of the optimizer, such as `betas` or `eps`, in every group that has it."""
+
+    name = "optimizer"
+    option: str
+    value: Any
+
+    @property
+    def setting(self) -> str:
+        return f"optimizer.{self.option}"
+
+    def apply(self, run: Parts) -> Effect:
+        from ultrathink.training.optimizers import set_option
+
+        before = set_option(run.stepper.optimizers, self.option, self.value)
+        kept = run.settings.optimizer_params
+        configured = kept.get(self.option, [before])[0]
+        run.settings.optimizer_params = {**kept, self.option: [configured, self.value]}
+        return before, self.value
 
 
-def _pause(trainer: Trainer, seconds: float) -> tuple[float, float]:
-    """Returns the seconds asked for and waited; a run of several processes waits together."""
-    began = time.monotonic()
-    while (waited := time.monotonic() - began) < seconds and not trainer.control.num_waiting:
-        time.sleep(min(_PAUSE_S, seconds - waited))
-    return seconds, time.monotonic() - began
+@dataclass(frozen=True)
+class SetWeightDecay(_LiveSetting):
+    """Use `weight_decay` for every parameter that is decayed."""
+
+    name = "weight_decay"
+    weight_decay: float = checked(NOT_NEGATIVE)
 
 
-def _micro_batch_size(trainer: Trainer, size: int) -> tuple[int, int]:
-    """Use the largest divisor of the batch that is not above ``size``."""
-    before = trainer.settings.micro_batch_size
-    share = trainer.dims.share(trainer.training.batch_size)
-    trainer.settings.micro_batch_size = largest_divisor(share, size)
-    return before, trainer.settings.micro_batch_size
+@dataclass(frozen=True)
+class SetClip(_LiveSetting):
+    """Clip the global gradient norm at `clip`; None stops clipping."""
+
+    name = "clip"
+    clip: float | None = checked(POSITIVE, may_be_none=True)
 
 
-def _mixture_weights(trainer: Trainer, weights: list[float]) -> tuple[list[float], list[float]]:
-    before = list(trainer.loader.weights)
-    trainer.loader.set_weights(weights)
-    return before, list(trainer.loader.weights)
+# -- data, memory and the course of the run --------------------------------------------------------
 
 
-def _routing(
-    trainer: Trainer, change: tuple[str, float | None]
-) -> tuple[float | None, float | None]:
-    """Change one live value of the router's."""
-    routing = trainer.model.routing
-    if routing is None:
-        raise ConfigError(
-            f"routing.{change[0]} cannot be changed: this model has no experts; model.moe gives it "
-            f"some."
+@dataclass(frozen=True)
+class SetMicroBatchSize(Change):
+    """Split each batch into micro-batches of `size` sequences at most; the batch stays the same."""
+
+    name = "micro_batch_size"
+    is_felt = False
+    size: int = checked(COUNT)
+
+    def apply(self, run: Parts) -> Effect:
+        return _set(run, "micro_batch_size", largest_divisor(run.share, self.size))
+
+
+@dataclass(frozen=True)
+class SetActivationCheckpointing(Change):
+    """Keep every activation for the backward pass (`mode` `none`), products (`selective`) or block
+    inputs (`full`): less memory, more time, the same gradients."""
+
+    name = "activation_checkpointing"
+    is_felt = False
+    mode: str
+
+    def __post_init__(self) -> None:
+        from ultrathink.model.activation_checkpointing import check_mode
+
+        check_mode(self.mode)
+
+    def apply(self, run: Parts) -> Effect:
+        from ultrathink.training.hardware import forget_most_used
+
+        run.model.set_activation_checkpointing(self.mode)
+        forget_most_used()
+        return _set(run, "activation_checkpointing", self.mode)
+
+
+@dataclass(frozen=True)
+class ClearMemory(Change):
+    """Give back what the process and its device hold without need."""
+
+    name = "clear_memory"
+    is_felt = False
+
+    def apply(self, run: Parts) -> Effect:
+        import gc
+
+        import torch
+
+        from ultrathink.training.memory import memory_in_use
+
+        before = memory_in_use()["memory"]
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return before, memory_in_use()["memory"]
+
+
+@dataclass(frozen=True)
+class Pause(Change):
+    """Wait `seconds` before the next step; anything asked of the run ends the wait."""
+
+    name = "pause"
+    is_felt = False
+    seconds: float = checked(POSITIVE)
+
+    def apply(self, run: Parts) -> Effect:
+        began = time.monotonic()
+        while (waited := time.monotonic() - began) < self.seconds and not run.is_asked():
+            time.sleep(min(_PAUSE_S, self.seconds - waited))
+        return self.seconds, time.monotonic() - began
+
+
+@dataclass(frozen=True)
+class SetMixtureWeights(Change):
+    """Draw the coming samples from the sources in the proportions `weights`."""
+
+    name = "mixture_weights"
+    weights: Sequence[float]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(self.weights))
+        are_numbers = all(is_number(one) and one >= 0 for one in self.weights)
+        if not are_numbers or not sum(self.weights) > 0:
+            self.refuse("weights", "must be numbers of 0 or above, one above it")
+
+    def apply(self, run: Parts) -> Effect:
+        before = list(run.loader.weights)
+        run.loader.set_weights(self.weights)
+        return before, list(run.loader.weights)
+
+
+@dataclass(frozen=True)
+class SkipSamples(Change):
+    """Leave out the next `count` samples."""
+
+    name = "skip_samples"
+    count: int = checked(COUNT)
+
+    def apply(self, run: Parts) -> Effect:
+        before = run.loader.samples_skipped
+        run.loader.skip(self.count)
+        return before, run.loader.samples_skipped
+
+
+@dataclass(frozen=True)
+class SetEvaluation(_LiveSetting):
+    """Validate after every `every_steps` steps; None: only at the end."""
+
+    name = "eval_every"
+    is_felt = False
+    every_steps: int | None = checked(COUNT, may_be_none=True)
+
+
+@dataclass(frozen=True)
+class Rollback(Change):
+    """Go back to `snapshot`, and with `skip_data` leave out the samples that came since."""
+
+    name = "rollback"
+    snapshot: Snapshot
+    skip_data: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "snapshot", _snapshot(self.snapshot))
+
+    @property
+    def needed(self) -> tuple[Snapshot, ...]:
+        return (self.snapshot,)
+
+    def apply(self, run: Parts) -> Effect:
+        """Make the checkpoints on disk those of the history that counts now."""
+        before, position = run.progress.step, _position(run)
+        run.saving.settle()
+        run.state.roll_back(run.snapshots.states[self.snapshot.key])
+        run.length.reopen()
+        passed = position - _position(run)
+        if self.skip_data and passed > 0:
+            run.loader.skip(passed)
+        step = run.progress.step
+        if run.world.is_main:
+            run.run.remove_after(step)
+        run.boundary.is_best = False
+        run.boundary.save = step > 0
+        return before, step
+
+
+@dataclass(frozen=True)
+class AverageSnapshots(Change):
+    """Use the mean of the weights of now and of `snapshots`, unless held-out text is the worse for
+    it."""
+
+    # arXiv:2209.14981
+    name = "average_snapshots"
+    snapshots: Sequence[Snapshot]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "snapshots", tuple(_snapshot(one) for one in self.snapshots))
+        if not self.snapshots:
+            self.refuse("snapshots", "must be one or more")
+
+    @property
+    def needed(self) -> tuple[Snapshot, ...]:
+        return tuple(self.snapshots)
+
+    def apply(self, run: Parts) -> Effect:
+        """Returns the validation loss before and after, which is the better of the two."""
+        from ultrathink.training.model_state import average_weights
+        from ultrathink.training.states import cloned
+
+        before = run.held_out_loss()
+        if before is None:
+            raise ConfigError(
+                "weights are averaged by what held-out text says of it, and data.val is none."
+            )
+        alone = cloned(run.model.state_dict())
+        others: list[Any] = [run.snapshots.states[one.key]["model"] for one in self.snapshots]
+        average_weights(run.model, others)
+        after = run.held_out_loss()
+        assert after is not None
+        if not after < before:
+            run.model.load_state_dict(alone)
+            after = before
+        if run.stepper.host is not None:
+            run.stepper.host.take_weights()
+        return before, after
+
+
+@dataclass(frozen=True)
+class SaveCheckpoint(Change):
+    """Write a checkpoint."""
+
+    name = "checkpoint"
+    is_felt = False
+
+    def apply(self, run: Parts) -> Effect:
+        run.boundary.save = True
+        return run.progress.last_checkpoint, run.progress.step
+
+
+@dataclass(frozen=True)
+class Stop(Change):
+    """End the run after saving it."""
+
+    name = "stop"
+
+    def apply(self, run: Parts) -> Effect:
+        run.boundary.ending = "stopped"
+        return None, "stopped"
+
+
+# -- experts ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SetRouting(Change):
+    """Set a `control` of `model.moe.routing` or `model.moe.balance`, such as `temperature`, in
+    every layer."""
+
+    name = "routing"
+    control: str
+    value: float | None
+
+    def __post_init__(self) -> None:
+        from ultrathink.model.experts.controls import check_control
+
+        check_control(self.control, self.value)
+
+    @property
+    def setting(self) -> str:
+        return f"routing.{self.control}"
+
+    def apply(self, run: Parts) -> Effect:
+        routing = run.model.routing
+        if routing is None:
+            raise ConfigError(
+                f"{self.setting} cannot be changed: this model has no experts; model.moe gives it "
+                f"some."
+            )
+        before = routing.get(self.control)
+        routing.set(self.control, self.value)
+        return before, routing.get(self.control)
+
+
+@dataclass(frozen=True)
+class ReviveExperts(Change):
+    """Replace `experts`, each named by `layer`, `group` and `expert` (from 0), by copies of the
+    busiest expert of their group and layer."""
+
+    name = "revive_experts"
+    experts: Sequence[Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "experts", tuple(dict(one) for one in self.experts))
+        if not all({"layer", "group", "expert"} <= one.keys() for one in self.experts):
+            self.refuse("experts", "must each have `layer`, `group` and `expert`")
+
+    def apply(self, run: Parts) -> Effect:
+        from ultrathink.training.revival import revive_experts
+
+        before, after, run.boundary.expert_load = revive_experts(
+            run.stepper,
+            self.experts,
+            load=run.boundary.expert_load,
+            dp_group=run.dp_group,
+            seed=(run.loader.seed, run.progress.step),
         )
-    before = routing.get(change[0])
-    routing.set(*change)
-    return before, routing.get(change[0])
+        return before, after
+
+    def as_applied(self, after: Any) -> Change:
+        return ReviveExperts(after)  # which says what each was copied from
 
 
-def _skip_samples(trainer: Trainer, count: int) -> tuple[int, int]:
-    before = trainer.loader.samples_skipped
-    trainer.loader.skip(count)
-    return before, trainer.loader.samples_skipped
+# -- what leaves no record -------------------------------------------------------------------------
 
 
-def _restore(trainer: Trainer, key: int) -> tuple[int, int]:
-    """Go back, and make the checkpoints on disk those of the history that counts now."""
-    before = trainer.progress.step
-    trainer.saving.settle()
-    trainer.state.roll_back(trainer.snapshots[key])
-    trainer.length.reopen()
-    step = trainer.progress.step
-    if trainer.world.is_main:
-        trainer.run.remove_after(step)
-    trainer.is_best = False
-    trainer.save_wanted = step > 0
-    return before, step
+@dataclass(frozen=True)
+class TakeSnapshot(Change):
+    """Copy the whole state of now."""
+
+    name = "take_snapshot"
+    snapshot_key: int
+    in_checkpoints: bool = False
+
+    def apply(self, run: Parts) -> None:
+        state = run.state.copy()
+        run.snapshots.keep(self.snapshot_key, state, in_checkpoints=self.in_checkpoints)
 
 
-def _average(trainer: Trainer, keys: list[int]) -> tuple[float, float]:
-    """Returns the validation loss before and after, which is the better of the two."""
-    if not trainer.objective.can_score:
-        raise ConfigError(
-            "weights are averaged by what held-out text says of it, and data.val is none."
-        )
-    alone = cloned(trainer.model.state_dict())
-    before = trainer.score().loss
-    others: list[Any] = [trainer.snapshots[key]["model"] for key in keys]
-    with torch.no_grad():
-        for name, weight in trainer.model.named_parameters():
-            for other in others:
-                weight.add_(other[name])
-            weight.div_(len(others) + 1)
-    after = trainer.score().loss
-    if not after < before:
-        trainer.model.load_state_dict(alone)
-        after = before
-    if trainer.stepper.host is not None:
-        trainer.stepper.host.take_weights()
-    return before, after
+@dataclass(frozen=True)
+class ForgetSnapshot(Change):
+    """Free the memory of a snapshot."""
+
+    name = "forget_snapshot"
+    snapshot_key: int
+
+    def apply(self, run: Parts) -> None:
+        run.snapshots.forget(self.snapshot_key)
 
 
-def _checkpoint(trainer: Trainer, _: None) -> tuple[int, int]:
-    trainer.save_wanted = True
-    return trainer.progress.last_checkpoint, trainer.progress.step
+@dataclass(frozen=True)
+class KeepState(Change):
+    """Write the state of now, or of a snapshot, to the run's folder for audits."""
+
+    name = "keep_state"
+    decision: int
+    most_decisions: int  # whose states are kept: the last ones
+    snapshot_key: int | None = None
+    weights_only: bool = False
+
+    def apply(self, run: Parts) -> None:
+        key = self.snapshot_key
+        state = run.state.state_dict() if key is None else run.snapshots.states[key]
+        if self.weights_only:
+            state = {name: state[name] for name in ("model", "progress")}
+        run.saving.keep_state(self.decision, key, state, most_decisions=self.most_decisions)
 
 
-def _stop(trainer: Trainer, _: None) -> tuple[None, str]:
-    trainer.ending = "stopped"
-    return None, "stopped"
+CHANGES: tuple[type[Change], ...] = (
+    SetLearningRateFactor,
+    ScaleLearningRate,
+    CorrectLearningRate,
+    RestartSchedule,
+    SetOptimizerOption,
+    SetWeightDecay,
+    SetClip,
+    SetMicroBatchSize,
+    SetActivationCheckpointing,
+    ClearMemory,
+    Pause,
+    SetMixtureWeights,
+    SkipSamples,
+    SetEvaluation,
+    Rollback,
+    AverageSnapshots,
+    SaveCheckpoint,
+    Stop,
+    SetRouting,
+    ReviveExperts,
+)
+_SILENT: tuple[type[Change], ...] = (TakeSnapshot, ForgetSnapshot, KeepState)
+_BY_NAME = {one.name: one for one in (*CHANGES, *_SILENT)}
 
 
-_APPLY: dict[str, Apply] = {
-    "lr_factor": _lr_factor,
-    "lr_scale": _live_setting("lr_scale"),
-    "lr_correction": _live_setting("lr_correction"),
-    "optimizer_param": _optimizer_param,
-    "schedule": _reset_schedule,
-    "eval_every": _live_setting("eval_every"),
-    "activation_checkpointing": _activation_checkpointing,
-    "clear_memory": _clear_memory,
-    "pause": _pause,
-    "weight_decay": _live_setting("weight_decay"),
-    "clip": _live_setting("clip"),
-    "micro_batch_size": _micro_batch_size,
-    "mixture_weights": _mixture_weights,
-    "routing": _routing,
-    "revive_expert": revive_experts,
-    "skip_samples": _skip_samples,
-    "restore": _restore,
-    "average": _average,
-    "checkpoint": _checkpoint,
-    "stop": _stop,
-}
+def change_from(values: Mapping[str, Any]) -> Change:
+    """The change that ``to_json`` returned ``values`` for."""
+    given = dict(values)
+    return _BY_NAME[given.pop("change")](**given)
+
+
+def _set(run: Parts, name: str, value: Any) -> Effect:
+    before = getattr(run.settings, name)
+    setattr(run.settings, name, value)
+    return before, value
+
+
+def _position(run: Parts) -> int:
+    """Samples taken or skipped since the run began."""
+    return run.loader.samples_seen + run.loader.samples_skipped
+
+
+def _snapshot(value: Snapshot | Mapping[str, int]) -> Snapshot:
+    return value if isinstance(value, Snapshot) else Snapshot(**value)

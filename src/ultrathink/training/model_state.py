@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -93,6 +94,15 @@ class SettingsState:
         self.settings.micro_batch_size = size
 
 
+@torch.no_grad()
+def average_weights(model: nn.Module, others: Sequence[Mapping[str, Any]]) -> None:
+    """Give ``model`` the mean of its parameters and ``others``, by name, wherever those lie."""
+    for name, parameter in model.named_parameters():
+        for other in others:
+            parameter.add_(_on_device(placed_like(other[name], parameter), parameter))
+        parameter.div_(len(others) + 1)
+
+
 def placed_state(
     state: Mapping[str, Any], model: nn.Module, copies: Mapping[Tensor, str]
 ) -> dict[str, Any]:
@@ -114,7 +124,7 @@ def placed_state(
                 key: _on_device(value, moved[name])
                 for key, value in placed_values(remembered, moved[name]).items()
             }
-            for name, remembered in state["optimizer"].items()
+            for name, remembered in state.get("optimizer", {}).items()
         },
     }
 

@@ -18,11 +18,7 @@ import torch
 
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import OutOfMemoryError
-from ultrathink.parallel.world import World
-from ultrathink.runs.folder import RunFolder
-from ultrathink.runs.shortage import Shortage, read_shortage
 from ultrathink.training.hardware import return_freed_memory
-from ultrathink.training.records import ChangeRecord
 
 T = TypeVar("T")
 
@@ -144,15 +140,3 @@ UPDATE_FAILED = (
     "train --resume RUN), where a GPU is too small with parallel.offload=optimizer, or on several "
     "processes that divide the optimizer's state (parallel.zero_stage)"
 )
-
-
-def last_shortage(run: RunFolder, world: World) -> Shortage | None:
-    """What the last start ran out of memory with, as the first process finds it for all."""
-    found = read_shortage(run) if world.is_main else None
-    values = world.from_main(found.to_dict() if found is not None else None)
-    return Shortage(**values) if values is not None else None
-
-
-def smaller_record(step: int, before: int, after: int, reason: str) -> ChangeRecord:
-    """The record of smaller micro-batches that a run went on with for want of memory."""
-    return ChangeRecord(step, "micro_batch_size", before, after, reason, rule="out_of_memory")

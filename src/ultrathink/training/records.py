@@ -19,3 +19,4 @@ class ChangeRecord:
     reason: str
     decision: int | None = None  # of the policy, by its number; None where somebody else asked
     rule: str = BY_HAND  # or what the trainer had to change to go on
+    change: object = None  # what was applied, where it was asked for

@@ -7,7 +7,7 @@ Copying a busy unit, with noise, is how sparse models are grown from others
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ from ultrathink.core.errors import ConfigError
 from ultrathink.core.random import step_seed
 from ultrathink.model.experts.layer import MixtureOfExperts
 from ultrathink.parallel.placement import region_of
-
-if TYPE_CHECKING:
-    from ultrathink.training.trainer import Trainer
+from ultrathink.parallel.world import Group
+from ultrathink.training.stepping import Step
 
 # Standard deviations of the noise, as shares of those of the rows that it is added to: a share does
 # the same to weights of any size, and sizes differ with layer, width and age of a model. Two equal
@@ -50,18 +49,24 @@ class _Place(NamedTuple):
 
 
 def revive_experts(
-    trainer: Trainer, wanted: Sequence[Mapping[str, Any]]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    stepper: Step,
+    wanted: Sequence[Mapping[str, Any]],
+    *,
+    load: Tensor | None,
+    dp_group: Group,
+    seed: tuple[int, int],
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Tensor | None]:
     """Begin each expert anew that ``wanted`` names by ``layer``, ``group`` and ``expert``.
 
     It becomes a copy of the one that ``from`` names, else of that with most tokens in the last
     step; each takes half of its source's tokens, so that not all copy the same one. Returns how
-    many tokens each had in that step, and where it is from. ConfigError, before anything is
-    changed, for one that there is not. All processes call it.
+    many tokens each had in that step, where it is from, and the ``load`` that further revivals of
+    this boundary go by, as tokens ``[L, E]`` of this process. ``seed`` is that of the run and the
+    step. ConfigError, before anything is changed, for one that there is not. All processes call it.
     """
-    layers, load = trainer.model.expert_layers(), trainer.expert_load
+    layers = stepper.objective.model.expert_layers()
     places = [_place(layers, one["layer"], one["group"], one["expert"]) for one in wanted]
-    total = None if load is None else trainer.dims.dp_group.summed(load).cpu().clone()
+    total = None if load is None else dp_group.summed(load).cpu().clone()
     before, after, revivals = [], [], []
     for place, one in zip(places, wanted, strict=True):
         tokens = None if total is None else total[place.row, place.slots]
@@ -75,10 +80,10 @@ def revive_experts(
         if tokens is not None:
             tokens[source] /= 2
             tokens[place.expert] = tokens[source]
-    if load is not None and total is not None:  # by which further requests of this boundary go
-        trainer.expert_load = (total / trainer.dims.dp_group.size).to(load)
-    _copy(trainer, revivals)
-    return before, after
+    _copy(stepper, revivals, seed)
+    if load is not None and total is not None:
+        load = (total / dp_group.size).to(load)
+    return before, after, load
 
 
 def _place(layers: Mapping[int, MixtureOfExperts], layer: int, group: str, expert: int) -> _Place:
@@ -114,13 +119,13 @@ def _busiest(tokens: Tensor | None, place: _Place) -> int:
 
 
 @torch.no_grad()
-def _copy(trainer: Trainer, revivals: Sequence[Revival]) -> None:
-    layers = trainer.model.expert_layers()
+def _copy(stepper: Step, revivals: Sequence[Revival], seed: tuple[int, int]) -> None:
+    layers = stepper.objective.model.expert_layers()
     # Not the parameters themselves: where validation has left them whole, this divides them again.
-    weights = trainer.model.state_dict()
-    names: dict[Tensor, str] = {p: name for name, p in trainer.model.named_parameters()}
-    names |= trainer.stepper.host_names
-    optimizers = trainer.stepper.optimizers
+    weights = stepper.objective.model.state_dict()
+    names: dict[Tensor, str] = {p: name for name, p in stepper.objective.model.named_parameters()}
+    names |= stepper.host_names
+    optimizers = stepper.optimizers
     states: dict[str, list[Tensor]] = {}  # what belongs to each element of a weight, by its name
     for weight, values in ((w, v) for optimizer in optimizers for w, v in optimizer.state.items()):
         tensors = [value for value in values.values() if isinstance(value, Tensor)]
@@ -139,14 +144,14 @@ def _copy(trainer: Trainer, revivals: Sequence[Revival]) -> None:
             whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
             for one in mine:
                 row = whole[one.source].clone()
-                seed = step_seed(trainer.loader.seed, trainer.progress.step, layer)
-                noise = _noise(row, step_seed(seed, one.slot, number))
+                draw = step_seed(*seed, layer)
+                noise = _noise(row, step_seed(draw, one.slot, number))
                 whole[one.slot] = row + noise * (share * row.std())
                 _write(weight, one.slot, whole[one.slot])
                 for value in states.get(name, ()):
                     _write(value, one.slot, torch.zeros_like(row))
-    if trainer.stepper.host is not None:
-        trainer.stepper.host.take_weights()
+    if stepper.host is not None:
+        stepper.host.take_weights()
 
 
 def _noise(like: Tensor, seed: int) -> Tensor:

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.protocols import State, Stateful
 from ultrathink.training.states import cloned
 
 Load = Callable[[Any], None]
-
-
-class Part(Stateful, Protocol):
-    """A callback or a controller, as far as the run remembers it."""
-
-    def roll_back(self, state: State) -> None: ...
 
 
 class _Entry(NamedTuple):
@@ -57,14 +51,18 @@ class RunState:
         if name in self._absent:
             load_state_dict(self._absent.pop(name))
 
-    def register_one_of(self, kind: str, part: Part) -> None:
-        """Remember one of several parts by its class, the second of a class with its number."""
+    def register_one_of(self, kind: str, part: Stateful) -> None:
+        """Remember one of several parts by its class, the second of a class with its number.
+
+        Where it has a method ``roll_back(state)``, that is what a rollback does to it.
+        """
         name = first = f"{kind}.{type(part).__name__}"
         number = 1
         while name in self._parts:
             number += 1
             name = f"{first}.{number}"
-        self.register(name, part.state_dict, part.load_state_dict, roll_back=part.roll_back)
+        roll_back = getattr(part, "roll_back", None)
+        self.register(name, part.state_dict, part.load_state_dict, roll_back=roll_back)
 
     def state_dict(self) -> State:
         """All states by the names of their parts."""

@@ -21,6 +21,7 @@ from ultrathink.core.protocols import State
 from ultrathink.parallel.board import new_team
 from ultrathink.parallel.placement import piece_of
 from ultrathink.parallel.world import ALONE, World
+from ultrathink.runs.decisions import decision_of, state_name
 from ultrathink.runs.folder import RunFolder
 
 _PAUSE_S = 0.1  # between looks at a disk that is waited for; a signal is heard in each
@@ -98,15 +99,24 @@ class Saving:
         if self._unwritten and is_idle and self._now() >= self._retry_at:
             self._submit(min(self._unwritten.values(), key=lambda request: request.step))
 
-    def keep_state(self, name: str, state: State, *, newest: int) -> None:
-        """Write ``state`` beside the checkpoints, at once; one that cannot be written is told."""
+    def keep_state(
+        self, decision: int, key: int | None, state: State, *, most_decisions: int
+    ) -> None:
+        """Write what an audit of ``decision`` needs, at once: the state before it, or a snapshot.
+
+        One that cannot be written is reported. States of older decisions than the last
+        ``most_decisions`` are removed.
+        """
         self._saver.wait()
-        folder = self._run.states / name
+        folder = self._run.states / state_name(decision, key)
         try:
             save_checkpoint(folder, private_copy(state), team=new_team(self._world))
             if self._world.is_main:
-                for old in self._run.kept_states()[:-newest]:
-                    remove_folder(self._run.states / old)
+                kept = self._run.kept_states()
+                newest = sorted({decision_of(name) for name in kept})[-most_decisions:]
+                for name in kept:
+                    if decision_of(name) not in newest:
+                        remove_folder(self._run.states / name)
         except OSError as error:
             self._tell(
                 f"the state for {folder.name} could not be kept: {_reason(error)}", "warning"

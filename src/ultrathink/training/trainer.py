@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ultrathink.checkpoint.snapshots import SNAPSHOTS
 from ultrathink.config.training import TrainingConfig
-from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.protocols import State, Stateful
-from ultrathink.core.random import random_state, seed_everything, set_random_state, step_seed
+from ultrathink.core.random import seed_everything, step_seed
 from ultrathink.data.batch import Batch
 from ultrathink.data.loader import TrainLoader
 from ultrathink.model.transformer import Transformer
@@ -26,7 +24,6 @@ from ultrathink.parallel.watchdog import FIRST_STEP_FACTOR, Watchdog
 from ultrathink.parallel.world import ALONE, World, is_lost_connection
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
-from ultrathink.runs.shortage import Shortage, write_shortage
 from ultrathink.training.budget import Done, Speed, resolve_budget
 from ultrathink.training.callbacks import (
     Callback,
@@ -36,19 +33,20 @@ from ultrathink.training.callbacks import (
     ValidationReport,
     is_logged,
 )
-from ultrathink.training.changes import apply_change
 from ultrathink.training.clock import Clock
 from ultrathink.training.control import ControlQueue
 from ultrathink.training.experts import read_experts
 from ultrathink.training.length import Length, seconds_per_step
 from ultrathink.training.memory import memory_share
-from ultrathink.training.model_state import ModelState, OptimizerState, SettingsState
 from ultrathink.training.objectives.base import Objective
-from ultrathink.training.out_of_memory import Fit, last_shortage, smaller_record
+from ultrathink.training.parts import Boundary, Parts
+from ultrathink.training.records import ChangeRecord
 from ultrathink.training.run_state import Progress, RunState
 from ultrathink.training.saving import Saving
 from ultrathink.training.scoring import Scorer
 from ultrathink.training.settings import LiveSettings
+from ultrathink.training.shortages import Shortages
+from ultrathink.training.snapshots import Snapshots
 from ultrathink.training.stepping import Step, UpdateGuard
 from ultrathink.training.validation import Scores
 
@@ -85,8 +83,7 @@ class Trainer:
         self.control = ControlQueue(lambda: self.progress.step)
         self.clock = Clock(self.progress)
         self.length = Length(self.training, self.settings)
-        self.snapshots: dict[int, State] = {}
-        self.carried: set[int] = set()  # keys of those that checkpoints hold too
+        self.snapshots = Snapshots()
         self.saving = Saving(
             self.run,
             self.training.checkpoint,
@@ -94,7 +91,7 @@ class Trainer:
             on_restored=self._renew_lock,
             tell=self._tell,
             world=self.world,
-            snapshots=self.snapshots,
+            snapshots=self.snapshots.states,
         )
         self.scorer = Scorer(
             self.objective,
@@ -102,52 +99,48 @@ class Trainer:
             world=self.world,
             tell=self._tell,
         )
-        self.ending: Ending | None = None
-        self.is_best = False  # this step's weights have the best score so far
-        self.save_wanted = False
-        self.expert_load: Tensor | None = None  # [L, E] of the last step: this process's tokens
+        self.boundary = Boundary()
         self._all_have_written = True  # the last checkpoint, as far as all processes know
         self._failures: set[str] = set()
         self._memory_share = 0.0  # of several processes, the fullest
-        self.stepper.on_smaller = self._go_on_smaller
         self._times = StepTimes(self.world, self.stepper.clock)
-        self._register_parts()
+        share = self.dims.share(self.training.batch_size)
+        self.state = RunState()
+        self.parts = Parts(
+            model=self.model,
+            stepper=self.stepper,
+            loader=self.loader,
+            settings=self.settings,
+            progress=self.progress,
+            clock=self.clock,
+            length=self.length,
+            state=self.state,
+            snapshots=self.snapshots,
+            saving=self.saving,
+            run=self.run,
+            world=self.world,
+            dp_group=self.dims.dp_group,
+            share=share,
+            held_out_loss=self._held_out_loss,
+            is_asked=lambda: self.control.num_waiting > 0,
+            boundary=self.boundary,
+        )
+        self.parts.register()
+        self.state.register("identity", lambda: self.identity, _keep_own)
+        self.state.register("config", lambda: self.config, _keep_own)
+        for callback in self.callbacks:
+            self.state.register_one_of("callback", callback)
+        for controller in self.controllers:
+            self.state.register_one_of("controller", controller)
+        self._shortages = Shortages(
+            self.run, self.world, self.settings, self.progress, share, self._tell_change
+        )
+        self.stepper.on_smaller = self._shortages.went_on
 
     @property
     def model(self) -> Transformer:
         """The model that is trained."""
         return self.objective.model
-
-    def _register_parts(self) -> None:
-        """Name all that the run remembers, in the order in which it is loaded."""
-        share = self.dims.share(self.training.batch_size)
-        model, optimizer = ModelState(self.model), OptimizerState(self.stepper)
-        settings = SettingsState(self.settings, self.model, self.stepper.optimizers, share)
-        self.state = state = RunState()
-        state.register("model", model.state_dict, model.load_state_dict, is_required=True)
-        state.register("optimizer", optimizer.state_dict, optimizer.load_state_dict)
-        state.register("random", random_state, set_random_state)
-        state.register("data", self.loader.state_dict, self.loader.load_state_dict)
-        state.register(
-            "settings",
-            settings.state_dict,
-            settings.load_state_dict,
-            roll_back=settings.roll_back,
-        )
-        state.register(
-            "progress", self._progress_state, self.progress.load_state_dict, is_required=True
-        )
-        state.register("budget", self.length.state_dict, self.length.load_state_dict)
-        state.register("identity", lambda: self.identity, _keep_own)
-        state.register("config", lambda: self.config, _keep_own)
-        for callback in self.callbacks:
-            state.register_one_of("callback", callback)
-        for controller in self.controllers:
-            state.register_one_of("controller", controller)
-
-    def _progress_state(self) -> State:
-        self.progress.elapsed_s = self.clock.elapsed_s
-        return self.progress.state_dict()
 
     def add_callback(self, callback: Callback) -> None:
         """Let ``callback`` watch the run; it is told of everything after those that are there."""
@@ -174,7 +167,7 @@ class Trainer:
         """Train to the end of the budget, or until a controller or a signal asks to stop."""
         try:
             self.start()
-            while self.ending is None:
+            while self.boundary.ending is None:
                 report = self.train_step()
                 self.notify("on_step", report)
                 if self._is_due(self.settings.eval_every):
@@ -193,7 +186,12 @@ class Trainer:
             raise
         finally:
             self.close()
-        return self.ending
+        return self.boundary.ending
+
+    @property
+    def ending(self) -> Ending | None:
+        """Why the run is over; None while it goes on."""
+        return self.boundary.ending
 
     def close(self) -> None:
         """Stop what works beside the loop and give the run folder free."""
@@ -202,7 +200,7 @@ class Trainer:
             self.watchdog.stop()
         self.saving.close()
         self.loader.close()
-        self.notify("on_end", self.ending)
+        self.notify("on_end", self.boundary.ending)
         if self.lock is not None:
             self.lock.release()
 
@@ -225,7 +223,7 @@ class Trainer:
             self.notify("on_message", text, level)
         if self.training.compile:
             self.notify("on_message", "compiling the model; the first step takes longer", "info")
-        self._take_last_shortage()
+        self._shortages.take_last()
         budget = self.length.budget
         if budget is None:
             budget = resolve_budget(
@@ -271,7 +269,7 @@ class Trainer:
         batch = self.objective.prepare(batch, step)
         corrected = lr_factor * self.settings.lr_correction
         result = self.stepper.take_step(batch, self.settings, corrected, with_norms=is_told)
-        self.expert_load = result.stats.get("expert_load")
+        self.boundary.expert_load = result.stats.get("expert_load")
         self.progress.step = step
         self.progress.tokens += self.tokens_per_step
         self.progress.num_skipped += result.skipped
@@ -347,16 +345,16 @@ class Trainer:
                 figures=scores.figures,
             ),
         )
-        self.is_best = is_best
+        self.boundary.is_best = is_best
 
     def finish(self) -> None:
         """Validate and save what the last step left; a run that was stopped is only saved."""
         progress = self.progress
         if progress.step == 0:
             return
-        if self.ending != "stopped" and progress.last_validation < progress.step:
+        if self.boundary.ending != "stopped" and progress.last_validation < progress.step:
             self.validate()
-        if self.is_best or self.save_wanted or progress.last_checkpoint < progress.step:
+        if self.boundary.is_best or self.boundary.save or progress.last_checkpoint < progress.step:
             self.save()
         if self.watchdog is not None:
             self.watchdog.stop()  # a disk may be waited for
@@ -370,42 +368,21 @@ class Trainer:
         """Score what the objective validates on, or its first batches."""
         return self.scorer.score(max_batches)
 
+    def _held_out_loss(self) -> float | None:
+        return self.score().loss if self.objective.can_score else None
+
     def _end_if_over(self) -> None:
-        if self.ending is None:
-            self.ending = self.length.ending(self.progress.step, self.clock.elapsed_s)
+        if self.boundary.ending is None:
+            self.boundary.ending = self.length.ending(self.progress.step, self.clock.elapsed_s)
 
     def settle_length(self) -> None:
         """Correct a length in minutes by the pace of real steps."""
-        if self.ending is not None:
+        if self.boundary.ending is not None:
             return
         record = self.length.settle(self.progress, self.clock, lambda: self.scorer.estimated_s())
         if record is not None:
             self.notify("on_change", record)
             self.notify("on_budget", record.after)
-
-    # -- memory that does not suffice ----------------------------------------------------------
-
-    def _go_on_smaller(self, before: int, fit: Fit) -> None:
-        """Put on record that a run goes on in smaller micro-batches; of several processes, will."""
-        step, world = self.progress.step, self.world
-        if world.size > 1:
-            found = Shortage(step + 1, world.rank, before, fit.size, fit.problem)
-            write_shortage(self.run, found)
-        else:
-            reason = f"step {step + 1} ran out of memory: {fit.problem}"
-            self.notify("on_change", smaller_record(step, before, fit.size, reason))
-
-    def _take_last_shortage(self) -> None:
-        """Take the micro-batch that the last start asks for, where no checkpoint knows of it."""
-        found, step = last_shortage(self.run, self.world), self.progress.step
-        if found is None or step >= found.step:
-            return
-        before = self.settings.micro_batch_size
-        after = largest_divisor(self.dims.share(self.training.batch_size), found.after)
-        if after < before:
-            self.settings.micro_batch_size = after
-            reason = f"step {found.step} ran out of memory on process {found.rank}: {found.problem}"
-            self.notify("on_change", smaller_record(step, before, after, reason))
 
     # -- changes -------------------------------------------------------------------------------
 
@@ -419,14 +396,18 @@ class Trainer:
 
     def apply_changes(self) -> None:
         """Do what was asked through ``control``, and report each change."""
-        for request in self.control.take():
+        for change, reason, decision in self.control.take():
             try:
-                change = apply_change(self, request)
-            except UltrathinkError as error:  # a request that cannot be met, such as odd weights
-                self._report_failure(f"the change of {request.setting} ({request.reason})", error)
-            else:
-                if change is not None:
-                    self.notify("on_change", change)
+                effect = change.apply(self.parts)
+            except UltrathinkError as error:  # one that cannot be done, such as odd weights
+                self._report_failure(f"the change of {change.setting} ({reason})", error)
+                continue
+            if effect is not None:
+                step = self.progress.step  # where a rollback leads: a resume from there keeps it
+                record = ChangeRecord(
+                    step, change.setting, *effect, reason, decision, change=change
+                )
+                self.notify("on_change", record)
 
     def agree(self) -> None:
         """Let all processes hear every request, and decide by the clock of the first."""
@@ -442,8 +423,8 @@ class Trainer:
         self._memory_share = max(shares)
         self._all_have_written = num_idle == self.world.size
         if waiting:
-            everyones = self.world.gathered(self.control.take())
-            self.control.put([request for requests in everyones for request in requests])
+            everyones = self.world.gathered(self.control.take_json())
+            self.control.put_json([request for requests in everyones for request in requests])
 
     def notify(self, event: str, *details: Any) -> None:
         """Tell every callback; one that fails is reported once and changes nothing."""
@@ -463,6 +444,9 @@ class Trainer:
     def _tell(self, text: str, level: Level) -> None:
         self.notify("on_message", text, level)
 
+    def _tell_change(self, record: ChangeRecord) -> None:
+        self.notify("on_change", record)
+
     def _renew_lock(self) -> None:
         if self.lock is not None:
             self.lock.renew()  # the lock vanished with the folder
@@ -471,8 +455,8 @@ class Trainer:
 
     def save_if_due(self) -> None:
         """Save after all that happens at this step boundary, so that nothing of it is lost."""
-        is_due = self.is_best or self.save_wanted or self._checkpoint_is_due()
-        if is_due and self.ending is None:  # the end saves after its validation
+        is_due = self.boundary.is_best or self.boundary.save or self._checkpoint_is_due()
+        if is_due and self.boundary.ending is None:  # the end saves after its validation
             self.save()
         if self._all_have_written:
             self.saving.collect()
@@ -484,10 +468,10 @@ class Trainer:
         self.saving.save(
             self.progress.step,
             self.state_dict(),
-            is_best=self.is_best,
-            carried=sorted(self.carried),
+            is_best=self.boundary.is_best,
+            carried=sorted(self.snapshots.carried),
         )
-        self.is_best = self.save_wanted = False
+        self.boundary.is_best = self.boundary.save = False
         self._all_have_written = self.world.size == 1
 
     def state_dict(self) -> State:

@@ -13,7 +13,9 @@ import torch
 from tests.unit.benchmarks.conftest import BENCHMARKS, MakeTrainer
 from tests.unit.training.observers import At, Recorder
 from ultrathink.data.batch import Batch
-from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.changes import Rollback, SkipSamples
+from ultrathink.training.control import TrainerControl
+from ultrathink.training.snapshots import Snapshot
 from ultrathink.training.trainer import Trainer
 
 # isort: split
@@ -284,9 +286,9 @@ class Back(At):
 
     def back(self, control: TrainerControl) -> None:
         if self.kept and self.skip >= 0:
-            control.restore(self.kept[0], reason="test")
+            control.request(Rollback(self.kept[0], skip_data=False), reason="test")
             if self.skip:
-                control.skip_samples(self.skip, reason="test")
+                control.request(SkipSamples(self.skip), reason="test")
             self.skip = -1
 
 
@@ -314,7 +316,7 @@ def test_what_follows_time_is_over_after_a_rollback_and_what_follows_data_is_not
 def test_a_run_that_never_ends_is_ended(make_trainer: MakeTrainer) -> None:
     class Again(Back):
         def back(self, control: TrainerControl) -> None:
-            control.restore(self.kept[0], reason="test")
+            control.request(Rollback(self.kept[0], skip_data=False), reason="test")
 
     one = Course(make_trainer, None, controllers=[Again()])
     with pytest.raises(RuntimeError, match="32 steps were taken, and the run is not over"):

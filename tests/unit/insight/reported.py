@@ -23,7 +23,7 @@ def decision(**values: Any) -> dict[str, Any]:
         "level": 2,
         "confidence": 0.86,
         "signals": {"loss": 7.1, "score": 41.0},
-        "action": "adjust_learning_rate",
+        "action": "lr_factor",
         "before": 0.003,
         "after": 0.0015,
         "reasoning": "the loss jumped",
@@ -90,7 +90,7 @@ def steer(run: RunFolder) -> None:
             decision(
                 outcome={"resolved": True, "step": 41, "text": "The loss came back."}, audit=HELPED
             ),
-            decision(id=2, step=31, level=3, action="rollback_steps", audit=UNPROVEN),
+            decision(id=2, step=31, level=3, action="rollback", audit=UNPROVEN),
             decision(
                 id=None, step=40, rule="by_hand", level=None, confidence=None, signals={},
                 action="adjust_weight_decay", before=0.1, after=None, reasoning="<i>mine</i>",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.unit.training.conftest import TINY, MakeTrainer
-from tests.unit.training.observers import At, Recorder, final_state, records, without_time
+from tests.unit.training.observers import At, Recorder, asks, final_state, records, without_time
 from ultrathink.config import load_config
 from ultrathink.core.errors import CheckpointError, UltrathinkError
 from ultrathink.recipes.parts.resume_plan import plan_resume
@@ -18,6 +18,7 @@ from ultrathink.recipes.resume import resume_trainer
 from ultrathink.recipes.train import build_trainer
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import Segment, append_segment, read_segments
+from ultrathink.training.changes import SetClip, SetLearningRateFactor, SetRouting, Stop
 from ultrathink.training.trainer import Trainer
 
 STOP_AT_4 = "training.checkpoint={every_steps: 4, keep: 9}"
@@ -29,7 +30,7 @@ def stopped(make_trainer: MakeTrainer, *overrides: str) -> Trainer:
         "training.max_steps=10",
         STOP_AT_4,
         *overrides,
-        controllers=[At(step4=lambda control: control.stop(reason="test"))],
+        controllers=[At(step4=asks(Stop()))],
     )
     assert trainer.fit() == "stopped"
     return trainer
@@ -163,7 +164,9 @@ def test_another_length_counts_what_was_done(
     make_trainer: MakeTrainer, length: str, override: str, total: int
 ) -> None:
     trainer = make_trainer(
-        length, STOP_AT_4, controllers=[At(step4=lambda control: control.stop(reason="test"))]
+        length,
+        STOP_AT_4,
+        controllers=[At(step4=asks(Stop()))],
     )
     trainer.fit()
     resumed = resume_trainer(trainer.run, overrides=[override])
@@ -248,9 +251,9 @@ def test_other_data_begins_its_own_order(run: RunFolder, tmp_path: Path) -> None
 
 def test_a_live_change_of_a_controller_outlives_a_plain_resume(make_trainer: MakeTrainer) -> None:
     def slow_down(control: object) -> None:
-        control.set_lr_factor(0.5, reason="test")  # type: ignore[attr-defined]
-        control.set_clip(0.1, reason="test")  # type: ignore[attr-defined]
-        control.stop(reason="test")  # type: ignore[attr-defined]
+        control.request(SetLearningRateFactor(0.5), reason="test")  # type: ignore[attr-defined]
+        control.request(SetClip(0.1), reason="test")  # type: ignore[attr-defined]
+        control.request(Stop(), reason="test")  # type: ignore[attr-defined]
 
     trainer = make_trainer("training.max_steps=10", STOP_AT_4, controllers=[At(step4=slow_down)])
     trainer.fit()
@@ -370,8 +373,8 @@ def test_routing_and_balance_may_change_and_other_live_values_stay(
         EXPERTS,
         controllers=[
             At(
-                step2=lambda control: control.set_routing("temperature", 2.0, reason="test"),
-                step4=lambda control: control.stop(reason="test"),
+                step2=asks(SetRouting("temperature", 2.0)),
+                step4=asks(Stop()),
             )
         ],
     )

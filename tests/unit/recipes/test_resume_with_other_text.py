@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, Recorder, final_state, records, without_time
+from tests.unit.training.observers import At, Recorder, asks, final_state, records, without_time
 from ultrathink.core.errors import CheckpointError
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import read_segments
+from ultrathink.training.changes import Stop
 
 Damage = Callable[[Path], None]
 LENGTH = ("training.max_steps=10", "training.checkpoint={every_steps: 2, keep: 9}")
@@ -38,9 +39,7 @@ def sources(books: Path) -> str:
 @pytest.fixture
 def run(make_trainer: MakeTrainer, books: Path) -> RunFolder:
     """A run of ten steps that stopped after four."""
-    trainer = make_trainer(
-        *LENGTH, sources(books), controllers=[At(step4=lambda c: c.stop(reason="test"))]
-    )
+    trainer = make_trainer(*LENGTH, sources(books), controllers=[At(step4=asks(Stop()))])
     assert trainer.fit() == "stopped"
     return trainer.run
 

@@ -63,7 +63,7 @@ def test_lines_out_of_order(run: RunFolder) -> None:
 
 def test_a_rollback_explains_why_steps_go_back(run: RunFolder) -> None:
     write_lines(run.metrics, train_lines(1, 2, 3, 4, 3, 4, 5))
-    change = {"id": None, "step": 4, "action": "restore", "before": 4, "after": 2}
+    change = {"id": None, "step": 4, "action": "rollback", "before": 4, "after": 2}
     write_lines(run.decisions, ["torn\n", {"action": "clip", "before": 4, "after": 2}])
     assert found(run, logged(run, 1))[0][0] == "damaged"
     write_lines(run.decisions, [json.dumps({**change, "after": 3}) + "\n"])

@@ -1,6 +1,7 @@
 """What the tests of the trainer watch runs with, and how they steer them."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file
 
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Controller, StepReport, ValidationReport
+from ultrathink.training.change import Change
 from ultrathink.training.control import TrainerControl
 from ultrathink.training.records import ChangeRecord
 
@@ -41,6 +43,11 @@ class At(Controller):
     def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
         if report.step in self.actions:
             self.actions[report.step](control)
+
+
+def asks(change: Change) -> Callable[[TrainerControl], None]:
+    """An action that asks for ``change``."""
+    return lambda control: control.request(change, reason="test")
 
 
 def records(run: RunFolder) -> list[dict[str, Any]]:

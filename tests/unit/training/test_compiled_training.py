@@ -3,8 +3,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, final_state, records, without_time
+from tests.unit.training.observers import At, asks, final_state, records, without_time
 from ultrathink.recipes.resume import resume_trainer
+from ultrathink.training.changes import Stop
 from ultrathink.training.compiling import has_cpp_compiler
 
 # torch's own compiler uses parts of the standard library that are on their way out.
@@ -30,7 +31,7 @@ def test_a_compiled_run_resumes_bit_for_bit_and_follows_the_eager_one(
     whole = make_trainer(*compiled)
     whole.fit()
     assert counters["stats"]["unique_graphs"] == 1  # compiled, in one piece, once
-    stopped = make_trainer(*compiled, controllers=[At(step3=lambda c: c.stop(reason="test"))])
+    stopped = make_trainer(*compiled, controllers=[At(step3=asks(Stop()))])
     assert stopped.fit() == "stopped"
     resumed = resume_trainer(stopped.run)
     assert resumed.fit() == "finished"

@@ -13,12 +13,14 @@ from torch import Tensor
 from tests.stress.evidence import differences
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.experts import GROUPS, MIXTURE, NOISE, ROUTING
-from tests.unit.training.observers import At, Recorder
+from tests.unit.training.observers import At, Recorder, asks
 from tests.unit.training.test_resume_matrix import whole_and_resumed
 from ultrathink import load_model, resume_trainer
 from ultrathink.core.errors import CheckpointError, UltrathinkError
 from ultrathink.runs.inspection import consolidate
-from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.changes import Rollback, SetRouting, Stop
+from ultrathink.training.control import TrainerControl
+from ultrathink.training.snapshots import Snapshot
 from ultrathink.training.trainer import Trainer
 
 GROUPS_OF_16 = "{groups: [{name: all, num_experts: 16, top_k: 2}], intermediate_size: 8}"
@@ -64,12 +66,12 @@ def test_going_back_takes_biases_and_controls_along(make_trainer: MakeTrainer) -
         if not kept:
             kept.append(control.snapshot())
             found.append(buffers(trainer))
-            control.set_routing("temperature", 2.0, reason="test")
+            control.request(SetRouting("temperature", 2.0), reason="test")
 
     def go_back(control: TrainerControl) -> None:
         if len(found) == 1:
             found.append(buffers(trainer))
-            control.restore(kept[0], reason="test")
+            control.request(Rollback(kept[0], skip_data=False), reason="test")
 
     recorder = Recorder()
     trainer = make_trainer(
@@ -96,13 +98,13 @@ def test_going_back_takes_biases_and_controls_along(make_trainer: MakeTrainer) -
 
 def test_live_controls_are_recorded_and_survive_a_resume(make_trainer: MakeTrainer) -> None:
     def act(control: TrainerControl) -> None:
-        control.set_routing("capacity_factor", 0.5, reason="test")
-        control.set_routing("load", 0.7, reason="collapse")
+        control.request(SetRouting("capacity_factor", 0.5), reason="test")
+        control.request(SetRouting("load", 0.7), reason="collapse")
 
     def stop(control: TrainerControl) -> None:
-        control.set_routing("capacity_factor", None, reason="enough")
-        control.set_routing("temperature", 1.5, reason="test")
-        control.stop(reason="test")
+        control.request(SetRouting("capacity_factor", None), reason="enough")
+        control.request(SetRouting("temperature", 1.5), reason="test")
+        control.request(Stop(), reason="test")
 
     recorder = Recorder()
     trainer = make_trainer(
@@ -148,15 +150,15 @@ def test_live_controls_are_recorded_and_survive_a_resume(make_trainer: MakeTrain
 def test_a_control_that_cannot_be_is_refused_at_once(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(*MIXTURE)
     with pytest.raises(UltrathinkError, match=r"'temprature'\. Did you mean 'temperature'"):
-        trainer.control.set_routing("temprature", 1.0, reason="test")
+        trainer.control.request(SetRouting("temprature", 1.0), reason="test")
     with pytest.raises(UltrathinkError, match=r"jitter must be 0 or more and below 1, not 1\.5"):
-        trainer.control.set_routing("jitter", 1.5, reason="test")
+        trainer.control.request(SetRouting("jitter", 1.5), reason="test")
     assert trainer.control.num_waiting == 0
 
 
 def test_a_model_without_experts_says_so(make_trainer: MakeTrainer) -> None:
     recorder = Recorder()
-    ask = At(step1=lambda control: control.set_routing("jitter", 0.1, reason="test"))
+    ask = At(step1=asks(SetRouting("jitter", 0.1)))
     make_trainer("training.max_steps=2", callbacks=[recorder], controllers=[ask]).fit()
     assert any(
         "routing.jitter cannot be changed: this model has no experts" in text

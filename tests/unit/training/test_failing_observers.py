@@ -14,13 +14,14 @@ import torch
 
 from tests.unit.monitoring.disks import fill, small_disk
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, Recorder, final_state, records, without_time
+from tests.unit.training.observers import At, Recorder, asks, final_state, records, without_time
 from ultrathink.config.monitoring import SINKS
 from ultrathink.core.registry import Registry
 from ultrathink.monitoring.records import Level, MetricRecord, RunInfo, Sink
 from ultrathink.recipes import train as build
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, StepReport
+from ultrathink.training.changes import SetLearningRateFactor
 from ultrathink.training.trainer import Trainer
 
 COMMON = (
@@ -133,7 +134,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_record(
     with small_disk(tmp_path / "disk", "16m") as disk:
         saying = {f"step{step}": lambda _: trainer.notify("on_message", SAID, "info") for step in
                   range(10, 40)}  # fmt: skip
-        changing = {f"step{step}": lambda control: control.set_lr_factor(1.0, reason="the same")
+        changing = {f"step{step}": asks(SetLearningRateFactor(1.0))
                     for step in range(10, 40)}  # fmt: skip
         trainer = make_trainer(
             *COMMON,
@@ -268,7 +269,7 @@ def test_events_come_in_the_documented_order(make_trainer: MakeTrainer) -> None:
         "training.max_steps=2",
         "training.eval.every_steps=1",
         callbacks=[events],
-        controllers=[At(step1=lambda control: control.set_lr_factor(0.5, reason="test"))],
+        controllers=[At(step1=asks(SetLearningRateFactor(0.5)))],
     ).fit()
     assert events.names == [
         "start", "budget", "step", "validation", "change", "step", "validation", "end",

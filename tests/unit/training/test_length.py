@@ -4,13 +4,13 @@ import time
 import pytest
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, Recorder, records, without_time
+from tests.unit.training.observers import At, Recorder, asks, records, without_time
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training import length
 from ultrathink.training.budget import MARGIN, Budget, Speed
 from ultrathink.training.callbacks import Callback, StepReport
-from ultrathink.training.changes import apply_change
-from ultrathink.training.control import Request
+from ultrathink.training.changes import Rollback, Stop
+from ultrathink.training.snapshots import Snapshot
 from ultrathink.training.trainer import Trainer
 
 
@@ -87,8 +87,8 @@ def test_a_run_that_goes_back_has_fewer_steps_left_in_its_minutes(
 ) -> None:
     trainer = make_trainer("training.max_minutes=10", "training.schedule.warmup=2")
     trainer.length.set(Budget(1000, tokens_per_step=128, seconds_per_step=1e-3, looks=4))
-    trainer.snapshots[0] = trainer.state.copy()
-    apply_change(trainer, Request("restore", 0, "test", None))
+    trainer.snapshots.keep(0, trainer.state.copy(), in_checkpoints=False)
+    Rollback(Snapshot(0, 0), skip_data=False).apply(trainer.parts)
     trainer.progress.step, trainer.progress.elapsed_s = 100, 540.0
     trainer.clock.num_steps, trainer.clock.steps_s = 1000, 500.0
     trainer.settle_length()
@@ -99,8 +99,8 @@ def test_a_run_that_goes_back_has_fewer_steps_left_in_its_minutes(
 def test_a_length_in_steps_stays_when_a_run_goes_back(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("training.max_steps=10")
     trainer.length.budget = Budget(10, tokens_per_step=128)
-    trainer.snapshots[0] = trainer.state.copy()
-    apply_change(trainer, Request("restore", 0, "test", None))
+    trainer.snapshots.keep(0, trainer.state.copy(), in_checkpoints=False)
+    Rollback(Snapshot(0, 0), skip_data=False).apply(trainer.parts)
     assert trainer.length.budget.is_settled
     trainer.close()
 
@@ -110,7 +110,7 @@ def test_a_corrected_length_is_that_of_a_resumed_run_too(
 ) -> None:
     trainer = make_trainer(
         "training.max_minutes=0.1",
-        controllers=[At(step60=lambda control: control.stop(reason="test"))],
+        controllers=[At(step60=asks(Stop()))],
     )
     monkeypatch.setattr(Trainer, "_measure_speed", lambda trainer: Speed(step_s=1.0))
     assert trainer.fit() == "stopped"

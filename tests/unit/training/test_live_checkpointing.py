@@ -10,18 +10,20 @@ from torch._dynamo.utils import counters
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.experts import MIXTURE, ROUTING
-from tests.unit.training.observers import At, Recorder, final_state
+from tests.unit.training.observers import At, Recorder, asks, final_state
 from ultrathink.core.errors import ConfigError
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.callbacks import Callback, StepReport
+from ultrathink.training.changes import Rollback, SetActivationCheckpointing, SkipSamples, Stop
 from ultrathink.training.compiling import has_cpp_compiler
-from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.control import TrainerControl
 from ultrathink.training.memory import memory_in_use
+from ultrathink.training.snapshots import Snapshot
 from ultrathink.training.trainer import Trainer
 
 
 def change_to(mode: str) -> Any:
-    return lambda control: control.set_activation_checkpointing(mode, reason="test")
+    return asks(SetActivationCheckpointing(mode))
 
 
 class CountsPasses(Callback):
@@ -76,7 +78,7 @@ def test_from_the_next_step_on_and_no_bit_of_a_gradient_changes(
 def test_a_resume_goes_on_with_it_unless_told_otherwise(make_trainer: MakeTrainer) -> None:
     def act(control: TrainerControl) -> None:
         change_to("full")(control)
-        control.stop(reason="test")
+        control.request(Stop(), reason="test")
 
     trainer = make_trainer("training.max_steps=4", controllers=[At(step2=act)])
     trainer.fit()
@@ -93,8 +95,8 @@ def test_going_back_does_not_take_it_back(make_trainer: MakeTrainer) -> None:
 
     def go_back(control: TrainerControl) -> None:
         if not trainer.loader.samples_skipped:
-            control.restore(kept[0], reason="test")
-            control.skip_samples(4, reason="test")
+            control.request(Rollback(kept[0], skip_data=False), reason="test")
+            control.request(SkipSamples(4), reason="test")
 
     def keep(control: TrainerControl) -> None:
         if not kept:
@@ -117,7 +119,7 @@ def test_going_back_does_not_take_it_back(make_trainer: MakeTrainer) -> None:
 def test_a_level_that_there_is_not_is_refused_at_once(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("training.max_steps=2")
     with pytest.raises(ConfigError, match=r"'ful'\. Did you mean .*full"):
-        trainer.control.set_activation_checkpointing("ful", reason="test")
+        trainer.control.request(SetActivationCheckpointing("ful"), reason="test")
 
 
 @pytest.mark.compiled

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, Recorder, final_state
+from tests.unit.training.observers import At, Recorder, asks, final_state
 from ultrathink import resume_trainer
 from ultrathink.monitoring.experts import ExpertStatistics, GroupSlots
 from ultrathink.orchestrator.live import LiveWatch, step_signals
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import StepReport
+from ultrathink.training.changes import Rollback, Stop
 from ultrathink.training.trainer import Trainer
 
 LONG = ("training.max_steps=60", "training.optimizer.lr=0.003")
@@ -76,7 +77,8 @@ def test_a_resumed_run_is_watched_as_if_it_had_not_stopped(
     scaled_at(whole, range(50, 54), 3.0)
     whole.fit()
     first = make_trainer(
-        *LONG, controllers=[At(step45=lambda control: control.stop(reason="for the test"))]
+        *LONG,
+        controllers=[At(step45=asks(Stop()))],
     )
     first.fit()
     second = resume_trainer(first.run)
@@ -103,7 +105,9 @@ def test_a_rollback_takes_the_watcher_back(make_trainer: MakeTrainer) -> None:
         controllers=[
             At(
                 step40=lambda control: held.append(control.snapshot()),
-                step52=lambda control: control.restore(held.pop(), reason="for the test"),
+                step52=lambda control: control.request(
+                    Rollback(held.pop(), skip_data=False), reason="for the test"
+                ),
             )
         ],
     )

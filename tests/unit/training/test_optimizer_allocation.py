@@ -8,8 +8,9 @@ import torch
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.experts import MIXTURE, ROUTING
-from tests.unit.training.observers import At, final_state, records, without_time
+from tests.unit.training.observers import At, asks, final_state, records, without_time
 from ultrathink.config.optimizer import OPTIMIZERS
+from ultrathink.training.changes import SetLearningRateFactor
 from ultrathink.training.trainer import Trainer
 
 CASES = {
@@ -114,7 +115,7 @@ def test_a_step_left_out_at_first_changes_nothing(make_trainer: MakeTrainer) -> 
         trainer = make(
             make_trainer(
                 "training.max_steps=3",
-                controllers=[At(step2=lambda control: control.set_lr_factor(0.5, reason="test"))],
+                controllers=[At(step2=asks(SetLearningRateFactor(0.5)))],
             )
         )
         losses, calls = trainer.objective.sums, []

@@ -10,10 +10,11 @@ import torch
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.experts import MIXTURE, NOISE, ROUTING
-from tests.unit.training.observers import At, Recorder, final_state, records, without_time
+from tests.unit.training.observers import At, Recorder, asks, final_state, records, without_time
 from tests.unit.training.shortage import MORE_THAN_ANY, Scarcity, run_out_of_memory
 from ultrathink.core.errors import OutOfMemoryError
 from ultrathink.recipes.resume import resume_trainer
+from ultrathink.training.changes import Rollback, SetMicroBatchSize
 from ultrathink.training.compiling import has_cpp_compiler
 from ultrathink.training.out_of_memory import (
     half_of,
@@ -210,7 +211,7 @@ def test_a_repeated_run_is_bit_for_bit_one_that_was_smaller_from_then_on(
     scarcity = Scarcity(struck, fits=1, where=where, after=3)  # in the second half of step 2
     struck.fit()
     assert scarcity.tried == [2, 2, 2, 2, *[1] * 12]
-    at = At(step1=lambda control: control.set_micro_batch_size(1, reason="test"))
+    at = At(step1=asks(SetMicroBatchSize(1)))
     clean = make_trainer(*words, HALF, controllers=[at])
     clean.fit()
     assert without_time(records(struck.run)) == without_time(records(clean.run))
@@ -261,7 +262,7 @@ def test_the_size_that_fits_is_resumed(make_trainer: MakeTrainer) -> None:
 
 
 def test_a_size_raised_by_hand_is_tried_again(make_trainer: MakeTrainer) -> None:
-    raised = At(step2=lambda control: control.set_micro_batch_size(4, reason="by hand"))
+    raised = At(step2=asks(SetMicroBatchSize(4)))
     watcher = Recorder()
     trainer = make_trainer("training.max_steps=4", HALF, callbacks=[watcher], controllers=[raised])
     Scarcity(trainer, fits=2)
@@ -273,7 +274,10 @@ def test_going_back_keeps_the_size_that_fits(make_trainer: MakeTrainer) -> None:
     kept: list[Any] = []
     steering = At(
         step1=lambda control: kept or kept.append(control.snapshot()),
-        step3=lambda control: kept[1:] or kept.append(control.restore(kept[0], reason="test")),
+        step3=lambda control: (
+            kept[1:]
+            or kept.append(control.request(Rollback(kept[0], skip_data=False), reason="test"))
+        ),
     )
     watcher = Recorder()
     trainer = make_trainer(
@@ -281,7 +285,7 @@ def test_going_back_keeps_the_size_that_fits(make_trainer: MakeTrainer) -> None:
     )
     scarcity = Scarcity(trainer, fits=2, after=1)
     trainer.fit()
-    assert [change.setting for change in watcher.changes] == ["micro_batch_size", "restore"]
+    assert [change.setting for change in watcher.changes] == ["micro_batch_size", "rollback"]
     assert scarcity.tried == [4, 4, *[2] * 10]
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.experts import MIXTURE, ROUTING
-from tests.unit.training.observers import At, Recorder, final_state
-from ultrathink.recipes.parts.steering import orchestrator_of
+from tests.unit.training.observers import At, Recorder, asks, final_state
 from ultrathink.recipes.resume import resume_trainer
+from ultrathink.training.change import Change
+from ultrathink.training.changes import ReviveExperts, SetRouting, Stop
 from ultrathink.training.control import TrainerControl
 from ultrathink.training.states import cloned
 from ultrathink.training.trainer import Trainer
@@ -61,7 +62,7 @@ def test_it_becomes_the_busiest_one_and_a_little_noise(
     load = report.experts.load[0, :6]
     source = int(load.argmax())
     before: dict[str, Any] = cloned(trainer.state_dict())
-    trainer.control.revive_experts(revive(2), reason="test")
+    trainer.control.request(ReviveExperts(revive(2)), reason="test")
     trainer.apply_changes()
     after: dict[str, Any] = trainer.state_dict()
     trainer.close()
@@ -99,7 +100,7 @@ def test_it_has_tokens_again_and_had_none_before(make_trainer: MakeTrainer) -> N
     for is_revived in (False, True):
         trainer = trained(make_trainer, "training.optimizer.lr=0.001")
         if is_revived:
-            trainer.control.revive_experts(revive(2), reason="test")
+            trainer.control.request(ReviveExperts(revive(2)), reason="test")
             trainer.apply_changes()
         loads = [trainer.train_step().experts for _ in range(8)]
         trainer.close()
@@ -115,9 +116,9 @@ def test_several_do_not_all_copy_the_same_one(make_trainer: MakeTrainer) -> None
     trainer.start()
     trainer.train_step()
     load = torch.tensor([[40.0, 90, 0, 0, 0, 0, 0, 0, 1, 1, 1]] * 2)
-    trainer.expert_load = load
-    trainer.control.revive_experts(revive(2, 3), reason="test")
-    trainer.control.revive_experts(revive(5), reason="test")
+    trainer.boundary.expert_load = load
+    trainer.control.request(ReviveExperts(revive(2, 3)), reason="test")
+    trainer.control.request(ReviveExperts(revive(5)), reason="test")
     trainer.apply_changes()
     trainer.close()
     # 90 is halved to 45 and 45, of which the first is halved again; then 45 and 40 are the most.
@@ -127,11 +128,11 @@ def test_several_do_not_all_copy_the_same_one(make_trainer: MakeTrainer) -> None
 
 def test_it_goes_on_bit_for_bit_after_a_resume(make_trainer: MakeTrainer) -> None:
     def act(control: TrainerControl) -> None:
-        control.revive_experts(revive(2) + revive(1, group="b", layer=2), reason="test")
+        control.request(ReviveExperts(revive(2) + revive(1, group="b", layer=2)), reason="test")
 
     def act_and_stop(control: TrainerControl) -> None:
         act(control)
-        control.stop(reason="test")
+        control.request(Stop(), reason="test")
 
     states = []
     for action in (act, act_and_stop):
@@ -149,21 +150,24 @@ def test_it_goes_on_bit_for_bit_after_a_resume(make_trainer: MakeTrainer) -> Non
 def test_what_else_is_drawn_stays_the_same(make_trainer: MakeTrainer) -> None:
     trainer = trained(make_trainer)
     before: Tensor = torch.get_rng_state()
-    trainer.control.revive_experts(revive(2), reason="test")
+    trainer.control.request(ReviveExperts(revive(2)), reason="test")
     trainer.apply_changes()
     trainer.close()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-ACT = "orchestrator.mode=act"
+def revival(layer: int, group: str, expert: int) -> ReviveExperts:
+    return ReviveExperts([{"layer": layer, "group": group, "expert": expert}])
 
 
-def complaints(make: MakeTrainer, act: Any, *overrides: str) -> list[str]:
+def complaints(make: MakeTrainer, change: Change, *overrides: str) -> list[str]:
     """What a run says of a change that was asked for by hand."""
     recorder = Recorder()
-    by_hand = At(step2=lambda _: act(orchestrator_of(trainer).interventions))
     trainer = make(
-        *overrides, ACT, "training.max_steps=3", callbacks=[recorder], controllers=[by_hand]
+        *overrides,
+        "training.max_steps=3",
+        callbacks=[recorder],
+        controllers=[At(step2=asks(change))],
     )
     assert trainer.fit() == "finished"
     assert recorder.changes == []
@@ -183,57 +187,40 @@ def complaints(make: MakeTrainer, act: Any, *overrides: str) -> list[str]:
 def test_what_there_is_not_is_said_once(
     make_trainer: MakeTrainer, place: tuple[int, str, int], message: str
 ) -> None:
-    layer, group, expert = place
-    [told] = complaints(
-        make_trainer,
-        lambda do: do.revive_expert(layer=layer, group=group, expert=expert),
-        *MIXTURE,
-    )
+    [told] = complaints(make_trainer, revival(*place), *MIXTURE)
     assert_matches(told, message)
 
 
 def test_the_busiest_cannot_be_its_own_copy(make_trainer: MakeTrainer) -> None:
     one = "model.moe={groups: [{name: a, num_experts: 1, top_k: 1}], intermediate_size: 16}"
-    [told] = complaints(
-        make_trainer, lambda do: do.revive_expert(layer=0, group="a", expert=0), one
-    )
+    [told] = complaints(make_trainer, revival(0, "a", 0), one)
     assert_matches(told, "expert 0 of group 'a' in layer 0 .* it is the busiest of its group")
 
 
 @pytest.mark.parametrize(
-    ("act", "named"),
+    ("change", "named"),
     [
-        (lambda do: do.adjust_capacity_factor(1.5), "routing.capacity_factor"),
-        (lambda do: do.adjust_routing_temperature(1.5), "routing.temperature"),
-        (lambda do: do.adjust_router_jitter(0.1), "routing.jitter"),
-        (lambda do: do.adjust_balance_weights(load=0.1), "routing.load"),
-        (lambda do: do.enable_expert_dropout(0.1), "routing.expert_dropout"),
-        (
-            lambda do: do.revive_expert(layer=1, group="a", expert=3),
-            "expert 3 of group 'a' in layer 1",
-        ),
+        (SetRouting("capacity_factor", 1.5), "routing.capacity_factor"),
+        (SetRouting("load", 0.1), "routing.load"),
+        (revival(1, "a", 3), "expert 3 of group 'a' in layer 1"),
     ],
 )
 def test_a_dense_model_has_no_experts_to_change(
-    make_trainer: MakeTrainer, act: Any, named: str
+    make_trainer: MakeTrainer, change: Change, named: str
 ) -> None:
-    [told] = complaints(make_trainer, act)
+    [told] = complaints(make_trainer, change)
     assert named in told
     assert "this model has no experts; model.moe gives it some" in told
 
 
 def test_it_is_recorded_by_hand(make_trainer: MakeTrainer) -> None:
-    act = At(
-        step3=lambda _: orchestrator_of(trainer).interventions.revive_expert(
-            layer=2, group="b", expert=1, reason="it slept"
-        )
-    )
-    trainer = make_trainer(*MIXTURE, ACT, "training.max_steps=4", controllers=[act])
+    act = At(step3=lambda control: control.request(revival(2, "b", 1), reason="it slept"))
+    trainer = make_trainer(*MIXTURE, "training.max_steps=4", controllers=[act])
     trainer.fit()
     [line] = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
     assert (line["rule"], line["action"], line["reasoning"]) == (
         "by_hand",
-        "revive_expert",
+        "revive_experts",
         "it slept",
     )
     assert line["after"][0].keys() == {"layer", "group", "expert", "from"}

@@ -8,8 +8,10 @@ from ultrathink.core.errors import CheckpointError
 from ultrathink.core.protocols import State
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.callbacks import Callback, StepReport
-from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.changes import Rollback
+from ultrathink.training.control import TrainerControl
 from ultrathink.training.run_state import RunState
+from ultrathink.training.snapshots import Snapshot
 
 
 class Counter(Callback):
@@ -67,7 +69,7 @@ def test_each_part_says_what_a_rollback_does_to_it(make_trainer: MakeTrainer) ->
 
     def back(control: TrainerControl) -> None:
         if kept:
-            control.restore(kept.pop(), reason="test")
+            control.request(Rollback(kept.pop(), skip_data=False), reason="test")
 
     forgetful, faithful = Counter(), Counter(forgets=False)
     trainer = make_trainer(

@@ -17,6 +17,7 @@ from ultrathink.checkpoint.format import load_checkpoint, verify_checkpoint
 from ultrathink.core.errors import CheckpointError
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.callbacks import Callback, StepReport
+from ultrathink.training.changes import Rollback
 from ultrathink.training.trainer import Trainer
 
 SAVE_OFTEN = "training.checkpoint={every_steps: 2, keep: 9, retry_s: 0.001}"
@@ -216,7 +217,9 @@ def test_a_rollback_waits_for_the_checkpoint_under_way(make_trainer: MakeTrainer
             At(
                 step2=lambda control: snapshots.append(control.snapshot()),
                 step6=lambda control: (
-                    control.restore(snapshots.pop(), reason="test") if snapshots else None
+                    control.request(Rollback(snapshots.pop(), skip_data=False), reason="test")
+                    if snapshots
+                    else None
                 ),
             )
         ],

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, Recorder, final_state, records, without_time
+from tests.unit.training.observers import At, Recorder, asks, final_state, records, without_time
 from ultrathink.core.errors import CheckpointError, UltrathinkError
 from ultrathink.data.sources.dummy import DummySource
 from ultrathink.data.tokenizers.base import load_tokenizer
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.callbacks import Callback, StepReport
+from ultrathink.training.changes import Stop
 from ultrathink.training.trainer import Trainer
 
 # -- what a run writes ----------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def test_resumed_run_follows_the_uninterrupted_one_bit_for_bit(
     )
     whole = make_trainer(*common)
     whole.fit()
-    broken = make_trainer(*common, controllers=[At(step5=lambda c: c.stop(reason="test"))])
+    broken = make_trainer(*common, controllers=[At(step5=asks(Stop()))])
     assert broken.fit() == "stopped"
     assert {3, 5} <= set(broken.run.steps())
     torch.manual_seed(999)  # a new process has another random state
@@ -162,7 +163,7 @@ def test_a_resumed_cosine_goes_on_falling(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(
         "training.max_steps=10",
         "training.checkpoint.every_steps=6",
-        controllers=[At(step6=lambda c: c.stop(reason="test"))],
+        controllers=[At(step6=asks(Stop()))],
     )
     trainer.fit()
     recorder = Recorder()
@@ -182,7 +183,7 @@ def test_resume_refuses_other_data_and_says_what_to_do(
     trainer = make_trainer(
         "training.max_steps=4",
         f"data.train=[{{type: text, path: {text}}}]",
-        controllers=[At(step2=lambda c: c.stop(reason="test"))],
+        controllers=[At(step2=asks(Stop()))],
     )
     trainer.fit()
     text.write_text("other words to learn from, again and again. " * 200)
@@ -194,9 +195,7 @@ def test_resume_refuses_other_data_and_says_what_to_do(
 
 
 def test_resume_refuses_a_checkpoint_of_another_model(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(
-        "training.max_steps=4", controllers=[At(step2=lambda c: c.stop(reason="test"))]
-    )
+    trainer = make_trainer("training.max_steps=4", controllers=[At(step2=asks(Stop()))])
     trainer.fit()
     config = trainer.run.read_config()
     trainer.run.write_config(

@@ -9,7 +9,9 @@ from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, final_state
 from ultrathink.core.protocols import State
 from ultrathink.recipes.resume import resume_trainer
-from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.changes import Rollback, Stop
+from ultrathink.training.control import TrainerControl
+from ultrathink.training.snapshots import Snapshot
 from ultrathink.training.stepping import Verdict
 from ultrathink.training.trainer import Trainer
 
@@ -121,7 +123,7 @@ def test_what_is_not_finite_is_left_out_without_asking(make_trainer: MakeTrainer
 
 
 def stop(control: TrainerControl) -> None:
-    control.stop(reason="test")
+    control.request(Stop(), reason="test")
 
 
 def test_a_resumed_guard_goes_on_where_it_was(make_trainer: MakeTrainer) -> None:
@@ -165,7 +167,7 @@ def test_a_rollback_takes_the_guard_back(make_trainer: MakeTrainer) -> None:
     def go_back(control: TrainerControl) -> None:
         if not counts:
             counts.append(guard.count)
-            control.restore(kept[0], reason="test")
+            control.request(Rollback(kept[0], skip_data=False), reason="test")
 
     trainer = make_trainer("training.max_steps=6", controllers=[At(step2=keep, step5=go_back)])
     trainer.set_guard(guard)

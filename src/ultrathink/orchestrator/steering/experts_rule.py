@@ -8,8 +8,9 @@ import numpy as np
 
 from ultrathink.monitoring.experts import ExpertStatistics
 from ultrathink.orchestrator.detectors.experts import IN_A_ROW
-from ultrathink.orchestrator.steering.proposals import MEDIUM, Action, Proposal, confidence_after
+from ultrathink.orchestrator.steering.proposals import MEDIUM, Proposal, confidence_after
 from ultrathink.orchestrator.steering.rules import DEAD, Rule, Situation
+from ultrathink.training.changes import ReviveExperts as ReviveExpertsChange
 
 
 class ReviveExperts(Rule):
@@ -33,7 +34,7 @@ class ReviveExperts(Rule):
             self.name,
             MEDIUM,
             confidence_after(IN_A_ROW),
-            (Action(self.name, dead),),
+            (ReviveExpertsChange(dead),),
             f"{text[0].upper()}{text[1:]}; each becomes a copy of the busiest of its group and "
             f"layer.",
             events[0].values,

@@ -18,12 +18,12 @@ from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.steering.proposals import (
     SOFT,
     SURE_ENOUGH,
-    Action,
     Proposal,
     confidence_after,
     confidence_of,
 )
 from ultrathink.orchestrator.steering.rules import LOSS_KINDS, Rule, Situation
+from ultrathink.training.changes import Rollback, ScaleLearningRate
 
 LARGE_UPDATE = 0.05  # of the weights, in one step; tuned rates stay below 0.04 (docs/steering.md)
 ENOUGH = 2  # logged steps with such an update
@@ -151,14 +151,14 @@ class FindRate(Rule, Remembers):
         if is_better:
             now.snapshots.hold(BEST, now.samples)
             self._best_losses, self._best_scale = losses, scale
-        start = now.snapshots.held[START].step
+        start = now.snapshots.held[START]
         return Proposal(
             self.name,
             SOFT,
             sure,
-            (Action("redo_steps", start), Action("scale_learning_rate", lower)),
-            f"{text} The same {self._end - start:,} steps are tried with {lower:.3g} times the "
-            f"configured rate.",
+            (Rollback(start.snapshot, skip_data=False), ScaleLearningRate(lower)),
+            f"{text} The same {self._end - start.step:,} steps are tried with {lower:.3g} times "
+            f"the configured rate.",
             {"loss": _mean(losses), "lr_scale": scale},
             now.step,
         )
@@ -169,7 +169,7 @@ class FindRate(Rule, Remembers):
             self.name,
             SOFT,
             sure,
-            (Action("redo_steps", now.snapshots.held[BEST].step),),
+            (Rollback(now.snapshots.held[BEST].snapshot, skip_data=False),),
             f"{text} The run goes on with {self._best_scale:.3g} times the configured rate.",
             {"loss": _mean(self._best_losses), "lr_scale": self._best_scale},
             now.step,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ultrathink.orchestrator.steering.proposals import MEDIUM, Action, Proposal
+from ultrathink.orchestrator.steering.proposals import MEDIUM, Proposal
 from ultrathink.orchestrator.steering.rules import Rule, Situation
+from ultrathink.training.changes import SetActivationCheckpointing
 
 LEVELS = ("none", "selective", "full")  # each keeps less than the one before
 
@@ -33,7 +34,7 @@ class SaveMemory(Rule):
             self.name,
             MEDIUM,
             1.0,  # it was measured
-            (Action("set_activation_checkpointing", level),),
+            (SetActivationCheckpointing(level),),
             f"{share:.0%} of the memory is in use: the backward pass gets {what} and computes the "
             f"rest again.",
             {"memory_share": share, **signals},

@@ -10,7 +10,7 @@ from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.steering.experts_rule import ReviveExperts
 from ultrathink.orchestrator.steering.find_rate import FindRate
 from ultrathink.orchestrator.steering.memory_rule import SaveMemory
-from ultrathink.orchestrator.steering.proposals import GOES_BACK, Proposal
+from ultrathink.orchestrator.steering.proposals import Proposal
 from ultrathink.orchestrator.steering.rules import (
     CorrectRate,
     RollBack,
@@ -18,6 +18,7 @@ from ultrathink.orchestrator.steering.rules import (
     Situation,
     StopOverfitting,
 )
+from ultrathink.training.changes import Rollback, Stop
 
 RULES: tuple[type[Rule], ...] = (
     CorrectRate,
@@ -61,7 +62,7 @@ class Policy(Remembers):
             return None
         _, _, cool_down, proposal = max(found, key=lambda one: one[:2])
         self._rests_until[proposal.rule] = self._count + cool_down + 1
-        self.num_rollbacks += any(action.name in GOES_BACK for action in proposal.actions)
+        self.num_rollbacks += any(isinstance(one, Rollback) for one in proposal.changes)
         return proposal
 
     def take_outcomes(self) -> dict[str, tuple[bool, str]]:
@@ -86,7 +87,7 @@ class Policy(Remembers):
                 rule.load_state_dict(kept[rule.name])
 
     def _is_allowed(self, proposal: Proposal) -> bool:
-        names = {action.name for action in proposal.actions}
-        if names & set(GOES_BACK) and self.num_rollbacks >= self.limits.rollbacks:
+        kinds = {type(one) for one in proposal.changes}
+        if Rollback in kinds and self.num_rollbacks >= self.limits.rollbacks:
             return False
-        return "stop" not in names or self.limits.may_stop
+        return Stop not in kinds or self.limits.may_stop

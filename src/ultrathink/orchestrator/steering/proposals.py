@@ -7,19 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ultrathink.runs.decisions import ROLLBACK
+from ultrathink.training.change import Change
+from ultrathink.training.changes import ReviveExperts
+
 SOFT, MEDIUM, HARD, CRITICAL = 1, 2, 3, 4
 LEVELS = {SOFT: "soft", MEDIUM: "medium", HARD: "hard", CRITICAL: "critical"}
-GOES_BACK = ("rollback_steps", "redo_steps")  # actions that take the run to a snapshot
-SAME_LEARNING = {"set_activation_checkpointing"}  # an audit of these would find no difference
+SKIP_BATCH = "skip_batch"  # the action of the guard, which is no change of the run
 SURE_ENOUGH = {SOFT: 0.7, MEDIUM: 0.8, HARD: 0.9, CRITICAL: 0.0}  # the least confidence
-
-
-@dataclass(frozen=True)
-class Action:
-    """One intervention by its name, and its argument."""
-
-    name: str
-    value: Any = None
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class Proposal:
     rule: str
     level: int
     confidence: float  # 0 to 1
-    actions: tuple[Action, ...]
+    changes: tuple[Change, ...]
     reasoning: str
     signals: Mapping[str, float] = field(default_factory=dict)
     began: int | None = None
@@ -59,7 +54,7 @@ class Decision:
     reasoning: str
     time: float = field(default_factory=time.time)
     also: list[dict[str, Any]] = field(default_factory=list)  # further actions, before and after
-    actions: list[list[Any]] = field(default_factory=list)  # each by name and argument, for audits
+    changes: list[dict[str, Any]] = field(default_factory=list)  # as applied, for audits
     outcome: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -73,11 +68,11 @@ class Decision:
     def line(self) -> str:
         """The decision in a line of the console."""
         did = f"{self.action}: {_short(self.before)} -> {_short(self.after)}"
-        if self.action == "skip_batch":
+        if self.action == SKIP_BATCH:
             did = "left out the update"
-        elif self.action in GOES_BACK:
+        elif self.action == ROLLBACK:
             did = f"went back to step {self.after:,}"
-        elif self.action == "revive_experts" and self.after is not None:
+        elif self.action == ReviveExperts.name and self.after is not None:
             did = f"began {len(self.after)} expert{'s' * (len(self.after) != 1)} anew"
         for more in self.also:
             did += f", {more['action']}: {_short(more['before'])} -> {_short(more['after'])}"

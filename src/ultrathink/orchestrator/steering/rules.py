@@ -16,13 +16,20 @@ from ultrathink.orchestrator.steering.guard import OutlierGuard
 from ultrathink.orchestrator.steering.proposals import (
     CRITICAL,
     HARD,
-    Action,
     Decision,
     Proposal,
     confidence_after,
     confidence_of,
 )
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
+from ultrathink.training.change import Change
+from ultrathink.training.changes import (
+    AverageSnapshots,
+    CorrectLearningRate,
+    Rollback,
+    SetLearningRateFactor,
+    Stop,
+)
 
 if TYPE_CHECKING:
     from ultrathink.training.settings import LiveSettings
@@ -99,17 +106,17 @@ class CorrectRate(Rule):
         factor = min(most, max(1 / most, now.settings.lr_correction * scheduled / rate))
         if math.isclose(factor, now.settings.lr_correction, rel_tol=1e-6):
             return None
-        actions = [Action("correct_learning_rate", factor)]
+        changes: list[Change] = [CorrectLearningRate(factor)]
         reasoning = (
             f"The optimizer used a rate of {rate:.3g}, {rate / scheduled:.3g} times the scheduled "
             f"{scheduled:.3g}."
         )
         kept = now.snapshots.before(now.step - 1)
         if off >= FAR_OFF and kept is not None:
-            actions.insert(0, Action("redo_steps", kept.step))
+            changes.insert(0, Rollback(kept.snapshot, skip_data=False))
             reasoning += f" What was learned since step {kept.step:,} is learned again."
         figures = {"lr": rate, "lr_scheduled": scheduled, "ratio": rate / scheduled}
-        return Proposal(self.name, HARD, 1.0, tuple(actions), reasoning, figures, now.step)
+        return Proposal(self.name, HARD, 1.0, tuple(changes), reasoning, figures, now.step)
 
 
 @dataclass(frozen=True)
@@ -150,11 +157,11 @@ class RollBack(Rule):
         kept = now.snapshots.before(before)
         if kept is None:
             return self._without_snapshot(now, trouble)
-        actions = [Action("rollback_steps", kept.step)]
+        changes: list[Change] = [Rollback(kept.snapshot)]
         reasoning = f"{trouble.text}; step {kept.step:,} is the newest that is free of it."
         if attempt and trouble.is_of_loss and not trouble.may_be_data:
             factor = _within(now, GENTLER**attempt)
-            actions.append(Action("adjust_learning_rate", factor))
+            changes.append(SetLearningRateFactor(factor, EASES_OVER))
             reasoning += (
                 f" Going back did not help before: the rate is lowered to {factor:g} of it."
             )
@@ -162,7 +169,7 @@ class RollBack(Rule):
             self.name,
             trouble.level,
             trouble.confidence,
-            tuple(actions),
+            tuple(changes),
             reasoning,
             trouble.values,
             trouble.began,
@@ -242,7 +249,7 @@ class RollBack(Rule):
             self.name,
             trouble.level,
             trouble.confidence,
-            (Action("adjust_learning_rate", factor),),
+            (SetLearningRateFactor(factor, EASES_OVER),),
             f"{trouble.text}; no snapshot is old enough to go back to.",
             trouble.values,
             trouble.began,
@@ -276,13 +283,13 @@ class StopOverfitting(Rule):
             rise, noise = event.values.get("rise", 0.0), event.values.get("noise", math.inf)
             sure = confidence_of(rise / noise if noise > 0 else math.inf)
             text = event.message[0].upper() + event.message[1:]
-            older = [step for step in now.snapshots.steps if step < best.step][-AVERAGED:]
-            averaging = (Action("average_snapshots", older),) if older else ()
+            older = [one.snapshot for one in now.snapshots.older_than(best.step)[-AVERAGED:]]
+            averaging = (AverageSnapshots(older),) if older else ()
             return Proposal(
                 self.name,
                 HARD,
                 sure,
-                (Action("rollback_steps", best.step), *averaging, Action("stop")),
+                (Rollback(best.snapshot), *averaging, Stop()),
                 f"{text}; the run ends with the weights of step {best.step:,}, which had the best, "
                 f"averaged with earlier ones if that is better still.",
                 event.values,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ultrathink.core.protocols import State
 
 if TYPE_CHECKING:
-    from ultrathink.training.control import Snapshot
+    from ultrathink.training.snapshots import Snapshot
 
 
 @dataclass
@@ -98,13 +98,20 @@ class SnapshotRing:
             default=None,
         )
 
-    def go_back_to(self, kept: Kept) -> None:
+    def older_than(self, step: int) -> list[Kept]:
+        """One of each step before ``step``, the oldest first."""
+        found = {one.step: one for one in reversed(self._all()) if one.step < step}
+        return [found[step] for step in sorted(found)]
+
+    def go_back_to(self, snapshot: Snapshot) -> None:
         """Forget what was taken later: it belongs to a history that is undone."""
+        kept = next((one for one in self._all() if one.snapshot == snapshot), None)
+        if kept is None:  # somebody else's
+            older = (one.number for one in self._all() if one.snapshot.key < snapshot.key)
+            kept = Kept(snapshot, 0, max(older, default=0))
         self._kept = [one for one in self._kept if one.is_before(kept)]
         if self.best is not None and not self.best.is_before(kept):
             self.best = None
-        if kept not in self._all():
-            self._kept.append(kept)
 
     def state_dict(self) -> State:
         """Which are kept; what is in them is elsewhere."""

@@ -16,27 +16,27 @@ from ultrathink.core.protocols import State
 from ultrathink.monitoring.experts import ExpertStatistics
 from ultrathink.monitoring.records import RunInfo, Tell
 from ultrathink.orchestrator.events import Event
-from ultrathink.orchestrator.interventions import Interventions
 from ultrathink.orchestrator.live import LiveWatch, step_signals
 from ultrathink.orchestrator.steering.guard import OutlierGuard
 from ultrathink.orchestrator.steering.policy import Policy
 from ultrathink.orchestrator.steering.proposals import (
-    GOES_BACK,
-    SAME_LEARNING,
+    SKIP_BATCH,
     SOFT,
-    Action,
     Decision,
     Proposal,
     confidence_of,
 )
-from ultrathink.orchestrator.steering.rules import EASES_OVER, LOSS_KINDS, WEIGHT_KINDS, Situation
+from ultrathink.orchestrator.steering.rules import LOSS_KINDS, WEIGHT_KINDS, Situation
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
-from ultrathink.runs.decisions import state_name, target_name
+from ultrathink.runs.decisions import ROLLBACK
 from ultrathink.training.callbacks import Callback, Controller, Ending, StepReport, ValidationReport
+from ultrathink.training.change import Change
+from ultrathink.training.changes import AverageSnapshots, KeepState, Rollback
 from ultrathink.training.control import ControlQueue, TrainerControl
 from ultrathink.training.records import ChangeRecord
 from ultrathink.training.run_log import RunLog
 from ultrathink.training.settings import LiveSettings
+from ultrathink.training.snapshots import Snapshot
 from ultrathink.training.stepping import Verdict
 
 FOLLOWED_FOR = 64  # steps after which a decision is judged by what came of it
@@ -113,7 +113,6 @@ class Steering(Controller):
         self._since_rollback: int | None = None
         self._is_new_best = False
         self._has_failed = False
-        self._control: ControlQueue | None = None  # None before the first boundary
         self._report: StepReport | None = None
 
     # -- a step boundary -----------------------------------------------------------------------
@@ -134,8 +133,7 @@ class Steering(Controller):
 
     def _steer(self, report: StepReport, control: TrainerControl) -> None:
         assert isinstance(control, ControlQueue)
-        self._control, self._report = control, report
-        self._step = report.step
+        self._report = report
         if self.snapshots is None:
             self.snapshots = self._begin_ring(control)
         events = self.watch.take_events()
@@ -146,8 +144,8 @@ class Steering(Controller):
         for rule, (resolved, text) in self.policy.take_outcomes().items():
             self._close(rule, {"resolved": resolved, "text": text})
         if proposal is not None:
-            self._carry_out(proposal, control, self.snapshots)
-        elif not (self.guard.streak or self._non_finite or control.is_asked("restore")):
+            self._carry_out(proposal, control)
+        elif not (self.guard.streak or self._non_finite or control.is_requested(Rollback)):
             self._take_snapshot(self.snapshots)
         self._is_new_best = False
 
@@ -202,48 +200,38 @@ class Steering(Controller):
 
     # -- decisions -----------------------------------------------------------------------------
 
-    def _carry_out(
-        self, proposal: Proposal, control: ControlQueue, snapshots: SnapshotRing
-    ) -> None:
-        decision = self._decision(proposal)
-        self._open = decision
-        doing = self._through(control)
-        self._keep_states(decision, control, snapshots)
+    def _carry_out(self, proposal: Proposal, control: ControlQueue) -> None:
+        self._open = decision = self._decision(proposal)
+        self._keep_states(decision, proposal.changes, control)
         with control.deciding(decision.id):
-            for action in proposal.actions:
-                self._ask(doing, action, decision)
+            for change in proposal.changes:
+                control.request(change, f"decision {decision.id}, {decision.rule}")
 
     def _keep_states(
-        self, decision: Decision, control: TrainerControl, snapshots: SnapshotRing | None
+        self, decision: Decision, changes: Sequence[Change], control: TrainerControl
     ) -> None:
-        """Have what an audit begins from written down: the state of now, and of what the run goes
-        back to."""
-        if not self.config.kept_states or {name for name, _ in decision.actions} <= SAME_LEARNING:
+        """Have what an audit begins from written down: the state of now, and needed snapshots."""
+        most = self.config.kept_states
+        if not most or (changes and not any(change.is_felt for change in changes)):
             return
-        newest = 2 * self.config.kept_states
-        target = next((value for name, value in decision.actions if name in GOES_BACK), None)
-        kept = snapshots.before(target) if snapshots is not None and target is not None else None
-        if kept is not None:
-            control.keep_state(target_name(decision.id), kept.snapshot, newest=newest)
-        control.keep_state(state_name(decision.id), newest=newest)
+        averaged: dict[int, bool] = {}  # alone, by their keys: of those the weights suffice
+        for change in changes:
+            for one in change.needed:
+                is_average = isinstance(change, AverageSnapshots)
+                averaged[one.key] = averaged.get(one.key, True) and is_average
+        for key, weights_only in averaged.items():
+            control.request(KeepState(decision.id, most, key, weights_only), "")
+        control.request(KeepState(decision.id, most), "")
 
-    def _ask(self, doing: Interventions, action: Action, decision: Decision) -> None:
-        reason = f"decision {decision.id}, {decision.rule}"
-        if action.name in GOES_BACK:
-            kept = doing.snapshots.before(action.value) if doing.snapshots is not None else None
-            assert kept is not None, "the rule looked"
-            doing.roll_back_to(kept, skip=action.name == "rollback_steps", reason=reason)
-            self._since_rollback, self._non_finite = 0, 0
-            if self._num_skipped:
-                text = f"{self._num_skipped} batches were left out, and it was not over"
-                self._num_skipped = 0
-                self._close("skip_outliers", {"resolved": False, "text": text})
-        elif action.name == "adjust_learning_rate":
-            doing.adjust_learning_rate(action.value, over_steps=EASES_OVER, reason=reason)
-        elif action.value is None:
-            getattr(doing, action.name)(reason=reason)
-        else:
-            getattr(doing, action.name)(action.value, reason=reason)
+    def _went_back(self, change: Rollback) -> None:
+        """The run stands at a snapshot, and what was counted since is over."""
+        if self.snapshots is not None:
+            self.snapshots.go_back_to(change.snapshot)
+        self._since_rollback, self._non_finite = 0, 0
+        if self._num_skipped:
+            text = f"{self._num_skipped} batches were left out, and it was not over"
+            self._num_skipped = 0
+            self._close("skip_outliers", {"resolved": False, "text": text})
 
     def _decision(self, proposal: Proposal) -> Decision:
         decision = Decision(
@@ -253,30 +241,38 @@ class Steering(Controller):
             level=proposal.level,
             confidence=proposal.confidence,
             signals={name: float(value) for name, value in proposal.signals.items()},
-            action=proposal.actions[0].name,
+            action=proposal.changes[0].setting if proposal.changes else SKIP_BATCH,
             before=None,
             after=None,
             reasoning=proposal.reasoning,
-            actions=[[one.name, one.value] for one in proposal.actions],
         )
         self.decisions.append(decision)
         self._followed.append(decision.id)
         return decision
 
-    def heard(self, change: ChangeRecord) -> None:
-        """A change took effect; where it belongs to a decision, its record is filled in."""
+    def heard(self, record: ChangeRecord) -> None:
+        """A change took effect; where it belongs to a decision, that is filled in."""
+        if isinstance(record.change, Rollback):
+            self._went_back(record.change)
         decision = self._open
-        if decision is None or change.decision != decision.id:
+        if decision is None or record.decision != decision.id:
             return
+        if isinstance(record.change, Change):
+            decision.changes.append(record.change.as_applied(record.after).to_json())
         if decision.before is None and decision.after is None:
-            decision.before, decision.after = change.before, change.after
+            decision.before, decision.after = record.before, record.after
         else:
-            more = {"action": change.setting, "before": change.before, "after": change.after}
+            more = {"action": record.setting, "before": record.before, "after": record.after}
             decision.also.append(more)
 
     def note_best(self, is_best: bool) -> None:
         """A validation came, the best so far or not."""
         self._is_new_best = is_best
+
+    def took_step(self, step: int) -> None:
+        """The run took a step, so all of the last decision took effect."""
+        self._step = step
+        self.flush()
 
     def flush(self) -> None:
         """Write the decision that was carried out, now that all of it took effect."""
@@ -309,7 +305,7 @@ class Steering(Controller):
                         "skip_outliers",
                         SOFT,
                         confidence_of(seen.score),
-                        (Action("skip_batch"),),
+                        (),
                         f"A loss of {seen.loss:.4g} and a gradient norm of {seen.norm:.3g} are "
                         f"unlike the steps before ({seen.loss_level:.4g}, {seen.norm_level:.3g}).",
                         seen.values(),
@@ -317,7 +313,7 @@ class Steering(Controller):
                     )
                 )
                 self.flush()
-                self._keep_states(decision, control, None)
+                self._keep_states(decision, (), control)
             self._num_skipped += 1
         elif self._num_skipped:
             count, self._num_skipped = self._num_skipped, 0
@@ -330,7 +326,7 @@ class Steering(Controller):
             decision = self.decisions[number - 1]
             if decision.rule in ("skip_outliers", self.policy.busy):
                 continue  # they say themselves what came of it
-            went_back = decision.action in GOES_BACK and decision.after is not None
+            went_back = decision.action == ROLLBACK and decision.after is not None
             begun = decision.after if went_back else decision.step
             until = begun + FOLLOWED_FOR
             if went_back:  # far perhaps: what the trouble was at must have been passed
@@ -355,17 +351,21 @@ class Steering(Controller):
 
     # -- for people ----------------------------------------------------------------------------
 
-    @property
-    def interventions(self) -> Interventions:
-        """What may be done to the run by hand, from its first step on; see docs/steering.md."""
-        if self._control is None:
-            raise UltrathinkError("the run has not taken a step yet; there is nothing to change.")
-        return self._through(self._control)
+    def best_snapshot(self, last_steps: int) -> Snapshot:
+        """The snapshot of the last steps at which the training loss was lowest.
 
-    def _through(self, control: ControlQueue) -> Interventions:
-        return Interventions(
-            control, self.snapshots, position=self._position, step=lambda: control.step
-        )
+        UltrathinkError where there is none.
+        """
+        steps = self.snapshots.steps if self.snapshots is not None else []
+        now = self._step
+        kept = self.snapshots.best_since(now - last_steps) if self.snapshots is not None else None
+        if kept is None:
+            there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "none is"
+            raise UltrathinkError(
+                f"there is no snapshot of the last {last_steps} steps to go back to from step "
+                f"{now}; {there} kept (orchestrator.mode=act keeps some)."
+            )
+        return kept.snapshot
 
     def get_current_metrics(self) -> dict[str, float]:
         """The signals of the last step, under the names of ``Signals``."""
@@ -439,7 +439,7 @@ class _Ear(Callback):
         self._steering.restore_records(info.start_step)
 
     def on_step(self, report: StepReport) -> None:
-        self._steering.flush()
+        self._steering.took_step(report.step)
 
     def on_validation(self, report: ValidationReport) -> None:
         self._steering.note_best(report.is_best)

@@ -76,7 +76,6 @@ def _bring_back(trainer: Trainer, folder: Path, step: int) -> str | None:
     if problems:
         return str(problems[0])
     snapshot = trainer.control.bring_back(step)
-    trainer.snapshots[snapshot.key] = state
-    trainer.carried.add(snapshot.key)
+    trainer.snapshots.keep(snapshot.key, state, in_checkpoints=True)
     trainer.saving.note_snapshot(snapshot.key, folder)
     return None

@@ -60,8 +60,8 @@ def steer(
 def orchestrator_of(trainer: Trainer) -> Steering:
     """What steers ``trainer``; UltrathinkError where nothing does.
 
-    Its ``get_adaptive_status()`` tells what was decided, its ``interventions`` are for steering by
-    hand.
+    Its ``get_adaptive_status()`` tells what was decided, its ``best_snapshot(last_steps)`` is one
+    to go back to by hand.
     """
     for controller in trainer.controllers:
         if isinstance(controller, Steering):
@@ -80,5 +80,5 @@ def room_for_snapshots(trainer: Trainer, config: SnapshotsConfig, before: int | 
         return min(_MOST, int(config.max_gib // size))
     memory = memory_in_use()
     free = memory.get("memory_limit", 2 * memory["memory"]) - memory["memory"]
-    room = _SHARE_OF_FREE * max(0.0, free + len(trainer.carried) * size) / size
+    room = _SHARE_OF_FREE * max(0.0, free + len(trainer.snapshots.carried) * size) / size
     return before if before is not None and before <= 2 * room else min(_MOST, int(room))

@@ -19,7 +19,7 @@ from tests.unit.orchestrator.steering.broken_runs import (
     steering_of,
 )
 from tests.unit.training.conftest import MakeTrainer, make_trainer
-from tests.unit.training.observers import At, final_state, records
+from tests.unit.training.observers import At, asks, final_state, records
 from ultrathink.checkpoint.format import CHECKSUM_FILE, load_checkpoint, read_state
 from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
 from ultrathink.cli.main import main
@@ -30,6 +30,7 @@ from ultrathink.runs.decisions import read_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.listing import size_on_disk
 from ultrathink.training.callbacks import Controller, StepReport
+from ultrathink.training.changes import Stop
 from ultrathink.training.control import TrainerControl
 from ultrathink.training.trainer import Trainer
 
@@ -40,7 +41,7 @@ SAVES_OFTEN = "training.checkpoint={every_steps: 10, keep: 3}"
 
 def broken_after_a_resume(make: MakeTrainer, *overrides: str) -> Trainer:
     """Stop after step 106, go on, and break the weights after step 110."""
-    stop = At(step106=lambda control: control.stop(reason="test"))
+    stop = At(step106=asks(Stop()))
     trainer = make(*RUN, ACT, *overrides, controllers=[stop])
     assert trainer.fit() == "stopped"
     return resumed_and_broken(trainer.run)
@@ -149,7 +150,7 @@ def test_without_them_a_resumed_run_goes_back_to_its_start(make_trainer: MakeTra
 
 
 def stopped_run(make: MakeTrainer) -> RunFolder:
-    stop = At(step106=lambda control: control.stop(reason="test"))
+    stop = At(step106=asks(Stop()))
     trainer = make(*RUN, ACT, controllers=[stop])
     trainer.fit()
     assert len(carried_steps(read_state(trainer.run.checkpoint()))) > 3
@@ -290,4 +291,4 @@ class StopsAfter(Controller):
     def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
         self.left -= 1
         if self.left == 0:
-            control.stop(reason="test")
+            control.request(Stop(), reason="test")

@@ -13,7 +13,8 @@ from ultrathink.config.orchestrator import LimitsConfig, RulesConfig
 from ultrathink.monitoring.experts import ExpertStatistics, GroupSlots
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.steering.policy import Policy
-from ultrathink.orchestrator.steering.proposals import HARD, MEDIUM, Action, Decision
+from ultrathink.orchestrator.steering.proposals import HARD, MEDIUM, Decision
+from ultrathink.training.changes import ReviveExperts
 
 __all__ = ["make_trainer"]
 
@@ -47,13 +48,13 @@ def asked(**given: Any) -> Any:
 
 def went_back(to: int, dead: float = 2.0) -> Decision:
     signals = {"dead": dead}
-    return Decision(1, 200, "roll_back", HARD, 0.9, signals, "rollback_steps", 200, to, "Why.")
+    return Decision(1, 200, "roll_back", HARD, 0.9, signals, "rollback", 200, to, "Why.")
 
 
 def test_without_a_snapshot_of_before_all_dead_ones_are_begun_anew_at_once() -> None:
     proposal = asked()
     assert (proposal.rule, proposal.level) == ("revive_experts", MEDIUM)
-    assert proposal.actions == (Action("revive_experts", DEAD),)
+    assert proposal.changes == (ReviveExperts(DEAD),)
 
 
 def test_the_run_goes_back_first_where_it_can() -> None:

@@ -11,7 +11,7 @@ from tests.unit.training.observers import final_state
 from ultrathink.config import load_config
 from ultrathink.config.orchestrator import LimitsConfig
 from ultrathink.core.errors import ConfigError
-from ultrathink.orchestrator.steering.proposals import Action
+from ultrathink.training.changes import SetActivationCheckpointing
 from ultrathink.training.settings import LiveSettings
 
 __all__ = ["make_trainer"]
@@ -26,9 +26,9 @@ def level(share: float, now: str = "none", **given: Any) -> str | None:
     )
     if found is None:
         return None
-    [action] = found.actions
-    assert action == Action("set_activation_checkpointing", action.value)
-    return str(action.value)
+    [change] = found.changes
+    assert isinstance(change, SetActivationCheckpointing)
+    return change.mode
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_run_saves_memory_and_learns_the_same(make_trainer: MakeTrainer) -> No
             assert found == []
             continue
         [decision] = found
-        assert (decision["step"], decision["action"]) == (1, "set_activation_checkpointing")
+        assert (decision["step"], decision["action"]) == (1, "activation_checkpointing")
         assert (decision["before"], decision["after"]) == ("none", "selective")
         assert 1e-5 < decision["signals"]["memory_share"] < 1
         assert trainer.model.activation_checkpointing == "selective"

@@ -14,7 +14,6 @@ from ultrathink.orchestrator.steering.proposals import (
     CRITICAL,
     HARD,
     SOFT,
-    Action,
     Decision,
     Proposal,
     confidence_after,
@@ -22,8 +21,16 @@ from ultrathink.orchestrator.steering.proposals import (
 )
 from ultrathink.orchestrator.steering.rules import Rule, Situation
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
-from ultrathink.training.control import Snapshot
+from ultrathink.training.change import Change
+from ultrathink.training.changes import (
+    ClearMemory,
+    CorrectLearningRate,
+    Rollback,
+    SetLearningRateFactor,
+    Stop,
+)
 from ultrathink.training.settings import LiveSettings
+from ultrathink.training.snapshots import Snapshot
 
 
 def situation(**values: Any) -> Situation:
@@ -45,13 +52,12 @@ def situation(**values: Any) -> Situation:
     return Situation(**{**plain, **values})
 
 
-def proposing(name: str, level: int, confidence: float, *actions: str, cool: int = 8) -> Rule:
+def proposing(name: str, level: int, confidence: float, *changes: Change, cool: int = 8) -> Rule:
     class Given(Rule):
         cool_down = cool
 
         def propose(self, now: Situation) -> Proposal:
-            done = tuple(Action(action) for action in actions or ("clear_memory",))
-            return Proposal(name, level, confidence, done, "test")
+            return Proposal(name, level, confidence, changes or (ClearMemory(),), "test")
 
     Given.name = name
     return Given()
@@ -105,7 +111,7 @@ def test_a_rule_rests_after_a_decision_while_others_may_act() -> None:
 
 
 def test_going_back_is_limited_and_remembered() -> None:
-    rule = proposing("a", HARD, 1.0, "rollback_steps", cool=0)
+    rule = proposing("a", HARD, 1.0, Rollback(Snapshot(50, 0)), cool=0)
     made = policy(rule, rollbacks=2)
     assert [made.decide(situation()) is not None for _ in range(4)] == [True, True, False, False]
     again = policy(rule, rollbacks=2)
@@ -115,7 +121,7 @@ def test_going_back_is_limited_and_remembered() -> None:
 
 
 def test_ending_the_run_must_be_allowed() -> None:
-    assert policy(proposing("a", HARD, 1.0, "stop"), may_stop=False).decide(situation()) is None
+    assert policy(proposing("a", HARD, 1.0, Stop()), may_stop=False).decide(situation()) is None
 
 
 def test_rules_that_are_switched_off_are_not_asked() -> None:
@@ -135,7 +141,7 @@ def test_a_correction_stays_within_its_limit() -> None:
         situation(values=values, limits=LimitsConfig(lr_correction=50.0))
     )
     assert proposal is not None
-    assert proposal.actions == (Action("correct_learning_rate", 1 / 50),)
+    assert proposal.changes == (CorrectLearningRate(1 / 50),)
 
 
 def policy_for(name: str) -> Policy:
@@ -145,7 +151,7 @@ def policy_for(name: str) -> Policy:
 
 def test_a_decision_says_what_was_done_in_a_line() -> None:
     decision = Decision(
-        3, 630, "roll_back", HARD, 0.97, {"loss": 7.1}, "rollback_steps", 630, 600, "Why."
+        3, 630, "roll_back", HARD, 0.97, {"loss": 7.1}, "rollback", 630, 600, "Why."
     )
     decision.also.append({"action": "lr_factor", "before": 1.0, "after": 0.5})
     assert decision.line == (
@@ -154,8 +160,13 @@ def test_a_decision_says_what_was_done_in_a_line() -> None:
     assert Decision(**decision.to_json()) == decision
 
 
+def target_of(proposal: Proposal) -> int:
+    [change] = [one for one in proposal.changes if isinstance(one, Rollback)]
+    return change.snapshot.step
+
+
 def rolled_back_to(step: int) -> Decision:
-    return Decision(1, 100, "roll_back", HARD, 0.97, {}, "rollback_steps", 100, step, "Why.")
+    return Decision(1, 100, "roll_back", HARD, 0.97, {}, "rollback", 100, step, "Why.")
 
 
 def ring(*steps: int) -> SnapshotRing:
@@ -170,7 +181,7 @@ def test_steps_without_numbers_take_the_run_back_before_they_began() -> None:
     rule = policy_for("roll_back")
     proposal = rule.decide(situation(step=100, non_finite=3, snapshots=ring(20, 40, 97)))
     assert proposal is not None
-    assert proposal.actions == (Action("rollback_steps", 40),)  # 97 may hold the cause
+    assert proposal.changes == (Rollback(Snapshot(40, 0)),)  # 97 may hold the cause
     assert proposal.level == CRITICAL
 
 
@@ -188,7 +199,7 @@ def test_a_snapshot_that_is_bad_itself_is_passed_over_once_that_is_clear(
             since_rollback=0,
         )
     )
-    found = None if proposal is None else proposal.actions[0].value
+    found = None if proposal is None else target_of(proposal)
     assert found == target
 
 
@@ -202,8 +213,8 @@ def test_losses_too_good_to_be_true_take_the_run_back_once() -> None:
     [rule] = [one for one in Policy(RulesConfig(), LimitsConfig()).rules if one.name == "roll_back"]
     first = rule.propose(situation(guard=guard, snapshots=ring))
     assert first is not None
-    assert [one.name for one in first.actions] == ["rollback_steps"]
-    made = Decision(1, 100, "roll_back", 3, 0.99, {}, "rollback_steps", 100, 50, "")
+    assert [type(one) for one in first.changes] == [Rollback]
+    made = Decision(1, 100, "roll_back", 3, 0.99, {}, "rollback", 100, 50, "")
     again = situation(guard=guard, snapshots=ring, decisions=[made], since_rollback=10)
     assert rule.propose(again) is None
 
@@ -217,10 +228,10 @@ def test_trouble_that_comes_back_lowers_the_rate_too() -> None:
     )
     assert first is not None
     assert again is not None
-    assert first.actions == (Action("rollback_steps", 90),)
-    assert again.actions == (
-        Action("rollback_steps", 90),
-        Action("adjust_learning_rate", 0.5),
+    assert first.changes == (Rollback(Snapshot(90, 0)),)
+    assert again.changes == (
+        Rollback(Snapshot(90, 0)),
+        SetLearningRateFactor(0.5, 200),
     )
 
 
@@ -233,8 +244,8 @@ def test_trouble_at_the_same_step_is_the_same_however_far_the_run_went_back() ->
     later = rule.propose(situation(**{**given, "step": 800}, decisions=[gone], since_rollback=780))
     assert again is not None
     assert later is not None
-    assert len(again.actions) == 2
-    assert len(later.actions) == 1
+    assert len(again.changes) == 2
+    assert len(later.changes) == 1
 
 
 @pytest.mark.parametrize(
@@ -249,4 +260,4 @@ def test_without_a_snapshot_that_is_old_enough_the_rate_is_lowered(
         situation(step=100, events=[event], snapshots=ring(94), limits=limits)
     )
     assert proposal is not None
-    assert proposal.actions == (Action("adjust_learning_rate", factor),)
+    assert proposal.changes == (SetLearningRateFactor(factor, 200),)

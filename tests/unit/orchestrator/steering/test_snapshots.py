@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
-from ultrathink.training.control import Snapshot
+from ultrathink.training.snapshots import Snapshot
 
 
 class Clock:
@@ -64,7 +64,7 @@ def test_what_was_undone_is_forgotten() -> None:
     clock.run(100, frozenset({95}))
     kept = clock.ring.before(60)
     assert kept is not None
-    clock.ring.go_back_to(kept)
+    clock.ring.go_back_to(kept.snapshot)
     assert max(clock.ring.steps) <= 60
     assert clock.ring.best is None
 

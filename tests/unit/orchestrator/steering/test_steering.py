@@ -17,13 +17,32 @@ from tests.unit.orchestrator.steering.broken_runs import (
     steering_of,
 )
 from tests.unit.training.conftest import MakeTrainer, make_trainer
-from tests.unit.training.observers import At, Recorder, final_state
+from tests.unit.training.observers import At, Recorder, asks, final_state
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.orchestrator.steering import find_rate
 from ultrathink.recipes.parts.steering import orchestrator_of
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.training.callbacks import Controller, StepReport
+from ultrathink.training.changes import (
+    ClearMemory,
+    Pause,
+    RestartSchedule,
+    ReviveExperts,
+    Rollback,
+    SaveCheckpoint,
+    ScaleLearningRate,
+    SetActivationCheckpointing,
+    SetClip,
+    SetEvaluation,
+    SetLearningRateFactor,
+    SetMicroBatchSize,
+    SetMixtureWeights,
+    SetOptimizerOption,
+    SetRouting,
+    SetWeightDecay,
+    Stop,
+)
 from ultrathink.training.control import TrainerControl
 from ultrathink.training.trainer import Trainer
 
@@ -47,7 +66,7 @@ def test_a_healthy_run_is_the_same_to_the_bit(make_trainer: MakeTrainer) -> None
 def test_broken_weights_are_taken_back(make_trainer: MakeTrainer) -> None:
     trainer = broken_run(make_trainer, 110, scale_a_weight, ACT)
     [rollback] = decisions(trainer, "roll_back")
-    assert rollback["action"] == "rollback_steps"
+    assert rollback["action"] == "rollback"
     assert rollback["before"] == rollback["step"] > 110
     assert rollback["after"] <= 110
     assert rollback["level"] in (3, 4)
@@ -114,7 +133,7 @@ def test_a_rate_that_is_off_is_put_right_and_its_steps_are_undone(
 
     trainer = broken_run(make_trainer, 110, raise_rate, ACT)
     [correction] = decisions(trainer, "correct_rate")
-    assert (correction["step"], correction["action"]) == (111, "redo_steps")
+    assert (correction["step"], correction["action"]) == (111, "rollback")
     assert [one["action"] for one in correction["also"]] == ["lr_correction"]
     assert correction["also"][0]["after"] == pytest.approx(0.1)
     assert trainer.loader.samples_skipped == 0
@@ -134,7 +153,7 @@ def test_a_rate_that_is_too_small_is_put_right_where_it_is(make_trainer: MakeTra
     breaks.trainer = trainer
     trainer.fit()
     [correction] = decisions(trainer, "correct_rate")
-    assert correction["action"] == "correct_learning_rate"
+    assert correction["action"] == "lr_correction"
     rates = [report.lr for report in recorder.steps]
     assert rates[60] == pytest.approx(0.003 / 50)
     assert rates[61] == pytest.approx(0.003)
@@ -163,7 +182,7 @@ def test_a_rate_that_is_too_high_from_the_start_is_lowered(make_trainer: MakeTra
     assert too_high > 1.1 * tuned
     assert steered - tuned < 0.25 * (too_high - tuned)
     tried = decisions(trainer, "find_rate")
-    assert [one["action"] for one in tried] == ["redo_steps"] * len(tried)
+    assert [one["action"] for one in tried] == ["rollback"] * len(tried)
     assert all(one["outcome"] is not None for one in tried)
     assert "on the same batches" in tried[-1]["reasoning"]
     assert trainer.settings.lr_scale == pytest.approx(tried[-1]["signals"]["lr_scale"])
@@ -181,11 +200,11 @@ def test_a_rate_that_is_given_anew_is_taken_as_it_is(make_trainer: MakeTrainer) 
 
 
 def scale(control: TrainerControl) -> None:
-    control.set_lr_scale(0.5, reason="test")
+    control.request(ScaleLearningRate(0.5), reason="test")
 
 
 def stop(control: TrainerControl) -> None:
-    control.stop(reason="test")
+    control.request(Stop(), reason="test")
 
 
 def test_a_lower_rate_that_does_not_help_leaves_no_trace(
@@ -225,7 +244,7 @@ def test_overfitting_ends_with_the_best_weights(make_trainer: MakeTrainer, may_s
     [decision] = found
     best = min(recorder.validations, key=lambda report: report.loss)
     assert decision["after"] == best.step == trainer.progress.step
-    assert [one["action"] for one in decision["also"]] == ["average", "stop"]
+    assert [one["action"] for one in decision["also"]] == ["average_snapshots", "stop"]
     scored = trainer.score().loss
     assert scored <= best.loss
 
@@ -253,7 +272,7 @@ def test_it_resumes_with_all_that_it_knows(make_trainer: MakeTrainer) -> None:
     class StopsAt(Controller):
         def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
             if report.step == 125 and steering_of(trainer).decisions:
-                control.stop(reason="test")
+                control.request(Stop(), reason="test")
 
     whole = broken_run(make_trainer, 110, scale_a_weight, ACT)
     breaks = Breaks(110, scale_a_weight)
@@ -302,7 +321,7 @@ def test_rollbacks_are_limited(make_trainer: MakeTrainer, tmp_path: Path) -> Non
 
 
 def test_a_change_by_hand_is_recorded_as_such(make_trainer: MakeTrainer) -> None:
-    act = At(step2=lambda control: control.set_clip(0.5, reason="I want to"))
+    act = At(step2=lambda control: control.request(SetClip(0.5), reason="I want to"))
     trainer = make_trainer(*RUN, ACT, "training.max_steps=5", controllers=[act])
     trainer.fit()
     [record] = read_decisions(trainer.run.decisions)
@@ -318,27 +337,30 @@ def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
         assert statistics is not None
         return list(statistics.load[0])
 
-    def act(_: TrainerControl) -> None:
-        do = orchestrator_of(trainer).interventions
-        do.adjust_learning_rate(0.5, over_steps=4)
-        do.adjust_weight_decay(0.2)
-        do.adjust_gradient_clip(0.7)
-        do.set_optimizer_param("betas", [0.8, 0.9])
-        do.adjust_batch_size(2)
-        do.adjust_mixture([1.0])
-        do.adjust_evaluation(3)
-        do.adjust_capacity_factor(1.5)
-        do.adjust_routing_temperature(1.2)
-        do.adjust_router_jitter(0.1)
-        do.adjust_balance_weights(load=0.02, z=0.002)
-        do.enable_expert_dropout(0.1)
+    def act(control: TrainerControl) -> None:
         dead = min(range(4), key=lambda expert: loads()[expert])
-        do.revive_expert(layer=0, group="a", expert=dead)
-        do.set_activation_checkpointing("full")
-        do.clear_memory()
-        do.pause(0.01)
-        do.reset_schedule()
-        do.checkpoint_now()
+        for change in (
+            SetLearningRateFactor(0.5, over_steps=4),
+            SetWeightDecay(0.2),
+            SetClip(0.7),
+            SetOptimizerOption("betas", [0.8, 0.9]),
+            SetMicroBatchSize(2),
+            SetMixtureWeights([1.0]),
+            SetEvaluation(3),
+            SetRouting("capacity_factor", 1.5),
+            SetRouting("temperature", 1.2),
+            SetRouting("jitter", 0.1),
+            SetRouting("load", 0.02),
+            SetRouting("z", 0.002),
+            SetRouting("expert_dropout", 0.1),
+            ReviveExperts([{"layer": 0, "group": "a", "expert": dead}]),
+            SetActivationCheckpointing("full"),
+            ClearMemory(),
+            Pause(0.01),
+            RestartSchedule(),
+            SaveCheckpoint(),
+        ):
+            control.request(change, reason="by hand")
 
     recorder = Recorder()
     trainer = make_trainer(
@@ -346,7 +368,7 @@ def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
         experts,
         "training.max_steps=12",
         "training.schedule={type: wsd, warmup: 0, decay: 0}",
-        controllers=[At(step2=act, step8=lambda control: control.stop(reason="test"))],
+        controllers=[At(step2=act, step8=asks(Stop()))],
         callbacks=[recorder],
     )
     trainer.fit()
@@ -354,7 +376,7 @@ def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
     assert changed["weight_decay"] == 0.2
     assert changed["optimizer.betas"] == [0.8, 0.9]
     assert changed["routing.z"] == pytest.approx(0.002)
-    assert changed["revive_expert"][0]["group"] == "a"
+    assert changed["revive_experts"][0]["group"] == "a"
     assert len(recorder.changes) == 20
     rates = [report.lr / recorder.steps[0].lr for report in recorder.steps]
     assert rates[2:8] == pytest.approx([0.5, 0.5**0.75, 0.5**0.5, 0.5**0.25, 1, 1])
@@ -372,15 +394,16 @@ def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
 def test_going_back_by_hand(make_trainer: MakeTrainer) -> None:
     done: list[int] = []
 
-    def back(_: TrainerControl) -> None:
+    def back(control: TrainerControl) -> None:
         if not done:
             done.append(1)
-            do = orchestrator_of(trainer).interventions
+            orchestrator = orchestrator_of(trainer)
             with pytest.raises(UltrathinkError, match=r"last 8 steps .* from step 50;"):
-                do.rollback_steps(8)
-            do.set_optimizer_param("eps", 1e-3)
-            do.adjust_weight_decay(0.3)
-            do.rollback_steps(29, reason="I did not like it")
+                orchestrator.best_snapshot(last_steps=8)
+            control.request(SetOptimizerOption("eps", 1e-3), reason="test")
+            control.request(SetWeightDecay(0.3), reason="test")
+            best = orchestrator.best_snapshot(last_steps=29)
+            control.request(Rollback(best), reason="I did not like it")
 
     recorder = Recorder()
     trainer = make_trainer(*RUN, ACT, controllers=[At(step50=back)], callbacks=[recorder])

@@ -1,0 +1,81 @@
+"""The parts of a run that changes act on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from ultrathink.core.protocols import State
+from ultrathink.core.random import random_state, set_random_state
+from ultrathink.data.loader import TrainLoader
+from ultrathink.model.transformer import Transformer
+from ultrathink.parallel.world import Group, World
+from ultrathink.runs.folder import RunFolder
+from ultrathink.training.clock import Clock
+from ultrathink.training.length import Length
+from ultrathink.training.model_state import ModelState, OptimizerState, SettingsState
+from ultrathink.training.run_state import Progress, RunState
+from ultrathink.training.saving import Saving
+from ultrathink.training.settings import LiveSettings
+from ultrathink.training.snapshots import Snapshots
+from ultrathink.training.stepping import Step
+
+
+@dataclass
+class Boundary:
+    """What the loop is to do at the end of a step boundary."""
+
+    ending: Literal["finished", "out of time", "stopped"] | None = None
+    save: bool = False
+    is_best: bool = False  # this step's weights have the best score so far
+    expert_load: Tensor | None = None  # [L, E] of the last step: this process's tokens
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a run that changes act on.
+
+    ``share`` is how many sequences of a batch this process has, ``held_out_loss`` scores the model
+    as it is (None without held-out text), ``is_asked`` says whether further changes wait.
+    """
+
+    model: Transformer
+    stepper: Step
+    loader: TrainLoader
+    settings: LiveSettings
+    progress: Progress
+    clock: Clock
+    length: Length
+    state: RunState
+    snapshots: Snapshots
+    saving: Saving
+    run: RunFolder
+    world: World
+    dp_group: Group
+    share: int
+    held_out_loss: Callable[[], float | None]
+    is_asked: Callable[[], bool]
+    boundary: Boundary = field(default_factory=Boundary)
+
+    def register(self) -> None:
+        """Name what the run remembers of these parts, in the order in which it is loaded."""
+        register = self.state.register
+        model, optimizer = ModelState(self.model), OptimizerState(self.stepper)
+        settings = SettingsState(self.settings, self.model, self.stepper.optimizers, self.share)
+        progress, length = self.progress, self.length
+        register("model", model.state_dict, model.load_state_dict, is_required=True)
+        register("optimizer", optimizer.state_dict, optimizer.load_state_dict)
+        register("random", random_state, set_random_state)
+        register("data", self.loader.state_dict, self.loader.load_state_dict)
+        register(
+            "settings", settings.state_dict, settings.load_state_dict, roll_back=settings.roll_back
+        )
+        register("progress", self._progress_state, progress.load_state_dict, is_required=True)
+        register("budget", length.state_dict, length.load_state_dict)
+
+    def _progress_state(self) -> State:
+        self.progress.elapsed_s = self.clock.elapsed_s
+        return self.progress.state_dict()

@@ -12,13 +12,14 @@ import torch
 
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import ConfigError
+from ultrathink.parallel.placement import placed_like
 from ultrathink.training.control import Change, Request
 from ultrathink.training.hardware import forget_most_used
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.optimizers import set_option
 from ultrathink.training.revival import revive_experts
 from ultrathink.training.run_state import return_to
-from ultrathink.training.states import cloned
+from ultrathink.training.snapshots import copied_to_host
 
 if TYPE_CHECKING:
     from ultrathink.training.trainer import Trainer
@@ -35,7 +36,7 @@ def apply_change(trainer: Trainer, request: Request) -> Change | None:
     setting, value, reason, decision = request
     if setting == "snapshot":
         key, in_checkpoints = value
-        trainer.snapshots[key] = trainer.copied_state()
+        trainer.snapshots.take(key, trainer.state_dict())
         if in_checkpoints:
             trainer.carried.add(key)
         return None
@@ -48,6 +49,7 @@ def apply_change(trainer: Trainer, request: Request) -> Change | None:
         state = trainer.state_dict() if key is None else trainer.snapshots[key]
         trainer.saving.keep_state(name, state, newest=newest)
         return None
+    trainer.snapshots.before_writing()
     before, after = _APPLY[setting](trainer, value)
     if setting == "routing":
         setting = f"routing.{value[0]}"
@@ -176,17 +178,20 @@ def _average(trainer: Trainer, keys: list[int]) -> tuple[float, float]:
         raise ConfigError(
             "weights are averaged by what held-out text says of it, and data.val is none."
         )
-    alone = cloned(trainer.model.state_dict())
+    alone = copied_to_host(dict(trainer.model.state_dict()))
     before = trainer.score(trainer.held_out).loss
     others: list[Any] = [trainer.snapshots[key]["model"] for key in keys]
     with torch.no_grad():
         for name, weight in trainer.model.named_parameters():
             for other in others:
-                weight.add_(other[name])
+                weight.add_(placed_like(other[name], weight).to(weight.device))
             weight.div_(len(others) + 1)
     after = trainer.score(trainer.held_out).loss
     if not after < before:
-        trainer.model.load_state_dict(alone)
+        weights = trainer.model.state_dict()
+        trainer.model.load_state_dict(
+            {name: placed_like(value, weights[name]) for name, value in alone.items()}
+        )
         after = before
     if trainer.stepper.host is not None:
         trainer.stepper.host.take_weights()

@@ -97,7 +97,7 @@ def return_to(trainer: Trainer, state: State) -> None:
 
 
 def placed_state(trainer: Trainer, state: State) -> State:
-    """``state``, as read for this process, lying where copies of the trainer's own state do."""
+    """``state``, as read for this process, on the host and divided as the trainer's own state."""
     values: dict[str, Any] = dict(state)
     weights, stepper = trainer.model.state_dict(), trainer.stepper
     moved: dict[str, Tensor] = dict(trainer.model.named_parameters())
@@ -105,23 +105,14 @@ def placed_state(trainer: Trainer, state: State) -> State:
     return {
         **values,
         "model": {
-            name: _on_device(placed_like(value, weights[name]), weights[name])
+            name: placed_like(value, weights[name], is_for_host=True)
             for name, value in values["model"].items()
         },
         "optimizer": {
-            name: {
-                key: _on_device(value, moved[name])
-                for key, value in placed_values(remembered, moved[name]).items()
-            }
+            name: placed_values(remembered, moved[name], is_for_host=True)
             for name, remembered in values["optimizer"].items()
         },
     }
-
-
-def _on_device(value: Any, reference: Tensor) -> Any:
-    """``value`` beside ``reference`` where it is as large; a count of steps stays where it is."""
-    is_like = isinstance(value, Tensor) and value.shape == reference.shape
-    return value.to(reference.device) if is_like and not isinstance(value, DTensor) else value
 
 
 def _guard_state(trainer: Trainer) -> Any:

@@ -44,7 +44,7 @@ from ultrathink.training.out_of_memory import heed_last_start, score_that_fits, 
 from ultrathink.training.run_state import Progress, load_guard_state, load_run_state, run_state
 from ultrathink.training.saving import Saving
 from ultrathink.training.schedules import Factor, continued_schedule
-from ultrathink.training.states import cloned
+from ultrathink.training.snapshots import Snapshots, copied_to_host
 from ultrathink.training.stepping import Stepper, UpdateGuard
 from ultrathink.training.validation import Scores
 
@@ -81,7 +81,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.control = ControlQueue(lambda: self.progress.step)
-        self.snapshots: dict[int, State] = {}
+        self.snapshots = Snapshots()
+        for optimizer in self.stepper.optimizers:
+            optimizer.register_step_pre_hook(self.snapshots.before_writing)
         self.carried: set[int] = set()  # keys of those that checkpoints hold too
         self.saving = Saving(
             self.run,
@@ -359,8 +361,8 @@ class Trainer:
             self.control.put([request for requests in everyones for request in requests])
 
     def copied_state(self) -> State:
-        """A copy of the whole state, in memory."""
-        state: State = cloned(self.state_dict())
+        """A copy of the whole state in the memory of the host, made at once."""
+        state: State = copied_to_host(self.state_dict())
         return state
 
     def notify(self, event: str, *details: Any) -> None:

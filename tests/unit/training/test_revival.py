@@ -14,7 +14,6 @@ from tests.unit.training.observers import At, Recorder, final_state
 from ultrathink.recipes.parts.steering import orchestrator_of
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.control import TrainerControl
-from ultrathink.training.states import cloned
 from ultrathink.training.trainer import Trainer
 
 UNREACHABLE = -1e4
@@ -60,7 +59,7 @@ def test_it_becomes_the_busiest_one_and_a_little_noise(
     assert report.experts is not None
     load = report.experts.load[0, :6]
     source = int(load.argmax())
-    before: dict[str, Any] = cloned(trainer.state_dict())
+    before: dict[str, Any] = trainer.copied_state()
     trainer.control.revive_experts(revive(2), reason="test")
     trainer.apply_changes()
     after: dict[str, Any] = trainer.state_dict()

@@ -110,7 +110,8 @@ class ResumePlan:
             return False
         elapsed_s = self.plain["progress"]["elapsed_s"]
         limit = self.config.training.max_minutes
-        return Budget(**self.plain["budget"]).ending(self.step, elapsed_s, limit) is not None
+        ending = Budget(**self.plain["budget"]).ending(self.step, elapsed_s, limit)
+        return ending is not None and not ending.can_resume
 
     def build(
         self,

@@ -14,6 +14,7 @@ from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import ConfigError
 from ultrathink.parallel.placement import placed_like
 from ultrathink.training.control import Change, Request
+from ultrathink.training.endings import STOPPED
 from ultrathink.training.hardware import forget_most_used
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.optimizers import set_option
@@ -49,6 +50,9 @@ def apply_change(trainer: Trainer, request: Request) -> Change | None:
         state = trainer.state_dict() if key is None else trainer.snapshots[key]
         trainer.saving.keep_state(name, state, newest=newest)
         return None
+    if setting == "stop":
+        trainer.ending = replace(STOPPED, reason=reason)
+        return Change(trainer.progress.step, setting, None, STOPPED.name, reason, decision)
     trainer.snapshots.before_writing()
     before, after = _APPLY[setting](trainer, value)
     if setting == "routing":
@@ -203,11 +207,6 @@ def _checkpoint(trainer: Trainer, _: None) -> tuple[int, int]:
     return trainer.progress.last_checkpoint, trainer.progress.step
 
 
-def _stop(trainer: Trainer, _: None) -> tuple[None, str]:
-    trainer.ending = "stopped"
-    return None, "stopped"
-
-
 _APPLY: dict[str, Apply] = {
     "lr_factor": _lr_factor,
     "lr_scale": _live_setting("lr_scale"),
@@ -228,5 +227,4 @@ _APPLY: dict[str, Apply] = {
     "restore": _restore,
     "average": _average,
     "checkpoint": _checkpoint,
-    "stop": _stop,
 }

@@ -14,8 +14,9 @@ from ultrathink.monitoring.jsonl import line_appender
 from ultrathink.monitoring.records import Level, Note, RunInfo, Tell
 from ultrathink.runs.decisions import fold_decisions
 from ultrathink.runs.folder import RunFolder
-from ultrathink.training.callbacks import Callback, Ending, StepReport
+from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.control import BY_HAND, Change
+from ultrathink.training.endings import Ending
 
 
 class RunLog(Callback):

@@ -30,13 +30,13 @@ from ultrathink.training.budget import Budget, Done, resolve_budget
 from ultrathink.training.callbacks import (
     Callback,
     Controller,
-    Ending,
     StepReport,
     ValidationReport,
     is_logged,
 )
 from ultrathink.training.changes import apply_change
 from ultrathink.training.control import ControlQueue, LiveSettings
+from ultrathink.training.endings import Ending
 from ultrathink.training.experts import read_experts
 from ultrathink.training.length import measure_speed, settle_length
 from ultrathink.training.memory import memory_share
@@ -298,7 +298,8 @@ class Trainer:
         progress = self.progress
         if progress.step == 0:
             return
-        if self.ending != "stopped" and progress.last_validation < progress.step:
+        is_over = self.ending is not None and not self.ending.can_resume
+        if is_over and progress.last_validation < progress.step:
             self.validate()
         if self.is_best or self.save_wanted or progress.last_checkpoint < progress.step:
             self.save()

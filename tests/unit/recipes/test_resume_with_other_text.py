@@ -41,7 +41,7 @@ def run(make_trainer: MakeTrainer, books: Path) -> RunFolder:
     trainer = make_trainer(
         *LENGTH, sources(books), controllers=[At(step4=lambda c: c.stop(reason="test"))]
     )
-    assert trainer.fit() == "stopped"
+    assert trainer.fit().name == "stopped"
     return trainer.run
 
 
@@ -120,7 +120,7 @@ def test_rebuild_trains_on_the_new_text_on_record(run: RunFolder, books: Path) -
     assert trainer.loader.samples_seen == 0
     assert trainer.progress.step == 4
     assert trainer.progress.best is None
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     segment = read_segments(run.segments)[-1]
     assert segment.reset == ("data",)
     assert any("crawl.jsonl grew by 5 documents" in note for note in segment.notes)
@@ -128,7 +128,7 @@ def test_rebuild_trains_on_the_new_text_on_record(run: RunFolder, books: Path) -
     # From there on it is an ordinary run of the new text.
     longer = resume_trainer(run, overrides=["training.max_steps=12"])
     assert longer.loader.samples_seen == 6 * 4
-    assert longer.fit() == "finished"
+    assert longer.fit().name == "finished"
 
 
 def test_a_checkpoint_from_before_a_rebuild_still_knows_its_text(

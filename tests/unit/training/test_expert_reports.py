@@ -101,7 +101,7 @@ def test_a_run_that_broke_off_has_the_same_experts_in_the_end(
     assert lines(broken.run)[-1]["step"] == saved + 1
     resumed = resume_trainer(broken.run, callbacks=[recorder])
     assert resumed.progress.step == saved
-    assert resumed.fit() == "finished"
+    assert resumed.fit().name == "finished"
     assert differences(whole.run.path, resumed.run.path) == []
     assert len(lines(resumed.run)) == 14
 
@@ -140,6 +140,6 @@ def test_a_file_of_experts_that_vanished_is_begun_anew(make_trainer: MakeTrainer
         path.unlink()
 
     trainer = make_trainer(*EXPERTS, controllers=[At(step4=remove)])
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     assert [line["step"] for line in lines(trainer.run)] == [5, 6, 7, 8, 9]
     assert "experts.jsonl was deleted" in (trainer.run.logs / "run.log").read_text()

@@ -137,7 +137,7 @@ def test_it_goes_on_bit_for_bit_after_a_resume(make_trainer: MakeTrainer) -> Non
         trainer = make_trainer(
             *MIXTURE, ROUTING, "training.max_steps=8", controllers=[At(step4=action)]
         )
-        if trainer.fit() == "stopped":
+        if trainer.fit().name == "stopped":
             trainer = resume_trainer(trainer.run)
             trainer.fit()
         states.append(final_state(trainer.run))
@@ -164,7 +164,7 @@ def complaints(make: MakeTrainer, act: Any, *overrides: str) -> list[str]:
     trainer = make(
         *overrides, ACT, "training.max_steps=3", callbacks=[recorder], controllers=[by_hand]
     )
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     assert recorder.changes == []
     return [text for text in recorder.messages if "failed" in text]
 

@@ -32,8 +32,9 @@ from ultrathink.orchestrator.steering.proposals import (
 from ultrathink.orchestrator.steering.rules import EASES_OVER, LOSS_KINDS, WEIGHT_KINDS, Situation
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
 from ultrathink.runs.decisions import state_name, target_name
-from ultrathink.training.callbacks import Callback, Controller, Ending, StepReport, ValidationReport
+from ultrathink.training.callbacks import Callback, Controller, StepReport, ValidationReport
 from ultrathink.training.control import Change, ControlQueue, LiveSettings, TrainerControl
+from ultrathink.training.endings import Ending
 from ultrathink.training.run_log import RunLog
 from ultrathink.training.stepping import Verdict
 

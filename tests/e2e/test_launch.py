@@ -127,7 +127,7 @@ def test_a_checkpoint_of_a_newer_version_is_told_once(start: type[Launched]) -> 
     run = start("debug", *TINY, "training.max_steps=2")
     assert run.finish() == 0, run.errors
     state = run.run / "checkpoints" / "last" / "state.json"
-    state.write_text(state.read_text().replace('"format": 2', '"format": 99'))
+    state.write_text(state.read_text().replace('"format": 4', '"format": 99'))
     sums = json.loads((state.parent / "checksums.json").read_text())
     content = state.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_a_newer_version_is_told_once(start: type[Launched]) -> 
     again = start("--resume", "runs/together", "training.max_steps=4")
     assert again.finish() == 2
     assert again.errors.count("error:") == 1
-    assert "has format 99, this version reads 1 and 2" in again.errors
+    assert "has format 99, this version reads 3 and 4" in again.errors
 
 
 @pytest.mark.slow

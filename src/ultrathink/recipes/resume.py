@@ -37,6 +37,7 @@ from ultrathink.recipes.train import (
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.loading import check_loads
 from ultrathink.runs.lock import RunLock
+from ultrathink.runs.manifest import check_run_kind
 from ultrathink.runs.segments import (
     ConfigChange,
     Segment,
@@ -260,6 +261,7 @@ def _lock_for_all(run: RunFolder, world: World) -> RunLock | None:
     error: Exception | None = None
     if world.is_main:
         try:
+            check_run_kind(run.manifest, "train")
             lock = RunLock.acquire(run)
             run.clean()
         except Exception as caught:

@@ -207,8 +207,8 @@ def test_messages_name_what_is_wrong(tmp_path: Path) -> None:
         state_file.write_text(damaged)
         with pytest.raises(DamagedCheckpointError, match=r"state\.json cannot be read"):
             read_state(tmp_path / "c")
-    state_file.write_text(whole.replace('"format": 1', '"format": 99'))
-    with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
+    state_file.write_text(whole.replace('"format": 3', '"format": 99'))
+    with pytest.raises(CheckpointError, match="has format 99, this version reads 3"):
         read_state(tmp_path / "c")
 
 

@@ -79,7 +79,7 @@ def test_an_action_that_does_not_exist(run: RunFolder, capsys: Out) -> None:
 
 def test_a_newer_format_is_named(run: RunFolder, capsys: Out) -> None:
     path = run.checkpoint("last") / "state.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
+    path.write_text(path.read_text().replace('"format": 3', '"format": 99'))
     assert main(["checkpoint", "info", str(run.path)]) == 2
     told = capsys.readouterr().err
-    assert "has format 99, this version reads 1 and 2; use the version of ultrathink" in told
+    assert "has format 99, this version reads 3 and 4; use the version of ultrathink" in told

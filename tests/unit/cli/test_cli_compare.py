@@ -11,10 +11,13 @@ import pytest
 
 from tests.unit.runs.trained_runs import make_run, train, train_line, val_line, write_lines
 from ultrathink.cli.main import main
+from ultrathink.config import load_config
+from ultrathink.config.schema import flatten
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import ConfigChange, Segment, append_segment
 
 Out = pytest.CaptureFixture[str]
+NUM_VALUES = len(flatten(load_config("debug").model_dump(mode="json")))
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +49,7 @@ def compare(capsys: Out, *words: str, status: int = 0) -> str:
 
 def test_everything_side_by_side(two: None, capsys: Out) -> None:
     assert compare(capsys, "a", "b") == (
-        "Configuration: 1 of 101 values differ (run.name left out)\n"
+        f"Configuration: 1 of {NUM_VALUES} values differ (run.name left out)\n"
         "                      a   b\n"
         "  training.max_steps  20  30\n"
         "\n"
@@ -158,7 +161,7 @@ def test_where_the_encoding_has_no_bars_there_is_no_plot(
 
 def test_a_run_and_itself_are_identical(two: None, capsys: Out) -> None:
     out = compare(capsys, "a", "a")
-    assert "Configuration: all 101 values are the same\n" in out
+    assert f"Configuration: all {NUM_VALUES} values are the same\n" in out
     assert "Manifest: same code, packages, hardware, data and tokenizer\n" in out
     assert (
         "  a (1) and a (2): all 4 logged losses are equal (identical); "
@@ -227,7 +230,7 @@ def test_what_was_changed_on_resuming_is_told(two: None, capsys: Out) -> None:
 def test_a_run_without_metrics_is_compared_in_the_rest(two: None, capsys: Out) -> None:
     make_run(Path("runs"), "c")
     out = compare(capsys, "a", "c")
-    assert "Configuration: all 101 values are the same (run.name left out)" in out
+    assert f"Configuration: all {NUM_VALUES} values are the same (run.name left out)" in out
     assert "Manifest: c has none that can be read" in out
     assert "Curves: c has no metrics yet" in out
     assert json.loads(compare(capsys, "a", "c", "--json"))["curves"]["stretches"] == []

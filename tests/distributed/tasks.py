@@ -30,7 +30,7 @@ from ultrathink.recipes.resume import resume_trainer
 from ultrathink.recipes.train import build_trainer
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.runs.folder import RunFolder
-from ultrathink.training import snapshots
+from ultrathink.training import host_states
 from ultrathink.training.callbacks import Callback, Controller, StepReport
 from ultrathink.training.control import Change, Snapshot, TrainerControl
 from ultrathink.training.out_of_memory import SmallerStartError
@@ -196,7 +196,7 @@ def train_with_a_controller(
     trainer = new_trainer(place, "training.max_steps=7", *overrides, controllers=[_Steering()])
     with pytest.MonkeyPatch.context() as patch:
         if copies_late:
-            patch.setattr(snapshots, "_SMALL_BYTES", 16)
+            patch.setattr(host_states, "_SMALL_BYTES", 16)
             trainer.snapshots.copier = LateCopier()
         trainer.fit()
     loader = trainer.loader

@@ -16,11 +16,11 @@ from ultrathink.parallel.placement import placed_like
 from ultrathink.training.control import Change, Request
 from ultrathink.training.endings import STOPPED
 from ultrathink.training.hardware import forget_most_used
+from ultrathink.training.host_states import copied_to_host
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.optimizers import set_option
 from ultrathink.training.revival import revive_experts
 from ultrathink.training.run_state import return_to
-from ultrathink.training.snapshots import copied_to_host
 
 if TYPE_CHECKING:
     from ultrathink.training.trainer import Trainer

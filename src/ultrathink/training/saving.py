@@ -21,7 +21,7 @@ from ultrathink.parallel.board import new_team
 from ultrathink.parallel.placement import piece_of
 from ultrathink.parallel.world import ALONE, World
 from ultrathink.runs.folder import RunFolder
-from ultrathink.training.snapshots import copied_to_host
+from ultrathink.training.host_states import copied_to_host
 
 _PAUSE_S = 0.1  # between looks at a disk that is waited for; a signal is heard in each
 

@@ -38,13 +38,13 @@ from ultrathink.training.changes import apply_change
 from ultrathink.training.control import ControlQueue, LiveSettings
 from ultrathink.training.endings import Ending
 from ultrathink.training.experts import read_experts
+from ultrathink.training.host_states import HostStates, copied_to_host
 from ultrathink.training.length import measure_speed, settle_length
 from ultrathink.training.memory import memory_share
 from ultrathink.training.out_of_memory import heed_last_start, score_that_fits, take_smaller
 from ultrathink.training.run_state import Progress, load_guard_state, load_run_state, run_state
 from ultrathink.training.saving import Saving
 from ultrathink.training.schedules import Factor, continued_schedule
-from ultrathink.training.snapshots import Snapshots, copied_to_host
 from ultrathink.training.stepping import Stepper, UpdateGuard
 from ultrathink.training.validation import Scores
 
@@ -81,7 +81,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.control = ControlQueue(lambda: self.progress.step)
-        self.snapshots = Snapshots()
+        self.snapshots = HostStates()
         for optimizer in self.stepper.optimizers:
             optimizer.register_step_pre_hook(self.snapshots.before_writing)
         self.carried: set[int] = set()  # keys of those that checkpoints hold too

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ultrathink.training.snapshots import Copy, Transfer
+from ultrathink.training.host_states import Copy, Transfer
 
 
 class LateTransfer:

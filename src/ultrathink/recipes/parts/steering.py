@@ -10,9 +10,9 @@ from ultrathink.monitoring.records import Level
 from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.orchestrator.live import LiveWatch
 from ultrathink.orchestrator.steering.steering import Guard, Steering
+from ultrathink.training.host_states import host_bytes
 from ultrathink.training.memory import host_memory_in_use
 from ultrathink.training.run_log import RunLog
-from ultrathink.training.snapshots import host_bytes
 from ultrathink.training.trainer import Trainer
 
 _SHARE_OF_FREE = 0.2

@@ -24,8 +24,9 @@ from ultrathink.parallel import placement
 from ultrathink.parallel.placement import host_mesh, piece_of, placed_like
 from ultrathink.parallel.world import World
 from ultrathink.recipes.parts import steering
-from ultrathink.training import snapshots as snapshots_module
+from ultrathink.training import host_states
 from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.host_states import HostStates, copied_to_host, host_bytes
 from ultrathink.training.memory import host_memory_in_use
 from ultrathink.training.optimizers import (
     allocate_state,
@@ -33,7 +34,6 @@ from ultrathink.training.optimizers import (
     load_optimizer_state,
     optimizer_state,
 )
-from ultrathink.training.snapshots import Snapshots, copied_to_host, host_bytes
 
 
 def losses_of(make: MakeTrainer, copier: LateCopier | None) -> list[float]:
@@ -83,14 +83,14 @@ def test_a_copy_that_is_made_late_is_of_the_moment_it_was_asked_for(
     assert len(set(reference)) > 8
     # So that only what a forward pass writes to counts as small, or everything in this model.
     for small_bytes in (16, 1 << 20):
-        monkeypatch.setattr(snapshots_module, "_SMALL_BYTES", small_bytes)
+        monkeypatch.setattr(host_states, "_SMALL_BYTES", small_bytes)
         copier = LateCopier()
         assert losses_of(make_trainer, copier) == reference
         assert copier.num_begun > 2
 
 
 def test_small_tensors_may_be_written_to_at_once_and_large_ones_after_a_word() -> None:
-    held = Snapshots()
+    held = HostStates()
     held.copier = LateCopier()
     small, large = torch.zeros(()), torch.zeros(1 << 19)  # 2 MiB
     held.take(1, {"a": [small, large]})

@@ -2,7 +2,7 @@
 
 From a GPU they are copied while training goes on: into pinned memory, on a stream of their own.
 Three rules keep a copy equal to what was asked for: it begins after all that was computed so far;
-whatever writes to a copied tensor in place first calls ``Snapshots.before_writing``; who reads a
+whatever writes to a copied tensor in place first calls ``HostStates.before_writing``; who reads a
 copy waits until it is whole. What a forward pass may write to (live controls of routing) is small,
 and is copied on the device before anything else.
 """
@@ -91,7 +91,7 @@ class _Held(NamedTuple):
     transfer: Transfer | None  # None: the state is whole
 
 
-class Snapshots(MutableMapping[int, State]):
+class HostStates(MutableMapping[int, State]):
     """States by key, none of which changes; ``snapshots[key]`` waits until that one is whole."""
 
     def __init__(self) -> None:

@@ -69,7 +69,7 @@ def measure(preset: str, num_steps: int, overrides: list[str]) -> dict[str, Any]
         steering = orchestrator_of(trainer)
         steering.at_boundary = timed(steering.at_boundary, acting)  # type: ignore[method-assign]
         steering.guard.judge = timed(steering.guard.judge, acting)  # type: ignore[method-assign]
-        trainer.state.copy = timed(trainer.state.copy, copying)  # type: ignore[method-assign]
+        trainer.snapshots.take = timed(trainer.snapshots.take, copying)  # type: ignore[method-assign]
         observe, layers = watch.on_step, trainer.stepper.layer_norms
 
         def on_step(report: Any) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import ultrathink.training.trainer as trainer_module
+from tests.unit.training.late_copies import LateCopier
 from tests.unit.training.shortage import Scarcity
 from ultrathink.checkpoint.format import load_checkpoint, weights
 from ultrathink.config import load_config
@@ -32,6 +33,7 @@ from ultrathink.recipes.resume import resume_trainer
 from ultrathink.recipes.train import build_trainer
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.runs.folder import RunFolder
+from ultrathink.training import host_states
 from ultrathink.training.callbacks import Callback, Controller, StepReport
 from ultrathink.training.changes import (
     ReviveExperts,
@@ -234,10 +236,19 @@ class _Steering(Controller):
             control.request(SkipSamples(3), reason="test")
 
 
-def train_with_a_controller(place: str, *overrides: str) -> tuple[str, float, list[int]]:
-    """Steer a run; its folder, the live rate factor, and the step and samples it ended with."""
+def train_with_a_controller(
+    place: str, *overrides: str, copies_late: bool = False
+) -> tuple[str, float, list[int]]:
+    """Steer a run; its folder, the live rate factor, and the step and samples it ended with.
+
+    ``copies_late``: its snapshots are made as late as they may be.
+    """
     trainer = new_trainer(place, "training.max_steps=7", *overrides, controllers=[_Steering()])
-    trainer.fit()
+    with pytest.MonkeyPatch.context() as patch:
+        if copies_late:
+            patch.setattr(host_states, "_SMALL_BYTES", 16)
+            trainer.snapshots.copier = LateCopier()
+        trainer.fit()
     loader = trainer.loader
     counts = [trainer.progress.step, loader.samples_seen, loader.samples_skipped]
     return str(trainer.run.path), trainer.settings.lr_factor, counts

@@ -1,5 +1,6 @@
 """All processes skip, change course and complain together."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,8 @@ def test_each_draws_its_own_numbers_and_scores_its_own_part(two: Pool, tmp_path:
 def test_a_controller_on_the_first_process_steers_all(two: Pool, tmp_path: Path) -> None:
     words = ("training.precision=fp64",)
     alone = tasks.train_with_a_controller(str(tmp_path / "one"), *words)
-    first, second = two.run(tasks.train_with_a_controller, str(tmp_path / "two"), *words)
+    task = partial(tasks.train_with_a_controller, copies_late=True)
+    first, second = two.run(task, str(tmp_path / "two"), *words)
     assert first == second
     assert first[1:] == alone[1:] == (0.5, [7, 28, 3])
     assert_equal(alone[0], first[0], 1e-9)

@@ -81,7 +81,7 @@ def test_a_signal_lets_all_save_and_stop(start: type[Launched], number: int) -> 
     assert run.finish() == 128 + number, run.errors
     step = RunFolder(run.run).steps()[-1]
     assert run.rows()[-1]["step"] in (step, step - 1)
-    assert f"Stopped and saved after step {step}" in run.errors
+    assert f"Stopped after step {step}" in run.errors
     assert "Traceback" not in run.errors
 
 

@@ -5,7 +5,7 @@ A checkpoint is a folder; nothing in it is pickled:
     model-00001-of-00002.safetensors   the model's tensors
     model-00002-of-00002.safetensors   all others: optimizer, random states
     model.safetensors.index.json       which tensor is in which file
-    state.json                         everything that is not a tensor
+    state.json                         what kind it is of, and everything that is not a tensor
     checksums.json                     size and SHA-256 of all these, written last
     snapshots/step_00000600/           what a steered run may go back to: a folder of the same kind
 
@@ -28,7 +28,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import replace_folder, sync_file, sync_folder, write_atomic
@@ -47,12 +47,26 @@ CHECKSUM_FILE = "checksums.json"
 MODEL = "model/"  # how the names of the model's tensors begin
 # A reader that does not know of pieces would take the first one for the whole.
 FORMAT, FORMAT_IN_PIECES = 3, 4
+_EARLIER_FORMATS = (1, 2)  # do not say what kind they are of
 _TENSOR = "__tensor__"  # in state.json, stands where a tensor was, with the tensor's name
 
 Wanted: TypeAlias = Callable[[str], bool]  # chooses tensors by name
 Check: TypeAlias = Callable[[], None]
 # Writes more into the folder that is to become a checkpoint, on each process of the team.
 Addition: TypeAlias = Callable[[Path, Check, Team], None]
+
+
+Kind: TypeAlias = Literal["model", "adapter", "reward", "probe"]
+
+
+class Header(NamedTuple):
+    """What a checkpoint is: its kind, and for one that adds to a model the hash of that."""
+
+    kind: Kind = "model"
+    base: str | None = None
+
+
+WHOLE_MODEL = Header()
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -87,6 +101,7 @@ def save_checkpoint(
     team: Team | None = None,
     once_whole: Callable[[], None] = lambda: None,
     add: Addition = lambda beside, check, team: None,
+    header: Header = WHOLE_MODEL,
 ) -> None:
     """Write nested ``state`` (plain values, tensors, pieces) to ``folder``, whole or not at all.
 
@@ -117,7 +132,7 @@ def save_checkpoint(
             team.put("begun", True)
             add(beside, check, team)
             _write_my_files(beside, tensors, check, team)
-            _complete(beside, plain, check, team)
+            _complete(beside, plain, check, team, header)
             replace_folder(beside, folder)
             once_whole()
         except BaseException as error:
@@ -149,7 +164,7 @@ def _write_my_files(
     team.put(f"written/{team.rank}", {"names": names, "sums": sums})
 
 
-def _complete(beside: Path, plain: Any, check: Check, team: Team) -> None:
+def _complete(beside: Path, plain: Any, check: Check, team: Team, header: Header) -> None:
     """Write what is beside the tensors, once all processes have written theirs."""
     written = [f"written/{rank}" for rank in range(team.size)]
     everyones = team.wait_for(written, check)
@@ -170,7 +185,8 @@ def _complete(beside: Path, plain: Any, check: Check, team: Team) -> None:
     if team.size > 1:
         index["pieces"] = files_of_name
     form = FORMAT if team.size == 1 else FORMAT_IN_PIECES
-    text = json.dumps({"format": form, "state": plain}, allow_nan=True)
+    content = {"format": form, **header._asdict(), "state": plain}
+    text = json.dumps(content, allow_nan=True)
     (beside / STATE_FILE).write_text(text, encoding="utf-8")
     (beside / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
     for name in (STATE_FILE, INDEX_FILE):
@@ -190,17 +206,21 @@ def _plainly(error: BaseException) -> tuple[int, str]:
 
 
 def load_checkpoint(
-    folder: Path, wanted: Wanted = everything, region: Region | None = None
+    folder: Path,
+    wanted: Wanted = everything,
+    region: Region | None = None,
+    kind: Kind = "model",
 ) -> State:
     """Read a checkpoint back as it was saved, on the CPU, after comparing it with its checksums.
 
     ``wanted`` chooses tensors by their slash-separated name ("model/layers.0…"); in place of the
     others stands None, and files with none that is wanted are not touched. ``region`` chooses
-    pieces of tensors. Raises DamagedCheckpointError.
+    pieces of tensors. Raises DamagedCheckpointError, and CheckpointError for another ``kind``.
     """
     from ultrathink.checkpoint.tensor_files import read_tensors
 
     verify_checkpoint(folder, files_of(folder, wanted))
+    check_kind(folder, kind)
     plain = read_state(folder)
     tensors = read_tensors(folder, _holding(folder, wanted), wanted, region)
     state: State = _put_tensors(plain, tensors)
@@ -209,10 +229,33 @@ def load_checkpoint(
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The part of a checkpoint that is not tensors, where each tensor is named only."""
+    state = _read_content(folder)["state"]
+    assert isinstance(state, dict)
+    return state
+
+
+def read_header(folder: Path) -> Header:
+    """What kind of checkpoint ``folder`` is."""
+    content = _read_content(folder)
+    return Header(content["kind"], content["base"])
+
+
+def check_kind(folder: Path, wanted: Kind) -> None:
+    """CheckpointError where a checkpoint is of another kind than ``wanted``."""
+    kind, base = read_header(folder)
+    if kind != wanted:
+        adds_to = f", made for the model {base[:12]}" if base is not None else ""
+        raise CheckpointError(
+            f"checkpoint {folder} is of kind {kind!r}{adds_to}, and this command needs one of kind "
+            f"{wanted!r}; name a run that trained one."
+        )
+
+
+def _read_content(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        form, state = content["format"], content.get("state")
+        form = content["format"]
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} is not a checkpoint: it has no {STATE_FILE}; "
@@ -222,13 +265,18 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(
             folder, f"{STATE_FILE} cannot be read ({_reason(error)})"
         ) from None
+    if form in _EARLIER_FORMATS:
+        raise CheckpointError(
+            f"{folder} was written by an earlier version of ultrathink, whose checkpoints this one "
+            f"does not read; use that version (the run's manifest.json names it), or start a new run."
+        )
     if form not in (FORMAT, FORMAT_IN_PIECES):
         raise CheckpointError(
             f"{path} has format {form!r}, this version reads {FORMAT} and {FORMAT_IN_PIECES}; "
             f"use the version of ultrathink that wrote it."
         )
-    assert isinstance(state, dict)
-    return state
+    checked: dict[str, Any] = content
+    return checked
 
 
 def tensor_shapes(folder: Path) -> Shapes:

@@ -73,6 +73,8 @@ def _show(contents: Contents, *, with_tensors: bool, as_json: bool) -> None:
         ]
         plain = {
             "folder": str(contents.folder),
+            "kind": contents.kind,
+            "base": contents.base,
             "step": contents.step,
             "tokens": contents.tokens,
             "minutes": contents.minutes,
@@ -89,8 +91,9 @@ def _show(contents: Contents, *, with_tensors: bool, as_json: bool) -> None:
         print(json.dumps(plain))
         return
     writers = f"{contents.num_processes} process{'es' if contents.num_processes > 1 else ''}"
+    adds_to = f" for the model {contents.base[:12]}" if contents.base is not None else ""
     print(
-        f"{contents.folder}\n"
+        f"{contents.folder}: {contents.kind}{adds_to}\n"
         f"  step {contents.step:,}, {contents.tokens:,} tokens, {contents.minutes:.1f} minutes\n"
         f"  {contents.num_parameters:,} parameters, optimizer {contents.optimizer}, written by "
         f"{writers}\n"

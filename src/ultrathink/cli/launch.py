@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from ultrathink.parallel.launching import Launch, launch
 
     command = (sys.executable, "-u", "-m", "ultrathink", "train", *_train_arguments(args))
-    ending = launch(
+    result = launch(
         Launch(
             command,
             num_processes,
@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
         ),
         tell=lambda text: print(text, file=sys.stderr, flush=True),
     )
-    if ending.reason and ending.status not in (2, 70):
-        print(f"error: {ending.reason}.", file=sys.stderr)
-    return ending.status
+    if result.reason and result.status not in (2, 70):
+        print(f"error: {result.reason}.", file=sys.stderr)
+    return result.status
 
 
 def _num_gpus() -> int:

@@ -185,9 +185,11 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
 
 def _result(trainer: Trainer, last: Any) -> dict[str, Any]:
     validation = last.validation
+    assert trainer.ending is not None, "fit() has returned"
     return {
         "run": str(trainer.run.path),
-        "ending": trainer.ending,
+        "ending": trainer.ending.name,
+        "reason": trainer.ending.reason,
         "step": trainer.progress.step,
         "tokens": trainer.progress.tokens,
         "minutes": round(trainer.elapsed_s() / 60, 3),
@@ -203,20 +205,17 @@ def _say_what_next(trainer: Trainer, result: dict[str, Any]) -> None:
     from ultrathink.monitoring.terminal import error_stream
 
     run = trainer.run.path
-    words = {
-        "finished": "Finished",
-        "out of time": "Time is up",
-        "stopped": "Stopped and saved",
-    }[result["ending"]]
     score = result["bits_per_byte"]
     reached = f", {score:.3f} bits per byte on held-out text" if score is not None else ""
+    because = f": {result['reason']}" if result["reason"] else ""
     lines = [
         "",
-        f"{words} after step {result['step']:,} ({result['tokens']:,} tokens, "
-        f"{result['minutes']:.1f} minutes){reached}.",
+        f"{result['ending'].capitalize()} after step {result['step']:,} ({result['tokens']:,} "
+        f"tokens, {result['minutes']:.1f} minutes){reached}{because}.",
         f"Run folder: {run}",
     ]
-    if result["ending"] == "stopped":
+    assert trainer.ending is not None, "fit() has returned"
+    if trainer.ending.can_resume:
         lines.append(f"  go on with it:   ultrathink train --resume {run}")
     lines.append(f'  let it write:    ultrathink generate {run} "import "')
     if (run / "tensorboard").is_dir():
@@ -228,7 +227,9 @@ def _say_finished(run: Path, step: int, as_json: bool) -> int:
     if not _is_main():
         return 0
     if as_json:
-        print(json.dumps({"run": str(run), "ending": "finished", "step": step}))
+        from ultrathink.training.endings import FINISHED
+
+        print(json.dumps({"run": str(run), "ending": FINISHED.name, "step": step}))
     else:
         print(
             f"Run {run} is finished: step {step:,} was its last. To train it further, give it "

@@ -19,10 +19,10 @@ from ultrathink.orchestrator.watcher import Watcher
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import (
     Callback,
-    Ending,
     StepReport,
     ValidationReport,
 )
+from ultrathink.training.endings import Ending
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.run_log import WatchedFile
 

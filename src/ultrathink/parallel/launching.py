@@ -53,14 +53,14 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How it went: the exit status, and what went wrong where something did."""
+class LaunchResult:
+    """How the processes ended: the exit status, and what went wrong where something did."""
 
     status: int
     reason: str = ""
 
 
-def launch(what: Launch, tell: Callable[[str], None]) -> Ending:
+def launch(what: Launch, tell: Callable[[str], None]) -> LaunchResult:
     """Start the processes, watch over them until they end, and say how."""
     _TORCH_LOG.setLevel(logging.CRITICAL)
     with (
@@ -71,11 +71,11 @@ def launch(what: Launch, tell: Callable[[str], None]) -> Ending:
         with _forwarding_signals(agent) as received:
             result = agent.run()
     if received and not result.is_failed():
-        return Ending(128 + received[0])
+        return LaunchResult(128 + received[0])
     if not result.is_failed():
-        return Ending(0)
+        return LaunchResult(0)
     rank, code = agent.failure or _first_failure(result)
-    return Ending(code if code > 0 else 128 - code, reason=_how(rank, code))
+    return LaunchResult(code if code > 0 else 128 - code, reason=_how(rank, code))
 
 
 class _Agent(LocalElasticAgent):

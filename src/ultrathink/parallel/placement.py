@@ -2,34 +2,68 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ultrathink.core.pieces import Piece
 
 
-def placed_like(value: Tensor | Piece, reference: Tensor) -> Tensor:
-    """``value``, whole or a piece, divided as ``reference`` is: this process's part, on its device.
+def placed_like(value: Tensor | Piece, reference: Tensor, *, is_for_host: bool = False) -> Tensor:
+    """``value`` divided as ``reference`` is: this process's part, on its device or on the host.
 
-    Where ``reference`` is whole, or ``value`` divided already, that is ``value`` itself.
+    ``value`` is whole, a piece, or divided likewise on any device. Where ``reference`` is whole
+    that is ``value`` itself, wherever it lies.
     """
-    if isinstance(value, DTensor) or not isinstance(reference, DTensor):
+    if not isinstance(reference, DTensor):
         assert isinstance(value, Tensor), "pieces are read for what is divided only"
         return value
-    mesh, placements = reference.device_mesh, reference.placements
-    offset, size = region_of(reference)
-    if isinstance(value, Piece):
-        assert value.local is not None, "it was read"
-        assert value.offset == offset, "it was read for this process"
-        part = value.local
+    mesh = host_mesh(reference.device_mesh) if is_for_host else reference.device_mesh
+    if isinstance(value, DTensor):
+        if value.device_mesh == mesh:
+            return value
+        assert value.placements == reference.placements, "it is a copy of what is divided likewise"
+        part = value.to_local()
     else:
-        part = value[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
+        part = _part_of(value, reference)
+    device = torch.device("cpu") if is_for_host else reference.device
+    return _joined(part.to(device).contiguous(), mesh, reference)
+
+
+def _part_of(value: Tensor | Piece, reference: DTensor) -> Tensor:
+    offset, size = region_of(reference)
+    if isinstance(value, Tensor):
+        return value[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
+    assert value.local is not None, "it was read"
+    assert value.offset == offset, "it was read for this process"
+    return value.local
+
+
+def on_host(local: Tensor, reference: DTensor) -> DTensor:
+    """``local``, in the memory of the host, as this process's part of a copy of ``reference``."""
+    return _joined(local, host_mesh(reference.device_mesh), reference)
+
+
+def host_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The processes of ``mesh``, for tensors in the memory of their hosts; all of them call it."""
+    return mesh if mesh.device_type == "cpu" else _host_mesh(mesh)
+
+
+@cache
+def _host_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    return DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
+
+
+def _joined(local: Tensor, mesh: DeviceMesh, reference: DTensor) -> DTensor:
     return DTensor.from_local(
-        part.to(reference.device_mesh.device_type).contiguous(),
+        local,
         mesh,
-        placements,
+        reference.placements,
         run_check=False,
         shape=reference.shape,
         stride=reference.stride(),

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from ultrathink.checkpoint.format import (
     DamagedCheckpointError,
+    Kind,
     holding,
     load_checkpoint,
+    read_header,
     read_state,
     tensor_shapes,
     weights,
@@ -45,6 +47,8 @@ class Contents:
     """What a checkpoint holds."""
 
     folder: Path
+    kind: Kind
+    base: str | None  # hash of the model that it adds to
     step: int
     tokens: int
     minutes: float
@@ -63,7 +67,7 @@ class Contents:
 
 def inspect_checkpoint(folder: Path) -> Contents:
     """Look into a checkpoint without reading its tensors; raises CheckpointError."""
-    state = read_state(folder)
+    state, header = read_state(folder), read_header(folder)
     pieces = holding(folder)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     tensors = tuple(
@@ -79,6 +83,8 @@ def inspect_checkpoint(folder: Path) -> Contents:
     progress = state["progress"]
     return Contents(
         folder=folder,
+        kind=header.kind,
+        base=header.base,
         step=progress["step"],
         tokens=progress["tokens"],
         minutes=progress["elapsed_s"] / 60,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ultrathink.checkpoint.format import (
     MODEL,
+    check_kind,
     load_checkpoint,
     read_state,
     tensor_shapes,
@@ -44,14 +45,14 @@ def load_model(
     is missing, damaged or does not fit.
     """
     folder = find_run(str(run))
-    config = folder.read_config()
     if (folder.path / WEIGHTS_FILE).is_file():  # consolidated
         path = folder.path
     else:
         path, notes = folder.sound_checkpoint(checkpoint, weights)
         for note in notes:
             warnings.warn(note, UserWarning, stacklevel=2)
-    model = empty_model(config.model)
+        check_kind(path, "model")
+    model = empty_model(folder.read_config().model)
     load_weights(model, path)
     if dtype is not None:
         model.to(dtype)
@@ -84,7 +85,8 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def check_loads(folder: Path, config: ModelConfig) -> None:
-    """Raise CheckpointError unless the weights of a checkpoint fit ``config``; reads none."""
+    """Raise CheckpointError unless a checkpoint is of such a model; reads no weights."""
+    check_kind(folder, "model")
     with torch.device("meta"):
         model = Transformer(config)
     found = {

@@ -10,19 +10,28 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 import ultrathink
+from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import write_atomic
+from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.reading import RunReader
 
 _PACKAGES = ("torch", "numpy", "pydantic", "tokenizers", "tiktoken", "safetensors")
 
 
-def build_manifest(*, data_hash: str, tokenizer_hash: str, num_parameters: int) -> dict[str, Any]:
-    """Facts about this machine and process, ready for JSON."""
+Kind: TypeAlias = Literal["train"]  # of run: what job made it
+
+
+def build_manifest(
+    kind: Kind, *, data_hash: str, tokenizer_hash: str, num_parameters: int
+) -> dict[str, Any]:
+    """Facts about a run of ``kind``, this machine and process, ready for JSON."""
     return {
+        "kind": kind,
         **code_and_packages(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -31,6 +40,24 @@ def build_manifest(*, data_hash: str, tokenizer_hash: str, num_parameters: int) 
         "tokenizer_hash": tokenizer_hash,
         "num_parameters": num_parameters,
     }
+
+
+def check_run_kind(run: RunFolder, wanted: Kind) -> None:
+    """CheckpointError where a run is of another kind than ``wanted``; without a file it passes."""
+    if not run.manifest.is_file():
+        return
+    kind = RunReader(run).manifest().get("kind")
+    if kind is None:
+        raise CheckpointError(
+            f"run {run.path} was written by an earlier version of ultrathink, whose runs "
+            f"this one does not resume; use that version ({run.manifest.name} names it), or train "
+            f"anew."
+        )
+    if kind != wanted:
+        raise CheckpointError(
+            f"run {run.path} is of kind {kind!r}, and this command needs one of kind "
+            f"{wanted!r}; name another run."
+        )
 
 
 def code_and_packages() -> dict[str, Any]:

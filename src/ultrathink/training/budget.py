@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from ultrathink.config.training import TrainingConfig
 from ultrathink.core.durations import Duration
+from ultrathink.training.endings import FINISHED, OUT_OF_TIME, Ending
 
 # Of a budget in minutes, this share is left unused when it is turned into steps: the speed is
 # measured over a few seconds and holds only roughly for the minutes that follow.
@@ -33,15 +34,13 @@ class Budget:
         """Seconds kept free at the end of the minutes, for the last validation and checkpoint."""
         return _reserve_s(self.validation_s)
 
-    def ending(
-        self, step: int, elapsed_s: float, max_minutes: float | None
-    ) -> Literal["finished", "out of time"] | None:
+    def ending(self, step: int, elapsed_s: float, max_minutes: float | None) -> Ending | None:
         """Why a run ends after ``step``, None where steps and time are left."""
         if step >= self.total_steps:
-            return "finished"
+            return FINISHED
         # However short its time, a run takes one step.
         if max_minutes is not None and step and elapsed_s >= max_minutes * 60 - self.reserve_s:
-            return "out of time"
+            return OUT_OF_TIME
         return None
 
     def steps(self, duration: Duration) -> int:
@@ -69,7 +68,7 @@ def is_over(state: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     ending = replace(budget, total_steps=total).ending(
         progress["step"], progress["elapsed_s"], training.get("max_minutes")
     )
-    return ending is not None
+    return ending is not None and not ending.can_resume
 
 
 @dataclass(frozen=True)

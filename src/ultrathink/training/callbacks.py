@@ -22,17 +22,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from ultrathink.core.protocols import State
 from ultrathink.monitoring.experts import ExpertRecord, ExpertStatistics
 from ultrathink.monitoring.records import Level, MetricRecord, RunInfo, Sink, Tell
 from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.training.control import TrainerControl
+from ultrathink.training.endings import Ending
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.records import ChangeRecord
-
-Ending = Literal["finished", "out of time", "stopped"]
 
 
 @dataclass(frozen=True)

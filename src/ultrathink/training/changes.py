@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from ultrathink.core.divisors import largest_divisor
@@ -23,6 +23,7 @@ from ultrathink.training.change import (
     checked,
     is_number,
 )
+from ultrathink.training.endings import STOPPED
 from ultrathink.training.snapshots import Snapshot
 
 if TYPE_CHECKING:
@@ -292,21 +293,22 @@ class AverageSnapshots(Change):
 
     def apply(self, run: Parts) -> Effect:
         """Returns the validation loss before and after, which is the better of the two."""
-        from ultrathink.training.model_state import average_weights
-        from ultrathink.training.states import cloned
+        from ultrathink.training.host_states import copied_to_host
+        from ultrathink.training.model_state import ModelState, average_weights
 
         before = run.held_out_loss()
         if before is None:
             raise ConfigError(
                 "weights are averaged by what held-out text says of it, and data.val is none."
             )
-        alone = cloned(run.model.state_dict())
+        weights = ModelState(run.model)
+        alone = copied_to_host(weights.state_dict())
         others: list[Any] = [run.snapshots.states[one.key]["model"] for one in self.snapshots]
         average_weights(run.model, others)
         after = run.held_out_loss()
         assert after is not None
         if not after < before:
-            run.model.load_state_dict(alone)
+            weights.load_state_dict(alone)
             after = before
         if run.stepper.host is not None:
             run.stepper.host.take_weights()
@@ -332,8 +334,8 @@ class Stop(Change):
     name = "stop"
 
     def apply(self, run: Parts) -> Effect:
-        run.boundary.ending = "stopped"
-        return None, "stopped"
+        run.boundary.ending = replace(STOPPED, reason=run.boundary.reason)
+        return None, STOPPED.name
 
 
 # -- experts ---------------------------------------------------------------------------------------
@@ -410,8 +412,8 @@ class TakeSnapshot(Change):
     in_checkpoints: bool = False
 
     def apply(self, run: Parts) -> None:
-        state = run.state.copy()
-        run.snapshots.keep(self.snapshot_key, state, in_checkpoints=self.in_checkpoints)
+        state = run.state.state_dict()
+        run.snapshots.take(self.snapshot_key, state, in_checkpoints=self.in_checkpoints)
 
 
 @dataclass(frozen=True)

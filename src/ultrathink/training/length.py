@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -13,6 +13,7 @@ from ultrathink.config.training import TrainingConfig
 from ultrathink.parallel.world import World
 from ultrathink.training.budget import Budget, Speed, steps_within
 from ultrathink.training.clock import Clock
+from ultrathink.training.endings import Ending
 from ultrathink.training.hardware import synchronize
 from ultrathink.training.records import ChangeRecord
 from ultrathink.training.run_state import Progress
@@ -58,7 +59,7 @@ class Length:
         assert self.budget is not None
         self._schedule = continued_schedule(self._training.schedule, self.budget, self._settings)
 
-    def ending(self, step: int, elapsed_s: float) -> Literal["finished", "out of time"] | None:
+    def ending(self, step: int, elapsed_s: float) -> Ending | None:
         """Why the run ends after ``step``, None where steps and time are left."""
         assert self.budget is not None
         return self.budget.ending(step, elapsed_s, self.max_minutes)

@@ -30,7 +30,14 @@ def memory_in_use() -> dict[str, float]:
             "memory_peak": stats.get("allocated_bytes.all.peak", 0) / _GIB,
             "memory_limit": _device_memory(),
         }
+    return host_memory_in_use()
+
+
+def host_memory_in_use(num_processes: int = 1) -> dict[str, float]:
+    """``memory_in_use`` of the host, where ``num_processes`` have equal shares of its memory."""
     limit, space = _host_memory(), _address_space()
+    if limit is not None:
+        limit /= num_processes
     if space is not None and (limit is None or space < limit):
         return {"memory": _statm()[0] * _page_size() / _GIB, "memory_limit": space}
     used = {"memory": _resident_bytes() / _GIB}

@@ -99,14 +99,14 @@ def average_weights(model: nn.Module, others: Sequence[Mapping[str, Any]]) -> No
     """Give ``model`` the mean of its parameters and ``others``, by name, wherever those lie."""
     for name, parameter in model.named_parameters():
         for other in others:
-            parameter.add_(_on_device(placed_like(other[name], parameter), parameter))
+            parameter.add_(placed_like(other[name], parameter).to(parameter.device))
         parameter.div_(len(others) + 1)
 
 
 def placed_state(
     state: Mapping[str, Any], model: nn.Module, copies: Mapping[Tensor, str]
 ) -> dict[str, Any]:
-    """``state``, as read for this process, lying where copies of the run's own state do.
+    """``state``, as read for this process, on the host and divided as the run's own state is.
 
     ``copies`` are names of tensors that are moved in place of parameters.
     """
@@ -116,14 +116,11 @@ def placed_state(
     return {
         **state,
         "model": {
-            name: _on_device(placed_like(value, weights[name]), weights[name])
+            name: placed_like(value, weights[name], is_for_host=True)
             for name, value in state["model"].items()
         },
         "optimizer": {
-            name: {
-                key: _on_device(value, moved[name])
-                for key, value in placed_values(remembered, moved[name]).items()
-            }
+            name: placed_values(remembered, moved[name], is_for_host=True)
             for name, remembered in state.get("optimizer", {}).items()
         },
     }
@@ -137,9 +134,3 @@ def region_needed(model: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[
     if isinstance(reference, DTensor) and tuple(reference.shape) == shape:
         return region_of(reference)
     return None
-
-
-def _on_device(value: Any, reference: Tensor) -> Any:
-    """``value`` beside ``reference`` where it is as large; a count of steps stays where it is."""
-    is_like = isinstance(value, Tensor) and value.shape == reference.shape
-    return value.to(reference.device) if is_like and not isinstance(value, DTensor) else value

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from ultrathink.parallel.placement import on_host
 from ultrathink.training.optimizers import Optimizers
 
 
@@ -21,7 +21,6 @@ class HostCopies:
         names = {parameter: name for name, parameter in model.named_parameters()}
         self.names: dict[Tensor, str] = {}
         self._pairs: list[tuple[nn.Parameter, Tensor]] = []
-        self._meshes: dict[DeviceMesh, DeviceMesh] = {}
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["params"] = [self._copy(weight, names) for weight in group["params"]]
@@ -30,7 +29,7 @@ class HostCopies:
     def take_gradients(self) -> None:
         """Give the copies the gradients of the weights."""
         for weight, copy in self._pairs:
-            copy.grad = None if weight.grad is None else self._on_host(weight.grad)
+            copy.grad = None if weight.grad is None else _on_host(weight.grad)
 
     @torch.no_grad()
     def give_weights(self) -> None:
@@ -46,30 +45,16 @@ class HostCopies:
             _local(copy).copy_(_local(weight))
 
     def _copy(self, weight: nn.Parameter, names: dict[nn.Parameter, str]) -> Tensor:
-        copy = self._on_host(weight.detach()).requires_grad_()
+        copy = _on_host(weight.detach()).requires_grad_()
         self._pairs.append((weight, copy))
         self.names[copy] = names[weight]
         return copy
 
-    def _on_host(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor`` on the CPU, divided among the processes as it is."""
-        if not isinstance(tensor, DTensor):
-            return tensor.to("cpu", copy=True)
-        return DTensor.from_local(
-            tensor.to_local().to("cpu", copy=True),
-            self._host_mesh(tensor.device_mesh),
-            tensor.placements,
-            run_check=False,
-            shape=tensor.shape,
-            stride=tensor.stride(),
-        )
 
-    def _host_mesh(self, mesh: DeviceMesh) -> DeviceMesh:
-        if mesh.device_type == "cpu":
-            return mesh
-        if mesh not in self._meshes:
-            self._meshes[mesh] = DeviceMesh("cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
-        return self._meshes[mesh]
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy of ``tensor`` on the CPU, divided among the processes as it is."""
+    copy = _local(tensor).to("cpu", copy=True)
+    return on_host(copy, tensor) if isinstance(tensor, DTensor) else copy
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -190,16 +190,18 @@ def load_optimizer_state(
         optimizer.load_state_dict({"state": numbered, "param_groups": groups})
 
 
-def placed_values(values: Any, parameter: Tensor) -> dict[str, Any]:
-    """A copy of what an optimizer remembers of ``parameter``: it would go on writing into a
-    snapshot.
+def placed_values(values: Any, parameter: Tensor, *, is_for_host: bool = False) -> dict[str, Any]:
+    """What an optimizer remembers of ``parameter``, for it to write to: no tensor of ``values``.
 
     Where ``parameter`` is divided among processes, so is what belongs to each of its elements.
     """
-    copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
-    return {
-        key: placed_like(value, parameter)
-        if isinstance(value, Tensor | Piece) and tuple(value.shape) == tuple(parameter.shape)
-        else value
-        for key, value in copies.items()
-    }
+    placed = dict(values)
+    for key, value in values.items():
+        is_like = isinstance(value, Tensor | Piece) and value.shape == tuple(parameter.shape)
+        if is_like:
+            placed[key] = placed_like(value, parameter, is_for_host=is_for_host)
+        # An optimizer moves what lies elsewhere, which copies it.
+        is_moved = is_like and isinstance(value, Tensor) and value.device != parameter.device
+        if isinstance(value, Tensor) and not is_moved:
+            placed[key] = placed[key].clone()
+    return placed

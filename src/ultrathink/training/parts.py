@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from ultrathink.model.transformer import Transformer
 from ultrathink.parallel.world import Group, World
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.clock import Clock
+from ultrathink.training.endings import Ending
 from ultrathink.training.length import Length
 from ultrathink.training.model_state import ModelState, OptimizerState, SettingsState
 from ultrathink.training.run_state import Progress, RunState
@@ -28,9 +28,10 @@ from ultrathink.training.stepping import Step
 class Boundary:
     """What the loop is to do at the end of a step boundary."""
 
-    ending: Literal["finished", "out of time", "stopped"] | None = None
+    ending: Ending | None = None
     save: bool = False
     is_best: bool = False  # this step's weights have the best score so far
+    reason: str = ""  # for which the change that is applied was asked for
     expert_load: Tensor | None = None  # [L, E] of the last step: this process's tokens
 
 

@@ -14,7 +14,8 @@ from ultrathink.monitoring.jsonl import line_appender
 from ultrathink.monitoring.records import Level, Note, RunInfo, Tell
 from ultrathink.runs.decisions import fold_decisions
 from ultrathink.runs.folder import RunFolder
-from ultrathink.training.callbacks import Callback, Ending, StepReport
+from ultrathink.training.callbacks import Callback, StepReport
+from ultrathink.training.endings import Ending
 from ultrathink.training.records import BY_HAND, ChangeRecord
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.protocols import State, Stateful
-from ultrathink.training.states import cloned
+from ultrathink.training.host_states import copied_to_host
 
 Load = Callable[[Any], None]
 
@@ -69,8 +69,8 @@ class RunState:
         return {**self._absent, **{name: part.state_dict() for name, part in self._parts.items()}}
 
     def copy(self) -> State:
-        """The state with tensors of its own, which later steps do not change."""
-        state: State = cloned(self.state_dict())
+        """The state in the memory of the host, which later steps do not change; copied at once."""
+        state: State = copied_to_host(self.state_dict())
         return state
 
     def load_state_dict(self, state: State) -> None:

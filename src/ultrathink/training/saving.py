@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ultrathink.checkpoint.format import save_checkpoint
@@ -23,6 +22,7 @@ from ultrathink.parallel.placement import piece_of
 from ultrathink.parallel.world import ALONE, World
 from ultrathink.runs.decisions import decision_of, state_name
 from ultrathink.runs.folder import RunFolder
+from ultrathink.training.host_states import copied_to_host
 
 _PAUSE_S = 0.1  # between looks at a disk that is waited for; a signal is heard in each
 
@@ -226,17 +226,7 @@ def private_copy(state: Any) -> Any:
 
     Of one that several processes hold together, the piece that this one is to write.
     """
-    if isinstance(state, DTensor):
-        piece = piece_of(state)
-        local = None if piece.local is None else piece.local.detach().to("cpu", copy=True)
-        return replace(piece, local=local)
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: private_copy(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [private_copy(value) for value in state]
-    return state
+    return copied_to_host(own_pieces(state))
 
 
 def own_pieces(state: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ultrathink.core.protocols import State
+from ultrathink.training.host_states import HostStates
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,14 @@ class Snapshot:
 class Snapshots:
     """The states behind handles, by their keys."""
 
-    states: dict[int, State] = field(default_factory=dict)
+    states: HostStates = field(default_factory=HostStates)
     carried: set[int] = field(default_factory=set)  # keys of those that checkpoints hold too
+
+    def take(self, key: int, state: State, *, in_checkpoints: bool) -> None:
+        """Copy ``state`` to the memory of the host, while training goes on where there is a GPU."""
+        self.states.take(key, state)
+        if in_checkpoints:
+            self.carried.add(key)
 
     def keep(self, key: int, state: State, *, in_checkpoints: bool) -> None:
         """Hold ``state``, which nobody changes any more."""

@@ -28,13 +28,13 @@ from ultrathink.training.budget import Done, Speed, resolve_budget
 from ultrathink.training.callbacks import (
     Callback,
     Controller,
-    Ending,
     StepReport,
     ValidationReport,
     is_logged,
 )
 from ultrathink.training.clock import Clock
 from ultrathink.training.control import ControlQueue
+from ultrathink.training.endings import Ending
 from ultrathink.training.experts import read_experts
 from ultrathink.training.length import Length, seconds_per_step
 from ultrathink.training.memory import memory_share
@@ -84,6 +84,8 @@ class Trainer:
         self.clock = Clock(self.progress)
         self.length = Length(self.training, self.settings)
         self.snapshots = Snapshots()
+        for optimizer in self.stepper.optimizers:
+            optimizer.register_step_pre_hook(self.snapshots.states.before_writing)
         self.saving = Saving(
             self.run,
             self.training.checkpoint,
@@ -352,7 +354,8 @@ class Trainer:
         progress = self.progress
         if progress.step == 0:
             return
-        if self.boundary.ending != "stopped" and progress.last_validation < progress.step:
+        is_over = self.ending is not None and not self.ending.can_resume
+        if is_over and progress.last_validation < progress.step:
             self.validate()
         if self.boundary.is_best or self.boundary.save or progress.last_checkpoint < progress.step:
             self.save()
@@ -397,6 +400,8 @@ class Trainer:
     def apply_changes(self) -> None:
         """Do what was asked through ``control``, and report each change."""
         for change, reason, decision in self.control.take():
+            self.snapshots.states.before_writing()
+            self.boundary.reason = reason
             try:
                 effect = change.apply(self.parts)
             except UltrathinkError as error:  # one that cannot be done, such as odd weights

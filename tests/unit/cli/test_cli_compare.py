@@ -11,10 +11,13 @@ import pytest
 
 from tests.unit.runs.trained_runs import make_run, train, train_line, val_line, write_lines
 from ultrathink.cli.main import main
+from ultrathink.config import load_config
+from ultrathink.config.overrides import flatten
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import ConfigChange, Segment, append_segment
 
 Out = pytest.CaptureFixture[str]
+NUM_VALUES = len(flatten(load_config("debug").model_dump(mode="json")))
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +49,7 @@ def compare(capsys: Out, *words: str, status: int = 0) -> str:
 
 def test_everything_side_by_side(two: None, capsys: Out) -> None:
     assert compare(capsys, "a", "b") == (
-        "Configuration: 1 of 101 values differ (run.name left out)\n"
+        f"Configuration: 1 of {NUM_VALUES} values differ (run.name left out)\n"
         "                      a   b\n"
         "  training.max_steps  20  30\n"
         "\n"

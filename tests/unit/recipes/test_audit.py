@@ -25,10 +25,10 @@ from ultrathink.runs.decisions import read_decisions
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.change import Change
 from ultrathink.training.changes import CHANGES
+from ultrathink.training.host_states import copied_to_host
 from ultrathink.training.model_state import OptimizerState
 from ultrathink.training.records import ChangeRecord
 from ultrathink.training.snapshots import Snapshot
-from ultrathink.training.states import cloned
 from ultrathink.training.trainer import Trainer
 
 __all__ = ["make_trainer"]
@@ -104,8 +104,8 @@ def standing(trainer: Trainer) -> dict[str, Any]:
     return {
         "settings": settings,
         "data": trainer.loader.state_dict(),
-        "model": cloned(dict(trainer.model.state_dict())),
-        "optimizer": cloned(OptimizerState(trainer.stepper).state_dict()),
+        "model": copied_to_host(dict(trainer.model.state_dict())),
+        "optimizer": copied_to_host(OptimizerState(trainer.stepper).state_dict()),
         "rate": trainer.length.lr_factor(trainer.progress.step + 1),
         "options": [
             {key: group[key] for key in ("betas", "eps")}
@@ -149,7 +149,7 @@ def test_every_change_that_a_decision_can_hold_is_replayed(
     )
     steering = steering_of(trainer)
     steering.policy.rules = [OneOfEach()]
-    assert trainer.fit() == "stopped"
+    assert trainer.fit().name == "stopped"
     made = read_decisions(trainer.run.decisions)
     assert [change["change"] for one in made for change in one["changes"]] == [
         change.name for change in one_of_each(Snapshot(0, 0))

@@ -68,7 +68,7 @@ def test_training_goes_on_from_the_weights(load: Load, folder: Path) -> None:
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     for name, tensor in ours.state_dict().items():
         assert torch.equal(before[name], tensor), name
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     model, tokenizer = load_model(trainer.run.path, "last")
     assert isinstance(tokenizer, HuggingFaceTokenizer)
     assert tokenizer.encode("the fox") == small_bpe().encode("the fox")
@@ -99,7 +99,7 @@ def test_a_run_needs_the_folder_only_to_begin(load: Load, folder: Path) -> None:
     config = trainer.run.read_config()
     assert shown_with_pretrained(config) == config
     resumed = resume_trainer(trainer.run, overrides=["training.max_steps=4"])
-    assert resumed.fit() == "finished"
+    assert resumed.fit().name == "finished"
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again(load: Load) -> None:
@@ -208,7 +208,7 @@ def test_a_mixtral_trains_on_and_goes_back(load: Load, mixtral: Path) -> None:
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     for name, tensor in theirs.named_parameters():
         assert torch.equal(before[name], tensor), name
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     model, tokenizer = load_model(trainer.run.path, "last")
     params = SamplingParams(max_new_tokens=4, temperature=0.0)
     assert Engine(model, tokenizer).generate("the fox", params).new_tokens > 0

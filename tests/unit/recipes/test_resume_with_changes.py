@@ -32,7 +32,7 @@ def stopped(make_trainer: MakeTrainer, *overrides: str) -> Trainer:
         *overrides,
         controllers=[At(step4=asks(Stop()))],
     )
-    assert trainer.fit() == "stopped"
+    assert trainer.fit().name == "stopped"
     return trainer
 
 
@@ -44,7 +44,7 @@ def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_config("debug", [*overrides, f"data.cache_dir={place / 'cache'}"])
     stop = At(step4=lambda control: control.stop(reason="test"))
     trainer = build_trainer(config, controllers=[stop])
-    assert trainer.fit() == "stopped"
+    assert trainer.fit().name == "stopped"
     return trainer.run.path
 
 
@@ -83,7 +83,7 @@ def test_a_run_that_dies_right_after_a_change_goes_on_with_it(
     again = resume_trainer(run)
     assert again.training.optimizer.lr == 0.005
     assert not any(optimizer.state for optimizer in again.stepper.optimizers)
-    assert again.fit() == "finished"
+    assert again.fit().name == "finished"
     whole = stopped(make_trainer).run
     resume_trainer(whole, overrides=["training.optimizer.lr=0.005"], reset=["optimizer"]).fit()
     assert without_time(records(run)) == without_time(records(whole))
@@ -170,7 +170,7 @@ def test_another_length_counts_what_was_done(
     )
     trainer.fit()
     resumed = resume_trainer(trainer.run, overrides=[override])
-    assert resumed.fit() == "finished"
+    assert resumed.fit().name == "finished"
     assert resumed.progress.step == total
 
 
@@ -181,7 +181,7 @@ def test_a_finished_run_goes_on_when_it_is_given_more(make_trainer: MakeTrainer)
     assert plan.is_finished
     plan.lock.release()
     longer = resume_trainer(trainer.run, overrides=["training.max_steps=12"])
-    assert longer.fit() == "finished"
+    assert longer.fit().name == "finished"
     assert [row["step"] for row in records(trainer.run) if row["split"] == "train"] == list(
         range(1, 13)
     )
@@ -219,7 +219,7 @@ def test_reset_schedule_warms_up_again_over_what_is_left(make_trainer: MakeTrain
 def test_reset_optimizer_forgets_its_moments(run: RunFolder) -> None:
     trainer = resume_trainer(run, reset=["optimizer"], overrides=["training.optimizer.type=muon"])
     assert not any(optimizer.state for optimizer in trainer.stepper.optimizers)
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     assert any("momentum" in name for name in final_state(run))
 
 
@@ -274,7 +274,7 @@ def test_a_moved_run_folder_resumes_bit_for_bit(
     moved = RunFolder(tmp_path / "another place" / "renamed")
     moved.path.parent.mkdir()
     shutil.move(run.path, moved.path)
-    assert resume_trainer(moved).fit() == "finished"
+    assert resume_trainer(moved).fit().name == "finished"
     assert not run.path.exists()
     whole = make_trainer("training.max_steps=10", STOP_AT_4)
     whole.fit()
@@ -301,7 +301,7 @@ def test_a_run_without_a_checkpoint_begins_again_in_its_folder(make_trainer: Mak
     assert trainer.run.steps() == []
     again = resume_trainer(trainer.run)
     assert again.run.path == trainer.run.path
-    assert again.fit() == "finished"
+    assert again.fit().name == "finished"
     whole = make_trainer("training.max_steps=6")
     whole.fit()
     assert without_time(records(again.run)) == without_time(records(whole.run))
@@ -331,7 +331,7 @@ def test_changes_that_a_run_cannot_take_are_refused(run: RunFolder) -> None:
     after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     changed = [path.name for path in after if after[path] != before.get(path)]
     assert [name for name in changed if name not in (".owner.json", ".lock")] == []
-    assert resume_trainer(run).fit() == "finished"  # and the lock is free
+    assert resume_trainer(run).fit().name == "finished"  # and the lock is free
 
 
 def test_other_code_for_the_order_is_noticed(
@@ -342,7 +342,7 @@ def test_other_code_for_the_order_is_noticed(
         resume_trainer(run)
     trainer = resume_trainer(run, reset=["data"])  # the way out that the message names
     assert trainer.loader.samples_seen == 0
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
 
 
 def test_other_code_for_the_tokenizer_is_noticed(
@@ -385,4 +385,4 @@ def test_routing_and_balance_may_change_and_other_live_values_stay(
     assert routing is not None
     names = ("capacity_factor", "load", "temperature")
     assert [routing.get(name) for name in names] == [1.5, 0.5, 2.0]
-    assert resumed.fit() == "finished"
+    assert resumed.fit().name == "finished"

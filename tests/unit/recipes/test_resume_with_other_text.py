@@ -40,7 +40,7 @@ def sources(books: Path) -> str:
 def run(make_trainer: MakeTrainer, books: Path) -> RunFolder:
     """A run of ten steps that stopped after four."""
     trainer = make_trainer(*LENGTH, sources(books), controllers=[At(step4=asks(Stop()))])
-    assert trainer.fit() == "stopped"
+    assert trainer.fit().name == "stopped"
     return trainer.run
 
 
@@ -119,7 +119,7 @@ def test_rebuild_trains_on_the_new_text_on_record(run: RunFolder, books: Path) -
     assert trainer.loader.samples_seen == 0
     assert trainer.progress.step == 4
     assert trainer.progress.best is None
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     segment = read_segments(run.segments)[-1]
     assert segment.reset == ("data",)
     assert any("crawl.jsonl grew by 5 documents" in note for note in segment.notes)
@@ -127,7 +127,7 @@ def test_rebuild_trains_on_the_new_text_on_record(run: RunFolder, books: Path) -
     # From there on it is an ordinary run of the new text.
     longer = resume_trainer(run, overrides=["training.max_steps=12"])
     assert longer.loader.samples_seen == 6 * 4
-    assert longer.fit() == "finished"
+    assert longer.fit().name == "finished"
 
 
 def test_a_checkpoint_from_before_a_rebuild_still_knows_its_text(

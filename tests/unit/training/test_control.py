@@ -163,7 +163,8 @@ def test_checkpoint_now_and_stop(make_trainer: MakeTrainer) -> None:
             )
         ],
     )
-    assert trainer.fit() == "stopped"
+    ending = trainer.fit()
+    assert (ending.name, ending.reason) == ("stopped", "test")
     assert trainer.run.steps() == [2, 4]
     assert not (trainer.run.path / "samples.jsonl").exists()  # samples are for the end of a run
 

@@ -100,7 +100,7 @@ def test_a_run_that_broke_off_has_the_same_experts_in_the_end(
     assert lines(broken.run)[-1]["step"] == saved + 1
     resumed = resume_trainer(broken.run, callbacks=[recorder])
     assert resumed.progress.step == saved
-    assert resumed.fit() == "finished"
+    assert resumed.fit().name == "finished"
     assert differences(whole.run.path, resumed.run.path) == []
     assert len(lines(resumed.run)) == 14
 

@@ -114,7 +114,7 @@ def test_live_controls_are_recorded_and_survive_a_resume(make_trainer: MakeTrain
         callbacks=[recorder],
         controllers=[At(step2=act, step4=stop)],
     )
-    assert trainer.fit() == "stopped"
+    assert trainer.fit().name == "stopped"
     changes = [(c.step, c.setting, c.before, c.after) for c in recorder.changes[:4]]
     assert [change[:2] for change in changes] == [
         (2, "routing.capacity_factor"),

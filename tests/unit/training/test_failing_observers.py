@@ -56,7 +56,7 @@ def undisturbed(make_trainer: MakeTrainer) -> RunFolder:
 
 def trained(make_trainer: MakeTrainer, *overrides: str, **parts: Any) -> Trainer:
     trainer = make_trainer(*COMMON, *overrides, **parts)
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     return trainer
 
 
@@ -116,7 +116,7 @@ def test_what_vanishes_is_begun_anew_and_training_does_not_notice(
         trainer.notify("on_message", "still here", "info")
 
     trainer = make_trainer(*COMMON, callbacks=[Damage(step4=remove, step6=note)])
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     assert_same_training(trainer.run, undisturbed, kept_steps)
     assert "still here" in told(trainer.run)
     (lost,) = [text for text in told(trainer.run) if "while the run wrote to it" in text]
@@ -149,7 +149,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_record(
             ],
             controllers=[At(**changing)],
         )
-        assert trainer.fit() == "finished"
+        assert trainer.fit().name == "finished"
         assert_same_training(trainer.run, undisturbed, every)
         assert scalar_steps(trainer.run) == [*every]
         decisions = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]

@@ -28,7 +28,7 @@ def test_minutes_become_steps_once_and_trying_out_leaves_no_trace(
         return Speed(step_s=(600 * (1 - MARGIN) - 1) / 12)
 
     monkeypatch.setattr(Trainer, "_measure_speed", measured)
-    assert timed.fit() == "finished"
+    assert timed.fit().name == "finished"
     config = timed.run.read_config()
     assert config.training.step_budget == 12
     assert config.origin("training.step_budget").startswith("chosen at run time")
@@ -44,14 +44,14 @@ def test_a_run_that_gets_slower_ends_on_the_minute(make_trainer: MakeTrainer) ->
 
     trainer = make_trainer("training.max_minutes=0.04", callbacks=[Slow()])
     trainer.length.budget = Budget(total_steps=1000, tokens_per_step=128)  # from when it was faster
-    assert trainer.fit() == "out of time"
+    assert trainer.fit().name == "out of time"
     assert 0 < trainer.progress.step < 1000
     assert trainer.run.steps()[-1] == trainer.progress.step
 
 
 def test_the_shortest_time_still_takes_a_step(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("training.max_minutes=1.0e-6")
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     assert trainer.run.steps() == [1]
 
 
@@ -113,7 +113,7 @@ def test_a_corrected_length_is_that_of_a_resumed_run_too(
         controllers=[At(step60=asks(Stop()))],
     )
     monkeypatch.setattr(Trainer, "_measure_speed", lambda trainer: Speed(step_s=1.0))
-    assert trainer.fit() == "stopped"
+    assert trainer.fit().name == "stopped"
     assert trainer.length.budget is not None
     resumed = resume_trainer(trainer.run)
     assert resumed.length.budget == trainer.length.budget

@@ -311,7 +311,7 @@ def test_a_single_sequence_that_does_not_fit_ends_with_advice(make_trainer: Make
     for advice in ("training.activation_checkpointing=full", "data.seq_len", "model.hidden_size"):
         assert advice in str(caught_.value)
     assert trainer.run.steps() == [2]
-    assert resume_trainer(trainer.run).fit() == "finished"
+    assert resume_trainer(trainer.run).fit().name == "finished"
 
 
 def test_advice_that_was_followed_is_not_given_again(make_trainer: MakeTrainer) -> None:

@@ -80,7 +80,7 @@ def whole_and_resumed(make_trainer: MakeTrainer, *options: str) -> tuple[Path, P
     scramble_random_state()
     resumed = resume_trainer(broken.run, controllers=[At()])
     assert resumed.progress.step == 4
-    assert resumed.fit() == "finished"
+    assert resumed.fit().name == "finished"
     return whole.run.path, resumed.run.path
 
 

@@ -15,7 +15,7 @@ from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.change import Change
 from ultrathink.training.changes import ReviveExperts, SetRouting, Stop
 from ultrathink.training.control import TrainerControl
-from ultrathink.training.states import cloned
+from ultrathink.training.host_states import copied_to_host
 from ultrathink.training.trainer import Trainer
 
 UNREACHABLE = -1e4
@@ -61,7 +61,7 @@ def test_it_becomes_the_busiest_one_and_a_little_noise(
     assert report.experts is not None
     load = report.experts.load[0, :6]
     source = int(load.argmax())
-    before: dict[str, Any] = cloned(trainer.state_dict())
+    before: dict[str, Any] = copied_to_host(trainer.state_dict())
     trainer.control.request(ReviveExperts(revive(2)), reason="test")
     trainer.apply_changes()
     after: dict[str, Any] = trainer.state_dict()
@@ -139,7 +139,7 @@ def test_it_goes_on_bit_for_bit_after_a_resume(make_trainer: MakeTrainer) -> Non
         trainer = make_trainer(
             *MIXTURE, ROUTING, "training.max_steps=8", controllers=[At(step4=action)]
         )
-        if trainer.fit() == "stopped":
+        if trainer.fit().name == "stopped":
             trainer = resume_trainer(trainer.run)
             trainer.fit()
         states.append(final_state(trainer.run))
@@ -169,7 +169,7 @@ def complaints(make: MakeTrainer, change: Change, *overrides: str) -> list[str]:
         callbacks=[recorder],
         controllers=[At(step2=asks(change))],
     )
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     assert recorder.changes == []
     return [text for text in recorder.messages if "failed" in text]
 

@@ -114,7 +114,7 @@ def test_a_full_disk_warns_keeps_training_and_tries_again(
             ),
         ],
     )
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     told = [text for text in recorder.messages if "could not be written" in text]
     assert told[0].startswith("the checkpoint of step 4 could not be written: No space left on")
     assert "training goes on, and it is tried again every 0.001 s" in told[0]
@@ -149,7 +149,7 @@ def test_the_end_of_a_run_waits_for_room_on_the_disk(
 
     helper = threading.Thread(target=make_room)
     helper.start()
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     helper.join()
     assert trainer.run.steps()[-1] == 4
     verify_checkpoint(trainer.run.checkpoint(4))
@@ -166,7 +166,7 @@ def test_patience_with_a_full_disk_ends(make_trainer: MakeTrainer, small_disk: P
         trainer.fit()
     assert trainer.run.steps() == [2]  # what was good is still there
     (small_disk / "filler").unlink()
-    assert resume_trainer(trainer.run).fit() == "finished"
+    assert resume_trainer(trainer.run).fit().name == "finished"
 
 
 def test_a_best_checkpoint_that_could_not_be_written_is_written_later(
@@ -201,11 +201,11 @@ def test_a_vanished_run_folder_is_made_again(make_trainer: MakeTrainer) -> None:
         SAVE_OFTEN,
         callbacks=[recorder, During(step5=lambda: shutil.rmtree(trainer.run.path))],
     )
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     assert any("the run folder had vanished" in text for text in recorder.messages)
     assert trainer.run.steps()[-1] == 8
     longer = resume_trainer(trainer.run, overrides=["training.max_steps=10"])
-    assert longer.fit() == "finished"
+    assert longer.fit().name == "finished"
 
 
 def test_a_rollback_waits_for_the_checkpoint_under_way(make_trainer: MakeTrainer) -> None:
@@ -224,7 +224,7 @@ def test_a_rollback_waits_for_the_checkpoint_under_way(make_trainer: MakeTrainer
             )
         ],
     )
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     assert trainer.run.steps() == [2, 4, 6, 8]
     for step in trainer.run.steps():
         state = load_checkpoint(trainer.run.checkpoint(step))
@@ -237,4 +237,4 @@ def test_two_trainers_on_one_run_are_refused(make_trainer: MakeTrainer) -> None:
         resume_trainer(trainer.run)
     trainer.fit()
     longer = resume_trainer(trainer.run, overrides=["training.max_steps=3"])
-    assert longer.fit() == "finished"
+    assert longer.fit().name == "finished"

@@ -22,7 +22,7 @@ from ultrathink.training.trainer import Trainer
 
 def test_metrics_have_the_promised_fields(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("training.max_steps=7", "training.log_every=3")
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     rows = records(trainer.run)
     train = [row for row in rows if row["split"] == "train"]
     assert [row["step"] for row in train] == [1, 3, 6, 7]  # the first and the last always
@@ -146,12 +146,12 @@ def test_resumed_run_follows_the_uninterrupted_one_bit_for_bit(
     whole = make_trainer(*common)
     whole.fit()
     broken = make_trainer(*common, controllers=[At(step5=asks(Stop()))])
-    assert broken.fit() == "stopped"
+    assert broken.fit().name == "stopped"
     assert {3, 5} <= set(broken.run.steps())
     torch.manual_seed(999)  # a new process has another random state
     resumed = resume_trainer(broken.run, "3")  # not where it stopped: steps 4 and 5 are redone
     assert broken.run.steps() == [3]
-    assert resumed.fit() == "finished"
+    assert resumed.fit().name == "finished"
     assert without_time(records(resumed.run)) == without_time(records(whole.run))
     one, other = final_state(whole.run), final_state(resumed.run)
     assert one.keys() == other.keys()
@@ -218,7 +218,7 @@ def test_init_from_takes_weights_and_tokenizer_only(make_trainer: MakeTrainer) -
     for source in (f"{first.run.path}@3", first.run.checkpoint("last")):
         third = make_trainer(f"training.init_from={source}", "training.max_steps=1")
         assert torch.equal(third.model.state_dict()["norm.weight"], there["norm.weight"])
-        assert third.fit() == "finished"
+        assert third.fit().name == "finished"
 
 
 def test_init_from_another_shape_names_the_weight(make_trainer: MakeTrainer) -> None:
@@ -258,7 +258,7 @@ def test_a_failing_callback_is_reported_once_and_changes_nothing(
 ) -> None:
     recorder = Recorder()
     trainer = make_trainer("training.max_steps=3", callbacks=[Failing(), recorder])
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     told = [text for text in recorder.messages if "dashboard" in text]
     assert told == ["Failing.on_step failed: RuntimeError: the disk of the dashboard is full"]
     plain = make_trainer("training.max_steps=3")

@@ -29,10 +29,11 @@ from ultrathink.orchestrator.steering.proposals import (
 from ultrathink.orchestrator.steering.rules import LOSS_KINDS, WEIGHT_KINDS, Situation
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
 from ultrathink.runs.decisions import ROLLBACK
-from ultrathink.training.callbacks import Callback, Controller, Ending, StepReport, ValidationReport
+from ultrathink.training.callbacks import Callback, Controller, StepReport, ValidationReport
 from ultrathink.training.change import Change
 from ultrathink.training.changes import AverageSnapshots, KeepState, Rollback
 from ultrathink.training.control import ControlQueue, TrainerControl
+from ultrathink.training.endings import Ending
 from ultrathink.training.records import ChangeRecord
 from ultrathink.training.run_log import RunLog
 from ultrathink.training.settings import LiveSettings

@@ -12,7 +12,8 @@ from ultrathink.parallel.placement import whole_weights
 from ultrathink.parallel.world import World
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.loading import empty_model
-from ultrathink.training.callbacks import Callback, Ending, StepReport
+from ultrathink.training.callbacks import Callback, StepReport
+from ultrathink.training.endings import Ending
 
 
 class StepBudgetRecorder(Callback):
@@ -51,7 +52,7 @@ class SampleWriter(Callback):
         self._step = report.step
 
     def on_end(self, ending: Ending | None) -> None:
-        if ending not in ("finished", "out of time"):
+        if ending is None or ending.can_resume:
             return
         sample = self.config.training.sample
         model = self.model

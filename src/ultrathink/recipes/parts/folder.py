@@ -32,6 +32,7 @@ def start_folder(
             write_manifest(
                 run.manifest,
                 build_manifest(
+                    "train",
                     data_hash=data.data_hash,
                     tokenizer_hash=data.tokenizer.fingerprint,
                     num_parameters=count_parameters(model).total,

@@ -19,6 +19,7 @@ from ultrathink.recipes.parts.resumed_data import decided
 from ultrathink.recipes.parts.resumed_state import check_changes, check_overrides
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
+from ultrathink.runs.manifest import check_run_kind
 from ultrathink.runs.segments import ConfigChange, differences, read_segments
 from ultrathink.training.budget import Budget
 
@@ -50,7 +51,8 @@ class ResumePlan:
             return False
         elapsed_s = self.plain["progress"]["elapsed_s"]
         limit = self.config.training.max_minutes
-        return Budget(**self.plain["budget"]).ending(self.step, elapsed_s, limit) is not None
+        ending = Budget(**self.plain["budget"]).ending(self.step, elapsed_s, limit)
+        return ending is not None and not ending.can_resume
 
     def release(self) -> None:
         """Release the run's lock, where the run is not resumed after all."""
@@ -105,6 +107,7 @@ def _lock_for_all(run: RunFolder, world: World) -> RunLock | None:
     error: Exception | None = None
     if world.is_main:
         try:
+            check_run_kind(run, "train")
             lock = RunLock.acquire(run)
             run.clean()
         except Exception as caught:

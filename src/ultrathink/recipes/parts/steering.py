@@ -10,9 +10,9 @@ from ultrathink.monitoring.records import Level
 from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.orchestrator.live import LiveWatch
 from ultrathink.orchestrator.steering.steering import Guard, Steering
-from ultrathink.training.memory import memory_in_use
+from ultrathink.training.host_states import host_bytes
+from ultrathink.training.memory import host_memory_in_use
 from ultrathink.training.run_log import RunLog
-from ultrathink.training.states import size_bytes
 from ultrathink.training.trainer import Trainer
 
 _SHARE_OF_FREE = 0.2
@@ -73,12 +73,13 @@ def room_for_snapshots(trainer: Trainer, config: SnapshotsConfig, before: int | 
     """How many snapshots fit, those that ``trainer`` holds among them.
 
     A run that had room for ``before`` and was resumed has it again, so that it goes the same way,
-    unless that would take twice the share of the free memory.
+    unless that would take twice the share of the free memory. They lie in the memory of the host,
+    which the processes of one machine divide equally.
     """
-    size = max(1, size_bytes(trainer.state_dict())) / _GIB
+    size = max(1, host_bytes(trainer.state_dict())) / _GIB
     if config.max_gib is not None:
         return min(_MOST, int(config.max_gib // size))
-    memory = memory_in_use()
+    memory = host_memory_in_use(trainer.world.local_size)
     free = memory.get("memory_limit", 2 * memory["memory"]) - memory["memory"]
     room = _SHARE_OF_FREE * max(0.0, free + len(trainer.snapshots.carried) * size) / size
     return before if before is not None and before <= 2 * room else min(_MOST, int(room))

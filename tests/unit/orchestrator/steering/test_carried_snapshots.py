@@ -43,7 +43,7 @@ def broken_after_a_resume(make: MakeTrainer, *overrides: str) -> Trainer:
     """Stop after step 106, go on, and break the weights after step 110."""
     stop = At(step106=asks(Stop()))
     trainer = make(*RUN, ACT, *overrides, controllers=[stop])
-    assert trainer.fit() == "stopped"
+    assert trainer.fit().name == "stopped"
     return resumed_and_broken(trainer.run)
 
 
@@ -272,7 +272,7 @@ def test_a_trial_of_rates_goes_on_after_a_resume(
     whole.fit()
     stop = StopsAfter(60)
     trainer = make_trainer(*RUN, ACT, *words, controllers=[stop])
-    assert trainer.fit() == "stopped"
+    assert trainer.fit().name == "stopped"
     assert set(steering_of(trainer).snapshots.held) == {"start", "best"}  # type: ignore[union-attr]
     again = resume_trainer(trainer.run)
     again.fit()

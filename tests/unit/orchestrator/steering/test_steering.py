@@ -238,9 +238,9 @@ def test_overfitting_ends_with_the_best_weights(make_trainer: MakeTrainer, may_s
     ending = trainer.fit()
     found = decisions(trainer, "stop_overfitting")
     if not may_stop:
-        assert (ending, found) == ("finished", [])
+        assert (ending.name, found) == ("finished", [])
         return
-    assert ending == "stopped"
+    assert ending.name == "stopped"
     [decision] = found
     best = min(recorder.validations, key=lambda report: report.loss)
     assert decision["after"] == best.step == trainer.progress.step
@@ -259,7 +259,7 @@ def test_its_own_failure_does_not_end_the_run(make_trainer: MakeTrainer) -> None
 
     steering.policy.decide = fail  # type: ignore[method-assign, assignment]
     steering.guard.leaves_out = fail  # type: ignore[method-assign, assignment]
-    assert trainer.fit() == "finished"
+    assert trainer.fit().name == "finished"
     for who in ("the orchestrator failed at step 1", "the guard failed"):
         [told] = [text for text in recorder.messages if who in text]
         assert "training goes on" in told
@@ -278,7 +278,7 @@ def test_it_resumes_with_all_that_it_knows(make_trainer: MakeTrainer) -> None:
     breaks = Breaks(110, scale_a_weight)
     trainer = make_trainer(*RUN, ACT, callbacks=[breaks], controllers=[StopsAt()])
     breaks.trainer = trainer
-    assert trainer.fit() == "stopped"
+    assert trainer.fit().name == "stopped"
     before = steering_of(trainer).state_dict()
     again = resume_trainer(trainer.run, controllers=[StopsAt()])
     assert steering_of(again).state_dict() == before

@@ -68,15 +68,16 @@ class Change(ABC):
 
 
 def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def is_count(value: object) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 POSITIVE = (lambda value: is_number(value) and value > 0, "must be a number above 0")
-COUNT = (is_count, "must be a whole number above 0")
+COUNT = (_is_count, "must be a whole number above 0")
 NOT_NEGATIVE = (lambda value: is_number(value) and value >= 0, "must be a number of 0 or above")
 
 

@@ -74,7 +74,7 @@ def test_the_page_says_all(run: RunFolder) -> None:
     }
     for words in (
         *("Bits per byte", "Validation loss", "Training loss", "Tokens", "Training time"),
-        *("finished at step 60 of 60", "INITIALIZATION", "rollback steps", "rule spike"),
+        *("finished at step 60 of 60", "INITIALIZATION", "rollback", "rule spike"),
         *("confidence 86%", "level 2, medium", "0.003 → 0.0015", "resolved at step 41"),
         *("The loss came back.", "It helped: the interval excludes 0.", "not resolved"),
         *("It did harm: the interval excludes 0.", "the interval includes 0", "by hand"),

@@ -184,24 +184,20 @@ def test_how_long_curves_are_equal(two: None, capsys: Out) -> None:
     assert "all 3 logged losses are equal at the steps that both have" in compare(capsys, "a", "d")
 
 
-def test_three_runs_with_a_metric_that_one_lacks(two: None, capsys: Out) -> None:
-    with_course(make_run(Path("runs"), "c"), 4.0, aux_balance=0.5)
-    out = compare(capsys, "a", "b", "c")
-    assert "  up to step  loss a       b       c  bits/byte a       b       c\n" in out
-    assert "  only c has the metric train aux_balance\n" in out
-
-
-def test_what_only_a_mixture_of_experts_measures_is_told_group_by_group(
+def test_metrics_that_only_some_have_are_told_of_experts_group_by_group(
     two: None, capsys: Out
 ) -> None:
     figures = {f"experts/{group}/{name}": 0.5 for group in ("skill", "meta")
                for name in ("gini", "dead", "dropped")}  # fmt: skip
-    with_course(make_run(Path("runs"), "c"), 3.0, **figures)
-    out = compare(capsys, "a", "c")
-    assert "  only c has the metrics train experts/meta/*\n" in out
+    for name in ("c", "d"):
+        with_course(make_run(Path("runs"), name), 3.0, aux_balance=0.5, **figures)
+    out = compare(capsys, "a", "c", "d")
+    assert "  up to step  loss a       c       d  bits/byte a       c       d\n" in out
+    assert "  only c and d have the metric train aux_balance\n" in out
+    assert "  only c and d have the metrics train experts/meta/*\n" in out
     assert out.count("experts/") == 2
-    answer = json.loads(compare(capsys, "a", "c", "--json"))
-    assert answer["curves"]["lone_metrics"]["train experts/skill/gini"] == ["c"]
+    answer = json.loads(compare(capsys, "a", "c", "d", "--json"))
+    assert answer["curves"]["lone_metrics"]["train experts/skill/gini"] == ["c", "d"]
 
 
 def test_steps_of_another_size_are_compared_by_tokens(two: None, capsys: Out) -> None:

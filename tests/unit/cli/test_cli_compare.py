@@ -76,6 +76,8 @@ def test_everything_side_by_side(two: None, capsys: Out) -> None:
         "  val loss, best                      4.0000 at 4  3.0000 at 4     -1.0000\n"
         "  bits/byte, best                     2.0000 at 4  1.5000 at 4     -0.5000\n"
     )
+    back = compare(capsys, "b", "a")
+    assert "  train loss, last                         0.7500       1.0000     +0.2500\n" in back
 
 
 def test_json_has_all_of_it(two: None, capsys: Out) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from ultrathink.runs.segments import Segment, read_segments
 # lines. What lies further back is not worth the time of a list of many runs.
 SEARCHED_BYTES = 4 * 2**20
 _BLOCK_BYTES = 2**16
+_HEAD = re.compile(rb'\{"step": (\d+), "split": "(train|val)", .*\}\n$')  # as records are written
 
 Found = TypeVar("Found")
 Row = dict[str, Any]
@@ -181,13 +184,20 @@ class RunReader:
         ``SEARCHED_BYTES`` from the end; what a rollback undid does not count.
         """
         found: dict[str, MetricRecord] = {}
+        first = {"train": math.inf, "val": math.inf}  # the lowest step of each among later lines
         for line in _lines_backwards(self.run.metrics):
-            if ("val" if b'"val"' in line else "train") in found:
+            head = _HEAD.match(line)
+            if head is not None and (split := head[2].decode()) in found:
+                first[split] = min(first[split], int(head[1]))
                 continue  # not parsed: there are many
             record = _record(line, parse_object(line))
-            if record is None or any(is_undone(record, later) for later in found.values()):
+            if record is None:
                 continue
-            found.setdefault(record.split, record)
+            undone = record.step >= first["train"] or record.step > first["val"]
+            undone |= record.split == "val" and record.step == first["val"]
+            first[record.split] = min(first[record.split], record.step)
+            if not undone:
+                found.setdefault(record.split, record)
             if len(found) == 2:
                 break
         return found

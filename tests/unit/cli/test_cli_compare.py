@@ -79,6 +79,8 @@ def test_everything_side_by_side(two: None, capsys: Out) -> None:
         "  val loss, best                      4.0000 at 4  3.0000 at 4     -1.0000\n"
         "  bits/byte, best                     2.0000 at 4  1.5000 at 4     -0.5000\n"
     )
+    back = compare(capsys, "b", "a")
+    assert "  train loss, last                         0.7500       1.0000     +0.2500\n" in back
 
 
 def test_json_has_all_of_it(two: None, capsys: Out) -> None:
@@ -177,17 +179,20 @@ def test_how_long_curves_are_equal(two: None, capsys: Out) -> None:
     assert "all 3 logged losses are equal at the steps that both have" in compare(capsys, "a", "d")
 
 
-def test_what_only_a_mixture_of_experts_measures_is_told_group_by_group(
+def test_metrics_that_only_some_have_are_told_of_experts_group_by_group(
     two: None, capsys: Out
 ) -> None:
     figures = {f"experts/{group}/{name}": 0.5 for group in ("skill", "meta")
                for name in ("gini", "dead", "dropped")}  # fmt: skip
-    with_course(make_run(Path("runs"), "c"), 3.0, **figures)
-    out = compare(capsys, "a", "c")
-    assert "  only c has the metrics train experts/meta/*\n" in out
+    for name in ("c", "d"):
+        with_course(make_run(Path("runs"), name), 3.0, aux_balance=0.5, **figures)
+    out = compare(capsys, "a", "c", "d")
+    assert "  up to step  loss a       c       d  bits/byte a       c       d\n" in out
+    assert "  only c and d have the metric train aux_balance\n" in out
+    assert "  only c and d have the metrics train experts/meta/*\n" in out
     assert out.count("experts/") == 2
-    answer = json.loads(compare(capsys, "a", "c", "--json"))
-    assert answer["curves"]["lone_metrics"]["train experts/skill/gini"] == ["c"]
+    answer = json.loads(compare(capsys, "a", "c", "d", "--json"))
+    assert answer["curves"]["lone_metrics"]["train experts/skill/gini"] == ["c", "d"]
 
 
 def test_what_was_changed_on_resuming_is_told(two: None, capsys: Out) -> None:

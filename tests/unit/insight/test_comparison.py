@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.runs.trained_runs import make_run, train_line, val_line, write_lines
-from ultrathink.core.errors import CheckpointError
 from ultrathink.insight.comparison import (
     ABSENT,
     MAX_ROWS,
@@ -87,13 +86,6 @@ def test_a_run_without_manifest_or_metrics_is_compared_in_the_rest(tmp_path: Pat
     assert found.stretches == ()
     assert [a.num_common for a in found.agreements[0]] == [0, 0]
     assert {f.name: f.values for f in found.figures}["steps"] == (5, None)
-
-
-def test_a_configuration_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    (run.path / "config.yaml").write_text("[")
-    with pytest.raises(CheckpointError, match=r"config\.yaml is damaged"):
-        read_side(run, "a")
 
 
 def test_losses_are_means_over_stretches_that_both_have_taken(tmp_path: Path) -> None:
@@ -224,9 +216,3 @@ def test_figures_are_the_last_and_the_best(tmp_path: Path) -> None:
     assert values["bits_per_byte"] == (1.5, None)
     assert values["tokens_per_sec"] == (100.0, None)
     assert found["val_loss"].differences == (0.0, None)
-
-
-def test_metrics_that_only_some_have_are_told(tmp_path: Path) -> None:
-    balanced = course(5, aux_balance=0.1)
-    found = compared(tmp_path, [*course(5), val_line(5, 1.0)], balanced, balanced)
-    assert found.lone_metrics == {"train aux_balance": ("r1", "r2")}

@@ -129,7 +129,26 @@ def test_a_new_file_may_have_another_name(tmp_path: Path) -> None:
     assert texts(file)[0].endswith(f"what follows goes to {tmp_path / 'logs' / 'second'}")
 
 
-def test_a_file_that_was_cut_goes_on_at_its_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "end", "after"),
+    [
+        (b"a\nhalf of a li", b"\n", b"a\nhalf of a li\nb\nc\n"),  # torn by a crash
+        (b"before", b"", b"beforeb\nc\n"),  # entries that know their length
+        (b"", b"\n", b"b\nc\n"),
+    ],
+)
+def test_what_a_file_ends_with_is_not_continued(
+    before: bytes, end: bytes, after: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(before)
+    file = appender(path, end=end)
+    append(file, "b", "c")
+    assert path.read_bytes() == after
+    assert texts(file) == []
+
+
+def test_a_file_that_was_cut_is_named_and_one_that_grew_is_no_loss(tmp_path: Path) -> None:
     path = tmp_path / "log"
     file = appender(path)
     append(file, "a", "b", "c")
@@ -138,34 +157,10 @@ def test_a_file_that_was_cut_goes_on_at_its_end(tmp_path: Path) -> None:
     assert path.read_text() == "a\nb\nd\n"
     (note,) = texts(file)
     assert note.startswith(f"{path} was cut or replaced while the run wrote to it")
-
-
-def test_a_line_that_a_crash_tore_is_not_continued(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    path.write_text("a\nhalf of a li")
-    file = appender(path)
-    append(file, "b", "c")
-    assert path.read_text() == "a\nhalf of a li\nb\nc\n"
-    assert texts(file) == []
-
-
-def test_entries_that_know_their_length_get_nothing_in_between(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    path.write_bytes(b"before")
-    file = appender(path, end=b"")
-    file.append(b"a")
-    file.append(b"b")
-    assert path.read_bytes() == b"beforeab"
-
-
-def test_a_file_that_grew_or_was_rewritten_is_no_loss(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    file = appender(path)
-    append(file, "a")
-    (tmp_path / "copy").write_text("a\nmine\n")
+    (tmp_path / "copy").write_text("a\nb\nd\nmine\n")
     (tmp_path / "copy").replace(path)
-    append(file, "b")
-    assert path.read_text() == "a\nmine\nb\n"
+    append(file, "e")
+    assert path.read_text() == "a\nb\nd\nmine\ne\n"
     assert texts(file) == []
 
 

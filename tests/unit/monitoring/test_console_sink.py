@@ -232,6 +232,7 @@ def test_what_does_not_fit_a_narrow_terminal_is_left_out(monkeypatch: pytest.Mon
     assert "51/100  51%  25s left" in frame
     assert "loss 3.0000   lr 1.00e-02" in frame
     assert "val loss 3.2500   bits/byte 1.500   perplexity" not in text
+    assert "\u2026" not in text  # a figure is shown whole or not at all
     assert max(map(len, re.split(r"[\r\n]", text))) <= 40
 
 

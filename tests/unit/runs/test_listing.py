@@ -75,50 +75,25 @@ def test_a_length_that_only_the_checkpoint_knows(tmp_path: Path) -> None:
     assert summarize(run, lambda state, config: False).total_steps == 20
 
 
-def truncate_tensors(run: RunFolder) -> None:
-    [file] = run.checkpoint("last").glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:-10])
-
-
-def garble_state(run: RunFolder) -> None:
-    (run.checkpoint("last") / "state.json").write_text("{")
-
-
-def remove_state(run: RunFolder) -> None:
-    (run.checkpoint("last") / "state.json").unlink()
-
-
-def remove_checksums(run: RunFolder) -> None:
-    (run.checkpoint("last") / "checksums.json").unlink()
-
-
-def remove_config(run: RunFolder) -> None:
-    (run.path / "config.yaml").unlink()
-
-
-def garble_config(run: RunFolder) -> None:
-    (run.path / "config.yaml").write_text("training: [")
-
-
-def empty_config(run: RunFolder) -> None:
-    (run.path / "config.yaml").write_text("model: {}\n")
+LAST = "checkpoints/step_00000010"
 
 
 @pytest.mark.parametrize(
-    ("damage", "problem"),
+    ("name", "content", "problem"),
     [
-        (truncate_tensors, "checkpoints/step_00000010 is not whole"),
-        (garble_state, "checkpoints/step_00000010 is damaged: state.json cannot be read"),
-        (remove_state, "checkpoints/step_00000010 is not a checkpoint: it has no state.json"),
-        (remove_checksums, "checkpoints/step_00000010 is not whole"),
-        (remove_config, "config.yaml is missing"),
-        (garble_config, "config.yaml is damaged"),
-        (empty_config, "config.yaml has no section training"),
+        (f"{LAST}/*.safetensors", "cut", f"{LAST} is not whole"),
+        (f"{LAST}/state.json", "{", f"{LAST} is damaged: state.json cannot be read"),
+        (f"{LAST}/state.json", None, f"{LAST} is not a checkpoint: it has no state.json"),
+        (f"{LAST}/checksums.json", None, f"{LAST} is not whole"),
+        ("config.yaml", None, "config.yaml is missing"),
+        ("config.yaml", "training: [", "config.yaml is damaged"),
+        ("config.yaml", "model: {}\n", "config.yaml has no section training"),
     ],
 )
-def test_damage_is_said(tmp_path: Path, damage: Any, problem: str) -> None:
+def test_damage_is_said(tmp_path: Path, name: str, content: str | None, problem: str) -> None:
     run = make_run(tmp_path, saved=[5, 10])
-    damage(run)
+    [path] = run.path.glob(name)
+    path.unlink() if content is None else path.write_text(content)
     found = summary(run)
     assert found.state == "damaged"
     assert found.problem is not None

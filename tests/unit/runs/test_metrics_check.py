@@ -104,6 +104,9 @@ def test_how_often_was_logged_is_followed_over_the_segments(run: RunFolder) -> N
     assert found(run, logged(run, 2)) == [("ok", "6 lines, up to step 34")]
     write_lines(run.metrics, train_lines(1, 10, 20, 30, 34))
     assert found(run, logged(run, 2)) == [("damaged", "1 logged step is missing: 32")]
+    resumed(0)  # from before all of it
+    write_lines(run.metrics, train_lines(1, 10, 20))
+    assert found(run, logged(run, 10)) == [("ok", "3 lines, up to step 20")]
 
 
 def test_a_gap_is_no_damage_where_sinks_were_changed(run: RunFolder) -> None:

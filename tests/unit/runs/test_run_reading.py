@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.runs.trained_runs import train_line, val_line, write_lines
@@ -56,6 +56,7 @@ def that_count(steps: list[tuple[int, str]]) -> list[tuple[int, str]]:
     ]
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     course=st.lists(
         st.tuples(st.integers(1, 6), st.booleans()) | st.sampled_from(TORN), max_size=12

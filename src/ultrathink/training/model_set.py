@@ -57,3 +57,4 @@ class ModelSet:
     trained: Transformer
     accumulation: Accumulation | None = None  # of its gradients, where it is divided
     frozen: Mapping[str, FrozenModel] = field(default_factory=dict)  # by the objective's names
+    frozen_hash: str | None = None  # of their weights, which checkpoints do not hold

@@ -63,7 +63,8 @@ def test_a_slip_in_any_key_is_answered_with_that_key(key: str) -> None:
             file.write_text(
                 f"model: {{rope_scaling: {{type: linear, factor: 2}}, "
                 f"moe: {{groups: [{{name: a, num_experts: 8, top_k: 2}}]}}}}\n"
-                f"training: {{max_steps: 3, optimizer: {optimizer}, schedule: wsd}}\n"
+                f"training: {{max_steps: 3, optimizer: {optimizer}, schedule: wsd, "
+                f"objective: {{type: distill, teacher: x}}}}\n"
                 f"data: {{train: [{source}], val: [{source}]}}\n"
             )
             text = message(f"{where}.{slip}=1".lstrip("."), source="all.yaml")

@@ -23,6 +23,9 @@ from ultrathink.config import load_config
 from ultrathink.config.objective import OBJECTIVES, ObjectiveConfig
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.data.batch import Batch
+from ultrathink.data.tokenizers.base import load_tokenizer
+from ultrathink.inference.engine import Engine
+from ultrathink.inference.sampling import SamplingParams
 from ultrathink.parallel.world import (
     PeerFailedError,
     join_world,
@@ -43,6 +46,7 @@ from ultrathink.training.changes import (
     Stop,
 )
 from ultrathink.training.control import TrainerControl
+from ultrathink.training.model_set import inference_view
 from ultrathink.training.model_state import region_needed
 from ultrathink.training.objectives.base import LOSS, Losses
 from ultrathink.training.objectives.pretrain import Pretraining
@@ -116,6 +120,26 @@ def weights_at_rest(place: str, *overrides: str) -> dict[str, tuple[int, int]]:
         }
     finally:
         trainer.close()
+
+
+def train_and_write(place: str, *overrides: str) -> tuple[str, list[str]]:
+    """Let the model write before the first step and after the second; the run, and the texts."""
+    trainer = new_trainer(place, *overrides)
+    tokenizer = load_tokenizer(trainer.run.tokenizer)
+    params = SamplingParams(max_new_tokens=6, temperature=0.7, seed=3)
+    train_step, texts = trainer.train_step, []
+
+    def write_and_train() -> StepReport:
+        if trainer.progress.step in (0, 2):
+            with inference_view(trainer.model) as model:
+                engine = Engine(model, tokenizer, in_training=True)
+                texts.append(engine.generate("the ", params).text)
+                torch.rand(1)
+        return train_step()
+
+    trainer.train_step = write_and_train  # type: ignore[method-assign]
+    trainer.fit()
+    return str(trainer.run.path), texts
 
 
 def train(place: str, *overrides: str) -> str:

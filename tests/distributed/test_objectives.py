@@ -44,6 +44,16 @@ def test_two_passes_with_one_backward_pass(
 
 
 @pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
+    """A run on one process that writes, which one that does not write equals."""
+    place = tmp_path_factory.mktemp("writing")
+    words = (*FP64, "model.dropout=0.1")
+    run, texts = tasks.train_and_write(str(place), *words)
+    assert_equal(tasks.train(str(place / "plain"), *words), run, 0.0)
+    return run, texts
+
+
+@pytest.fixture(scope="module")
 def distill(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The option that names a teacher, of another shape."""
     words = ("model.hidden_size=16", "model.num_layers=3", "model.init={std: 0.5}", "run.seed=9")
@@ -82,3 +92,16 @@ def test_a_teacher_is_divided_where_the_model_is(
     ):
         mine, whole = held["teacher"]
         assert 0.4 * whole < mine < 0.6 * whole
+
+
+@STAGES
+def test_a_model_in_training_writes_as_one_process_does(
+    two: Pool, tmp_path: Path, alone: tuple[str, list[str]], overrides: tuple[str, ...]
+) -> None:
+    """It writes before training and amid it, and what is learned stays the same to the bit."""
+    words = (*FP64, "model.dropout=0.1")
+    (run, texts), other = two.run(tasks.train_and_write, str(tmp_path / "two"), *words, *overrides)
+    assert texts == other[1]
+    assert texts[0] == alone[1][0]  # dropout is another one from then on
+    plain, _ = two.run(tasks.train, str(tmp_path / "plain"), *words, *overrides)
+    assert_equal(plain, run, 0.0)

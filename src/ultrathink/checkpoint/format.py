@@ -268,7 +268,7 @@ def _read_content(folder: Path) -> dict[str, Any]:
     if form in _EARLIER_FORMATS:
         raise CheckpointError(
             f"{folder} was written by an earlier version of ultrathink, whose checkpoints this one "
-            f"does not read; use that version (the run's manifest.json names it), or start a new run."
+            f"does not read; use that version (the run's manifest.json names it) or a new run."
         )
     if form not in (FORMAT, FORMAT_IN_PIECES):
         raise CheckpointError(

@@ -44,12 +44,17 @@ class Generation:
 class Engine:
     """Generates text from a model and its tokenizer, for one prompt or a batch of them.
 
-    The model stays as it was: its weights, and the training or evaluation mode of each module.
+    The model stays as it was: its weights, and the training or evaluation mode of each module. With
+    ``in_training`` it may be one that training goes on with: weights that its passes gather from
+    other processes are not tensors of inference mode, which training could not use.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, *, in_training: bool = False
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._without_gradients = torch.no_grad if in_training else torch.inference_mode
 
     @overload
     def generate(self, prompts: str, params: SamplingParams | None = None) -> Generation: ...
@@ -104,7 +109,6 @@ class Engine:
                     cache.select(rows)
                     texts = [texts[row] for row in rows]
 
-    @torch.inference_mode()
     def _next_logits(self, texts: list[_Continuation], cache: CacheView) -> Tensor:
         """Logits ``[B, V]`` of the token after what is unread of each text; the cache reads it now.
 
@@ -112,10 +116,11 @@ class Engine:
         """
         lengths = [len(text.unread) for text in texts]
         rows = [text.unread + [0] * (max(lengths) - len(text.unread)) for text in texts]
-        input_ids = torch.tensor(rows, device=self.model.device)
-        logits = self.model(input_ids, lengths=lengths, cache=cache, last_only=True).logits
-        assert logits is not None, "no labels were given"
-        return limit_vocabulary(logits[:, -1], self.tokenizer.vocab_size)
+        with self._without_gradients():
+            input_ids = torch.tensor(rows, device=self.model.device)
+            logits = self.model(input_ids, lengths=lengths, cache=cache, last_only=True).logits
+            assert logits is not None, "no labels were given"
+            return limit_vocabulary(logits[:, -1], self.tokenizer.vocab_size)
 
 
 class _Continuation:

@@ -93,6 +93,7 @@ def shard_model(
 
 
 def release(model: Transformer) -> None:
-    """Free what a pass of a frozen ``model`` has left gathered, where that is divided."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+    """Free what passes of a ``model`` without backward passes have left gathered, if anything."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

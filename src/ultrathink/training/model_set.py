@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ultrathink.core.random import random_state, set_random_state
 from ultrathink.model.output import ModelOutput
 from ultrathink.model.transformer import Transformer
 from ultrathink.parallel.sharding import Accumulation, release
@@ -50,6 +51,21 @@ class FrozenModel:
         return output.head
 
 
+@contextmanager
+def inference_view(model: Transformer) -> Iterator[Transformer]:
+    """``model`` to generate from amid training, which goes on as if nothing had been.
+
+    Where it is divided among processes it stays so, and weights are gathered as in a step: all
+    processes generate the same texts, from the same seed.
+    """
+    before = random_state()
+    try:
+        yield model
+    finally:
+        release(model)
+        set_random_state(before)
+
+
 @dataclass(frozen=True)
 class ModelSet:
     """The models of a run, ready for this machine."""
@@ -57,3 +73,4 @@ class ModelSet:
     trained: Transformer
     accumulation: Accumulation | None = None  # of its gradients, where it is divided
     frozen: Mapping[str, FrozenModel] = field(default_factory=dict)  # by the objective's names
+    frozen_hash: str | None = None  # of their weights, which checkpoints do not hold

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from ultrathink.config import load_config
+from ultrathink.config.model import ModelConfig
+from ultrathink.config.size import sizes
 from ultrathink.core.errors import ConfigError
 from ultrathink.training import attention_choice, hardware
-from ultrathink.training.choices import choose
+from ultrathink.training.choices import _micro_batch_size, choose
 from ultrathink.training.compiling import should_compile
 from ultrathink.training.hardware import choose_device, choose_precision, measured_rate, peak_flops
 
@@ -164,3 +166,20 @@ def test_a_kernel_that_does_not_take_the_precision_is_told() -> None:
     )
     with pytest.raises(ConfigError, match=r"takes fp32 and bf16, and training\.precision is"):
         choose(config, None)
+
+
+def test_a_frozen_model_takes_memory_from_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights, and the activations of one layer at a time."""
+    config = load_config("debug", ["training.batch_size=4096", "model.num_layers=4"])
+    weights = 4 * sizes(config.model).total
+
+    def chosen(free: int, *frozen: ModelConfig) -> int:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+        return _micro_batch_size(config, torch.device("cuda"), 4096, frozen)
+
+    plenty = 1 << 28
+    alone = chosen(plenty)
+    assert alone == 256  # 289 fit
+    assert chosen(plenty + weights, config.model) == 128  # 231: five layers of activations, not 4
+    assert chosen(2 * plenty, config.model) == 256
+    assert chosen(weights, config.model) == 1

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.unit.training.conftest import TINY, MakeTrainer
 from ultrathink.checkpoint.format import load_checkpoint
@@ -19,6 +20,7 @@ from ultrathink.interop.export import export_run
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.recipes.train import build_trainer
 from ultrathink.runs.loading import load_model
+from ultrathink.training.model_set import FrozenModel
 from ultrathink.training.objectives.distill import Distillation
 from ultrathink.training.trainer import Trainer
 
@@ -97,6 +99,34 @@ def test_weight_and_temperature_are_live(make_trainer: MakeTrainer, teacher: Pat
         results.append(trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1))
     assert results[0].grad_norm == results[1].grad_norm
     assert results[0].aux_losses == results[1].aux_losses
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what is going
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_compiled_pass_is_one_graph_for_all_temperatures(
+    make_trainer: MakeTrainer, teacher: Path, direction: str
+) -> None:
+    """Values and gradients are those of the eager pass, the teacher's graph is its own."""
+    trainer = make_trainer(FP64, objective(teacher, direction=direction, temperature=2.0))
+    learned, batch = trainer.objective, trainer.loader.next_batch()
+    assert isinstance(learned, Distillation)
+    found = []
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(learned.sums_beside, fullgraph=True, dynamic=False, backend=counter)
+    asked = FrozenModel(learned.teacher.model)
+    asked._pass = torch.compile(asked._pass, fullgraph=True, dynamic=False, backend=counter)
+    for passes, frozen in ((learned.sums_beside, learned.teacher), (compiled, asked)):
+        learned.sums_beside, learned.teacher = passes, frozen
+        for temperature in (2.0, 0.5):
+            learned.temperature.fill_(temperature)
+            learned.weight.fill_(1 / temperature)
+            result = trainer.stepper.take_step(batch, trainer.settings, 0.0)
+            found.append((result.loss, result.aux_losses["kl"], result.grad_norm))
+    torch._dynamo.reset()
+    assert counter.frame_count == 2  # the student's and the teacher's
+    for eager, graph in zip(found[:2], found[2:], strict=True):
+        assert graph == pytest.approx(eager, rel=1e-10)
 
 
 def test_a_teacher_is_frozen_and_no_part_of_a_checkpoint(

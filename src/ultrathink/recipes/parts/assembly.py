@@ -8,6 +8,7 @@ from typing import Any
 from ultrathink.config.monitoring import SINKS
 from ultrathink.config.objective import OBJECTIVES
 from ultrathink.config.schema import Config
+from ultrathink.config.training import TrainingConfig
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.errors import ConfigError, suggestion
 from ultrathink.core.random import seed_everything
@@ -19,15 +20,18 @@ from ultrathink.model.flops import flops_per_token
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.records import Level
 from ultrathink.orchestrator.live import LiveWatch
+from ultrathink.parallel.mesh import ParallelDims
 from ultrathink.parallel.restarts import remember_run
 from ultrathink.parallel.watchdog import Watchdog
 from ultrathink.recipes.parts.callbacks import SampleWriter, StepBudgetRecorder
 from ultrathink.recipes.parts.heading import heading
-from ultrathink.recipes.parts.models import FoundModel, ReadyModels, ready_models
+from ultrathink.recipes.parts.models import FoundModel, ready_models
 from ultrathink.recipes.parts.steering import steer
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Controller, MetricsCallback
 from ultrathink.training.choices import Choices
+from ultrathink.training.compiling import Compilation
+from ultrathink.training.model_set import ModelSet
 from ultrathink.training.objectives.base import Objective, Parts
 from ultrathink.training.offload import HostCopies
 from ultrathink.training.optimizers import build_optimizers
@@ -55,7 +59,6 @@ def assemble(
 ) -> Trainer:
     """The parts of a run, made for this machine and wired; nothing is loaded or trained yet."""
     training = config.training
-    assert isinstance(training.micro_batch_size, int), "choose() has set it"
     tokens_per_step = training.batch_size * config.data.seq_len
     world, dims = choices.world, choices.dims
 
@@ -72,11 +75,9 @@ def assemble(
     )
     watches = config.orchestrator.mode != "off" and world.is_main
     samples = SampleWriter(config, model, data.tokenizer, metrics.sinks, world)
-    ready = ready_models(config, model, frozen, choices)
-    objective = _objective(config, data, ready, choices)
-    watch = None
-    if watches:
-        watch = LiveWatch(run, tell, metrics.sinks.phase, without=objective.without_detectors)
+    objective = _objective(config, data, ready_models(config, model, frozen, choices), choices)
+    without = objective.without_detectors
+    watch = LiveWatch(run, tell, metrics.sinks.phase, without=without) if watches else None
     trainer = Trainer(
         objective=objective,
         loader=TrainLoader(
@@ -92,14 +93,7 @@ def assemble(
         stepper=_stepper(config, objective, choices),
         training=training,
         run=run,
-        settings=LiveSettings(
-            clip=training.clip,
-            micro_batch_size=largest_divisor(
-                dims.share(training.batch_size), training.micro_batch_size
-            ),
-            eval_every=training.eval.every_steps,
-            activation_checkpointing=training.activation_checkpointing,
-        ),
+        settings=_settings(training, dims),
         device=choices.device,
         callbacks=[
             StepBudgetRecorder(run, config),
@@ -124,15 +118,28 @@ def assemble(
     if config.orchestrator.mode == "act":
         steer(trainer, config.orchestrator, watch, log, metrics.sinks)
     remember_run(run.path, world)
-    trainer.identity = {**_identity(data, trainer.loader), "frozen_hash": ready.frozen_hash}
+    trainer.identity = _identity(data, trainer.loader, objective.models)
     warnings = [*choices.warnings, *_skipped(data), *data.notes]
     trainer.remarks = [(text, "warning") for text in warnings]
     return trainer
 
 
-def _identity(data: PreparedData, loader: TrainLoader) -> dict[str, Any]:
-    """Hashes that have to be the same for a checkpoint to be resumed."""
+def _settings(training: TrainingConfig, dims: ParallelDims) -> LiveSettings:
+    assert isinstance(training.micro_batch_size, int), "choose() has set it"
+    return LiveSettings(
+        clip=training.clip,
+        micro_batch_size=largest_divisor(
+            dims.share(training.batch_size), training.micro_batch_size
+        ),
+        eval_every=training.eval.every_steps,
+        activation_checkpointing=training.activation_checkpointing,
+    )
+
+
+def _identity(data: PreparedData, loader: TrainLoader, models: ModelSet) -> dict[str, Any]:
+    """Hashes of the data and of frozen models, which must be the same for a run to go on."""
     return {
+        "frozen_hash": models.frozen_hash,
         "data_hash": data.data_hash,
         "tokenizer_hash": data.tokenizer.fingerprint,
         "tokenizer_behavior": behavior_hash(data.tokenizer),
@@ -141,15 +148,16 @@ def _identity(data: PreparedData, loader: TrainLoader) -> dict[str, Any]:
 
 
 def _objective(
-    config: Config, data: PreparedData, ready: ReadyModels, choices: Choices
+    config: Config, data: PreparedData, ready: tuple[ModelSet, Compilation], choices: Choices
 ) -> Objective:
     """What the run learns."""
     training, packing = config.training, config.data.packing
+    models, compilation = ready
     parts = Parts(
-        ready.models,
+        models,
         device=choices.device,
         isolate_documents=packing.enabled and packing.isolate_documents,
-        compilation=ready.compilation,
+        compilation=compilation,
         dp_group=choices.dims.dp_group,
         held_out=ValidationSet(data.val_stores, config.data.seq_len) if data.val_stores else None,
         scored_tokens=training.eval.max_tokens,

@@ -8,12 +8,11 @@ from ultrathink.inference.engine import Engine
 from ultrathink.inference.sampling import SamplingParams
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.records import Sink
-from ultrathink.parallel.placement import whole_weights
 from ultrathink.parallel.world import World
 from ultrathink.runs.folder import RunFolder
-from ultrathink.runs.loading import empty_model
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.endings import Ending
+from ultrathink.training.model_set import inference_view
 
 
 class StepBudgetRecorder(Callback):
@@ -55,21 +54,15 @@ class SampleWriter(Callback):
         if ending is None or ending.can_resume:
             return
         sample = self.config.training.sample
-        model = self.model
-        if self.world.size > 1 and sample.prompts:
-            weights = whole_weights(model)  # all processes give their parts
-            if not self.world.is_main:
-                return
-            model = empty_model(self.config.model)
-            model.load_state_dict(weights)
-            model.eval()
-        engine = Engine(model, self.tokenizer)
         params = SamplingParams(
             max_new_tokens=sample.max_new_tokens,
             temperature=sample.temperature,
             top_p=sample.top_p,
             seed=self.config.run.seed,
         )
-        for prompt in sample.prompts:
-            text = engine.generate(prompt, params).text
-            self.sink.sample(self._step, prompt, text)
+        with inference_view(self.model) as model:
+            engine = Engine(model, self.tokenizer, in_training=True)
+            for prompt in sample.prompts:
+                text = engine.generate(prompt, params).text
+                if self.world.is_main:
+                    self.sink.sample(self._step, prompt, text)

@@ -79,19 +79,11 @@ def _find(name: str, source: FrozenSource, config: Config) -> FoundModel:
     return FoundModel(name, source, model, tokenizer, lambda empty: load_weights(empty, weights))
 
 
-@dataclass(frozen=True)
-class ReadyModels:
-    """The models of a run on their device, compiled and divided as configured."""
-
-    models: ModelSet
-    compilation: Compilation
-    frozen_hash: str | None  # of the weights of those that checkpoints do not hold
-
-
 def ready_models(
     config: Config, model: Transformer, frozen: Sequence[FoundModel], choices: Choices
-) -> ReadyModels:
-    """Make ``model``, which is trained, and the ``frozen`` ones ready for this machine."""
+) -> tuple[ModelSet, Compilation]:
+    """``model``, which is trained, and the ``frozen`` ones on their device, compiled and divided as
+    configured."""
     if choices.device.type == "cpu":
         keep_freed_memory()  # not before: what building leaves free would stay taken, in pieces
     several = choices.world.size > 1
@@ -118,8 +110,8 @@ def ready_models(
         if mesh is not None:
             assert accumulation is not None
             shard_model(other, mesh, config.parallel, accumulation.clock)
-    models = ModelSet(model, accumulation, asked)
-    return ReadyModels(models, compilation, digest.hexdigest() if frozen else None)
+    frozen_hash = digest.hexdigest() if frozen else None
+    return ModelSet(model, accumulation, asked, frozen_hash), compilation
 
 
 def _prepare(model: Transformer, config: Config, compilation: Compilation) -> None:

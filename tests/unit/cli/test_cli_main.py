@@ -154,6 +154,8 @@ def test_a_fault_of_the_system_is_one_line(
 def test_memory_that_does_not_suffice_is_one_line(
     error: Exception, command: Callable[[Run], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import torch  # noqa: F401 - whose errors are known by their words, once it is there
+
     command(failing(error))
     assert main(["probe"]) == 1
     assert capsys.readouterr().err.startswith("error: memory did not suffice; take a smaller model")

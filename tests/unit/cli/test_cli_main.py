@@ -5,7 +5,6 @@ import errno
 import os
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Callable
 
@@ -182,32 +181,21 @@ def test_a_command_is_imported_only_when_it_is_used(monkeypatch: pytest.MonkeyPa
 WITHOUT_TORCH = """
 import sys
 from ultrathink.cli.main import main
-assert main(sys.argv[1:]) == 0
-heavy = [name for name in ("torch", "numpy", "transformers", "rich") if name in sys.modules]
-assert not heavy, heavy
+for words in sys.argv[1:]:
+    assert main(words.split()) == 0
+    heavy = [name for name in ("torch", "numpy", "transformers", "rich") if name in sys.modules]
+    assert not heavy, (words, heavy)
 """
 
 
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--help"],
-        ["train", "--help"],
-        ["generate", "--help"],
-        ["config", "show"],
-        ["config", "check"],
-        ["config", "schema"],
-    ],
-)
-def test_what_needs_no_torch_does_not_wait_for_it(argv: list[str]) -> None:
-    began = time.perf_counter()
+def test_what_needs_no_torch_does_not_wait_for_it() -> None:
+    helps = [f"{name} --help" for name in ("train", "generate", "")]
+    words = [*helps, "config show", "config check", "config schema"]
     subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *argv],
+        [sys.executable, "-c", WITHOUT_TORCH, *words],
         check=True,
         stdout=subprocess.DEVNULL,
-        timeout=60,
     )
-    assert time.perf_counter() - began < 3  # 0.2 s on an idle machine; torch alone takes more
 
 
 def test_the_module_is_the_command() -> None:

@@ -1,6 +1,5 @@
 """One run on two processes, by its commands, and what may happen to the processes."""
 
-import hashlib
 import json
 import os
 import re
@@ -115,22 +114,6 @@ def test_a_mistake_is_told_once(start: type[Launched]) -> None:
     assert run.finish() == 2
     assert run.errors.count("error:") == 1
     assert "2 processes cannot be divided into 3 equal groups" in run.errors
-
-
-def test_a_checkpoint_of_a_newer_version_is_told_once(start: type[Launched]) -> None:
-    run = start("debug", *TINY, "training.max_steps=2")
-    assert run.finish() == 0, run.errors
-    state = run.run / "checkpoints" / "last" / "state.json"
-    state.write_text(state.read_text().replace('"format": 4', '"format": 99'))
-    sums = json.loads((state.parent / "checksums.json").read_text())
-    content = state.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    sums["state.json"] = {"size": len(content), "sha256": digest}
-    (state.parent / "checksums.json").write_text(json.dumps(sums))
-    again = start("--resume", "runs/together", "training.max_steps=4")
-    assert again.finish() == 2
-    assert again.errors.count("error:") == 1
-    assert "has format 99, this version reads 3 and 4" in again.errors
 
 
 def test_a_single_process_is_replaced_too(start: type[Launched]) -> None:

@@ -158,12 +158,11 @@ def start(tmp_path: Path) -> Iterator[type[Launched]]:
         one.kill()
 
 
-@pytest.mark.parametrize(("step", "goes_on_after"), [(1, 0), (8, 5)])
 def test_when_one_process_runs_out_all_start_again_smaller(
-    start: type[Launched], tmp_path: Path, step: int, goes_on_after: int
+    start: type[Launched], tmp_path: Path
 ) -> None:
     plugin = tmp_path / "scarce.py"
-    plugin.write_text(SCARCE.format(step=step))
+    plugin.write_text(SCARCE.format(step=8))
     words = ("debug", *TINY, "training.max_steps=12")
     run = start(f"--plugin={plugin}", *words, "training.checkpoint={every_steps: 5, keep: 9}")
     assert run.finish() == 0, run.errors
@@ -171,9 +170,9 @@ def test_when_one_process_runs_out_all_start_again_smaller(
     assert "error: process 1 ran out of memory with micro-batches of 2 (" in run.errors
     told = "process 1 ran out of memory; all start again from the last checkpoint (3 restarts left)"
     assert told in run.errors
-    assert f"micro_batch_size: 2 -> 1 (step {step} ran out of memory on process 1: " in run.errors
+    assert "micro_batch_size: 2 -> 1 (step 8 ran out of memory on process 1: " in run.errors
     assert "Traceback" not in run.errors
     assert [row["step"] for row in run.rows()] == list(range(1, 13))
     assert [path.name for path in run.run.parent.iterdir()] == ["together"]
     segments = (run.run / "segments.jsonl").read_text().splitlines()
-    assert [json.loads(line)["from_step"] for line in segments] == [0, goes_on_after]
+    assert [json.loads(line)["from_step"] for line in segments] == [0, 5]

@@ -7,19 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.numerics.test_llama_parity import copy_weights, hugging_face_options
+from tests.numerics.test_llama_parity import copy_weights, theirs_like
 from ultrathink.config import load_config
 from ultrathink.recipes.train import build_trainer
 
 STEPS, BATCH, LENGTH = 10, 4, 32
 
 
-def test_training_follows_a_plain_loop_over_hugging_face(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ULTRATHINK_CACHE", str(tmp_path / "cache"))
+def test_training_follows_a_plain_loop_over_hugging_face(tmp_path: Path) -> None:
     config = load_config(
         "debug",
         [
@@ -39,8 +35,8 @@ def test_training_follows_a_plain_loop_over_hugging_face(
     )
     trainer = build_trainer(config)
     torch.manual_seed(0)
-    theirs = LlamaForCausalLM(LlamaConfig(**hugging_face_options(config.model)))
-    copy_weights(theirs, trainer.model)  # type: ignore[arg-type]
+    theirs = theirs_like(trainer.model.config)
+    copy_weights(theirs, trainer.model)
 
     cursor = trainer.loader.state_dict()
     batches = [trainer.loader.next_batch() for _ in range(STEPS)]

@@ -222,15 +222,6 @@ def test_a_save_that_is_given_up_ends_in_a_moment_and_leaves_nothing(
     assert hidden(run.path) == []
 
 
-def test_who_gave_a_save_up_may_let_others_into_the_folder(run: RunFolder) -> None:
-    for step in range(1, 9):
-        saver = CheckpointSaver(run, keep=2)
-        saver.submit(step, state(step, 4_000_000), is_best=False)
-        saver.close(wait=False)
-        assert hidden(run.path) == []  # nobody writes there any more
-        run.clean()
-
-
 ENDING = """
 import signal, sys
 from pathlib import Path

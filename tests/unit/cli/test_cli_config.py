@@ -8,7 +8,6 @@ import yaml
 
 from ultrathink.cli.main import main
 from ultrathink.config import Config, docs, load_config
-from ultrathink.config.optimizer import OPTIMIZERS
 
 Out = pytest.CaptureFixture[str]
 
@@ -147,12 +146,6 @@ def build_sgd(*args):
 """
 
 
-@pytest.fixture
-def _own_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OPTIMIZERS, "_entries", dict(OPTIMIZERS._entries))
-
-
-@pytest.mark.usefixtures("_own_optimizers")
 def test_a_part_of_the_users_own_is_an_option_like_any_other(capsys: Out, tmp_path: Path) -> None:
     plugin = tmp_path / "my_parts.py"
     plugin.write_text(PLUGIN)
@@ -165,7 +158,6 @@ def test_a_part_of_the_users_own_is_an_option_like_any_other(capsys: Out, tmp_pa
     assert "sgd" in json.dumps(docs.json_schema(Config))
 
 
-@pytest.mark.usefixtures("_own_optimizers")
 def test_a_part_without_options_is_the_mistake_of_its_author(capsys: Out, tmp_path: Path) -> None:
     plugin = tmp_path / "my_parts_2.py"
     plugin.write_text(PLUGIN.replace(", options=SgdConfig", ""))

@@ -258,15 +258,6 @@ def test_the_bar_is_redrawn_a_few_times_a_second_at_most() -> None:
     sink.close()
 
 
-def test_an_unknown_length_has_no_share_and_no_time() -> None:
-    stream, clock = Terminal(), Clock()
-    sink = opened(stream, clock, total_steps=0)
-    simulate(clock, sink, steps=30, seconds=0.5)
-    sink.close()
-    assert "%" not in stream.text()
-    assert "left" not in stream.text()
-
-
 # -- streams that fail ------------------------------------------------------------------------
 
 

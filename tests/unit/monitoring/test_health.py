@@ -56,16 +56,6 @@ def test_a_failure_that_comes_back_is_told_again_but_not_every_time() -> None:
     assert told == 2 * (1 + 2000 // REPEAT_S)
 
 
-def test_what_fails_for_days_is_told_once() -> None:
-    clock = Clock()
-    health = Health("it", "so what", clock)
-    told = 0
-    for _ in range(100):
-        clock.now += REPEAT_S
-        told += len(health.failed("write", FULL))
-    assert told == 1
-
-
 def test_a_long_failure_is_told_even_where_a_short_one_was_just_before() -> None:
     clock = Clock()
     health = Health("it", "so what", clock)

@@ -218,21 +218,6 @@ def test_a_vanished_run_folder_is_made_anew(run: RunFolder) -> None:
     assert find_run(str(run.path)).steps() == [1]
 
 
-@pytest.mark.parametrize("lost", ["checkpoints", "logs", "config.yaml", "tokenizer"])
-def test_only_what_is_missing_is_written(run: RunFolder, lost: str) -> None:
-    run.tokenizer.mkdir()
-    (run.tokenizer / "a.json").write_text("{}")
-    files = run.founding()
-    run.manifest.write_text("newer")
-    path = run.path / lost
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert run.restore_founding({**files, "manifest.json": b"older"})
-    assert path.exists()
-    assert run.manifest.read_text() == "newer"
-    assert (run.tokenizer / "a.json").read_text() == "{}"
-    assert not run.restore_founding(files)
-
-
 # -- finding runs ---------------------------------------------------------------------------------
 
 

@@ -83,15 +83,6 @@ def test_a_run_is_free_as_soon_as_its_holder_is_killed(run: RunFolder) -> None:
             assert holding_pid(run) == os.getpid()
 
 
-def test_a_run_is_free_when_its_holder_ends_without_releasing(run: RunFolder) -> None:
-    with holding_process(run) as process:
-        assert process.stdin is not None
-        process.stdin.close()
-        assert process.wait() == 0
-    assert not (run.path / ".owner.json").exists()
-    assert holder(run) is None
-
-
 def test_a_second_trainer_of_one_process_is_refused(run: RunFolder) -> None:
     with (
         RunLock.acquire(run),

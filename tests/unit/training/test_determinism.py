@@ -20,12 +20,6 @@ from ultrathink.training.determinism import set_deterministic
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _switches_are_put_back() -> object:
-    yield
-    set_deterministic(False, CPU)
-
-
 def switches() -> tuple[object, ...]:
     return (
         torch.are_deterministic_algorithms_enabled(),

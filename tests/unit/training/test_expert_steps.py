@@ -90,12 +90,6 @@ def test_a_group_that_is_even_keeps_its_biases(make_trainer: MakeTrainer) -> Non
         assert bias.tolist() == pytest.approx([0.0] * 8 + [-0.01, 0.01, 0.01])
 
 
-def test_a_rate_of_zero_leaves_the_biases_alone(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(*FP64, "model.moe.balance.bias_rate=0")
-    take_steps(trainer, 2)
-    assert not any(bias.any() for bias in biases(trainer))
-
-
 def test_no_bias_moves_in_a_step_that_is_left_out(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(*FP64)
     take_steps(trainer, 1)

@@ -75,7 +75,6 @@ def test_a_bad_moment_at_the_start_does_not_decide_the_length(
     assert change.after == trainer.length.budget.total_steps
     assert change.after == trainer.run.read_config().training.step_budget
     assert 10 < trainer.progress.step <= change.after
-    assert trainer.elapsed_s() < 4.5
     decisions = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
     assert {decision["action"] for decision in decisions} == {"training.step_budget"}
     after_warmup = [report.lr for report in recorder.steps[change.step + 1 :]]

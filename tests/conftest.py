@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from tests.sharing import Shared
 # The models of the tests are tiny: a second thread gains nothing, and where other processes use
 # the cores, threads that wait for each other make a run ten times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What a shell starts in the background ignores interrupts, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: a machine that is busy with other things breaks no property.
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=60)

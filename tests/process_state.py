@@ -74,7 +74,8 @@ def restore(before: State) -> None:
         os.environ.update(before["environment"])
     os.chdir(before["folder"])
     for number, handler in before["signals"].items():
-        signal.signal(number, handler)
+        if handler is not None:  # as where it was not set by Python
+            signal.signal(number, handler)
     for name, level in before["loggers"].items():
         logging.getLogger(name).setLevel(level)
     for registry, names in zip(_REGISTRIES, before["registered"], strict=True):

@@ -131,6 +131,20 @@ class StepTimes:
         everyones = self.world.sums(mine)
         return Timing(tuple(everyones[:size]), tuple(everyones[size:]), steps)
 
+    def of_step(
+        self, step: int, seconds: float, *, is_due: bool
+    ) -> tuple[Timing | None, list[str]]:
+        """Count ``step``; its timing beside other processes where that is due, and a sentence for
+        each that holds up the others. A run of one process has none."""
+        if self.world.size == 1:
+            return None, []
+        self.add(seconds)
+        if step != 1 and not is_due:
+            return None, []
+        timing = self.compare()
+        # The first step compiles, each process at its own pace.
+        return timing, self.new_stragglers(timing) if step > 1 else []
+
     def new_stragglers(self, timing: Timing) -> list[str]:
         """A sentence for each process that has begun to hold up the others.
 

@@ -163,12 +163,14 @@ def _told(moe: MoeConfig | None) -> str:
 def weights_from(text: str, runs_dir: str) -> tuple[Path, RunFolder | None]:
     """The checkpoint that ``training.init_from`` names (RUN, RUN@step or a folder), and its run.
 
-    Warns where the last or best is damaged and an earlier one stands in.
+    Warns where the last or best is damaged and an earlier one stands in; CheckpointError where it
+    holds something else than a model.
     """
     path = Path(text)
     if (path / WEIGHTS_FILE).is_file():
         return path, RunFolder(path) if (path / "config.yaml").is_file() else None
     if (path / "state.json").is_file():
+        check_kind(path, "model")
         parent = path.resolve().parent.parent
         is_run = (parent / "config.yaml").is_file()
         return path, RunFolder(parent) if is_run else None
@@ -177,4 +179,5 @@ def weights_from(text: str, runs_dir: str) -> tuple[Path, RunFolder | None]:
     checkpoint, notes = run.sound_checkpoint(which, weights)
     for note in notes:
         warnings.warn(note, UserWarning, stacklevel=2)
+    check_kind(checkpoint, "model")
     return checkpoint, run

@@ -10,7 +10,7 @@ and is copied on the device before anything else.
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -134,6 +134,31 @@ class HostStates(MutableMapping[int, State]):
 
     def __len__(self) -> int:
         return len(self._held)
+
+
+@dataclass
+class Snapshots:
+    """The states behind handles, by their keys."""
+
+    states: HostStates = field(default_factory=HostStates)
+    carried: set[int] = field(default_factory=set)  # keys of those that checkpoints hold too
+
+    def take(self, key: int, state: State, *, in_checkpoints: bool) -> None:
+        """Copy ``state`` to the memory of the host, while training goes on where there is a GPU."""
+        self.states.take(key, state)
+        if in_checkpoints:
+            self.carried.add(key)
+
+    def keep(self, key: int, state: State, *, in_checkpoints: bool) -> None:
+        """Hold ``state``, which nobody changes any more."""
+        self.states[key] = state
+        if in_checkpoints:
+            self.carried.add(key)
+
+    def forget(self, key: int) -> None:
+        """Nobody can ask for it any more."""
+        self.states.pop(key, None)
+        self.carried.discard(key)
 
 
 def copied_to_host(

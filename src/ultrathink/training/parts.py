@@ -15,12 +15,12 @@ from ultrathink.parallel.world import Group, World
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.clock import Clock
 from ultrathink.training.endings import Ending
+from ultrathink.training.host_states import Snapshots
 from ultrathink.training.length import Length
 from ultrathink.training.model_state import ModelState, OptimizerState, SettingsState
 from ultrathink.training.run_state import Progress, RunState
 from ultrathink.training.saving import Saving
 from ultrathink.training.settings import LiveSettings
-from ultrathink.training.snapshots import Snapshots
 from ultrathink.training.stepping import Step
 
 

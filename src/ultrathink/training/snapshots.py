@@ -1,11 +1,8 @@
-"""Snapshots of a run in memory, and the handles that keep them."""
+"""The handles of a run's snapshots; their states are in ``host_states``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from ultrathink.core.protocols import State
-from ultrathink.training.host_states import HostStates
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -17,28 +14,3 @@ class Snapshot:
 
     step: int
     key: int
-
-
-@dataclass
-class Snapshots:
-    """The states behind handles, by their keys."""
-
-    states: HostStates = field(default_factory=HostStates)
-    carried: set[int] = field(default_factory=set)  # keys of those that checkpoints hold too
-
-    def take(self, key: int, state: State, *, in_checkpoints: bool) -> None:
-        """Copy ``state`` to the memory of the host, while training goes on where there is a GPU."""
-        self.states.take(key, state)
-        if in_checkpoints:
-            self.carried.add(key)
-
-    def keep(self, key: int, state: State, *, in_checkpoints: bool) -> None:
-        """Hold ``state``, which nobody changes any more."""
-        self.states[key] = state
-        if in_checkpoints:
-            self.carried.add(key)
-
-    def forget(self, key: int) -> None:
-        """Nobody can ask for it any more."""
-        self.states.pop(key, None)
-        self.carried.discard(key)

@@ -36,6 +36,7 @@ from ultrathink.training.clock import Clock
 from ultrathink.training.control import ControlQueue
 from ultrathink.training.endings import Ending
 from ultrathink.training.experts import read_experts
+from ultrathink.training.host_states import Snapshots
 from ultrathink.training.length import Length, seconds_per_step
 from ultrathink.training.memory import memory_share
 from ultrathink.training.objectives.base import Objective
@@ -46,7 +47,6 @@ from ultrathink.training.saving import Saving
 from ultrathink.training.scoring import Scorer
 from ultrathink.training.settings import LiveSettings
 from ultrathink.training.shortages import Shortages
-from ultrathink.training.snapshots import Snapshots
 from ultrathink.training.stepping import Step, UpdateGuard
 from ultrathink.training.validation import Scores
 
@@ -222,9 +222,9 @@ class Trainer:
             ),
         )
         for text, level in self.remarks:
-            self.notify("on_message", text, level)
+            self._tell(text, level)
         if self.training.compile:
-            self.notify("on_message", "compiling the model; the first step takes longer", "info")
+            self._tell("compiling the model; the first step takes longer", "info")
         self._shortages.take_last()
         budget = self.length.budget
         if budget is None:
@@ -265,7 +265,7 @@ class Trainer:
         batch = self.loader.next_batch()
         data_wait = time.perf_counter() - began
         for note in self.loader.take_notes():
-            self.notify("on_message", note, "warning")
+            self._tell(note, "warning")
         lr_factor, is_told = self.length.lr_factor(step), self._is_logged(step)
         self.objective.before_step(step)
         batch = self.objective.prepare(batch, step)
@@ -277,9 +277,12 @@ class Trainer:
         self.progress.num_skipped += result.skipped
         seconds = time.perf_counter() - began
         self.clock.count_step(seconds)
+        is_due = self._is_due(self.training.log_every)
+        timing, stragglers = self._times.of_step(step, seconds, is_due=is_due)
+        for sentence in stragglers:
+            self._tell(sentence, "warning")
         if result.skipped:
-            self.notify(
-                "on_message",
+            self._tell(
                 f"step {step} was skipped: loss {result.loss}, gradient norm "
                 f"{result.grad_norm}, {result.num_tokens} trained tokens",
                 "warning",
@@ -298,7 +301,7 @@ class Trainer:
             num_skipped=self.progress.num_skipped,
             data_wait=data_wait,
             norms=result.norms,
-            timing=self._compare_times(seconds),
+            timing=timing.metrics() if timing is not None else {},
             experts=read_experts(self.model, result, self.dims.dp_group) if is_told else None,
             memory_share=self._memory_share,
         )
@@ -309,19 +312,6 @@ class Trainer:
 
     def _is_logged(self, step: int) -> bool:
         return is_logged(step, self.training.log_every, self.length.total_steps)
-
-    def _compare_times(self, seconds: float) -> dict[str, float]:
-        """What of a step's time went where on all processes, now and then."""
-        if self.world.size == 1:
-            return {}
-        self._times.add(seconds)
-        if self.progress.step != 1 and not self._is_due(self.training.log_every):
-            return {}
-        timing = self._times.compare()
-        if self.progress.step > 1:  # the first step compiles, each process at its own pace
-            for sentence in self._times.new_stragglers(timing):
-                self.notify("on_message", sentence, "warning")
-        return timing.metrics()
 
     def validate(self) -> None:
         """Score the held-out text; a best score makes this step's checkpoint the ``best``."""

@@ -23,6 +23,7 @@ from ultrathink.recipes.resume import resume_trainer
 from ultrathink.runs.checking import check_run
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import read_segments
+from ultrathink.training.changes import Stop
 
 
 @pytest.fixture(params=WHOLE)
@@ -115,7 +116,7 @@ def test_what_is_free_is_applied_silently_and_what_is_felt_on_record(
     """The resumed run takes the steps of one that never stopped, bit for bit."""
     whole = make_trainer("training.max_steps=8")
     whole.fit()
-    stop = At(step4=lambda control: control.stop(reason="test"))
+    stop = At(step4=lambda control: control.request(Stop(), reason="test"))
     make_trainer("training.max_steps=8", "run.name=stopped", controllers=[stop]).fit()
     run = RunFolder(tmp_path / "runs" / "stopped")
     recorder = Recorder()

@@ -42,7 +42,7 @@ def stopped_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("stopped")
     overrides = [*TINY, f"run.dir={place}", "training.max_steps=10", STOP_AT_4]
     config = load_config("debug", [*overrides, f"data.cache_dir={place / 'cache'}"])
-    stop = At(step4=lambda control: control.stop(reason="test"))
+    stop = At(step4=lambda control: control.request(Stop(), reason="test"))
     trainer = build_trainer(config, controllers=[stop])
     assert trainer.fit().name == "stopped"
     return trainer.run.path

@@ -19,7 +19,7 @@ class _Ends(Recorder):
     def on_step(self, report: StepReport) -> None:
         super().on_step(report)
         if report.step == 2:
-            self.trainer.ending = self.ending
+            self.trainer.boundary.ending = self.ending
 
 
 @pytest.mark.parametrize("can_resume", [True, False])

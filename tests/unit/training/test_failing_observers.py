@@ -18,7 +18,7 @@ from tests.unit.training.observers import At, Recorder, asks, final_state, recor
 from ultrathink.config.monitoring import SINKS
 from ultrathink.core.registry import Registry
 from ultrathink.monitoring.records import Level, MetricRecord, RunInfo, Sink
-from ultrathink.recipes import train as build
+from ultrathink.recipes.parts import assembly as build
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.changes import SetLearningRateFactor

@@ -25,7 +25,8 @@ from ultrathink.parallel.placement import host_mesh, piece_of, placed_like
 from ultrathink.parallel.world import World
 from ultrathink.recipes.parts import steering
 from ultrathink.training import host_states
-from ultrathink.training.control import Snapshot, TrainerControl
+from ultrathink.training.changes import AverageSnapshots, ReviveExperts, Rollback, SetRouting
+from ultrathink.training.control import TrainerControl
 from ultrathink.training.host_states import HostStates, copied_to_host, host_bytes
 from ultrathink.training.memory import host_memory_in_use
 from ultrathink.training.optimizers import (
@@ -34,6 +35,7 @@ from ultrathink.training.optimizers import (
     load_optimizer_state,
     optimizer_state,
 )
+from ultrathink.training.snapshots import Snapshot
 
 
 def losses_of(make: MakeTrainer, copier: LateCopier | None) -> list[float]:
@@ -47,16 +49,16 @@ def losses_of(make: MakeTrainer, copier: LateCopier | None) -> list[float]:
 
     def keep_and_change(control: TrainerControl) -> None:
         kept.setdefault("middle", control.snapshot())
-        control.revive_experts([{"layer": 1, "group": "a", "expert": 2}], reason="test")
-        control.set_routing("temperature", 0.5, reason="test")
+        control.request(ReviveExperts([{"layer": 1, "group": "a", "expert": 2}]), reason="test")
+        control.request(SetRouting("temperature", 0.5), reason="test")
 
     def go_back(control: TrainerControl) -> None:
         kept.setdefault("late", control.snapshot())
         if returns:
-            control.restore(kept[returns.pop(0)], reason="test")
+            control.request(Rollback(kept[returns.pop(0)], skip_data=False), reason="test")
 
     def average(control: TrainerControl) -> None:
-        control.average_weights([kept["early"], kept["late"]], reason="test")
+        control.request(AverageSnapshots([kept["early"], kept["late"]]), reason="test")
 
     recorder = Recorder()
     trainer = make(
@@ -70,7 +72,7 @@ def losses_of(make: MakeTrainer, copier: LateCopier | None) -> list[float]:
         controllers=[At(step2=keep, step3=keep_and_change, step5=go_back, step6=average)],
     )
     if copier is not None:
-        trainer.snapshots.copier = copier
+        trainer.snapshots.states.copier = copier
     trainer.fit()
     assert [report.step for report in recorder.steps] == [1, 2, 3, 4, 5, 3, 4, 5, 4, 5, 6, 7, 8]
     return [report.loss for report in recorder.steps]

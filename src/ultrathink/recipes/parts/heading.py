@@ -10,6 +10,7 @@ from ultrathink.training.choices import Choices
 
 
 def heading(config: Config, choices: Choices) -> str:
+    """Size, data, precision and devices of a run, in one line."""
     counts = sizes(config.model)
     active = f" ({counts.active / 1e6:.1f}M active)" if config.model.moe is not None else ""
     compiled = "compiled" if config.training.compile else "eager"

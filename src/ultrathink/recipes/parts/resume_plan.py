@@ -158,7 +158,12 @@ def _plan(
 def _placed_as(here: Config, config: Config) -> Config:
     """``config`` with the places that ``here`` names, since a run may be moved."""
     values = flatten(here.model_dump(mode="json"))
-    places = {key: values[key] for key, rule in options_of(Config).items() if rule.is_place}
+    shared = values.keys() & flatten(config.model_dump(mode="json")).keys()
+    places = {
+        key: values[key]
+        for key, rule in options_of(Config).items()
+        if rule.is_place and key in shared
+    }
     return config.replace(places, origin="").with_origins(here.origins)
 
 

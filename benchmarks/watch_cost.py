@@ -69,7 +69,8 @@ def measure(preset: str, num_steps: int, overrides: list[str]) -> dict[str, Any]
         steering = orchestrator_of(trainer)
         steering.at_boundary = timed(steering.at_boundary, acting)  # type: ignore[method-assign]
         steering.guard.judge = timed(steering.guard.judge, acting)  # type: ignore[method-assign]
-        trainer.snapshots.take = timed(trainer.snapshots.take, copying)  # type: ignore[method-assign]
+        states = trainer.snapshots.states
+        states.take = timed(states.take, copying)  # type: ignore[method-assign]
         observe, layers = watch.on_step, trainer.stepper.layer_norms
 
         def on_step(report: Any) -> None:

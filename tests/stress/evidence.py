@@ -26,6 +26,11 @@ _LEFT_OUT_OF_STATE = {
     "config/run",
     "config/data/num_workers",
 }
+# Events that say how fast and how full this machine was.
+_MACHINE_KINDS = (
+    *("memory_pressure", "memory_leak", "memory_fragmentation"),
+    *("starving_loader", "throughput_drop", "slow_step"),
+)
 _OF_THE_MACHINE = ("LiveWatch/detectors/Memory", "LiveWatch/detectors/Throughput")
 
 
@@ -168,7 +173,16 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _state(checkpoint: Path) -> Any:
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"]
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["state"]
+    incidents = state.get("callback.LiveWatch", {}).get("incidents")
+    if incidents is not None:
+        incidents["events"] = [e for e in incidents["events"] if e["kind"] not in _MACHINE_KINDS]
+        incidents["open"] = {
+            key: kept
+            for key, kept in incidents["open"].items()
+            if key.partition("/")[0] not in _MACHINE_KINDS
+        }
+    return state
 
 
 def _value_differences(here: Any, there: Any, path: str = "") -> Iterator[str]:

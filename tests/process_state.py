@@ -27,6 +27,7 @@ from ultrathink.config.data import SOURCES
 from ultrathink.config.experts import EXPERT_BACKENDS
 from ultrathink.config.model import ATTENTION_BACKENDS, FEED_FORWARDS
 from ultrathink.config.monitoring import SINKS
+from ultrathink.config.objective import OBJECTIVES
 from ultrathink.config.optimizer import OPTIMIZERS, SCHEDULES
 from ultrathink.config.tokenizer import TOKENIZERS
 from ultrathink.core.registry import Registry
@@ -34,7 +35,7 @@ from ultrathink.core.registry import Registry
 State = dict[str, Any]
 _REGISTRIES: tuple[Registry[Any], ...] = (
     *(SOURCES, EXPERT_BACKENDS, ATTENTION_BACKENDS, FEED_FORWARDS),
-    *(SINKS, OPTIMIZERS, SCHEDULES, TOKENIZERS),
+    *(SINKS, OBJECTIVES, OPTIMIZERS, SCHEDULES, TOKENIZERS),
 )
 _LOGGERS = (None, "torch", "torch.distributed.elastic")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

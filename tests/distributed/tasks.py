@@ -101,9 +101,6 @@ class Twice(Pretraining):
         return Losses({**first.terms, "mirrored": second}, first.stats)
 
 
-OBJECTIVES.add("twice", Twice, options=TwiceConfig)
-
-
 def weights_at_rest(place: str, *overrides: str) -> dict[str, tuple[int, int]]:
     """How many numbers this process holds after a step, of each model, and how many there are."""
     trainer = new_trainer(place, *overrides)
@@ -147,6 +144,15 @@ def train(place: str, *overrides: str) -> str:
     trainer = new_trainer(place, *overrides)
     trainer.fit()
     return str(trainer.run.path)
+
+
+def train_twice(place: str, *overrides: str) -> str:
+    """``train`` with an objective of two passes, which is registered for as long as it takes."""
+    OBJECTIVES.add("twice", Twice, options=TwiceConfig)
+    try:
+        return train(place, "training.objective=twice", *overrides)
+    finally:
+        del OBJECTIVES._entries["twice"]
 
 
 def resume(path: str, *overrides: str) -> list[str]:
@@ -271,7 +277,7 @@ def train_with_a_controller(
     with pytest.MonkeyPatch.context() as patch:
         if copies_late:
             patch.setattr(host_states, "_SMALL_BYTES", 16)
-            trainer.snapshots.copier = LateCopier()
+            trainer.snapshots.states.copier = LateCopier()
         trainer.fit()
     loader = trainer.loader
     counts = [trainer.progress.step, loader.samples_seen, loader.samples_skipped]

@@ -137,8 +137,8 @@ BREAKAGES = (
     Breakage(
         "micro-batches count equally, however many tokens they hold",
         "training/stepping.py",
-        "(objective / num_tokens).backward()",
-        "(objective / max(1, part.num_target_tokens) / len(micro_batches)).backward()",
+        "term.sum / max(1.0, counts[term.per])",
+        "term.sum / max(1.0, self.objective.counts(micro_batch)[term.per]) / len(micro_batches)",
         ("unit/training/test_stepping.py",),
     ),
     Breakage(
@@ -171,16 +171,16 @@ BREAKAGES = (
     ),
     Breakage(
         "an average of weights is divided by one too few",
-        "training/changes.py",
-        "weight.div_(len(others) + 1)",
-        "weight.div_(len(others))",
+        "training/model_state.py",
+        "parameter.div_(len(others) + 1)",
+        "parameter.div_(len(others))",
         ("unit/training/test_control.py",),
     ),
     Breakage(
         "a state that is being written goes on changing",
         "training/saving.py",
-        'return state.detach().to("cpu", copy=True)',
-        "return state.detach()",
+        "return copied_to_host(own_pieces(state))",
+        "return own_pieces(state)",
         ("unit/training/test_saving.py",),
     ),
     Breakage(
@@ -313,7 +313,7 @@ BREAKAGES = (
     ),
     Breakage(
         "a start that died before its first checkpoint loses its changes",
-        "recipes/resume.py",
+        "recipes/parts/resume_plan.py",
         "if not segments or segments[-1].from_step != step:",
         "if True:",
         ("unit/recipes/test_resume_with_changes.py",),

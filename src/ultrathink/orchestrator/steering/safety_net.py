@@ -16,12 +16,7 @@ import numpy as np
 from ultrathink.core.protocols import State
 from ultrathink.orchestrator.events import is_alarm
 from ultrathink.orchestrator.remembering import Remembers
-from ultrathink.orchestrator.steering.proposals import (
-    HARD,
-    SURE_ENOUGH,
-    Proposal,
-    confidence_of,
-)
+from ultrathink.orchestrator.steering.proposals import HARD, SURE_ENOUGH, Proposal, confidence_of
 from ultrathink.orchestrator.steering.rules import (
     LOSS_KINDS,
     SAME_TROUBLE,
@@ -87,6 +82,8 @@ class SafetyNet(Rule, Remembers):
 
     def __init__(self, *, has_text: bool = True) -> None:
         self.has_text = has_text
+        smoothed = "the smoothed training loss (no data.val)"
+        self._measured = "held-out loss" if has_text else smoothed
         self.watch: Watch | None = None
         self.verdict: Verdict | None = None  # until somebody takes it
         self.spent: dict[str, int] = {}  # steps without trouble that rules still wait for
@@ -94,8 +91,6 @@ class SafetyNet(Rule, Remembers):
         self.is_record = False  # at this boundary
         self.last: list[float] = []
         self._losses = Window(SMOOTHED)  # of training, where there is no text
-
-    # -- while the run trains --------------------------------------------------------------------
 
     def propose(self, now: Situation) -> Proposal | None:
         self._note(now)
@@ -173,13 +168,9 @@ class SafetyNet(Rule, Remembers):
 
     def note_scores(self, loss: float, batch_losses: list[float]) -> None:
         """Text was scored, as was asked for."""
-        if self.watch is None:
-            return
         measure = Measure(_number(loss), [_number(one) for one in batch_losses])
-        if self.watch.is_asked:
-            self.watch.after = measure
-        else:
-            self.watch.before = measure
+        if self.watch is not None:
+            setattr(self.watch, "after" if self.watch.is_asked else "before", measure)
 
     def went_back(self, step: int, snapshots: SnapshotRing) -> None:
         """The run stands at ``step`` now; what is watched may not have happened."""
@@ -240,12 +231,6 @@ class SafetyNet(Rule, Remembers):
         self.watch = None
         snapshots.held.pop(BASELINE, None)
 
-    @property
-    def _measured(self) -> str:
-        return "held-out loss" if self.has_text else "the smoothed training loss (no data.val)"
-
-    # -- at its end ------------------------------------------------------------------------------
-
     def better_step(self, step: int) -> int | None:
         """The step that a run which ends at ``step`` was clearly better at."""
         if not self.best or self.best[0] >= step:
@@ -271,8 +256,6 @@ class SafetyNet(Rule, Remembers):
             f"ends with the weights of step {snapshot.step:,}.",
             {"loss": last, "best": best},
         )
-
-    # -- state -----------------------------------------------------------------------------------
 
     def roll_back(self, state: dict[str, Any]) -> None:
         """The run goes back to when ``state_dict`` returned ``state``; its best stays the best."""

@@ -7,6 +7,7 @@ import pytest
 
 from tests.distributed import tasks
 from tests.distributed.pool import Pool
+from tests.distributed.steered_tasks import train_and_ruin
 from tests.distributed.test_parity import assert_equal
 
 
@@ -82,6 +83,18 @@ def test_all_go_back_together_when_the_orchestrator_decides(two: Pool, tmp_path:
     results = two.run(tasks.train_and_break, str(tmp_path / "two"), *words)
     assert [result[1:] for result in results] == [(decided, skipped)] * 2
     assert_equal(alone, results[0][0], 1e-9)
+
+
+@pytest.mark.parametrize("holds", ["snapshot", "checkpoint"])
+def test_all_return_to_their_best_together(two: Pool, tmp_path: Path, holds: str) -> None:
+    words = ["training.precision=fp64", "parallel.zero_stage=3"]
+    if holds == "checkpoint":
+        words.append("orchestrator.snapshots.max_gib=0")
+    alone = train_and_ruin(str(tmp_path / "one"), words[0], *words[2:])
+    results = two.run(train_and_ruin, str(tmp_path / "two"), *words)
+    assert alone[1] == results[0][1] == results[1][1] == "returned to step 20"
+    assert results[0][2] == pytest.approx(alone[2], rel=1e-9)
+    assert_equal(alone[0], results[0][0], 1e-9)
 
 
 @pytest.mark.parametrize(

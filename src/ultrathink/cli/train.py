@@ -184,16 +184,16 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
 
 
 def _result(trainer: Trainer, last: Any) -> dict[str, Any]:
-    validation = last.validation
+    validation, step = last.validation, trainer.progress.step
     assert trainer.ending is not None, "fit() has returned"
     return {
         "run": str(trainer.run.path),
         "ending": trainer.ending.name,
         "reason": trainer.ending.reason,
-        "step": trainer.progress.step,
+        "step": step,
         "tokens": trainer.progress.tokens,
         "minutes": round(trainer.elapsed_s() / 60, 3),
-        "loss": last.step.loss if last.step else None,
+        "loss": last.step.loss if last.step and last.step.step == step else None,
         "val_loss": validation.loss if validation else None,
         "bits_per_byte": validation.figures.get("bits_per_byte") if validation else None,
         "skipped_steps": trainer.progress.num_skipped,
@@ -208,9 +208,12 @@ def _say_what_next(trainer: Trainer, result: dict[str, Any]) -> None:
     score = result["bits_per_byte"]
     reached = f", {score:.3f} bits per byte on held-out text" if score is not None else ""
     because = f": {result['reason']}" if result["reason"] else ""
+    ended = result["ending"].capitalize()
+    if ended != f"Returned to step {result['step']}":
+        ended += f" after step {result['step']:,}"
     lines = [
         "",
-        f"{result['ending'].capitalize()} after step {result['step']:,} ({result['tokens']:,} "
+        f"{ended} ({result['tokens']:,} "
         f"tokens, {result['minutes']:.1f} minutes){reached}{because}.",
         f"Run folder: {run}",
     ]

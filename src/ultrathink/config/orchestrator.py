@@ -54,7 +54,9 @@ class LimitsConfig(Section):
         description="Shares of the memory in use above which activations are kept in part "
         "(selective, where that spares any) and hardly at all (full).",
     )
-    rollbacks: int = free(12, ge=0, description="How often a run may go back.")
+    rollbacks: int = free(
+        12, ge=0, description="How often a run may go back; with 0 not at its end either."
+    )
     skipped_share: float = free(
         0.25, ge=0, lt=1, description="Largest share of 256 steps that may be left out."
     )

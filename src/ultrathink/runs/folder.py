@@ -183,6 +183,11 @@ class RunFolder:
             and (self.step_path(step) / CHECKSUM_FILE).is_file()
         ]
 
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint; None where none is marked so."""
+        best = self.checkpoints / "best"
+        return _step_of(best.resolve().name.removeprefix("step_")) if best.exists() else None
+
     def checkpoint(self, which: str | int = "last") -> Path:
         """The folder of ``"last"``, ``"best"`` or a step; CheckpointError lists what there is."""
         steps = self.steps()

@@ -79,6 +79,7 @@ def summarize(run: RunFolder, is_over: IsOver) -> RunSummary:
     steps = tuple(run.steps())
     is_damaged = bool(reader.problems)
     records = reader.attempt(reader.last_records) or {}
+    last_steps = [record.step for record in records.values()]
     train = records["train"].values if "train" in records else {}
     val = records["val"].values if "val" in records else {}
     return RunSummary(
@@ -87,7 +88,7 @@ def summarize(run: RunFolder, is_over: IsOver) -> RunSummary:
         state=_state_of(owner, is_damaged, steps, over),
         problem="; ".join(reader.problems) or None,
         owner=owner,
-        step=max([*steps[-1:], *(record.step for record in records.values())], default=None),
+        step=steps[-1] if over else max([*steps[-1:], *last_steps], default=None),
         total_steps=reader.planned_steps(state),
         checkpoints=steps,
         train_loss=train.get("loss"),

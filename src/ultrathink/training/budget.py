@@ -68,7 +68,8 @@ def is_over(state: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     ending = replace(budget, total_steps=total).ending(
         progress["step"], progress["elapsed_s"], training.get("max_minutes")
     )
-    return ending is not None and not ending.can_resume
+    is_over = progress.get("is_over", False) and total <= budget.total_steps
+    return is_over or (ending is not None and not ending.can_resume)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ The order of events in a run, which is the training loop seen from outside::
         validation   (when due)
         Controller.at_boundary
         change       (for each request of a controller that took effect)
+    validation     (of the last step)
+    Controller.at_end
+    change, validation   (where that has the run go back)
     end
 
 A checkpoint is taken last at a step boundary, so that nothing of it is lost; ``checkpoint`` comes
@@ -31,6 +34,7 @@ from ultrathink.training.control import TrainerControl
 from ultrathink.training.endings import Ending
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.records import ChangeRecord
+from ultrathink.training.validation import Scores
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,9 @@ class Callback:
 
     def on_change(self, change: ChangeRecord) -> None: ...
 
+    def on_scored(self, scores: Scores) -> None:
+        """Held-out text was scored beside the run's validations."""
+
     def on_checkpoint(self, step: int, path: Path) -> None: ...
 
     def on_message(self, text: str, level: Level) -> None: ...
@@ -103,6 +110,9 @@ class Controller:
     """Steers a run through ``TrainerControl``; it is asked after every step."""
 
     def at_boundary(self, report: StepReport, control: TrainerControl) -> None: ...
+
+    def at_end(self, control: TrainerControl) -> None:
+        """The run is over and validated; what is asked for now comes before its last checkpoint."""
 
     def state_dict(self) -> State:
         """What the controller must remember over a restart."""

@@ -23,7 +23,14 @@ from ultrathink.training.change import (
     checked,
     is_number,
 )
-from ultrathink.training.endings import STOPPED
+from ultrathink.training.endings import STOPPED, returned_to
+from ultrathink.training.silent_changes import (
+    ForgetSnapshot,
+    KeepState,
+    RecallCheckpoint,
+    ScoreHeldOut,
+    TakeSnapshot,
+)
 from ultrathink.training.snapshots import Snapshot
 
 if TYPE_CHECKING:
@@ -259,6 +266,8 @@ class Rollback(Change):
     def apply(self, run: Parts) -> Effect:
         """Make the checkpoints on disk those of the history that counts now."""
         before, position = run.progress.step, _position(run)
+        if self.snapshot.key not in run.snapshots.states:
+            raise ConfigError(f"the snapshot of step {self.snapshot.step} is gone.")
         run.saving.settle()
         run.state.roll_back(run.snapshots.states[self.snapshot.key])
         run.length.reopen()
@@ -296,17 +305,19 @@ class AverageSnapshots(Change):
         from ultrathink.training.host_states import copied_to_host
         from ultrathink.training.model_state import ModelState, average_weights
 
-        before = run.held_out_loss()
-        if before is None:
+        scores = run.held_out()
+        if scores is None:
             raise ConfigError(
                 "weights are averaged by what held-out text says of it, and data.val is none."
             )
+        before = scores.loss
         weights = ModelState(run.model)
         alone = copied_to_host(weights.state_dict())
         others: list[Any] = [run.snapshots.states[one.key]["model"] for one in self.snapshots]
         average_weights(run.model, others)
-        after = run.held_out_loss()
-        assert after is not None
+        scores = run.held_out()
+        assert scores is not None
+        after = scores.loss
         if not after < before:
             weights.load_state_dict(alone)
             after = before
@@ -329,13 +340,20 @@ class SaveCheckpoint(Change):
 
 @dataclass(frozen=True)
 class Stop(Change):
-    """End the run after saving it."""
+    """End the run after saving it; with `returned_to` it is over at that step, where it must
+    stand, until it is given more length."""
 
     name = "stop"
+    returned_to: int | None = field(default=None, metadata={"check": COUNT, "may_be_none": True})
 
     def apply(self, run: Parts) -> Effect:
-        run.boundary.ending = replace(STOPPED, reason=run.boundary.reason)
-        return None, STOPPED.name
+        step, ending = run.progress.step, STOPPED
+        if self.returned_to is not None:
+            if self.returned_to != step:
+                raise ConfigError(f"the run stands at step {step}, not {self.returned_to}.")
+            run.progress.is_over, ending = True, returned_to(step)
+        run.boundary.ending = replace(ending, reason=run.boundary.reason)
+        return None, ending.name
 
 
 # -- experts ---------------------------------------------------------------------------------------
@@ -400,51 +418,6 @@ class ReviveExperts(Change):
         return ReviveExperts(after)  # which says what each was copied from
 
 
-# -- what leaves no record -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TakeSnapshot(Change):
-    """Copy the whole state of now."""
-
-    name = "take_snapshot"
-    snapshot_key: int
-    in_checkpoints: bool = False
-
-    def apply(self, run: Parts) -> None:
-        state = run.state.state_dict()
-        run.snapshots.take(self.snapshot_key, state, in_checkpoints=self.in_checkpoints)
-
-
-@dataclass(frozen=True)
-class ForgetSnapshot(Change):
-    """Free the memory of a snapshot."""
-
-    name = "forget_snapshot"
-    snapshot_key: int
-
-    def apply(self, run: Parts) -> None:
-        run.snapshots.forget(self.snapshot_key)
-
-
-@dataclass(frozen=True)
-class KeepState(Change):
-    """Write the state of now, or of a snapshot, to the run's folder for audits."""
-
-    name = "keep_state"
-    decision: int
-    most_decisions: int  # whose states are kept: the last ones
-    snapshot_key: int | None = None
-    weights_only: bool = False
-
-    def apply(self, run: Parts) -> None:
-        key = self.snapshot_key
-        state = run.state.state_dict() if key is None else run.snapshots.states[key]
-        if self.weights_only:
-            state = {name: state[name] for name in ("model", "progress")}
-        run.saving.keep_state(self.decision, key, state, most_decisions=self.most_decisions)
-
-
 CHANGES: tuple[type[Change], ...] = (
     SetLearningRateFactor,
     ScaleLearningRate,
@@ -467,7 +440,13 @@ CHANGES: tuple[type[Change], ...] = (
     SetRouting,
     ReviveExperts,
 )
-_SILENT: tuple[type[Change], ...] = (TakeSnapshot, ForgetSnapshot, KeepState)
+_SILENT: tuple[type[Change], ...] = (
+    TakeSnapshot,
+    ForgetSnapshot,
+    KeepState,
+    RecallCheckpoint,
+    ScoreHeldOut,
+)
 _BY_NAME = {one.name: one for one in (*CHANGES, *_SILENT)}
 
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 from ultrathink.training.change import Change
-from ultrathink.training.changes import ForgetSnapshot, TakeSnapshot, change_from
+from ultrathink.training.changes import change_from
+from ultrathink.training.silent_changes import ForgetSnapshot, RecallCheckpoint, TakeSnapshot
 from ultrathink.training.snapshots import Snapshot
 
 
@@ -79,6 +80,12 @@ class ControlQueue:
         self.request(TakeSnapshot(snapshot.key, in_checkpoints), "")
         return snapshot
 
+    def recall(self, step: int) -> Snapshot:
+        """The checkpoint of ``step`` as a snapshot, which is read at this step boundary."""
+        snapshot = self._new_snapshot(step)
+        self.request(RecallCheckpoint(step, snapshot.key), "")
+        return snapshot
+
     def bring_back(self, step: int) -> Snapshot:
         """Let ``brought_back`` find a snapshot of ``step``, whose state the caller has."""
         self._brought_back[step] = snapshot = self._new_snapshot(step)
@@ -97,7 +104,8 @@ class ControlQueue:
     def take(self) -> list[Request]:
         """The waiting requests, snapshots first, then the oldest; the queue is empty after."""
         self._taken, self._pending = self._pending, []
-        return sorted(self._taken, key=lambda one: not isinstance(one.change, TakeSnapshot))
+        first = (TakeSnapshot, RecallCheckpoint)
+        return sorted(self._taken, key=lambda one: not isinstance(one.change, first))
 
     def take_json(self) -> list[Any]:
         """The waiting requests as plain values, to be sent to other processes."""

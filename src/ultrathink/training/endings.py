@@ -23,3 +23,8 @@ class Ending:
 FINISHED = Ending("finished", can_resume=False)
 OUT_OF_TIME = Ending("out of time", can_resume=False, reason="training.max_minutes are used up")
 STOPPED = Ending("stopped", can_resume=True)
+
+
+def returned_to(step: int) -> Ending:
+    """The end of a run that went back to ``step``, where it was best."""
+    return Ending(f"returned to step {step}", can_resume=False)

@@ -13,7 +13,7 @@ from ultrathink.config.training import TrainingConfig
 from ultrathink.parallel.world import World
 from ultrathink.training.budget import Budget, Speed, steps_within
 from ultrathink.training.clock import Clock
-from ultrathink.training.endings import Ending
+from ultrathink.training.endings import Ending, returned_to
 from ultrathink.training.hardware import synchronize
 from ultrathink.training.records import ChangeRecord
 from ultrathink.training.run_state import Progress
@@ -59,10 +59,12 @@ class Length:
         assert self.budget is not None
         self._schedule = continued_schedule(self._training.schedule, self.budget, self._settings)
 
-    def ending(self, step: int, elapsed_s: float) -> Ending | None:
-        """Why the run ends after ``step``, None where steps and time are left."""
+    def ending(self, progress: Progress, elapsed_s: float) -> Ending | None:
+        """Why the run ends here, None where steps and time are left."""
         assert self.budget is not None
-        return self.budget.ending(step, elapsed_s, self.max_minutes)
+        if progress.is_over:
+            return returned_to(progress.step)
+        return self.budget.ending(progress.step, elapsed_s, self.max_minutes)
 
     def lr_factor(self, step: int) -> float:
         """What the peak rate is multiplied by in ``step``, corrections of faults left out."""

@@ -22,6 +22,7 @@ from ultrathink.training.run_state import Progress, RunState
 from ultrathink.training.saving import Saving
 from ultrathink.training.settings import LiveSettings
 from ultrathink.training.stepping import Step
+from ultrathink.training.validation import Scores
 
 
 @dataclass
@@ -39,8 +40,9 @@ class Boundary:
 class Parts:
     """The parts of a run that changes act on.
 
-    ``share`` is how many sequences of a batch this process has, ``held_out_loss`` scores the model
-    as it is (None without held-out text), ``is_asked`` says whether further changes wait.
+    ``share`` is how many sequences of a batch this process has, ``held_out`` scores the model as it
+    is (None without held-out text), ``report_scores`` lets callbacks have such scores, ``is_asked``
+    says whether further changes wait.
     """
 
     model: Transformer
@@ -57,7 +59,8 @@ class Parts:
     world: World
     dp_group: Group
     share: int
-    held_out_loss: Callable[[], float | None]
+    held_out: Callable[[], Scores | None]
+    report_scores: Callable[[Scores], None]
     is_asked: Callable[[], bool]
     boundary: Boundary = field(default_factory=Boundary)
 

@@ -105,6 +105,7 @@ class Progress:
     last_validation: int = 0  # step
     last_checkpoint: int = 0  # step
     last_checkpoint_s: float = 0.0  # elapsed time
+    is_over: bool = False  # ended at this step, whatever is left of its length
 
     def state_dict(self) -> State:
         return asdict(self)

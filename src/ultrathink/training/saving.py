@@ -76,7 +76,7 @@ class Saving:
         With it the snapshots of the keys ``carried``, the newer ones last.
         """
         request = _Request(step, private_copy(state), is_best, tuple(carried))
-        self._wait_for_outcome()
+        self.wait_for_outcome()
         self._unwritten.pop("newest", None)  # this one is newer
         self._submit(request)
 
@@ -124,7 +124,7 @@ class Saving:
 
     def settle(self) -> None:
         """Wait for the write under way, and give up what could not be written so far."""
-        self._wait_for_outcome()
+        self.wait_for_outcome()
         self._unwritten.clear()
 
     def wait_until_written(self) -> None:
@@ -162,7 +162,8 @@ class Saving:
         if not self._abandoned:
             self._take_outcomes()
 
-    def _wait_for_outcome(self) -> None:
+    def wait_for_outcome(self) -> None:
+        """Return when the write under way, if any, is over."""
         self._saver.wait()
         self._take_outcomes()
 

@@ -123,7 +123,8 @@ class Trainer:
             world=self.world,
             dp_group=self.dims.dp_group,
             share=share,
-            held_out_loss=self._held_out_loss,
+            held_out=lambda: self.score() if self.objective.can_score else None,
+            report_scores=lambda scores: self.notify("on_scored", scores),
             is_asked=lambda: self.control.num_waiting > 0,
             boundary=self.boundary,
         )
@@ -135,7 +136,8 @@ class Trainer:
         for controller in self.controllers:
             self.state.register_one_of("controller", controller)
         self._shortages = Shortages(
-            self.run, self.world, self.settings, self.progress, share, self._tell_change
+            *(self.run, self.world, self.settings, self.progress, share),
+            lambda record: self.notify("on_change", record),
         )
         self.stepper.on_smaller = self._shortages.went_on
 
@@ -174,7 +176,7 @@ class Trainer:
                 self.notify("on_step", report)
                 if self._is_due(self.settings.eval_every):
                     self.validate()
-                self.ask_controllers(report)
+                self.ask_controllers("at_boundary", report)
                 self.agree()
                 self.apply_changes()
                 self.settle_length()
@@ -317,7 +319,6 @@ class Trainer:
         """Score the held-out text; a best score makes this step's checkpoint the ``best``."""
         if not self.objective.can_score:
             return
-        self._feed_watchdog(FIRST_STEP_FACTOR)
         began = time.perf_counter()
         scores, best_by = self.score(), self.training.checkpoint.best_by
         figure = self.objective.best_by[best_by] * scores[best_by]
@@ -341,12 +342,19 @@ class Trainer:
 
     def finish(self) -> None:
         """Validate and save what the last step left; a run that was stopped is only saved."""
-        progress = self.progress
-        if progress.step == 0:
+        progress, step = self.progress, self.progress.step
+        if step == 0:
             return
-        is_over = self.ending is not None and not self.ending.can_resume
-        if is_over and progress.last_validation < progress.step:
-            self.validate()
+        if self.ending is not None and not self.ending.can_resume:
+            if progress.last_validation < step:
+                self.validate()
+            self.saving.wait_for_outcome()  # a controller may ask for the best checkpoint
+            self.ask_controllers("at_end")
+            self.agree()
+            self.apply_changes()
+            if progress.step != step:
+                self.validate()
+                self.boundary.is_best = self.objective.can_score
         if self.boundary.is_best or self.boundary.save or progress.last_checkpoint < progress.step:
             self.save()
         if self.watchdog is not None:
@@ -359,14 +367,12 @@ class Trainer:
 
     def score(self, max_batches: int | None = None) -> Scores:
         """Score what the objective validates on, or its first batches."""
+        self._feed_watchdog(FIRST_STEP_FACTOR)
         return self.scorer.score(max_batches)
-
-    def _held_out_loss(self) -> float | None:
-        return self.score().loss if self.objective.can_score else None
 
     def _end_if_over(self) -> None:
         if self.boundary.ending is None:
-            self.boundary.ending = self.length.ending(self.progress.step, self.clock.elapsed_s)
+            self.boundary.ending = self.length.ending(self.progress, self.clock.elapsed_s)
 
     def settle_length(self) -> None:
         """Correct a length in minutes by the pace of real steps."""
@@ -379,13 +385,13 @@ class Trainer:
 
     # -- changes -------------------------------------------------------------------------------
 
-    def ask_controllers(self, report: StepReport) -> None:
+    def ask_controllers(self, method: str, *details: Any) -> None:
         """Let each controller ask for changes; one that fails is reported and asked again later."""
         for controller in self.controllers:
             try:
-                controller.at_boundary(report, self.control)
+                getattr(controller, method)(*details, self.control)
             except Exception as error:
-                self._report_failure(f"{type(controller).__name__}.at_boundary", error)
+                self._report_failure(f"{type(controller).__name__}.{method}", error)
 
     def apply_changes(self) -> None:
         """Do what was asked through ``control``, and report each change."""
@@ -399,10 +405,8 @@ class Trainer:
                 continue
             if effect is not None:
                 step = self.progress.step  # where a rollback leads: a resume from there keeps it
-                record = ChangeRecord(
-                    step, change.setting, *effect, reason, decision, change=change
-                )
-                self.notify("on_change", record)
+                what = (step, change.setting, *effect, reason, decision)
+                self.notify("on_change", ChangeRecord(*what, change=change))
 
     def agree(self) -> None:
         """Let all processes hear every request, and decide by the clock of the first."""
@@ -438,9 +442,6 @@ class Trainer:
 
     def _tell(self, text: str, level: Level) -> None:
         self.notify("on_message", text, level)
-
-    def _tell_change(self, record: ChangeRecord) -> None:
-        self.notify("on_change", record)
 
     def _renew_lock(self) -> None:
         if self.lock is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ class Scores:
     loss: float  # nats per token
     num_tokens: int
     figures: Mapping[str, float] = field(default_factory=dict)  # what else there is, by name
+    batch_losses: Sequence[float] = ()  # nats per token of each batch, in order
 
     def __getitem__(self, name: str) -> float:
         return self.loss if name == "loss" else self.figures[name]
@@ -46,6 +47,7 @@ def evaluate(
     model.eval()
     loss = torch.zeros((), dtype=torch.float64)
     correct = tokens = 0
+    batches: list[float] = []  # of each the loss, then the tokens
     try:
         for number, batch in enumerate(held_out.batches(batch_size, max_tokens)):
             if max_batches is not None and number >= max_batches:
@@ -53,12 +55,16 @@ def evaluate(
             share = batch.share(dp_group.rank, dp_group.size)
             input_ids, labels = share.on(device, "input_ids", "labels")
             output = model(input_ids, labels=labels)
-            loss += output.loss.double().cpu()
+            batch_loss, num_tokens = output.loss.double().cpu(), int(output.num_tokens)
+            loss += batch_loss
             correct += int(output.stats["num_correct"])
-            tokens += int(output.num_tokens)
+            tokens += num_tokens
+            batches += (batch_loss.item(), num_tokens)
     finally:
         model.train(was_training)
-    loss_sum, num_correct, num_scored = dp_group.sums([loss.item(), correct, tokens])
+    loss_sum, num_correct, num_scored, *batches = dp_group.sums(
+        [loss.item(), correct, tokens, *batches]
+    )
     mean = loss_sum / max(1, num_scored)
     num_tokens, num_bytes = held_out.extent(max_tokens)
     return Scores(
@@ -69,4 +75,7 @@ def evaluate(
             "ppl": math.exp(min(mean, 700.0)),
             "token_accuracy": num_correct / max(1, num_scored),
         },
+        batch_losses=[
+            batch / max(1, count) for batch, count in zip(batches[::2], batches[1::2], strict=True)
+        ],
     )

@@ -85,7 +85,7 @@ def test_going_back_takes_biases_and_controls_along(make_trainer: MakeTrainer) -
     trainer.start()
     for _ in range(4):
         report = trainer.train_step()
-        trainer.ask_controllers(report)
+        trainer.ask_controllers("at_boundary", report)
         trainer.apply_changes()
     trainer.close()
     first, last = found

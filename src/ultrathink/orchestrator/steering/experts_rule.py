@@ -39,6 +39,7 @@ class ReviveExperts(Rule):
             f"layer.",
             events[0].values,
             min(event.step for event in events),
+            judged_after=200,  # copies must have gone ways of their own
         )
 
 

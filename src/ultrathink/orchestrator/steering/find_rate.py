@@ -76,7 +76,7 @@ class FindRate(Rule, Remembers):
 
     def propose(self, now: Situation) -> Proposal | None:
         if self._phase == self.DONE:
-            now.snapshots.held.clear()
+            _let_go(now)
             return None
         if self._phase == self.TRYING and not {START, BEST} <= now.snapshots.held.keys():
             self.outcome = (False, "its snapshots are gone: the run goes on as it is")
@@ -186,7 +186,12 @@ class FindRate(Rule, Remembers):
         """Nothing more is tried."""
         self._phase = self.DONE
         self._losses, self._best_losses = {}, {}
-        now.snapshots.held.clear()
+        _let_go(now)
+
+
+def _let_go(now: Situation) -> None:
+    for name in (START, BEST):
+        now.snapshots.held.pop(name, None)
 
 
 def _paired(losses: dict[str, float], best: dict[str, float]) -> tuple[float, float]:

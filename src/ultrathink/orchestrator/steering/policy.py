@@ -18,6 +18,7 @@ from ultrathink.orchestrator.steering.rules import (
     Situation,
     StopOverfitting,
 )
+from ultrathink.orchestrator.steering.safety_net import SafetyNet
 from ultrathink.training.changes import Rollback, Stop
 
 RULES: tuple[type[Rule], ...] = (
@@ -38,9 +39,13 @@ class Policy(Remembers):
 
     remembered = ("num_rollbacks", "_count", "_rests_until")
 
-    def __init__(self, rules: RulesConfig, limits: LimitsConfig) -> None:
+    def __init__(
+        self, rules: RulesConfig, limits: LimitsConfig, *, has_held_out: bool = True
+    ) -> None:
         self.limits = limits
-        self.rules: list[Rule] = [make() for make in RULES if getattr(rules, make.name)]
+        self.net = SafetyNet(has_text=has_held_out)
+        chosen = [make() for make in RULES if getattr(rules, make.name)]
+        self.rules: list[Rule] = [self.net, *chosen]
         self.num_rollbacks = 0
         self.busy: str | None = None  # the rule that is to act alone, by its name
         self._count = 0
@@ -53,7 +58,7 @@ class Policy(Remembers):
         busy = [rule for rule in self.rules if rule.is_busy(now)]
         self.busy = busy[0].name if busy else None
         for rule in busy[:1] or self.rules:
-            if self._count < self._rests_until.get(rule.name, 0):
+            if self._count < self._rests_until.get(rule.name, 0) or rule.name in self.net.spent:
                 continue
             proposal = rule.propose(now)
             if proposal is not None and proposal.is_sure_enough and self._is_allowed(proposal):
@@ -74,7 +79,7 @@ class Policy(Remembers):
 
     def state_dict(self) -> State:
         """What to remember over a restart."""
-        kept = {one.name: one.state_dict() for one in self.rules if isinstance(one, Remembers)}
+        kept = {one.name: one.state_dict() for one in self._remembering()}
         return {**super().state_dict(), "rules": kept}
 
     def load_state_dict(self, state: State) -> None:
@@ -82,9 +87,13 @@ class Policy(Remembers):
         super().load_state_dict(state)
         values: dict[str, Any] = dict(state)
         kept = values.get("rules", {})
-        for rule in self.rules:
-            if isinstance(rule, Remembers) and rule.name in kept:
+        for rule in self._remembering():
+            if rule.name in kept:
                 rule.load_state_dict(kept[rule.name])
+
+    def _remembering(self) -> list[Any]:
+        """The rules with a state, and the net, which is there whichever rules are."""
+        return [self.net, *(one for one in self.rules if isinstance(one, Remembers))]
 
     def _is_allowed(self, proposal: Proposal) -> bool:
         kinds = {type(one) for one in proposal.changes}

@@ -21,7 +21,9 @@ SURE_ENOUGH = {SOFT: 0.7, MEDIUM: 0.8, HARD: 0.9, CRITICAL: 0.0}  # the least co
 class Proposal:
     """What a rule would do at this step, and why.
 
-    ``began`` is the first step of the trouble that it is about.
+    ``began`` is the first step of the trouble that it is about. ``judged_after`` so many steps
+    held-out text says whether it did good (``SafetyNet``); None: it repairs exactly, or its rule
+    judges it.
     """
 
     rule: str
@@ -31,6 +33,7 @@ class Proposal:
     reasoning: str
     signals: Mapping[str, float] = field(default_factory=dict)
     began: int | None = None
+    judged_after: int | None = None
 
     @property
     def is_sure_enough(self) -> bool:

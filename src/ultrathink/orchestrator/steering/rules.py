@@ -39,6 +39,7 @@ LEFT_OUT = 8  # steps in a row: this is no single bad batch
 MARGIN = 2  # steps before a trouble shows, its cause may be in the weights already
 SAME_TROUBLE = 150  # steps after a rollback in which trouble counts as the same
 ATTEMPTS = 3
+JUDGED_AFTER = 100  # steps: by then the run has learned more, or has not
 GENTLER = 0.5  # the factor on the rate, once going back alone did not help
 EASES_OVER = 200
 AVERAGED = 3  # snapshots before the best
@@ -173,6 +174,7 @@ class RollBack(Rule):
             reasoning,
             trouble.values,
             trouble.began,
+            JUDGED_AFTER,
         )
 
     def _trouble(self, now: Situation) -> _Trouble | None:
@@ -253,6 +255,7 @@ class RollBack(Rule):
             f"{trouble.text}; no snapshot is old enough to go back to.",
             trouble.values,
             trouble.began,
+            JUDGED_AFTER,
         )
 
 

@@ -98,6 +98,10 @@ class SnapshotRing:
             default=None,
         )
 
+    def of(self, snapshot: Snapshot) -> Kept | None:
+        """What is kept of ``snapshot``."""
+        return next((one for one in self._all() if one.snapshot == snapshot), None)
+
     def older_than(self, step: int) -> list[Kept]:
         """One of each step before ``step``, the oldest first."""
         found = {one.step: one for one in reversed(self._all()) if one.step < step}
@@ -105,7 +109,7 @@ class SnapshotRing:
 
     def go_back_to(self, snapshot: Snapshot) -> None:
         """Forget what was taken later: it belongs to a history that is undone."""
-        kept = next((one for one in self._all() if one.snapshot == snapshot), None)
+        kept = self.of(snapshot)
         if kept is None:  # somebody else's
             older = (one.number for one in self._all() if one.snapshot.key < snapshot.key)
             kept = Kept(snapshot, 0, max(older, default=0))

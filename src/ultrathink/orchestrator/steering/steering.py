@@ -1,6 +1,6 @@
 """The bridge from the policy to the trainer: decisions are asked for, recorded and followed up.
 
-It lives on the first process; the guard, which decides within a step, on each.
+It lives on the first process.
 """
 
 from __future__ import annotations
@@ -27,46 +27,24 @@ from ultrathink.orchestrator.steering.proposals import (
     confidence_of,
 )
 from ultrathink.orchestrator.steering.rules import LOSS_KINDS, WEIGHT_KINDS, Situation
+from ultrathink.orchestrator.steering.safety_net import BEST, SafetyNet
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
 from ultrathink.runs.decisions import ROLLBACK
 from ultrathink.training.callbacks import Callback, Controller, StepReport, ValidationReport
 from ultrathink.training.change import Change
-from ultrathink.training.changes import AverageSnapshots, KeepState, Rollback
+from ultrathink.training.changes import AverageSnapshots, Rollback, Stop
 from ultrathink.training.control import ControlQueue, TrainerControl
 from ultrathink.training.endings import Ending
 from ultrathink.training.records import ChangeRecord
 from ultrathink.training.run_log import RunLog
 from ultrathink.training.settings import LiveSettings
+from ultrathink.training.silent_changes import KeepState, ScoreHeldOut
 from ultrathink.training.snapshots import Snapshot
-from ultrathink.training.stepping import Verdict
+from ultrathink.training.validation import Scores
 
 FOLLOWED_FOR = 64  # steps after which a decision is judged by what came of it
 _RECENT = 10
 _TROUBLE = (*LOSS_KINDS, *WEIGHT_KINDS, "non_finite", "lr_off_schedule", "overfitting")
-
-
-class Guard(OutlierGuard):
-    """Speaks to the trainer for ``OutlierGuard``; once that fails, every update passes."""
-
-    def __init__(self, *, most: float, tell: Tell) -> None:
-        super().__init__(most=most)
-        self._tell = tell
-        self._has_failed = False
-
-    def judge(self, step_loss: float, grad_norm: float) -> Verdict:
-        """The verdict on an update of this loss (nats) and norm."""
-        if self._has_failed:
-            return Verdict()
-        try:
-            return Verdict(skip=self.leaves_out(step_loss, grad_norm))
-        except Exception as error:
-            self._has_failed, self.streak = True, 0
-            self._tell(
-                f"the guard failed and leaves out nothing more; training goes on: "
-                f"{type(error).__name__}: {error}",
-                "warning",
-            )
-            return Verdict()
 
 
 class Steering(Controller):
@@ -74,7 +52,8 @@ class Steering(Controller):
 
     ``log`` has them in ``decisions.jsonl``, ``show(step, title, text)`` tells of each. What it has
     decided outlives a rollback, which takes back all else; checkpoints hold it.
-    ``most_snapshots(before)`` says how many there is room for, where a resumed run had ``before``.
+    ``most_snapshots(before)`` says how many there is room for, where a resumed run had ``before``,
+    ``best_checkpoint()`` of which step the best one is.
     """
 
     def __init__(
@@ -87,6 +66,8 @@ class Steering(Controller):
         position: Callable[[], int],
         most_snapshots: Callable[[int | None], int],
         is_compiled: bool,
+        has_held_out: bool,
+        best_checkpoint: Callable[[], int | None],
         log: RunLog,
         show: Callable[[int, str, str], None],
         tell: Tell,
@@ -94,7 +75,7 @@ class Steering(Controller):
         self.config = config
         self.watch = watch
         self.guard = guard
-        self.policy = Policy(config.rules, config.limits)
+        self.policy = Policy(config.rules, config.limits, has_held_out=has_held_out)
         self.decisions: list[Decision] = []
         self.ear = _Ear(self)
         self.snapshots: SnapshotRing | None = None
@@ -103,6 +84,7 @@ class Steering(Controller):
         self._position = position
         self._most_snapshots = most_snapshots
         self._is_compiled = is_compiled
+        self._best_checkpoint = best_checkpoint
         self._log = log
         self._show = show
         self._tell = tell
@@ -120,35 +102,64 @@ class Steering(Controller):
 
     def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
         """Look at the step that was taken and ask for what the policy decides."""
+        self._attempt(partial(self._steer, report), control)
+
+    def at_end(self, control: TrainerControl) -> None:
+        """Let the run go back to where it was best, if its last weights are worse."""
+        self._attempt(self._conclude, control)
+
+    def _attempt(self, act: Callable[[ControlQueue], None], control: TrainerControl) -> None:
         if self._has_failed:
             return
+        assert isinstance(control, ControlQueue)
         try:
-            self._steer(report, control)
+            if self.snapshots is None:
+                self.snapshots = self._begin_ring(control)
+            act(control)
         except Exception as error:
             self._has_failed = True
             self._tell(
-                f"the orchestrator failed at step {report.step} and steers no more; training goes "
+                f"the orchestrator failed at step {self._step} and steers no more; training goes "
                 f"on: {type(error).__name__}: {error}",
                 "warning",
             )
 
-    def _steer(self, report: StepReport, control: TrainerControl) -> None:
-        assert isinstance(control, ControlQueue)
+    def _steer(self, report: StepReport, control: ControlQueue) -> None:
+        assert self.snapshots is not None
         self._report = report
-        if self.snapshots is None:
-            self.snapshots = self._begin_ring(control)
         events = self.watch.take_events()
         self._count(report)
         self._note_skips(report, control)
         self._follow_up(events)
-        proposal = self.policy.decide(self._situation(report, events, self.snapshots))
+        now = self._situation(report, events, self.snapshots)
+        proposal = self.policy.decide(now)
         for rule, (resolved, text) in self.policy.take_outcomes().items():
             self._close(rule, {"resolved": resolved, "text": text})
+        self._note_verdict()
         if proposal is not None:
-            self._carry_out(proposal, control)
+            number = self._carry_out(proposal, control)
+            if self.policy.net.begin(proposal, number, now):
+                control.request(ScoreHeldOut(), "")
+        elif self.policy.busy is None and self.policy.net.wants_score(self._step):
+            control.request(ScoreHeldOut(), "")
         elif not (self.guard.streak or self._non_finite or control.is_requested(Rollback)):
             self._take_snapshot(self.snapshots)
+        self.policy.net.hold_best(self.snapshots, self._step, self._position())
         self._is_new_best = False
+
+    def _conclude(self, control: ControlQueue) -> None:
+        assert self.snapshots is not None
+        net = self.policy.net
+        step = net.better_step(self._step) if self.config.limits.rollbacks else None
+        if step is None:
+            return
+        kept = self.snapshots.held.get(BEST)
+        if kept is not None and kept.step == step:
+            self._carry_out(net.returning(kept.snapshot), control)
+        elif net.has_text and self._best_checkpoint() == step:
+            self._carry_out(net.returning(control.recall(step)), control)
+        else:
+            self._tell(f"the best weights, of step {step:,}, are kept nowhere", "warning")
 
     def _begin_ring(self, control: ControlQueue) -> SnapshotRing:
         """The snapshots that the run was resumed with, or none yet."""
@@ -167,9 +178,11 @@ class Steering(Controller):
         return ring
 
     def _take_snapshot(self, snapshots: SnapshotRing) -> None:
-        if self._is_new_best or snapshots.is_due(self._step):
+        is_due = snapshots.is_due(self._step)
+        is_best = self._is_new_best or (is_due and self.policy.net.is_best_level(self._step))
+        if is_best or is_due:
             loss = self.guard.loss_level
-            snapshots.take(self._position(), is_best=self._is_new_best, loss=loss)
+            snapshots.take(self._position(), is_best=is_best, loss=loss)
 
     def _situation(
         self, report: StepReport, events: Sequence[Event], snapshots: SnapshotRing
@@ -201,12 +214,14 @@ class Steering(Controller):
 
     # -- decisions -----------------------------------------------------------------------------
 
-    def _carry_out(self, proposal: Proposal, control: ControlQueue) -> None:
+    def _carry_out(self, proposal: Proposal, control: ControlQueue) -> int:
+        """Ask for what is proposed; returns the number of the decision."""
         self._open = decision = self._decision(proposal)
         self._keep_states(decision, proposal.changes, control)
         with control.deciding(decision.id):
             for change in proposal.changes:
                 control.request(change, f"decision {decision.id}, {decision.rule}")
+        return decision.id
 
     def _keep_states(
         self, decision: Decision, changes: Sequence[Change], control: TrainerControl
@@ -228,6 +243,7 @@ class Steering(Controller):
         """The run stands at a snapshot, and what was counted since is over."""
         if self.snapshots is not None:
             self.snapshots.go_back_to(change.snapshot)
+            self.policy.net.went_back(change.snapshot.step, self.snapshots)
         self._since_rollback, self._non_finite = 0, 0
         if self._num_skipped:
             text = f"{self._num_skipped} batches were left out, and it was not over"
@@ -265,10 +281,13 @@ class Steering(Controller):
         else:
             more = {"action": record.setting, "before": record.before, "after": record.after}
             decision.also.append(more)
+        if isinstance(record.change, Stop):
+            self.flush()  # no step comes that would
 
-    def note_best(self, is_best: bool) -> None:
+    def note_validation(self, report: ValidationReport) -> None:
         """A validation came, the best so far or not."""
-        self._is_new_best = is_best
+        self._is_new_best = report.is_best
+        self.policy.net.note_validation(report.step, report.loss, report.is_best)
 
     def took_step(self, step: int) -> None:
         """The run took a step, so all of the last decision took effect."""
@@ -284,6 +303,7 @@ class Steering(Controller):
 
     def restore_records(self, step: int) -> None:
         """Write down again what a resume at ``step`` cut: a run that went back decided it later."""
+        self._step = step
         for decision in self.decisions:
             if decision.step >= step:  # that of this step may not have been written yet
                 self._log.write_decision(decision.to_json())
@@ -339,6 +359,16 @@ class Steering(Controller):
                 text = f"{self._step - begun} steps later no alarm"
                 self._settle(number, {"resolved": True, "text": text})
 
+    def _note_verdict(self) -> None:
+        """Add what held-out text says of decisions to what came of them."""
+        verdict, self.policy.net.verdict = self.policy.net.verdict, None
+        for number in verdict.decisions if verdict is not None else ():
+            assert verdict is not None
+            known = self.decisions[number - 1].outcome or {"resolved": True}
+            text = "; ".join(filter(None, (known.get("text"), verdict.text)))
+            is_good = known["resolved"] and verdict.is_good
+            self._settle(number, {**known, "resolved": is_good, "text": text})
+
     def _close(self, rule: str, outcome: dict[str, Any]) -> None:
         for number in list(self._followed):
             if self.decisions[number - 1].rule == rule:
@@ -346,8 +376,9 @@ class Steering(Controller):
 
     def _settle(self, number: int, outcome: dict[str, Any]) -> None:
         decision = self.decisions[number - 1]
-        decision.outcome = {"step": self._step, **outcome}
-        self._followed.remove(number)
+        decision.outcome = {**outcome, "step": self._step}
+        if number in self._followed:
+            self._followed.remove(number)
         self._log.write_decision(decision.to_json())
 
     # -- for people ----------------------------------------------------------------------------
@@ -427,7 +458,9 @@ class Steering(Controller):
         self._ring_state = values["snapshots"]
 
     def roll_back(self, state: State) -> None:
-        """What was decided outlives going back."""
+        """What was decided outlives going back; what the run had reached does not."""
+        values: dict[str, Any] = dict(state)
+        self.policy.net.roll_back(values["policy"]["rules"][SafetyNet.name])
 
 
 class _Ear(Callback):
@@ -443,7 +476,10 @@ class _Ear(Callback):
         self._steering.took_step(report.step)
 
     def on_validation(self, report: ValidationReport) -> None:
-        self._steering.note_best(report.is_best)
+        self._steering.note_validation(report)
+
+    def on_scored(self, scores: Scores) -> None:
+        self._steering.policy.net.note_scores(scores.loss, list(scores.batch_losses))
 
     def on_change(self, change: ChangeRecord) -> None:
         self._steering.heard(change)

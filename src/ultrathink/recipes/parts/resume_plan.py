@@ -52,7 +52,8 @@ class ResumePlan:
         elapsed_s = self.plain["progress"]["elapsed_s"]
         limit = self.config.training.max_minutes
         ending = Budget(**self.plain["budget"]).ending(self.step, elapsed_s, limit)
-        return ending is not None and not ending.can_resume
+        is_over: bool = self.plain["progress"]["is_over"]
+        return is_over or (ending is not None and not ending.can_resume)
 
     def release(self) -> None:
         """Release the run's lock, where the run is not resumed after all."""

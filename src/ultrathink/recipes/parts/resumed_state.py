@@ -66,6 +66,8 @@ def adapt_state(
     settings, progress = values["settings"], values["progress"]
     _check_identity(values["identity"], trainer.identity, reset)
     _adapt_schedule(values, before, changes, reset)
+    if decided(changes, "length"):
+        progress["is_over"] = False
     if "optimizer" in reset:
         values["optimizer"] = {}
     if "data" in reset:

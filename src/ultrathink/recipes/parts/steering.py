@@ -9,7 +9,8 @@ from ultrathink.core.errors import UltrathinkError
 from ultrathink.monitoring.records import Level
 from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.orchestrator.live import LiveWatch
-from ultrathink.orchestrator.steering.steering import Guard, Steering
+from ultrathink.orchestrator.steering.live_guard import Guard
+from ultrathink.orchestrator.steering.steering import Steering
 from ultrathink.training.host_states import host_bytes
 from ultrathink.training.memory import host_memory_in_use
 from ultrathink.training.run_log import RunLog
@@ -49,6 +50,8 @@ def steer(
         position=lambda: trainer.loader.samples_seen + trainer.loader.samples_skipped,
         most_snapshots=partial(room_for_snapshots, trainer, config.snapshots),
         is_compiled=bool(trainer.training.compile),
+        has_held_out=trainer.objective.can_score,
+        best_checkpoint=trainer.run.best_step,
         log=log,
         show=show,
         tell=tell,

@@ -1,0 +1,31 @@
+"""The bridge from the guard, which decides within a step on each process, to the trainer."""
+
+from __future__ import annotations
+
+from ultrathink.monitoring.records import Tell
+from ultrathink.orchestrator.steering.guard import OutlierGuard
+from ultrathink.training.stepping import Verdict
+
+
+class Guard(OutlierGuard):
+    """Speaks to the trainer for ``OutlierGuard``; once that fails, every update passes."""
+
+    def __init__(self, *, most: float, tell: Tell) -> None:
+        super().__init__(most=most)
+        self._tell = tell
+        self._has_failed = False
+
+    def judge(self, step_loss: float, grad_norm: float) -> Verdict:
+        """The verdict on an update of this loss (nats) and norm."""
+        if self._has_failed:
+            return Verdict()
+        try:
+            return Verdict(skip=self.leaves_out(step_loss, grad_norm))
+        except Exception as error:
+            self._has_failed, self.streak = True, 0
+            self._tell(
+                f"the guard failed and leaves out nothing more; training goes on: "
+                f"{type(error).__name__}: {error}",
+                "warning",
+            )
+            return Verdict()

@@ -5,15 +5,16 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# Before torch is imported, which reads it once. The models of the tests are tiny: a second thread
+# gains nothing, and where other processes use the cores, threads that wait for each other make a run
+# ten times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 
 from tests import process_state
 from tests.sharing import Shared
-
-# The models of the tests are tiny: a second thread gains nothing, and where other processes use
-# the cores, threads that wait for each other make a run ten times slower.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # What a shell starts in the background ignores interrupts, and so would all that tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

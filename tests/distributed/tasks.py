@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +19,7 @@ from tests.unit.training.late_copies import LateCopier
 from tests.unit.training.shortage import Scarcity
 from ultrathink.checkpoint.format import load_checkpoint, weights
 from ultrathink.config import load_config
-from ultrathink.config.objective import OBJECTIVES, ObjectiveConfig
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.data.batch import Batch
 from ultrathink.data.tokenizers.base import load_tokenizer
 from ultrathink.inference.engine import Engine
 from ultrathink.inference.sampling import SamplingParams
@@ -48,8 +45,6 @@ from ultrathink.training.changes import (
 from ultrathink.training.control import TrainerControl
 from ultrathink.training.model_set import inference_view
 from ultrathink.training.model_state import region_needed
-from ultrathink.training.objectives.base import LOSS, Losses
-from ultrathink.training.objectives.pretrain import Pretraining
 from ultrathink.training.out_of_memory import SmallerStartError
 from ultrathink.training.records import ChangeRecord
 from ultrathink.training.snapshots import Snapshot
@@ -83,22 +78,6 @@ def new_trainer(place: str, *overrides: str, **parts: Any) -> Trainer:
     os.environ["ULTRATHINK_CACHE"] = f"{place}/cache"
     config = load_config("debug", [*TINY, f"run.dir={place}/runs", *overrides])
     return build_trainer(config, **parts)
-
-
-class TwiceConfig(ObjectiveConfig):
-    """Options of ``Twice``."""
-
-    type: Literal["twice"] = "twice"
-
-
-class Twice(Pretraining):
-    """Two passes over each micro-batch, forwards and backwards in time, for one backward pass."""
-
-    def losses(self, batch: Batch) -> Losses:
-        first = super().losses(batch)
-        mirrored = replace(batch, input_ids=batch.input_ids.flip(1), labels=batch.labels.flip(1))
-        second = super().losses(mirrored).terms[LOSS]
-        return Losses({**first.terms, "mirrored": second}, first.stats)
 
 
 def weights_at_rest(place: str, *overrides: str) -> dict[str, tuple[int, int]]:
@@ -144,15 +123,6 @@ def train(place: str, *overrides: str) -> str:
     trainer = new_trainer(place, *overrides)
     trainer.fit()
     return str(trainer.run.path)
-
-
-def train_twice(place: str, *overrides: str) -> str:
-    """``train`` with an objective of two passes, which is registered for as long as it takes."""
-    OBJECTIVES.add("twice", Twice, options=TwiceConfig)
-    try:
-        return train(place, "training.objective=twice", *overrides)
-    finally:
-        del OBJECTIVES._entries["twice"]
 
 
 def resume(path: str, *overrides: str) -> list[str]:

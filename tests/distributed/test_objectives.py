@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import tasks
+from tests.distributed import tasks, two_passes
 from tests.distributed.pool import Pool
 from tests.distributed.test_parity import FP64, LIMIT, assert_equal, rows
 
@@ -32,14 +32,14 @@ def assert_same(alone: str, run: str, term: str, limit: float) -> None:
 
 @pytest.fixture(scope="module")
 def alone_twice(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tasks.train_twice(str(tmp_path_factory.mktemp("one")), *FP64)
+    return two_passes.train_twice(str(tmp_path_factory.mktemp("one")), *FP64)
 
 
 @STAGES
 def test_two_passes_with_one_backward_pass(
     two: Pool, tmp_path: Path, alone_twice: str, overrides: tuple[str, ...]
 ) -> None:
-    run, _ = two.run(tasks.train_twice, str(tmp_path), *FP64, *overrides)
+    run, _ = two.run(two_passes.train_twice, str(tmp_path), *FP64, *overrides)
     assert_same(alone_twice, run, "mirrored", LIMIT)
 
 

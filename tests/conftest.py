@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before torch is imported, which reads it once. The models of the tests are tiny: a second thread
-# gains nothing, and where other processes use the cores, threads that wait for each other make a run
-# ten times slower.
+# gains nothing, and where others use the cores, threads that wait for each other make a run ten
+# times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis

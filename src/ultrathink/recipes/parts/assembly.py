@@ -75,21 +75,23 @@ def assemble(
     )
     watches = config.orchestrator.mode != "off" and world.is_main
     samples = SampleWriter(config, model, data.tokenizer, metrics.sinks, world)
+    # Before models are made ready, from where on freed memory is kept.
+    loader = TrainLoader(
+        data.train_stores,
+        data.train_weights,
+        seq_len=config.data.seq_len,
+        batch_size=training.batch_size,
+        packing=config.data.packing,
+        seed=config.run.seed,
+        num_workers=config.data.num_workers,
+        share=Share(dims.dp_group.rank, dims.dp_group.size),
+    )
     objective = _objective(config, data, ready_models(config, model, frozen, choices), choices)
     without = objective.without_detectors
     watch = LiveWatch(run, tell, metrics.sinks.phase, without=without) if watches else None
     trainer = Trainer(
         objective=objective,
-        loader=TrainLoader(
-            data.train_stores,
-            data.train_weights,
-            seq_len=config.data.seq_len,
-            batch_size=training.batch_size,
-            packing=config.data.packing,
-            seed=config.run.seed,
-            num_workers=config.data.num_workers,
-            share=Share(dims.dp_group.rank, dims.dp_group.size),
-        ),
+        loader=loader,
         stepper=_stepper(config, objective, choices),
         training=training,
         run=run,

@@ -50,8 +50,8 @@ def check_run_kind(run: RunFolder, wanted: Kind) -> None:
     if kind is None:
         raise CheckpointError(
             f"run {run.path} was written by an earlier version of ultrathink, whose runs "
-            f"this one does not resume; use that version ({run.manifest.name} names it), or train "
-            f"anew."
+            f"this one does not resume; use that version ({run.manifest.name} names it), or start "
+            f"a new run."
         )
     if kind != wanted:
         raise CheckpointError(

@@ -147,7 +147,7 @@ class Trainer:
         return self.objective.model
 
     def add_callback(self, callback: Callback) -> None:
-        """Let ``callback`` watch the run; it is told of everything after those that are there."""
+        """Let ``callback`` watch the run; it receives each event after those that are there."""
         self.callbacks = [*self.callbacks, callback]
         self.state.register_one_of("callback", callback)
 

@@ -304,7 +304,7 @@ class RunFolder:
                 with suppress(OSError):
                     self._coming(name).unlink(missing_ok=True)
             raise
-        self._prune(keep, path)
+        self.prune(keep, path)
         return path
 
     def remove_after(self, step: int) -> None:
@@ -349,13 +349,13 @@ class RunFolder:
             self._prepare_link("last", newest)
             os.replace(self._coming("last"), self.checkpoints / "last")
 
-    def _prune(self, keep: int, written: Path) -> None:
-        """Drop old checkpoints, now that ``written`` is whole.
+    def prune(self, keep: int, in_use: Path) -> None:
+        """Remove checkpoints but the newest ``keep``, those that links name, and ``in_use``.
 
         One that lacks bytes does not count among those kept, so it never displaces a good one.
         """
         found = [self.step_path(step) for step in self.step_folders()]
-        kept = {written, *[path for path in found if has_its_sizes(path)][-keep:]}
+        kept = {in_use, *[path for path in found if has_its_sizes(path)][-keep:]}
         for name in ("last", "best"):
             link = self.checkpoints / name
             if link.exists():

@@ -189,6 +189,21 @@ def test_a_finished_run_goes_on_when_it_is_given_more(make_trainer: MakeTrainer)
     assert after_warmup == sorted(after_warmup, reverse=True), "a resumed cosine must not rise"
 
 
+def test_resuming_a_finished_run_removes_the_old_checkpoints_that_a_kill_left(
+    make_trainer: MakeTrainer,
+) -> None:
+    """Killed between the last save and the removal of what it replaces: no save follows."""
+    trainer = make_trainer("training.max_steps=6", "training.checkpoint={every_steps: 2, keep: 2}")
+    trainer.fit()
+    run = trainer.run
+    kept = run.steps()
+    shutil.copytree(run.step_path(6), run.step_path(1))
+    plan = plan_resume(run)
+    plan.release()
+    assert plan.is_finished
+    assert run.steps() == kept
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "{type: wsd, decay: 0.5}"])
 def test_another_schedule_begins_where_the_old_one_stands(
     make_trainer: MakeTrainer, schedule: str

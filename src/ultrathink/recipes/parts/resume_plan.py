@@ -95,6 +95,9 @@ def plan_resume(
             return FreshStart(run, lock)
         plan = _plan(run, lock, checkpoint, overrides, reset)
         check_changes(plan.changes, plan.reset, plan.step)
+        if lock is not None and plan.is_finished:
+            # A kill after the last save may have left old checkpoints, and no later save follows.
+            run.prune(plan.config.training.checkpoint.keep, plan.folder)
         return plan
     except BaseException:
         if lock is not None:

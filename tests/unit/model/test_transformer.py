@@ -99,23 +99,14 @@ def test_meta_construction_equals_direct_construction(
         model = make_model(tie_embeddings=tied)
     assert all(parameter.is_meta for parameter in model.parameters())
     model.to_empty(device="cpu")
-    torch.manual_seed(7)
-    model.init_weights()
-    for name, parameter in direct.named_parameters():
-        assert torch.equal(parameter, model.get_parameter(name))
-    assert torch.equal(direct(tokens).logits, model(tokens).logits)
-
-
-def test_weights_come_from_the_generator(make_model: Any) -> None:
-    model = make_model()
-    before = torch.get_rng_state()
-    model.init_weights(torch.Generator().manual_seed(5))
-    first = model.embedding.weight.clone()
-    model.init_weights(torch.Generator().manual_seed(5))
-    assert torch.equal(first, model.embedding.weight)
-    model.init_weights(torch.Generator().manual_seed(6))
-    assert not torch.equal(first, model.embedding.weight)
-    assert torch.equal(before, torch.get_rng_state())
+    for generator in (None, torch.Generator().manual_seed(7)):
+        torch.manual_seed(7 if generator is None else 8)
+        before = torch.get_rng_state()
+        model.init_weights(generator)
+        assert torch.equal(before, torch.get_rng_state()) == (generator is not None)
+        for name, parameter in direct.named_parameters():
+            assert torch.equal(parameter, model.get_parameter(name))
+        assert torch.equal(direct(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -126,27 +117,16 @@ def test_a_state_dict_holds_each_weight_once(make_model: Any, tied: bool) -> Non
     assert ("head.weight" in names) is not tied
 
 
-def test_dropout_acts_in_training_only(make_model: Any, tokens: Tensor) -> None:
-    plain = make_model()
-    model = make_model(dropout=0.5)
-    model.load_state_dict(plain.state_dict())
-    with torch.no_grad():
-        assert torch.equal(model.eval()(tokens).logits, plain(tokens).logits)
-        first, second = model.train()(tokens).logits, model(tokens).logits
-    assert not torch.equal(first, second)
-
-
-def test_dropout_acts_on_the_embedding_and_both_outputs(
+def test_dropout_acts_in_training_only_on_the_embedding_and_both_outputs(
     make_model: Any, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plain, model = make_model(num_layers=3), make_model(dropout=0.25, num_layers=3)
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model.eval()(tokens).logits, plain(tokens).logits)
+    assert not torch.equal(model.train()(tokens).logits, model(tokens).logits)
     calls: list[tuple[float, bool]] = []
-
-    def record(x: Tensor, p: float, training: bool) -> Tensor:
-        calls.append((p, training))
-        return x
-
-    monkeypatch.setattr(torch.nn.functional, "dropout", record)
-    make_model(dropout=0.25, num_layers=3)(tokens)
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *args: (calls.append(args), x)[1])
+    model(tokens)
     assert calls == [(0.25, True)] * (1 + 2 * 3)
 
 

@@ -33,11 +33,8 @@ def test_a_long_curve_keeps_its_extremes_and_ends() -> None:
     assert {30.0, -5.0} <= set(thin.values)
     assert (thin.steps[0], thin.steps[-1]) == (1, 100_000)
     assert (np.diff(thin.steps) > 0).all()
-
-
-def test_a_short_curve_stays_as_it_is() -> None:
-    curve = noisy(500)
-    assert thinned(curve) is curve
+    short = noisy(500)
+    assert thinned(short) is short
 
 
 def test_what_is_no_number_stays_a_gap() -> None:
@@ -103,9 +100,6 @@ def test_a_line_has_a_gap_where_there_is_no_number() -> None:
     assert drawn is not None
     ((_, path),) = drawn.layers[0].paths
     assert (path.count("M"), path.count("L")) == (2, 2)
-
-
-def test_nothing_to_draw_is_no_chart() -> None:
     assert chart("x", "X", [Line("k", "", Series.of([]))], Span(0, 4)) is None
 
 

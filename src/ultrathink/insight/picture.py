@@ -94,16 +94,10 @@ def _draw_losses(axis: Axes, watching: Watching) -> None:
             axis.plot(steps, values, color=color, lw=0.6, alpha=0.45)
             axis.plot(*_smooth(steps, values), color=color, lw=1.6, label=f"{name}training loss")
         elif losses:
-            marker = "o" if len(losses) < 40 else None
             axis.plot(
-                steps,
-                values,
-                color=color,
-                lw=1.3,
-                marker=marker,
-                ms=3,
+                steps, values, color=color, lw=1.3, marker=_marker(values), ms=3,
                 label=f"{name}training loss",
-            )
+            )  # fmt: skip
         if course.curves.get("val_loss"):
             steps, values = _xy(course.curves["val_loss"])
             axis.plot(

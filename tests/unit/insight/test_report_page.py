@@ -77,6 +77,8 @@ def test_the_page_says_all(run: RunFolder) -> None:
         assert words in page.text, words
     assert page.count("band") == 2 * len(gather(run).replay.phases) > 0
     assert page.count("decided") == 4
+    # Each on the rail, in the legend and in the table.
+    assert (page.count("alarm"), page.count("event")) == (3, 6)
     rows = {attributes.get("id") for name, attributes in page.elements if name == "tr"}
     assert rows >= {"decision-1", "decision-2", "decision-3", "decision-4"}
     links = [a["href"] for name, a in page.elements if name == "a"]

@@ -153,21 +153,6 @@ def test_a_resumed_run_says_from_where_and_a_loss_may_be_no_number() -> None:
         assert re.search(r"loss nan +lr 1.00e-02 +tokens/s inf", text)
 
 
-@pytest.mark.parametrize("variable", ["TERM=dumb", "CI=true"])
-def test_a_terminal_that_cannot_redraw_gets_lines(
-    variable: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name, _, value = variable.partition("=")
-    monkeypatch.setenv(name, value)
-    stream = Terminal()
-    sink = opened(stream)
-    sink.progress(1)
-    sink.write(train(1))
-    sink.close()
-    assert "\x1b" not in stream.getvalue()
-    assert "step 1/100  loss 3.0000" in stream.getvalue()
-
-
 # -- the bar ----------------------------------------------------------------------------------
 
 

@@ -1,6 +1,5 @@
 """The console: lines for a file, a bar for a person, and nothing that can end a run."""
 
-import errno
 import io
 import math
 import os
@@ -17,10 +16,12 @@ from typing import IO
 
 import pytest
 
+from tests.unit.monitoring.disks import fill, small_disk
 from tests.unit.monitoring.screens import Clock, Terminal
 from ultrathink.monitoring import MetricRecord, RunInfo
 from ultrathink.monitoring.console import ConsoleSink
 from ultrathink.monitoring.preparation import PreparationDisplay
+from ultrathink.monitoring.records import Note
 
 SIMULATION = textwrap.dedent(
     """
@@ -241,21 +242,22 @@ def test_a_reader_that_is_gone_is_reported_once_and_does_not_end_the_run(termina
     assert sink.take_notes() == []
 
 
-def test_a_console_that_fails_for_a_while_is_told_to_be_back() -> None:
-    class Full(io.StringIO):
-        full = True
-
-        def flush(self) -> None:
-            if self.full:
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-    stream = Full()
-    sink = opened(stream)
-    assert len(sink.take_notes()) == 1
-    stream.full = False
-    sink.message("seen", "info")
-    assert sink.take_notes() == [("the console can be written to again", "info")]
-    assert "seen" in stream.getvalue()
+def test_a_console_that_fails_for_a_while_is_told_to_be_back(tmp_path: Path) -> None:
+    with (
+        small_disk(tmp_path / "disk") as disk,
+        io.TextIOWrapper((disk / "log").open("wb"), line_buffering=True) as file,
+    ):
+        sink = opened(file)
+        filler = fill(disk)
+        notes: list[Note] = []
+        while not notes:
+            sink.message("x" * 500, "info")
+            notes = sink.take_notes()
+        assert "(OSError: [Errno 28] No space left on device)" in notes[0][0]
+        filler.unlink()
+        sink.message("seen", "info")
+        assert sink.take_notes() == [("the console can be written to again", "info")]
+        assert (disk / "log").read_text().splitlines()[-1] == "seen"
 
 
 def run_simulation(stderr: int) -> subprocess.CompletedProcess[str]:
@@ -280,6 +282,15 @@ def test_a_closed_pipe_leaves_the_exit_status_alone() -> None:
     notes, result = done.stdout.splitlines()
     assert notes.startswith(gone)
     assert (done.returncode, result) == (0, "the result")
+
+
+def test_what_can_never_be_written_does_not_fail_again_at_the_end(tmp_path: Path) -> None:
+    """As when standard error goes to a full disk: Python's own flush would end in status 120."""
+    with small_disk(tmp_path / "disk") as disk, (disk / "log").open("w") as log:
+        fill(disk)
+        done = run_simulation(log.fileno())
+    assert done.returncode == 0
+    assert "cannot be written to (OSError: [Errno 28] No space left on device)" in done.stdout
 
 
 def test_piped_progress_is_plain_and_on_standard_error() -> None:

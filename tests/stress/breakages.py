@@ -312,8 +312,8 @@ BREAKAGES = (
     Breakage(
         "the loss of a run's end is a mean over all of it",
         "insight/comparison.py",
-        "begin = 0.9 * side.train[-1].step",
-        "begin = 0.0 * side.train[-1].step",
+        "begin = 0.9 * train[-1].step",
+        "begin = 0.0 * train[-1].step",
         ("unit/insight/test_comparison.py", "unit/cli/test_cli_compare.py"),
     ),
     Breakage(

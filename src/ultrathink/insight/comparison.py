@@ -301,38 +301,42 @@ def _figures(sides: Sequence[Side]) -> list[Figure]:
     return [figure for figure in figures if any(value is not None for value in figure.values)]
 
 
+def finite(records: Sequence[MetricRecord], name: str) -> list[tuple[int, float]]:
+    """The steps and values of a figure, where it is a finite number."""
+    values = [(record.step, record.values.get(name, math.nan)) for record in records]
+    return [(step, value) for step, value in values if math.isfinite(value)]
+
+
+def loss_of_last_tenth(train: Sequence[MetricRecord]) -> float | None:
+    """The mean loss of the last tenth of the steps; not-a-number where none was finite."""
+    if not train:
+        return None
+    begin = 0.9 * train[-1].step
+    return mean([r.values["loss"] for r in train if r.step > begin and "loss" in r.values])
+
+
+def median_speed(train: Sequence[MetricRecord]) -> float | None:
+    """Tokens a second, the median of the logged steps."""
+    speeds = sorted(speed for _, speed in finite(train, "tokens_per_sec"))
+    return speeds[len(speeds) // 2] if speeds else None
+
+
 def _last(records: Sequence[MetricRecord], name: str) -> float | None:
     return records[-1].values.get(name) if records else None
 
 
-def _loss_of_last_tenth(side: Side) -> float | None:
-    if not side.train:
-        return None
-    begin = 0.9 * side.train[-1].step
-    return mean([r.values["loss"] for r in side.train if r.step > begin and "loss" in r.values])
-
-
 def _best(records: Sequence[MetricRecord], name: str) -> tuple[float | None, int | None]:
-    scored = [
-        (r.values[name], r.step) for r in records if math.isfinite(r.values.get(name, math.nan))
-    ]
-    return min(scored) if scored else (None, None)
-
-
-def _median_speed(side: Side) -> float | None:
-    found = (record.values.get("tokens_per_sec", math.nan) for record in side.train)
-    speeds = sorted(speed for speed in found if math.isfinite(speed))
-    return speeds[len(speeds) // 2] if speeds else None
+    return min(((value, step) for step, value in finite(records, name)), default=(None, None))
 
 
 _FIGURES: dict[str, Callable[[Side], float | None]] = {
     "steps": lambda side: side.train[-1].step if side.train else None,
     "tokens": lambda side: _last(side.train, "tokens"),
     "train_loss": lambda side: _last(side.train, "loss"),
-    "train_loss_last_tenth": _loss_of_last_tenth,
+    "train_loss_last_tenth": lambda side: loss_of_last_tenth(side.train),
     "val_loss": lambda side: _last(side.val, "loss"),
     "bits_per_byte": lambda side: _last(side.val, "bits_per_byte"),
-    "tokens_per_sec": _median_speed,
+    "tokens_per_sec": lambda side: median_speed(side.train),
 }
 _BEST = {"best_val_loss": "loss", "best_bits_per_byte": "bits_per_byte"}
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
+from ultrathink.insight.comparison import finite, loss_of_last_tenth, median_speed
 from ultrathink.insight.report.gathering import Story
-from ultrathink.insight.report.markup import NOTHING, duration, figure, moment, plural
-from ultrathink.monitoring.records import MetricRecord
+from ultrathink.insight.report.markup import duration, figure, moment, plural
 from ultrathink.monitoring.wording import short_number
 
-_LATE = 0.1  # of the steps, that the training loss is the mean of
-
-Tile = tuple[str, str, str | None]  # a title, its figure, and a remark
+Tile = tuple[str, str, str]  # a title, its figure, and a remark
 
 
 def state_of(story: Story) -> str:
@@ -55,7 +53,7 @@ def describe(story: Story) -> str:
 def tiles(story: Story) -> Iterator[Tile]:
     """The figures that everybody asks for first."""
     last = story.last_step
-    if found := _finite(story.val, "bits_per_byte"):
+    if found := finite(story.val, "bits_per_byte"):
         (step, value), (best_step, best) = found[-1], min(found, key=lambda point: point[1])
         remark = f"best {figure(best)}, step {best_step:,}"
         yield (
@@ -63,33 +61,23 @@ def tiles(story: Story) -> Iterator[Tile]:
             figure(value),
             remark if best < value else f"held out, step {step:,}",
         )
-    if found := _finite(story.val, "loss"):
+    if found := finite(story.val, "loss"):
         step, value = found[-1]
         ppl = f"perplexity {figure(math.exp(value), 3)}" if value < 20 else f"step {step:,}"
         yield "Validation loss", figure(value), ppl
-    if found := _finite(story.train, "loss"):
-        late = [loss for step, loss in found if step > (1 - _LATE) * last] or [found[-1][1]]
-        yield "Training loss", figure(math.fsum(late) / len(late)), "mean of the last tenth"
-    else:
-        yield "Training loss", NOTHING, "nothing logged yet"
-    if found := _finite(story.train, "tokens"):
+    loss = loss_of_last_tenth(story.train)
+    remark = "mean of the last tenth" if loss is not None else "nothing logged yet"
+    yield "Training loss", figure(loss), remark
+    if found := finite(story.train, "tokens"):
         total = story.summary.total_steps
         steps = f"{last:,} of {total:,} steps" if total and total > last else f"{last:,} steps"
         yield "Tokens", short_number(found[-1][1]), steps
     if story.elapsed_s is not None:
-        speeds = sorted(speed for _, speed in _finite(story.train, "tokens_per_sec"))
-        speed = f"{short_number(speeds[len(speeds) // 2])} tokens/s, median" if speeds else None
-        yield "Training time", duration(story.elapsed_s), speed
+        speed = median_speed(story.train)
+        remark = f"{short_number(speed)} tokens/s, median" if speed is not None else ""
+        yield "Training time", duration(story.elapsed_s), remark
     alarms = sum(event.is_alarm for event in story.events)
     proven = sum(one.audit is not None and one.audit.verdict == "helped" for one in story.decisions)
     words = plural(alarms, "alarm") if alarms else "no alarm"
     helped = f", {proven} proven to help" if proven else ""
     yield "Decisions", f"{len(story.decisions):,}", words + helped
-
-
-def _finite(records: Sequence[MetricRecord], name: str) -> list[tuple[int, float]]:
-    return [
-        (record.step, value)
-        for record in records
-        if math.isfinite(value := record.values.get(name, math.nan))
-    ]

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.stress import evidence
+from tests.stress.process import Session, ultrathink
 from ultrathink.cli.main import main
 
 README = Path(__file__).parents[2] / "README.md"
@@ -30,22 +29,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(
     place: Path, *words: str, stdin: str = "", status: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "ultrathink", *words],
-        cwd=place,
-        env=environment(place),
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = ultrathink(place, *words, stdin=stdin)
     assert done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr
     return done
-
-
-def environment(place: Path) -> dict[str, str]:
-    return {**os.environ, "ULTRATHINK_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
 
 
 Said = Callable[..., tuple[int, str, str]]
@@ -178,40 +165,19 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(
     place: Path, number: signal.Signals
 ) -> None:
     name = f"stopped-{number.name}"
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "ultrathink",
-            "train",
-            "debug",
-            "training.max_steps=100000",
-            f"run.name={name}",
-            "training.log_every=1",
-        ],
-        cwd=place,
-        env=environment(place),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics = place / "runs" / name / "metrics.jsonl"
+    words = ("training.max_steps=100000", f"run.name={name}", "training.log_every=1")
+    session = Session(place, place / "runs" / name, "train", "debug", *words)
     try:
-        deadline = time.monotonic() + 60
-        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-            assert time.monotonic() < deadline
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        assert session.wait_until(lambda: session.step() > 3)
+        session.process.send_signal(number)
+        session.wait_until(lambda: False)
     finally:
-        process.kill()
-    assert process.returncode == 128 + number
-    assert "Traceback" not in said
-    assert "saving after this step; once more ends it at once" in said
-    assert f"ultrathink train --resume runs/{name}" in said
-    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
-    saved = (place / "runs" / name / "checkpoints" / "last").resolve().name
-    assert saved == f"step_{last:08d}"
+        session.kill()
+    assert session.process.returncode == 128 + number
+    assert "Traceback" not in session.stderr
+    assert "saving after this step; once more ends it at once" in session.stderr
+    assert f"ultrathink train --resume runs/{name}" in session.stderr
+    assert evidence.steps(session.run)[-1] == session.step()
 
 
 def test_a_run_that_fails_before_it_starts_leaves_no_folder(place: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.unit.checkpoint.disks import flip
 from tests.unit.cli.conftest import Say
 from tests.unit.runs.trained_runs import make_run, train, train_line, val_line, write_lines
 from ultrathink.runs.folder import RunFolder
@@ -121,18 +122,12 @@ def trained(original: RunFolder, place: Path) -> RunFolder:
     return RunFolder(shutil.copytree(original.path, place / "runs" / "debug", symlinks=True))
 
 
-def damage(run: RunFolder, step: int) -> None:
-    [file] = run.checkpoint(step).glob("*1-of-*.safetensors")
-    data = file.read_bytes()
-    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-
-
 def test_check_tells_what_is_damaged_and_how_to_go_on(trained: RunFolder, say: Say) -> None:
     out = say("runs", "check", "debug")
     assert "  ok  checkpoints/step_00000004  as it was written, fits the model, " in out
     assert out.endswith("All is sound.\nThe run is finished: step 4 was its last.\n")
 
-    damage(trained, 4)
+    flip(next(trained.checkpoint(4).glob("*1-of-*.safetensors")))
     lines = say("runs", "check", "debug", status=1).splitlines()
     assert lines[0] == "run runs/debug"
     [line] = [line for line in lines if line.startswith("  damaged  checkpoints/step_00000004")]

@@ -263,7 +263,7 @@ BREAKAGES = (
     Breakage(
         "the logarithm of a negative loss is taken",
         "orchestrator/detectors/loss.py",
-        "if loss < 0 and self.scale.is_log:",
+        "if loss < 0 and self.judged.is_log:",
         "if False:",
         ("unit/orchestrator/test_loss_detectors.py", "unit/orchestrator/test_watcher.py"),
     ),

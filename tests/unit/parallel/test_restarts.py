@@ -17,24 +17,15 @@ def pointer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_who_is_started_again_goes_on_with_the_same_run(
     pointer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    remember_run(tmp_path / "runs" / "demo", World(rank=0, size=2))
+    run = tmp_path / "runs" / "demo"
+    remember_run(run, World(rank=0, size=2))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert run_to_go_on_with() == tmp_path / "runs" / "demo"
-
-
-def test_a_first_start_does_not_trust_what_another_left(
-    pointer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    remember_run(tmp_path, World(rank=0, size=2))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert run_to_go_on_with() is None
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert run_to_go_on_with() is None
-
-
-def test_who_was_not_launched_leaves_no_word(
-    pointer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    assert run_to_go_on_with() == run
+    # A first start does not trust what another left.
+    for count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert run_to_go_on_with() is None
+    # Who was not launched leaves no word.
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
-    remember_run(tmp_path, World())
+    remember_run(run, World())
     assert not pointer.exists()

@@ -1,4 +1,4 @@
-"""Tasks of processes that train several modules together."""
+"""Tasks of processes that train by objectives of the tests: of several modules, with weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import tasks
+from tests.unit.training import weighted
 from tests.unit.training.several_modules import registered
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.runs.folder import RunFolder
@@ -14,7 +15,7 @@ from ultrathink.runs.folder import RunFolder
 
 def train(place: str, *overrides: str) -> str:
     """Train a tiny run; returns its folder."""
-    with registered():
+    with registered(), weighted.registered():
         return tasks.train(place, *overrides)
 
 

@@ -20,6 +20,7 @@ from ultrathink.training.validation import Scores
 
 LOSS = "loss"  # the term that reports call the loss
 TOKENS = "tokens"  # the count that every batch has: positions that are trained
+WEIGHTS = "loss_weights"  # the sum of their weights, where a batch has any
 
 
 class Term(NamedTuple):

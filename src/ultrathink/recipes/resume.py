@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from ultrathink.checkpoint.format import load_checkpoint
+from ultrathink.config.objective import OBJECTIVES
 from ultrathink.core.protocols import State
 from ultrathink.data.documents import Progress as DataProgress
 from ultrathink.data.prepare import PreparedData
@@ -90,11 +91,12 @@ def _resume(
     frozen = world.main_first(lambda: find_frozen(plan.config))
     beside = [each.checked(plan.config, data.tokenizer) for each in frozen]
     config, choices = choose_together(plan.config, data.num_samples, world, beside, models_beside)
-    check_loads(plan.folder, config.model)  # names what differs, where the model is another
+    kind = OBJECTIVES.load(config.training.objective.type).kind
+    check_loads(plan.folder, config.model, kind)  # names what differs, where the model is another
     model = build_model(config)
     trainer = assemble(config, run, data, model, choices, callbacks, controllers, frozen)
     region = partial(region_needed, trainer.objective.models)
-    state: State = load_checkpoint(plan.folder, region=region)
+    state: State = load_checkpoint(plan.folder, region=region, kind=kind)
     reset = plan.reset | {"data"} if found.other_samples else plan.reset
     adapt_state(state, trainer, plan.before, plan.changes, reset, other_scores=found.other_scores)
     trainer.load_state_dict(state)

@@ -75,7 +75,8 @@ class RecallCheckpoint(Change):
         state = None
         try:
             region = partial(region_needed, run.models)
-            state = load_checkpoint(run.run.step_path(self.step), region=region)
+            folder, kind = run.run.step_path(self.step), run.saving.header.kind
+            state = load_checkpoint(folder, region=region, kind=kind)
         except UltrathinkError as caught:
             error = caught
         except OSError as caught:

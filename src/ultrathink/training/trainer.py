@@ -94,6 +94,7 @@ class Trainer:
             tell=self._tell,
             world=self.world,
             snapshots=self.snapshots.states,
+            header=self.objective.header,
         )
         self.scorer = Scorer(
             self.objective,

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ultrathink.checkpoint.format import Header, Kind
 from ultrathink.data.batch import Batch
 from ultrathink.data.validation import ValidationSet
 from ultrathink.model.transformer import Transformer
@@ -76,6 +77,9 @@ class Objective(ABC):
     is_guarded: ClassVar[bool] = True
     """Whether a guard may judge an update by the step's loss."""
 
+    kind: ClassVar[Kind] = "model"
+    """What its checkpoints are."""
+
     def __init__(self, parts: Parts) -> None:
         self.models = parts.models
         self.model = parts.models.main
@@ -120,6 +124,11 @@ class Objective(ABC):
         load = stats.get("expert_load")
         if load is not None:
             self.model.move_selection_biases(summed(load))
+
+    @property
+    def header(self) -> Header:
+        """What its checkpoints say they are; one that adds to a model names that one's hash."""
+        return Header(self.kind)
 
     @property
     def can_score(self) -> bool:

@@ -128,7 +128,7 @@ _RANKS = {
 }
 _ALONE = frozenset(
     {"value", "norm", "scale", "batch", "it"}
-)  # names that mean little beside others
+)  # mean little beside others
 _OF_THE_LOSS = ("loss", "val_loss", "accuracy", "val_accuracy")
 
 

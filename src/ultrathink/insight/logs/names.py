@@ -126,9 +126,7 @@ _RANKS = {
     for signal, aliases in ALIASES.items()
     for rank, alias in enumerate(aliases)
 }
-_ALONE = frozenset(
-    {"value", "norm", "scale", "batch", "it"}
-)  # mean little beside others
+_ALONE = frozenset({"value", "norm", "scale", "batch", "it"})  # mean little beside others
 _OF_THE_LOSS = ("loss", "val_loss", "accuracy", "val_accuracy")
 
 

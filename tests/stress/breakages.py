@@ -184,6 +184,13 @@ BREAKAGES = (
         ("unit/training/test_saving.py",),
     ),
     Breakage(
+        "a newer state that is written drops the best one, which still waits",
+        "training/saving.py",
+        'if other.step > request.step or (kind == "best" and not request.is_best)',
+        "if other.step > request.step",
+        ("unit/training/test_saving.py",),
+    ),
+    Breakage(
         "a step that is repeated in smaller micro-batches draws other numbers",
         "training/stepping.py",
         "set_torch_random_state(random_state)",
@@ -277,9 +284,16 @@ BREAKAGES = (
     Breakage(
         "the logarithm of a negative loss is taken",
         "orchestrator/detectors/loss.py",
-        "if loss < 0 and self.scale.is_log:",
+        "if loss < 0 and self.judged.is_log:",
         "if False:",
         ("unit/orchestrator/test_loss_detectors.py", "unit/orchestrator/test_watcher.py"),
+    ),
+    Breakage(
+        "the level of before a divergence goes on counting after it",
+        "orchestrator/detectors/loss.py",
+        "self.baseline.restart()",
+        "pass",
+        ("unit/orchestrator/test_loss_detectors.py",),
     ),
     Breakage(
         "one rollback more than the limit",

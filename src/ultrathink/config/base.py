@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -135,6 +136,23 @@ DurationField = Annotated[
     PlainSerializer(_duration_to_plain),
     WithJsonSchema({"type": ["integer", "number", "string"]}),
 ]
+
+
+def one_of(registry: Registry[Any], *others: str) -> AfterValidator:
+    """A name that ``registry`` knows, or one of ``others``."""
+
+    def check(name: str) -> str:
+        if name not in others:
+            registry.entry(name)
+        return name
+
+    return AfterValidator(check)
+
+
+def alike(names: Sequence[str | None]) -> str | None:
+    """The first name, in order, that is given twice."""
+    twice = sorted({name for name in names if name is not None and names.count(name) > 1})
+    return twice[0] if twice else None
 
 
 def off_means(name: str) -> BeforeValidator:

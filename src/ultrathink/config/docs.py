@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from ultrathink.config.options import on_resume
 from ultrathink.config.overrides import flatten
@@ -109,8 +108,8 @@ def _write_table(section: type[BaseModel], prefix: str, lines: list[str]) -> Non
     rows = []
     for name, field in section.model_fields.items():
         inner = sections_of(field.annotation, field.metadata)
-        is_own_type = name == "type" and "Literal" in str(field.annotation) and _has_default(field)
-        if is_own_type or (inner and not is_part(field)):
+        is_own_type = get_origin(field.annotation) is Literal and not field.is_required()
+        if (name == "type" and is_own_type) or (inner and not is_part(field)):
             continue  # in the heading
         rule = on_resume(field)
         cells = [
@@ -124,10 +123,6 @@ def _write_table(section: type[BaseModel], prefix: str, lines: list[str]) -> Non
     if rows:
         titles = "| key | values | default | resuming | meaning |"
         lines += ["", titles, "|---|---|---|---|---|", *rows]
-
-
-def _has_default(field: FieldInfo) -> bool:
-    return field.default is not PydanticUndefined
 
 
 def _values(field: FieldInfo) -> str:
@@ -172,7 +167,7 @@ def _plural(kind: str) -> str:
 
 def _default(field: FieldInfo) -> str:
     default = field.default
-    if not _has_default(field):
+    if field.is_required():
         return "required"
     if default is None:
         return "unset"

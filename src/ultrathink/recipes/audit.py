@@ -161,8 +161,9 @@ def branch(
 def _apply(trainer: Trainer, change: Change, run: RunFolder, number: int) -> None:
     """Do again what decision ``number`` did, with the snapshots that were kept for it."""
     for one in change.needed:
-        state = load_checkpoint(run.states / state_name(number, one.key))
-        placed = placed_state(state, trainer.model, trainer.stepper.host_names)
+        folder, kind = run.states / state_name(number, one.key), trainer.objective.kind
+        state = load_checkpoint(folder, kind=kind)
+        placed = placed_state(state, trainer.objective.models, trainer.stepper.host_names)
         trainer.snapshots.keep(one.key, placed, in_checkpoints=False)
     change.apply(trainer.parts)
 

@@ -43,14 +43,14 @@ def run_together(act: Callable[[], int]) -> NoReturn:
     except PeerFailedError:
         _end(status_of_first(world) or PEER_GONE)
     except (Exception, KeyboardInterrupt) as error:
-        is_message = isinstance(error, UltrathinkError | OSError | KeyboardInterrupt)
-        if not is_message and is_lost_connection(error):
+        said = error if isinstance(error, UltrathinkError | OSError | KeyboardInterrupt) else None
+        if said is None and is_lost_connection(error):
             _end(PEER_GONE)
         if not is_first_to_fail(world):
             _end(status_of_first(world) or PEER_GONE)
-        if is_message:
-            status = report(error)
-            status = OUT_OF_MEMORY if isinstance(error, SmallerStartError) else status
+        if said is not None:
+            status = report(said)
+            status = OUT_OF_MEMORY if isinstance(said, SmallerStartError) else status
         else:
             tell(f"error: process {world.rank} failed:")
             traceback.print_exc()

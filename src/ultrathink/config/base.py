@@ -110,11 +110,10 @@ class PartOf:
     ) -> dict[str, Any]:
         members = []
         for entry in self.registry:
-            if entry.options is None:
-                continue
-            member = entry.options.model_json_schema()
-            member["properties"]["type"] = {"const": entry.name}
-            members.append(member)
+            if entry.options is not None:
+                member = handler(entry.options.__pydantic_core_schema__)
+                handler.resolve_ref_schema(member)["properties"]["type"] = {"const": entry.name}
+                members.append(member)
         return {"anyOf": [{"enum": self.registry.names()}, *members]}
 
 

@@ -45,28 +45,6 @@ def json_schema(root: type[Root]) -> dict[str, Any]:
     schema = root.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "ULTRATHINK configuration"
-    return _with_definitions_on_top(schema)
-
-
-def _with_definitions_on_top(schema: dict[str, Any]) -> dict[str, Any]:
-    """Lift the ``$defs`` of nested schemas to the top, where their references point."""
-    definitions: dict[str, Any] = {}
-
-    def visit(node: Any) -> None:
-        if isinstance(node, dict):
-            for name, definition in node.pop("$defs", {}).items():
-                assert definitions.get(name, definition) == definition, f"two sections {name}"
-                definitions[name] = definition
-                visit(definition)
-            for value in node.values():
-                visit(value)
-        elif isinstance(node, list):
-            for value in node:
-                visit(value)
-
-    visit(schema)
-    if definitions:
-        schema["$defs"] = definitions
     return schema
 
 

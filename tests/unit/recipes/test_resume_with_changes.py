@@ -25,10 +25,11 @@ from ultrathink.training.trainer import Trainer
 STOP_AT_4 = "training.checkpoint={every_steps: 4, keep: 9}"
 
 
-def stopped(make_trainer: MakeTrainer, *overrides: str) -> Trainer:
+def stopped(
+    make_trainer: MakeTrainer, *overrides: str, length: str = "training.max_steps=10"
+) -> Trainer:
     """A run of ten steps that stopped after four."""
-    options = ["training.max_steps=10", STOP_AT_4, *overrides]
-    trainer = make_trainer(*options, controllers=[At(step4=asks(Stop()))])
+    trainer = make_trainer(length, STOP_AT_4, *overrides, controllers=[At(step4=asks(Stop()))])
     assert trainer.fit().name == "stopped"
     return trainer
 
@@ -150,7 +151,7 @@ def test_batch_size_changes_and_no_sample_is_lost_or_repeated(run: RunFolder) ->
 def test_another_length_counts_what_was_done(
     make_trainer: MakeTrainer, length: str, override: str, total: int
 ) -> None:
-    resumed = resume_trainer(stopped(make_trainer, length).run, overrides=[override])
+    resumed = resume_trainer(stopped(make_trainer, length=length).run, overrides=[override])
     assert resumed.fit().name == "finished"
     assert resumed.progress.step == total
 

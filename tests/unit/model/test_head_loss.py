@@ -16,11 +16,6 @@ from ultrathink.model import loss as loss_module
 from ultrathink.model.loss import IGNORED_LABEL, HeadLoss, chunk_tokens, linear_cross_entropy
 
 
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 7 * 11)
-
-
 def make_inputs(
     N: int = 23, C: int = 6, V: int = 11, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,19 +43,6 @@ def reference(
         z_weight * squares.sum(),
         ((logits.argmax(-1) == labels) & trained).sum(),
     )
-
-
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("z_weight", [0.0, 0.01])
-def test_loss_passes_gradcheck(z_weight: float) -> None:
-    hidden, weight, labels = make_inputs()
-    assert chunk_tokens(23, 11, "cpu") == 7
-
-    def losses(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        out = linear_cross_entropy(hidden, weight, labels, z_weight=z_weight)
-        return (out.cross_entropy,) if out.z_loss is None else (out.cross_entropy, out.z_loss)
-
-    assert torch.autograd.gradcheck(losses, (hidden, weight))
 
 
 @settings(max_examples=30)
@@ -107,13 +89,6 @@ def test_softmax_runs_in_float32(dtype: torch.dtype) -> None:
         torch.testing.assert_close(value.double(), wanted.double(), rtol=0.02, atol=2e-4)
 
 
-def test_a_float32_head_gets_a_float32_gradient_from_bfloat16_activations() -> None:
-    hidden, weight, labels = make_inputs(dtype=torch.float32)
-    linear_cross_entropy(hidden.bfloat16(), weight, labels).cross_entropy.backward()
-    assert weight.grad is not None
-    assert weight.grad.dtype == torch.float32
-
-
 def test_the_gradients_of_all_chunks_are_added_in_float32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -125,17 +100,9 @@ def test_the_gradients_of_all_chunks_are_added_in_float32(
     linear_cross_entropy(
         hidden, weight, torch.zeros(2000, dtype=torch.int64)
     ).cross_entropy.backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
     torch.testing.assert_close(weight.grad, torch.tensor([[-1000.0], [1000.0]]))
-
-
-def test_nothing_trained_gives_zero_and_zero_gradients() -> None:
-    hidden, weight, labels = make_inputs()
-    labels = torch.full_like(labels, IGNORED_LABEL)
-    out = linear_cross_entropy(hidden, weight, labels, z_weight=0.1, count_correct=True)
-    assert [value.item() for value in out if value is not None] == [0.0, 0.0, 0]
-    (out[0] + out[1]).backward()
-    assert torch.all(hidden.grad == 0)
-    assert torch.all(weight.grad == 0)
 
 
 def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import replace_folder, sync_file, sync_folder, write_atomic
@@ -67,6 +67,14 @@ class Header(NamedTuple):
 
 
 WHOLE_MODEL = Header()
+
+
+class Write(Protocol):
+    """Writes a state to a folder, as ``save_checkpoint`` does."""
+
+    def __call__(
+        self, folder: Path, state: State, *, once_whole: Callable[[], None] = ...
+    ) -> None: ...
 
 
 class DamagedCheckpointError(CheckpointError):

@@ -9,13 +9,14 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from ultrathink.checkpoint.format import Check
+from ultrathink.checkpoint.format import WHOLE_MODEL, Header, Write, save_checkpoint
 from ultrathink.checkpoint.snapshots import Carried, SnapshotWriter
 from ultrathink.core.protocols import State
 from ultrathink.core.team import Alone, Team
@@ -48,9 +49,8 @@ class CheckpointFolder(Protocol):
         *,
         is_best: bool,
         keep: int,
-        check: Check,
         team: Team | None,
-        add: Callable[[Path, Check, Team], None],
+        write: Write,
     ) -> Path: ...
 
 
@@ -94,14 +94,15 @@ class _Save:
 
 
 class CheckpointSaver:
-    """Writes one checkpoint at a time, each in a thread that ends with it.
+    """Writes one checkpoint at a time, each in a thread that ends with it; ``header`` is theirs.
 
     Its methods are for one thread, the training one. What goes wrong is an outcome, never raised.
     """
 
-    def __init__(self, run: CheckpointFolder, keep: int) -> None:
+    def __init__(self, run: CheckpointFolder, keep: int, header: Header = WHOLE_MODEL) -> None:
         self._run = run
         self._keep = keep
+        self._header = header
         self.snapshots = SnapshotWriter(run.checkpoints)
         self._founding = run.founding()
         self._outcomes: list[Outcome] = []
@@ -177,10 +178,13 @@ class CheckpointSaver:
                 save.state,
                 is_best=save.is_best,
                 keep=self._keep,
-                check=save.check,
                 team=save.team,
-                add=lambda beside, check, team: self.snapshots.write(
-                    save.carried, beside, check, team
+                write=partial(
+                    save_checkpoint,
+                    check=save.check,
+                    team=save.team,
+                    add=partial(self.snapshots.write, save.carried),
+                    header=self._header,
                 ),
             )
         except BaseException as caught:  # nobody else would hear of it, and all would wait

@@ -163,8 +163,9 @@ def branch(
 def _apply(parts: Parts, change: Change, run: RunFolder, number: int) -> None:
     """Do again what decision ``number`` did, with the snapshots that were kept for it."""
     for one in change.needed:
-        state = load_checkpoint(run.states / state_name(number, one.key))
-        placed = placed_state(state, parts.model, parts.stepper.host_names)
+        folder, kind = run.states / state_name(number, one.key), parts.stepper.objective.kind
+        state = load_checkpoint(folder, kind=kind)
+        placed = placed_state(state, parts.models, parts.stepper.host_names)
         parts.snapshots.keep(one.key, placed, in_checkpoints=False)
     change.apply(parts)
 

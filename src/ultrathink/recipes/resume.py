@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from ultrathink.checkpoint.format import load_checkpoint
+from ultrathink.config.objective import OBJECTIVES
 from ultrathink.core.protocols import State
 from ultrathink.data.documents import Progress as DataProgress
 from ultrathink.data.prepare import PreparedData
@@ -13,7 +14,7 @@ from ultrathink.data.tokenizers.base import load_tokenizer
 from ultrathink.parallel.world import join_world
 from ultrathink.recipes.parts.assembly import assemble, build_model
 from ultrathink.recipes.parts.beginning import check_vocabulary
-from ultrathink.recipes.parts.models import find_frozen
+from ultrathink.recipes.parts.models import find_frozen, models_beside
 from ultrathink.recipes.parts.resume_plan import FreshStart, ResumePlan, plan_resume
 from ultrathink.recipes.parts.resumed_data import data_to_go_on_with, keep_record
 from ultrathink.recipes.parts.resumed_snapshots import bring_back_snapshots
@@ -89,11 +90,13 @@ def _resume(
     check_vocabulary(plan.config, data)
     frozen = world.main_first(lambda: find_frozen(plan.config))
     beside = [each.checked(plan.config, data.tokenizer) for each in frozen]
-    config, choices = choose_together(plan.config, data.num_samples, world, beside)
-    check_loads(plan.folder, config.model)  # names what differs, where the model is another
+    config, choices = choose_together(plan.config, data.num_samples, world, beside, models_beside)
+    kind = OBJECTIVES.load(config.training.objective.type).kind
+    check_loads(plan.folder, config.model, kind)  # names what differs, where the model is another
     model = build_model(config)
     trainer = assemble(config, run, data, model, choices, callbacks, controllers, frozen)
-    state: State = load_checkpoint(plan.folder, region=partial(region_needed, trainer.model))
+    region = partial(region_needed, trainer.objective.models)
+    state: State = load_checkpoint(plan.folder, region=region, kind=kind)
     reset = plan.reset | {"data"} if found.other_samples else plan.reset
     check_identity(plan.plain["identity"], trainer.identity, reset)
     adapt_state(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,9 @@ from pathlib import Path
 from ultrathink.checkpoint.format import (
     CHECKSUM_FILE,
     STATE_FILE,
-    Addition,
     DamagedCheckpointError,
     Wanted,
+    Write,
     everything,
     files_of,
     has_its_sizes,
@@ -277,19 +277,16 @@ class RunFolder:
         *,
         is_best: bool,
         keep: int,
-        check: Callable[[], None] = lambda: None,
         team: Team | None = None,
-        add: Addition = lambda beside, check, team: None,
+        write: Write = save_checkpoint,
     ) -> Path:
-        """Write the checkpoint of ``step``, point ``last`` (and ``best``) to it, drop old ones.
+        """``write`` the checkpoint of ``step``, point ``last`` (and ``best``) to it, drop old ones.
 
-        ``check`` is called often until it is whole; what it raises ends the save. Each process of
-        ``team`` calls it; the first one sees to links and old checkpoints. ``add`` writes more into
-        the checkpoint.
+        Each process of ``team`` calls it; the first one sees to links and old checkpoints.
         """
         path = self.step_path(step)
         if team is not None and team.rank > 0:
-            save_checkpoint(path, state, check, team, add=add)
+            write(path, state)
             return path
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         # A step that was kept back while the disk was full may come after a newer one.
@@ -298,7 +295,7 @@ class RunFolder:
         try:
             for name in names:  # first, so that clean() knows of them after a crash
                 self._prepare_link(name, path)
-            save_checkpoint(path, state, check, team, lambda: self._set_links(names), add)
+            write(path, state, once_whole=lambda: self._set_links(names))
         except BaseException:
             for name in names:
                 with suppress(OSError):

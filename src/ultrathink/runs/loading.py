@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ultrathink.checkpoint.format import (
     MODEL,
+    Kind,
     check_kind,
     load_checkpoint,
     read_state,
@@ -84,9 +85,9 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     model.load_state_dict(found)
 
 
-def check_loads(folder: Path, config: ModelConfig) -> None:
-    """Raise CheckpointError unless a checkpoint is of such a model; reads no weights."""
-    check_kind(folder, "model")
+def check_loads(folder: Path, config: ModelConfig, kind: Kind = "model") -> None:
+    """CheckpointError unless a checkpoint is of ``kind`` and of such a model; reads no weights."""
+    check_kind(folder, kind)
     with torch.device("meta"):
         model = Transformer(config)
     found = {

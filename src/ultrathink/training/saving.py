@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch.distributed.tensor import DTensor
 
-from ultrathink.checkpoint.format import save_checkpoint
+from ultrathink.checkpoint.format import WHOLE_MODEL, Header, save_checkpoint
 from ultrathink.checkpoint.saver import CheckpointSaver, Outcome
 from ultrathink.checkpoint.snapshots import SNAPSHOTS, Carried
 from ultrathink.config.training import CheckpointConfig
@@ -54,15 +54,17 @@ class Saving:
         tell: Callable[[str, Literal["info", "warning"]], None],
         world: World = ALONE,
         snapshots: Mapping[int, State] | None = None,
+        header: Header = WHOLE_MODEL,
     ) -> None:
         self.rule = rule
+        self.header = header
         self._on_written = on_written
         self._on_restored = on_restored
         self._tell = tell
         self._run = run
         self._world = world
         self._snapshots = snapshots if snapshots is not None else {}
-        self._saver = CheckpointSaver(run, keep=rule.keep)
+        self._saver = CheckpointSaver(run, keep=rule.keep, header=header)
         self._under_way: _Request | None = None
         # At most two: the newest state, and the best one where that is another.
         self._unwritten: dict[str, _Request] = {}
@@ -110,7 +112,8 @@ class Saving:
         self._saver.wait()
         folder = self._run.states / state_name(decision, key)
         try:
-            save_checkpoint(folder, private_copy(state), team=new_team(self._world))
+            team = new_team(self._world)
+            save_checkpoint(folder, private_copy(state), team=team, header=self.header)
             if self._world.is_main:
                 kept = self._run.kept_states()
                 newest = sorted({decision_of(name) for name in kept})[-most_decisions:]

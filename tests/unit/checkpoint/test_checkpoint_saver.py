@@ -144,7 +144,7 @@ def test_more_than_an_exception_is_an_outcome_as_well(
     def panic(*_: Any, **__: Any) -> None:
         raise BaseException("panicked")
 
-    monkeypatch.setattr("ultrathink.runs.folder.save_checkpoint", panic)
+    monkeypatch.setattr("ultrathink.checkpoint.saver.save_checkpoint", panic)
     saver = CheckpointSaver(run, keep=2)
     saver.submit(1, state(1), is_best=False)
     saver.wait()

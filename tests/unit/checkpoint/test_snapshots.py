@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from tests.unit.checkpoint.disks import hidden, state, value_of
-from ultrathink.checkpoint.format import load_checkpoint, verify_checkpoint
+from ultrathink.checkpoint.format import load_checkpoint, save_checkpoint, verify_checkpoint
 from ultrathink.checkpoint.snapshots import (
     SNAPSHOTS,
     Carried,
@@ -41,9 +42,8 @@ def saved(
         content,
         is_best=False,
         keep=9,
-        check=check,
         team=team,
-        add=lambda beside, check, team: writer.write(carried, beside, check, team),
+        write=partial(save_checkpoint, check=check, team=team, add=partial(writer.write, carried)),
     )
 
 

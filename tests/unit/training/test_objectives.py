@@ -12,8 +12,12 @@ from torch import Tensor
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.shortage import Scarcity
+from ultrathink import load_model, resume_trainer
+from ultrathink.checkpoint.format import Header, read_header
 from ultrathink.config.objective import OBJECTIVES, ObjectiveConfig
+from ultrathink.core.errors import CheckpointError
 from ultrathink.data.batch import Batch
+from ultrathink.interop.export import export_run
 from ultrathink.orchestrator.live import LiveWatch
 from ultrathink.training.objectives.base import Losses, Term
 from ultrathink.training.objectives.pretrain import Pretraining
@@ -26,6 +30,12 @@ class BonusConfig(ObjectiveConfig):
     """Options of ``Bonus``."""
 
     type: Literal["bonus"] = "bonus"
+
+
+class ProbingConfig(ObjectiveConfig):
+    """Options of ``Probing``."""
+
+    type: Literal["probing"] = "probing"
 
 
 class Bonus(Pretraining):
@@ -62,11 +72,22 @@ class Bonus(Pretraining):
         self.calls.append("after")
 
 
+class Probing(Pretraining):
+    """Trains what is no model of its own."""
+
+    kind = "probe"
+
+    @property
+    def header(self) -> Header:
+        return Header(self.kind, "0123456789abcdef")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _registered() -> Iterator[None]:
     OBJECTIVES.add("bonus", Bonus, options=BonusConfig)
+    OBJECTIVES.add("probing", Probing, options=ProbingConfig)
     yield
-    del OBJECTIVES._entries["bonus"]
+    del OBJECTIVES._entries["bonus"], OBJECTIVES._entries["probing"]
 
 
 def norm_gradient(trainer: Trainer) -> tuple[Tensor, dict[str, float]]:
@@ -124,3 +145,18 @@ def test_an_objective_says_what_applies_to_it(make_trainer: MakeTrainer) -> None
 def _perplexities(trainer: Trainer) -> list[float]:
     lines = (trainer.run.path / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["ppl"] for line in lines if '"val"' in line]
+
+
+def test_its_checkpoints_say_of_what_kind_they_are(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("training.objective=probing", "training.max_steps=2")
+    trainer.fit()
+    run = trainer.run
+    assert read_header(run.checkpoint("last")) == Header("probe", "0123456789abcdef")
+    for refuse in (load_model, export_run):
+        with pytest.raises(CheckpointError, match="is of kind 'probe', made for the model 012345"):
+            refuse(run.path)
+    longer = resume_trainer(run, overrides=["training.max_steps=3"])
+    longer.fit()
+    assert longer.progress.step == 3
+    with pytest.raises(CheckpointError, match=r"'probe', made for .* needs one of kind 'model'"):
+        resume_trainer(run, overrides=["training.max_steps=4", "training.objective=pretrain"])

@@ -65,9 +65,9 @@ def _bring_back(parts: Parts, control: ControlQueue, folder: Path, step: int) ->
     """Read one snapshot, each process its part; what was wrong, where one could not."""
     problem = None
     try:
-        state: dict[str, Any] = load_checkpoint(folder, region=partial(region_needed, parts.model))
+        state: dict[str, Any] = load_checkpoint(folder, region=partial(region_needed, parts.models))
         state["settings"]["eval_every"] = parts.settings.eval_every  # as configured since
-        state = placed_state(state, parts.model, parts.stepper.host_names)
+        state = placed_state(state, parts.models, parts.stepper.host_names)
     except DamagedCheckpointError as error:
         problem = error.problem if folder.is_dir() else f"{folder.name} is missing"
     except (UltrathinkError, OSError) as error:

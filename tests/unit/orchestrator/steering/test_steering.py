@@ -19,6 +19,7 @@ from tests.unit.training.all_changes import one_of_each
 from tests.unit.training.conftest import MakeTrainer, make_trainer
 from tests.unit.training.observers import At, Recorder, asks, final_state
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.orchestrator.live import LiveWatch
 from ultrathink.orchestrator.steering import find_rate
 from ultrathink.recipes.parts.steering import orchestrator_of
 from ultrathink.recipes.resume import resume_trainer
@@ -42,13 +43,14 @@ __all__ = ["make_trainer"]
 
 
 def test_a_healthy_run_is_the_same_to_the_bit(make_trainer: MakeTrainer) -> None:
-    """Snapshots, the guard and the policy leave no trace."""
+    """Watching, snapshots, the guard and the policy leave no trace."""
     states = []
     for mode in ("off", "advise", "act"):
         trainer = make_trainer(*RUN, f"orchestrator.mode={mode}", "model.dropout=0.1")
         trainer.fit()
         states.append(final_state(trainer.run))
         assert not trainer.run.decisions.exists()
+        assert any(isinstance(part, LiveWatch) for part in trainer.callbacks) == (mode != "off")
     for other in states[1:]:
         assert states[0].keys() == other.keys()
         assert all(torch.equal(states[0][name], other[name]) for name in states[0])

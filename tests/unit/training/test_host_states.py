@@ -124,7 +124,7 @@ def test_room_is_a_share_of_this_machine_for_each_of_its_processes(
     room = {}
     for local_size in (1, 2, 8):
         trainer.world = World(0, 16, 0, local_size)
-        room[local_size] = steering.room_for_snapshots(trainer, SnapshotsConfig())
+        room[local_size] = steering.room_for_snapshots(trainer.parts, SnapshotsConfig())
     trainer.close()
     assert shares == [1, 2, 8]
     assert room == {1: 8, 2: 4, 8: 1}

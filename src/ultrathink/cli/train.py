@@ -192,7 +192,7 @@ def _result(trainer: Trainer, last: Any) -> dict[str, Any]:
         "reason": trainer.ending.reason,
         "step": step,
         "tokens": trainer.progress.tokens,
-        "minutes": round(trainer.elapsed_s() / 60, 3),
+        "minutes": round(trainer.clock.elapsed_s / 60, 3),
         "loss": last.step.loss if last.step and last.step.step == step else None,
         "val_loss": validation.loss if validation else None,
         "bits_per_byte": validation.figures.get("bits_per_byte") if validation else None,

@@ -140,7 +140,7 @@ class _Status:
         self.step = max(self.step, record.step)
         if record.split == "train":
             self.train = record.values
-        else:
+        elif record.split == "val":
             self.val = record.values
 
     def is_done(self) -> bool:
@@ -173,6 +173,13 @@ class _Status:
         """Label and value of the phase and of the last decision."""
         shown = [("phase", self.phase), ("decision", self.decision)]
         return [(label, value) for label, value in shown if value]
+
+    def beside_figures(self, record: MetricRecord) -> list[tuple[str, str]]:
+        """Label and value of a validation, or of what evaluators found."""
+        if record.split == "val":
+            return self.val_figures()
+        figures = {name: value for name, value in record.values.items() if name != "tokens"}
+        return [(name, f"{value:.4g}") for name, value in figures.items()]
 
     def val_figures(self) -> list[tuple[str, str]]:
         """Label and value of the last validation."""
@@ -209,8 +216,9 @@ class _PlainDisplay:
 
     def record(self, record: MetricRecord) -> None:
         status = self.status
-        if record.split == "val":
-            self._line(_joined([f"step {status.position()}", *_pairs(status.val_figures())]))
+        if record.split != "train":
+            figures = _pairs(status.beside_figures(record))
+            self._line(_joined([f"step {status.position()}", *figures]))
             return
         now = self._clock()
         if now - self._last_line < PLAIN_INTERVAL_S and not status.is_done():
@@ -272,8 +280,8 @@ class _LiveDisplay:
             self._live.refresh()
 
     def record(self, record: MetricRecord) -> None:
-        if record.split == "val":
-            figures = _styled(self.status.val_figures())
+        if record.split != "train":
+            figures = _styled(self.status.beside_figures(record))
             self._console.print(_fitted([Text(f"step {record.step:,}"), *figures], self._width()))
         self.refresh()
 

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 
 from ultrathink.config.parallel import ParallelConfig
 from ultrathink.model.transformer import Transformer
@@ -90,6 +91,14 @@ def shard_model(
         shard(block, products, frees=is_frozen or parallel.zero_stage == 3)
     shard(model, None, frees=not is_frozen and parallel.zero_stage == 3)
     return Accumulation(cast(FSDPModule, model), parallel.zero_stage, clock)
+
+
+def is_divided(model: Transformer) -> bool:
+    """Whether processes hold parts of a ``model``'s weights, which its passes gather."""
+    return any(
+        isinstance(weight, DTensor) and weight.to_local().numel() < weight.numel()
+        for weight in model.parameters()
+    )
 
 
 def release(model: Transformer) -> None:

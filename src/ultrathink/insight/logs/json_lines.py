@@ -11,6 +11,7 @@ from ultrathink.insight.logs.log import LogSignals
 from ultrathink.insight.logs.names import Meaning
 from ultrathink.insight.logs.rows import Rows
 from ultrathink.monitoring.jsonl import METRICS_FILE, parse_object
+from ultrathink.monitoring.records import MetricRecord
 
 _SAMPLE_LINES = 200
 _OURS_EXTRA = {"token_accuracy": Meaning("accuracy")}
@@ -43,9 +44,20 @@ def is_ours(row: Mapping[str, Any]) -> bool:
     return {"step", "split", "time"} <= row.keys() and row["split"] in ("train", "val")
 
 
+class _OurRows(Rows):
+    """Rows of ``metrics.jsonl``: evaluators give their figures names of their own."""
+
+    def take(self, row: Mapping[str, Any]) -> LogSignals | None:
+        record = MetricRecord.from_json(row) if row.get("split") == "eval" else None
+        if record is None:
+            return super().take(row)
+        figures = {name: value for name, value in record.values.items() if name != "tokens"}
+        return LogSignals(record.step, {f"eval/{name}": one for name, one in figures.items()})
+
+
 def our_rows() -> Rows:
     """What reads the lines of ``metrics.jsonl``, where null is a value that was not finite."""
-    return Rows(extra=_OURS_EXTRA, null_is_nan=True)
+    return _OurRows(extra=_OURS_EXTRA, null_is_nan=True)
 
 
 def open_json_lines(path: Path, lines: Sequence[str], columns: Mapping[str, str]) -> LineLog:

@@ -86,7 +86,7 @@ def weights_at_rest(place: str, *overrides: str) -> dict[str, tuple[int, int]]:
     try:
         trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
         models = trainer.objective.models
-        found = {"trained": models.trained, **{n: one.model for n, one in models.frozen.items()}}
+        found = {**models.modules, **{n: one.model for n, one in models.frozen.items()}}
         return {
             name: (
                 sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)),
@@ -157,8 +157,8 @@ def loaded_state(path: str, checkpoint: str = "last", *overrides: str) -> dict[s
     try:
         state = trainer.state_dict()
         return {
-            "model": _whole(state["model"]),
-            "optimizer": _whole(state["optimizer"]),
+            "model": whole(state["model"]),
+            "optimizer": whole(state["optimizer"]),
             "data": state["data"],
         }
     finally:
@@ -172,7 +172,7 @@ def numbers_read(path: str) -> tuple[int, int]:
     trainer = resume_trainer(run)
     try:
         state: Any = load_checkpoint(
-            run.checkpoint("last"), weights, partial(region_needed, trainer.model)
+            run.checkpoint("last"), weights, partial(region_needed, trainer.objective.models)
         )
         mine = [piece.local.numel() for piece in state["model"].values()]
         whole = [torch.Size(piece.shape).numel() for piece in state["model"].values()]
@@ -181,13 +181,13 @@ def numbers_read(path: str) -> tuple[int, int]:
         trainer.close()
 
 
-def _whole(node: Any) -> Any:
+def whole(node: Any) -> Any:
     if isinstance(node, DTensor):
         return node.full_tensor().numpy()
     if isinstance(node, torch.Tensor):
         return node.numpy()
     if isinstance(node, dict):
-        return {key: _whole(value) for key, value in node.items()}
+        return {key: whole(value) for key, value in node.items()}
     return node
 
 

@@ -1,19 +1,16 @@
-"""Starting ``ultrathink launch`` in tests, watching it and doing harm to its processes."""
+"""``ultrathink launch`` in tests, and harm done to its processes."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+
+from tests.stress.process import ULTRATHINK, Session
 
 DEADLINE_S = 90.0
+LAUNCH = (*ULTRATHINK, "launch", "--nproc")
 TINY = (
     "model.hidden_size=32",
     "model.num_heads=2",
@@ -27,48 +24,15 @@ TINY = (
 )
 
 
-class Launched:
-    """A launcher with its processes, in a session of its own, working in ``place``."""
+class Launched(Session):
+    """A launcher with its processes, working in ``place``."""
 
-    def __init__(self, place: Path, *words: str, command: tuple[str, ...] = ()) -> None:
-        self.run = place / "runs" / "together"
-        self._errors = place / "stderr.txt"
-        start = command or (sys.executable, "-m", "ultrathink", "launch", "--nproc", "2")
-        with self._errors.open("wb") as errors:
-            self.process = subprocess.Popen(
-                [*start, *words],
-                cwd=place,
-                env={**os.environ, "ULTRATHINK_CACHE": str(place / "cache")},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                start_new_session=True,
-            )
-
-    @property
-    def errors(self) -> str:
-        """What it has printed to standard error so far."""
-        return self._errors.read_text(encoding="utf-8", errors="replace")
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The whole lines of metrics.jsonl so far, of training steps."""
-        try:
-            text = (self.run / "metrics.jsonl").read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return []
-        lines = text[: text.rfind("\n") + 1].splitlines()
-        return [row for row in map(json.loads, lines) if row["split"] == "train"]
+    def __init__(self, place: Path, *words: str, command: tuple[str, ...] = (*LAUNCH, "2")) -> None:
+        super().__init__(place, place / "runs" / "together", *words, command=command)
 
     def wait_for_step(self, step: int) -> None:
         """Return once step ``step`` was logged."""
-        self.wait_until(lambda: any(row["step"] >= step for row in self.rows()), f"step {step}")
-
-    def wait_until(self, holds: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + DEADLINE_S
-        while not holds():
-            assert time.monotonic() < deadline, f"{what} did not come:\n{self.errors}"
-            assert self.process.poll() is None, f"it ended before {what}:\n{self.errors}"
-            time.sleep(0.01)
+        assert self.wait_until(lambda: self.step() >= step, DEADLINE_S), self.complaint()
 
     def workers(self) -> list[int]:
         """The process numbers of those that train, by rank."""
@@ -101,17 +65,14 @@ class Launched:
                     found.add(fields[1].partition(":")[0])
         return found
 
-    def finish(self) -> int:
-        """Wait for the end; its exit status."""
-        try:
-            return self.process.wait(DEADLINE_S)
-        finally:
-            self.kill()
+    def status(self) -> int:
+        """Its exit status, once it has ended."""
+        self.wait_until(lambda: False, DEADLINE_S)
+        self.kill()
+        return int(self.process.returncode)
 
-    def kill(self) -> None:
-        """Leave nothing behind."""
+    def kill(self, *, alone: bool = False) -> None:
+        """Leave nothing behind: its processes are in groups of their own."""
         for pid in self.workers():
             os.kill(pid, signal.SIGKILL)
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
+        super().kill(alone=alone)

@@ -1,15 +1,16 @@
 """Runs with less memory than they ask for: an address-space limit, and one of two processes."""
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.launching import TINY, Launched
+from tests.stress.evidence import rows
+from tests.stress.process import ultrathink
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's"),
@@ -65,14 +66,7 @@ def train(
         plugin = place / "limit.py"
         plugin.write_text(LIMIT.format(method=method, headroom=headroom))
         plugins = [f"--plugin={plugin}"]
-    return subprocess.run(
-        [sys.executable, "-m", "ultrathink", "train", "debug", *MODEL, *plugins, *words],
-        cwd=place,
-        env={**os.environ, "ULTRATHINK_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return ultrathink(place, "train", "debug", *MODEL, *plugins, *words)
 
 
 def losses(run: Path) -> list[float]:
@@ -144,35 +138,22 @@ Trainer.start = scarce_start
 """
 
 
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[type[Launched]]:
-    started: list[Launched] = []
-
-    class Here(Launched):
-        def __init__(self, *words: str):
-            super().__init__(tmp_path, *words)
-            started.append(self)
-
-    yield Here
-    for one in started:
-        one.kill()
-
-
 def test_when_one_process_runs_out_all_start_again_smaller(
-    start: type[Launched], tmp_path: Path
+    start: Callable[..., Launched], tmp_path: Path
 ) -> None:
     plugin = tmp_path / "scarce.py"
     plugin.write_text(SCARCE.format(step=8))
     words = ("debug", *TINY, "training.max_steps=12")
     run = start(f"--plugin={plugin}", *words, "training.checkpoint={every_steps: 5, keep: 9}")
-    assert run.finish() == 0, run.errors
-    assert run.errors.count("error:") == 1
-    assert "error: process 1 ran out of memory with micro-batches of 2 (" in run.errors
+    assert run.status() == 0, run.stderr
+    assert run.stderr.count("error:") == 1
+    assert "error: process 1 ran out of memory with micro-batches of 2 (" in run.stderr
     told = "process 1 ran out of memory; all start again from the last checkpoint (3 restarts left)"
-    assert told in run.errors
-    assert "micro_batch_size: 2 -> 1 (step 8 ran out of memory on process 1: " in run.errors
-    assert "Traceback" not in run.errors
-    assert [row["step"] for row in run.rows()] == list(range(1, 13))
+    assert told in run.stderr
+    assert "micro_batch_size: 2 -> 1 (step 8 ran out of memory on process 1: " in run.stderr
+    assert "Traceback" not in run.stderr
+    steps = [row["step"] for row in rows(run.run) if row["split"] == "train"]
+    assert steps == list(range(1, 13))
     assert [path.name for path in run.run.parent.iterdir()] == ["together"]
     segments = (run.run / "segments.jsonl").read_text().splitlines()
     assert [json.loads(line)["from_step"] for line in segments] == [0, 5]

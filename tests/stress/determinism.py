@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.stress.evidence import differences
+from tests.stress.process import ultrathink
 
 THREADS = 2
 SMALL = (
@@ -43,20 +44,14 @@ _BUSY = "while True: pass"
 def train(place: Path, words: Sequence[str], *, compiled_code: Path, threads: int) -> Path:
     """One training in a process of its own that works in ``place``; its run folder."""
     place.mkdir(parents=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "ultrathink", *SMALL, *words],
-        cwd=place,
-        env={
-            **os.environ,
-            "ULTRATHINK_CACHE": str(compiled_code.parent / "cache"),
-            "TORCHINDUCTOR_CACHE_DIR": str(compiled_code),
-            "OMP_NUM_THREADS": str(threads),
-            "OMP_WAIT_POLICY": "passive",  # threads that spin stand still on a shared core
-        },
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=600,
+    done = ultrathink(
+        place,
+        *SMALL,
+        *words,
+        ULTRATHINK_CACHE=str(compiled_code.parent / "cache"),
+        TORCHINDUCTOR_CACHE_DIR=str(compiled_code),
+        OMP_NUM_THREADS=str(threads),
+        OMP_WAIT_POLICY="passive",  # threads that spin stand still on a shared core
     )
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(words)} ended with {done.returncode}:\n{done.stderr}")

@@ -19,7 +19,10 @@ EXPERTS = "experts.jsonl"
 
 # What the clock and the machine decide, and what a run is called. The number of loader workers may
 # differ too: it has no bearing on anything.
-_LEFT_OUT_OF_ROWS = {"time", "tokens_per_sec", "mfu", "memory_gib", "data_wait"}
+_LEFT_OUT_OF_ROWS = {
+    *("time", "tokens_per_sec", "mfu", "memory_gib", "data_wait"),
+    *("communication_share", "compute_s_fastest", "compute_s_slowest"),
+}
 _LEFT_OUT_OF_STATE = {
     "progress/elapsed_s",
     "progress/last_checkpoint_s",

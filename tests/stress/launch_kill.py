@@ -19,15 +19,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 if __package__ in (None, ""):  # started as a file
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.e2e.launching import TINY, Launched
-from tests.stress.evidence import row_differences, rows
-from ultrathink.checkpoint.format import load_checkpoint
+from tests.stress.evidence import row_differences, rows, tensors
 
 STEPS = 40
-TIMED = ("communication_share", "compute_s_fastest", "compute_s_slowest")
 WORDS = (
     "debug",
     *TINY,
@@ -36,21 +36,14 @@ WORDS = (
 )
 
 
-def untimed(run: Path) -> list[dict[str, object]]:
-    """The logged lines without what the clock decides."""
-    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows(run)]
-
-
 def differences(reference: Path, other: Path) -> list[str]:
     """Where the runs differ: logged lines, and tensors of the last checkpoint."""
-    found = row_differences(untimed(reference), untimed(other))
-    here, there = (
-        dict(load_checkpoint(run / "checkpoints" / "last")) for run in (reference, other)
-    )
-    for name, tensor in here["model"].items():  # type: ignore[union-attr]
-        if not bool((tensor == there["model"][name]).all()):  # type: ignore[index, call-overload]
-            found.append(f"model/{name} differs")
-    return found
+    here, there = (tensors(run / "checkpoints" / "last") for run in (reference, other))
+    return row_differences(rows(reference), rows(other)) + [
+        f"{name} differs"
+        for name in here
+        if name.startswith("model/") and not torch.equal(here[name], there[name])
+    ]
 
 
 def main() -> int:
@@ -63,7 +56,7 @@ def main() -> int:
         place = Path(folder)
         (place / "whole").mkdir()
         whole = Launched(place / "whole", *WORDS)
-        assert whole.finish() == 0, whole.errors
+        assert whole.status() == 0, whole.stderr
         for number in range(args.times):
             (place / str(number)).mkdir()
             run = Launched(place / str(number), *WORDS)
@@ -73,8 +66,8 @@ def main() -> int:
                 time.sleep(chance.random() * 0.02)
                 os.kill(run.workers()[rank], signal.SIGKILL)
                 began = time.monotonic()
-                status = run.finish()
-                problems = [f"status {status}: {run.errors}"] if status else []
+                status = run.status()
+                problems = [f"status {status}: {run.stderr}"] if status else []
                 problems += differences(whole.run, run.run) if not status else []
             except AssertionError as error:
                 problems, began = [str(error)], time.monotonic()

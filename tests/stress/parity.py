@@ -11,9 +11,6 @@ fp64 only. Ends with status 1 where one does not.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +21,8 @@ from typing import Any
 if __package__ in (None, ""):  # started as a file
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from tests.stress.evidence import rows
+from tests.stress.process import ultrathink
 from ultrathink.checkpoint.format import load_checkpoint
 
 
@@ -87,14 +86,7 @@ def train(place: Path, name: str, words: Sequence[str], num_processes: int) -> P
     command = ["train", "debug"]
     if num_processes > 1:
         command = ["launch", "--nproc", str(num_processes), "debug"]
-    done = subprocess.run(
-        [sys.executable, "-m", "ultrathink", *command, *COMMON, *words, f"run.name={name}"],
-        cwd=place,
-        env={**os.environ, "ULTRATHINK_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = ultrathink(place, *command, *COMMON, *words, f"run.name={name}")
     if done.returncode:
         raise SystemExit(f"{name} ended with status {done.returncode}:\n{done.stderr}")
     return place / "runs" / name
@@ -113,12 +105,6 @@ def largest_difference(reference: Path, other: Path) -> float:
     others: Any = load_checkpoint(other / "checkpoints" / "last")["model"]
     assert list(weights) == list(others)
     return max(worst, *(float((weights[name] - others[name]).abs().max()) for name in weights))
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def main() -> int:

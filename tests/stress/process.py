@@ -1,4 +1,4 @@
-"""A process of ``ultrathink train``: started, watched by the files it writes, and killed."""
+"""Processes of ``ultrathink``: run to their end, or watched by the files they write, and killed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 POLL_S = 0.001
+ULTRATHINK = (sys.executable, "-m", "ultrathink")
 _TAIL_BYTES = 8192  # holds the last line of metrics.jsonl
+
+
+def ultrathink(
+    place: Path, *words: str, stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """``ultrathink WORDS`` with one thread, working in ``place``, at its end."""
+    own = {"ULTRATHINK_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*ULTRATHINK, *words],
+        cwd=place,
+        env={**os.environ, **own, **environment},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 class Session:
@@ -23,7 +40,14 @@ class Session:
     can never hold it up.
     """
 
-    def __init__(self, place: Path, run: Path, *words: str, cache: str = "cache") -> None:
+    def __init__(
+        self,
+        place: Path,
+        run: Path,
+        *words: str,
+        cache: str = "cache",
+        command: tuple[str, ...] = ULTRATHINK,
+    ) -> None:
         self.run = run
         self.words = words
         output = place / "output"
@@ -33,7 +57,7 @@ class Session:
         self.launched = time.time()
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "ultrathink", *words],
+                [*command, *words],
                 cwd=place,
                 env={
                     **os.environ,

@@ -181,7 +181,8 @@ def agreement(first: Side, other: Side, split: Split) -> Agreement:
     here = {record.step: record.values.get("loss") for record in first.records(split)}
     there = {record.step: record.values.get("loss") for record in other.records(split)}
     common = sorted(here.keys() & there.keys())
-    unequal = [step for step in common if not _is_same(here[step], there[step])]
+    # As text a NaN is equal to itself.
+    unequal = [step for step in common if repr(here[step]) != repr(there[step])]
     before = [step for step in common if not unequal or step < unequal[0]]
     return Agreement(
         split=split,
@@ -236,14 +237,14 @@ def _merged_keys(trees: Sequence[dict[str, Any]]) -> list[str]:
 
 def _stretches(sides: Sequence[Side], axis: Axis) -> list[Stretch]:
     edges = [0, *_stretch_ends(sides, axis)]
-    columns = [_means(side.train, edges, axis) for side in sides]
-    scores = [_last_scores(side.val, edges, axis) for side in sides]
+    losses = [_within(side.train, edges, axis, "loss") for side in sides]
+    scores = [_within(side.val, edges, axis, "bits_per_byte") for side in sides]
     return [
         Stretch(
             begin,
             end,
-            tuple(column[number] for column in columns),
-            tuple(column[number] for column in scores),
+            tuple(mean(parts[number]) for parts in losses),
+            tuple(parts[number][-1] if parts[number] else None for parts in scores),
         )
         for number, (begin, end) in enumerate(pairwise(edges))
     ]
@@ -281,16 +282,6 @@ def _within(
     return parts
 
 
-def _means(records: Iterable[MetricRecord], edges: Sequence[int], axis: Axis) -> list[float | None]:
-    return [mean(part) for part in _within(records, edges, axis, "loss")]
-
-
-def _last_scores(
-    records: Iterable[MetricRecord], edges: Sequence[int], axis: Axis
-) -> list[float | None]:
-    return [part[-1] if part else None for part in _within(records, edges, axis, "bits_per_byte")]
-
-
 def mean(values: Sequence[float]) -> float | None:
     """The mean of the finite values; not-a-number where none is, None where ``values`` is empty."""
     finite = [value for value in values if math.isfinite(value)]
@@ -300,55 +291,54 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def _figures(sides: Sequence[Side]) -> list[Figure]:
-    def each(choose: Callable[[Side], float | None]) -> Values:
-        return tuple(choose(side) for side in sides)
-
     figures = [
-        Figure("steps", each(lambda side: side.train[-1].step if side.train else None)),
-        Figure("tokens", each(lambda side: _last(side.train, "tokens"))),
-        Figure("train_loss", each(lambda side: _last(side.train, "loss"))),
-        Figure("train_loss_last_tenth", each(_loss_of_last_tenth)),
-        Figure("val_loss", each(lambda side: _last(side.val, "loss"))),
-        Figure("bits_per_byte", each(lambda side: _last(side.val, "bits_per_byte"))),
+        Figure(name, tuple(choose(side) for side in sides)) for name, choose in _FIGURES.items()
     ]
-    for name in ("loss", "bits_per_byte"):
-        best = [_best(side.val, name) for side in sides]
-        figures.append(
-            Figure(
-                "best_val_loss" if name == "loss" else "best_bits_per_byte",
-                tuple(value for value, _ in best),
-                at=tuple(step for _, step in best),
-            )
-        )
-    figures.append(Figure("tokens_per_sec", each(_median_speed)))
+    for name, figure in _BEST.items():
+        best = [_best(side.val, figure) for side in sides]
+        at = tuple(step for _, step in best)
+        figures.insert(-1, Figure(name, tuple(value for value, _ in best), at))
     return [figure for figure in figures if any(value is not None for value in figure.values)]
+
+
+def finite(records: Sequence[MetricRecord], name: str) -> list[tuple[int, float]]:
+    """The steps and values of a figure, where it is a finite number."""
+    values = [(record.step, record.values.get(name, math.nan)) for record in records]
+    return [(step, value) for step, value in values if math.isfinite(value)]
+
+
+def loss_of_last_tenth(train: Sequence[MetricRecord]) -> float | None:
+    """The mean loss of the last tenth of the steps; not-a-number where none was finite."""
+    if not train:
+        return None
+    begin = 0.9 * train[-1].step
+    return mean([r.values["loss"] for r in train if r.step > begin and "loss" in r.values])
+
+
+def median_speed(train: Sequence[MetricRecord]) -> float | None:
+    """Tokens a second, the median of the logged steps."""
+    speeds = sorted(speed for _, speed in finite(train, "tokens_per_sec"))
+    return speeds[len(speeds) // 2] if speeds else None
 
 
 def _last(records: Sequence[MetricRecord], name: str) -> float | None:
     return records[-1].values.get(name) if records else None
 
 
-def _loss_of_last_tenth(side: Side) -> float | None:
-    if not side.train:
-        return None
-    begin = 0.9 * side.train[-1].step
-    return mean([r.values["loss"] for r in side.train if r.step > begin and "loss" in r.values])
-
-
 def _best(records: Sequence[MetricRecord], name: str) -> tuple[float | None, int | None]:
-    scored = [
-        (r.values[name], r.step) for r in records if math.isfinite(r.values.get(name, math.nan))
-    ]
-    return min(scored) if scored else (None, None)
+    return min(((value, step) for step, value in finite(records, name)), default=(None, None))
 
 
-def _median_speed(side: Side) -> float | None:
-    speeds = sorted(
-        speed
-        for r in side.train
-        if math.isfinite(speed := r.values.get("tokens_per_sec", math.nan))
-    )
-    return speeds[len(speeds) // 2] if speeds else None
+_FIGURES: dict[str, Callable[[Side], float | None]] = {
+    "steps": lambda side: side.train[-1].step if side.train else None,
+    "tokens": lambda side: _last(side.train, "tokens"),
+    "train_loss": lambda side: _last(side.train, "loss"),
+    "train_loss_last_tenth": lambda side: loss_of_last_tenth(side.train),
+    "val_loss": lambda side: _last(side.val, "loss"),
+    "bits_per_byte": lambda side: _last(side.val, "bits_per_byte"),
+    "tokens_per_sec": lambda side: median_speed(side.train),
+}
+_BEST = {"best_val_loss": "loss", "best_bits_per_byte": "bits_per_byte"}
 
 
 def _lone_metrics(sides: Sequence[Side]) -> dict[str, tuple[str, ...]]:
@@ -366,8 +356,3 @@ def _lone_metrics(sides: Sequence[Side]) -> dict[str, tuple[str, ...]]:
             if len(having) < len(noted):
                 lone[f"{split} {name}"] = having
     return lone
-
-
-def _is_same(a: float | None, b: float | None) -> bool:
-    both_nan = a is not None and b is not None and math.isnan(a) and math.isnan(b)
-    return both_nan or a == b

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ultrathink.core.errors import MissingDependencyError
+from ultrathink.insight.report.curves import Series, smoothed
 from ultrathink.insight.watching import Course, Point, Watching, without_start
 from ultrathink.orchestrator.events import SEVERITIES, Event
 from ultrathink.orchestrator.phases import (
@@ -44,7 +43,7 @@ SEVERITY_COLORS = {
 _LINE_COLORS = ("#1f4e79", "#7a4b94", "#2b7a5b", "#a0522d", "#555555", "#b03060")
 _MAX_LABELS = 6
 _EDGE = 0.06  # of the width, beyond the last step
-_SMOOTHED = 64  # points of the bold line in a tenth of the width, at the least
+_MANY = 256  # points, of which a smoothed line is drawn
 _MAX_MARKS = 400
 
 
@@ -90,20 +89,17 @@ def _draw_losses(axis: Axes, watching: Watching) -> None:
             axis.plot(*_xy(undone), color="#999999", lw=0.8, ls=":")
         losses = course.curves.get("loss", [])
         steps, values = _xy(losses)
-        if len(losses) > 4 * _SMOOTHED:
+        if len(losses) > _MANY:
+            smooth = smoothed(Series.of(losses))
             axis.plot(steps, values, color=color, lw=0.6, alpha=0.45)
-            axis.plot(*_smooth(steps, values), color=color, lw=1.6, label=f"{name}training loss")
-        elif losses:
-            marker = "o" if len(losses) < 40 else None
             axis.plot(
-                steps,
-                values,
-                color=color,
-                lw=1.3,
-                marker=marker,
-                ms=3,
-                label=f"{name}training loss",
+                smooth.steps, smooth.values, color=color, lw=1.6, label=f"{name}training loss"
             )
+        elif losses:
+            axis.plot(
+                steps, values, color=color, lw=1.3, marker=_marker(values), ms=3,
+                label=f"{name}training loss",
+            )  # fmt: skip
         if course.curves.get("val_loss"):
             steps, values = _xy(course.curves["val_loss"])
             axis.plot(
@@ -251,11 +247,3 @@ def _marker(points: Sequence[object]) -> str | None:
 
 def _xy(points: Sequence[Point]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
-
-
-def _smooth(steps: Sequence[float], values: Sequence[float]) -> tuple[Any, Any]:
-    """Medians of blocks of neighbours, a few hundred over the whole."""
-    size = max(2, len(values) // 300)
-    count = len(values) // size * size
-    blocks = np.array(values[:count]).reshape(-1, size)
-    return np.array(steps[:count]).reshape(-1, size).mean(1), np.median(blocks, 1)

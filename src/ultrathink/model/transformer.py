@@ -320,6 +320,11 @@ class Transformer(nn.Module):
         )
 
 
+def transformers_in(module: nn.Module) -> list[Transformer]:
+    """``module`` itself, or those that it is made of."""
+    return [each for each in module.modules() if isinstance(each, Transformer)]
+
+
 def _last(x: Tensor, lengths: Sequence[int] | None) -> Tensor:
     """The states ``[B, 1, C]`` of each row's last real token."""
     if lengths is None:

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ultrathink.monitoring.pace import Pace
-from ultrathink.monitoring.records import Level, MetricRecord, Note, RunInfo, Sink
+from ultrathink.monitoring.records import Level, MetricRecord, Note, RunInfo, Sink, Split
 from ultrathink.monitoring.terminal import (
     SafeStream,
     clean_text,
@@ -159,40 +159,47 @@ class _Status:
             return f"{short_time(seconds)} left"
         return "starting" if self.step == 0 else ""
 
-    def train_figures(self) -> list[tuple[str, str]]:
-        """Label and value of what a logged step has to say, the most telling first."""
-        shown = [("loss", _loss, "loss"), ("lr", "{:.2e}".format, "lr")]
-        figures = [
-            (label, show(self.train[key])) for key, show, label in shown if key in self.train
+    def figures(self, split: Split) -> list[tuple[str, str]]:
+        """Label and value of what a logged step, or the last validation, has to say."""
+        values = self.train if split == "train" else self.val
+        return [
+            (label, show(values[name])) for name, label, show in _FIGURES[split] if name in values
         ]
-        if "tokens_per_sec" in self.train:
-            figures.append(("tokens/s", short_number(self.train["tokens_per_sec"])))
-        return figures
 
     def situation(self) -> list[tuple[str, str]]:
         """Label and value of the phase and of the last decision."""
         shown = [("phase", self.phase), ("decision", self.decision)]
         return [(label, value) for label, value in shown if value]
 
-    def beside_figures(self, record: MetricRecord) -> list[tuple[str, str]]:
+    def beside(self, record: MetricRecord) -> list[tuple[str, str]]:
         """Label and value of a validation, or of what evaluators found."""
         if record.split == "val":
-            return self.val_figures()
+            return self.figures("val")
         figures = {name: value for name, value in record.values.items() if name != "tokens"}
         return [(name, f"{value:.4g}") for name, value in figures.items()]
-
-    def val_figures(self) -> list[tuple[str, str]]:
-        """Label and value of the last validation."""
-        shown: list[tuple[str, Callable[[float], str], str]] = [
-            ("loss", _loss, "val loss"),
-            ("bits_per_byte", "{:.3f}".format, "bits/byte"),
-            ("ppl", lambda value: f"{value:,.4g}" if value < 1e5 else f"{value:.2e}", "perplexity"),
-        ]
-        return [(label, show(self.val[key])) for key, show, label in shown if key in self.val]
 
 
 def _loss(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else str(value)
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:,.4g}" if value < 1e5 else f"{value:.2e}"
+
+
+# Of each split the figures that are shown, the most telling first: name, label, wording.
+_FIGURES: dict[Split, list[tuple[str, str, Callable[[float], str]]]] = {
+    "train": [
+        ("loss", "loss", _loss),
+        ("lr", "lr", "{:.2e}".format),
+        ("tokens_per_sec", "tokens/s", short_number),
+    ],
+    "val": [
+        ("loss", "val loss", _loss),
+        ("bits_per_byte", "bits/byte", "{:.3f}".format),
+        ("ppl", "perplexity", _perplexity),
+    ],
+}
 
 
 class _PlainDisplay:
@@ -217,14 +224,13 @@ class _PlainDisplay:
     def record(self, record: MetricRecord) -> None:
         status = self.status
         if record.split != "train":
-            figures = _pairs(status.beside_figures(record))
-            self._line(_joined([f"step {status.position()}", *figures]))
+            self._line(_joined([f"step {status.position()}", *_pairs(status.beside(record))]))
             return
         now = self._clock()
         if now - self._last_line < PLAIN_INTERVAL_S and not status.is_done():
             return
         self._last_line = now
-        figures = _pairs([*status.train_figures(), *status.situation()])
+        figures = _pairs([*status.figures("train"), *status.situation()])
         self._line(_joined([f"step {status.position()}", *figures, status.time_left()]))
 
     def message(self, text: str, level: Level) -> None:
@@ -281,7 +287,7 @@ class _LiveDisplay:
 
     def record(self, record: MetricRecord) -> None:
         if record.split != "train":
-            figures = _styled(self.status.beside_figures(record))
+            figures = _styled(self.status.beside(record))
             self._console.print(_fitted([Text(f"step {record.step:,}"), *figures], self._width()))
         self.refresh()
 
@@ -327,8 +333,8 @@ class _LiveDisplay:
                 row.add_column(no_wrap=True, justify="right")
                 cells.append(Text(text, style=style))
         row.add_row(*cells)
-        figures = _styled([*status.train_figures(), *status.val_figures()[:2], *status.situation()])
-        return Constrain(Group(row, _fitted(figures, self._width())), MAX_WIDTH)
+        figures = [*status.figures("train"), *status.figures("val")[:2], *status.situation()]
+        return Constrain(Group(row, _fitted(_styled(figures), self._width())), MAX_WIDTH)
 
 
 def _styled(figures: list[tuple[str, str]]) -> list[Text]:

@@ -86,7 +86,7 @@ class ExpertStatistics:
             load, dropped, probability = (
                 part[rows][active[rows]].reshape(-1, count) for part in parts
             )
-            found = GroupLoad(
+            found = figures_of_group(
                 load,
                 dropped,
                 probability,
@@ -94,7 +94,7 @@ class ExpertStatistics:
                 confidence[rows],
                 num_tokens=self.num_tokens,
                 top_k=group.top_k,
-            ).figures()
+            )
             for name, values in found.items():
                 figures.setdefault(name, np.zeros(len(counts)))[rows] = values
         return figures
@@ -157,96 +157,59 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-@dataclass(frozen=True, eq=False)
-class GroupLoad:
-    """The load of one group in layers that have equally many experts of it, summed over tokens."""
+def figures_of_group(
+    load: Floats,
+    dropped: Floats,
+    probability: Floats,
+    entropy: Floats,
+    confidence: Floats,
+    *,
+    num_tokens: int,
+    top_k: int,
+) -> Figures:
+    """Every figure of a group, by name, ``[L]`` each, in layers with equally many experts of it.
 
-    load: Floats  # [L, N]
-    dropped: Floats  # [L, N]
-    probability: Floats  # [L, N]
-    entropy: Floats  # [L]
-    confidence: Floats  # [L]
-    num_tokens: int
-    top_k: int
-
-    def figures(self) -> Figures:
-        """Every figure of the group, by name: ``[L]`` each."""
-        load, T, k = self.load, self.num_tokens, self.top_k
-        L, N = load.shape
-        taken = load - self.dropped
-        entropy = per_token(self.entropy, T)
-        return {
-            "entropy": entropy,
-            "entropy_normalized": normalized_entropy(entropy, N),
-            "confidence": per_token(self.confidence, T),
-            "k_max": k_max(load, T),
-            "k_rel": k_rel(load, T, k),
-            "s_rel": s_rel(self.probability, T),
-            "load_variance": load_variance(load, T),
-            "max_exp_multi": max_exp_multi(taken),
-            "gini": gini(load),
-            "gini_of_noise": np.full(L, gini_of_noise(N, k, T)),
-            "utilization": utilization_efficiency(load),
-            "balance_score": balance_score(load),
-            "max_min": max_min(load),
-            "capacity_utilization": capacity_utilization(taken, T, k),
-            "experts_per_token": per_token(taken.sum(-1), T),
-            "dropped": self.dropped.sum(-1),
-            "dead": dead(load),
-        }
-
-
-# -- figures: each maps [..., N], over the experts of a group, to [...] ----------------------------
-
-
-def per_token(total: Floats, num_tokens: int) -> Floats:
-    """Mean over tokens ``Σ_t x_t / T`` of what was summed over them.
-
-    The routing entropy ``Σ H_t / T`` is one, in nats; so is the router's confidence
-    ``Σ max_i p_ti / T``, and the experts per token ``Σ m_i / T``, which is k unless some drop it.
+    ``load``, ``dropped`` and ``probability`` are ``[L, N]``, ``entropy`` and ``confidence``
+    ``[L]``, all summed over tokens.
     """
-    mean: Floats = total / max(1, num_tokens)
-    return mean
-
-
-def normalized_entropy(entropy: Floats, num_experts: int) -> Floats:
-    """Routing entropy over its maximum, ``H / ln N``: 1 where all are equally likely, or alone."""
-    return entropy / math.log(num_experts) if num_experts > 1 else np.ones_like(entropy)
-
-
-def k_max(load: Floats, num_tokens: int) -> Floats:
-    """The share of tokens that chose the busiest expert, ``max n_i / T``."""
-    return per_token(load.max(-1), num_tokens)
-
-
-def k_rel(load: Floats, num_tokens: int, top_k: int) -> Floats:
-    """``k_max`` over what it is for even loads, ``max n_i / (k·T / N)``: from 1 to N / k."""
-    return per_token(load.max(-1) * load.shape[-1] / top_k, num_tokens)
-
-
-def s_rel(probability: Floats, num_tokens: int) -> Floats:
-    """The largest mean probability over an even one, ``N·max_i Σ_t p_ti / T``: from 1 to N."""
-    return per_token(probability.max(-1) * probability.shape[-1], num_tokens)
-
-
-def load_variance(load: Floats, num_tokens: int) -> Floats:
-    """Variance over experts of the share of tokens that each has, ``Var(n_i / T)``."""
-    variance: Floats = per_token(load, num_tokens).var(-1)
-    return variance
-
-
-def max_exp_multi(taken: Floats) -> Floats:
-    """What the busiest expert took, after drops, over the mean: ``max m_i / mean m``, 1 to N."""
-    return _ratio(taken.max(-1), taken.mean(-1))
-
-
-def gini(load: Floats) -> Floats:
-    """Gini coefficient ``Σ_i Σ_j |n_i - n_j| / (2·N·Σ n)``: 0 for even loads, 1 - 1/N for one.
-
-    Of ordered loads, ``Σ_i (2·i - N - 1)·n_i / (N·Σ n)`` is the same.
-    """
-    N = load.shape[-1]
-    return _ratio(np.sort(load, -1) @ (2.0 * np.arange(1, N + 1) - N - 1), N * load.sum(-1))
+    T, k, (L, N) = max(1, num_tokens), top_k, load.shape
+    mean, taken = load.mean(-1), load - dropped
+    # Gini is Σ_i Σ_j |n_i - n_j| / (2·N·Σ n); of ordered loads, Σ_i (2·i - N - 1)·n_i / (N·Σ n).
+    spread = np.sort(load, -1) @ (2.0 * np.arange(1, N + 1) - N - 1)
+    return {
+        # Σ H_t / T, in nats; over ln N it is 1 where all are equally likely, or alone.
+        "entropy": entropy / T,
+        "entropy_normalized": entropy / T / math.log(N) if N > 1 else np.ones(L),
+        # Σ max_i p_ti / T
+        "confidence": confidence / T,
+        # The share of tokens that chose the busiest expert, max n_i / T; and over what it is for
+        # even loads, max n_i / (k·T / N): from 1 to N / k.
+        "k_max": load.max(-1) / T,
+        "k_rel": load.max(-1) * N / (k * T),
+        # The largest mean probability over an even one, N·max_i Σ_t p_ti / T: from 1 to N.
+        "s_rel": probability.max(-1) * N / T,
+        # Of the share of tokens that each expert has, Var(n_i / T).
+        "load_variance": (load / T).var(-1),
+        # What the busiest expert took, after drops, over the mean: max m_i / mean m, 1 to N.
+        "max_exp_multi": _ratio(taken.max(-1), taken.mean(-1)),
+        # 0 for even loads, 1 - 1/N for one.
+        "gini": _ratio(spread, N * load.sum(-1)),
+        "gini_of_noise": np.full(L, gini_of_noise(N, k, num_tokens)),
+        # Mean load over maximum load: 1 for even loads, 1/N for one.
+        "utilization": _ratio(mean, load.max(-1)),
+        # 1 - std n / mean n: 1 for even loads, below 0 for very uneven, from 1 - √(N-1) up.
+        "balance_score": 1 - _ratio(load.std(-1), mean),
+        # The largest load over the smallest: over 1 where none came.
+        "max_min": load.max(-1) / np.maximum(load.min(-1), 1.0),
+        # How many of the places that even loads fill are filled, Σ min(m_i, k·T/N) / (k·T): so much
+        # of the work a capacity of the even load would keep, over the whole batch.
+        "capacity_utilization": np.minimum(taken, k * num_tokens / N).sum(-1) / (k * T),
+        # Σ m_i / T, which is k unless some drop it.
+        "experts_per_token": taken.sum(-1) / T,
+        "dropped": dropped.sum(-1),
+        # Experts that no token chose; none where there are no tokens.
+        "dead": ((load == 0).sum(-1) * (load.max(-1) > 0)).astype(np.float64),
+    }
 
 
 def gini_of_noise(num_experts: int, top_k: int, num_tokens: int) -> float:
@@ -260,38 +223,6 @@ def gini_of_noise(num_experts: int, top_k: int, num_tokens: int) -> float:
     deviation = math.sqrt(T * q * (1 - q))
     largest = 1 - 1 / N  # few tokens are not normal
     return min(largest, math.sqrt(largest) * deviation / (T * q * math.sqrt(math.pi)))
-
-
-def utilization_efficiency(load: Floats) -> Floats:
-    """Mean load over maximum load, ``mean n / max n``: 1 for even loads, 1/N for one."""
-    return _ratio(load.mean(-1), load.max(-1))
-
-
-def balance_score(load: Floats) -> Floats:
-    """``1 - std n / mean n``: 1 for even loads, below 0 for very uneven, from 1 - √(N-1) up."""
-    return 1 - _ratio(load.std(-1), load.mean(-1))
-
-
-def max_min(load: Floats) -> Floats:
-    """The largest load over the smallest, ``max n / max(min n, 1)``: over 1 where none came."""
-    ratio: Floats = load.max(-1) / np.maximum(load.min(-1), 1.0)
-    return ratio
-
-
-def capacity_utilization(taken: Floats, num_tokens: int, top_k: int) -> Floats:
-    """How many of the places that even loads fill are filled: ``Σ min(m_i, k·T/N) / (k·T)``.
-
-    So much of the work a capacity of the even load would keep, over the whole batch.
-    """
-    even = top_k * num_tokens / taken.shape[-1]
-    filled: Floats = np.minimum(taken, even).sum(-1)
-    return filled / max(1, top_k * num_tokens)
-
-
-def dead(load: Floats) -> Floats:
-    """Experts that no token chose, ``#{i: n_i = 0}``; none where there are no tokens."""
-    count: Floats = ((load == 0).sum(-1) * (load.max(-1) > 0)).astype(np.float64)
-    return count
 
 
 def _ratio(part: Floats, whole: Floats) -> Floats:

@@ -8,8 +8,7 @@ further from even in print and to the colour-blind, too.
 
 from __future__ import annotations
 
-import struct
-import zlib
+import io
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -46,14 +45,12 @@ class Picture(NamedTuple):
 def load_map(load: Floats, active: npt.NDArray[np.bool_]) -> Picture:
     """The picture of the ``load`` ``[L, N]`` of one group; ``active`` is false for empty slots."""
     cell = int(np.clip(_WIDTH // load.shape[1], _MIN_CELL, _MAX_CELL))
-    pixels = _colours(load, active).repeat(cell, 0).repeat(cell, 1)
-    return Picture(_png(pixels), pixels.shape[1], pixels.shape[0])
+    return _picture(_colours(load, active).repeat(cell, 0).repeat(cell, 1))
 
 
 def course_map(load: Floats, active: npt.NDArray[np.bool_]) -> Picture:
     """The picture of a group over time, a pixel a cell: ``load`` ``[S, N]`` gives S columns."""
-    pixels = np.ascontiguousarray(_colours(load, active).T)
-    return Picture(_png(pixels), pixels.shape[1], pixels.shape[0])
+    return _picture(np.ascontiguousarray(_colours(load, active).T))
 
 
 def _colours(load: Floats, active: npt.NDArray[np.bool_]) -> Pixels:
@@ -78,21 +75,12 @@ def _palette() -> Pixels:
     return np.concatenate([np.rint(np.stack(channels, 1)), special]).astype(np.uint8)
 
 
-def _png(pixels: Pixels) -> bytes:
-    """A PNG file of numbers in the palette ``[height, width]`` (https://www.w3.org/TR/png-3/)."""
-    height, width = pixels.shape
-    lines = np.pad(pixels, ((0, 0), (1, 0))).tobytes()  # each begins with its filter: 0, none
-    head = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)  # 8 bits, by palette
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        _chunk(name, data)
-        for name, data in (
-            (b"IHDR", head),
-            (b"PLTE", _palette().tobytes()),
-            (b"IDAT", zlib.compress(lines)),
-            (b"IEND", b""),
-        )
-    )
+def _picture(pixels: Pixels) -> Picture:
+    """A PNG file of numbers in the palette ``[height, width]``."""
+    from PIL import Image  # a run without pictures need not wait for it
 
-
-def _chunk(name: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    image = Image.fromarray(pixels)
+    image.putpalette(_palette().tobytes())
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return Picture(file.getvalue(), image.width, image.height)

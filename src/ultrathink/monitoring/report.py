@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from rich.cells import cell_len
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ultrathink.monitoring.terminal import SafeStream, clean_text, is_interactive, make_console
 
 _GAP = 2
+_ENDLESS = 100_000  # columns of what is no terminal: nothing folds
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,6 @@ class Report:
         heading: bool = True,
     ) -> None:
         """Print rows of cells, each column as wide as its widest cell."""
-        cells = [[_cell(value) for value in row] for row in rows]
-        if self._console is None:
-            self._print_plain(columns, cells, indent, heading)
-            return
         table = Table(
             box=None,
             padding=(0, _GAP, 0, 0),
@@ -101,34 +99,19 @@ class Report:
                 no_wrap=not column.folds,
                 overflow="fold" if column.folds else "ellipsis",
             )
-        for row in cells:
-            texts = [Text(cell.text, style=cell.style) for cell in row]
+        for row in rows:
+            texts = [Text(cell.text, style=cell.style) for cell in map(_cell, row)]
             table.add_row(*([Text("")] if indent else []), *texts)
-        self._console.print(table)
-
-    def _print_plain(
-        self,
-        columns: Sequence[Column],
-        rows: Sequence[Sequence[Cell]],
-        indent: int,
-        heading: bool,
-    ) -> None:
-        titles = [Cell(column.title) for column in columns]
-        lines = [titles, *rows] if heading else rows
-        widths = [max(cell_len(cell.text) for cell in cells) for cells in zip(*lines, strict=True)]
-        for cells in lines:
-            padded = [
-                _padded(cell.text, width, column.right)
-                for cell, width, column in zip(cells, widths, columns, strict=True)
-            ]
-            self.line(" " * indent + (" " * _GAP).join(padded))
+        if self._console is not None:
+            self._console.print(table)
+            return
+        plain = Console(file=io.StringIO(), width=_ENDLESS, color_system=None)
+        with plain.capture() as captured:
+            plain.print(table)
+        for line in captured.get().splitlines():
+            self.line(line)
 
 
 def _cell(value: str | Cell) -> Cell:
     cell = value if isinstance(value, Cell) else Cell(value)
     return Cell(clean_text(cell.text).replace("\n", " "), cell.style)
-
-
-def _padded(text: str, width: int, right: bool) -> str:
-    space = " " * (width - cell_len(text))
-    return space + text if right else text + space

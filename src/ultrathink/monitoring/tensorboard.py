@@ -14,7 +14,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -57,30 +57,22 @@ class TensorBoardSink(Sink):
 
     def write(self, record: MetricRecord) -> None:
         """Write each figure as the scalar ``split/name``, all of them or none."""
-        with _quiet():
-            entry = _scalars(record)
-        self._append(entry)
+        self._append(_scalars, record)
 
     def experts(self, record: ExpertRecord) -> None:
         """Write the figures and pictures of every group of experts."""
-        with _quiet():
-            entry = _of_experts(record)
-        self._append(entry)
+        self._append(_of_experts, record)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         """Write a sample; every prompt has a tag of its own, so that its texts line up."""
         tag = self._tags.setdefault(prompt, f"samples/{len(self._tags) + 1}")
         # Four spaces make Markdown show the text as it is.
         verbatim = "\n".join(f"    {line}" for line in f"{prompt}{text}".splitlines())
-        with _quiet():
-            entry = _text(tag, verbatim.encode("utf-8", "replace"), step)
-        self._append(entry)
+        self._append(_text, tag, verbatim, step)
 
     def decision(self, step: int, title: str, text: str) -> None:
         """Write a decision with its reason."""
-        with _quiet():
-            entry = _text("decisions", text.encode("utf-8", "replace"), step)
-        self._append(entry)
+        self._append(_text, "decisions", text, step)
 
     def take_notes(self) -> list[Note]:
         """What befell the event file."""
@@ -91,8 +83,10 @@ class TensorBoardSink(Sink):
         if self._file is not None:
             self._file.close()
 
-    def _append(self, entry: bytes) -> None:
+    def _append(self, make: Callable[..., bytes], *details: Any) -> None:
         assert self._file is not None, "the sink was not opened"
+        with _quiet():
+            entry = make(*details)
         self._file.append(entry)
 
 
@@ -150,11 +144,12 @@ def _of_experts(record: ExpertRecord) -> bytes:
     return _framed(Event(wall_time=record.time, step=record.step, summary=Summary(value=values)))
 
 
-def _text(tag: str, text: bytes, step: int) -> bytes:
+def _text(tag: str, text: str, step: int) -> bytes:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.plugins.text.summary_v2 import text_pb
 
-    return _framed(Event(wall_time=time.time(), step=step, summary=text_pb(tag, text)))
+    summary = text_pb(tag, text.encode("utf-8", "replace"))
+    return _framed(Event(wall_time=time.time(), step=step, summary=summary))
 
 
 def _framed(event: Event) -> bytes:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
-from ultrathink.core.protocols import State
+from ultrathink.orchestrator.remembering import Remembers
 
 SEVERITIES = ("info", "low", "medium", "high", "critical")
 ALARM = SEVERITIES.index("medium")  # from here on, somebody should look
@@ -66,8 +66,17 @@ def is_alarm(severity: str) -> bool:
     return SEVERITIES.index(severity) >= ALARM
 
 
-class Incidents:
+@dataclass(frozen=True)
+class _Open:
+    number: int  # of the event
+    until: int  # observed steps: later findings are another incident
+
+
+class Incidents(Remembers):
     """Joins findings of one kind and subject into an event, as long as pauses are short."""
+
+    remembered = ("events", "_open", "_count")
+    records: ClassVar[Mapping[str, type]] = {"events": Event, "_open": _Open}
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -101,26 +110,6 @@ class Incidents:
         """The events that ``findings`` of the last observed step belong to."""
         keys = dict.fromkeys(_key(finding) for finding in findings)
         return [self.events[self._open[key].number] for key in keys]
-
-    def state_dict(self) -> State:
-        """What to remember over a restart."""
-        return {
-            "events": [event.to_json() for event in self.events],
-            "open": {key: list(value) for key, value in self._open.items()},
-            "count": self._count,
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Go back to what ``state_dict`` returned."""
-        values: dict[str, Any] = dict(state)
-        self.events = [Event(**event) for event in values["events"]]
-        self._open = {key: _Open(*kept) for key, kept in values["open"].items()}
-        self._count = values["count"]
-
-
-class _Open(NamedTuple):
-    number: int  # of the event
-    until: int  # observed steps: later findings are another incident
 
 
 def _key(finding: Finding) -> str:

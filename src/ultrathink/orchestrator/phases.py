@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from ultrathink.core.protocols import State
 from ultrathink.orchestrator.curve import Curve
 from ultrathink.orchestrator.events import Event
+from ultrathink.orchestrator.remembering import Remembers
 
 INITIALIZATION = "INITIALIZATION"  # too little is known
 VOLATILE = "VOLATILE"  # an alarm about the loss or the gradient was raised a moment ago
@@ -41,13 +41,19 @@ class Phase:
         return asdict(self)
 
 
-class Phases:
+class Phases(Remembers):
     """Judges each observed step by the curve so far and the latest alarms."""
+
+    remembered = ("list", "_trend", "_next", "_since_unrest", "_since_divergence")
+    records: ClassVar[Mapping[str, type]] = {"list": Phase}
 
     def __init__(self) -> None:
         self.list: list[Phase] = []
         self._trend = INITIALIZATION
-        self._next = (INITIALIZATION, 0)  # another trend, and how many points it was seen at
+        self._next: list[Any] = [
+            INITIALIZATION,
+            0,
+        ]  # another trend, and how many points it was seen at
         self._since_unrest = SHAKEN
         self._since_divergence = SHAKEN
 
@@ -80,7 +86,7 @@ class Phases:
     def _turn(self, trend: str) -> None:
         """Change the trend once enough points agree on another."""
         other, count = self._next
-        self._next = (trend, count + 1 if trend == other else 1)
+        self._next = [trend, count + 1 if trend == other else 1]
         if self._next[1] >= PATIENCE.get(trend, 1) or self._trend == INITIALIZATION:
             self._trend = trend
 
@@ -89,25 +95,6 @@ class Phases:
         kept = [phase for phase in self.list if phase.from_step <= step]
         self.list = [replace(phase, to_step=min(phase.to_step, step)) for phase in kept]
         self._since_unrest = self._since_divergence = SHAKEN
-
-    def state_dict(self) -> State:
-        """What to remember over a restart."""
-        return {
-            "list": [phase.to_json() for phase in self.list],
-            "trend": self._trend,
-            "next": list(self._next),
-            "since_unrest": self._since_unrest,
-            "since_divergence": self._since_divergence,
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Go back to what ``state_dict`` returned."""
-        values: dict[str, Any] = dict(state)
-        self.list = [Phase(**phase) for phase in values["list"]]
-        self._trend = values["trend"]
-        self._next = (values["next"][0], values["next"][1])
-        self._since_unrest = values["since_unrest"]
-        self._since_divergence = values["since_divergence"]
 
 
 def _trend(curve: Curve, clear: float) -> str:

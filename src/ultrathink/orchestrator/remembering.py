@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar, TypeVar
 
 from ultrathink.core.protocols import State, Stateful
@@ -15,10 +16,13 @@ class Remembers:
     """Something whose state is the attributes that ``remembered`` names.
 
     They are numbers, texts, None, lists and dictionaries of those, or objects with a state of their
-    own, also as the values of a dictionary that is there from the beginning.
+    own, also as the values of a dictionary that is there from the beginning: one that a state lacks
+    stays as it is, and the state of one that is not there is kept. ``records`` names the class of
+    those that are dataclasses, alone, in a list or as the values of a dictionary.
     """
 
     remembered: ClassVar[tuple[str, ...]]
+    records: ClassVar[Mapping[str, type]] = {}
 
     def state_dict(self) -> State:
         """What to remember over a restart."""
@@ -27,7 +31,8 @@ class Remembers:
     def load_state_dict(self, state: State) -> None:
         """Go back to what ``state_dict`` returned."""
         for name in self.remembered:
-            setattr(self, name, _restored(getattr(self, name), state[name.lstrip("_")]))
+            kept = state[name.lstrip("_")]
+            setattr(self, name, _restored(getattr(self, name), kept, self.records.get(name)))
 
 
 class PerName(dict[str, Kept]):
@@ -58,13 +63,21 @@ def _saved(value: Any) -> Any:
         return value.state_dict()
     if isinstance(value, dict):
         return {name: _saved(kept) for name, kept in value.items()}
+    if isinstance(value, list):
+        return [_saved(one) for one in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
     return copy.deepcopy(value)
 
 
-def _restored(value: Any, kept: Any) -> Any:
+def _restored(value: Any, kept: Any, record: type | None) -> Any:
     if isinstance(value, Stateful):
         value.load_state_dict(kept)
         return value
     if isinstance(value, dict):
-        return {name: _restored(value.get(name), one) for name, one in kept.items()}
-    return copy.deepcopy(kept)
+        there = {name: one for name, one in value.items() if isinstance(one, Stateful)}
+        found = {name: _restored(value.get(name), one, record) for name, one in kept.items()}
+        return {**there, **found}
+    if record is None or kept is None:
+        return copy.deepcopy(kept)
+    return [record(**one) for one in kept] if isinstance(value, list) else record(**kept)

@@ -28,6 +28,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+SMALL = 0.01  # nats: what a loss of zero and one of this differ by is no matter
+
 
 @dataclass(frozen=True)
 class Signals:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ultrathink.core.protocols import State
 from ultrathink.orchestrator.curve import Curve
 from ultrathink.orchestrator.detectors import DETECTORS
 from ultrathink.orchestrator.detectors.base import Detector
@@ -14,15 +13,27 @@ from ultrathink.orchestrator.events import Event, Finding, Incidents, in_order
 from ultrathink.orchestrator.forecast import Forecast, forecast
 from ultrathink.orchestrator.forecast_check import ForecastCheck
 from ultrathink.orchestrator.phases import Phase, Phases
+from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.signals import Signals
 
 
-class Watcher:
+class Watcher(Remembers):
     """Sees the signals of a run in order and says what an expert would say about them.
 
     ``total_steps`` is the budget that the forecast is made for; without one it looks ahead to twice
     the steps so far. Signals of one step may come in several parts.
     """
+
+    remembered = (
+        "_detectors",
+        "_incidents",
+        "_phases",
+        "_curve",
+        "_forecast_check",
+        "_last_step",
+        "total_steps",
+        "_is_log",
+    )
 
     def __init__(
         self, *, total_steps: int | None = None, detectors: Sequence[Detector] | None = None
@@ -31,10 +42,11 @@ class Watcher:
         self.detectors: Sequence[Detector] = (
             [make() for make in DETECTORS] if detectors is None else detectors
         )
+        self._detectors = {type(one).__name__: one for one in self.detectors}
         self._incidents = Incidents()
         self._phases = Phases()
         self._curve = Curve()
-        self._check = ForecastCheck()
+        self._forecast_check = ForecastCheck()
         self._last_step: int | None = None
         self._is_log = True  # the curve is of logarithms, until a loss is negative
 
@@ -68,7 +80,7 @@ class Watcher:
         if loss is not None:
             is_new = self._extend(signals.step, loss)
             if is_new and self._is_log:
-                self._check.observe(self._curve)
+                self._forecast_check.observe(self._curve)
             current = self._incidents.current(findings)
             self._phases.observe(signals.step, self._curve, is_new, current)
         return told + changed
@@ -84,7 +96,7 @@ class Watcher:
     @property
     def forecast_error(self) -> float | None:
         """By what share of the loss forecasts were off that came due; None before the first."""
-        return self._check.error
+        return self._forecast_check.error
 
     def finish(self) -> list[Event]:
         """The log is over: judge what waits for later steps; the events that are new."""
@@ -99,7 +111,7 @@ class Watcher:
             detector.rewind(step)
         self._incidents.close()
         self._curve.cut(step)
-        self._check.rewind(step)
+        self._forecast_check.rewind(step)
         self._phases.rewind(step)
         if before is None or before <= step:
             return []
@@ -125,34 +137,3 @@ class Watcher:
             "phases": [phase.to_json() for phase in self.phases],
             "forecast": ahead.to_json() if ahead is not None else None,
         }
-
-    def state_dict(self) -> State:
-        """What to remember over a restart."""
-        return {
-            "detectors": {
-                type(detector).__name__: detector.state_dict() for detector in self.detectors
-            },
-            "incidents": self._incidents.state_dict(),
-            "phases": self._phases.state_dict(),
-            "curve": self._curve.state_dict(),
-            "forecast_check": self._check.state_dict(),
-            "last_step": self._last_step,
-            "total_steps": self.total_steps,
-            "is_log": self._is_log,
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Go back to what ``state_dict`` returned."""
-        values: dict[str, Any] = dict(state)
-        for detector in self.detectors:
-            kept = values["detectors"].get(type(detector).__name__, {})
-            # One that is new since then, or remembers other things now, begins afresh.
-            if kept.keys() == detector.state_dict().keys():
-                detector.load_state_dict(kept)
-        self._incidents.load_state_dict(values["incidents"])
-        self._phases.load_state_dict(values["phases"])
-        self._curve.load_state_dict(values["curve"])
-        if "forecast_check" in values:  # older checkpoints have none
-            self._check.load_state_dict(values["forecast_check"])
-        self._is_log = values["is_log"]
-        self._last_step, self.total_steps = values["last_step"], values["total_steps"]

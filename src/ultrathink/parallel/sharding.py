@@ -1,6 +1,6 @@
-"""One model over several processes, by PyTorch's FSDP2.
+"""Modules over several processes, by PyTorch's FSDP2.
 
-Every stage of ZeRO (https://arxiv.org/abs/1910.02054) is the same model with other habits. At rest
+Every stage of ZeRO (https://arxiv.org/abs/1910.02054) is the same module with other habits. At rest
 each process holds its share of every weight, and the optimizer sees shares only:
 
     stage   parameters gathered   gradients summed over processes
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -29,51 +30,48 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from ultrathink.config.parallel import ParallelConfig
-from ultrathink.model.transformer import Transformer
+from ultrathink.model.transformer import transformers_in
 from ultrathink.parallel.timing import CommunicationClock, TimedAllGather, TimedReduceScatter
 
 
 @dataclass(frozen=True)
 class Accumulation:
-    """What a model over several processes must be told before each micro-batch of a step."""
+    """What a module over several processes must be told before each micro-batch of a step."""
 
-    model: FSDPModule
+    module: FSDPModule
     zero_stage: int
     clock: CommunicationClock
 
     def before_micro_batch(self, is_last: bool) -> None:
         """Say whether the gradients of this micro-batch complete those of the step."""
-        self.model.set_requires_all_reduce(is_last)
+        self.module.set_requires_all_reduce(is_last)
         if self.zero_stage == 1:
-            self.model.set_requires_gradient_sync(is_last)
+            self.module.set_requires_gradient_sync(is_last)
         if self.zero_stage < 3:
-            self.model.set_reshard_after_backward(is_last)
+            self.module.set_reshard_after_backward(is_last)
 
 
-def shard_model(
-    model: Transformer,
-    mesh: DeviceMesh,
-    parallel: ParallelConfig,
-    clock: CommunicationClock | None = None,
+def shard_module(
+    module: nn.Module, mesh: DeviceMesh, parallel: ParallelConfig, clock: CommunicationClock
 ) -> Accumulation:
-    """Divide ``model``, which lies whole and alike on every process, over ``mesh``, in place.
+    """Divide ``module``, which lies whole and alike on every process, over ``mesh``, in place.
 
-    Blocks are gathered one by one, in the precision of their products; embedding, last norm and
-    head together and in that of the weights, because the embedding's gradient is a sum of many.
+    Blocks of a Transformer are gathered one by one, in the precision of their products; embedding,
+    last norm and head together and in that of the weights, because the embedding's gradient is a
+    sum of many. What is no Transformer is gathered as one.
     Gradients are summed, not averaged: the loss is divided by the tokens of all processes already.
     A frozen model, which has no backward pass, gathers a block for each use; its embedding and head
-    stay whole until ``release``. ``clock`` counts the time of exchanges; a new one where None.
+    stay whole until ``release``. ``clock`` counts the time of exchanges.
     """
-    clock = clock or CommunicationClock()
-    is_frozen = not model.embedding.weight.requires_grad
-    weight_dtype = model.embedding.weight.dtype
+    is_frozen = not any(parameter.requires_grad for parameter in module.parameters())
+    weight_dtype = next(module.parameters()).dtype
     offload = OffloadPolicy()
     if parallel.offload == "params":
         offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
 
-    def shard(module: torch.nn.Module, param_dtype: torch.dtype | None, *, frees: bool) -> None:
+    def shard(part: nn.Module, param_dtype: torch.dtype | None, *, frees: bool) -> None:
         sharded = fully_shard(
-            module,
+            part,
             mesh=mesh,
             reshard_after_forward=frees,
             mp_policy=MixedPrecisionPolicy(
@@ -86,23 +84,26 @@ def shard_model(
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
 
-    products = model.compute_dtype if model.compute_dtype != weight_dtype else None
-    for block in model.blocks:
-        shard(block, products, frees=is_frozen or parallel.zero_stage == 3)
-    shard(model, None, frees=not is_frozen and parallel.zero_stage == 3)
-    return Accumulation(cast(FSDPModule, model), parallel.zero_stage, clock)
+    models = transformers_in(module)
+    for model in models:
+        products = model.compute_dtype if model.compute_dtype != weight_dtype else None
+        for block in model.blocks:
+            shard(block, products, frees=is_frozen or parallel.zero_stage == 3)
+    for part in dict.fromkeys([*models, module]):
+        shard(part, None, frees=not is_frozen and parallel.zero_stage == 3)
+    return Accumulation(cast(FSDPModule, module), parallel.zero_stage, clock)
 
 
-def is_divided(model: Transformer) -> bool:
-    """Whether processes hold parts of a ``model``'s weights, which its passes gather."""
+def is_divided(module: nn.Module) -> bool:
+    """Whether processes hold parts of a ``module``'s weights, which its passes gather."""
     return any(
         isinstance(weight, DTensor) and weight.to_local().numel() < weight.numel()
-        for weight in model.parameters()
+        for weight in module.parameters()
     )
 
 
-def release(model: Transformer) -> None:
-    """Free what passes of a ``model`` without backward passes have left gathered, if anything."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+def release(module: nn.Module) -> None:
+    """Free what passes of a ``module`` without backward passes have left gathered, if anything."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

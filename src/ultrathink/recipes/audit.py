@@ -164,7 +164,7 @@ def _apply(trainer: Trainer, change: Change, run: RunFolder, number: int) -> Non
     for one in change.needed:
         folder, kind = run.states / state_name(number, one.key), trainer.objective.kind
         state = load_checkpoint(folder, kind=kind)
-        placed = placed_state(state, trainer.model, trainer.stepper.host_names)
+        placed = placed_state(state, trainer.objective.models, trainer.stepper.host_names)
         trainer.snapshots.keep(one.key, placed, in_checkpoints=False)
     change.apply(trainer.parts)
 

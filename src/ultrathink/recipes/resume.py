@@ -15,7 +15,7 @@ from ultrathink.parallel.world import join_world
 from ultrathink.recipes.parts.assembly import assemble, build_model
 from ultrathink.recipes.parts.beginning import check_vocabulary
 from ultrathink.recipes.parts.evaluators import make_evaluators
-from ultrathink.recipes.parts.models import find_frozen
+from ultrathink.recipes.parts.models import find_frozen, models_beside
 from ultrathink.recipes.parts.resume_plan import FreshStart, ResumePlan, plan_resume
 from ultrathink.recipes.parts.resumed_data import data_to_go_on_with, keep_record
 from ultrathink.recipes.parts.resumed_snapshots import bring_back_snapshots
@@ -91,7 +91,7 @@ def _resume(
     check_vocabulary(plan.config, data)
     frozen = world.main_first(lambda: find_frozen(plan.config))
     beside = [each.checked(plan.config, data.tokenizer) for each in frozen]
-    config, choices = choose_together(plan.config, data.num_samples, world, beside)
+    config, choices = choose_together(plan.config, data.num_samples, world, beside, models_beside)
     kind = OBJECTIVES.load(config.training.objective.type).kind
     check_loads(plan.folder, config.model, kind)  # names what differs, where the model is another
     evaluators = make_evaluators(config, data, world, choices.dims, progress)
@@ -99,7 +99,7 @@ def _resume(
     trainer = assemble(
         config, run, data, model, choices, callbacks, controllers, frozen, evaluators
     )
-    region = partial(region_needed, trainer.model)
+    region = partial(region_needed, trainer.objective.models)
     state: State = load_checkpoint(plan.folder, region=region, kind=kind)
     reset = plan.reset | {"data"} if found.other_samples else plan.reset
     adapt_state(state, trainer, plan.before, plan.changes, reset, other_scores=found.other_scores)

@@ -13,7 +13,7 @@ from ultrathink.recipes.parts.assembly import assemble, build_model
 from ultrathink.recipes.parts.beginning import check_vocabulary, find_beginning
 from ultrathink.recipes.parts.evaluators import make_evaluators
 from ultrathink.recipes.parts.folder import start_folder
-from ultrathink.recipes.parts.models import find_frozen
+from ultrathink.recipes.parts.models import find_frozen, models_beside
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
 from ultrathink.training.callbacks import Callback, Controller
@@ -69,7 +69,7 @@ def _begin(
     data = world.main_first(lambda: prepare_data(config.data, tokenizer, progress=progress))
     check_vocabulary(config, data)
     beside = [found.checked(config, data.tokenizer) for found in frozen]
-    config, choices = choose_together(config, data.num_samples, world, beside)
+    config, choices = choose_together(config, data.num_samples, world, beside, models_beside)
     evaluators = make_evaluators(config, data, world, choices.dims, progress)
     model = build_model(config)
     if beginning.fill is not None:

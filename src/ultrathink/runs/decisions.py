@@ -6,6 +6,7 @@ A decision whose outcome became known is written again with it; the last line of
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -64,22 +65,38 @@ class Audit:
         return {**asdict(self), "verdict": self.verdict}
 
 
-@dataclass(frozen=True)
-class DecisionRecord:
-    """A decision as its last line has it; ``number`` is its place among those of the run."""
+@dataclass
+class Decision:
+    """What was changed in a run, by whom and why, as ``decisions.jsonl`` has it."""
 
-    number: int
+    id: int | None  # None where no rule decided it
     step: int
     rule: str
+    level: int | None  # 1 soft, 2 medium, 3 hard, 4 critical
+    confidence: float | None  # 0 to 1
+    signals: dict[str, Any]
     action: str
     before: Any
     after: Any
     reasoning: str
-    id: int | None = None  # None where no rule decided it
-    level: int | None = None  # 1 soft, 2 medium, 3 hard, 4 critical
-    confidence: float | None = None
-    signals: dict[str, Any] = field(default_factory=dict)
+    time: float = field(default_factory=time.time)
+    also: list[dict[str, Any]] = field(default_factory=list)  # further actions, before and after
+    changes: list[dict[str, Any]] = field(default_factory=list)  # as applied, for audits
     outcome: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The decision as a JSON object."""
+        plain = asdict(self)
+        if not self.also:
+            del plain["also"]
+        return plain
+
+
+@dataclass
+class DecisionRecord(Decision):
+    """A decision as its last line has it; ``number`` is its place among those of the run."""
+
+    number: int = 0
     audit: Audit | None = None
 
     @classmethod
@@ -95,6 +112,7 @@ class DecisionRecord:
             before=row.get("before"),
             after=row.get("after"),
             reasoning=str(row.get("reasoning") or ""),
+            time=finite_number(row.get("time")) or 0.0,
             id=None if identity is None else int(identity),
             level=None if level is None else int(level),
             confidence=finite_number(row.get("confidence")),

@@ -166,7 +166,7 @@ class SetActivationCheckpointing(Change):
     def apply(self, run: Parts) -> Effect:
         from ultrathink.training.hardware import forget_most_used
 
-        run.model.set_activation_checkpointing(self.mode)
+        run.models.set_activation_checkpointing(self.mode)
         forget_most_used()
         return _set(run, "activation_checkpointing", self.mode)
 
@@ -303,7 +303,7 @@ class AverageSnapshots(Change):
     def apply(self, run: Parts) -> Effect:
         """Returns the validation loss before and after, which is the better of the two."""
         from ultrathink.training.host_states import copied_to_host
-        from ultrathink.training.model_state import ModelState, average_weights
+        from ultrathink.training.model_state import ModulesState, average_weights
 
         scores = run.held_out()
         if scores is None:
@@ -311,10 +311,10 @@ class AverageSnapshots(Change):
                 "weights are averaged by what held-out text says of it, and data.val is none."
             )
         before = scores.loss
-        weights = ModelState(run.model)
+        weights = ModulesState(run.models.modules)
         alone = copied_to_host(weights.state_dict())
-        others: list[Any] = [run.snapshots.states[one.key]["model"] for one in self.snapshots]
-        average_weights(run.model, others)
+        others = [run.snapshots.states[one.key] for one in self.snapshots]
+        average_weights(run.models.modules, others)
         scores = run.held_out()
         assert scores is not None
         after = scores.loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,6 +36,7 @@ _CPU_MICRO_TOKENS = 8192
 _ACTIVATION_FACTOR = 34
 _MEMORY_SHARE = 0.6
 _FROZEN_BYTES = 4  # a weight, at most, unless training is in fp64
+_TRAINED_BYTES = 16  # with its gradient and two moments
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,18 @@ def choose_together(
     samples_per_epoch: int | None,
     world: World,
     frozen: Sequence[ModelConfig] = (),
+    beside: Callable[[Config], Sequence[ModelConfig]] = lambda config: (),
 ) -> tuple[Config, Choices]:
     """``choose`` for all processes of ``world``: what the first one chose holds for all.
 
-    ``frozen`` models take memory beside the one that is trained.
-    ConfigError where the processes or the batch cannot be divided as configured.
+    ``frozen`` models take memory beside the main one, and so do those that are trained ``beside``
+    it, which are asked for only where it matters. ConfigError where the processes or the batch
+    cannot be divided as configured.
     """
     dims = ParallelDims.resolve(config.parallel, world)
     share = dims.share(config.training.batch_size)
     if world.is_main:
-        config, choices = choose(config, samples_per_epoch, share, frozen)
+        config, choices = choose(config, samples_per_epoch, share, frozen, beside)
     if world.size > 1:
         tree, origins = world.from_main([config.model_dump(mode="json"), config.origins])
         config = Config.model_validate(tree).with_origins(origins)
@@ -78,6 +81,7 @@ def choose(
     samples_per_epoch: int | None,
     share: int | None = None,
     frozen: Sequence[ModelConfig] = (),
+    beside: Callable[[Config], Sequence[ModelConfig]] = lambda config: (),
 ) -> tuple[Config, Choices]:
     """Replace every ``auto`` in ``config`` with what suits this machine, and say why.
 
@@ -105,7 +109,8 @@ def choose(
     if training.compile != compiled:
         chosen["training.compile"] = (compiled, compile_reason)
     if training.micro_batch_size == "auto":
-        size = _micro_batch_size(config, device, share or training.batch_size, frozen)
+        share = share or training.batch_size
+        size = _micro_batch_size(config, device, share, frozen, beside)
         chosen["training.micro_batch_size"] = (size, "what fits the device's memory")
     config = _replaced(config, chosen)
     if config.model.attention.backend == "auto":
@@ -153,20 +158,27 @@ def _planned_flops(config: Config, samples_per_epoch: int | None) -> float | Non
 
 
 def _micro_batch_size(
-    config: Config, device: torch.device, share: int, frozen: Sequence[ModelConfig]
+    config: Config,
+    device: torch.device,
+    share: int,
+    frozen: Sequence[ModelConfig],
+    beside: Callable[[Config], Sequence[ModelConfig]],
 ) -> int:
     """The largest divisor of this process's share of the batch whose activations fit.
 
-    A frozen model takes its weights, and keeps the activations of one layer at a time.
+    A frozen model takes its weights, and keeps the activations of one layer at a time; one that is
+    trained ``beside`` the main one keeps those of all layers.
     """
     seq_len = config.data.seq_len
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         if config.training.deterministic:  # what others use of it differs from run to run
             free = total
-        model = config.model
-        layers = model.hidden_size * model.num_layers + sum(one.hidden_size for one in frozen)
+        others = beside(config)
+        layers = sum(one.hidden_size * one.num_layers for one in (config.model, *others))
+        layers += sum(one.hidden_size for one in frozen)
         free -= sum(sizes(one).total * _FROZEN_BYTES for one in frozen)
+        free -= sum(sizes(one).total * _TRAINED_BYTES for one in others)
         most = int(free * _MEMORY_SHARE / (_ACTIVATION_FACTOR * layers * seq_len))
     else:
         most = _CPU_MICRO_TOKENS // seq_len

@@ -1,4 +1,4 @@
-"""The states of a model, of its optimizers and of the settings applied to both."""
+"""The states of what is trained, of its optimizers and of the settings applied to both."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.protocols import State
-from ultrathink.model.transformer import Transformer
 from ultrathink.parallel.placement import placed_like, region_of
+from ultrathink.training.model_set import MAIN, ModelSet
 from ultrathink.training.optimizers import (
     Optimizers,
     load_optimizer_state,
@@ -23,6 +23,8 @@ from ultrathink.training.optimizers import (
 )
 from ultrathink.training.settings import LiveSettings
 from ultrathink.training.stepping import Step
+
+MODULES = "modules"  # in a run's state, what is trained beside the main model
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,20 @@ class ModelState:
 
 
 @dataclass(frozen=True)
+class ModulesState:
+    """The weights and buffers of several modules, by their names."""
+
+    modules: Mapping[str, nn.Module]
+
+    def state_dict(self) -> State:
+        return {name: ModelState(module).state_dict() for name, module in self.modules.items()}
+
+    def load_state_dict(self, state: State) -> None:
+        for name, module in self.modules.items():
+            ModelState(module).load_state_dict(cast(State, state[name]))
+
+
+@dataclass(frozen=True)
 class OptimizerState:
     """What the optimizers of ``stepper`` remember; to be loaded after the weights."""
 
@@ -48,24 +64,26 @@ class OptimizerState:
 
     def state_dict(self) -> State:
         stepper = self.stepper
-        return optimizer_state(stepper.optimizers, stepper.objective.model, stepper.host_names)
+        parameters = stepper.objective.models.named_parameters()
+        return optimizer_state(stepper.optimizers, parameters, stepper.host_names)
 
     def load_state_dict(self, state: State) -> None:
         stepper = self.stepper
-        load_optimizer_state(stepper.optimizers, stepper.objective.model, state, stepper.host_names)
+        parameters = stepper.objective.models.named_parameters()
+        load_optimizer_state(stepper.optimizers, parameters, state, stepper.host_names)
         if stepper.host is not None:
             stepper.host.take_weights()
 
 
 @dataclass(frozen=True)
 class SettingsState:
-    """Live settings, and the model and optimizers that some of them are applied to.
+    """Live settings, and the models and optimizers that some of them are applied to.
 
     ``share`` is how many sequences of a batch this process has.
     """
 
     settings: LiveSettings
-    model: Transformer
+    models: ModelSet
     optimizers: Optimizers
     share: int
 
@@ -78,7 +96,7 @@ class SettingsState:
         self.settings.load_state_dict(state)
         for name, (_, current) in self.settings.optimizer_params.items():
             set_option(self.optimizers, name, current)
-        self.model.set_activation_checkpointing(self.settings.activation_checkpointing)
+        self.models.set_activation_checkpointing(self.settings.activation_checkpointing)
         self.fit_micro_batch()  # it may be from when there were more processes
 
     def roll_back(self, state: State) -> None:
@@ -95,42 +113,51 @@ class SettingsState:
 
 
 @torch.no_grad()
-def average_weights(model: nn.Module, others: Sequence[Mapping[str, Any]]) -> None:
-    """Give ``model`` the mean of its parameters and ``others``, by name, wherever those lie."""
-    for name, parameter in model.named_parameters():
-        for other in others:
-            parameter.add_(placed_like(other[name], parameter).to(parameter.device))
-        parameter.div_(len(others) + 1)
+def average_weights(modules: Mapping[str, nn.Module], states: Sequence[Mapping[str, Any]]) -> None:
+    """Give each of ``modules`` the mean of its parameters and those in ``states`` of the run,
+    wherever these lie."""
+    for module_name, module in modules.items():
+        others = [_weights(state)[module_name] for state in states]
+        for name, parameter in module.named_parameters():
+            for other in others:
+                parameter.add_(placed_like(other[name], parameter).to(parameter.device))
+            parameter.div_(len(others) + 1)
+
+
+def _weights(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """The weights in a run's ``state`` by the names of their modules."""
+    return {MAIN: state["model"], **state.get(MODULES, {})}
 
 
 def placed_state(
-    state: Mapping[str, Any], model: nn.Module, copies: Mapping[Tensor, str]
+    state: Mapping[str, Any], models: ModelSet, copies: Mapping[Tensor, str]
 ) -> dict[str, Any]:
     """``state``, as read for this process, on the host and divided as the run's own state is.
 
     ``copies`` are names of tensors that are moved in place of parameters.
     """
-    weights = model.state_dict()
-    moved: dict[str, Tensor] = dict(model.named_parameters())
-    moved |= {name: copy for copy, name in copies.items()}
-    return {
-        **state,
-        "model": {
+    placed: dict[str, dict[str, Tensor]] = {}
+    for module, values in _weights(state).items():
+        weights = models.modules[module].state_dict()
+        placed[module] = {
             name: placed_like(value, weights[name], is_for_host=True)
-            for name, value in state["model"].items()
-        },
-        "optimizer": {
-            name: placed_values(remembered, moved[name], is_for_host=True)
-            for name, remembered in state.get("optimizer", {}).items()
-        },
+            for name, value in values.items()
+        }
+    moved: dict[str, Tensor] = dict(models.named_parameters())
+    moved |= {name: copy for copy, name in copies.items()}
+    optimizer = {
+        name: placed_values(remembered, moved[name], is_for_host=True)
+        for name, remembered in state.get("optimizer", {}).items()
     }
+    whole = {**state, "model": placed.pop(MAIN), "optimizer": optimizer}
+    return {**whole, MODULES: placed} if placed else whole
 
 
-def region_needed(model: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[Any, Any] | None:
+def region_needed(models: ModelSet, name: str, shape: tuple[int, ...]) -> tuple[Any, Any] | None:
     """Which part of a tensor of a checkpoint this process needs; None: all of it."""
     kind, _, inside = name.partition("/")
-    weight = inside if kind == "model" else inside.rpartition("/")[0]
-    reference: Tensor | None = dict(model.named_parameters()).get(weight)
+    weight = inside if kind in ("model", MODULES) else inside.rpartition("/")[0]
+    reference: Tensor | None = models.named_parameters().get(weight)
     if isinstance(reference, DTensor) and tuple(reference.shape) == shape:
         return region_of(reference)
     return None

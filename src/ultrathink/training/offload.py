@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -13,12 +15,12 @@ from ultrathink.training.optimizers import Optimizers
 class HostCopies:
     """Copies of the weights on the CPU, which optimizers move in place of the weights themselves.
 
-    What an optimizer remembers then lies beside the copies. ``names`` are those of the weights that
-    the copies stand for.
+    What an optimizer remembers then lies beside the copies. ``parameters`` are the weights by name;
+    ``names`` are those of the weights that the copies stand for.
     """
 
-    def __init__(self, optimizers: Optimizers, model: nn.Module) -> None:
-        names = {parameter: name for name, parameter in model.named_parameters()}
+    def __init__(self, optimizers: Optimizers, parameters: Mapping[str, nn.Parameter]) -> None:
+        names = {parameter: name for name, parameter in parameters.items()}
         self.names: dict[Tensor, str] = {}
         self._pairs: list[tuple[nn.Parameter, Tensor]] = []
         for optimizer in optimizers:

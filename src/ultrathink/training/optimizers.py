@@ -22,16 +22,28 @@ Optimizers = list[torch.optim.Optimizer]
 NO_COPIES: Mapping[Tensor, str] = MappingProxyType({})
 
 
-def build_optimizers(config: OptimizerConfig, model: nn.Module) -> Optimizers:
-    """The optimizers that ``config`` names, each parameter in exactly one of them.
+def build_optimizers(
+    config: OptimizerConfig,
+    module: nn.Module,
+    *,
+    lr_factor: float = 1.0,
+    weight_decay: float | None = None,
+) -> Optimizers:
+    """The optimizers that ``config`` names, each parameter of ``module`` in exactly one of them.
 
-    Every group remembers its peak learning rate (``peak_lr``), whether it is decayed (``decayed``)
-    and by how much (``own_decay``); the trainer sets ``lr`` and the decay before each step.
+    ``lr_factor`` multiplies its learning rates, ``weight_decay`` stands in for its own. None where
+    nothing is trained. Every group remembers its peak learning rate (``peak_lr``), whether it is
+    decayed (``decayed``) and by how much (``own_decay``); the trainer sets ``lr`` and the decay
+    before each step.
     """
-    optimizers: Optimizers = OPTIMIZERS.load(config.type)(config, model)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return []
+    if weight_decay is not None:
+        config = config.model_copy(update={"weight_decay": weight_decay})
+    optimizers: Optimizers = OPTIMIZERS.load(config.type)(config, module)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group.setdefault("peak_lr", group["lr"])
+            group["peak_lr"] = group.get("peak_lr", group["lr"]) * lr_factor
             group.setdefault("decayed", group.get("weight_decay", 0) != 0)
             group["own_decay"] = group.get("weight_decay", 0.0)
     return optimizers
@@ -58,15 +70,20 @@ def build_muon(config: MuonConfig, model: nn.Module) -> Optimizers:
                 is_matrix and name.startswith("blocks.") and not name.endswith("router.weight")
             )
             (hidden if is_hidden else other).append(parameter)
-    muon = Muon(
-        hidden,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        num_iterations=config.num_iterations,
-        row_splits=_row_splits(model),
-    )
-    return [muon, _adamw(other, config.adamw_lr, config)]
+    optimizers: Optimizers = []
+    if hidden:
+        muon = Muon(
+            hidden,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            num_iterations=config.num_iterations,
+            row_splits=_row_splits(model),
+        )
+        optimizers.append(muon)
+    if other:
+        optimizers.append(_adamw(other, config.adamw_lr, config))
+    return optimizers
 
 
 def _adamw(
@@ -150,13 +167,15 @@ def _adamw_zero_state(parameter: Tensor, fused: bool) -> dict[str, Tensor]:
 
 
 def optimizer_state(
-    optimizers: Optimizers, model: nn.Module, copies: Mapping[Tensor, str] = NO_COPIES
+    optimizers: Optimizers,
+    parameters: Mapping[str, nn.Parameter],
+    copies: Mapping[Tensor, str] = NO_COPIES,
 ) -> State:
-    """What the optimizers remember, by parameter name.
+    """What the optimizers remember of ``parameters``, by their names.
 
     ``copies`` are names of tensors that are moved in place of parameters.
     """
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()} | dict(copies)
+    names: dict[Tensor, str] = {p: name for name, p in parameters.items()} | dict(copies)
     state: State = {}
     for optimizer in optimizers:
         for parameter, values in optimizer.state.items():
@@ -166,12 +185,12 @@ def optimizer_state(
 
 def load_optimizer_state(
     optimizers: Optimizers,
-    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
     state: State,
     copies: Mapping[Tensor, str] = NO_COPIES,
 ) -> None:
     """Put back what ``optimizer_state`` returned; CheckpointError where parameters differ."""
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()} | dict(copies)
+    names: dict[Tensor, str] = {p: name for name, p in parameters.items()} | dict(copies)
     unknown = sorted(set(state) - set(names.values()))
     if unknown:
         raise CheckpointError(

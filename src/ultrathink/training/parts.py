@@ -17,7 +17,14 @@ from ultrathink.training.clock import Clock
 from ultrathink.training.endings import Ending
 from ultrathink.training.host_states import Snapshots
 from ultrathink.training.length import Length
-from ultrathink.training.model_state import ModelState, OptimizerState, SettingsState
+from ultrathink.training.model_set import ModelSet
+from ultrathink.training.model_state import (
+    MODULES,
+    ModelState,
+    ModulesState,
+    OptimizerState,
+    SettingsState,
+)
 from ultrathink.training.run_state import Progress, RunState
 from ultrathink.training.saving import Saving
 from ultrathink.training.settings import LiveSettings
@@ -45,7 +52,7 @@ class Parts:
     says whether further changes wait.
     """
 
-    model: Transformer
+    models: ModelSet
     stepper: Step
     loader: TrainLoader
     settings: LiveSettings
@@ -64,13 +71,21 @@ class Parts:
     is_asked: Callable[[], bool]
     boundary: Boundary = field(default_factory=Boundary)
 
+    @property
+    def model(self) -> Transformer:
+        """The main model."""
+        return self.models.main
+
     def register(self) -> None:
         """Name what the run remembers of these parts, in the order in which it is loaded."""
         register = self.state.register
-        model, optimizer = ModelState(self.model), OptimizerState(self.stepper)
-        settings = SettingsState(self.settings, self.model, self.stepper.optimizers, self.share)
+        model, modules = ModelState(self.model), ModulesState(self.models.beside)
+        optimizer = OptimizerState(self.stepper)
+        settings = SettingsState(self.settings, self.models, self.stepper.optimizers, self.share)
         progress, length = self.progress, self.length
         register("model", model.state_dict, model.load_state_dict, is_required=True)
+        if self.models.beside:
+            register(MODULES, modules.state_dict, modules.load_state_dict, is_required=True)
         register("optimizer", optimizer.state_dict, optimizer.load_state_dict)
         register("random", random_state, set_random_state)
         register("data", self.loader.state_dict, self.loader.load_state_dict)

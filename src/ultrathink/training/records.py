@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-BY_HAND = "by_hand"
+from ultrathink.runs.decisions import BY_HAND
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,8 @@ def _copy(stepper: Step, revivals: Sequence[Revival], seed: tuple[int, int]) -> 
     layers = stepper.objective.model.expert_layers()
     # Not the parameters themselves: where validation has left them whole, this divides them again.
     weights = stepper.objective.model.state_dict()
-    names: dict[Tensor, str] = {p: name for name, p in stepper.objective.model.named_parameters()}
+    parameters = stepper.objective.models.named_parameters()
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     names |= stepper.host_names
     optimizers = stepper.optimizers
     states: dict[str, list[Tensor]] = {}  # what belongs to each element of a weight, by its name

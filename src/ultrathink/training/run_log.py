@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from ultrathink.monitoring.appending import ResilientAppender
 from ultrathink.monitoring.health import Health
 from ultrathink.monitoring.jsonl import line_appender
 from ultrathink.monitoring.records import Level, Note, RunInfo, Tell
-from ultrathink.runs.decisions import fold_decisions
+from ultrathink.runs.decisions import BY_HAND, Decision, fold_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.endings import Ending
-from ultrathink.training.records import BY_HAND, ChangeRecord
+from ultrathink.training.records import ChangeRecord
 
 
 class RunLog(Callback):
@@ -46,11 +45,11 @@ class RunLog(Callback):
 
     def on_change(self, change: ChangeRecord) -> None:
         if change.decision is None:  # else who decided it writes it down
-            self.write_decision(_record(change))
+            self.write_decision(_decision(change))
 
-    def write_decision(self, record: Mapping[str, Any]) -> None:
-        """Append a record to ``decisions.jsonl``; a later one of the same number replaces it."""
-        self._append(self._decisions, json.dumps(record, ensure_ascii=False))
+    def write_decision(self, decision: Decision) -> None:
+        """Append it to ``decisions.jsonl``; a later one of the same number replaces it."""
+        self._append(self._decisions, json.dumps(decision.to_json(), ensure_ascii=False))
 
     def fold_decisions(self) -> None:
         """Leave the last record of each decision; for the end of the run."""
@@ -77,23 +76,21 @@ class RunLog(Callback):
             self._tell(text, level)
 
 
-def _record(change: ChangeRecord) -> dict[str, Any]:
-    """The record of a change that the policy did not decide."""
+def _decision(change: ChangeRecord) -> Decision:
+    """A change that the policy did not decide."""
     is_by_hand = change.rule == BY_HAND
-    return {
-        "id": None,
-        "time": time.time(),
-        "step": change.step,
-        "rule": change.rule,
-        "level": None if is_by_hand else 4,  # the run could not have gone on otherwise
-        "confidence": None if is_by_hand else 1.0,
-        "signals": {},
-        "action": change.setting,
-        "before": change.before,
-        "after": change.after,
-        "reasoning": change.reason,
-        "outcome": None,
-    }
+    return Decision(
+        id=None,
+        step=change.step,
+        rule=change.rule,
+        level=None if is_by_hand else 4,  # the run could not have gone on otherwise
+        confidence=None if is_by_hand else 1.0,
+        signals={},
+        action=change.setting,
+        before=change.before,
+        after=change.after,
+        reasoning=change.reason,
+    )
 
 
 def _told(text: str, level: Level) -> str:

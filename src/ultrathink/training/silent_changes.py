@@ -49,7 +49,8 @@ class KeepState(Change):
         key = self.snapshot_key
         state = run.state.state_dict() if key is None else run.snapshots.states[key]
         if self.weights_only:
-            state = {name: state[name] for name in ("model", "progress")}
+            names = ("model", "modules", "progress")
+            state = {name: state[name] for name in names if name in state}
         run.saving.keep_state(self.decision, key, state, most_decisions=self.most_decisions)
 
 
@@ -73,7 +74,7 @@ class RecallCheckpoint(Change):
         error: UltrathinkError | None = None
         state = None
         try:
-            region = partial(region_needed, run.model)
+            region = partial(region_needed, run.models)
             folder, kind = run.run.step_path(self.step), run.saving.header.kind
             state = load_checkpoint(folder, region=region, kind=kind)
         except UltrathinkError as caught:
@@ -82,7 +83,7 @@ class RecallCheckpoint(Change):
             error = CheckpointError(f"the checkpoint of step {self.step} is gone: {caught}.")
         run.world.raise_together(error)
         assert state is not None
-        placed = placed_state(state, run.model, run.stepper.host_names)
+        placed = placed_state(state, run.models, run.stepper.host_names)
         run.snapshots.keep(self.snapshot_key, placed, in_checkpoints=False)
 
 

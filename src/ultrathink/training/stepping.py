@@ -117,14 +117,15 @@ class Stepper:
         self.objective = objective
         self.optimizers = optimizers
         self.world = world
-        self.accumulation = accumulation = objective.models.accumulation
+        self.accumulations = objective.models.accumulations
         self.dp_group = dp_group
         self.host = host
         self.guard: UpdateGuard | None = guard
         self.host_names: Mapping[Tensor, str] = host.names if host is not None else NO_COPIES
-        self.clock = accumulation.clock if accumulation is not None else CommunicationClock()
+        self.clock = self.accumulations[0].clock if self.accumulations else CommunicationClock()
         self.on_smaller: Callable[[int, Fit], None] = lambda size, fit: None
-        self.parameters = [p for p in objective.model.parameters() if p.requires_grad]
+        named = objective.models.named_parameters()
+        self.parameters = [parameter for parameter in named.values() if parameter.requires_grad]
         self.layer_norms = LayerNorms(objective.model)
 
     def take_step(
@@ -214,8 +215,8 @@ class Stepper:
         stats: dict[str, Tensor] = {}
         micro_batches = batch.split(size)
         for number, micro_batch in enumerate(micro_batches, start=1):
-            if self.accumulation is not None:
-                self.accumulation.before_micro_batch(number == len(micro_batches))
+            for accumulation in self.accumulations:
+                accumulation.before_micro_batch(number == len(micro_batches))
             losses = self.objective.losses(micro_batch)
             means = {
                 name: term.sum / max(1.0, counts[term.per]) for name, term in losses.terms.items()

@@ -121,7 +121,7 @@ class Trainer:
         share = self.dims.share(self.training.batch_size)
         self.state = RunState()
         self.parts = Parts(
-            model=self.model,
+            models=self.objective.models,
             stepper=self.stepper,
             loader=self.loader,
             settings=self.settings,
@@ -155,7 +155,7 @@ class Trainer:
 
     @property
     def model(self) -> Transformer:
-        """The model that is trained."""
+        """The main one of what is trained."""
         return self.objective.model
 
     def add_callback(self, callback: Callback) -> None:
@@ -224,7 +224,7 @@ class Trainer:
     def start(self) -> None:
         """Announce the run and fix its length in steps."""
         self._feed_watchdog(FIRST_STEP_FACTOR)
-        self.model.train()
+        self.objective.models.train()
         self.clock.start()
         self.notify(
             "on_start",

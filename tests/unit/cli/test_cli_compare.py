@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.cli.conftest import Say
 from tests.unit.runs.trained_runs import make_run, train, train_line, val_line, write_lines
 from ultrathink.cli.main import main
 from ultrathink.config import load_config
@@ -16,15 +17,7 @@ from ultrathink.config.overrides import flatten
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import ConfigChange, Segment, append_segment
 
-Out = pytest.CaptureFixture[str]
 NUM_VALUES = len(flatten(load_config("debug").model_dump(mode="json")))
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder ``runs`` in the current one."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "runs"
 
 
 def with_course(run: RunFolder, loss: float, steps: int = 4, **values: Any) -> RunFolder:
@@ -36,19 +29,13 @@ def with_course(run: RunFolder, loss: float, steps: int = 4, **values: Any) -> R
 
 @pytest.fixture
 def two(place: Path) -> None:
+    """The runs ``a`` and ``b``."""
     with_course(make_run(Path("runs"), "a"), 4.0)
     with_course(make_run(Path("runs"), "b", total=30), 3.0)
 
 
-def compare(capsys: Out, *words: str, status: int = 0) -> str:
-    assert main(["compare", *words]) == status
-    out, err = capsys.readouterr()
-    assert (out if status else err) == ""
-    return err if status else out
-
-
-def test_everything_side_by_side(two: None, capsys: Out) -> None:
-    assert compare(capsys, "a", "b") == (
+def test_everything_side_by_side(two: None, say: Say) -> None:
+    assert say("compare", "a", "b") == (
         f"Configuration: 1 of {NUM_VALUES} values differ (run.name left out)\n"
         "                      a   b\n"
         "  training.max_steps  20  30\n"
@@ -79,12 +66,12 @@ def test_everything_side_by_side(two: None, capsys: Out) -> None:
         "  val loss, best                      4.0000 at 4  3.0000 at 4     -1.0000\n"
         "  bits/byte, best                     2.0000 at 4  1.5000 at 4     -0.5000\n"
     )
-    back = compare(capsys, "b", "a")
+    back = say("compare", "b", "a")
     assert "  train loss, last                         0.7500       1.0000     +0.2500\n" in back
 
 
-def test_json_has_all_of_it(two: None, capsys: Out) -> None:
-    found = json.loads(compare(capsys, "a", "runs/b", "--json"))
+def test_json_has_all_of_it(two: None, say: Say) -> None:
+    found = json.loads(say("compare", "a", "runs/b", "--json"))
     assert [(run["name"], run["path"]) for run in found["runs"]] == [
         ("a", "runs/a"),
         ("b", "runs/b"),
@@ -113,13 +100,13 @@ def test_json_has_all_of_it(two: None, capsys: Out) -> None:
     }
 
 
-def test_what_was_not_finite_is_null_in_json(two: None, capsys: Out) -> None:
+def test_what_was_not_finite_is_null_in_json(two: None, say: Say) -> None:
     run = make_run(Path("runs"), "c")
     write_lines(run.metrics, [train_line(1, 4.0), train_line(2, None)])
-    found = json.loads(compare(capsys, "a", "c", "--json"))
+    found = json.loads(say("compare", "a", "c", "--json"))
     assert found["curves"]["stretches"][1]["train_loss"] == [2.0, None]
     assert found["summary"]["train_loss"]["differences"] == [0.0, None]
-    lines = compare(capsys, "a", "c").splitlines()
+    lines = say("compare", "a", "c").splitlines()
     assert "           2  2.0000     nan" in lines
 
 
@@ -160,70 +147,54 @@ def test_where_the_encoding_has_no_bars_there_is_no_plot(
     assert not any(sign in text for sign in ("(low)", "\\u"))
 
 
-def test_two_trainings_of_a_configuration_are_identical(place: Path, capsys: Out) -> None:
+def test_two_trainings_of_a_configuration_are_identical(place: Path, say: Say) -> None:
     for _ in range(2):
-        train(place.parent, "training.max_steps=4", "training.log_every=1")
-    assert "debug and debug-2: all 4 logged losses are equal (identical)" in compare(
-        capsys, "debug", "debug-2"
-    )
+        train(place, "training.max_steps=4", "training.log_every=1")
+    out = say("compare", "debug", "debug-2")
+    assert "debug and debug-2: all 4 logged losses are equal (identical)" in out
 
 
-def test_how_long_curves_are_equal(two: None, capsys: Out) -> None:
+def test_how_long_curves_are_equal(two: None, say: Say) -> None:
     run = with_course(make_run(Path("runs"), "c"), 4.0)
     lines = run.metrics.read_text().splitlines()
     lines[2] = lines[2].replace("1.333", "1.334")
     write_lines(run.metrics, [f"{line}\n" for line in lines])
-    out = compare(capsys, "a", "c")
+    out = say("compare", "a", "c")
     assert "the logged losses are equal up to step 2 and differ from step 3 on" in out
     with_course(make_run(Path("runs"), "d"), 4.0, steps=3)
-    assert "all 3 logged losses are equal at the steps that both have" in compare(capsys, "a", "d")
+    assert "all 3 logged losses are equal at the steps that both have" in say("compare", "a", "d")
 
 
 def test_metrics_that_only_some_have_are_told_of_experts_group_by_group(
-    two: None, capsys: Out
+    two: None, say: Say
 ) -> None:
     figures = {f"experts/{group}/{name}": 0.5 for group in ("skill", "meta")
                for name in ("gini", "dead", "dropped")}  # fmt: skip
     for name in ("c", "d"):
         with_course(make_run(Path("runs"), name), 3.0, aux_balance=0.5, **figures)
-    out = compare(capsys, "a", "c", "d")
+    out = say("compare", "a", "c", "d")
     assert "  up to step  loss a       c       d  bits/byte a       c       d\n" in out
     assert "  only c and d have the metric train aux_balance\n" in out
     assert "  only c and d have the metrics train experts/meta/*\n" in out
     assert out.count("experts/") == 2
-    answer = json.loads(compare(capsys, "a", "c", "d", "--json"))
+    answer = json.loads(say("compare", "a", "c", "d", "--json"))
     assert answer["curves"]["lone_metrics"]["train experts/skill/gini"] == ["c", "d"]
 
 
-def test_what_was_changed_on_resuming_is_told(two: None, capsys: Out) -> None:
+def test_what_was_changed_on_resuming_is_told(two: None, say: Say) -> None:
     change = ConfigChange("training.clip", 1.0, 0.5)
     other = ConfigChange("training.log_every", 10, 1, felt=False)
     append_segment(Path("runs/b/segments.jsonl"), Segment(2, changes=(change, other)))
-    out = compare(capsys, "a", "b")
+    out = say("compare", "a", "b")
     assert "Changed on resuming\n  b after step 2: training.clip: 1.0 -> 0.5\n" in out
-    found = json.loads(compare(capsys, "a", "b", "--json"))
+    found = json.loads(say("compare", "a", "b", "--json"))
     assert found["runs"][1]["segments"][0]["changes"] == [
         {"key": "training.clip", "before": 1.0, "after": 0.5, "felt": True},
         {"key": "training.log_every", "before": 10, "after": 1, "felt": False},
     ]
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(two: None, capsys: Out) -> None:
+def test_runs_of_one_name_are_told_apart_by_their_folders(two: None, say: Say) -> None:
     with_course(make_run(Path("other"), "a"), 3.0)
-    found = json.loads(compare(capsys, "a", "other/a/", "--json"))
+    found = json.loads(say("compare", "a", "other/a/", "--json"))
     assert [run["name"] for run in found["runs"]] == ["a", "other/a"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ((), "name at least two runs to compare, none is given; for example: "),
-        (("a",), "only 'a' is given; for example: ultrathink compare a demo-2"),
-        (("a", "bb"), "there is no run 'bb'."),
-        (("a", "first"), "Known: a, b."),
-    ],
-)
-def test_mistakes_are_answered(
-    two: None, capsys: Out, words: tuple[str, ...], message: str
-) -> None:
-    assert message in compare(capsys, *words, status=2)

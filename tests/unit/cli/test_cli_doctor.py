@@ -10,19 +10,17 @@ from typing import Any
 
 import pytest
 
-from ultrathink.cli.main import main
+from tests.unit.cli.conftest import Say
 from ultrathink.training.choices import choose
 
-Out = pytest.CaptureFixture[str]
 # Nothing that is measured decides, and nothing can be compiled: the same on every machine.
 SAME = ("debug", "training.deterministic=true", "training.device=cpu", "--quick")
 
 
-def doctor(place: Path, *words: str, wrapper: tuple[str, ...] = (), **env: str) -> Any:
-    """The command in a process of its own, in ``place``."""
+def doctor(*words: str, wrapper: tuple[str, ...] = (), **env: str) -> Any:
+    """The command in a process of its own."""
     done = subprocess.run(
         [*wrapper, sys.executable, "-m", "ultrathink", "doctor", *words],
-        cwd=place,
         env={**os.environ, **env},
         capture_output=True,
         text=True,
@@ -38,9 +36,8 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_it_says_what_auto_would_take_and_leaves_nothing_behind(capsys: Out) -> None:
-    assert main(["doctor", *SAME]) == 0
-    said = capsys.readouterr().out
+def test_it_says_what_auto_would_take_and_leaves_nothing_behind(say: Say) -> None:
+    said = say("doctor", *SAME)
     for title in ("Versions", "Machine", "Folders", "What debug would take here", "Packages"):
         assert f"\n{title}\n" in f"\n{said}"
     assert "  precision         fp32: set by: preset debug" in said
@@ -49,9 +46,8 @@ def test_it_says_what_auto_would_take_and_leaves_nothing_behind(capsys: Out) -> 
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_json_is_one_object_with_all_of_it(capsys: Out) -> None:
-    assert main(["doctor", *SAME, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
+def test_json_is_one_object_with_all_of_it(say: Say) -> None:
+    report = json.loads(say("doctor", *SAME, "--json"))
     assert report["can_train"] is True
     assert report["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert report["run_folder"]["path"] == str(Path.cwd() / "runs")
@@ -65,7 +61,7 @@ def test_json_is_one_object_with_all_of_it(capsys: Out) -> None:
 
 
 def test_it_asks_the_function_that_a_trainer_asks(
-    capsys: Out, monkeypatch: pytest.MonkeyPatch
+    say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
 
@@ -75,17 +71,16 @@ def test_it_asks_the_function_that_a_trainer_asks(
 
     monkeypatch.setattr("ultrathink.training.choices.choose", remembered)
     (Path.cwd() / "mine.yaml").write_text("training: {max_steps: 3, device: cpu}\n")
-    assert main(["doctor", "mine.yaml", "--quick", "--json"]) == 0
-    chosen = {c["key"]: c for c in json.loads(capsys.readouterr().out)["choices"]}
+    report = json.loads(say("doctor", "mine.yaml", "--quick", "--json"))
+    chosen = {choice["key"]: choice for choice in report["choices"]}
     assert asked == ["mine"]
     assert chosen["training.device"]["reason"] == "set by: file mine.yaml"
     assert "times the rate of fp32" in chosen["training.precision"]["reason"]
 
 
-def test_a_folder_that_cannot_be_written_ends_with_status_1(capsys: Out) -> None:
+def test_a_folder_that_cannot_be_written_ends_with_status_1(say: Say) -> None:
     Path("taken").write_text("a file")
-    assert main(["doctor", *SAME, "run.dir=taken"]) == 1
-    said = capsys.readouterr().out
+    said = say("doctor", *SAME, "run.dir=taken", status=1)
     assert f"error: nothing can be written to {Path.cwd() / 'taken'} (run folders)" in said
     assert "  fix: choose another folder: run.dir=FOLDER" in said
     assert said.splitlines()[-1].startswith("Training is not possible here")
@@ -98,7 +93,7 @@ def test_a_torch_that_cannot_be_imported(tmp_path: Path) -> None:
         "raise ImportError('libtorch_cpu.so: cannot open shared object file\\nand more')\n"
     )
     path = f"{broken.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    done = doctor(tmp_path, "--json", PYTHONPATH=path)
+    done = doctor("--json", PYTHONPATH=path)
     assert done.returncode == 1
     report = json.loads(done.stdout)
     assert report["can_train"] is False
@@ -116,11 +111,11 @@ HIDE = (
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="hides files of Linux")
-def test_a_system_that_tells_nothing_is_no_error(tmp_path: Path) -> None:
+def test_a_system_that_tells_nothing_is_no_error() -> None:
     wrapper = ("unshare", "-rm", "sh", "-c", HIDE, "sh")
     if subprocess.run([*wrapper, "true"], capture_output=True).returncode != 0:
         pytest.skip("mounting is not permitted here")
-    done = doctor(tmp_path, *SAME, "--json", wrapper=wrapper)
+    done = doctor(*SAME, "--json", wrapper=wrapper)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["memory"]["available"] is None

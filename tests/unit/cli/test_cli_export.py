@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.unit.cli.conftest import Say
 from tests.unit.interop.checkpoints import make_random_run, save_theirs, small_bpe
 from tests.unit.runs.trained_runs import train
 from ultrathink import load_model
@@ -54,19 +55,9 @@ def run(tmp_path: Path) -> RunFolder:
     return make_random_run(tmp_path)
 
 
-def refused(capsys: Out, *words: str) -> str:
-    assert main(["export", *words]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    return err
-
-
-def test_an_export_says_where_it_is_and_how_to_load_it(run: RunFolder, capsys: Out) -> None:
-    assert main(["export", str(run.path)]) == 0
-    out, err = capsys.readouterr()
+def test_an_export_says_where_it_is_and_how_to_load_it(run: RunFolder, say: Say) -> None:
+    out = say("export", run.path)
     folder = run.path / "export" / "hf-step_00000007"
-    assert err == ""
     assert f"Step 7 of {run.path}, a llama in float32: {folder}" in out
     assert f"AutoModelForCausalLM.from_pretrained('{folder}')" in out
     assert f"AutoTokenizer.from_pretrained('{folder}')" in out
@@ -83,13 +74,10 @@ def test_an_export_says_where_it_is_and_how_to_load_it(run: RunFolder, capsys: O
     assert written == {"eos_token_id": small_bpe().eot_id}
 
 
-def test_a_program_reads_one_object(run: RunFolder, tmp_path: Path, capsys: Out) -> None:
+def test_a_program_reads_one_object(run: RunFolder, tmp_path: Path, say: Say) -> None:
     place = tmp_path / "out" / "model"
-    words = ["--output", str(place), "--dtype", "bf16", "--format", "hf", "--json"]
-    assert main(["export", f"{run.path}@7", *words]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    assert json.loads(out) == {
+    words = ["--output", place, "--dtype", "bf16", "--format", "hf", "--json"]
+    assert json.loads(say("export", f"{run.path}@7", *words)) == {
         "run": str(run.path),
         "checkpoint": str(run.path / "checkpoints" / "step_00000007"),
         "step": 7,
@@ -103,13 +91,12 @@ def test_a_program_reads_one_object(run: RunFolder, tmp_path: Path, capsys: Out)
     assert all(t.dtype == torch.bfloat16 for t in load_file(place / "model.safetensors").values())
 
 
-def test_a_trained_run_is_exported_as_it_is(tmp_path: Path, capsys: Out) -> None:
+def test_a_trained_run_is_exported_as_it_is(tmp_path: Path, say: Say, capsys: Out) -> None:
     run = train(tmp_path, *SMALL, "training.checkpoint.every_steps=2")
     for which, step in (("last", 5), ("4", 4)):
         place = tmp_path / which
-        words = ["--checkpoint", which, "--output", str(place), "--json"]
-        assert main(["export", str(run.path), *words]) == 0
-        assert json.loads(capsys.readouterr().out)["step"] == step
+        words = ["--checkpoint", which, "--output", place, "--json"]
+        assert json.loads(say("export", run.path, *words))["step"] == step
         ours, tokenizer = load_model(run.path, which)
         theirs = AutoModelForCausalLM.from_pretrained(place).eval()
         ids = torch.tensor([tokenizer.encode("a text to compare, and one more")])
@@ -117,15 +104,14 @@ def test_a_trained_run_is_exported_as_it_is(tmp_path: Path, capsys: Out) -> None
             torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
     assert isinstance(tokenizer, ByteTokenizer)
     assert AutoTokenizer.from_pretrained(place).encode("é") == [0xC3, 0xA9]
+    assert f"{place} is there already" in say("export", run.path, "--output", place, status=2)
 
-
-def test_nothing_is_overwritten(run: RunFolder, tmp_path: Path, capsys: Out) -> None:
-    place = tmp_path / "there"
-    place.mkdir()
-    message = refused(capsys, str(run.path), "--output", str(place))
-    assert f"{place} is there already" in message
-    assert "--output FOLDER" in message
-    assert list(place.iterdir()) == []
+    weights = next((run.checkpoints / "last").resolve().glob("model-00001*"))
+    weights.write_bytes(b"\0" * weights.stat().st_size)
+    assert main(["export", str(run.path), "--checkpoint", "last", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["step"] == 4
+    assert "note: checkpoint step_00000005 is damaged" in err
 
 
 def test_a_disk_that_does_not_take_it_leaves_nothing(
@@ -140,42 +126,12 @@ def test_a_disk_that_does_not_take_it_leaves_nothing(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_two_checkpoints_are_one_too_many(run: RunFolder, capsys: Out) -> None:
-    message = refused(capsys, f"{run.path}@7", "--checkpoint", "last")
-    assert "both name a checkpoint; give one" in message
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["nowhere"], "there is no run 'nowhere'"),
-        (["RUN", "--checkpoint", "6"], "has no checkpoint of step 6; there are: 7"),
-        (["RUN", "--format", "onnx"], "invalid choice: 'onnx'"),
-        (["RUN", "--dtype", "int8"], "invalid choice: 'int8'"),
-    ],
-)
-def test_mistakes(run: RunFolder, capsys: Out, words: list[str], said: str) -> None:
-    assert said in refused(capsys, *[str(run.path) if word == "RUN" else word for word in words])
-
-
-def test_what_no_family_has_is_one_message(tmp_path: Path, capsys: Out) -> None:
+def test_what_no_family_has_is_one_message(tmp_path: Path, say: Say) -> None:
     run = make_random_run(tmp_path, feed_forward="relu2")
-    message = refused(capsys, str(run.path))
+    message = say("export", run.path, status=2)
     assert "model.feed_forward is relu2, which no family of Hugging Face has" in message
     assert "model.feed_forward=swiglu" in message
     assert not (run.path / "export").exists()
-
-
-def test_a_damaged_best_is_told(tmp_path: Path, capsys: Out) -> None:
-    run = train(tmp_path, *SMALL, "training.checkpoint.every_steps=2")
-    [*_, last] = sorted((run.checkpoints / "last").resolve().glob("*.safetensors"))
-    weights = next((run.checkpoints / "last").resolve().glob("model-00001*"))
-    assert weights != last
-    weights.write_bytes(b"\0" * weights.stat().st_size)
-    assert main(["export", str(run.path), "--checkpoint", "last", "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert json.loads(out)["step"] == 4
-    assert "note: checkpoint step_00000005 is damaged" in err
 
 
 def test_a_tokenizer_of_ones_own_stays_behind_with_a_remark(tmp_path: Path, capsys: Out) -> None:
@@ -199,33 +155,25 @@ def test_a_tokenizer_of_ones_own_stays_behind_with_a_remark(tmp_path: Path, caps
 
 
 def test_training_begins_with_a_model_of_hugging_face(
-    tmp_path: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
+    place: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ULTRATHINK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    save_theirs(tmp_path / "theirs", "llama")
-    words = ["train", "debug", "training.init_from=hf:theirs", *SMALL, "--json"]
-    assert main(words) == 0
-    out = capsys.readouterr().out
-    result = json.loads(out)
+    monkeypatch.setenv("ULTRATHINK_CACHE", str(place / "cache"))
+    save_theirs(place / "theirs", "llama")
+    assert main(["train", "debug", "training.init_from=hf:theirs", *SMALL, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
     assert (result["ending"], result["step"]) == ("finished", 5)
     assert result["bits_per_byte"] > 0
     model, tokenizer = load_model(result["run"])
     assert (model.config.hidden_size, tokenizer.vocab_size) == (48, 300)
 
 
-def test_the_configuration_that_results_is_shown(
-    tmp_path: Path, capsys: Out, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_theirs(tmp_path / "theirs", "qwen3")
-    (tmp_path / "theirs" / "model.safetensors").unlink()  # it is not needed for this
-    assert main(["config", "show", "debug", "training.init_from=hf:theirs", "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
+def test_the_configuration_that_results_is_shown(place: Path, say: Say) -> None:
+    save_theirs(place / "theirs", "qwen3")
+    (place / "theirs" / "model.safetensors").unlink()  # it is not needed for this
+    words = ("debug", "training.init_from=hf:theirs")
+    shown = json.loads(say("config", "show", *words, "--json"))
     assert (shown["model"]["qk_norm"], shown["model"]["hidden_size"]) == (True, 48)
     assert shown["tokenizer"] == {"type": "hf", "vocab_size": 300}
-    assert main(["config", "check", "debug", "training.init_from=hf:theirs", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["parameters"] > 0
-    words = ["debug", "training.init_from=hf:theirs", "model.num_layers=9"]
-    assert main(["config", "check", *words]) == 2
-    assert "model.num_layers is 9" in capsys.readouterr().err
+    assert json.loads(say("config", "check", *words, "--json"))["parameters"] > 0
+    wrong = say("config", "check", *words, "model.num_layers=9", status=2)
+    assert "model.num_layers is 9" in wrong

@@ -9,21 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.unit.checkpoint.disks import flip
+from tests.unit.cli.conftest import Say
 from tests.unit.runs.trained_runs import make_run, train, train_line, val_line, write_lines
-from ultrathink.cli.main import main
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
-
-Out = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder ``runs`` in the current one."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    return tmp_path / "runs"
 
 
 def set_age(run: RunFolder, seconds: float) -> None:
@@ -33,25 +25,15 @@ def set_age(run: RunFolder, seconds: float) -> None:
             os.utime(path, (moment, moment))
 
 
-def fails(capsys: Out, *words: str, status: int = 2) -> str:
-    assert main(["runs", *words]) == status
-    out, err = capsys.readouterr()
-    assert out == ""
-    return err
-
-
-def test_the_list_has_a_line_for_each_run(place: Path, capsys: Out) -> None:
-    done = make_run(place, "done", saved=[10, 20])
+def test_the_list_has_a_line_for_each_run(place: Path, say: Say) -> None:
+    done = make_run(place / "runs", "done", saved=[10, 20])
     write_lines(done.metrics, [train_line(20, 2.25), val_line(20, 3.5)])
-    long = make_run(place, "a-longer-name", saved=[1000], total=12_000)
+    long = make_run(place / "runs", "a-longer-name", saved=[1000], total=12_000)
     write_lines(long.metrics, [train_line(1040, None)])
-    fresh = make_run(place, "fresh")
+    fresh = make_run(place / "runs", "fresh")
     for run, age in ((done, 200), (long, 7500), (fresh, 90_000)):
         set_age(run, age)
-    assert main(["runs"]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    lines = [line.rsplit("  ", 1)[0].rstrip() for line in out.splitlines()]  # without the size
+    lines = [line.rsplit("  ", 1)[0].rstrip() for line in say("runs").splitlines()]  # no size
     assert lines == [
         "run            state             step    loss  val loss  bits/byte  changed",
         "done           finished         20/20  2.2500    3.5000      1.750    3 min",
@@ -60,13 +42,12 @@ def test_the_list_has_a_line_for_each_run(place: Path, capsys: Out) -> None:
     ]
 
 
-def test_json_has_raw_values(place: Path, capsys: Out) -> None:
-    run = make_run(place, "demo", saved=[10])
+def test_json_has_raw_values(place: Path, say: Say) -> None:
+    run = make_run(place / "runs", "demo", saved=[10])
     write_lines(run.metrics, [train_line(12, None), val_line(12, 3.5)])
     os.utime(run.metrics, (2e9, 2e9))
     with RunLock.acquire(run):
-        assert main(["runs", "runs", "--json"]) == 0
-    [found] = json.loads(capsys.readouterr().out)["runs"]
+        [found] = json.loads(say("runs", "runs", "--json"))["runs"]
     assert found.pop("size_bytes") > 1000
     assert found.pop("process")["pid"] == os.getpid()
     assert found == {
@@ -84,82 +65,42 @@ def test_json_has_raw_values(place: Path, capsys: Out) -> None:
     }
 
 
-def test_a_damaged_run_is_explained_below_the_list(place: Path, capsys: Out) -> None:
-    run = make_run(place, "demo", saved=[10])
+def test_a_damaged_run_is_explained_below_the_list(place: Path, say: Say) -> None:
+    run = make_run(place / "runs", "demo", saved=[10])
     (run.checkpoint(10) / "state.json").write_text("{")
-    assert main(["runs"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = say("runs").splitlines()
     assert lines[1].startswith("demo  damaged  10/20")
     assert lines[3].startswith("demo: checkpoint checkpoints/step_00000010 is damaged: state.json")
     assert lines[4] == "What is sound of it: ultrathink runs check runs/demo"
 
 
-def test_minutes_that_are_used_up_finish_a_run(place: Path, capsys: Out) -> None:
-    run = make_run(place, "demo", saved=[10])
-    path = run.path / "config.yaml"
-
-    def state(minutes: float) -> str:
-        lines = path.read_text().splitlines()
-        path.write_text(
-            "\n".join(
-                f"  max_minutes: {minutes}"
-                if line.startswith("  max_minutes")
-                else "  max_steps: null"
-                if line.startswith("  max_steps")
-                else line
-                for line in lines
-            )
-        )
-        main(["runs", "--json"])
-        found: str = json.loads(capsys.readouterr().out)["runs"][0]["state"]
-        return found
-
+def test_minutes_that_are_used_up_finish_a_run(place: Path, say: Say) -> None:
+    path = make_run(place / "runs", "demo", saved=[10]).path / "config.yaml"
     # Ten seconds are done, and four are kept free: 1.5 validations of 2 s, and one for saving.
-    assert state(14.1 / 60) == "stopped"
-    assert state(13.9 / 60) == "finished"
+    for seconds, state in ((14.1, "stopped"), (13.9, "finished")):
+        tree = yaml.safe_load(path.read_text())
+        tree["training"] |= {"max_steps": None, "max_minutes": seconds / 60}
+        path.write_text(yaml.safe_dump(tree))
+        assert json.loads(say("runs", "--json"))["runs"][0]["state"] == state
 
 
-def test_an_empty_folder_says_how_to_begin(place: Path, capsys: Out) -> None:
-    assert main(["runs"]) == 0
-    assert capsys.readouterr().out == (
-        "There is no run in runs/ yet. Start one: ultrathink train\n"
+def test_an_empty_folder_says_how_to_begin(place: Path, say: Say) -> None:
+    assert say("runs") == "There is no run in runs/ yet. Start one: ultrathink train\n"
+    (place / "runs" / "deep").mkdir()
+    assert "Start one: ultrathink train run.dir=runs/deep" in say("runs", "runs/deep")
+    assert json.loads(say("runs", "--json")) == {"runs": []}
+
+
+def test_runs_are_listed_without_torch(place: Path) -> None:
+    run = make_run(place / "runs", "demo", saved=[10])
+    write_lines(run.metrics, [train_line(10, 2.0), val_line(10, 2.0)])
+    code = (
+        "import sys; from ultrathink.cli.main import main; main(['runs', '--json']); "
+        "print(sorted(m for m in ('torch', 'tokenizers') if m in sys.modules))"
     )
-    (place / "deep").mkdir()
-    assert main(["runs", "runs/deep"]) == 0
-    assert "Start one: ultrathink train run.dir=runs/deep" in capsys.readouterr().out
-    assert main(["runs", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"runs": []}
-
-
-def test_mistakes_are_answered(place: Path, capsys: Out) -> None:
-    assert "there is no folder nowhere. Runs are kept in runs/" in fails(capsys, "nowhere")
-    make_run(place, "demo")
-    assert "to check it: ultrathink runs check runs/demo" in fails(capsys, "runs/demo")
-    assert "there is no run 'dmeo'. Did you mean 'demo'?" in fails(capsys, "check", "dmeo")
-    assert "say which run to check" in fails(capsys, "check")
-    assert "--data goes with a check: ultrathink runs check" in fails(capsys, "--data")
-    assert "one at a time, not a b" in fails(capsys, "check", "a", "b")
-    assert "runs check demo" in fails(capsys, "chek", "demo")
-    assert "no checkpoint yet" in fails(capsys, "check", "demo@7")
-
-
-def test_many_runs_are_listed_without_torch(place: Path) -> None:
-    for number in range(30):
-        run = make_run(place, f"run-{number}", saved=[10])
-        write_lines(run.metrics, [train_line(10, 2.0), val_line(10, 2.0)])
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys; from ultrathink.cli.main import main; main(['runs', '--json']); "
-            "print(sorted(m for m in ('torch', 'tokenizers') if m in sys.modules))",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     answer, modules = done.stdout.splitlines()
-    assert len(json.loads(answer)["runs"]) == 30
+    assert json.loads(answer)["runs"][0]["step"] == 10
     assert modules == "[]"
 
 
@@ -178,63 +119,43 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 @pytest.fixture
 def trained(original: RunFolder, place: Path) -> RunFolder:
     """The run ``debug`` in ``runs``, to damage."""
-    return RunFolder(shutil.copytree(original.path, place / "debug", symlinks=True))
+    return RunFolder(shutil.copytree(original.path, place / "runs" / "debug", symlinks=True))
 
 
-def damage(run: RunFolder, step: int) -> None:
-    [file] = run.checkpoint(step).glob("*1-of-*.safetensors")
-    data = file.read_bytes()
-    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-
-
-def test_check_tells_what_is_damaged_and_how_to_go_on(trained: RunFolder, capsys: Out) -> None:
-    assert main(["runs", "check", "debug"]) == 0
-    out = capsys.readouterr().out
+def test_check_tells_what_is_damaged_and_how_to_go_on(trained: RunFolder, say: Say) -> None:
+    out = say("runs", "check", "debug")
     assert "  ok  checkpoints/step_00000004  as it was written, fits the model, " in out
     assert out.endswith("All is sound.\nThe run is finished: step 4 was its last.\n")
 
-    damage(trained, 4)
-    assert main(["runs", "check", "debug"]) == 1
-    lines = capsys.readouterr().out.splitlines()
+    flip(next(trained.checkpoint(4).glob("*1-of-*.safetensors")))
+    lines = say("runs", "check", "debug", status=1).splitlines()
     assert lines[0] == "run runs/debug"
     [line] = [line for line in lines if line.startswith("  damaged  checkpoints/step_00000004")]
     assert line.endswith("-of-00002.safetensors: content differs from its checksum")
     assert lines[-1] == "To go on from step 2: ultrathink train --resume debug@2"
+    found = json.loads(say("runs", "check", "runs/debug", "--json", status=1))
+    assert (found["run"], found["sound"], found["newest_sound_step"]) == ("runs/debug", False, 2)
+    assert found["resume"] == "ultrathink train --resume runs/debug@2"
+    assert {"item": "config.yaml", "status": "ok", "detail": "can be used"} in found["findings"]
 
-    assert main(["runs", "check", "debug@2", "--data"]) == 0
-    out = capsys.readouterr().out
+    out = say("runs", "check", "debug@2", "--data")
     assert "step_00000004" not in out
     assert "metrics.jsonl" not in out
     assert out.endswith("To go on from step 2: ultrathink train --resume debug@2\n")
-    assert main(["runs", "check", "debug@4"]) == 1
-    assert "--resume" not in capsys.readouterr().out
+    assert "--resume" not in say("runs", "check", "debug@4", status=1)
 
     (trained.path / "config.yaml").write_text("{")
-    assert main(["runs", "check", "debug"]) == 1
-    out = capsys.readouterr().out
+    out = say("runs", "check", "debug", status=1)
     assert out.endswith("To go on with the run, put back its config.yaml and tokenizer first.\n")
 
 
-def test_check_of_a_stopped_run_and_of_one_in_use(trained: RunFolder, capsys: Out) -> None:
+def test_check_of_a_stopped_run_and_of_one_in_use(trained: RunFolder, say: Say) -> None:
     path = trained.path / "config.yaml"
     path.write_text(path.read_text().replace("max_steps: 4", "max_steps: 9"))
-    assert main(["runs", "check", "debug"]) == 0
-    assert capsys.readouterr().out.endswith(
+    assert say("runs", "check", "debug").endswith(
         "All is sound.\nTo go on from step 4: ultrathink train --resume debug\n"
     )
     with RunLock.acquire(trained):
-        assert main(["runs", "check", "debug"]) == 0
-    out = capsys.readouterr().out
+        out = say("runs", "check", "debug")
     assert out.startswith(f"run runs/debug, in use by process {os.getpid()} on host")
     assert "--resume" not in out
-
-
-def test_check_as_json(trained: RunFolder, capsys: Out) -> None:
-    damage(trained, 4)
-    assert main(["runs", "check", "runs/debug", "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert found["run"] == "runs/debug"
-    assert found["sound"] is False
-    assert found["newest_sound_step"] == 2
-    assert found["resume"] == "ultrathink train --resume runs/debug@2"
-    assert {"item": "config.yaml", "status": "ok", "detail": "can be used"} in found["findings"]

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,15 +10,8 @@ from typing import Any
 
 import pytest
 
-from ultrathink.cli.main import main
-
-Out = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+from tests.stress.process import Session
+from tests.unit.cli.conftest import Say
 
 
 def loss_at(step: int, spikes: tuple[int, ...]) -> float:
@@ -41,15 +31,8 @@ def log(place: Path) -> Path:
     return path
 
 
-def watch(capsys: Out, *words: str, status: int = 0) -> str:
-    assert main(["watch", *words]) == status
-    out, err = capsys.readouterr()
-    assert (out if status else err) == ""
-    return err if status else out
-
-
-def test_what_a_person_sees(log: Path, capsys: Out) -> None:
-    out = watch(capsys, "log.csv")
+def test_what_a_person_sees(log: Path, say: Say) -> None:
+    out = say("watch", "log.csv")
     lines = out.splitlines()
     assert lines[0] == "log.csv  CSV"
     assert lines[1] == "  600 steps logged, 1 to 600"
@@ -64,8 +47,8 @@ def test_what_a_person_sees(log: Path, capsys: Out) -> None:
     assert "forecast: loss" in out
 
 
-def test_what_a_program_sees(log: Path, capsys: Out) -> None:
-    out = watch(capsys, "log.csv", "--json")
+def test_what_a_program_sees(log: Path, say: Say) -> None:
+    out = say("watch", "log.csv", "--json")
     found = json.loads(out)
     assert out.count("\n") == 1
     assert set(found) == {"log", "events", "phases", "forecast"}
@@ -83,125 +66,74 @@ def test_what_a_program_sees(log: Path, capsys: Out) -> None:
     assert found["forecast"]["step"] == 1200
 
 
-def test_nothing_found_is_said(place: Path, capsys: Out) -> None:
+def test_nothing_found_is_said(place: Path, say: Say) -> None:
     (place / "log").write_text("step,loss\n1,2\n2,1.5\n")
-    assert "Nothing was found." in watch(capsys, "log")
+    assert "Nothing was found." in say("watch", "log")
 
 
-def test_a_picture(log: Path, place: Path, capsys: Out) -> None:
+def test_a_picture(log: Path, place: Path, say: Say) -> None:
     pytest.importorskip("matplotlib")
-    assert "The curve with events and phases: course.png" in watch(
-        capsys, "log.csv", "--plot", "course.png"
-    )
+    out = say("watch", "log.csv", "--plot", "course.png")
+    assert "The curve with events and phases: course.png" in out
     assert (place / "course.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["none.csv"], "there is no file 'none.csv' and no run of that name."),
-        (["log.cvs"], "Did you mean 'log.csv'?"),
-        (["empty"], "empty is empty: there is nothing to watch yet."),
-        (["folder"], "folder is a folder without metrics.jsonl"),
-        (["prose"], "prose is no training log that is known here"),
-        (["binary"], "binary is a binary file"),
-        (["unknown"], "seen: a, b. Name them: --columns loss=COLUMN,step=COLUMN"),
-        (["log.csv", "--columns", "loss=lss"], "log.csv has no column 'lss'. Did you mean 'loss'?"),
-        (["log.csv", "--columns", "loss"], "'loss' is not SIGNAL=COLUMN"),
-        (["log.csv", "--plot", "course.txt"], "'course.txt' does not end in .png, .svg, .pdf"),
-        (["log.csv", "--plot", "no/course.png"], "there is no folder 'no'; make it first"),
-        ([], "the following arguments are required: FILE"),
-    ],
-)
-def test_a_mistake_is_one_message(
-    log: Path, place: Path, capsys: Out, words: list[str], message: str
-) -> None:
-    (place / "empty").write_text("")
-    (place / "folder").mkdir()
-    (place / "prose").write_text("Call me Ishmael.\nSome years ago, never mind how long.\n")
-    (place / "binary").write_bytes(b"\0\1\2")
-    (place / "unknown").write_text("a,b\n1,2\n")
-    err = watch(capsys, *words, status=2)
-    assert message in err
-    assert err.count("error:") == 1
-    assert "Traceback" not in err
 
 
 # -- following -------------------------------------------------------------------------------------
 
-
-class Follower:
-    """The command in a process of its own."""
-
-    def __init__(self, *words: str) -> None:
-        with Path("out").open("w") as out, Path("err").open("w") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "ultrathink", "watch", *words, "--follow"],
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
-
-    def until(self, test: Callable[[str, str], bool]) -> None:
-        end = time.monotonic() + 60
-        while not test(Path("out").read_text(), Path("err").read_text()):
-            assert self.process.poll() is None, Path("err").read_text()
-            assert time.monotonic() < end, (Path("out").read_text(), Path("err").read_text())
-            time.sleep(0.05)
-
-    def interrupt(self) -> int:
-        self.process.send_signal(signal.SIGINT)
-        return self.process.wait(timeout=30)
+Follow = Callable[..., Session]
 
 
 @pytest.fixture
-def follow(place: Path) -> Iterator[Callable[..., Follower]]:
-    started: list[Follower] = []
+def follow(place: Path) -> Iterator[Follow]:
+    """Starts the command in a process of its own."""
+    started: list[Session] = []
 
-    def start(*words: str) -> Follower:
-        started.append(Follower(*words))
+    def start(*words: str) -> Session:
+        started.append(Session(place, place, "watch", *words, "--follow"))
         return started[-1]
 
     yield start
-    for follower in started:
-        if follower.process.poll() is None:
-            os.killpg(follower.process.pid, signal.SIGKILL)
-            follower.process.wait()
+    for session in started:
+        session.kill()
 
 
-def events_in(out: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out.splitlines()]
+def interrupted(session: Session) -> bool:
+    """Whether it ends by Ctrl-C, and says so."""
+    session.signal_all(signal.SIGINT)
+    session.wait_until(lambda: False)
+    return session.process.returncode == 130 and "interrupted" in session.stderr
 
 
-def test_events_are_told_as_they_come(place: Path, follow: Callable[..., Follower]) -> None:
-    follower = follow("log.csv", "--json")
-    follower.until(lambda out, err: "waiting: there is no file 'log.csv'" in err)
+def test_events_are_told_as_they_come(place: Path, follow: Follow) -> None:
+    def events() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in session.stdout.splitlines()]
+
+    session = follow("log.csv", "--json")
+    assert session.wait_until(lambda: "waiting: there is no file 'log.csv'" in session.stderr)
     log = place / "log.csv"
     log.write_text("step,loss\n" + rows(1, 401, 400))
     time.sleep(0.7)
     with log.open("a") as file:
         file.write(rows(401, 500, 400))
-    follower.until(lambda out, err: '"loss_spike"' in out)
-    (event, *_) = [e for e in events_in((place / "out").read_text()) if e["kind"] == "loss_spike"]
-    assert event["step"] == 400
-    told = len((place / "out").read_text().splitlines())
+    assert session.wait_until(lambda: '"loss_spike"' in session.stdout)
+    assert next(e for e in events() if e["kind"] == "loss_spike")["step"] == 400
+    told = len(events())
 
     log.write_text("step,loss\n" + rows(1, 300))  # cut: what was told is not told again
-    follower.until(lambda out, err: "was cut or replaced" in err)
+    assert session.wait_until(lambda: "was cut or replaced" in session.stderr)
     with log.open("a") as file:
         file.write(rows(300, 700, 400, 620))
-    follower.until(lambda out, err: '"step": 620' in out)
-    steps = [e["step"] for e in events_in((place / "out").read_text())[told:]]
-    assert 400 not in steps
-    assert follower.interrupt() == 130
+    assert session.wait_until(lambda: '"step": 620' in session.stdout)
+    assert 400 not in [event["step"] for event in events()[told:]]
+    assert interrupted(session)
 
 
-def test_a_person_is_told_of_phases_too(log: Path, follow: Callable[..., Follower]) -> None:
-    follower = follow("log.csv")
-    follower.until(lambda out, err: "loss_spike: " in out and "phase CONVERGING" in out)
+def test_a_person_is_told_of_phases_too(log: Path, follow: Follow) -> None:
+    session = follow("log.csv")
+    for told in ("loss_spike: ", "phase CONVERGING"):
+        assert session.wait_until(lambda told=told: told in session.stdout)
     log.unlink()
-    follower.until(lambda out, err: "waiting: log.csv is gone" in err)
+    assert session.wait_until(lambda: "waiting: log.csv is gone" in session.stderr)
     log.write_text("step,loss\n" + rows(1, 10))
-    follower.until(lambda out, err: "read from its beginning" in err)
-    assert follower.interrupt() == 130
-    assert "interrupted" in Path("err").read_text()
+    assert session.wait_until(lambda: "read from its beginning" in session.stderr)
+    assert interrupted(session)

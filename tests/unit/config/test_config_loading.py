@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from ultrathink.config import Config, load_config, preset_names
 from ultrathink.config.docs import to_yaml
 from ultrathink.config.loading import CONFIG_FILE, ORIGINS_FILE, change_config
-from ultrathink.config.optimizer import AdamWConfig, MuonConfig
+from ultrathink.config.optimizer import MuonConfig
 from ultrathink.config.overrides import Draft
+from ultrathink.config.training import BUDGETS
 from ultrathink.core.errors import ConfigError
 
 
@@ -20,71 +21,150 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def test_the_default_is_the_preset_demo() -> None:
-    assert load_config() == load_config("demo")
-    assert load_config().run.name == "demo"
+def keep(config: Config, run: Path, *, with_origins: bool = True) -> None:
+    """Write ``config`` as a run folder has it."""
+    run.mkdir(exist_ok=True)
+    (run / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+    if with_origins:
+        (run / ORIGINS_FILE).write_text(yaml.safe_dump(config.origins))
 
 
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_is_complete_and_survives_its_own_yaml(name: str, in_folder: Path) -> None:
+    (in_folder / name).mkdir()  # a folder does not hide the preset of its name
     config = load_config(name)
-    write(in_folder / "again.yaml", to_yaml(config))
+    (in_folder / "again.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert load_config("again.yaml") == config
+    assert (load_config() == config) == (name == "demo")
     for size in ("num_kv_heads", "head_dim", "intermediate_size", "vocab_size"):
         assert getattr(config.model, size) is not None
 
 
-def test_values_override_each_other_in_order(in_folder: Path) -> None:
-    write(
-        in_folder / "my.yaml",
-        "training: {max_steps: 7, batch_size: 4}\nmodel: {num_layers: 3}\n",
-    )
-    config = load_config("my.yaml", ["training.batch_size=2", "training.batch_size=6"])
-    assert config.training.batch_size == 6
-    assert config.training.max_steps == 7
-    assert config.model.num_layers == 3
-    assert config.model.hidden_size == 256
-    assert config.run.name == "my"
+# The text of my.yaml (none: the preset demo), overrides, and lines of `config show --why` then.
+LOADED = [
+    (
+        "training: {max_steps: 7, batch_size: 4}\nmodel: {num_layers: 3}\ntokenizer: byte\n",
+        ["training.batch_size=2", "training.batch_size=6", "training.schedule={type: wsd}"],
+        """
+        training.batch_size: 6 # override training.batch_size=6
+        training.max_steps: 7 # file my.yaml
+        model.num_layers: 3 # file my.yaml
+        model.hidden_size: 256 # default
+        tokenizer.type: byte # file my.yaml
+        training.schedule.type: wsd # override training.schedule={type: wsd}
+        training.schedule.warmup: 0.05 # default
+        model.vocab_size: 257 # derived from the tokenizer
+        model.head_dim: 32 # derived from hidden_size / num_heads
+        run.name: my # derived from the config's name
+        run.seed: 0 # default
+        """,
+    ),
+    (  # a mapping changes the keys it names and no others
+        "",
+        ["training.optimizer={lr: 0.5}", "model={num_layers: 2}"],
+        """
+        training.optimizer.lr: 0.5 # override training.optimizer={lr: 0.5}
+        training.optimizer.adamw_lr: 0.008 # preset demo
+        training.optimizer.type: muon # preset demo
+        model.num_layers: 2 # override model={num_layers: 2}
+        model.num_heads: 4 # preset demo
+        """,
+    ),
+    (  # a list is replaced, and its items can be changed
+        "",
+        ["data.train=[{type: dummy}, {type: stdlib}]", "data.train.1.weight=3"],
+        """
+        data.train.0.weight: 1.0 # default
+        data.train.1.type: stdlib # override data.train=[{type: dummy}, {type: stdlib}]
+        data.train.1.weight: 3.0 # override data.train.1.weight=3
+        """,
+    ),
+    (  # another type starts from its own defaults
+        "",
+        ["training.optimizer=adamw"],
+        """
+        training.optimizer.type: adamw # override training.optimizer=adamw
+        training.optimizer.lr: 0.0003 # default
+        """,
+    ),
+    (  # but for what is overridden
+        "",
+        ["training.optimizer.lr=0.5", "training.optimizer.type=adamw"],
+        """
+        training.optimizer.type: adamw # override training.optimizer.type=adamw
+        training.optimizer.lr: 0.5 # override training.optimizer.lr=0.5
+        training.optimizer.weight_decay: 0.1 # default
+        """,
+    ),
+    (  # the short form of a part can be changed further
+        "training: {max_steps: 7, optimizer: muon}\n",
+        ["training.optimizer.lr=0.5"],
+        """
+        training.optimizer.type: muon # file my.yaml
+        training.optimizer.lr: 0.5 # override training.optimizer.lr=0.5
+        """,
+    ),
+    (
+        "training: {max_steps: 7, optimizer: muon}\n",
+        ["training.optimizer.lr=0.5", "training.optimizer.type=adamw"],
+        """
+        training.optimizer.type: adamw # override training.optimizer.type=adamw
+        training.optimizer.lr: 0.5 # override training.optimizer.lr=0.5
+        """,
+    ),
+    (  # a part without a type is of the default type, a section without keys has its defaults
+        "model:\n#  num_layers: 3\ntraining: {max_steps: 7, optimizer: {lr: 0.5}}\n",
+        [],
+        """
+        model.num_layers: 4 # file my.yaml
+        training.optimizer.type: adamw # default
+        training.optimizer.lr: 0.5 # file my.yaml
+        """,
+    ),
+    (  # numbers with an exponent are numbers, dates are text, and off and false are modes
+        "",
+        [
+            *("training.optimizer.lr=1e-3", "training.max_tokens=2e6", "run.name=2024-01-01"),
+            *("training.activation_checkpointing=false", "orchestrator.mode=off"),
+        ],
+        """
+        training.optimizer.lr: 0.001 # override training.optimizer.lr=1e-3
+        training.max_tokens: 2000000 # override training.max_tokens=2e6
+        run.name: '2024-01-01' # override run.name=2024-01-01
+        training.activation_checkpointing: none # override training.activation_checkpointing=false
+        orchestrator.mode: 'off' # override orchestrator.mode=off
+        """,
+    ),
+]
 
 
-def test_each_value_knows_its_origin(in_folder: Path) -> None:
-    write(in_folder / "my.yaml", "training: {max_steps: 7}\ntokenizer: byte\n")
-    config = load_config("my.yaml", ["model.num_layers=2", "training.schedule={type: wsd}"])
-    assert config.origin("training.max_steps") == "file my.yaml"
-    assert config.origin("tokenizer.type") == "file my.yaml"
-    assert config.origin("model.num_layers") == "override model.num_layers=2"
-    assert config.origin("training.schedule.type") == "override training.schedule={type: wsd}"
-    assert config.origin("training.schedule.warmup") == "default"
-    assert config.origin("model.vocab_size") == "derived from the tokenizer"
-    assert config.origin("model.head_dim") == "derived from hidden_size / num_heads"
-    assert config.origin("run.name") == "derived from the config's name"
-    assert config.origin("run.seed") == "default"
+@pytest.mark.parametrize(("text", "overrides", "expected"), LOADED)
+def test_values_and_where_they_come_from(
+    in_folder: Path, text: str, overrides: list[str], expected: str
+) -> None:
+    (in_folder / "my.yaml").write_text(text)
+    config = load_config("my.yaml" if text else "demo", overrides)
+    shown = {" ".join(line.split()) for line in to_yaml(config, why=True).splitlines()}
+    assert {line.strip() for line in expected.strip().splitlines()} - shown == set()
 
 
-def test_a_run_folder_is_a_configuration(in_folder: Path) -> None:
-    config = load_config("debug", ["run.name=first", "training.batch_size=2"])
-    run = in_folder / "first"
-    run.mkdir()
-    write(run / CONFIG_FILE, to_yaml(config))
-    assert load_config(run) == config
-    assert load_config("first", ["training.batch_size=4"]).training.batch_size == 4
-    write(run / ORIGINS_FILE, yaml.safe_dump(config.origins))
+def test_the_order_of_overrides_does_not_matter_and_the_same_type_changes_nothing() -> None:
+    overrides = ["training.optimizer.lr=0.5", "training.optimizer.type=adamw"]
+    assert load_config("demo", overrides) == load_config("demo", overrides[::-1])
+    for nothing in ("training.optimizer.type=muon", "training.max_steps=null"):
+        assert load_config("demo", [nothing]) == load_config("demo")
+
+
+def test_a_run_folder_is_a_configuration_and_what_overrode_it_is_like_any_value(
+    in_folder: Path,
+) -> None:
+    given = ["run.name=first", "training.max_minutes=2", "training.optimizer.lr=0.5"]
+    config = load_config("debug", given)
+    keep(config, in_folder / "first", with_origins=False)
+    assert load_config(in_folder / "first") == config
+    keep(config, in_folder / "first")
     again = load_config("first")
-    assert again == config
-    assert again.origins == config.origins
-
-
-def test_what_overrode_a_run_before_is_overridden_like_any_value(in_folder: Path) -> None:
-    run = in_folder / "first"
-    run.mkdir()
-    config = load_config("debug", ["training.max_minutes=2", "training.optimizer.lr=0.5"])
-    write(run / CONFIG_FILE, to_yaml(config))
-    write(run / ORIGINS_FILE, yaml.safe_dump(config.origins))
+    assert (again, again.origins) == (config, config.origins)
     again = load_config("first", ["training.max_steps=7", "training.optimizer=muon"])
     assert (again.training.max_steps, again.training.max_minutes) == (7, None)
     assert again.training.optimizer == MuonConfig()
@@ -92,112 +172,20 @@ def test_what_overrode_a_run_before_is_overridden_like_any_value(in_folder: Path
     assert changed.training.optimizer == MuonConfig()
 
 
-def test_a_folder_does_not_hide_the_preset_of_its_name(in_folder: Path) -> None:
-    (in_folder / "demo").mkdir()
-    assert load_config("demo").training.max_minutes == 5
-
-
-def test_a_mapping_changes_the_keys_it_names_and_no_others() -> None:
-    config = load_config("demo", ["training.optimizer={lr: 0.5}", "model={num_layers: 2}"])
-    before = load_config("demo")
-    assert config.training.optimizer == before.training.optimizer.model_copy(update={"lr": 0.5})
-    assert config.model == before.model.model_copy(update={"num_layers": 2})
-
-
-def test_a_list_is_replaced_and_its_items_can_be_changed() -> None:
-    config = load_config(
-        "debug",
-        [
-            "data.train=[{type: dummy, name: a}, {type: stdlib}]",
-            "data.train.1.weight=3",
-            "data.train.0.seed=5",
-        ],
-    )
-    first, second = config.data.train
-    assert (first.name, first.weight, second.weight) == ("a", 1, 3)
-    assert first.model_dump()["seed"] == 5
-    assert config.origin("data.train.1.weight") == "override data.train.1.weight=3"
-
-
-@pytest.mark.parametrize("override", ["training.optimizer.type=adamw", "training.optimizer=adamw"])
-def test_another_type_starts_from_its_own_defaults(override: str) -> None:
-    config = load_config("demo", [override])
-    assert config.training.optimizer == AdamWConfig()
-    assert config.origin("training.optimizer.type") == f"override {override}"
-    assert config.origin("training.optimizer.lr") == "default"
-
-
-def test_the_same_type_again_changes_nothing() -> None:
-    assert load_config("demo", ["training.optimizer.type=muon"]) == load_config("demo")
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_an_override_outlives_a_change_of_type_whatever_their_order(reverse: bool) -> None:
-    overrides = ["training.optimizer.lr=0.5", "training.optimizer.type=adamw"]
-    config = load_config("demo", overrides[::-1] if reverse else overrides)
-    assert config.training.optimizer == AdamWConfig(lr=0.5)
-    assert config.origin("training.optimizer.lr") == "override training.optimizer.lr=0.5"
-
-
-def test_the_short_form_of_a_part_can_be_changed_further(in_folder: Path) -> None:
-    write(in_folder / "my.yaml", "training: {max_steps: 7, optimizer: muon}\n")
-    config = load_config("my.yaml", ["training.optimizer.momentum=0.5"])
-    assert config.training.optimizer == MuonConfig(momentum=0.5)
-    assert config.origin("training.optimizer.type") == "file my.yaml"
-
-
-def test_a_part_without_a_type_is_of_the_default_type(in_folder: Path) -> None:
-    write(in_folder / "my.yaml", "training: {max_steps: 7, optimizer: {lr: 0.5}}\n")
-    assert load_config("my.yaml").training.optimizer == AdamWConfig(lr=0.5)
-
-
-def test_a_section_without_keys_has_its_defaults(in_folder: Path) -> None:
-    write(in_folder / "my.yaml", "model:\n#  num_layers: 3\ntraining:\n  max_steps: 7\n")
-    assert load_config("my.yaml").model.num_layers == 4
-
-
-@pytest.mark.parametrize(
-    "length", ["max_steps=3", "max_tokens=4096", "epochs=0.5", "max_minutes=1"]
-)
+@pytest.mark.parametrize("length", BUDGETS)
 def test_a_length_replaces_the_one_of_the_preset(length: str) -> None:
-    config = load_config("demo", [f"training.{length}"])
-    name = length.partition("=")[0]
-    given = {
-        budget: value
-        for budget in ("max_steps", "max_tokens", "max_minutes", "epochs")
-        if (value := getattr(config.training, budget)) is not None
-    }
-    assert list(given) == [name]
-    assert config.origin("training.max_minutes").startswith(
-        "override" if name == "max_minutes" else "default"
-    )
+    config = load_config("demo", [f"training.{length}=3"])
+    given = [name for name in BUDGETS if getattr(config.training, name) is not None]
+    assert given == [length]
+    is_the_presets = length == "max_minutes"
+    assert (config.origin("training.max_minutes") == "default") != is_the_presets
 
 
 def test_a_new_length_forgets_the_steps_that_the_old_one_came_to(in_folder: Path) -> None:
-    write(in_folder / "my.yaml", "training: {max_minutes: 5, step_budget: 900}\n")
+    (in_folder / "my.yaml").write_text("training: {max_minutes: 5, step_budget: 900}\n")
     assert load_config("my.yaml").training.step_budget == 900
     assert load_config("my.yaml", ["training.max_minutes=1"]).training.step_budget is None
     assert load_config("my.yaml", ["training.step_budget=5"]).training.max_minutes == 5
-
-
-def test_null_lengths_replace_nothing() -> None:
-    assert load_config("demo", ["training.max_steps=null"]) == load_config("demo")
-
-
-def test_numbers_with_an_exponent_are_numbers_and_dates_are_text() -> None:
-    config = load_config(
-        "demo", ["training.optimizer.lr=1e-3", "training.max_tokens=2e6", "run.name=2024-01-01"]
-    )
-    assert config.training.optimizer.lr == 0.001
-    assert config.training.max_tokens == 2_000_000
-    assert config.run.name == "2024-01-01"
-
-
-def test_off_and_false_mean_the_mode_none() -> None:
-    for word in ("off", "false", "none"):
-        config = load_config("demo", [f"training.activation_checkpointing={word}"])
-        assert config.training.activation_checkpointing == "none"
-    assert load_config("demo", ["orchestrator.mode=off"]).orchestrator.mode == "off"
 
 
 def test_a_configuration_never_changes() -> None:

@@ -19,13 +19,8 @@ def message(*overrides: str, source: str = "demo") -> str:
     return str(caught.value)
 
 
-def message_of_file(text: str | bytes, *overrides: str) -> str:
-    data = text if isinstance(text, bytes) else text.encode()
-    Path("my.yaml").write_bytes(data)
-    return message(*overrides, source="my.yaml")
-
-
-UNKNOWN_KEYS = {
+MESSAGES = {
+    # An unknown key is answered with the nearest known one.
     "model.hiden_size=3": "model.hiden_size (override): there is no such key. "
     "Did you mean 'model.hidden_size'?",
     "modle.hidden_size=3": "modle (override modle.hidden_size=3): there is no such key. "
@@ -39,15 +34,7 @@ UNKNOWN_KEYS = {
     "tokenizer is of type byte, with: type.",
     "training.schedule={type: cosine, decay: 3}": "'decay' belongs to type wsd, and "
     "training.schedule is of type cosine",
-}
-
-
-@pytest.mark.parametrize("override", UNKNOWN_KEYS)
-def test_an_unknown_key_is_answered_with_the_nearest_known_one(override: str) -> None:
-    assert UNKNOWN_KEYS[override] in message(override)
-
-
-VALUES = {
+    # A wrong value with what it should be.
     "training.optimizer.lr=.inf": "= .inf (override): should be a finite number.",
     "training.batch_size=3.5": "training.batch_size = 3.5 (override): should be a whole number.",
     "run.name=a b": "run.name = 'a b' (override): should be a name of letters, digits,",
@@ -63,15 +50,7 @@ VALUES = {
     "training.schedule.warmup=1.5": "a share of the run lies between 0 and 1 (0% and 100%), not",
     "training.schedule.warmup=[1]": "'[1]' is not a length of training; write steps",
     "model.rope_scaling={type: linear}": "model.rope_scaling.factor: a value is needed here. (How",
-}
-
-
-@pytest.mark.parametrize("override", VALUES)
-def test_a_wrong_value_is_answered_with_what_it_should_be(override: str) -> None:
-    assert VALUES[override] in message(override)
-
-
-PARTS = {
+    # An unknown part with the known ones.
     "training.optimizer=admw": "training.optimizer (override): there is no optimizer called "
     "'admw'. Did you mean 'adamw'? A part of your own is loaded with --plugin FILE.py.",
     "training.optimizer.type=zz": "there is no optimizer called 'zz'. Known: adamw, muon.",
@@ -80,15 +59,7 @@ PARTS = {
     "monitoring.sinks=[consol]": "there is no sink called 'consol'. Did you mean 'console'?",
     "model.attention.backend=flash": "there is no attention backend called 'flash'. Known: ",
     "model.feed_forward=gelu": "there is no feed-forward called 'gelu'. Known: relu2, swiglu.",
-}
-
-
-@pytest.mark.parametrize("override", PARTS)
-def test_an_unknown_part_is_answered_with_the_known_ones(override: str) -> None:
-    assert PARTS[override] in message(override)
-
-
-CROSS_FIELD = {
+    # Values that do not fit each other are named together.
     "orchestrator.limits.lr_factor=[1.0, 0.1]": "lr_factor [1, 0.1] leaves no room",
     "orchestrator.limits.lr_factor=[0, 1]": "leaves no room",
     "training.max_minutes=null": "give exactly one of max_steps, max_tokens, max_minutes, "
@@ -109,15 +80,7 @@ CROSS_FIELD = {
     "beta_slow (50.0).",
     "data.train=[{type: dummy, name: a}, {type: dummy, name: a}]": "two sources are called 'a'; "
     "give each its own name.",
-}
-
-
-@pytest.mark.parametrize("override", CROSS_FIELD)
-def test_values_that_do_not_fit_each_other_are_named_together(override: str) -> None:
-    assert CROSS_FIELD[override] in message(override)
-
-
-BAD_OVERRIDES = {
+    # A malformed override is quoted with the right form.
     "training.max_steps": "'training.max_steps' is not an override; write dotted.key=value, "
     "for example training.max_steps=100.",
     "=3": "'=3' is not an override",
@@ -130,32 +93,31 @@ BAD_OVERRIDES = {
 }
 
 
-@pytest.mark.parametrize("override", BAD_OVERRIDES)
-def test_a_malformed_override_is_quoted_with_the_right_form(override: str) -> None:
-    assert BAD_OVERRIDES[override] in message(override)
+@pytest.mark.parametrize("override", MESSAGES)
+def test_a_mistake_in_an_override_is_answered(override: str) -> None:
+    assert MESSAGES[override] in message(override)
 
 
-def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
-    assert "there is no preset 'dmo'. Did you mean 'demo'?" in message(source="dmo")
-    assert "Known: debug, demo, demo-moe." in message(source="nothing")
+SOURCES = {
+    "dmo": "there is no preset 'dmo'. Did you mean 'demo'?",
+    "nothing": "Known: debug, demo, demo-moe.",
+    "my.yaml": "there is no file my.yaml. Presets: debug, demo, demo-moe.",
+    "runs/x": "there is no file or run folder runs/x.",
+    "empty": "the folder empty is not a run folder: it has no config.yaml.",
+    "x.yaml": "the folder x.yaml is not a run folder",
+    "notes.txt": "notes.txt: a configuration file's name ends in .yaml",
+}
 
 
-def test_a_missing_file_or_folder_is_named() -> None:
-    assert message(source="my.yaml") == "there is no file my.yaml. Presets: debug, demo, demo-moe."
-    assert "there is no file or run folder runs/x." in message(source="runs/x")
-    Path("empty").mkdir()
-    text = "the folder empty is not a run folder: it has no config.yaml."
-    assert text in message(source="empty")
-    Path("notes.txt").write_text("")
-    assert "notes.txt: a configuration file's name ends in .yaml" in message(source="notes.txt")
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_is_no_configuration_is_named(source: str) -> None:
+    for folder in ("empty", "x.yaml"):
+        Path(folder).mkdir()
+    Path("notes.txt").touch()
+    assert SOURCES[source] in message(source=source)
 
 
-def test_a_folder_in_the_place_of_a_file_is_named() -> None:
-    Path("x.yaml").mkdir()
-    assert "the folder x.yaml is not a run folder" in message(source="x.yaml")
-
-
-FILES = {
+FILES: dict[str | bytes, str] = {
     "run: [a": "my.yaml is not valid YAML: expected ',' or ']', but got '<stream end>' (line 1, "
     "column 8).",
     "run:\n\tname: a": r"found character '\t' that cannot start any token (line 2, column 1)",
@@ -172,34 +134,24 @@ FILES = {
     "training: {max_steps: 3, optimizer: {momentum: 0.9}}": "'momentum' belongs to type muon, and "
     "training.optimizer is of type adamw",
     "training: {max_steps: x}": "training.max_steps = 'x' (file my.yaml): should be a whole number",
+    b"run: {name: \xe9}": "my.yaml is not UTF-8 text (byte 12); save it as UTF-8.",
+    "run:\n".encode("utf-16"): "my.yaml is not",
     "training: {max_steps: 3, optimizer: {type: null}}": "training.optimizer: name the optimizer,",
 }
 
 
 @pytest.mark.parametrize("text", FILES)
-def test_a_file_that_cannot_be_read_is_answered_with_the_place(text: str) -> None:
-    assert FILES[text] in message_of_file(text)
-
-
-def test_a_file_in_another_encoding_is_named() -> None:
-    assert "my.yaml is not UTF-8 text (byte 12); save it as UTF-8." in message_of_file(
-        b"run: {name: \xe9}"
-    )
-    assert "my.yaml is not" in message_of_file("run:\n".encode("utf-16"))
+def test_a_file_that_cannot_be_read_is_answered_with_the_place(text: str | bytes) -> None:
+    Path("my.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert FILES[text] in message(source="my.yaml")
 
 
 def test_all_that_is_wrong_is_told_at_once() -> None:
     lines = message("model.num_layers=x", "run.nam=3", "training.clip=-1").splitlines()
+    assert {line.split()[0] for line in lines} == {"model.num_layers", "training.clip", "run.nam"}
     assert len(lines) == 3
-    assert {line.split()[0] for line in lines} == {"model.num_layers", "run.nam", "training.clip"}
-
-
-def test_an_item_that_is_wrong_does_not_make_its_list_too_short() -> None:
-    (line,) = message("data.train=[{type: text}]").splitlines()
-    assert line.startswith("data.train.0.path: a value is needed")
-
-
-def test_a_long_value_is_shortened() -> None:
+    # An item that is wrong does not make its list too short.
+    assert len(message("data.train=[{type: text}]").splitlines()) == 1
     text = message(f"training.optimizer.lr={'x' * 500}")
     assert "xxx..." in text
     assert len(text) < 250

@@ -15,50 +15,38 @@ def groups(text: str) -> str:
     return f"model.moe.groups=[{text}]"
 
 
-MISTAKES: dict[tuple[str, ...], str] = {
-    (groups("{name: a, num_experts: 4, top_k: 5}"),): r"top_k \(5\) of group 'a' is above its "
-    r"num_experts \(4\)",
-    (groups("{name: a, num_experts: 4}"),): r"groups\.0\.top_k: a value is needed here",
-    (groups("{name: a, num_experts: 4, top_k: 1, max_experts: 3}"),): r"max_experts \(3\) of group "
-    r"'a' is below its num_experts \(4\)",
+MISTAKES = {
+    (groups("{name: a, num_experts: 4, top_k: 5}"),): "top_k (5) of group 'a' is above its num_",
+    (groups("{name: a, num_experts: 4}"),): "groups.0.top_k: a value is needed here",
+    (groups("{name: a, num_experts: 4, top_k: 1, max_experts: 3}"),): "max_experts (3) of group 'a'"
+    " is below its num_experts (4)",
     (groups("{name: a, num_experts: 4, top_k: 1}, {name: a, num_experts: 2, top_k: 1}"),): "two "
     "groups are called 'a'; give each its own name",
-    (groups("{name: 1a, num_experts: 4, top_k: 1}"),): r"groups\.0\.name = '1a' .*should be a name "
-    r"of letters, digits, '_' and '-' that starts with a letter\.",
-    ("model.moe.routing.jitter=0.1",): r"model\.moe\.groups: a value is needed here",
-    (ONE, "model.moe.intermediate_size=12"): r"intermediate_size \(12\) must be a multiple of 8.*"
-    r"use 8 or 16\.",
-    (ONE, "model.moe.intermediate_size=5"): r"intermediate_size \(5\) .*use 8\.",
-    (ONE, "model.moe.shared_size=20"): r"shared_size \(20\) must be a multiple of 8.*use 16 or 24",
-    (ONE, "model.hidden_size=36", "model.num_heads=2"): r"hidden_size \(36\) must be a multiple of "
-    r"8 for a model with experts",
-    (
-        ONE,
-        "model.moe.layers=[2]",
-    ): r"model\.moe\.layers: there is no layer 2; the model has 2, 0 to "
-    r"1",
-    (ONE, "model.moe.layers=[true]"): r"model\.moe\.layers.*True is no layer; write an index",
-    (ONE, "model.moe.layers=[1.5]"): r"model\.moe\.layers: the fraction 1\.5 is outside 0\.0 to 1",
-    (ONE, "model.moe.layers=sandwich"): r"moe\.layers is 'sandwich', which is no layer of a model "
-    r"with num_layers = 2",
-    (ONE, "model.moe.layers=interleaved", "model.num_layers=1"): r"moe\.layers is 'interleaved', "
-    r"which is no layer of a model with num_layers = 1; use all",
+    (groups("{name: 1a, num_experts: 4, top_k: 1}"),): "should be a name of letters, digits, '_' "
+    "and '-' that starts with a letter.",
+    ("model.moe.routing.jitter=0.1",): "model.moe.groups: a value is needed here",
+    (ONE, "model.moe.intermediate_size=12"): "intermediate_size (12) must be a multiple of 8, "
+    "because the grouped product reads rows of 16 bytes; use 8 or 16.",
+    (ONE, "model.moe.intermediate_size=5"): "use 8.",
+    (ONE, "model.moe.shared_size=20"): "shared_size (20) must be a multiple of 8",
+    (ONE, "model.hidden_size=36", "model.num_heads=2"): "hidden_size (36) must be a multiple of 8 "
+    "for a model with experts",
+    (ONE, "model.moe.layers=[2]"): "model.moe.layers: there is no layer 2; the model has 2, 0 to 1",
+    (ONE, "model.moe.layers=[true]"): "True is no layer; write an index",
+    (ONE, "model.moe.layers=[1.5]"): "model.moe.layers: the fraction 1.5 is outside 0.0 to 1",
+    (ONE, "model.moe.layers=sandwich"): "moe.layers is 'sandwich', which is no layer of a model "
+    "with num_layers = 2",
+    (ONE, "model.moe.layers=interleaved", "model.num_layers=1"): "num_layers = 1; use all",
+    (ONE, "model.feed_forward=mine"): "experts compute swiglu or relu2, and feed_forward is 'mine'",
 }
 
 
 @pytest.mark.parametrize("overrides", MISTAKES, ids=lambda overrides: overrides[-1])
 def test_a_mistake_names_the_key_the_value_and_the_fix(overrides: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match=MISTAKES[overrides]):
+    FEED_FORWARDS.add("mine", "ultrathink.model.feed_forward:SwiGLU")  # which is no expert
+    with pytest.raises(ConfigError) as caught:
         load_config("debug", list(overrides))
-
-
-def test_a_feed_forward_of_ones_own_is_no_expert() -> None:
-    FEED_FORWARDS.add("mine", "ultrathink.model.feed_forward:SwiGLU")
-    load_config("debug", ["model.feed_forward=mine"])
-    with pytest.raises(
-        ConfigError, match="experts compute swiglu or relu2, and feed_forward is 'm"
-    ):
-        load_config("debug", [ONE, "model.feed_forward=mine"])
+    assert MISTAKES[overrides] in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.data.data_helpers import books_and_crawl, write_crawl
 from ultrathink.config.data import DataConfig
 from ultrathink.core.errors import CheckpointError
 from ultrathink.data import reading
@@ -30,19 +31,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write_crawl(folder: Path, numbers: Any, **more: str) -> None:
-    lines = [json.dumps({"text": f"page {number} " * 5, **more}) for number in numbers]
-    (folder / "crawl.jsonl").write_text("".join(line + "\n" for line in lines))
-
-
-def config_of(folder: Path, **options: Any) -> DataConfig:
-    train = [
-        {"type": "text", "path": str(folder / "books"), "weight": 3},
-        {"type": "jsonl", "path": str(folder / "crawl.jsonl")},
-    ]
-    return DataConfig.model_validate({"train": train, "seq_len": 16, **options})
-
-
 def record_of(config: DataConfig, earlier: DataRecord | None = None) -> DataRecord:
     return record_sources(config, read_sources(config), ByteTokenizer(), earlier)
 
@@ -51,7 +39,7 @@ def record_of(config: DataConfig, earlier: DataRecord | None = None) -> DataReco
 
 
 def test_a_record_names_sources_files_and_stores(folder: Path) -> None:
-    record = record_of(config_of(folder))
+    record = record_of(books_and_crawl(folder))
     books, crawl = record.train
     assert (books.name, books.type, books.weight, books.num_documents) == ("books", "text", 3, 3)
     assert set(books.fingerprints) == set(books.stores) == {"train", "val"}
@@ -63,32 +51,27 @@ def test_a_record_names_sources_files_and_stores(folder: Path) -> None:
     assert crawl.files is not None
     assert [file.num_documents for file in crawl.files.values()] == [30]
     assert record.val is None
-
-
-def test_validation_sources_and_what_is_not_held_out_are_recorded(folder: Path) -> None:
-    text = {"type": "text", "path": str(folder / "books")}
-    record = record_of(config_of(folder, train=[text], val=[{"type": "dummy"}]))
-    assert record.val is not None
-    assert [set(source.stores) for source in (*record.train, *record.val)] == [{"all"}, {"all"}]
-    assert record.val[0].files is not None
-    assert list(record.val[0].files) == ["dummy"]
-    whole = record_of(config_of(folder, train=[{**text, "val_fraction": 0}]))
-    assert set(whole.train[0].stores) == {"train"}
+    text = {"type": "text", "path": str(folder / "books"), "val_fraction": 0}
+    assert set(record_of(books_and_crawl(folder, train=[text])).train[0].stores) == {"train"}
+    named = record_of(books_and_crawl(folder, train=[text], val=[{"type": "dummy"}]))
+    assert named.val is not None
+    assert [set(source.stores) for source in (*named.train, *named.val)] == [{"all"}, {"all"}]
+    assert list(named.val[0].files or ()) == ["dummy"]
 
 
 def test_too_many_files_leave_their_totals(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "MAX_FILES", 2)
-    before = record_of(config_of(folder))
+    before = record_of(books_and_crawl(folder))
     assert before.train[0].files is None
     assert (before.train[0].num_documents, before.train[0].num_bytes) == (3, 47_000)
     (folder / "books" / "a.txt").write_text("short")
-    assert describe_changes(before, record_of(config_of(folder), before)) == [
+    assert describe_changes(before, record_of(books_and_crawl(folder), before)) == [
         "source 'books' has other text (still 3 documents; 47,000 bytes then, 33,005 now)"
     ]
 
 
 def test_a_record_comes_back_from_its_file(folder: Path, tmp_path: Path) -> None:
-    for config in (config_of(folder), config_of(folder, val=[{"type": "dummy"}])):
+    for config in (books_and_crawl(folder), books_and_crawl(folder, val=[{"type": "dummy"}])):
         record = record_of(config)
         record.write(tmp_path / "data.json")
         assert DataRecord.read(tmp_path / "data.json") == record
@@ -99,7 +82,7 @@ def test_a_damaged_record_is_named(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     with pytest.raises(CheckpointError, match=r"data.json is missing: it says what the run was"):
         DataRecord.read(path)
-    record_of(config_of(folder)).write(path)
+    record_of(books_and_crawl(folder)).write(path)
     content = path.read_text()
     digit = content.index('"a.txt"') + 40
     other = "0" if content[digit] != "0" else "1"
@@ -140,6 +123,11 @@ def renamed(folder: Path) -> None:
     (folder / "books" / "b.txt").rename(folder / "books" / "z.txt")
 
 
+def many(folder: Path) -> None:
+    for number in range(20):
+        (folder / "books" / f"d{number:02}.txt").write_text("x")
+
+
 @pytest.mark.parametrize(
     ("change", "lines"),
     [
@@ -162,22 +150,24 @@ def renamed(folder: Path) -> None:
         (changed_line, ["crawl.jsonl changed (30 documents then, 40 now)"]),
         (inserted_line, ["crawl.jsonl changed (30 documents then, 31 now)"]),
         (blank_line, ["crawl.jsonl changed (still 30 documents)"]),
+        (many, [*(f"books/d{number:02}.txt is new" for number in range(8)), "and 12 more"]),
     ],
 )
 def test_files_that_differ_are_named(folder: Path, change: Change, lines: list[str]) -> None:
-    before = DataRecord.from_json(json.loads(json.dumps(record_of(config_of(folder)).to_json())))
+    config = books_and_crawl(folder)
+    before = DataRecord.from_json(json.loads(json.dumps(record_of(config).to_json())))
     change(folder)
-    now = record_of(config_of(folder), before)
+    now = record_of(config, before)
     assert describe_changes(before, now) == lines
     assert (now.fingerprints == before.fingerprints) == (lines == [])
 
 
 def test_sources_that_differ_are_named(folder: Path) -> None:
-    config = config_of(folder)
+    config = books_and_crawl(folder)
     before = record_of(config)
 
     def lines(**options: Any) -> list[str]:
-        return describe_changes(before, record_of(config_of(folder, **options), before))
+        return describe_changes(before, record_of(books_and_crawl(folder, **options), before))
 
     books, crawl = (source.model_dump() for source in config.train)
     assert lines(train=[{**books, "weight": 1}, crawl]) == ["source 'books': weight 3 then, 1 now"]
@@ -190,31 +180,12 @@ def test_sources_that_differ_are_named(folder: Path) -> None:
         "source 'dummy': type text then, dummy now",
         "source 'dummy' has other text (3 documents then, 200 now; 47,000 bytes then, 214,839 now)",
     ]
-
-
-def test_the_order_of_files_counts(folder: Path) -> None:
     paths = [str(folder / "books" / name) for name in ("a.txt", "b.txt")]
-    source = {"type": "text", "path": paths, "name": "two"}
-    before = record_of(config_of(folder, train=[source]))
-    now = record_of(config_of(folder, train=[{**source, "path": paths[::-1]}]), before)
-    assert describe_changes(before, now) == ["source 'two': its files come in another order"]
-
-
-def test_a_name_given_to_a_single_file_stands_before_it(folder: Path) -> None:
-    path = str(folder / "craw*")
-    config = config_of(folder, train=[{"type": "jsonl", "path": path, "name": "web"}])
-    before = record_of(config)
+    two = {"type": "text", "path": paths, "name": "two"}
+    web = {"type": "jsonl", "path": str(folder / "craw*"), "name": "web"}  # of a single file
+    before = record_of(books_and_crawl(folder, train=[two, web]))
     appended(folder)
-    assert describe_changes(before, record_of(config, before)) == [
-        "web/crawl.jsonl grew by 1 document"
+    assert lines(train=[{**two, "path": paths[::-1]}, web]) == [
+        "source 'two': its files come in another order",
+        "web/crawl.jsonl grew by 1 document",
     ]
-
-
-def test_many_differences_are_counted(folder: Path) -> None:
-    before = record_of(config_of(folder))
-    for number in range(20):
-        (folder / "books" / f"new {number:02}.txt").write_text("x")
-    lines = describe_changes(before, record_of(config_of(folder), before))
-    assert lines[0] == "books/new 00.txt is new"
-    assert len(lines) == 9
-    assert lines[-1] == "and 12 more"

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from tests.unit.data.data_helpers import books_and_crawl, loader_of, planes, write_crawl
 from ultrathink.config.data import DataConfig
 from ultrathink.config.tokenizer import BpeTokenizerConfig
 from ultrathink.core.errors import CheckpointError, DataError
 from ultrathink.data.cache import TokenStore
-from ultrathink.data.loader import TrainLoader
 from ultrathink.data.prepare import PreparedData, prepare_data
 from ultrathink.data.record import DataRecord
 from ultrathink.data.resume import ResumedData, check_data, resume_data
@@ -27,30 +27,13 @@ WAYS_OUT = (
 )
 
 
-def write_text(folder: Path) -> None:
-    """Two books, and 30 lines of JSON."""
-    (folder / "books").mkdir(parents=True)
-    for name in "ab":
-        (folder / "books" / f"{name}.txt").write_text(f"the text of {name}\n" * 400)
-    write_crawl(folder, 30)
-
-
-def write_crawl(folder: Path, count: int) -> None:
-    lines = [json.dumps({"text": f"page {number} " * 9}) for number in range(count)]
-    (folder / "crawl.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def config_of(folder: Path, **options: Any) -> DataConfig:
-    train = [
-        {"type": "text", "path": str(folder / "books"), "weight": 2},
-        {"type": "jsonl", "path": str(folder / "crawl.jsonl"), "on_bad": "skip"},
-    ]
-    return DataConfig.model_validate({"train": train, "seq_len": 16, **options})
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_text(tmp_path / "text")
+    """Two books, and 30 lines of JSON."""
+    (tmp_path / "text" / "books").mkdir(parents=True)
+    for name in "ab":
+        (tmp_path / "text" / "books" / f"{name}.txt").write_text(f"the text of {name}\n" * 400)
+    write_crawl(tmp_path / "text", range(30))
     return tmp_path / "text"
 
 
@@ -59,7 +42,7 @@ def before(folder: Path) -> PreparedData:
     """The data of the run, when it began."""
     with (folder / "crawl.jsonl").open("a") as file:
         file.write("not JSON\n")
-    return prepare_data(config_of(folder), BpeTokenizerConfig(vocab_size=300))
+    return prepare_data(books_and_crawl(folder), BpeTokenizerConfig(vocab_size=300))
 
 
 def resume(before: PreparedData, config: DataConfig, **options: Any) -> ResumedData:
@@ -74,16 +57,9 @@ def refusal(before: PreparedData, config: DataConfig, **options: Any) -> str:
     return str(caught.value)
 
 
-def samples(data: PreparedData) -> list[list[int]]:
-    loader = TrainLoader(
-        data.train_stores,
-        data.train_weights,
-        seq_len=16,
-        batch_size=8,
-        packing=DataConfig().packing,
-        seed=3,
-    )
-    return [row for _ in range(40) for row in loader.next_batch().input_ids.tolist()]
+def samples(data: PreparedData) -> list[list[list[int]]]:
+    loader = loader_of(data.train_stores, data.train_weights, seq_len=16)
+    return [planes(loader.next_batch())[0].tolist() for _ in range(99)]
 
 
 def assert_equal_data(here: PreparedData, before: PreparedData) -> None:
@@ -103,30 +79,28 @@ def assert_equal_data(here: PreparedData, before: PreparedData) -> None:
 # -- nothing changed ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("on_change", ["refuse", "rebuild", "keep"])
-def test_the_same_text_is_gone_on_with(
-    folder: Path, before: PreparedData, on_change: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ultrathink.data.cache.build_store", lambda *_: pytest.fail("built again"))
-    found = resume(before, config_of(folder), on_change=on_change)
-    assert (found.action, found.changes, found.data.notes) == ("same", [], [])
-    assert_equal_data(found.data, before)
-
-
-def test_a_folder_that_was_moved_is_no_change(folder: Path, before: PreparedData) -> None:
-    moved = folder.with_name("elsewhere")
-    folder.rename(moved)
-    found = resume(before, config_of(moved))
-    assert (found.action, found.changes) == ("same", [])
-    assert_equal_data(found.data, before)
-
-
-def test_other_times_and_equal_content_are_no_change(folder: Path, before: PreparedData) -> None:
+def copied(folder: Path) -> Path:
+    """Other times and equal content."""
     for path in (*(folder / "books").iterdir(), folder / "crawl.jsonl"):
         copy = path.with_name("copy")
         copy.write_bytes(path.read_bytes())
         copy.replace(path)
-    found = resume(before, config_of(folder))
+    return folder
+
+
+@pytest.mark.parametrize("on_change", ["refuse", "rebuild", "keep"])
+@pytest.mark.parametrize(
+    "change", [lambda folder: folder, lambda folder: folder.rename(f"{folder} moved"), copied]
+)
+def test_the_same_text_is_gone_on_with(
+    folder: Path,
+    before: PreparedData,
+    on_change: str,
+    change: Callable[[Path], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ultrathink.data.cache.build_store", lambda *_: pytest.fail("built again"))
+    found = resume(before, books_and_crawl(change(folder)), on_change=on_change)
     assert (found.action, found.changes, found.data.notes) == ("same", [], [])
     assert_equal_data(found.data, before)
 
@@ -142,7 +116,7 @@ def grow_and_remove(folder: Path) -> None:
 
 def test_a_change_is_refused_with_names_and_ways_out(folder: Path, before: PreparedData) -> None:
     grow_and_remove(folder)
-    assert refusal(before, config_of(folder)) == (
+    assert refusal(before, books_and_crawl(folder)) == (
         "the data changed since this run began: books/b.txt is gone; crawl.jsonl grew by 310 "
         f"documents. {WAYS_OUT}"
     )
@@ -151,24 +125,24 @@ def test_a_change_is_refused_with_names_and_ways_out(folder: Path, before: Prepa
 def test_held_out_text_that_changed_is_refused_too(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "held.txt").write_text("held out\n" * 50)
     val = [{"type": "text", "path": str(tmp_path / "held.txt")}]
-    before = prepare_data(config_of(folder, val=val), ByteTokenizer())
+    before = prepare_data(books_and_crawl(folder, val=val), ByteTokenizer())
     (tmp_path / "held.txt").write_text("held OUT\n" * 50)
-    assert refusal(before, config_of(folder, val=val)).startswith(
+    assert refusal(before, books_and_crawl(folder, val=val)).startswith(
         "the data changed since this run began: held.txt changed (still 450 bytes). Put"
     )
-    kept = resume(before, config_of(folder, val=val), on_change="keep")
+    kept = resume(before, books_and_crawl(folder, val=val), on_change="keep")
     assert_equal_data(kept.data, before)
 
 
 def test_rebuild_takes_the_text_as_it_is_now(folder: Path, before: PreparedData) -> None:
     grow_and_remove(folder)
-    found = resume(before, config_of(folder), on_change="rebuild")
+    found = resume(before, books_and_crawl(folder), on_change="rebuild")
     assert found.action == "rebuild"
     assert found.changes == ["books/b.txt is gone", "crawl.jsonl grew by 310 documents"]
-    fresh = prepare_data(config_of(folder), before.tokenizer)
+    fresh = prepare_data(books_and_crawl(folder), before.tokenizer)
     assert_equal_data(found.data, fresh)
     assert found.data.data_hash != before.data_hash
-    assert resume(found.data, config_of(folder)).action == "same"
+    assert resume(found.data, books_and_crawl(folder)).action == "same"
 
 
 @pytest.mark.parametrize("loss", ["changed", "gone", "one gone", "unreadable"])
@@ -181,7 +155,7 @@ def test_keep_goes_on_with_the_cached_tokens(folder: Path, before: PreparedData,
         (folder / "crawl.jsonl").unlink()
     else:
         (folder / "books" / "a.txt").write_bytes(b"\xff\xfe" * 100)
-    found = resume(before, config_of(folder), on_change="keep")
+    found = resume(before, books_and_crawl(folder), on_change="keep")
     assert found.action == "keep"
     assert len(found.changes) >= 1
     assert found.data.notes == []
@@ -192,23 +166,23 @@ def test_vanished_sources_are_named_with_what_is_left_to_do(
     folder: Path, before: PreparedData
 ) -> None:
     shutil.rmtree(folder / "books")
-    write_crawl(folder, 12)
+    write_crawl(folder, range(12))
     words = (
         f"the data changed since this run began: data source 'books': path "
         f"'{folder}/books' does not exist (looked from {Path.cwd()}); crawl.jsonl changed (30 "
         f"documents then, 12 now). Put the files back as they were, or resume with "
         f"data.on_change=keep (go on with the tokens cached then)."
     )
-    assert refusal(before, config_of(folder)) == words
+    assert refusal(before, books_and_crawl(folder)) == words
     assert (
         "now). data.on_change=rebuild needs text that can be read. Put the files back"
-    ) in refusal(before, config_of(folder), on_change="rebuild")
+    ) in refusal(before, books_and_crawl(folder), on_change="rebuild")
 
 
 def test_text_that_can_no_longer_be_read_is_a_change(folder: Path, before: PreparedData) -> None:
     path = folder / "books" / "a.txt"
     path.write_bytes(b"\xff" + path.read_bytes())
-    assert refusal(before, config_of(folder)).startswith(
+    assert refusal(before, books_and_crawl(folder)).startswith(
         f"the data changed since this run began: {path}: not UTF-8 at byte 0 (0xff). Put the files"
     )
 
@@ -222,13 +196,13 @@ def test_another_tokenizer_is_refused_before_anything_is_read(
     shutil.rmtree(folder)
     record = before.record
     with pytest.raises(CheckpointError, match="tokenizer is not the one that the run was trained"):
-        resume_data(config_of(folder, on_change="keep"), ByteTokenizer(), record)
+        resume_data(books_and_crawl(folder, on_change="keep"), ByteTokenizer(), record)
     tokenizer = before.tokenizer
     assert isinstance(tokenizer, BpeTokenizer)
     cut_otherwise = BpeTokenizer(tokenizer.definition, tokenizer.engine)
     cut_otherwise._pattern = r"\S|\s"  # what other code would do with the same files
     with pytest.raises(CheckpointError, match="this version of the code, or of the libraries"):
-        resume_data(config_of(folder, on_change="keep"), cut_otherwise, record)
+        resume_data(books_and_crawl(folder, on_change="keep"), cut_otherwise, record)
 
 
 # -- the cache is damaged as well ---------------------------------------------------------------
@@ -258,9 +232,9 @@ def test_keep_needs_whole_stores(
 ) -> None:
     store = before.train_stores[1]
     damage(store.folder / "tokens.bin")
-    write_crawl(folder, 12)
-    text = refusal(before, config_of(folder), on_change="keep")
-    assert refusal(before, config_of(folder), on_change="keep", verify="full") == text
+    write_crawl(folder, range(12))
+    text = refusal(before, books_and_crawl(folder), on_change="keep")
+    assert refusal(before, books_and_crawl(folder), on_change="keep", verify="full") == text
     assert f"the store of crawl (train), {store.folder}, " in text
     assert words in text
     assert "cannot be built again: crawl.jsonl changed (30 documents then, 12 now). Put" in text
@@ -273,14 +247,14 @@ def test_keep_mends_the_stores_of_a_source_that_is_unchanged(
     damaged = before.train_stores[0]
     tokens = damaged.tokens.tolist()
     flip(damaged.folder / "tokens.bin")
-    write_crawl(folder, 12)
-    found = resume(before, config_of(folder), on_change="keep")
+    write_crawl(folder, range(12))
+    found = resume(before, books_and_crawl(folder), on_change="keep")
     assert found.data.train_stores[0].tokens.tolist() == tokens
     assert found.data.notes == [
         "the token cache of books (train) was damaged (tokens.bin: other content than was "
         "written); it was built again"
     ]
-    assert resume(before, config_of(folder), on_change="keep").data.notes == []
+    assert resume(before, books_and_crawl(folder), on_change="keep").data.notes == []
 
 
 def test_a_damaged_cache_of_unchanged_text_is_built_again(
@@ -290,7 +264,7 @@ def test_a_damaged_cache_of_unchanged_text_is_built_again(
     for store in before.val_stores:
         path = store.folder / "tokens.bin"
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    found = resume(before, config_of(folder))
+    found = resume(before, books_and_crawl(folder))
     assert [store.tokens.tolist() for store in found.data.val_stores] == tokens
     assert [note.partition(" was damaged")[0] for note in found.data.notes] == [
         "the token cache of books (val)",
@@ -303,13 +277,13 @@ def test_keep_after_the_whole_cache_is_lost_works_while_the_text_is_there(
 ) -> None:
     expected = samples(before)
     shutil.rmtree(tmp_path / "cache")
-    found = resume(before, config_of(folder), on_change="keep")
+    found = resume(before, books_and_crawl(folder), on_change="keep")
     assert found.action == "same"
     assert samples(found.data) == expected
     shutil.rmtree(tmp_path / "cache")
     shutil.rmtree(folder)
     assert "is not there, and cannot be built" in refusal(
-        before, config_of(folder), on_change="keep"
+        before, books_and_crawl(folder), on_change="keep"
     )
 
 
@@ -317,7 +291,7 @@ def test_a_check_hashes_text_and_stores_and_mends_nothing(
     folder: Path, before: PreparedData
 ) -> None:
     def check() -> dict[str, tuple[str, str]]:
-        found = check_data(config_of(folder), before.tokenizer, before.record)
+        found = check_data(books_and_crawl(folder), before.tokenizer, before.record)
         return {item: (status, detail) for item, status, detail in found}
 
     sound = check()

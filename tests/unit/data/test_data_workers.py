@@ -96,15 +96,6 @@ def test_a_worker_killed_in_the_middle_of_an_answer_loses_none(start: Start) -> 
     ]
 
 
-def test_a_request_to_a_dead_worker_is_answered_by_the_next(start: Start) -> None:
-    notes: list[str] = []
-    pool = start(double, 1, notes)
-    kill(multiprocessing.active_children()[0])
-    pool.submit(21)
-    assert pool.receive() == 42
-    assert len(notes) == 1
-
-
 def test_dying_again_and_again_is_an_error_with_a_way_out(start: Start) -> None:
     notes: list[str] = []
     pool = start(killed_at_three, 1, notes)

@@ -176,6 +176,7 @@ def test_pieces_and_shares_are_the_batch_and_never_part_a_unit(
     assert all(piece.num_sequences % unit_size == 0 for piece in pieces)
     assert all(piece.num_sequences <= max(size, unit_size) for piece in pieces)
     shares = [batch.share(rank, ranks) for rank in range(ranks)]
+    assert ranks > 1 or shares[0] is batch
     assert len({share.num_sequences for share in shares}) == 1
     assert all(share.num_sequences % unit_size == 0 for share in shares)
     assert sum(share.num_target_tokens for share in shares) == batch.num_target_tokens

@@ -99,13 +99,6 @@ def test_each_source_counts_up_without_a_gap(weights: list[float]) -> None:
             assert sorted(part) == list(range(size))
 
 
-def test_a_tiny_source_is_repeated_in_fresh_order_not_truncated() -> None:
-    order = SampleOrder([3, 1000], [1, 1], seed=0)
-    small = [(epoch, position) for source, epoch, position in located(order, 0, 600) if source == 0]
-    assert len(small) == 300
-    assert Counter(position for _, position in small) == {0: 100, 1: 100, 2: 100}
-
-
 def test_a_tiny_weight_is_not_none() -> None:
     order = SampleOrder([5, 5], [1e-12, 1], seed=0)
     assert order.locate(np.arange(2**30 - 3, 2**30)).source_ids.tolist() == [1, 1, 0]
@@ -220,27 +213,6 @@ def test_a_later_change_alters_no_earlier_sample(
     long = SampleOrder([7, 30, 11], [1, 2, 3], 3, everything)
     until = added[0].index if added else 500
     assert located(short, 0, until) == located(long, 0, until)
-
-
-def test_a_skip_jumps_over_exactly_so_many() -> None:
-    plain = located(SampleOrder([40, 60], [1, 2], 0), 0, 300)
-    skipping = located(SampleOrder([40, 60], [1, 2], 0, [Change(25, None, 17)]), 0, 200)
-    assert skipping == plain[:25] + plain[42:217]
-
-
-def test_new_weights_hold_at_once_and_sources_go_on_where_they_stand() -> None:
-    order = SampleOrder([10**6, 10**6], [1, 1], 0, [Change(100, (1.0, 9.0))])
-    samples = located(order, 0, 1100)
-    assert abs(sum(source == 0 for source, _, _ in samples[100:]) - 100) <= 1
-    assert abs(sum(source == 0 for source, _, _ in samples[100:200]) - 10) <= 1
-    for source in (0, 1):
-        drawn = [position for s, _, position in samples if s == source]
-        assert len(set(drawn)) == len(drawn)
-
-
-def test_a_change_goes_through_json() -> None:
-    for change in (Change(3, (1.0, 2.5), 4), Change(7)):
-        assert Change.from_plain(change.to_plain()) == change
 
 
 @pytest.mark.parametrize(

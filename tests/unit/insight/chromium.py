@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import fcntl
 import json
 import os
 import select
 import shutil
-import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,21 +29,24 @@ class Browser:
         self.messages: list[dict[str, Any]] = []
         self._number = 0
         self._data = b""
-        self._pid, self._to, self._from = _spawn(
-            [
-                program,
-                "--headless=new",
-                "--no-sandbox",
-                "--disable-gpu",
-                "--disable-dev-shm-usage",
-                "--hide-scrollbars",
-                "--no-first-run",
-                "--disable-background-networking",
-                f"--user-data-dir={profile}",
-                "--remote-debugging-pipe",
-            ],
-            profile / "browser.log",
-        )
+        its_input, self._to = os.pipe()
+        self._from, its_output = os.pipe()
+        flags = "headless=new no-sandbox disable-gpu disable-dev-shm-usage hide-scrollbars"
+        flags += " no-first-run disable-background-networking remote-debugging-pipe"
+        profile.mkdir(parents=True, exist_ok=True)
+        with (profile / "browser.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [
+                    # It reads commands from 3 and answers to 4.
+                    *("bash", "-c", f'exec "$@" 3<&{its_input} 4>&{its_output}', "bash", program),
+                    *(f"--{flag}" for flag in (*flags.split(), f"user-data-dir={profile}")),
+                ],
+                stdout=log,
+                stderr=log,
+                pass_fds=(its_input, its_output),
+            )
+        for descriptor in (its_input, its_output):
+            os.close(descriptor)
         self._session: str | None = None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
@@ -59,12 +60,11 @@ class Browser:
     def __exit__(self, *_: object) -> None:
         for descriptor in (self._to, self._from):
             os.close(descriptor)  # it ends when nobody speaks to it any more
-        for _ in range(100):
-            if os.waitpid(self._pid, os.WNOHANG)[0]:
-                return
-            time.sleep(0.05)
-        os.kill(self._pid, signal.SIGKILL)
-        os.waitpid(self._pid, 0)
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def call(self, method: str, **params: Any) -> Any:
         """The answer to one command."""
@@ -101,15 +101,6 @@ class Browser:
     def point(self, x: float, y: float) -> None:
         """Move the mouse."""
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-
-    def screenshot(self, path: Path) -> None:
-        """Write the whole page as a PNG."""
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "scale": 1, "width": size["width"], "height": size["height"]}
-        shot = self.call(
-            "Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True
-        )
-        path.write_bytes(base64.b64decode(shot["data"]))
 
     @property
     def requests(self) -> list[str]:
@@ -148,26 +139,3 @@ class Browser:
             assert data, f"the browser ended: {what}"
             *whole, self._data = (self._data + data).split(b"\0")
             self.messages += [json.loads(part) for part in whole]
-
-
-def _spawn(command: list[str], log: Path) -> tuple[int, int, int]:
-    """Start the browser; its process, and the pipes to it and from it (3 and 4 over there)."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    its_input, to_it = os.pipe()
-    from_it, its_output = os.pipe()
-    # Out of the way of 3 and 4, which are set one after the other.
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (its_input, its_output)]
-    pid = os.posix_spawn(
-        command[0],
-        command,
-        os.environ,
-        file_actions=[
-            (os.POSIX_SPAWN_DUP2, high[0], 3),
-            (os.POSIX_SPAWN_DUP2, high[1], 4),
-            (os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
-            (os.POSIX_SPAWN_DUP2, 1, 2),
-        ],
-    )
-    for descriptor in (its_input, its_output, *high):
-        os.close(descriptor)
-    return pid, to_it, from_it

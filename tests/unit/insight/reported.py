@@ -16,36 +16,20 @@ UNPROVEN = {"mean": 0.001, "low": -0.004, "high": 0.006, "orders": 4, "horizon":
 def decision(**values: Any) -> dict[str, Any]:
     """A line of ``decisions.jsonl``."""
     line: dict[str, Any] = {
-        "id": 1,
-        "time": 1763.5,
-        "step": 30,
-        "rule": "spike",
-        "level": 2,
-        "confidence": 0.86,
-        "signals": {"loss": 7.1, "score": 41.0},
-        "action": "lr_factor",
-        "before": 0.003,
-        "after": 0.0015,
-        "reasoning": "the loss jumped",
-        "outcome": None,
-    }
+        "id": 1, "time": 1763.5, "step": 30, "rule": "spike", "level": 2, "confidence": 0.86,
+        "signals": {"loss": 7.1, "score": 41.0}, "action": "lr_factor", "before": 0.003,
+        "after": 0.0015, "reasoning": "the loss jumped", "outcome": None,
+    }  # fmt: skip
     return line | values
 
 
 def event(step: int, severity: str, **values: Any) -> dict[str, Any]:
     """A line of ``events.jsonl``."""
     line: dict[str, Any] = {
-        "step": step,
-        "began": step,
-        "to_step": step,
-        "found_at": step,
-        "kind": "loss_spike",
-        "severity": severity,
-        "message": "the loss is high",
-        "subject": "",
-        "values": {},
+        "step": step, "began": step, "to_step": step, "found_at": step, "kind": "loss_spike",
+        "severity": severity, "message": "the loss is high", "subject": "", "values": {},
         "time": 1.0,
-    }
+    }  # fmt: skip
     return line | values
 
 

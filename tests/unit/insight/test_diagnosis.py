@@ -1,7 +1,6 @@
 """What the doctor concludes: the rules, and the choices of auto."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from ultrathink.insight.doctor.diagnose import diagnose
 from ultrathink.insight.doctor.findings import find_problems, short_bytes
 from ultrathink.insight.doctor.machine import Memory, Processor
 from ultrathink.insight.doctor.packages import Package
-from ultrathink.insight.doctor.report import Choice, Diagnosis, Problem
+from ultrathink.insight.doctor.report import Choice, Diagnosis
 from ultrathink.insight.doctor.speed import ProductRate, Sharing, Speed
 from ultrathink.insight.doctor.wording import sections, verdict
 from ultrathink.training.choices import choose
@@ -24,7 +23,6 @@ from ultrathink.training.determinism import set_deterministic
 GB = 10**9
 NO_GPU = Accelerators(gpus=(), mps=False, driver=None, unused=None)
 H200 = Gpu("NVIDIA H200", memory=150 * GB, free=140 * GB, capability="9.0", supported=True)
-Change = Callable[[Diagnosis], Diagnosis]
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +57,27 @@ def rates(one: float, four: float) -> Speed:
     return Speed((ProductRate("fp32", 1, one), ProductRate("fp32", 4, four)), memory=2e10)
 
 
-def with_gpu(report: Diagnosis, gpu: Gpu, **run: Any) -> Diagnosis:
-    return replace(
-        report,
-        accelerators=replace(NO_GPU, gpus=(gpu,)),
-        choices=(Choice("training.device", "cuda", "the first"),),
-        run=replace(report.run, **run),
-    )
+def changed(report: Diagnosis, changes: dict[str, Any]) -> Diagnosis:
+    """The report with other values; a key may name a field of a part, as in ``run.state_bytes``."""
+    for key, value in changes.items():
+        part, _, name = key.partition(".")
+        report = replace(
+            report, **{part: replace(getattr(report, part), **{name: value}) if name else value}
+        )
+    return report
 
 
-def only_problem(report: Diagnosis) -> Problem:
-    [problem] = find_problems(report)
-    return problem
+def gpu(**facts: Any) -> dict[str, Any]:
+    """The changes for a machine with a GPU that training would take."""
+    return {
+        "accelerators.gpus": (replace(H200, **facts),),
+        "choices": (Choice("training.device", "cuda", "the first"),),
+    }
+
+
+def package(requirement: str, installed: str | None, extra: str | None = None) -> dict[str, Any]:
+    name = requirement.partition(">")[0]
+    return {"packages": (Package(requirement, name, installed, False, extra),)}
 
 
 def test_a_healthy_machine_has_no_problems(healthy: Diagnosis) -> None:
@@ -78,175 +85,126 @@ def test_a_healthy_machine_has_no_problems(healthy: Diagnosis) -> None:
     assert verdict(healthy) == "All is fine: ultrathink train"
 
 
-CASES: dict[str, tuple[Change, str, str, str]] = {
+# What is changed of a healthy machine, and the only problem then: its level, words and fix.
+CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "others use the cores": (
-        lambda r: replace(r, sharing=Sharing(2.0, others=1.6, stolen=0.3)),
-        "warning",
+        {"sharing": Sharing(2.0, others=1.6, stolen=0.3)}, "warning",
         "others kept 1.9 of 4 cores busy while this was measured; threads wait for each other",
         "OMP_NUM_THREADS=2 ultrathink train",
     ),
     "threads wait for each other": (
-        lambda r: replace(r, cpu_speed=rates(one=100e9, four=40e9)),
-        "warning",
-        "4 threads compute at 0.4 times the rate of one",
-        "OMP_NUM_THREADS=3 ultrathink train",
+        {"cpu_speed": rates(one=100e9, four=40e9)}, "warning",
+        "4 threads compute at 0.4 times the rate of one", "OMP_NUM_THREADS=3 ultrathink train",
     ),
     "more threads than a control group allows": (
-        lambda r: replace(r, processor=replace(r.processor, quota=2.5), cpu_speed=None),
-        "warning",
+        {"processor.quota": 2.5, "cpu_speed": None}, "warning",
         "torch uses 4 threads, and this process may use 2 cores (its control group allows 2.5)",
         "OMP_NUM_THREADS=2 ultrathink train",
     ),
     "fewer threads than cores": (
-        lambda r: replace(r, torch=replace(r.torch, threads=1)),  # type: ignore[type-var]
-        "note",
+        {"torch.threads": 1}, "note",
         "torch uses 1 of 4 cores; with all of them products are 3.8 times as fast",
         "OMP_NUM_THREADS=4 ultrathink train",
     ),
     "a broken torch": (
-        lambda r: replace(r, torch=None, torch_error="ImportError: libtorch.so"),
-        "error",
+        {"torch": None, "torch_error": "ImportError: libtorch.so"}, "error",
         "torch cannot be imported: ImportError: libtorch.so",
         'pip install --force-reinstall "torch~=2.13.0"',
     ),
     "a folder for runs that cannot be written": (
-        lambda r: replace(r, run_folder=replace(r.run_folder, problem="read-only file system")),
-        "error",
-        "(run folders): read-only file system",
-        "run.dir=FOLDER",
+        {"run_folder.problem": "read-only file system"}, "error",
+        "(run folders): read-only file system", "run.dir=FOLDER",
     ),
     "a cache that cannot be written": (
-        lambda r: replace(r, cache_folder=replace(r.cache_folder, problem="permission denied")),
-        "error",
-        "(the cache): permission denied",
-        "ULTRATHINK_CACHE=FOLDER",
+        {"cache_folder.problem": "permission denied"}, "error",
+        "(the cache): permission denied", "ULTRATHINK_CACHE=FOLDER",
     ),
     "a model beyond all memory": (
-        lambda r: replace(r, run=replace(r.run, state_bytes=17 * GB)),
-        "error",
+        {"run.state_bytes": 17 * GB}, "error",
         "take 17 GB before a single activation, more than the memory here (16 GB)",
         "a smaller model",
     ),
     "a model beyond a control group's memory": (
-        lambda r: replace(
-            r,
-            memory=replace(r.memory, limit=4 * GB, limit_free=4 * GB),
-            run=replace(r.run, state_bytes=5 * GB),
-        ),
-        "error",
-        "more than the memory here (4 GB)",
-        "a smaller model",
+        {"memory.limit": 4 * GB, "memory.limit_free": 4 * GB, "run.state_bytes": 5 * GB}, "error",
+        "more than the memory here (4 GB)", "a smaller model",
     ),
     "a model beyond what is free": (
-        lambda r: replace(r, run=replace(r.run, state_bytes=13 * GB)),
-        "warning",
-        "the memory here has 12 GB free",
-        "end what uses the memory",
+        {"run.state_bytes": 13 * GB}, "warning",
+        "the memory here has 12 GB free", "end what uses the memory",
     ),
     "a model beyond the GPU": (
-        lambda r: with_gpu(r, H200, state_bytes=151 * GB),
-        "error",
-        "more than the memory of NVIDIA H200 (150 GB)",
-        "a smaller model",
+        {**gpu(), "run.state_bytes": 151 * GB}, "error",
+        "more than the memory of NVIDIA H200 (150 GB)", "a smaller model",
     ),
     "a disk that is nearly full": (
-        lambda r: replace(r, run_folder=replace(r.run_folder, free=1000)),
-        "warning",
-        "checkpoints of debug take up to",
-        "training.checkpoint.keep=1",
+        {"run_folder.free": 1000}, "warning",
+        "checkpoints of debug take up to", "training.checkpoint.keep=1",
     ),
     "no compiler": (
-        lambda r: replace(r, toolchain=replace(r.toolchain, problem="no C++ compiler was found")),  # type: ignore[type-var]
-        "warning",
-        "no C++ compiler was found; training runs uncompiled",
-        "apt-get install g++ python3-dev",
+        {"toolchain.problem": "no C++ compiler was found"}, "warning",
+        "no C++ compiler was found; training runs uncompiled", "apt-get install g++ python3-dev",
     ),
     "a GPU that this torch was not built for": (
-        lambda r: with_gpu(r, replace(H200, supported=False)),
-        "warning",
-        "no kernels for NVIDIA H200 (compute capability 9.0)",
-        "pytorch.org",
+        gpu(supported=False), "warning",
+        "no kernels for NVIDIA H200 (compute capability 9.0)", "pytorch.org",
     ),
     "a driver without a GPU": (
-        lambda r: replace(r, accelerators=replace(NO_GPU, unused="built without CUDA")),
-        "warning",
-        "no GPU is used: built without CUDA",
-        "pytorch.org",
+        {"accelerators.unused": "built without CUDA"}, "warning",
+        "no GPU is used: built without CUDA", "pytorch.org",
     ),
     "a package that is missing": (
-        lambda r: replace(r, packages=(Package("rich>=13.7", "rich", None, False, None),)),
-        "error",
-        "the package rich is missing",
-        'pip install "rich>=13.7"',
+        package("rich>=13.7", None), "error",
+        "the package rich is missing", 'pip install "rich>=13.7"',
     ),
     "a package that is too old": (
-        lambda r: replace(r, packages=(Package("rich>=13.7", "rich", "9.0", False, None),)),
-        "warning",
-        "rich 9.0 is installed; rich>=13.7 is needed",
-        'pip install "rich>=13.7"',
+        package("rich>=13.7", "9.0"), "warning",
+        "rich 9.0 is installed; rich>=13.7 is needed", 'pip install "rich>=13.7"',
     ),
     "a package of an extra that is too old": (
-        lambda r: replace(r, packages=(Package("ruff>=1", "ruff", "0.1", False, "test"),)),
-        "warning",
-        "ruff 0.1 is installed",
-        'pip install "ultrathink[test]"',
+        package("ruff>=1", "0.1", "test"), "warning",
+        "ruff 0.1 is installed", 'pip install "ultrathink[test]"',
     ),
     "an installation without metadata": (
-        lambda r: replace(r, packages=None),
-        "note",
-        "its packages were not checked",
-        "pip install -e .",
+        {"packages": None}, "note", "its packages were not checked", "pip install -e .",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_problem_comes_with_its_fix(healthy: Diagnosis, name: str) -> None:
-    change, level, text, fix = CASES[name]
-    problem = only_problem(change(healthy))
+    changes, level, text, fix = CASES[name]
+    (problem,) = find_problems(changed(healthy, changes))
     assert problem.level == level
     assert text in problem.text
     assert fix in str(problem.fix)
 
 
-HARMLESS: dict[str, Change] = {
-    "others on cores that are left over": lambda r: replace(
-        r,
-        torch=replace(r.torch, threads=2),  # type: ignore[type-var]
-        sharing=Sharing(2.0, others=1.5, stolen=0.0),
-        cpu_speed=None,
-    ),
-    "two threads of each physical core": lambda r: replace(
-        r, processor=replace(r.processor, physical_cores=2), cpu_speed=rates(100e9, 190e9)
-    ),
-    "an extra that is not installed": lambda r: replace(
-        r, packages=(Package("ruff>=1", "ruff", None, False, "test"),)
-    ),
-    "no compiler where nothing is compiled": lambda r: replace(
-        r,
-        toolchain=replace(r.toolchain, problem="no C++ compiler"),  # type: ignore[type-var]
-        run=replace(r.run, may_compile=False),
-    ),
-    "no C++ compiler where a GPU trains": lambda r: with_gpu(
-        replace(r, toolchain=replace(r.toolchain, problem="no C++ compiler")),  # type: ignore[type-var]
-        H200,
-    ),
-    "more memory needed than the CPU has, on a GPU": lambda r: with_gpu(
-        r, H200, state_bytes=100 * GB
-    ),
-    "nothing measured": lambda r: replace(r, sharing=None, cpu_speed=None),
-}
+HARMLESS: dict[str, dict[str, Any]] = {
+    "others on cores that are left over": {
+        "torch.threads": 2, "sharing": Sharing(2.0, others=1.5, stolen=0.0), "cpu_speed": None,
+    },
+    "two threads of each physical core": {
+        "processor.physical_cores": 2, "cpu_speed": rates(100e9, 190e9),
+    },
+    "an extra that is not installed": package("ruff>=1", None, "test"),
+    "no compiler where nothing is compiled": {
+        "toolchain.problem": "no C++ compiler", "run.may_compile": False,
+    },
+    "no C++ compiler where a GPU trains": {**gpu(), "toolchain.problem": "no C++ compiler"},
+    "more memory needed than the CPU has, on a GPU": {**gpu(), "run.state_bytes": 100 * GB},
+    "nothing measured": {"sharing": None, "cpu_speed": None},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_what_harms_nobody_is_not_reported(healthy: Diagnosis, name: str) -> None:
-    assert find_problems(HARMLESS[name](healthy)) == ()
+    assert find_problems(changed(healthy, HARMLESS[name])) == ()
 
 
 def test_the_worst_comes_first_and_decides(healthy: Diagnosis) -> None:
     ill = healthy
     for name in ("fewer threads than cores", "no compiler", "a broken torch"):
-        ill = CASES[name][0](ill)
+        ill = changed(ill, CASES[name][0])
     ill = replace(ill, torch=healthy.torch, sharing=Sharing(2.0, 3.0, 0.0))
     problems = find_problems(ill)
     assert [p.level for p in problems] == ["error", "warning", "warning"]
@@ -286,18 +244,14 @@ def test_a_choice_that_cannot_be_made_is_a_problem() -> None:
 
 
 def test_what_is_not_known_is_called_unknown(seen: Diagnosis) -> None:
+    nothing = ("torch", "accelerators", "toolchain", "sharing", "packages", "load_average")
     blind = replace(
         seen,
         processor=Processor(None, None, None, None, None),
         memory=Memory(None, None, None, None, None),
         run_folder=replace(seen.run_folder, free=None, total=None),
-        torch=None,
-        accelerators=None,
-        toolchain=None,
-        sharing=None,
-        packages=None,
-        load_average=None,
         choices=(),
+        **dict.fromkeys(nothing),
     )
     assert blind.processor.usable_cores == 1
     words = [line for lines in sections(blind).values() for line in lines]
@@ -310,19 +264,11 @@ def test_what_is_not_known_is_called_unknown(seen: Diagnosis) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "major", "runs"),
-    [
-        ("sm_90", 9, True),
-        ("sm_90a", 9, True),
-        ("sm_86", 8, True),
-        ("sm_86", 9, False),
-        ("compute_80", 9, True),
-        ("compute_90", 8, False),
-        ("sm_120", 12, True),
-    ],
+    ("architecture", "runs_on"),
+    [("sm_86", {8}), ("sm_90a", {9}), ("sm_120", {12}), ("compute_80", {8, 9, 10, 11, 12})],
 )
-def test_which_gpus_code_was_made_for(architecture: str, major: int, runs: bool) -> None:
-    assert _runs(architecture, major) == runs
+def test_which_gpus_code_was_made_for(architecture: str, runs_on: set[int]) -> None:
+    assert {major for major in range(7, 13) if _runs(architecture, major)} == runs_on
 
 
 def test_bytes_in_short() -> None:

@@ -31,26 +31,20 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "log"
 
 
-@pytest.mark.parametrize("indent", [None, 2])
-def test_a_trainer_state(path: Path, indent: int | None) -> None:
-    path.write_text(json.dumps(STATE, indent=indent))
-    log = open_log(path)
-    assert log.format == "Hugging Face trainer_state.json"
-    assert [(s.step, s.values) for s in log.signals()] == [
-        (10, {"loss": 3.0, "lr": 1e-4, "grad_norm": 2.0}),
-        (10, {"val_loss": 2.9, "eval_runtime": 4.5}),
-        (20, {"loss": 2.5, "lr": 1e-4}),  # the summary of the run at its end is no step
-    ]
-    assert log.total_steps == 90
+def test_a_trainer_state(path: Path) -> None:
+    for indent in (None, 2):
+        path.write_text(json.dumps(STATE, indent=indent))
+        log = open_log(path)
+        assert (log.format, log.total_steps) == ("Hugging Face trainer_state.json", 90)
+        assert [(s.step, s.values) for s in log.signals()] == [
+            (10, {"loss": 3.0, "lr": 1e-4, "grad_norm": 2.0}),
+            (10, {"val_loss": 2.9, "eval_runtime": 4.5}),
+            (20, {"loss": 2.5, "lr": 1e-4}),  # the summary of the run at its end is no step
+        ]
 
 
 def series(**values: dict[str, Any]) -> dict[str, Any]:
     return {name.replace("_", " "): {"start_step": 1, "values": v} for name, v in values.items()}
-
-
-def losses_of(path: Path, document: Any) -> dict[int, Any]:
-    path.write_text(json.dumps(document))
-    return {s.step: str(s.values["loss"]) for s in open_log(path).signals() if "loss" in s.values}
 
 
 def test_series_of_megatron(path: Path) -> None:
@@ -68,7 +62,10 @@ def test_series_of_megatron(path: Path) -> None:
 
 
 # A "nan" fills the steps that were not recorded, and stands for a loss that was no number.
-SERIES: dict[str, tuple[dict[str, Any], dict[int, Any]]] = {
+RECORDS = {1: "3.0", 2: "2.5"}
+SERIES: dict[str, tuple[Any, dict[int, str]]] = {
+    "a list of records": ([{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}], RECORDS),
+    "records of lists": ({"step": [1, 2], "loss": [3.0, 2.5]}, RECORDS),
     "lists have an interval": (
         {"lm loss": {"start_step": 0, "step_interval": 5, "values": [3.0, 2.5, 2.0]}},
         {0: "3.0", 5: "2.5", 10: "2.0"},
@@ -102,20 +99,10 @@ SERIES: dict[str, tuple[dict[str, Any], dict[int, Any]]] = {
 @pytest.mark.parametrize("case", SERIES)
 def test_what_a_series_recorded(path: Path, case: str) -> None:
     document, losses = SERIES[case]
-    assert losses_of(path, document) == losses
-
-
-@pytest.mark.parametrize(
-    "document",
-    [
-        [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}],
-        {"step": [1, 2], "loss": [3.0, 2.5]},
-    ],
-)
-def test_lists_of_records_and_records_of_lists(path: Path, document: Any) -> None:
-    assert losses_of(path, document) == {1: "3.0", 2: "2.5"}
-    path.write_text(json.dumps(document, indent=1))
-    assert len(list(open_log(path).signals())) == 2
+    for indent in (None, 1):
+        path.write_text(json.dumps(document, indent=indent))
+        found = list(open_log(path).signals())
+        assert {s.step: str(s.values["loss"]) for s in found if "loss" in s.values} == losses
 
 
 def test_a_document_that_is_cut_off_is_read_to_the_cut(path: Path) -> None:

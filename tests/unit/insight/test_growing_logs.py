@@ -46,13 +46,13 @@ def test_pieces_that_are_appended_make_the_whole(
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "is_replaced"),
     [
-        "one\n",  # cut
-        "one\nTWO\nthree\nfour\n",  # cut, and longer than it was: seen by its bytes
+        ("one\n", False),  # cut
+        ("one\nTWO\nthree\nfour\n", False),  # cut, and longer than it was: seen by its bytes
+        ("one\ntwo\nthree\nfour\n", True),  # the same bytes and more: seen by its inode
     ],
 )
-@pytest.mark.parametrize("is_replaced", [False, True])
 def test_another_file_is_read_from_its_beginning(path: Path, text: str, is_replaced: bool) -> None:
     path.write_text("one\ntwo\nthree\n")
     tail = Tail(path)
@@ -64,29 +64,15 @@ def test_another_file_is_read_from_its_beginning(path: Path, text: str, is_repla
     assert tail.read() == NewLines([])
 
 
-def test_a_longer_file_of_the_same_bytes_is_another_by_its_inode(path: Path) -> None:
-    path.write_text("one\n")
-    tail = Tail(path)
-    tail.read()
-    other = path.with_name("other")
-    other.write_text("one\ntwo\n")
-    other.replace(path)
-    assert tail.read() == NewLines(["one", "two"], is_anew=True)
-
-
 def test_a_growing_table(path: Path) -> None:
     path.write_text("step,loss\n1,3\n2,2")
     log = open_log(path)
-    assert [s.step for s in log.poll().signals] == [1]
+    assert log.poll().signals == [LogSignals(1, {"loss": 3.0})]
     append(path, ".5\n3,2\n")
-    assert [(s.step, s.values) for s in log.poll().signals] == [
-        (2, {"loss": 2.5}),
-        (3, {"loss": 2.0}),
-    ]
+    assert log.poll().signals == [LogSignals(2, {"loss": 2.5}), LogSignals(3, {"loss": 2.0})]
     path.write_text("step,loss\n1,9\n")
     news = log.poll()
-    assert news.is_anew
-    assert [s.values["loss"] for s in news.signals] == [9.0]
+    assert (news.is_anew, news.signals) == (True, [LogSignals(1, {"loss": 9.0})])
 
 
 # -- our own runs ----------------------------------------------------------------------------------
@@ -106,7 +92,7 @@ def experts_line(step: int) -> str:
     )
 
 
-WORST = {
+WORST = {  # of the layers
     "experts/skill/gini": 0.5,
     "experts/skill/entropy_normalized": 0.7,
     "experts/skill/confidence": 0.5,
@@ -118,11 +104,10 @@ WORST = {
 }
 
 
-def test_experts_are_the_worst_of_their_layers() -> None:
-    assert figures_of(json.loads(experts_line(1))) == WORST
-
-
-def make_run(folder: Path) -> Path:
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    """The folder of a run of two steps."""
+    folder = tmp_path / "runs/demo"
     folder.mkdir(parents=True)
     lines = [train_line(1, 3.0), train_line(2, 2.5), val_line(2, 2.75)]
     write_lines(folder / "metrics.jsonl", lines)
@@ -131,56 +116,44 @@ def make_run(folder: Path) -> Path:
     return folder
 
 
-def test_a_run_folder(tmp_path: Path) -> None:
-    log = open_log(make_run(tmp_path / "demo"))
-    assert log.total_steps == 12
+def test_a_run_is_read_with_its_experts(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo.parents[1])
+    log = open_log("demo")  # by its name
+    assert (log.format, log.total_steps) == ("run folder", 12)
     first, second, third = log.signals()
+    assert figures_of(json.loads(experts_line(1))) == WORST
     assert first.values["loss"] == 3.0
-    assert WORST.items() <= first.values.items()
-    assert WORST.items() <= second.values.items()
+    for signals in (first, second):
+        assert WORST.items() <= signals.values.items()
     assert third.values["val_loss"] == 2.75
     assert not any(name.startswith("experts/") for name in third.values)
+    with pytest.raises(LogError, match="the columns of a run folder are known"):
+        open_log(demo, {"loss": "x"})
 
 
-def test_alarms_that_a_run_raised_itself_are_counted(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "demo")
+def test_alarms_that_a_run_raised_itself_are_counted(demo: Path) -> None:
     spike = {"step": 2, "began": 1, "kind": "loss_spike", "subject": "", "severity": "medium"}
     graver, slow = {**spike, "severity": "high"}, {**spike, "kind": "slow_step", "severity": "info"}
-    log = open_log(run)
+    log = open_log(demo)
     notes = []
     for lines in ([slow], [slow, spike, graver]):
-        write_lines(run / "events.jsonl", lines)
+        write_lines(demo / "events.jsonl", lines)
         list(log.signals())
         notes.append(log.notes)
     assert notes[0] == []
     assert "raised 1 alarm: events.jsonl" in notes[1][0]
 
 
-def test_a_run_is_known_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_run(tmp_path / "runs/demo")
-    monkeypatch.chdir(tmp_path)
-    assert open_log("demo").format == "run folder"
-
-
-def test_experts_that_come_late_come_alone(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "demo")
-    log = open_log(run)
+def test_a_run_that_grows_and_is_cut_by_a_resume(demo: Path) -> None:
+    log = open_log(demo)
     assert len(log.poll().signals) == 3
-    append(run / "metrics.jsonl", json.dumps(train_line(3, 2.0)) + "\n")
+    append(demo / "metrics.jsonl", json.dumps(train_line(3, 2.0)) + "\n")
     assert ["loss" in s.values for s in log.poll().signals] == [True]
-    append(run / "experts.jsonl", experts_line(3))
-    (late,) = log.poll().signals
-    assert late == LogSignals(3, WORST)
-
-
-def test_a_resume_that_cuts_a_run_is_seen(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "demo")
-    log = open_log(run)
-    log.poll()
-    write_lines(run / "metrics.jsonl", [train_line(1, 3.0)])
+    append(demo / "experts.jsonl", experts_line(3))  # late, so they come alone
+    assert log.poll().signals == [LogSignals(3, WORST)]
+    write_lines(demo / "metrics.jsonl", [train_line(1, 3.0)])
     news = log.poll()
-    assert news.is_anew
-    assert [s.step for s in news.signals] == [1]
+    assert (news.is_anew, [s.step for s in news.signals]) == (True, [1])
 
 
 # -- the order of steps ----------------------------------------------------------------------------
@@ -199,25 +172,20 @@ T, V = "loss", "val_loss"
     ("records", "taken"),
     [
         # A validation at the same step is no step back,
-        (((1, T), (2, T), (2, V), (3, T)), [(None, 1), (None, 2), (None, 2), (None, 3)]),
-        # a resume undoes what lies beyond,
+        ([(1, T), (2, T), (2, V), (3, T)], [(None, 1), (None, 2), (None, 2), (None, 3)]),
+        # a resume undoes what lies beyond, and after it validations come again,
         (
-            ((1, T), (5, T), (3, T), (4, T), (4, V)),
-            [(None, 1), (None, 5), (2, 3), (None, 4), (None, 4)],
+            [(1, T), (5, T), (5, V), (3, T), (5, T), (5, V)],
+            [(None, 1), (None, 5), (None, 5), (2, 3), (None, 5), (None, 5)],
         ),
         # a step that is taken again was undone,
-        (((2, T), (2, T)), [(None, 2), (1, 2)]),
-        # a validation that is late is no resume,
-        (((1, V), (9, T), (5, V), (10, T)), [(None, 1), (None, 9), (None, 9), (None, 10)]),
-        # and after a resume validations come again.
-        (
-            ((5, T), (5, V), (3, T), (5, T), (5, V)),
-            [(None, 5), (None, 5), (2, 3), (None, 5), (None, 5)],
-        ),
+        ([(2, T), (2, T)], [(None, 2), (1, 2)]),
+        # and a validation that is late is no resume.
+        ([(1, V), (9, T), (5, V), (10, T)], [(None, 1), (None, 9), (None, 9), (None, 10)]),
     ],
 )
 def test_which_steps_were_undone(
-    records: tuple[tuple[int, str], ...], taken: list[tuple[int | None, int]]
+    records: list[tuple[int, str]], taken: list[tuple[int | None, int]]
 ) -> None:
     assert order_of(*records) == taken
 
@@ -235,18 +203,15 @@ def test_steps_only_go_back_where_it_is_said(records: list[tuple[int, str]]) -> 
 
 # -- what cannot be opened -------------------------------------------------------------------------
 
+PACKED = gzip.compress(b"step,loss\n1,2\n", mtime=0)
+
 
 @pytest.mark.parametrize(
     ("data", "kind", "message"),
     [
-        (b"", NotYetError, "is empty: there is nothing to watch yet"),
-        (b" \n\n", NotYetError, "is empty"),
+        (b" \n\n", NotYetError, "is empty: there is nothing to watch yet"),
         (b"\x7fELF\0\0\1", LogError, "is a binary file, no training log"),
-        (
-            gzip.compress(b"step,loss\n1,2\n", mtime=0),
-            LogError,
-            r"is packed \(gzip\); unpack it first",
-        ),
+        (PACKED, LogError, r"is packed \(gzip\); unpack it first"),
         ("step,loss\n1,2\n".encode("utf-16"), LogError, "UTF-16; write it in UTF-8"),
         (b"Once upon a time, there was a model.\n", NotYetError, "no training log that is known"),
     ],
@@ -277,8 +242,3 @@ def test_a_folder_of_hugging_face(tmp_path: Path) -> None:
     state = {"log_history": [{"step": 1, "loss": 2.0}]}
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
     assert open_log(tmp_path).format == "Hugging Face trainer_state.json"
-
-
-def test_columns_of_a_run_are_not_to_be_named(tmp_path: Path) -> None:
-    with pytest.raises(LogError, match="the columns of a run folder are known"):
-        open_log(make_run(tmp_path / "demo"), {"loss": "x"})

@@ -46,12 +46,6 @@ def write_page(run: RunFolder, stride: int) -> Path:
     return path
 
 
-def count(browser: Browser, selector: str) -> int:
-    found = browser.evaluate(f"document.querySelectorAll({selector!r}).length")
-    assert isinstance(found, int)
-    return found
-
-
 @pytest.mark.parametrize(
     ("width", "dark"), [(1280, False), (390, False), (1280, True)], ids=["desk", "phone", "dark"]
 )
@@ -63,29 +57,18 @@ def test_all_is_drawn_without_a_word_or_a_request(
     assert browser.complaints == []
     assert browser.requests == [page.resolve().as_uri()]
     assert browser.evaluate("document.title") == "small: training report"
+    assert browser.evaluate("document.querySelector('pre.sample').innerText") == f"a{HOSTILE}"
     # Drawn, and as large as they should be.
     plot = browser.evaluate(WIDTH_OF.format(".c-loss .plot"))
     assert 0.8 * min(width, 1120) < plot <= width
     for line in (".s-linear .l-raw", ".s-linear .l-smooth", ".s-linear .l-val"):
         assert browser.evaluate(WIDTH_OF.format(line)) == pytest.approx(plot, abs=0.7 * plot)
         assert browser.evaluate(f"document.querySelector({line!r}).getTotalLength()") > 100
-    assert count(browser, ".band.strip") >= 2
-    assert count(browser, ".lanes .mark") == count(browser, ".decided") == 4
-    assert count(browser, ".rail .alarm") == 1
-    assert count(browser, ".rail .event") == 2
-    assert count(browser, "table.decisions tbody tr") == 4
-    assert count(browser, "table.events tbody tr") == 3
-    assert count(browser, ".map img") == 4
     assert browser.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 3)")
     # Nothing sticks out at the side.
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     ink = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ink == "rgb(255, 255, 255)") is not dark
-
-
-def test_a_sample_is_text(browser: Browser, page: Path) -> None:
-    browser.open(page)
-    assert browser.evaluate("document.querySelector('pre.sample').innerText") == f"a{HOSTILE}"
 
 
 @pytest.mark.parametrize("stride", [1, 1000])

@@ -4,13 +4,7 @@ import json
 
 import numpy as np
 
-from tests.unit.insight.reported import (
-    decision,
-    event,
-    make_longer,
-    metrics,
-    write_lines,
-)
+from tests.unit.insight.reported import decision, event, make_longer, metrics, write_lines
 from ultrathink.insight.events import read_events
 from ultrathink.insight.report.gathering import gather
 from ultrathink.insight.report.loads import read_loads
@@ -98,26 +92,17 @@ def test_forecasts_know_only_what_came_before(run: RunFolder) -> None:
     assert [one.forecast for one in broken.foretold] == [one.forecast for one in healthy.foretold]
     assert [one.is_inside for one in broken.foretold] == [False] * 3
     assert broken.foretold[0].came == 9.0
-
-
-def test_a_run_that_is_not_at_its_end_has_a_forecast_and_nothing_that_came(run: RunFolder) -> None:
-    make_longer(run, 1000)
-    write_lines(run.metrics, metrics(range(1, 601)))
+    write_lines(run.metrics, metrics(range(1, 601)))  # not at its end
     found = gather(run).replay
-    assert [(one.share, one.came, one.is_inside) for one in found.foretold] == [
-        (0.25, None, None),
-        (0.5, None, None),
-    ]
+    nothing = [(one.share, one.came, one.is_inside) for one in found.foretold]
+    assert nothing == [(0.25, None, None), (0.5, None, None)]
     assert found.forecast is not None
     assert found.forecast.step == 1000
 
 
 def test_what_a_rollback_undid_is_kept_apart(run: RunFolder) -> None:
-    lines = [
-        *metrics(range(1, 201)),
-        *metrics(range(201, 241), loss=8.0),
-        *metrics(range(201, 301)),
-    ]
+    undone_lines = metrics(range(201, 241), loss=8.0)
+    lines = [*metrics(range(1, 201)), *undone_lines, *metrics(range(201, 301))]
     write_lines(run.metrics, lines)
     story = gather(run)
     assert story.curves["loss"].values.max() < 6
@@ -138,11 +123,8 @@ def test_settings_are_those_that_somebody_set(run: RunFolder) -> None:
     assert "training.seed" not in found
     assert "model.vocab_size" not in found  # derived
     assert "training.clip" not in found  # a default
-
-
-def test_settings_without_origins_and_of_unknown_parts() -> None:
     tree = {"training": {"clip": 1.0, "log_every": 3, "optimizer": {"type": "mine", "zeal": 2}}}
-    found = {one.key: one.value for one in changed_settings(tree, None)}
-    assert found["training.log_every"] == 3
-    assert found["training.optimizer.zeal"] == 2
-    assert "training.clip" not in found
+    unknown = {one.key: one.value for one in changed_settings(tree, None)}  # without origins
+    assert unknown["training.log_every"] == 3
+    assert unknown["training.optimizer.zeal"] == 2
+    assert "training.clip" not in unknown

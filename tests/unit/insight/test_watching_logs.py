@@ -3,10 +3,12 @@
 import builtins
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ultrathink.core.errors import MissingDependencyError
@@ -14,6 +16,9 @@ from ultrathink.insight.logs.opening import open_log
 from ultrathink.insight.picture import draw_picture, require_matplotlib
 from ultrathink.insight.plain import without_nan
 from ultrathink.insight.watching import Watching, without_start
+from ultrathink.orchestrator.events import Event
+from ultrathink.orchestrator.phases import CONVERGING
+from ultrathink.orchestrator.watcher import Watcher
 
 RealLog = Callable[[str], Path]
 
@@ -68,23 +73,6 @@ def test_real_logs_are_read(real_log: RealLog, name: str) -> None:
     assert all(math.isfinite(value) for s in signals for value in s.values.values())
 
 
-def test_values_of_a_real_log_are_those_in_it(real_log: RealLog) -> None:
-    path = real_log("llmc_124M_main.log")
-    by_step = {s.step: s.values for s in open_log(path).signals()}
-    lines = [line.split() for line in path.read_text().splitlines() if "trl:" in line]
-    for line in lines[::500]:
-        pairs = dict(part.split(":") for part in line)
-        values = by_step[int(pairs["s"])]
-        assert values["loss"] == float(pairs["trl"])
-        assert (values["lr"], values["grad_norm"]) == (float(pairs["lr"]), float(pairs["norm"]))
-
-
-def test_the_scale_falls_where_gradients_overflow(real_log: RealLog) -> None:
-    signals = open_log(real_log("deepspeed_fp16_overflow.log")).signals()
-    scales = [s.values["loss_scale"] for s in signals if "loss_scale" in s.values][:4]
-    assert scales == [65536.0, 2048.0, 65536.0, 32768.0]
-
-
 def watch(path: Path) -> Watching:
     log = open_log(path)
     watching = Watching(log)
@@ -92,6 +80,106 @@ def watch(path: Path) -> Watching:
         watching.observe(signals)
     watching.finish()
     return watching
+
+
+# -- what is found in public logs ------------------------------------------------------------------
+
+
+def watched(path: Path) -> Watcher:
+    (course,) = watch(path).courses
+    return course.watcher
+
+
+def alarms_of(path: Path) -> list[Event]:
+    return [event for event in watched(path).events if event.is_alarm]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["megatron_gpt3_15b_h100.json", "mt5_az.json", "llmc_124M_main.log", "adamw_124M.log"],
+)
+def test_healthy_runs_raise_no_alarm_and_converge(real_log: RealLog, name: str) -> None:
+    watcher = watched(real_log(name))
+    assert [event for event in watcher.events if event.is_alarm] == []
+    steps = Counter[str]()
+    for phase in watcher.phases:
+        steps[phase.phase] += phase.to_step - phase.from_step
+    assert steps[CONVERGING] > 0.9 * steps.total()
+
+
+def test_jumps_that_recur_under_two_optimizers_are_hard_batches(real_log: RealLog) -> None:
+    muon, soap = (watched(real_log(f"{name}_124M.csv")).events for name in ("muon", "soap"))
+    for events in (muon, soap):
+        assert {event.kind for event in events} == {"hard_batch"}
+        assert len(events) >= 20
+        assert not any(event.is_alarm for event in events)
+    steps = {event.step for event in muon}
+    assert len(steps & {event.step for event in soap}) >= 0.7 * len(steps)
+
+
+def test_the_spike_of_mixtral_is_found_at_once(real_log: RealLog) -> None:
+    alarms = alarms_of(real_log("megatron_mixtral8x7b_h100_spike.json"))
+    assert {event.kind for event in alarms} == {"loss_spike"}
+    (spike,) = (event for event in alarms if event.step == 3850)
+    assert spike.found_at <= 3855  # the next logged step
+    assert spike.values["loss"] == pytest.approx(3.41, abs=0.01)
+    assert len(alarms) <= 8
+
+
+def test_gradient_spikes_above_ten_times_the_median_are_found(real_log: RealLog) -> None:
+    path = real_log("star_spec_decode.json")
+    (course,) = watch(path).courses
+    before: list[float] = []
+    spikes = []
+    for step, norm in course.curves["grad_norm"]:
+        if len(before) >= 20 and norm > 10 * np.median(before[-100:]):
+            spikes.append(step)
+        before.append(norm)
+    assert len(spikes) >= 2
+    alarms = [event for event in course.watcher.events if event.is_alarm]
+    assert all(any(event.step <= step <= event.to_step for event in alarms) for step in spikes)
+    assert len(alarms) <= 4  # in 40,000 steps
+
+
+def test_a_divergence_in_the_first_steps_is_found_and_its_twin_is_healthy(
+    real_log: RealLog,
+) -> None:
+    (event,) = alarms_of(real_log("deepspeed_7b_bf16_loss.csv"))
+    assert (event.kind, event.step) == ("divergence", 3)
+    assert alarms_of(real_log("deepspeed_7b_baseline_loss.csv")) == []
+
+
+def test_steps_skipped_while_an_fp16_scale_is_searched_are_no_alarm(real_log: RealLog) -> None:
+    events = watched(real_log("deepspeed_fp16_overflow.log")).events
+    assert {event.kind for event in events} == {"fp16_overflow"}
+    assert not any(event.is_alarm for event in events)
+
+
+def test_the_divergences_of_bloom_are_seen_in_a_few_lines(
+    real_log: RealLog, tmp_path: Path
+) -> None:
+    """Stretches of lines with gaps between them, each watched by itself."""
+    stretches: dict[str, list[str]] = {}
+    last, begin = 0, ""
+    title, *lines = real_log("bloom_iteration_lines.csv").read_text().splitlines(keepends=True)
+    column = title.split(",").index("iteration")
+    for line in lines:
+        step = line.split(",")[column]
+        if not 0 < int(step) - last <= 10:
+            begin = step
+        last = int(step)
+        stretches.setdefault(begin, []).append(line)
+    path = tmp_path / "stretch.csv"
+    found = {}
+    for begin, part in stretches.items():
+        path.write_text(title + "".join(part))
+        found[int(begin)] = {event.kind for event in alarms_of(path)}
+    assert {begin for begin, kinds in found.items() if "divergence" in kinds} >= {29020, 17060}
+    healthy = {33240, 43680, 6502, 12000, 14000, 16800, 12695, 31250, 45000}
+    assert not any(found[begin] for begin in healthy)
+
+
+# -- runs, resumes, reports ------------------------------------------------------------------------
 
 
 def test_runs_of_one_log_are_watched_apart(real_log: RealLog) -> None:
@@ -139,9 +227,6 @@ def test_a_report_is_strict_json(tmp_path: Path) -> None:
     text = json.dumps(report, allow_nan=False)
     assert set(json.loads(text)) == {"log", "events", "phases", "forecast"}
     assert any(event["kind"] == "non_finite" for event in report["events"])
-
-
-def test_nan_is_null_everywhere() -> None:
     value: Any = {"a": [math.nan, (math.inf, 1.0)], "b": {"c": -math.inf, "d": "nan", "e": 1}}
     assert without_nan(value) == {"a": [None, [None, 1.0]], "b": {"c": None, "d": "nan", "e": 1}}
 
@@ -171,12 +256,8 @@ def test_a_picture_has_the_curve_and_what_was_found(tmp_path: Path) -> None:
     red = tuple(round(255 * part) for part in matplotlib.colors.to_rgb("#1f4e79"))
     assert red in colors  # the line of the loss
     draw_picture(watching, tmp_path / "course.svg")
-    assert "loss (nats)" in _words(tmp_path / "course.svg")
-
-
-def _words(path: Path) -> str:
-    """The texts of an SVG; matplotlib leaves each as a comment beside its outlines."""
-    return path.read_text()
+    # The texts of an SVG: matplotlib leaves each as a comment beside its outlines.
+    assert "loss (nats)" in (tmp_path / "course.svg").read_text()
 
 
 @pytest.mark.parametrize(

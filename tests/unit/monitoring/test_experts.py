@@ -52,19 +52,13 @@ def counted(tokens: Routed) -> dict[str, float]:
 @pytest.mark.parametrize(("N", "k", "T"), [(8, 1, 50), (8, 2, 300), (16, 2, 40), (5, 4, 33)])
 def test_figures_are_what_counting_token_by_token_gives(N: int, k: int, T: int, seed: int) -> None:
     tokens = routed(seed, N, k, T, skew=0.5 * seed)
-    found = figures(tokens)
+    found, expected = figures(tokens), counted(tokens)
     assert found.pop("gini_of_noise") == gini_of_noise(N, k, T)
-    assert found == pytest.approx(counted(tokens), rel=1e-12)
-
-
-def test_the_tokens_that_are_counted_leave_nothing_out() -> None:
-    """Among them are dead experts, dropped tokens and a group that is anything but even."""
-    tokens = routed(3, 16, 2, 40, skew=1.5)
-    found = counted(tokens)
-    assert found["dead"] > 0
-    assert found["dropped"] > 0
-    assert found["max_min"] > 5
-    assert found["capacity_utilization"] < found["experts_per_token"] / 2 < 1
+    assert found == pytest.approx(expected, rel=1e-12)
+    if (N, seed) == (16, 3):  # the tokens leave nothing out
+        assert min(expected["dead"], expected["dropped"]) > 0
+        assert expected["max_min"] > 5
+        assert expected["capacity_utilization"] < expected["experts_per_token"] / 2 < 1
 
 
 @pytest.mark.parametrize(
@@ -126,65 +120,36 @@ def test_every_figure_is_finite_and_within_its_bounds(tokens: Routed) -> None:
         assert low - 1e-9 <= found[name] <= high + 1e-9, (name, found[name])
 
 
-@given(tokens_of, st.randoms(use_true_random=False))
-def test_the_order_of_experts_changes_nothing(tokens: Routed, random: object) -> None:
-    order = list(range(tokens.chosen.shape[1]))
-    random.shuffle(order)  # type: ignore[attr-defined]
-    other = Routed(
-        tokens.top_k,
-        *(part[:, order] for part in (tokens.probabilities, tokens.chosen, tokens.kept)),
-    )
-    assert figures(other) == pytest.approx(figures(tokens), rel=1e-9, abs=1e-12)
-
-
 @given(sizes, st.integers(1, 50))
 def test_even_loads_are_as_good_as_can_be(size: tuple[int, int], each: int) -> None:
     N, k = size
     given = with_loads([float(k * each)] * N, num_tokens=N * each, top_k=k)
     found = {name: float(value) for name, (value,) in given.figures["skill"].items()}
-    best = {
-        "k_max": k / N,
-        "k_rel": 1,
-        "load_variance": 0,
-        "max_exp_multi": 1,
-        "gini": 0,
-        "utilization": 1,
-        "balance_score": 1,
-        "max_min": 1,
-        "capacity_utilization": 1,
-        "experts_per_token": k,
-        "dropped": 0,
-        "dead": 0,
-    }
+    best = {"k_max": k / N, "experts_per_token": k}
+    best |= dict.fromkeys(("load_variance", "gini", "dropped", "dead"), 0)
+    ones = ("k_rel", "max_exp_multi", "utilization", "balance_score", "max_min")
+    best |= dict.fromkeys((*ones, "capacity_utilization"), 1)
     assert {name: found[name] for name in best} == pytest.approx(best, abs=1e-12)
-
-
-def test_all_tokens_on_one_expert() -> None:
-    (found,) = with_loads([0.0, 0.0, 12.0, 0.0], num_tokens=12).figures.values()
-    worst = {"gini": 0.75, "k_rel": 4, "max_exp_multi": 4, "utilization": 0.25, "max_min": 12,
-             "dead": 3, "capacity_utilization": 0.25, "balance_score": 1 - 3**0.5}  # fmt: skip
-    assert {name: found[name].item() for name in worst} == pytest.approx(worst)
 
 
 # -- layers and groups ----------------------------------------------------------------------------
 
 
+LAYERS = [
+    {"knowledge": routed(seed, 16, 2, 60), "safety": routed(seed + 9, 4, 1, 60)} for seed in (1, 2)
+]
+
+
+@pytest.fixture
 def two_layers() -> ExpertStatistics:
-    layers = [
-        {"knowledge": routed(seed, 16, 2, 60), "safety": routed(seed + 9, 4, 1, 60)}
-        for seed in (1, 2)
-    ]
-    return statistics(*layers)
+    return statistics(*LAYERS)
 
 
-def test_layers_and_groups_are_kept_apart() -> None:
-    found = two_layers().figures
+def test_layers_and_groups_are_kept_apart(two_layers: ExpertStatistics) -> None:
+    found = two_layers.figures
     assert list(found) == ["knowledge", "safety"]
-    for number, seed in enumerate((1, 2)):
-        for name, tokens in (
-            ("knowledge", routed(seed, 16, 2, 60)),
-            ("safety", routed(seed + 9, 4, 1, 60)),
-        ):
+    for number, layer in enumerate(LAYERS):
+        for name, tokens in layer.items():
             here = {figure: values[number].item() for figure, values in found[name].items()}
             here.pop("gini_of_noise")
             assert here == pytest.approx(counted(tokens), rel=1e-12)
@@ -213,8 +178,8 @@ def test_empty_slots_are_no_experts() -> None:
     assert loads[2][1:5] == small.load[0].tolist()
 
 
-def test_a_summary_has_a_few_figures_of_each_group() -> None:
-    given = two_layers()
+def test_a_summary_has_a_few_figures_of_each_group(two_layers: ExpertStatistics) -> None:
+    given = two_layers
     found = given.summary()
     assert len(found) == 14
     for group, of_layers in given.figures.items():
@@ -229,8 +194,8 @@ def test_a_summary_has_a_few_figures_of_each_group() -> None:
     assert found["experts/knowledge/dropped"] > 0
 
 
-def test_a_record_as_json_has_everything() -> None:
-    given = two_layers()
+def test_a_record_as_json_has_everything(two_layers: ExpertStatistics) -> None:
+    given = two_layers
     line = json.loads(json.dumps(ExpertRecord(7, 12.5, given).to_json(), allow_nan=False))
     assert {name: line[name] for name in ("step", "time", "num_tokens", "layers")} == {
         "step": 7, "time": 12.5, "num_tokens": 60, "layers": [1, 3],

@@ -2,15 +2,8 @@
 
 import errno
 
+from tests.unit.monitoring.screens import Clock
 from ultrathink.monitoring.health import REPEAT_S, Health
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
 FULL_ELSEWHERE = OSError(errno.ENOSPC, "No space left on device", "runs/a/samples.jsonl")

@@ -44,10 +44,6 @@ def lightness(colour: Colour) -> float:
     return 116 * luminance ** (1 / 3) - 16 if luminance > 0.008856 else 903.3 * luminance
 
 
-def test_even_loads_are_white_in_every_layer() -> None:
-    assert cells([[7, 7, 7], [300, 300, 300]]) == [[WHITE] * 3] * 2
-
-
 def test_rows_are_layers_and_columns_experts() -> None:
     (top, bottom) = cells([[10, 10, 0, 20], [5, 5, 5, 5]])
     assert bottom == [WHITE] * 4
@@ -81,10 +77,8 @@ def test_beyond_the_scale_is_its_end(ratio: float) -> None:
     assert low == (0x00, 0x50, 0xAF)
 
 
-def test_empty_slots_are_grey_and_count_for_nothing() -> None:
+def test_even_loads_are_white_empty_slots_grey_and_a_layer_without_tokens_black() -> None:
+    assert cells([[7, 7, 7], [300, 300, 300]]) == [[WHITE] * 3] * 2
     assert cells([[4, 4, 0, 0]], empty=[(0, 2), (0, 3)]) == [[WHITE, WHITE, GREY, GREY]]
-
-
-def test_a_layer_without_any_token_is_black() -> None:
     assert cells([[0, 0]]) == [[BLACK, BLACK]]
     assert cells([[0, 0]], empty=[(0, 0), (0, 1)]) == [[GREY, GREY]]

@@ -49,33 +49,31 @@ def test_each_record_is_a_strict_line_on_the_disk_at_once(tmp_path: Path) -> Non
         assert json.loads(lines[-1]) == {
             "step": step, "split": "train", "time": float(step), "loss": None,
         }  # fmt: skip
+    written = record(2, "val", loss=2.5, tokens=7)
+    sink.write(written)
     sink.close()
+    assert read_records(file)[2:] == [written]
 
 
-def test_records_are_read_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", [0, 20])
+def test_a_resumed_run_goes_on_after_its_checkpoint(start: int, tmp_path: Path) -> None:
     sink = opened(tmp_path)
-    records = [record(1, loss=2.0), record(1, "val", loss=2.5, tokens=7)]
-    for each in records:
-        sink.write(each)
-    sink.close()
-    assert read_records(tmp_path / "metrics.jsonl") == records
-
-
-def test_a_resumed_run_goes_on_after_its_checkpoint(tmp_path: Path) -> None:
-    sink = opened(tmp_path)
-    for step in (1, 10, 20, 30):
+    for step in (1, 10, 20, 21, 30):
         sink.write(record(step, loss=1.0))
-    sink.write(record(20, "val", loss=1.0))
-    sink.sample(20, "a", "b")
-    sink.sample(30, "a", "b")
+        sink.experts(experts(step))
+        sink.sample(step, "a", "b")
     sink.close()
-
-    resumed = opened(tmp_path, start_step=20)
-    resumed.write(record(21, loss=0.5))
+    paths = [tmp_path / f"{name}.jsonl" for name in ("metrics", "experts", "samples")]
+    for path in paths:
+        path.write_bytes(path.read_bytes() + b'{"step": 31, "torn')
+    resumed = opened(tmp_path, start_step=start)
+    resumed.write(record(start + 1, loss=0.5))
+    resumed.experts(experts(start + 1))
+    resumed.sample(start + 1, "a", "b")
     resumed.close()
-    steps = [(r.step, r.split) for r in read_records(tmp_path / "metrics.jsonl")]
-    assert steps == [(1, "train"), (10, "train"), (20, "train"), (20, "val"), (21, "train")]
-    assert (tmp_path / "samples.jsonl").read_text().count("\n") == 1
+    for path in paths:
+        steps = [line["step"] for line in lines_of(path)]
+        assert steps == ([1, 10, 20, 21] if start else [1])
 
 
 def test_experts_have_a_file_of_their_own_where_there_are_any(tmp_path: Path) -> None:
@@ -91,23 +89,6 @@ def test_experts_have_a_file_of_their_own_where_there_are_any(tmp_path: Path) ->
     assert len(lines_of(tmp_path / "metrics.jsonl")) == 1
 
 
-@pytest.mark.parametrize("start", [0, 20])
-def test_a_resumed_run_cuts_what_its_experts_did_later(start: int, tmp_path: Path) -> None:
-    sink = opened(tmp_path)
-    for step in (1, 10, 20, 21, 30):
-        sink.experts(experts(step))
-    sink.close()
-    path = tmp_path / "experts.jsonl"
-    before = path.read_bytes()
-    path.write_bytes(before + b'{"step": 31, "gro')
-    resumed = opened(tmp_path, start_step=start)
-    assert path.read_bytes() == b"".join(before.splitlines(keepends=True)[: 3 if start else 0])
-    resumed.experts(experts(start + 1))
-    resumed.close()
-    steps = [line["step"] for line in lines_of(path)]
-    assert steps == ([1, 10, 20, 21] if start else [1])
-
-
 @pytest.mark.parametrize(
     "torn", [b'{"step": 3, "lo', b'{"step": 3}', b"\0\0\0\n", b'{"t": "\xff"}\n', b"[3]\n"]
 )
@@ -120,22 +101,17 @@ def test_a_line_that_a_crash_tore_is_dropped(torn: bytes, tmp_path: Path) -> Non
     assert path.read_bytes() == whole
 
 
-def test_cutting_counts_what_went_and_keeps_what_has_no_step(tmp_path: Path) -> None:
+def test_cutting_counts_what_went_and_keeps_what_has_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "decisions.jsonl"
+    assert cut_after(path, 5) == 0
+    assert not path.exists()
     path.write_text('{"note": 1}\n{"step": 5}\n{"step": 6}\n{"step": 4}\n{"step": 7}\n')
     assert cut_after(path, 5) == 2
     assert path.read_text() == '{"note": 1}\n{"step": 5}\n{"step": 4}\n'
-
-
-def test_nothing_to_cut_leaves_the_file_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert cut_after(path, 5) == 0
-    assert not path.exists()
-    path.write_text('{"step": 5}\n')
     monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("rewritten"))
-    assert cut_after(path, 5) == 0
+    assert cut_after(path, 5) == 0  # nothing to cut leaves the file alone
 
 
 def test_a_crash_while_cutting_loses_nothing(

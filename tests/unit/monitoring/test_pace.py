@@ -2,14 +2,18 @@
 
 import pytest
 
+from tests.unit.monitoring.screens import Clock
 from ultrathink.monitoring.pace import Pace
 
 
-class Clock:
-    now = 0.0
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
-    def __call__(self) -> float:
-        return self.now
+
+@pytest.fixture
+def pace(clock: Clock) -> Pace:
+    return Pace(clock)
 
 
 def run(pace: Pace, clock: Clock, first: int, last: int, seconds: float) -> None:
@@ -18,9 +22,7 @@ def run(pace: Pace, clock: Clock, first: int, last: int, seconds: float) -> None
         pace.update(step)
 
 
-def test_nothing_is_claimed_without_evidence() -> None:
-    clock = Clock()
-    pace = Pace(clock)
+def test_nothing_is_claimed_without_evidence(pace: Pace, clock: Clock) -> None:
     assert pace.seconds_left(100) is None
     clock.now = 60.0
     pace.update(1)
@@ -29,9 +31,7 @@ def test_nothing_is_claimed_without_evidence() -> None:
     assert pace.seconds_left(100) is None  # less than two seconds seen
 
 
-def test_the_first_step_which_compiles_does_not_count() -> None:
-    clock = Clock()
-    pace = Pace(clock)
+def test_the_first_step_which_compiles_does_not_count(pace: Pace, clock: Clock) -> None:
     clock.now = 500.0
     pace.update(1)
     run(pace, clock, 2, 101, 0.1)
@@ -39,9 +39,7 @@ def test_the_first_step_which_compiles_does_not_count() -> None:
     assert pace.seconds_left(201) == pytest.approx(10.0)
 
 
-def test_time_goes_by_between_steps() -> None:
-    clock = Clock()
-    pace = Pace(clock)
+def test_time_goes_by_between_steps(pace: Pace, clock: Clock) -> None:
     run(pace, clock, 1, 11, 10.0)
     clock.now += 4
     assert pace.seconds_left(21) == pytest.approx(96.0)
@@ -49,26 +47,20 @@ def test_time_goes_by_between_steps() -> None:
     assert pace.seconds_left(21) == 0.0
 
 
-def test_pauses_count_in_their_share() -> None:
-    clock = Clock()
-    pace = Pace(clock)
+def test_pauses_count_in_their_share(pace: Pace, clock: Clock) -> None:
     for block in range(20):  # every 10 seconds of steps a validation of 10 seconds
         run(pace, clock, block * 100 + 1, block * 100 + 100, 0.1)
         clock.now += 10
     assert pace.seconds_per_step() == pytest.approx(0.2, rel=0.15)
 
 
-def test_a_new_pace_is_believed_after_its_window() -> None:
-    clock = Clock()
-    pace = Pace(clock)
+def test_a_new_pace_is_believed_after_its_window(pace: Pace, clock: Clock) -> None:
     run(pace, clock, 1, 100, 1.0)
     run(pace, clock, 101, 1100, 0.1)
     assert pace.seconds_per_step() == pytest.approx(0.1, rel=0.01)
 
 
-def test_a_long_run_is_remembered_in_few_points() -> None:
-    clock = Clock()
-    pace = Pace(clock)
+def test_a_long_run_is_remembered_in_few_points(pace: Pace, clock: Clock) -> None:
     run(pace, clock, 1, 50_000, 0.05)
     assert len(pace._points) < 420
     assert pace.seconds_per_step() == pytest.approx(0.05, rel=0.01)

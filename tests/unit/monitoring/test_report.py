@@ -4,22 +4,13 @@ import io
 
 import pytest
 
+from tests.unit.monitoring.screens import Terminal
 from ultrathink.monitoring.report import Cell, Column, Report
 
 
-class Terminal(io.StringIO):
-    encoding = "utf-8"  # type: ignore[assignment]
-
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.fixture(autouse=True)
-def _terminal_of_known_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm-256color")
+def _narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
-    for name in ("CI", "NO_COLOR"):
-        monkeypatch.delenv(name, raising=False)
 
 
 COLUMNS = [Column("name", folds=True), Column("loss", right=True), Column("", style="cyan")]

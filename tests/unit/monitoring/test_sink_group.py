@@ -54,14 +54,14 @@ class Keeping:
 
 
 class TroubledSink(Keeping):
-    pass
+    """Has a name that messages can use."""
 
 
 @pytest.mark.parametrize("method", CALLS)
 def test_whatever_fails_in_one_the_others_get_everything(method: str) -> None:
     first, broken, last = Keeping(), TroubledSink(method), Keeping()
     told: list[tuple[str, Level]] = []
-    group = SinkGroup([first, broken, last], lambda *note: told.append(note))
+    group = SinkGroup([first, broken, Sink(), last], lambda *note: told.append(note))
     for name, details in CALLS.items():
         getattr(group, name)(*details)
     everything = [(name, *details) for name, details in CALLS.items()]

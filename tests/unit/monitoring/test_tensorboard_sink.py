@@ -46,18 +46,6 @@ def test_scalars_have_split_name_step_and_time(tmp_path: Path) -> None:
     assert events.Scalars("val/bits_per_byte")[0].value == 1.25
 
 
-def test_a_resumed_run_hides_what_lay_beyond_its_checkpoint(tmp_path: Path) -> None:
-    sink = opened(tmp_path)
-    for step in (10, 20, 30):
-        sink.write(MetricRecord(step, "train", float(step), {"loss": float(step)}))
-    sink.close()
-    resumed = opened(tmp_path, start_step=20)
-    resumed.write(MetricRecord(25, "train", 99.0, {"loss": 0.5}))
-    resumed.close()
-    steps = [event.step for event in read(tmp_path).Scalars("train/loss")]
-    assert steps == [10, 20, 25]
-
-
 def test_samples_are_kept_word_for_word(tmp_path: Path) -> None:
     sink = opened(tmp_path)
     sink.sample(5, "def f(", "x):\n  *return* \udc80")
@@ -119,19 +107,14 @@ def test_warnings_of_its_packages_stay_inside(
     assert len(read(tmp_path).Scalars("train/loss")) == 1
 
 
-def test_closing_twice_or_unopened_is_harmless(tmp_path: Path) -> None:
-    TensorBoardSink().close()
-    sink = opened(tmp_path)
-    sink.close()
-    sink.close()
-
-
 def test_figures_are_on_the_disk_at_once_and_no_thread_is_started(tmp_path: Path) -> None:
+    TensorBoardSink().close()  # unopened
     num_threads = threading.active_count()
     sink = opened(tmp_path)
     sink.write(loss_record(1))
     assert threading.active_count() == num_threads
     assert steps(tmp_path) == [1]
+    sink.close()
     sink.close()
 
 
@@ -147,15 +130,16 @@ def steps(folder: Path) -> list[int]:
     return [event.step for event in read(folder).Scalars("train/loss")]
 
 
-def test_an_event_file_that_vanished_leaves_the_earlier_ones_in_force(tmp_path: Path) -> None:
-    """The new file still hides what a former process wrote beyond its checkpoint."""
+def test_a_resumed_run_hides_what_lay_beyond_its_checkpoint(tmp_path: Path) -> None:
+    """Also where its event file vanishes, and it begins another."""
     first = opened(tmp_path)
     for step in (10, 20, 30):
         first.write(loss_record(step))
     first.close()
     (old,) = (tmp_path / "tensorboard").iterdir()
     resumed = opened(tmp_path, start_step=20)
-    resumed.write(loss_record(21))
+    resumed.write(loss_record(25))
+    assert steps(tmp_path) == [10, 20, 25]
     (new,) = [file for file in (tmp_path / "tensorboard").iterdir() if file != old]
     new.unlink()
     resumed.write(loss_record(40))

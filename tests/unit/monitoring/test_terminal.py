@@ -3,18 +3,11 @@
 import io
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.unit.monitoring.disks import fill, small_disk
-from ultrathink.monitoring.terminal import (
-    SafeStream,
-    clean_text,
-    is_interactive,
-)
+from tests.unit.monitoring.screens import Terminal
+from ultrathink.monitoring.terminal import SafeStream, clean_text, is_interactive
 from ultrathink.monitoring.wording import short_number, short_time
 
 
@@ -77,50 +70,6 @@ def test_what_the_encoding_lacks_is_replaced() -> None:
     assert raw.getvalue() == b"na?ve ?"
 
 
-def test_a_full_disk_silences_a_stream_only_while_it_is_full(tmp_path: Path) -> None:
-    with (
-        small_disk(tmp_path / "disk") as disk,
-        io.TextIOWrapper((disk / "log").open("wb"), line_buffering=True) as file,
-    ):
-        stream = SafeStream(file)
-        stream.write("before\n")
-        filler = fill(disk)
-        while stream.failure is None:
-            stream.write("x" * 500 + "\n")
-        assert stream.failure.startswith("OSError: [Errno 28] No space left on device")
-        filler.unlink()
-        stream.write("after\n")
-        assert stream.failure is None
-        assert (disk / "log").read_text().splitlines()[-1] == "after"
-
-
-def test_what_can_never_be_written_does_not_fail_again_at_the_end(tmp_path: Path) -> None:
-    """As when standard error goes to a full disk: Python's own flush would end in status 120."""
-    code = (
-        "import sys\n"
-        "from ultrathink.monitoring.console import ConsoleSink\n"
-        "from ultrathink.monitoring import RunInfo\n"
-        "from pathlib import Path\n"
-        "sink = ConsoleSink()\n"
-        "sink.open(RunInfo('demo', Path('runs/demo'), 50, 0, '4M parameters'))\n"
-        "[sink.message('m' * 100, 'info') for _ in range(100)]\n"
-        "print([text for text, _ in sink.take_notes()])\n"
-        "sink.close()\n"
-    )
-    with small_disk(tmp_path / "disk") as disk, (disk / "log").open("w") as log:
-        fill(disk)
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            timeout=60,
-            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
-        )
-    assert done.returncode == 0
-    assert "cannot be written to (OSError: [Errno 28] No space left on device)" in done.stdout
-
-
 def test_a_slow_reader_loses_text_and_no_more() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -134,19 +83,12 @@ def test_a_slow_reader_loses_text_and_no_more() -> None:
         assert ours.read1(1 << 20).endswith(b"and on it goes\n")
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.mark.parametrize(
-    ("variables", "expected"),
-    [({"TERM": "xterm"}, True), ({"TERM": "dumb"}, False), ({"TERM": "xterm", "CI": "1"}, False)],
+    ("variables", "expected"), [({}, True), ({"TERM": "dumb"}, False), ({"CI": "1"}, False)]
 )
 def test_only_a_watched_terminal_is_interactive(
     variables: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("CI", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert is_interactive(SafeStream(Terminal())) is expected

@@ -14,6 +14,7 @@ from tests.unit.orchestrator.synthetic_runs import (
     steady,
     watched,
 )
+from ultrathink.orchestrator.detectors.loss import LossSpike
 from ultrathink.orchestrator.signals import Signals
 
 
@@ -75,16 +76,25 @@ def test_a_spike_is_found_again_and_does_not_hide_the_next() -> None:
     ]
 
 
-def test_a_loss_that_stays_high_has_diverged_and_its_level_counts_anew() -> None:
+def test_a_loss_that_stays_high_has_diverged_and_its_new_level_is_what_counts() -> None:
     loss = steady(900)
     loss[300:] *= 1.7
+    loss[400:405] *= 1.3  # as found as if there had been no divergence
     events = watched(signals({"loss": loss})).events
-    assert {event.kind for event in events} == {"loss_spike", "divergence"}
-    (divergence,) = (event for event in events if event.kind == "divergence")
-    assert (divergence.step, divergence.severity) == (301, "critical")
+    spike, divergence, other = sorted(events, key=lambda event: event.found_at)
+    assert [event.kind for event in (spike, divergence, other)] == [
+        *("loss_spike", "divergence", "loss_spike")
+    ]
+    assert (spike.step, divergence.step, other.step) == (301, 301, 401)
+    assert divergence.severity == "critical"
     assert divergence.found_at <= 301 + 24
     assert divergence.to_step < 450
-    assert all(event.to_step < 400 for event in events if event.kind == "loss_spike")
+    assert spike.to_step < 400
+    assert other.values["level"] == pytest.approx(1.7 * law(900)[400], rel=0.05)
+    detector = LossSpike()
+    found = [one for each in signals({"loss": loss[:400]}) for one in detector.observe(each)]
+    assert [one.kind for one in found].count("divergence") == 1
+    assert found[-1].step <= 301 + 24  # nothing is said of the new level
 
 
 def test_a_jump_at_the_end_of_a_log_is_told_by_its_size() -> None:

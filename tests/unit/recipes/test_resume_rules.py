@@ -34,7 +34,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> RunFolder:
     run.write_config(config)
     state: dict[str, Any] = {
         "model": {"w": torch.zeros(1)},
-        "progress": {"step": 4, "elapsed_s": 1.0},
+        "progress": {"step": 4, "elapsed_s": 1.0, "is_over": False},
         "budget": {"total_steps": 20, "tokens_per_step": 512, "validation_s": 2.0},
         "config": config.model_dump(mode="json"),
     }

@@ -1,14 +1,12 @@
 """What kind of checkpoint and run a command is given, and what it says of another."""
 
-import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.unit.runs.trained_runs import train
+from tests.unit.runs.trained_runs import rewrite_state, train
 from ultrathink.checkpoint.format import Header, load_checkpoint, read_header, save_checkpoint
 from ultrathink.cli.main import main
 from ultrathink.runs.folder import RunFolder
@@ -30,19 +28,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return train(tmp_path, "training.max_steps=2").path
 
 
-def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the state of a checkpoint and keep its checksums right."""
-    path = checkpoint / "state.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    sums = json.loads((checkpoint / "checksums.json").read_text())
-    written = path.read_bytes()
-    digest = hashlib.sha256(written).hexdigest()
-    sums[path.name] = {"size": len(written), "sha256": digest}
-    (checkpoint / "checksums.json").write_text(json.dumps(sums))
-
-
 def as_before(content: dict[str, Any]) -> None:
     """As the version before wrote it."""
     del content["kind"], content["base"]
@@ -61,7 +46,7 @@ def test_checkpoints_and_runs_of_an_earlier_version_are_refused_in_a_sentence(
 ) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest.pop("kind") == "train"
-    rewrite(RunFolder(run).checkpoint("last"), as_before)
+    rewrite_state(RunFolder(run).checkpoint("last"), as_before)
     for command in COMMANDS:
         [line] = told(command, run, capsys)
         assert "was written by an earlier version of ultrathink" in line, command
@@ -74,10 +59,8 @@ def test_checkpoints_and_runs_of_an_earlier_version_are_refused_in_a_sentence(
 
 
 def test_another_kind_is_refused_in_a_sentence(run: Path, capsys: Out) -> None:
-    def become_an_adapter(content: dict[str, Any]) -> None:
-        content |= {"kind": "adapter", "base": "0123456789abcdef"}
-
-    rewrite(RunFolder(run).checkpoint("last"), become_an_adapter)
+    adapter = {"kind": "adapter", "base": "0123456789abcdef"}
+    rewrite_state(RunFolder(run).checkpoint("last"), lambda content: content.update(adapter))
     for command in COMMANDS[:-1]:
         [line] = told(command, run, capsys)
         assert "is of kind 'adapter', made for the model 0123456789ab," in line, command

@@ -54,7 +54,9 @@ def holding_pid(run: RunFolder) -> int | None:
 
 
 def test_a_second_process_is_told_who_holds_the_run(run: RunFolder) -> None:
+    files = sorted(run.path.iterdir())
     assert holder(run) is None
+    assert sorted(run.path.iterdir()) == files  # asking leaves no trace
     before = time.time() - 60
     with holding_process(run) as process:
         owner = holder(run)
@@ -89,12 +91,14 @@ def test_a_second_trainer_of_one_process_is_refused(run: RunFolder) -> None:
         pytest.raises(CheckpointError, match="which is this one: let its other trainer end first"),
     ):
         RunLock.acquire(run, timeout_s=0.05)
-    RunLock.acquire(run).release()
 
 
-def test_releasing_twice_does_nothing(run: RunFolder) -> None:
+def test_releasing_from_another_thread_and_twice(run: RunFolder) -> None:
     first = RunLock.acquire(run)
-    first.release()
+    thread = threading.Thread(target=first.release)
+    thread.start()
+    thread.join()
+    assert holder(run) is None
     with RunLock.acquire(run):
         first.release()
         assert holding_pid(run) == os.getpid()
@@ -108,14 +112,6 @@ def test_a_lock_that_nobody_refers_to_is_released(run: RunFolder) -> None:
     gc.collect()
     assert holder(run) is None
     assert not (run.path / ".owner.json").exists()
-
-
-def test_a_lock_is_released_from_another_thread(run: RunFolder) -> None:
-    lock = RunLock.acquire(run)
-    thread = threading.Thread(target=lock.release)
-    thread.start()
-    thread.join()
-    assert holder(run) is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -162,12 +158,6 @@ def test_asking_disturbs_nobody(run: RunFolder) -> None:
         over.set()
         for thread in threads:
             thread.join()
-
-
-def test_asking_leaves_no_trace_in_a_folder_that_was_never_locked(run: RunFolder) -> None:
-    before = sorted(run.path.iterdir())
-    assert holder(run) is None
-    assert sorted(run.path.iterdir()) == before
 
 
 def test_a_folder_that_is_not_there_cannot_be_locked(tmp_path: Path) -> None:

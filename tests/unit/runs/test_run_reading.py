@@ -192,14 +192,8 @@ def test_the_last_line_of_a_decision_counts_and_damaged_ones_are_left_out(
     ]
     assert (found[2].level, found[2].signals, found[2].audit) == (None, {}, None)
     assert reader.num_damaged == {"decisions.jsonl": 4}
-    assert [one.get("id") for one in read_decisions(reader.run.decisions)] == [
-        1,
-        3,
-        None,
-        None,
-        4,
-        None,
-    ]
+    ids = [one.get("id") for one in read_decisions(reader.run.decisions)]
+    assert ids == [1, 3, None, None, 4, None]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Runs to look at: trained for a moment, or put together from a few files."""
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,18 @@ def make_run(
         }
         run.save(step, state, is_best=False, keep=9)
     return run
+
+
+def rewrite_state(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what the state.json of a checkpoint holds, and its checksum with it."""
+    path, sums_path = checkpoint / "state.json", checkpoint / "checksums.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    sums = json.loads(sums_path.read_text())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    sums[path.name] = {"size": path.stat().st_size, "sha256": digest}
+    sums_path.write_text(json.dumps(sums))
 
 
 def train_line(step: int, loss: float | None, **values: Any) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -168,18 +169,21 @@ def test_a_kernel_that_does_not_take_the_precision_is_told() -> None:
         choose(config, None)
 
 
-def test_a_frozen_model_takes_memory_from_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its weights, and the activations of one layer at a time."""
+def test_other_models_take_memory_from_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a frozen one its weights, and the activations of one layer at a time; of one that is
+    trained all activations, and what is kept of each weight."""
     config = load_config("debug", ["training.batch_size=4096", "model.num_layers=4"])
     weights = 4 * sizes(config.model).total
 
-    def chosen(free: int, *frozen: ModelConfig) -> int:
+    def chosen(free: int, *frozen: ModelConfig, trained: Sequence[ModelConfig] = ()) -> int:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
-        return _micro_batch_size(config, torch.device("cuda"), 4096, frozen)
+        return _micro_batch_size(config, torch.device("cuda"), 4096, frozen, lambda _: trained)
 
     plenty = 1 << 28
     alone = chosen(plenty)
     assert alone == 256  # 289 fit
     assert chosen(plenty + weights, config.model) == 128  # 231: five layers of activations, not 4
     assert chosen(2 * plenty, config.model) == 256
+    assert chosen(plenty + 4 * weights, trained=[config.model]) == 128  # 144: eight layers
+    assert chosen(4 * weights, trained=[config.model]) == 1
     assert chosen(weights, config.model) == 1

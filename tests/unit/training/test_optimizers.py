@@ -75,7 +75,8 @@ def test_state_goes_by_name_and_training_goes_on_from_it(
     other = Transformer(MODEL)
     other.load_state_dict(one.state_dict())
     second = build_optimizers(config, other)
-    load_optimizer_state(second, other, optimizer_state(first, one))
+    state = optimizer_state(first, dict(one.named_parameters()))
+    load_optimizer_state(second, dict(other.named_parameters()), state)
     step(one, first)
     step(other, second)
     pairs = zip(one.parameters(), other.parameters(), strict=True)
@@ -84,8 +85,9 @@ def test_state_goes_by_name_and_training_goes_on_from_it(
 
 def test_state_of_an_unknown_parameter_is_named() -> None:
     model = Transformer(MODEL)
+    optimizers, parameters = build_optimizers(AdamWConfig(), model), dict(model.named_parameters())
     with pytest.raises(CheckpointError, match=r"state for 'blocks\.9', which this model lacks"):
-        load_optimizer_state(build_optimizers(AdamWConfig(), model), model, {"blocks.9": {}})
+        load_optimizer_state(optimizers, parameters, {"blocks.9": {}})
 
 
 @pytest.mark.parametrize("moved_by", ["muon", "adamw"])

@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.unit.checkpoint.disks import state, value_of
 from tests.unit.monitoring import disks
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, Recorder, final_state, records, without_time
 from ultrathink.checkpoint.format import load_checkpoint, verify_checkpoint
+from ultrathink.config.training import CheckpointConfig
 from ultrathink.core.errors import CheckpointError
 from ultrathink.recipes.resume import resume_trainer
+from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.changes import Rollback
+from ultrathink.training.saving import Saving
 from ultrathink.training.trainer import Trainer
 
 SAVE_OFTEN = "training.checkpoint={every_steps: 2, keep: 9, retry_s: 0.001}"
@@ -169,29 +173,33 @@ def test_patience_with_a_full_disk_ends(make_trainer: MakeTrainer, small_disk: P
     assert resume_trainer(trainer.run).fit().name == "finished"
 
 
-def test_a_best_checkpoint_that_could_not_be_written_is_written_later(
-    make_trainer: MakeTrainer, small_disk: Path
+@pytest.mark.parametrize("is_best", [False, True])
+def test_a_best_state_that_waits_for_room_is_outlived_by_a_better_one_alone(
+    small_disk: Path, *, is_best: bool
 ) -> None:
-    def make_room() -> None:
-        (small_disk / "filler").unlink()
-        deadline = time.monotonic() + 60
-        while 4 not in trainer.run.steps():
-            assert time.monotonic() < deadline
-            trainer.saving.collect()
-
-    trainer = make_trainer(
-        "training.max_steps=9",
-        "training.eval.every_steps=4",
-        "training.checkpoint={every_steps: 6, keep: 9, retry_s: 0.001}",
-        f"run.dir={small_disk}",
-        callbacks=[
-            During(step4=lambda: fill_once_saved(trainer, small_disk), step7=make_room),
-        ],
+    written: list[int] = []
+    run = RunFolder(small_disk / "run")
+    saving = Saving(
+        run,
+        CheckpointConfig(keep=1, retry_s=0.001),
+        on_written=lambda step, path: written.append(step),
+        on_restored=lambda: None,
+        tell=lambda text, level: None,
     )
-    trainer.fit()
-    state = load_checkpoint(trainer.run.checkpoint(4))
-    assert state["progress"]["step"] == 4  # type: ignore[index,call-overload]
-    assert os.readlink(trainer.run.checkpoints / "last") == "step_00000009"
+    disks.fill(small_disk)
+    saving.save(4, state(4), is_best=True)
+    saving.wait_for_outcome()
+    assert written == []
+    (small_disk / "filler").unlink()
+    saving.save(6, state(6), is_best=is_best)  # nothing was tried again until now
+    saving.wait_for_outcome()
+    assert written == [6]
+    saving.wait_until_written()
+    saving.close()
+    best = 6 if is_best else 4
+    assert written == ([6] if is_best else [6, 4])
+    assert value_of(load_checkpoint(run.checkpoints / "best")) == best
+    assert value_of(load_checkpoint(run.checkpoints / "last")) == 6
 
 
 def test_a_vanished_run_folder_is_made_again(make_trainer: MakeTrainer) -> None:

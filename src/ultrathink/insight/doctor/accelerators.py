@@ -19,14 +19,10 @@ class TorchBuild:
     """The torch in use."""
 
     version: str
-    build: str
-    """CPU, or the accelerator's platform with its version."""
-    threads: int
-    """Threads that one operation is shared out to."""
-    instructions: str
-    """The widest vector instructions of this CPU that torch's own kernels use."""
-    bf16: str | None
-    """This CPU's bf16 matrix instructions; None where there are none."""
+    build: str  # CPU, or the accelerator's platform with its version
+    threads: int  # threads that one operation is shared out to
+    instructions: str  # the widest vector instructions of this CPU that torch's own kernels use
+    bf16: str | None  # this CPU's bf16 matrix instructions; None where there are none
 
 
 @dataclass(frozen=True)
@@ -37,8 +33,7 @@ class Gpu:
     memory: int
     free: int | None
     capability: str
-    supported: bool
-    """Whether this torch has kernels for it."""
+    supported: bool  # whether this torch has kernels for it
 
 
 @dataclass(frozen=True)
@@ -49,8 +44,7 @@ class Accelerators:
     mps: bool
     driver: str | None
     """NVIDIA's driver, as it names itself; None where there is none or it does not say."""
-    unused: str | None
-    """Why a GPU that seems to be here is not used."""
+    unused: str | None  # why a GPU that seems to be here is not used
 
 
 def read_torch() -> TorchBuild:

@@ -41,8 +41,7 @@ class Processor:
     name: str | None
     physical_cores: int | None
     logical_cores: int | None
-    allowed_cores: int | None
-    """Logical cores that the scheduler may put this process on."""
+    allowed_cores: int | None  # logical cores that the scheduler may put this process on
     quota: float | None
     """Cores' worth of time that its control group may use; None where nothing limits it."""
 
@@ -65,12 +64,9 @@ class Memory:
 
     total: int | None
     available: int | None
-    limit: int | None
-    """What the control group may use; None where nothing limits it."""
-    limit_free: int | None
-    """What of the limit is left."""
-    shared: int | None
-    """Free space of /dev/shm, through which data workers are told what to do."""
+    limit: int | None  # what the control group may use; None where nothing limits it
+    limit_free: int | None  # what of the limit is left
+    shared: int | None  # free space of /dev/shm, through which data workers are told what to do
 
     @property
     def usable(self) -> int | None:
@@ -87,8 +83,7 @@ class Folder:
     exists: bool
     free: int | None
     total: int | None
-    problem: str | None
-    """Why nothing can be written there; None where a trial succeeded."""
+    problem: str | None  # why nothing can be written there; None where a trial succeeded
 
 
 def told(read: Callable[[], Value]) -> Value | None:

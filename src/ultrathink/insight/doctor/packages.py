@@ -18,15 +18,11 @@ NAME = "ultrathink"
 class Package:
     """A package that is asked for."""
 
-    requirement: str
-    """With its versions, as pip takes it: torch~=2.13.0."""
+    requirement: str  # with its versions, as pip takes it: torch~=2.13.0
     name: str
-    installed: str | None
-    """Its version; None where it is missing."""
-    fits: bool
-    """Whether that version is one that is asked for."""
-    extra: str | None
-    """The extra that it belongs to; None for what is always needed."""
+    installed: str | None  # its version; None where it is missing
+    fits: bool  # whether that version is one that is asked for
+    extra: str | None  # the extra that it belongs to; None for what is always needed
 
     @property
     def fix(self) -> str:

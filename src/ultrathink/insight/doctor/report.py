@@ -22,8 +22,7 @@ class Problem:
 
     level: Level
     text: str
-    fix: str | None
-    """None where the text tells it."""
+    fix: str | None  # None where the text tells it
 
 
 @dataclass(frozen=True)
@@ -39,17 +38,13 @@ class Choice:
 class Run:
     """What of the configuration the verdict hangs on."""
 
-    config: str
-    """What it was called on the command line."""
+    config: str  # what it was called on the command line
     parameters: int
-    state_bytes: int
-    """Weights, gradients and what the optimizer remembers, without activations."""
-    checkpoint_bytes: int
-    """One checkpoint, at most."""
+    state_bytes: int  # weights, gradients and what the optimizer remembers, without activations
+    checkpoint_bytes: int  # one checkpoint, at most
     checkpoints_kept: int
     """At the same time on the disk, the one being written and the best included."""
-    may_compile: bool
-    """Whether compiling is asked for, or left to the machine."""
+    may_compile: bool  # whether compiling is asked for, or left to the machine
 
 
 @dataclass(frozen=True)
@@ -75,15 +70,13 @@ class Diagnosis:
     cache_folder: Folder
     packages: tuple[Package, ...] | None
     load_average: float | None = None
-    disk_rate: float | None = None
-    """Bytes a second that reach the disk of the run folder."""
+    disk_rate: float | None = None  # bytes a second that reach the disk of the run folder
     torch: TorchBuild | None = None
     torch_error: str | None = None
     accelerators: Accelerators | None = None
     toolchain: Toolchain | None = None
     cpu_speed: Speed | None = None
-    device_speed: Speed | None = None
-    """Of the GPU that ``auto`` takes, where it takes one."""
+    device_speed: Speed | None = None  # of the GPU that ``auto`` takes, where it takes one
     sharing: Sharing | None = None
     choices: tuple[Choice, ...] = ()
     choice_error: str | None = None

@@ -38,10 +38,8 @@ class ProductRate:
     """How fast matrix products of one number format are."""
 
     precision: Precision
-    threads: int | None
-    """None on a GPU."""
-    flops: float
-    """FLOP/s, the median of several products."""
+    threads: int | None  # None on a GPU
+    flops: float  # FLOP/s, the median of several products
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,7 @@ class Speed:
     """What was measured on one device; rates in bytes or FLOP a second, medians."""
 
     products: tuple[ProductRate, ...]
-    memory: float | None
-    """Bytes read and written a second by copying a large tensor."""
+    memory: float | None  # bytes read and written a second by copying a large tensor
 
     def rate(self, precision: Precision, threads: int | None) -> float | None:
         """FLOP/s with so many threads, None where it was not measured."""
@@ -63,10 +60,8 @@ class Sharing:
     """What others did with the cores of this process while it was watched."""
 
     seconds: float
-    others: float
-    """Cores that other processes kept busy, on average."""
-    stolen: float
-    """Cores' worth of time that the host of a virtual machine took away."""
+    others: float  # cores that other processes kept busy, on average
+    stolen: float  # cores' worth of time that the host of a virtual machine took away
 
 
 def measure_speed(device: torch.device, threads: Sequence[int]) -> Speed:

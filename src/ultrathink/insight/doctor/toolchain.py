@@ -30,14 +30,11 @@ _COUNTING_S = 1.0
 class Toolchain:
     """The C++ compiler for the CPU, and the cache of what it made."""
 
-    compiler: str | None
-    """Its path."""
+    compiler: str | None  # its path
     version: str | None
-    problem: str | None
-    """Why nothing can be compiled; None where a trial succeeded."""
+    problem: str | None  # why nothing can be compiled; None where a trial succeeded
     cache: str
-    cache_bytes: int | None
-    """None where counting took too long."""
+    cache_bytes: int | None  # None where counting took too long
 
 
 def read_toolchain(*, try_out: bool) -> Toolchain:

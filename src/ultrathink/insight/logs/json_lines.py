@@ -6,26 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ultrathink.insight.logs.line_log import LineLog, LineReader
+from ultrathink.insight.logs.line_log import SAMPLE_LINES, LineLog, RowReader, log_of_rows
 from ultrathink.insight.logs.log import LogSignals
 from ultrathink.insight.logs.names import Meaning
 from ultrathink.insight.logs.rows import Rows
 from ultrathink.monitoring.jsonl import METRICS_FILE, parse_object
 from ultrathink.monitoring.records import MetricRecord
 
-_SAMPLE_LINES = 200
 _OURS_EXTRA = {"token_accuracy": Meaning("accuracy")}
-
-
-class JsonReader(LineReader):
-    """Reads lines that hold one object each."""
-
-    def feed(self, line: str) -> list[LogSignals]:
-        """The signals of a line."""
-        if not line.strip():
-            return []
-        row = parse_object(line)
-        return self.taken(None if row is None else flat(row))
 
 
 def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -39,13 +27,8 @@ def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def is_ours(row: Mapping[str, Any]) -> bool:
-    """Whether an object is a line of a run's ``metrics.jsonl``."""
-    return {"step", "split", "time"} <= row.keys() and row["split"] in ("train", "val")
-
-
 class _OurRows(Rows):
-    """Rows of ``metrics.jsonl``: evaluators give their figures names of their own."""
+    """Rows of ``metrics.jsonl``, with what evaluators found under the names of live signals."""
 
     def take(self, row: Mapping[str, Any]) -> LogSignals | None:
         record = MetricRecord.from_json(row) if row.get("split") == "eval" else None
@@ -55,20 +38,24 @@ class _OurRows(Rows):
         return LogSignals(record.step, {f"eval/{name}": one for name, one in figures.items()})
 
 
-def our_rows() -> Rows:
-    """What reads the lines of ``metrics.jsonl``, where null is a value that was not finite."""
-    return _OurRows(extra=_OURS_EXTRA, null_is_nan=True)
+def our_log(path: Path) -> LineLog:
+    """A run's ``metrics.jsonl``, where null is a value that was not finite."""
+
+    def make_reader() -> RowReader:
+        return RowReader(_OurRows(extra=_OURS_EXTRA, null_is_nan=True), _row)
+
+    return LineLog(path, METRICS_FILE, make_reader)
 
 
 def open_json_lines(path: Path, lines: Sequence[str], columns: Mapping[str, str]) -> LineLog:
     """The log in lines of JSON; LogError where its keys cannot be guessed."""
-    sample = [row for line in lines[:_SAMPLE_LINES] if (row := parse_object(line)) is not None]
-    if is_ours(sample[0]) and not columns:
-        return LineLog(path, METRICS_FILE, lambda: JsonReader(our_rows()))
-    rows = Rows(columns)
-    rows.require((flat(row) for row in sample), path)
+    first = parse_object(lines[0]) or {}
+    is_ours = {"step", "split", "time"} <= first.keys() and first["split"] in ("train", "val")
+    if is_ours and not columns:
+        return our_log(path)
+    return log_of_rows(path, "lines of JSON", _row, lines[:SAMPLE_LINES], columns)
 
-    def make_reader() -> JsonReader:
-        return JsonReader(Rows(columns, has_sources=rows.has_sources))
 
-    return LineLog(path, "lines of JSON", make_reader)
+def _row(line: str) -> dict[str, Any] | None:
+    row = parse_object(line) if line.strip() else {}
+    return None if row is None else flat(row)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ultrathink.insight.logs.log import Log, LogSignals, News
+from ultrathink.insight.logs.names import Meaning
 from ultrathink.insight.logs.rows import Rows
 from ultrathink.insight.logs.tail import Tail, all_lines
+
+SAMPLE_LINES = 200
+# The row on a line: an empty one where it says nothing, None where it cannot be read.
+Parse = Callable[[str], Mapping[str, Any] | None]
 
 
 class LineReader(ABC):
@@ -32,12 +37,19 @@ class LineReader(ABC):
         """What was waiting for another line: nothing where every line is whole."""
         return []
 
-    def taken(self, row: Mapping[str, Any] | None) -> list[LogSignals]:
-        """The signals of a line's row; a line that has none was not read."""
-        if row is None:
-            self.num_unread += 1
-            return []
-        signals = self.rows.take(row)
+
+class RowReader(LineReader):
+    """Reads lines that hold a row each."""
+
+    def __init__(self, rows: Rows, parse: Parse) -> None:
+        super().__init__(rows)
+        self._parse = parse
+
+    def feed(self, line: str) -> list[LogSignals]:
+        """The signals of the row on a line."""
+        row = self._parse(line)
+        self.num_unread += row is None
+        signals = self.rows.take(row) if row else None
         return [signals] if signals is not None else []
 
 
@@ -61,9 +73,7 @@ class LineLog(Log):
             self.total_steps = reader.total_steps
             yield from signals
         yield from reader.finish()
-        self.notes = []
-        if is_torn:
-            self.notes.append("The last line is torn and was left out.")
+        self.notes = ["The last line is torn and was left out."] if is_torn else []
         if damaged := reader.num_unread - is_torn:
             lines = "line is" if damaged == 1 else "lines are"
             self.notes.append(f"{damaged:,} {lines} damaged and left out.")
@@ -78,3 +88,26 @@ class LineLog(Log):
             signals += self._reader.finish()
         self.total_steps = self._reader.total_steps
         return News(signals, new.is_anew)
+
+
+def log_of_rows(
+    path: Path,
+    format: str,
+    parse: Parse,
+    lines: Iterable[str],
+    columns: Mapping[str, str],
+    extra: Mapping[str, Meaning] | None = None,
+) -> LineLog:
+    """The log whose lines hold a row each; LogError where the first ones do not say what is what.
+
+    ``columns`` are the user's own names, ``extra`` those of the format.
+    """
+    known = Rows(columns, extra)
+    known.require((row for line in lines if (row := parse(line))), path)
+    if known.is_counted:
+        format += ", rows counted as steps"
+
+    def make_reader() -> LineReader:
+        return RowReader(Rows(columns, extra, has_sources=known.has_sources), parse)
+
+    return LineLog(path, format, make_reader)

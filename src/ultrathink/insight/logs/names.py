@@ -10,69 +10,49 @@ from ultrathink.core.errors import UltrathinkError, suggestion
 
 STEP = "step"
 # Signal -> what it is called, the surest name first. Names are compared in lower case, with every
-# run of other signs than letters, digits and slashes as one "_", and without their unit.
+# run of other signs than letters, digits and slashes as one "_", and without their unit. A name may
+# also say its split: "train/lm_loss" and "loss_train" are losses, "eval_lm_loss" is one of
+# validation, which here has only those names of its own that do not say so.
 ALIASES: dict[str, tuple[str, ...]] = {
     STEP: (
-        "step", "global_step", "trainer/global_step", "train/global_step", "_step", "iteration",
-        "iter", "iters", "steps", "num_updates", "num_steps", "optimizer_step", "train_step",
-        "train/step", "update", "updates", "batch", "it", "epoch",
+        "step", "global_step", "trainer/global_step", "_step", "iteration", "iter", "iters",
+        "steps", "num_updates", "num_steps", "optimizer_step", "update", "updates", "batch", "it",
+        "epoch",
     ),
     "loss": (
-        "loss", "train_loss", "train/loss", "training_loss", "training/loss", "lm_loss",
-        "loss/train", "trl", "train/lm_loss", "train_lm_loss", "loss_train", "losses/train",
-        "lm_loss_training",
-        "train/crossentropyloss", "train/ce_loss", "ce_loss", "cross_entropy", "cross_entropy_loss",
-        "train/cross_entropy", "loss_metrics/global_avg_loss", "loss/train/total", "train_ce_loss",
-        "metrics/train/languagecrossentropy", "train_loss_step", "train/loss_step", "loss_step",
-        "nll_loss", "nll", "total_loss", "train/total_loss", "mean_loss", "avg_loss",
-        "average_loss", "train_loss_epoch", "train/loss_epoch", "loss_epoch", "trainloss",
-        "tr_loss", "running_loss", "value",
+        "loss", "lm_loss", "trl", "losses", "crossentropyloss", "ce_loss", "cross_entropy",
+        "cross_entropy_loss", "loss_metrics/global_avg_loss", "loss_total",
+        "metrics_languagecrossentropy", "loss_step", "nll_loss", "nll", "total_loss", "mean_loss",
+        "avg_loss", "average_loss", "loss_epoch", "trainloss", "running_loss", "value",
     ),
-    "val_loss": (
-        "val_loss", "valid_loss", "validation_loss", "eval_loss", "val/loss", "eval/loss",
-        "valid/loss", "validation/loss", "tel", "lm_loss_validation", "lm_loss_value", "loss/val",
-        "loss/valid", "loss/validation", "loss/eval", "loss_val", "losses/val", "dev_loss",
-        "validation_metrics/loss", "eval/lm_loss", "val/lm_loss", "eval/crossentropyloss",
-        "val_ce_loss", "metrics/eval/languagecrossentropy", "val_loss_epoch", "val/loss_epoch",
-        "test_loss", "test/loss", "loss/test", "valloss",
-    ),
-    "accuracy": (
-        "accuracy", "acc", "train_accuracy", "train_acc", "train/accuracy", "train/acc",
-        "mean_token_accuracy", "train/mean_token_accuracy", "token_accuracy", "accuracy/train",
-    ),
-    "val_accuracy": (
-        "val_accuracy", "val_acc", "eval_accuracy", "eval_acc", "val/accuracy", "val/acc",
-        "eval/accuracy", "valid_accuracy", "validation_accuracy", "validation/accuracy",
-        "val_token_accuracy", "eval_mean_token_accuracy", "eval_token_accuracy", "test_accuracy",
-        "accuracy/val", "test_acc",
-    ),
+    "val_loss": ("tel", "lm_loss_value", "validation_metrics/loss", "valloss"),
+    "accuracy": ("accuracy", "acc", "mean_token_accuracy", "token_accuracy"),
+    "val_accuracy": (),
     "grad_norm": (
         "grad_norm", "gradient_norm", "gradnorm", "grad_norm_total", "total_grad_norm", "gnorm",
-        "global_grad_norm", "train/grad_norm", "optim/total_grad_norm", "train/gradient_norm",
-        "optim/grad_norm", "grad/norm", "l2_norm/grad/global", "norm",
+        "global_grad_norm", "optim/total_grad_norm", "optim/grad_norm", "grad/norm",
+        "l2_norm/grad/global", "norm",
     ),
     "lr": (
-        "lr", "learning_rate", "train/lr", "train/learning_rate", "optim/learning_rate_group0",
-        "optim/lr", "lr/group0", "lr/group_0", "lr_adamw", "lr_adam", "train_lr", "lr_group0",
-        "learning_rate/group0", "lr_adamw/pg1",
+        "lr", "learning_rate", "optim/learning_rate_group0", "optim/lr", "lr/group0", "lr/group_0",
+        "lr_adamw", "lr_adam", "lr_group0", "learning_rate/group0", "lr_adamw/pg1",
     ),
     "step_time": (
         "step_time", "iteration_time", "iter_time", "elapsed_time_per_iteration", "time_per_step",
         "time_per_iteration", "step_avg", "sec_per_step", "seconds_per_step", "batch_time", "dt",
-        "train/step_time", "time_metrics/end_to_end", "perf/step_time", "train/iter_time",
+        "time_metrics/end_to_end", "perf/step_time",
     ),
     "data_wait": (
         "data_wait", "data_time", "data_loading_time", "dataloader_time", "data_load_time",
         "time_metrics/data_loading", "throughput/device/data_loading", "data_loading",
-        "batch_generator", "train/data_time",
+        "batch_generator",
     ),
     "tokens_per_sec": (
         "tokens_per_sec", "tokens_per_second", "tok_per_sec", "tok/sec", "tok/s", "tokens/s",
-        "tokens/sec", "train/tokens_per_second", "throughput/device/tokens_per_second", "tps",
-        "throughput/device/tps", "tokens_per_second_per_gpu", "tokens/s/device", "tgs", "wps",
-        "toks_per_sec", "train_tokens_per_second", "throughput/tokens_per_sec", "throughput",
-        "currsamplespersec", "samples_per_sec", "samples_per_second", "samples/s", "samples/sec",
-        "train_samples_per_second",
+        "tokens/sec", "throughput/device/tokens_per_second", "tps", "throughput/device/tps",
+        "tokens_per_second_per_gpu", "tokens/s/device", "tgs", "wps", "toks_per_sec",
+        "throughput/tokens_per_sec", "throughput", "currsamplespersec", "samples_per_sec",
+        "samples_per_second", "samples/s", "samples/sec",
     ),
     "memory": (
         "memory", "mem", "memory_allocated", "mem_allocated", "memallocated", "gpu_memory",
@@ -143,7 +123,7 @@ _MEASURED_IN = {  # which units a signal may have; another word is no unit
     "memory_limit": _SIZES,
 }
 _RANKS = {
-    alias: (signal, rank)
+    alias: (signal, 2 * rank)
     for signal, aliases in ALIASES.items()
     for rank, alias in enumerate(aliases)
 }
@@ -186,18 +166,18 @@ def meaning_of(name: str, extra: Mapping[str, Meaning] | None = None) -> Meaning
     extra = extra or {}
     if name.endswith(("__MIN", "__MAX")):  # Weights & Biases: beside each column of means
         return None
-    if _OURS.fullmatch(name) and plain(name) not in _RANKS:
+    if _OURS.fullmatch(name) and _known(plain(name)) is None:
         return Meaning(name)
     key, shown, in_name = plain(name), name.strip(), ""
-    if key not in _RANKS and key not in extra:
+    if key not in extra and _known(key) is None:
         key, shown, in_name = without_unit(name)
     if key in extra:
         given = extra[key]
         return replace(given, factor=given.factor * _factor(given.signal, in_name))
     if key in SKIPPED_SINCE:
         return Meaning("skipped_steps", since_last=True)
-    if key in _RANKS:
-        signal, rank = _RANKS[key]
+    if (known := _known(key)) is not None:
+        signal, rank = known
         return Meaning(signal, rank, _factor(signal, in_name))
     if key in _CLOCKS or plain(name) in _CLOCKS:
         return None
@@ -205,6 +185,21 @@ def meaning_of(name: str, extra: Mapping[str, Meaning] | None = None) -> Meaning
         if match := pattern.fullmatch(plain(name)):
             return Meaning(prefix + match["s"])
     return Meaning(shown)
+
+
+def _known(key: str) -> tuple[str, int] | None:
+    """The signal that a name in plain form stands for, and its rank: with its split or without."""
+    if key in _RANKS:
+        return _RANKS[key]
+    words = re.split("[/_]", key)
+    splits = [word for word in words if word in TRAINING | VALIDATION]
+    known = _RANKS.get("_".join(word for word in words if word not in splits))
+    if known is None or len(splits) != 1:
+        return None
+    signal, rank = known
+    if splits[0] in VALIDATION:
+        return (f"val_{signal}", rank + 1) if signal in ("loss", "accuracy") else None
+    return signal, rank + 1
 
 
 def of_validation(signal: str) -> str | None:

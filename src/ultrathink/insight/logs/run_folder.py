@@ -7,8 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from ultrathink.insight.events import read_events
-from ultrathink.insight.logs.json_lines import JsonReader, our_rows
-from ultrathink.insight.logs.line_log import LineLog
+from ultrathink.insight.logs.json_lines import our_log
 from ultrathink.insight.logs.log import Log, LogSignals, News
 from ultrathink.insight.logs.tail import Tail
 from ultrathink.monitoring.expert_figures import figures_of
@@ -24,7 +23,7 @@ class RunFolderLog(Log):
         super().__init__(run.path, "run folder")
         self._reader = RunReader(run)
         self.total_steps = self._reader.planned_steps()
-        self._metrics = LineLog(run.metrics, "", lambda: JsonReader(our_rows()))
+        self._metrics = our_log(run.metrics)
         self._experts = Tail(run.experts)
         self._waiting: dict[int, dict[str, float]] = {}  # figures of experts, by step
         self._last_step = 0

@@ -7,13 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ultrathink.insight.logs.line_log import LineLog, LineReader
-from ultrathink.insight.logs.log import LogSignals, NotYetError
+from ultrathink.insight.logs.line_log import SAMPLE_LINES, LineLog, log_of_rows
+from ultrathink.insight.logs.log import NotYetError
 from ultrathink.insight.logs.names import Meaning, is_telling, meaning_of
 from ultrathink.insight.logs.numbers import is_absent, parse_number
-from ultrathink.insight.logs.rows import Rows
 
-_SAMPLE_ROWS = 200
 _MAX_TITLE = 200  # characters; prose is longer
 _NAMES = {",": "CSV", "\t": "TSV", ";": "CSV with semicolons", " ": "a table with spaces"}
 # A table may hold what no other log has: milliseconds since the beginning.
@@ -42,31 +40,24 @@ class Shape:
         except csv.Error:  # a cell of more than 128 kB, for one
             return []
 
-
-class TableReader(LineReader):
-    """Reads the rows of a table whose shape is known."""
-
-    def __init__(self, shape: Shape, rows: Rows) -> None:
-        super().__init__(rows)
-        self._shape = shape
-
-    def feed(self, line: str) -> list[LogSignals]:
-        """The signals of a row; titles that come again and comments have none."""
+    def row(self, line: str) -> dict[str, str] | None:
+        """The row on a line; titles that come again and comments have none."""
         if _is_blank(line):
-            return []
-        cells = self._shape.cells(line.rstrip("\r"))
-        titles = self._shape.titles
-        if cells and titles[-1] == cells[-1].strip() and not line[:1].isdigit():
-            return []
+            return {}
+        cells = self.cells(line.rstrip("\r"))
+        if cells and self.titles[-1] == cells[-1].strip() and not line[:1].isdigit():
+            return {}
         # A last column that is empty throughout has, as a rule, no title.
-        fits = len(cells) >= len(titles) and not any(c.strip() for c in cells[len(titles) :])
+        fits = len(cells) >= len(self.titles) and not any(
+            cell.strip() for cell in cells[len(self.titles) :]
+        )
         is_row = fits and any(parse_number(cell) is not None for cell in cells)
-        return self.taken(dict(zip(titles, cells, strict=False)) if is_row else None)
+        return dict(zip(self.titles, cells, strict=False)) if is_row else None
 
 
 def table_shape(lines: Sequence[str]) -> Shape | None:
     """The shape of the table that these lines begin; None where they are none."""
-    kept = [line.rstrip("\r") for line in lines if not _is_blank(line)][:_SAMPLE_ROWS]
+    kept = [line.rstrip("\r") for line in lines if not _is_blank(line)][:SAMPLE_LINES]
     if not kept:
         return None
     for delimiter in _NAMES:
@@ -83,20 +74,10 @@ def open_table(
     path: Path, shape: Shape, lines: Sequence[str], columns: Mapping[str, str]
 ) -> LineLog:
     """The log in a table; LogError where its columns cannot be guessed."""
-    sample = [line for line in lines if not _is_blank(line)][1 : _SAMPLE_ROWS + 1]
+    sample = [line for line in lines if not _is_blank(line)][1 : SAMPLE_LINES + 1]
     if not sample:
         raise NotYetError(f"{path} has titles of columns and no rows yet.")
-    rows = Rows(columns, _EXTRA)
-    cells = (dict(zip(shape.titles, shape.cells(line), strict=False)) for line in sample)
-    rows.require(cells, path)
-
-    def make_reader() -> TableReader:
-        return TableReader(shape, Rows(columns, _EXTRA, has_sources=rows.has_sources))
-
-    log = LineLog(path, _NAMES[shape.delimiter], make_reader)
-    if rows.is_counted:
-        log.format += ", rows counted as steps"
-    return log
+    return log_of_rows(path, _NAMES[shape.delimiter], shape.row, sample, columns, _EXTRA)
 
 
 def _is_blank(line: str) -> bool:

@@ -135,13 +135,10 @@ class TextReader(LineReader):
 
     def feed(self, line: str) -> list[LogSignals]:
         """The record that is complete with this line."""
-        text = _ANSI.sub("", line).rpartition("\r")[2].rstrip()
-        if (rank := _RANK.match(text)) is not None:
-            number = rank["a"] or rank["b"]
-            self._rank = self._rank or number
-            if number != self._rank:  # the others say the same
-                return []
-            text = text[rank.end() :].lstrip()
+        rank, text = _bare(line)
+        self._rank = self._rank or rank
+        if rank is not None and rank != self._rank:  # the others say the same
+            return []
         head = _head_of(self._format, text)
         if head is None:
             self._add_to_record(text)
@@ -190,9 +187,9 @@ class TextReader(LineReader):
     def _counted(self, head: re.Match[str]) -> list[LogSignals]:
         """A record without a step: training lines are counted, others belong to the last one."""
         pairs = dict(_pairs_beside(self._format, head))
-        step = (self._step or 0) + ("loss" in pairs)
-        self._step = step
-        return self.taken({**pairs, STEP: step})
+        self._step = (self._step or 0) + ("loss" in pairs)
+        signals = self.rows.take({**pairs, STEP: self._step})
+        return [signals] if signals is not None else []
 
     def _count(self, head: re.Match[str]) -> int:
         step = int(head["step"].replace(",", ""))
@@ -227,9 +224,7 @@ def text_format(lines: Iterable[str], columns: Mapping[str, str]) -> LineFormat 
     """Whose lines these are: the format that reads the most; None where none reads any."""
     counts = dict.fromkeys(range(len(FORMATS)), 0)
     for line in lines:
-        text = _ANSI.sub("", line).rpartition("\r")[2].rstrip()
-        if (rank := _RANK.match(text)) is not None:
-            text = text[rank.end() :].lstrip()
+        _, text = _bare(line)
         for number, known in enumerate(FORMATS):
             head = _head_of(known, text)
             if head is not None and _tells(known, head, columns):
@@ -243,17 +238,20 @@ def text_format(lines: Iterable[str], columns: Mapping[str, str]) -> LineFormat 
 
 def open_text(path: Path, known: LineFormat, columns: Mapping[str, str]) -> LineLog:
     """The log in lines of a known format."""
-    return LineLog(path, known.name, lambda: TextReader(known, _rows(known, columns)))
+    return LineLog(path, known.name, lambda: TextReader(known, Rows(columns, known.extra)))
 
 
-def _rows(known: LineFormat, columns: Mapping[str, str]) -> Rows:
-    return Rows(columns, known.extra)
+def _bare(line: str) -> tuple[str | None, str]:
+    """The rank that printed a line, where it is named, and the line without it and its colours."""
+    text = _ANSI.sub("", line).rpartition("\r")[2].rstrip()
+    rank = _RANK.match(text)
+    return (rank["a"] or rank["b"], text[rank.end() :].lstrip()) if rank else (None, text)
 
 
 def _tells(known: LineFormat, head: re.Match[str], columns: Mapping[str, str]) -> bool:
     if known.more is not None:  # what it tells stands on other lines too
         return True
-    signals = _rows(known, columns).take({**dict(_pairs_beside(known, head)), STEP: 1})
+    signals = Rows(columns, known.extra).take({**dict(_pairs_beside(known, head)), STEP: 1})
     return signals is not None and any(is_telling(name) for name in signals.values)
 
 

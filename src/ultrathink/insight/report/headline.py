@@ -3,43 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 
+from ultrathink.insight.comparison import finite, loss_of_last_tenth, median_speed
 from ultrathink.insight.report.gathering import Story
-from ultrathink.insight.report.markup import (
-    NOTHING,
-    Content,
-    Html,
-    duration,
-    figure,
-    html,
-    moment,
-    plural,
-    tag,
-)
-from ultrathink.monitoring.records import MetricRecord
+from ultrathink.insight.report.markup import duration, figure, moment, plural
 from ultrathink.monitoring.wording import short_number
 
-_LATE = 0.1  # of the steps, that the training loss is the mean of
-
-
-def headline(story: Story) -> Html:
-    """Name, state, and the figures that everybody asks for first."""
-    tiles = [
-        _bits_per_byte(story),
-        _validation(story),
-        _training(story),
-        _tokens(story),
-        _time(story),
-        _happenings(story),
-    ]
-    state = story.summary.state
-    return tag(
-        "header",
-        tag("h1", story.name, tag("span", state, class_=f"state st-{state}")),
-        tag("p", _described(story), class_="lead"),
-        tag("dl", [tile for tile in tiles if tile is not None], class_="tiles"),
-    )
+Tile = tuple[str, str, str]  # a title, its figure, and a remark
 
 
 def state_of(story: Story) -> str:
@@ -55,7 +26,8 @@ def state_of(story: Story) -> str:
     }[story.summary.state]
 
 
-def _described(story: Story) -> str:
+def describe(story: Story) -> str:
+    """The run in a line: its size, where it was trained, and where it stands."""
     parts = []
     parameters = story.manifest.get("num_parameters")
     if isinstance(parameters, int):
@@ -78,80 +50,34 @@ def _described(story: Story) -> str:
     return " · ".join(parts)
 
 
-def _tile(title: str, value: str, *small: Content, kind: str = "") -> Html:
-    return tag(
-        "div",
-        tag("dt", title),
-        tag("dd", value, class_="value"),
-        [tag("dd", text, class_="small") for text in small if text],
-        class_=f"tile {kind}".strip(),
-    )
-
-
-def _bits_per_byte(story: Story) -> Html | None:
-    found = _finite(story.val, "bits_per_byte")
-    if not found:
-        return None
-    step, value = found[-1]
-    return _tile("Bits per byte", figure(value), _best(found) or f"held out, step {step:,}")
-
-
-def _validation(story: Story) -> Html | None:
-    found = _finite(story.val, "loss")
-    if not found:
-        return None
-    step, value = found[-1]
-    ppl = f"perplexity {figure(math.exp(value), 3)}" if value < 20 else None
-    return _tile("Validation loss", figure(value), ppl or f"step {step:,}")
-
-
-def _training(story: Story) -> Html | None:
-    found = _finite(story.train, "loss")
-    if not found:
-        return _tile("Training loss", NOTHING, "nothing logged yet")
-    late = [loss for step, loss in found if step > (1 - _LATE) * story.last_step] or [found[-1][1]]
-    return _tile("Training loss", figure(math.fsum(late) / len(late)), "mean of the last tenth")
-
-
-def _tokens(story: Story) -> Html | None:
-    found = _finite(story.train, "tokens")
-    if not found:
-        return None
-    steps = f"{story.last_step:,} steps"
-    total = story.summary.total_steps
-    if total and total > story.last_step:
-        steps = f"{story.last_step:,} of {total:,} steps"
-    return _tile("Tokens", short_number(found[-1][1]), steps)
-
-
-def _time(story: Story) -> Html | None:
-    if story.elapsed_s is None:
-        return None
-    speeds = sorted(speed for _, speed in _finite(story.train, "tokens_per_sec"))
-    speed = f"{short_number(speeds[len(speeds) // 2])} tokens/s, median" if speeds else None
-    return _tile("Training time", duration(story.elapsed_s), speed)
-
-
-def _happenings(story: Story) -> Html:
+def tiles(story: Story) -> Iterator[Tile]:
+    """The figures that everybody asks for first."""
+    last = story.last_step
+    if found := finite(story.val, "bits_per_byte"):
+        (step, value), (best_step, best) = found[-1], min(found, key=lambda point: point[1])
+        remark = f"best {figure(best)}, step {best_step:,}"
+        yield (
+            "Bits per byte",
+            figure(value),
+            remark if best < value else f"held out, step {step:,}",
+        )
+    if found := finite(story.val, "loss"):
+        step, value = found[-1]
+        ppl = f"perplexity {figure(math.exp(value), 3)}" if value < 20 else f"step {step:,}"
+        yield "Validation loss", figure(value), ppl
+    loss = loss_of_last_tenth(story.train)
+    remark = "mean of the last tenth" if loss is not None else "nothing logged yet"
+    yield "Training loss", figure(loss), remark
+    if found := finite(story.train, "tokens"):
+        total = story.summary.total_steps
+        steps = f"{last:,} of {total:,} steps" if total and total > last else f"{last:,} steps"
+        yield "Tokens", short_number(found[-1][1]), steps
+    if story.elapsed_s is not None:
+        speed = median_speed(story.train)
+        remark = f"{short_number(speed)} tokens/s, median" if speed is not None else ""
+        yield "Training time", duration(story.elapsed_s), remark
     alarms = sum(event.is_alarm for event in story.events)
-    words = plural(alarms, "alarm") if alarms else "no alarm"
     proven = sum(one.audit is not None and one.audit.verdict == "helped" for one in story.decisions)
-    return _tile(
-        "Decisions",
-        f"{len(story.decisions):,}",
-        html(words, f", {proven} proven to help" if proven else None),
-    )
-
-
-def _best(found: Sequence[tuple[int, float]]) -> str | None:
-    """The best value, where that is not the last."""
-    step, value = min(found, key=lambda point: point[1])
-    return f"best {figure(value)}, step {step:,}" if value < found[-1][1] else None
-
-
-def _finite(records: Sequence[MetricRecord], name: str) -> list[tuple[int, float]]:
-    return [
-        (record.step, value)
-        for record in records
-        if math.isfinite(value := record.values.get(name, math.nan))
-    ]
+    words = plural(alarms, "alarm") if alarms else "no alarm"
+    helped = f", {proven} proven to help" if proven else ""
+    yield "Decisions", f"{len(story.decisions):,}", words + helped

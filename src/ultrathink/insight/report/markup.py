@@ -1,65 +1,48 @@
-"""HTML whose text is escaped by construction, and figures as a person reads them."""
+"""Templates whose text is escaped by construction, and figures as a person reads them."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
-from html import escape
 from typing import Any
 
-_VOID = frozenset({"input", "img", "meta"})
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
 # A control character has no place in HTML; its picture shows that it was there.
 _PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 _SURROGATE = 0xFFFD
 NOTHING = "\u2013"  # a dash, where there is no value
 
 
-class Html(str):
-    """Text that is markup already; any other text is escaped where it is put into markup."""
-
-    __slots__ = ()
-
-
-Content = Any  # Html, text, None (nothing), or an iterable of these
-
-
-def html(*content: Content) -> Html:
-    """``content`` as markup: text escaped, None left out, iterables joined."""
-    return Html("".join(_parts(content)))
-
-
-def tag(name: str, /, *content: Content, **attributes: str | float | bool | None) -> Html:
-    """An element. ``class_`` is ``class`` and ``data_x`` is ``data-x``; None leaves one out."""
-    parts = [f"<{name}"]
-    for key, value in attributes.items():
-        if value is None or value is False:
-            continue
-        # SVG has names with capitals (viewBox), and none with an underscore.
-        attribute = key.rstrip("_").replace("_", "-")
-        parts.append(f" {attribute}" if value is True else f' {attribute}="{_escaped(str(value))}"')
-    parts.append(">")
-    if name not in _VOID:
-        parts += [*_parts(content), f"</{name}>"]
-    return Html("".join(parts))
+def environment() -> Environment:
+    """The templates of this package; what they do not name is an error."""
+    made = Environment(
+        loader=PackageLoader("ultrathink.insight.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    made.filters |= {
+        "thousands": "{:,}".format,
+        "figure": figure,
+        "signed": signed,
+        "units": units,
+        "percent": lambda share: f"{100 * share:.2f}%",
+        "moment": moment,
+        "plural": plural,
+    }
+    return made
 
 
-def _parts(content: Iterable[Content]) -> Iterable[str]:
-    for part in content:
-        if part is None:
-            continue
-        if isinstance(part, Html):
-            yield part
-        elif isinstance(part, str):
-            yield _escaped(part)
-        elif isinstance(part, int | float):
-            yield str(part)
-        else:
-            yield from _parts(part)
-
-
-def _escaped(text: str) -> str:
-    return escape(clean(text), quote=True)
+def _shown(value: Any) -> Any:
+    """What stands for a value in markup: text without what HTML may not hold, nothing for None."""
+    if isinstance(value, Markup):
+        return value
+    return "" if value is None else clean(str(value))
 
 
 def clean(text: str) -> str:
@@ -68,6 +51,11 @@ def clean(text: str) -> str:
     if shown.isascii():
         return shown
     return "".join(chr(_SURROGATE) if "\ud800" <= c <= "\udfff" else c for c in shown)
+
+
+def units(share: float) -> str:
+    """A share of a plot's width or height in the plot's own units, of which there are 1000."""
+    return f"{1000 * share:.1f}"
 
 
 # -- figures ---------------------------------------------------------------------------------------

@@ -125,10 +125,8 @@ class GradientTrend(Detector):
         )
         severity = "high" if times >= EXPLOSION[1] else "medium"
         figures = {"grad_norm": math.exp(level), "level": math.exp(usual), "ratio": times}
-        found = Finding(
-            signals.step, "gradient_explosion", severity, message, values=figures, pause=2 * BLOCK
-        )
-        return [found]
+        what = (signals.step, "gradient_explosion", severity, message)
+        return [Finding(*what, values=figures, pause=2 * BLOCK)]
 
     def rewind(self, step: int) -> None:
         self._block, self._num_grown = [], 0

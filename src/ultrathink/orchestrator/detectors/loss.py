@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import numpy as np
+
 from ultrathink.orchestrator.detectors.base import Baseline, Detector
 from ultrathink.orchestrator.events import Finding
 from ultrathink.orchestrator.remembering import Remembers
-from ultrathink.orchestrator.signals import Signals
-from ultrathink.orchestrator.windows import Window
+from ultrathink.orchestrator.signals import SMALL, Signals
+from ultrathink.orchestrator.windows import Window, median
 
 JUMP = 6.0  # standard deviations
 SMALLEST_JUMP = 0.01  # in the logarithm: less is no matter, however steady the loss
@@ -22,7 +24,6 @@ BACK = 3.0  # standard deviations: as good as before
 NEARLY_BACK = 0.25  # of the jump
 SURE = (10.0, 3)  # standard deviations, or steps: two neighbours may both be a little unusual
 CLEAR_JUMP = (math.log(1.5), 20.0)  # in the logarithm, in deviations: grave at the end of a log
-SMALL = 0.01  # nats: what a loss of zero and one of this differ by is no matter
 LASTS = 24  # observed steps; then the new level counts
 BLOCK = 16  # observed steps, of whose losses the median is taken
 NUM_BLOCKS = 64
@@ -32,7 +33,7 @@ START = 16  # observed steps that say where a loss began
 ABOVE_START = (math.log(1.5), 3)  # above the largest of them: in the logarithm, steps in a row
 
 
-class Scale(Remembers):
+class JudgedLoss(Remembers):
     """Maps a loss to what is judged: its logarithm, or itself once one was negative."""
 
     remembered = ("is_log",)
@@ -58,10 +59,10 @@ class Scale(Remembers):
 class LossSpike(Detector):
     """Tells a hard batch (one step) from a spike that lasts, and a spike from a divergence."""
 
-    remembered = ("scale", "baseline", "_begin", "_jump", "_peak", "_since")
+    remembered = ("judged", "baseline", "_begin", "_jump", "_peak", "_since")
 
     def __init__(self) -> None:
-        self.scale = Scale()
+        self.judged = JudgedLoss()
         self.baseline = Baseline()
         self._begin: int | None = None  # the step of the jump that is judged
         self._jump = 0.0  # its excess
@@ -72,11 +73,11 @@ class LossSpike(Detector):
         loss = signals.finite("loss")
         if loss is None:
             return []
-        if loss < 0 and self.scale.is_log:
-            self.scale.is_log = False
+        if loss < 0 and self.judged.is_log:
+            self.judged.is_log = False
             self.baseline = Baseline(floor=FLAT)
             self._end()
-        value = self.scale(loss)
+        value = self.judged(loss)
         if self._begin is not None:
             return self._during(signals.step, value)
         score, excess = self.baseline.score(value), self.baseline.excess(value)
@@ -90,7 +91,7 @@ class LossSpike(Detector):
         if self._begin is None or len(self._since) > 1:
             return []
         is_clear = self._jump >= CLEAR_JUMP[0] and self._score() >= CLEAR_JUMP[1]
-        severity = "medium" if self.scale.is_log and is_clear else "low"
+        severity = "medium" if self.judged.is_log and is_clear else "low"
         text = f"the loss jumped to {self._described(self._since[0])} at the last step of the log"
         return [Finding(self._begin, "loss_spike", severity, text, values=self._figures())]
 
@@ -120,9 +121,9 @@ class LossSpike(Detector):
         """The loss did not come back: its new level counts from here."""
         last = sorted(self._since[-8:])[4]
         excess, least = self.baseline.excess(last), NEARLY_BACK * self._jump
-        if self.scale.is_log:
+        if self.judged.is_log:
             least = max(least, SLOW_RISE[0])
-        severity = "critical" if self.scale.is_log and excess > math.log(1.5) else "high"
+        severity = "critical" if self.judged.is_log and excess > math.log(1.5) else "high"
         message = f"the loss stays at {self._described(last)} {LASTS} steps after it jumped"
         figures = self._figures(last)
         finding = Finding(
@@ -138,14 +139,14 @@ class LossSpike(Detector):
     def _spike(self, step: int) -> Finding:
         is_sure = self._score() >= SURE[0] or len(self._since) >= SURE[1]
         severity = "medium" if is_sure else "low"
-        if self.scale.is_log and self._peak >= math.log(1.5):
+        if self.judged.is_log and self._peak >= math.log(1.5):
             severity = "high"
         message = f"the loss jumped to {self._described(self._since[0])} and is not back"
         return Finding(step, "loss_spike", severity, message, self._begin, values=self._figures())
 
     def _hard_batch(self, step: int) -> Finding:
         message = f"one step at {self._described(self._since[0])}, then back: a hard batch"
-        severity = "low" if self.scale.is_log and self._jump >= math.log(1.5) else "info"
+        severity = "low" if self.judged.is_log and self._jump >= math.log(1.5) else "info"
         return Finding(step, "hard_batch", severity, message, self._begin, values=self._figures())
 
     def _score(self) -> float:
@@ -153,21 +154,21 @@ class LossSpike(Detector):
         return self.baseline.score(max(self._since))
 
     def _described(self, value: float) -> str:
-        excess = self.scale.described(self.baseline.excess(value))
+        excess = self.judged.described(self.baseline.excess(value))
         score = self.baseline.score(value)
-        return f"{self.scale.loss(value):.4g} ({excess} its level, {score:.0f} deviations)"
+        return f"{self.judged.loss(value):.4g} ({excess} its level, {score:.0f} deviations)"
 
     def _figures(self, value: float | None = None) -> dict[str, float]:
         """What a finding about ``value``, or about the highest one, rests on."""
         value = max(self._since) if value is None else value
         return {
-            "loss": self.scale.loss(value),
-            "level": self.scale.loss(value - self.baseline.excess(value)),
+            "loss": self.judged.loss(value),
+            "level": self.judged.loss(value - self.baseline.excess(value)),
             "score": self.baseline.score(value),
         }
 
     def _smallest(self) -> float:
-        return SMALLEST_JUMP if self.scale.is_log else 0.0
+        return SMALLEST_JUMP if self.judged.is_log else 0.0
 
     def _end(self) -> None:
         self._begin, self._jump, self._peak, self._since = None, 0.0, 0.0, []
@@ -224,10 +225,10 @@ class AboveStart(Detector):
 class Divergence(Detector):
     """Finds a loss that rises without a jump: block by block, far above its best block."""
 
-    remembered = ("scale", "_block", "_levels", "_ends", "_spreads", "_num_risen")
+    remembered = ("judged", "_block", "_levels", "_ends", "_spreads", "_num_risen")
 
     def __init__(self) -> None:
-        self.scale = Scale()
+        self.judged = JudgedLoss()
         self._block: list[float] = []
         self._levels = Window(NUM_BLOCKS)  # medians of blocks
         self._ends = Window(NUM_BLOCKS)  # their last steps
@@ -239,19 +240,18 @@ class Divergence(Detector):
         if loss is None:
             return []
         if loss < 0:
-            self.scale.is_log = False
-        if not self.scale.is_log:
+            self.judged.is_log = False
+        if not self.judged.is_log:
             return []
-        self._block.append(self.scale(loss))
+        self._block.append(self.judged(loss))
         if len(self._block) < BLOCK:
             return []
-        block, self._block = sorted(self._block), []
-        level = (block[BLOCK // 2 - 1] + block[BLOCK // 2]) / 2
-        quarter = BLOCK // 4
+        block, self._block = np.sort(self._block), []
+        level, quarter = median(block), BLOCK // 4
         findings = self._judge(signals.step, level)
         self._levels.add(level)
         self._ends.add(signals.step)
-        self._spreads.add((block[-quarter] - block[quarter - 1]) / 1.349)
+        self._spreads.add(float(block[-quarter] - block[quarter - 1]) / 1.349)
         return findings
 
     def rewind(self, step: int) -> None:
@@ -276,8 +276,8 @@ class Divergence(Detector):
         if self._num_risen < 2:
             return []
         severity = "medium" if rise < math.log(1.2) else "high"
-        loss, least = self.scale.loss(level), self.scale.loss(best)
-        more = self.scale.described(level - best)
+        loss, least = self.judged.loss(level), self.judged.loss(best)
+        more = self.judged.described(level - best)
         message = f"the loss has been rising: {loss:.4g}, {more} its best"
         figures = {"loss": loss, "best": least, "score": rise / max(error, FLAT)}
         begin = max(0, step - 2 * BLOCK + 1)

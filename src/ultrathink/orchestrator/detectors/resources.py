@@ -80,8 +80,7 @@ class Memory(Detector):
             text += f"; at this rate the {limit:.2f} GiB are full in {left:,.0f} more"
             severity = "high" if left < 10 * self._used.size else "medium"
         figures = {"memory": used, "per_step": rate, "grown": share}
-        found = Finding(step, "memory_leak", severity, text, values=figures, pause=2 * LEAK_SPAN)
-        return [found]
+        return [Finding(step, "memory_leak", severity, text, values=figures, pause=2 * LEAK_SPAN)]
 
     def _fragmentation(
         self, step: int, used: float, reserved: float, limit: float | None

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ultrathink.orchestrator.detectors.base import Detector
 from ultrathink.orchestrator.events import Finding
-from ultrathink.orchestrator.signals import Signals
+from ultrathink.orchestrator.signals import SMALL, Signals
 from ultrathink.orchestrator.windows import Window, deviation, median
 
 Floats = npt.NDArray[np.float64]
@@ -20,7 +20,6 @@ STALLED = 0.1  # of the fall that the spans before promise
 SURE = 6.0  # standard errors of that promise
 LEAST = 0.005  # in the logarithm: what logs round away promises nothing
 AT_ONCE = 0.7  # of a fall, within a quarter of its steps
-SMALL = 0.01  # nats: what a loss of zero and one of this differ by is no matter
 RATE_CUT = 0.5  # a learning rate lowered so far explains slower learning
 RATE_LOST = 20.0  # times lower at once: steps of a schedule are smaller
 STAYS = 16  # observed steps
@@ -115,8 +114,7 @@ class RateLoss(Detector):
             f"and learning all but stopped"
         )
         figures = {"lr": rate, "before": self._before}
-        found = Finding(signals.step, "plateau", "medium", message, self._begin, values=figures)
-        return [found]
+        return [Finding(signals.step, "plateau", "medium", message, self._begin, values=figures)]
 
     def rewind(self, step: int) -> None:
         self._last, self._count = None, 0
@@ -156,10 +154,8 @@ class Oscillation(Detector):
                     f"{spread / usual:.1f} times as wide as it used to vary"
                 )
                 figures = {"spread": spread, "usual": usual, "period": 2.0 * lag}
-                found = Finding(
-                    signals.step, "oscillation", "medium", message, values=figures, pause=SPAN
-                )
-                return [found]
+                what = (signals.step, "oscillation", "medium", message)
+                return [Finding(*what, values=figures, pause=SPAN)]
             return []
         self._spreads.add(spread)
         return []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,14 +10,13 @@ import numpy.typing as npt
 from ultrathink.orchestrator.detectors.base import Baseline, Detector, Rhythm
 from ultrathink.orchestrator.events import Finding
 from ultrathink.orchestrator.remembering import PerName
-from ultrathink.orchestrator.signals import Signals
-from ultrathink.orchestrator.windows import Window, deviation
+from ultrathink.orchestrator.signals import SMALL, Signals
+from ultrathink.orchestrator.windows import Window, deviation, median
 
 RISEN = 0.01  # of the best validation loss
 MUCH_RISEN = 0.1
 CLEAR_RISE = 4.0  # standard errors
 UNSURE = 2.0  # noise of n differences is taken (1 + 2/n) times as large: it may be too small
-SMALL = 0.01  # nats: what a loss of zero and one of this differ by is no matter
 WORSE_IN_A_ROW = 3  # validations
 BEYOND_NOISE = (0.2, 2)  # rise of each of so many validations in a row
 FORGOTTEN = (0.05, 6.0)  # rise of a source's loss over its best: share, standard errors
@@ -93,9 +91,8 @@ class Overfitting(Detector):
             f"{self._best_step:,}, {self._best:.4g}, while the training loss fell"
         )
         figures = {"val_loss": loss, "best": self._best, "rise": rise, "noise": error}
-        begin = self._best_step + 1
-        found = Finding(signals.step, "overfitting", severity, message, begin, values=figures)
-        return [replace(found, pause=pause)]
+        what = (signals.step, "overfitting", severity, message, self._best_step + 1)
+        return [Finding(*what, values=figures, pause=pause)]
 
     def rewind(self, step: int) -> None:
         self._num_worse = 0
@@ -139,11 +136,8 @@ class Forgetting(Detector):
         self._blocks = {}
 
     def _close(self, name: str) -> None:
-        block = sorted(self._blocks.pop(name))
-        middle = len(block) // 2
-        level = block[middle] if len(block) % 2 else (block[middle - 1] + block[middle]) / 2
         levels = self._levels[name]
-        levels.add(level)
+        levels.add(median(np.array(self._blocks.pop(name))))
         values = levels.values
         if len(values) >= 4:  # what neighbours differ by, which a trend hardly changes
             self._errors[name] = deviation(values[1:] - values[:-1]) / math.sqrt(2)
@@ -171,8 +165,7 @@ class Forgetting(Detector):
             f"while that of {falling[0]} falls"
         )
         figures = {"loss": loss, "best": best, "rise": float(rise), "noise": error}
-        found = Finding(step, "forgetting", "medium", message, subject=source, values=figures)
-        return [replace(found, pause=pause)]
+        return [Finding(step, "forgetting", "medium", message, None, source, figures, pause)]
 
 
 class AccuracyDrop(Detector):
@@ -206,10 +199,8 @@ class AccuracyDrop(Detector):
             elif self._num_low[name] > 1:
                 message = f"the {name.replace('_', ' ')} is {value:.3g}; it was about {level:.3g}"
                 figures = {"accuracy": value, "level": level, "score": baseline.score(-value)}
-                found = Finding(
-                    signals.step, "accuracy_drop", "medium", message, subject=name, values=figures
-                )
-                findings.append(replace(found, pause=pause))
+                what = (signals.step, "accuracy_drop", "medium", message)
+                findings.append(Finding(*what, subject=name, values=figures, pause=pause))
             if self._num_low[name] >= 24:
                 baseline.restart()
                 self._num_low[name] = 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ultrathink.orchestrator.detectors.base import Baseline
 from ultrathink.orchestrator.remembering import Remembers
+from ultrathink.orchestrator.signals import SMALL
 from ultrathink.orchestrator.windows import Window
 
 FAR_LOSS = (8.0, math.log(1.3))  # standard deviations, and rise in the logarithm
@@ -17,7 +18,6 @@ FAR_BELOW = (-8.0, -math.log(1.5))  # the same batch again, or targets that the 
 FAR_NORM = (10.0, math.log(8.0))
 ENOUGH = 64  # accepted steps before anything is judged
 PATIENCE = 48  # steps left out in a row; then this is how the run is now
-SMALL = 0.01  # nats: what a loss of zero and one of this differ by is no matter
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ultrathink.config.orchestrator import LimitsConfig, RulesConfig
-from ultrathink.core.protocols import State
 from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.steering.experts_rule import ReviveExperts
 from ultrathink.orchestrator.steering.find_rate import FindRate
@@ -37,7 +34,7 @@ class Policy(Remembers):
     It counts boundaries, not steps, which go back with the run.
     """
 
-    remembered = ("num_rollbacks", "_count", "_rests_until")
+    remembered = ("num_rollbacks", "_count", "_rests_until", "_rules")
 
     def __init__(
         self, rules: RulesConfig, limits: LimitsConfig, *, has_held_out: bool = True
@@ -46,6 +43,7 @@ class Policy(Remembers):
         self.net = SafetyNet(has_text=has_held_out)
         chosen = [make() for make in RULES if getattr(rules, make.name)]
         self.rules: list[Rule] = [self.net, *chosen]
+        self._rules = {one.name: one for one in self.rules if isinstance(one, Remembers)}
         self.num_rollbacks = 0
         self.busy: str | None = None  # the rule that is to act alone, by its name
         self._count = 0
@@ -76,24 +74,6 @@ class Policy(Remembers):
         for rule in self.rules:
             rule.outcome = None
         return found
-
-    def state_dict(self) -> State:
-        """What to remember over a restart."""
-        kept = {one.name: one.state_dict() for one in self._remembering()}
-        return {**super().state_dict(), "rules": kept}
-
-    def load_state_dict(self, state: State) -> None:
-        """Go back to what ``state_dict`` returned; a rule that was off then begins afresh."""
-        super().load_state_dict(state)
-        values: dict[str, Any] = dict(state)
-        kept = values.get("rules", {})
-        for rule in self._remembering():
-            if rule.name in kept:
-                rule.load_state_dict(kept[rule.name])
-
-    def _remembering(self) -> list[Any]:
-        """The rules with a state, and the net, which is there whichever rules are."""
-        return [self.net, *(one for one in self.rules if isinstance(one, Remembers))]
 
     def _is_allowed(self, proposal: Proposal) -> bool:
         kinds = {type(one) for one in proposal.changes}

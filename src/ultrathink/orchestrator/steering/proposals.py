@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-from ultrathink.runs.decisions import ROLLBACK
+from ultrathink.runs.decisions import ROLLBACK, Decision
 from ultrathink.training.change import Change
 from ultrathink.training.changes import ReviveExperts
 
@@ -41,48 +40,22 @@ class Proposal:
         return self.confidence >= SURE_ENOUGH[self.level]
 
 
-@dataclass
-class Decision:
-    """A proposal that was carried out, as ``decisions.jsonl`` has it."""
-
-    id: int
-    step: int
-    rule: str
-    level: int
-    confidence: float
-    signals: dict[str, float]
-    action: str
-    before: Any
-    after: Any
-    reasoning: str
-    time: float = field(default_factory=time.time)
-    also: list[dict[str, Any]] = field(default_factory=list)  # further actions, before and after
-    changes: list[dict[str, Any]] = field(default_factory=list)  # as applied, for audits
-    outcome: dict[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The decision as a JSON object."""
-        plain = asdict(self)
-        if not self.also:
-            del plain["also"]
-        return plain
-
-    @property
-    def line(self) -> str:
-        """The decision in a line of the console."""
-        did = f"{self.action}: {_short(self.before)} -> {_short(self.after)}"
-        if self.action == SKIP_BATCH:
-            did = "left out the update"
-        elif self.action == ROLLBACK:
-            did = f"went back to step {self.after:,}"
-        elif self.action == ReviveExperts.name and self.after is not None:
-            did = f"began {len(self.after)} expert{'s' * (len(self.after) != 1)} anew"
-        for more in self.also:
-            did += f", {more['action']}: {_short(more['before'])} -> {_short(more['after'])}"
-        return (
-            f"step {self.step:,}, {self.rule} ({LEVELS[self.level]}, {self.confidence:.0%}): "
-            f"{did}. {self.reasoning}"
-        )
+def line_of(decision: Decision) -> str:
+    """A decision of the policy in a line of the console."""
+    assert decision.level is not None
+    did = f"{decision.action}: {_short(decision.before)} -> {_short(decision.after)}"
+    if decision.action == SKIP_BATCH:
+        did = "left out the update"
+    elif decision.action == ROLLBACK:
+        did = f"went back to step {decision.after:,}"
+    elif decision.action == ReviveExperts.name and decision.after is not None:
+        did = f"began {len(decision.after)} expert{'s' * (len(decision.after) != 1)} anew"
+    for more in decision.also:
+        did += f", {more['action']}: {_short(more['before'])} -> {_short(more['after'])}"
+    return (
+        f"step {decision.step:,}, {decision.rule} ({LEVELS[decision.level]}, "
+        f"{decision.confidence:.0%}): {did}. {decision.reasoning}"
+    )
 
 
 def confidence_of(score: float) -> float:

@@ -16,12 +16,12 @@ from ultrathink.orchestrator.steering.guard import OutlierGuard
 from ultrathink.orchestrator.steering.proposals import (
     CRITICAL,
     HARD,
-    Decision,
     Proposal,
     confidence_after,
     confidence_of,
 )
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
+from ultrathink.runs.decisions import Decision
 from ultrathink.training.change import Change
 from ultrathink.training.changes import (
     AverageSnapshots,

@@ -8,14 +8,15 @@ smoothed training loss serves.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
-from ultrathink.core.protocols import State
 from ultrathink.orchestrator.events import is_alarm
 from ultrathink.orchestrator.remembering import Remembers
+from ultrathink.orchestrator.signals import SMALL
 from ultrathink.orchestrator.steering.proposals import HARD, SURE_ENOUGH, Proposal, confidence_of
 from ultrathink.orchestrator.steering.rules import (
     LOSS_KINDS,
@@ -33,7 +34,6 @@ CLEARLY = 3.0  # standard errors: as sure as a hard decision has to be
 LEAST = 0.01  # of the loss: a run that learns may be so much worse for a while
 CRUDE = 0.02  # the same where nothing tells the noise
 FEWEST = 4  # batches or steps that tell the noise
-SMALL = 0.01  # nats: what a loss of zero and one of this differ by is no matter
 NO_NUMBER = 1e9  # stands for a loss that is none
 SMOOTHED = 16  # steps
 MEDIAN = 1.2533  # standard error of a median, of that of a mean
@@ -60,6 +60,11 @@ class Watch:
     after: Measure | None = None
     is_asked: bool = False  # text is to be scored again
 
+    def __post_init__(self) -> None:
+        for name in ("before", "after"):
+            if isinstance(found := getattr(self, name), dict):
+                setattr(self, name, Measure(**found))
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -78,7 +83,8 @@ class SafetyNet(Rule, Remembers):
 
     name = "safety_net"
     cool_down = 0
-    remembered = ("spent", "best", "last", "_losses")
+    remembered = ("spent", "best", "last", "_losses", "watch")
+    records: ClassVar[Mapping[str, type]] = {"watch": Watch}
 
     def __init__(self, *, has_text: bool = True) -> None:
         self.has_text = has_text
@@ -261,22 +267,6 @@ class SafetyNet(Rule, Remembers):
         """The run goes back to when ``state_dict`` returned ``state``; its best stays the best."""
         self.last = list(state["last"])
         self._losses.load_state_dict(state["losses"])
-
-    def state_dict(self) -> State:
-        """What to remember over a restart."""
-        watch = None if self.watch is None else asdict(self.watch)
-        return {**super().state_dict(), "watch": watch}
-
-    def load_state_dict(self, state: State) -> None:
-        """Go on from what ``state_dict`` returned."""
-        super().load_state_dict(state)
-        values: dict[str, Any] = dict(state)
-        self.watch = None
-        if values["watch"] is not None:
-            self.watch = Watch(**values["watch"])
-            for name in ("before", "after"):
-                if values["watch"][name] is not None:
-                    setattr(self.watch, name, Measure(**values["watch"][name]))
 
 
 def _compared(before: Measure, after: Measure, *, is_paired: bool) -> tuple[float, float | None]:

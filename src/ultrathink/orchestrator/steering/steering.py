@@ -6,9 +6,9 @@ It lives on the first process.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from ultrathink.config.orchestrator import OrchestratorConfig
 from ultrathink.core.errors import UltrathinkError
@@ -17,19 +17,20 @@ from ultrathink.monitoring.experts import ExpertStatistics
 from ultrathink.monitoring.records import RunInfo, Tell
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.live import LiveWatch, step_signals
+from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.steering.guard import OutlierGuard
 from ultrathink.orchestrator.steering.policy import Policy
 from ultrathink.orchestrator.steering.proposals import (
     SKIP_BATCH,
     SOFT,
-    Decision,
     Proposal,
     confidence_of,
+    line_of,
 )
 from ultrathink.orchestrator.steering.rules import LOSS_KINDS, WEIGHT_KINDS, Situation
 from ultrathink.orchestrator.steering.safety_net import BEST, SafetyNet
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
-from ultrathink.runs.decisions import ROLLBACK
+from ultrathink.runs.decisions import ROLLBACK, Decision
 from ultrathink.training.callbacks import Callback, Controller, StepReport, ValidationReport
 from ultrathink.training.change import Change
 from ultrathink.training.changes import AverageSnapshots, Rollback, Stop
@@ -47,7 +48,7 @@ _RECENT = 10
 _TROUBLE = (*LOSS_KINDS, *WEIGHT_KINDS, "non_finite", "lr_off_schedule", "overfitting")
 
 
-class Steering(Controller):
+class Steering(Remembers, Controller):
     """Watches with ``watch`` and ``guard``, decides with its policy, and keeps every decision.
 
     ``log`` has them in ``decisions.jsonl``, ``show(step, title, text)`` tells of each. What it has
@@ -55,6 +56,16 @@ class Steering(Controller):
     ``most_snapshots(before)`` says how many there is room for, where a resumed run had ``before``,
     ``best_checkpoint()`` of which step the best one is.
     """
+
+    remembered = (
+        "policy",
+        "decisions",
+        "_followed",
+        "_num_skipped",
+        "_non_finite",
+        "_since_rollback",
+    )
+    records: ClassVar[Mapping[str, type]] = {"decisions": Decision}
 
     def __init__(
         self,
@@ -216,18 +227,18 @@ class Steering(Controller):
 
     def _carry_out(self, proposal: Proposal, control: ControlQueue) -> int:
         """Ask for what is proposed; returns the number of the decision."""
-        self._open = decision = self._decision(proposal)
-        self._keep_states(decision, proposal.changes, control)
-        with control.deciding(decision.id):
+        self._open = self._decision(proposal)
+        number = len(self.decisions)
+        self._keep_states(proposal.changes, control)
+        with control.deciding(number):
             for change in proposal.changes:
-                control.request(change, f"decision {decision.id}, {decision.rule}")
-        return decision.id
+                control.request(change, f"decision {number}, {proposal.rule}")
+        return number
 
-    def _keep_states(
-        self, decision: Decision, changes: Sequence[Change], control: TrainerControl
-    ) -> None:
-        """Have what an audit begins from written down: the state of now, and needed snapshots."""
-        most = self.config.kept_states
+    def _keep_states(self, changes: Sequence[Change], control: TrainerControl) -> None:
+        """Have what an audit of the last decision begins from written down: the state of now, and
+        needed snapshots."""
+        number, most = len(self.decisions), self.config.kept_states
         if not most or (changes and not any(change.is_felt for change in changes)):
             return
         averaged: dict[int, bool] = {}  # alone, by their keys: of those the weights suffice
@@ -236,8 +247,8 @@ class Steering(Controller):
                 is_average = isinstance(change, AverageSnapshots)
                 averaged[one.key] = averaged.get(one.key, True) and is_average
         for key, weights_only in averaged.items():
-            control.request(KeepState(decision.id, most, key, weights_only), "")
-        control.request(KeepState(decision.id, most), "")
+            control.request(KeepState(number, most, key, weights_only), "")
+        control.request(KeepState(number, most), "")
 
     def _went_back(self, change: Rollback) -> None:
         """The run stands at a snapshot, and what was counted since is over."""
@@ -264,7 +275,7 @@ class Steering(Controller):
             reasoning=proposal.reasoning,
         )
         self.decisions.append(decision)
-        self._followed.append(decision.id)
+        self._followed.append(len(self.decisions))
         return decision
 
     def heard(self, record: ChangeRecord) -> None:
@@ -298,15 +309,15 @@ class Steering(Controller):
         """Write the decision that was carried out, now that all of it took effect."""
         if self._open is not None:
             decision, self._open = self._open, None
-            self._show(decision.step, decision.rule, decision.line)
-            self._log.write_decision(decision.to_json())
+            self._show(decision.step, decision.rule, line_of(decision))
+            self._log.write_decision(decision)
 
     def restore_records(self, step: int) -> None:
         """Write down again what a resume at ``step`` cut: a run that went back decided it later."""
         self._step = step
         for decision in self.decisions:
             if decision.step >= step:  # that of this step may not have been written yet
-                self._log.write_decision(decision.to_json())
+                self._log.write_decision(decision)
 
     def finish(self) -> None:
         """The run is over."""
@@ -321,7 +332,7 @@ class Steering(Controller):
         seen = self.guard.last
         if self.guard.streak and seen is not None:
             if self._num_skipped == 0:
-                self._open = decision = self._decision(
+                self._open = self._decision(
                     Proposal(
                         "skip_outliers",
                         SOFT,
@@ -334,7 +345,7 @@ class Steering(Controller):
                     )
                 )
                 self.flush()
-                self._keep_states(decision, (), control)
+                self._keep_states((), control)
             self._num_skipped += 1
         elif self._num_skipped:
             count, self._num_skipped = self._num_skipped, 0
@@ -379,7 +390,7 @@ class Steering(Controller):
         decision.outcome = {**outcome, "step": self._step}
         if number in self._followed:
             self._followed.remove(number)
-        self._log.write_decision(decision.to_json())
+        self._log.write_decision(decision)
 
     # -- for people ----------------------------------------------------------------------------
 
@@ -429,32 +440,16 @@ class Steering(Controller):
     # -- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> State:
-        """What to remember over a restart."""
-        return {
-            "policy": self.policy.state_dict(),
-            "decisions": [one.to_json() for one in self.decisions],
-            "followed": list(self._followed),
-            "num_skipped": self._num_skipped,
-            "non_finite": self._non_finite,
-            "since_rollback": self._since_rollback,
-            "snapshots": self._carried(),
-        }
-
-    def _carried(self) -> State | None:
-        """Which snapshots a checkpoint of now carries."""
-        if self.snapshots is None or not self.config.snapshots.in_checkpoints:
-            return self._ring_state
-        return self.snapshots.state_dict()
+        """What to remember over a restart, and which snapshots a checkpoint of now carries."""
+        ring = self._ring_state
+        if self.snapshots is not None and self.config.snapshots.in_checkpoints:
+            ring = self.snapshots.state_dict()
+        return {**super().state_dict(), "snapshots": ring}
 
     def load_state_dict(self, state: State) -> None:
         """Go on from what ``state_dict`` returned."""
         values: dict[str, Any] = dict(state)
-        self.policy.load_state_dict(values["policy"])
-        self.decisions = [Decision(**one) for one in values["decisions"]]
-        self._followed = list(values["followed"])
-        self._num_skipped = values["num_skipped"]
-        self._non_finite = values["non_finite"]
-        self._since_rollback = values["since_rollback"]
+        super().load_state_dict(state)
         self._ring_state = values["snapshots"]
 
     def roll_back(self, state: State) -> None:

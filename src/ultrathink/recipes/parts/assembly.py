@@ -179,14 +179,24 @@ def _objective(
 
 def _stepper(config: Config, objective: Objective, choices: Choices) -> Stepper:
     """What takes steps towards ``objective``."""
-    optimizers = build_optimizers(config.training.optimizer, objective.model)
+    models = objective.models
+    optimizers = [
+        optimizer
+        for one in models.trained.values()
+        for optimizer in build_optimizers(
+            config.training.optimizer,
+            one.module,
+            lr_factor=one.lr_factor,
+            weight_decay=one.weight_decay,
+        )
+    ]
     offloads = config.parallel.offload == "optimizer"
     return Stepper(
         objective,
         optimizers,
         world=choices.world,
         dp_group=choices.dims.dp_group,
-        host=HostCopies(optimizers, objective.model) if offloads else None,
+        host=HostCopies(optimizers, models.named_parameters()) if offloads else None,
     )
 
 

@@ -1,27 +1,34 @@
-"""The models of a run: frozen ones found and checked, all made ready for this machine."""
+"""The modules of a run: frozen ones found and checked, all made ready for this machine."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from ultrathink.checkpoint.format import read_state
 from ultrathink.config.model import ModelConfig
-from ultrathink.config.objective import FrozenSource
+from ultrathink.config.objective import OBJECTIVES, FrozenSource
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError, ConfigError
+from ultrathink.core.random import random_state, seed_everything, set_random_state, step_seed
 from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
 from ultrathink.interop.fetching import is_pretrained
 from ultrathink.interop.importing import open_pretrained
-from ultrathink.model.transformer import Transformer
-from ultrathink.parallel.sharding import shard_model
+from ultrathink.model.transformer import Transformer, transformers_in
+from ultrathink.parallel.sharding import shard_module
+from ultrathink.parallel.timing import CommunicationClock
 from ultrathink.runs.loading import empty_model, load_weights, weights_from
 from ultrathink.training.choices import Choices
 from ultrathink.training.compiling import Compilation
 from ultrathink.training.hardware import DTYPES, keep_freed_memory
-from ultrathink.training.model_set import FrozenModel, ModelSet
+from ultrathink.training.model_set import MAIN, FrozenModel, ModelSet, TrainedModule
+from ultrathink.training.objectives.base import Objective
+
+_NO_STEP = 2**32  # in place of a step, for random numbers of a seed that no step draws
 
 
 @dataclass(frozen=True)
@@ -79,23 +86,41 @@ def _find(name: str, source: FrozenSource, config: Config) -> FoundModel:
     return FoundModel(name, source, model, tokenizer, lambda empty: load_weights(empty, weights))
 
 
+def models_beside(config: Config) -> list[ModelConfig]:
+    """The Transformers that the objective trains beside the main one; none of them is made."""
+    with torch.device("meta"):
+        found = _further(config, Transformer(config.model))
+    return [model.config for one in found.values() for model in transformers_in(one.module)]
+
+
+def _further(config: Config, model: Transformer) -> dict[str, TrainedModule]:
+    """What the objective trains beside ``model``, whose own random numbers stay as they are."""
+    objective: type[Objective] = OBJECTIVES.load(config.training.objective.type)
+    before = random_state()
+    seed_everything(step_seed(config.run.seed, _NO_STEP, 0))
+    try:
+        return objective.modules(config.training.objective, model)
+    finally:
+        set_random_state(before)
+
+
 def ready_models(
     config: Config, model: Transformer, frozen: Sequence[FoundModel], choices: Choices
 ) -> tuple[ModelSet, Compilation]:
-    """``model``, which is trained, and the ``frozen`` ones on their device, compiled and divided as
-    configured."""
+    """``model`` and what else is trained, and the ``frozen`` ones, on their device, compiled and
+    divided as configured."""
+    trained = {MAIN: TrainedModule(model), **_further(config, model)}
     if choices.device.type == "cpu":
         keep_freed_memory()  # not before: what building leaves free would stay taken, in pieces
     several = choices.world.size > 1
     compilation = Compilation(bool(config.training.compile), by_blocks=several)
-    model.to(choices.device)
-    if choices.precision == "fp64":
-        model.double()
-    model.compute_dtype = DTYPES[choices.precision]
-    model.set_activation_checkpointing(config.training.activation_checkpointing)
-    _prepare(model, config, compilation)
     mesh = choices.dims.dp_mesh(choices.device.type) if several else None
-    accumulation = shard_model(model, mesh, config.parallel) if mesh is not None else None
+    clock = CommunicationClock()
+    for name, one in trained.items():
+        _make_trainable(one, config, choices, compilation)
+        if mesh is not None:
+            accumulation = shard_module(one.module, mesh, config.parallel, clock)
+            trained[name] = replace(one, accumulation=accumulation)
     digest = hashlib.sha256()
     asked: dict[str, FrozenModel] = {}
     for found in frozen:
@@ -103,15 +128,30 @@ def ready_models(
         found.fill(other)
         for name, value in other.state_dict().items():
             digest.update(f"{found.name}/{name}".encode() + value.numpy().tobytes())
-        precision = found.source.precision
-        dtype = DTYPES[choices.precision if precision == "auto" else precision]
+        dtype = DTYPES[_precision(found.source.precision, choices)]
         asked[found.name] = FrozenModel(other.to(choices.device, dtype), compilation)
         _prepare(other, config, compilation)
         if mesh is not None:
-            assert accumulation is not None
-            shard_model(other, mesh, config.parallel, accumulation.clock)
+            shard_module(other, mesh, config.parallel, clock)
     frozen_hash = digest.hexdigest() if frozen else None
-    return ModelSet(model, accumulation, asked, frozen_hash), compilation
+    return ModelSet(trained, asked, frozen_hash), compilation
+
+
+def _make_trainable(
+    one: TrainedModule, config: Config, choices: Choices, compilation: Compilation
+) -> None:
+    precision = _precision(one.precision, choices)
+    one.module.to(choices.device)
+    if precision == "fp64":
+        one.module.double()
+    for model in transformers_in(one.module):
+        model.compute_dtype = DTYPES[precision]
+        model.set_activation_checkpointing(config.training.activation_checkpointing)
+        _prepare(model, config, compilation)
+
+
+def _precision(own: str, choices: Choices) -> str:
+    return choices.precision if own == "auto" else own
 
 
 def _prepare(model: Transformer, config: Config, compilation: Compilation) -> None:

@@ -63,11 +63,10 @@ def _bring_back(trainer: Trainer, folder: Path, step: int) -> str | None:
     """Read one snapshot, each process its part; what was wrong, where one could not."""
     problem = None
     try:
-        state: dict[str, Any] = load_checkpoint(
-            folder, region=partial(region_needed, trainer.model)
-        )
+        models = trainer.objective.models
+        state: dict[str, Any] = load_checkpoint(folder, region=partial(region_needed, models))
         state["settings"]["eval_every"] = trainer.settings.eval_every  # as configured since
-        state = placed_state(state, trainer.model, trainer.stepper.host_names)
+        state = placed_state(state, models, trainer.stepper.host_names)
     except DamagedCheckpointError as error:
         problem = error.problem if folder.is_dir() else f"{folder.name} is missing"
     except (UltrathinkError, OSError) as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ultrathink.config.overrides import flatten, parse_override
 from ultrathink.config.reflection import field_at, rule_of
 from ultrathink.config.schema import Config
@@ -14,6 +16,8 @@ from ultrathink.recipes.parts.resumed_data import decided, touches
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import ConfigChange
 from ultrathink.training.budget import Budget
+from ultrathink.training.model_set import ModelSet
+from ultrathink.training.model_state import MODULES
 from ultrathink.training.schedules import ceiling_at, continued_schedule
 from ultrathink.training.settings import LiveSettings
 from ultrathink.training.trainer import Trainer
@@ -65,6 +69,7 @@ def adapt_state(
     values: dict[str, Any] = state
     settings, progress = values["settings"], values["progress"]
     _check_identity(values["identity"], trainer.identity, reset)
+    _adapt_modules(values, trainer.objective.models)
     _adapt_schedule(values, before, changes, reset)
     if decided(changes, "length"):
         progress["is_over"] = False
@@ -87,6 +92,30 @@ def adapt_state(
     _adapt_routing(values["model"], trainer, changes)
     if other_scores or decided(changes, "scores"):
         progress["best"] = None  # it does not compare with those to come
+
+
+def _adapt_modules(values: dict[str, Any], models: ModelSet) -> None:
+    """Leave out what is no longer trained beside the model; CheckpointError where what now is, is
+    not there."""
+    found: dict[str, dict[str, Tensor]] = values.pop(MODULES, {})
+    for name, module in models.beside.items():
+        wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        there = {key: tuple(value.shape) for key, value in found.get(name, {}).items()}
+        if wanted != there:
+            lacks = f"has another {name!r}" if name in found else f"has no {name!r}"
+            raise CheckpointError(
+                f"training.objective trains {name!r} beside the model, and the checkpoint {lacks}; "
+                f"resume with the objective and the options it was made with, or start a new run "
+                f"with its weights: training.init_from=RUN."
+            )
+    if models.beside:
+        values[MODULES] = {name: found[name] for name in models.beside}
+    gone = found.keys() - models.beside.keys()
+    values["optimizer"] = {
+        name: remembered
+        for name, remembered in values["optimizer"].items()
+        if name.partition("/")[0] not in gone
+    }
 
 
 def _adapt_routing(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from torch import Tensor
 from ultrathink.checkpoint.format import Header, Kind
 from ultrathink.data.batch import Batch
 from ultrathink.data.validation import ValidationSet
+from ultrathink.model.transformer import Transformer
 from ultrathink.parallel.world import ALONE, Group
 from ultrathink.training.compiling import EAGER, Compilation
-from ultrathink.training.model_set import ModelSet
+from ultrathink.training.model_set import ModelSet, TrainedModule
 from ultrathink.training.validation import Scores
 
 LOSS = "loss"  # the term that reports call the loss
@@ -80,11 +81,21 @@ class Objective(ABC):
 
     def __init__(self, parts: Parts) -> None:
         self.models = parts.models
-        self.model = parts.models.trained
+        self.model = parts.models.main
         self.device = parts.device
         self.dp_group = parts.dp_group
         self.held_out = parts.held_out
         self.scored_tokens = parts.scored_tokens
+
+    @classmethod
+    def modules(cls, config: Any, model: Transformer) -> dict[str, TrainedModule]:
+        """What is trained beside ``model``, by name: its weights, drawn from the run's seed.
+
+        ``config`` is ``training.objective``. ``model`` has its first weights, on the CPU and whole;
+        ``self.models.modules`` has all of them once they are ready. Where only sizes are asked for
+        all is on the device ``meta``.
+        """
+        return {}
 
     def before_step(self, step: int) -> None:
         """Set what the model needs before the passes of ``step``."""

@@ -13,7 +13,8 @@ from ultrathink.config.orchestrator import LimitsConfig, RulesConfig
 from ultrathink.monitoring.experts import ExpertStatistics, GroupSlots
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.steering.policy import Policy
-from ultrathink.orchestrator.steering.proposals import HARD, MEDIUM, Decision
+from ultrathink.orchestrator.steering.proposals import HARD, MEDIUM
+from ultrathink.runs.decisions import Decision
 from ultrathink.training.changes import ReviveExperts
 
 __all__ = ["make_trainer"]

@@ -14,13 +14,14 @@ from ultrathink.orchestrator.steering.proposals import (
     CRITICAL,
     HARD,
     SOFT,
-    Decision,
     Proposal,
     confidence_after,
     confidence_of,
+    line_of,
 )
 from ultrathink.orchestrator.steering.rules import Rule, Situation
 from ultrathink.orchestrator.steering.snapshots import SnapshotRing
+from ultrathink.runs.decisions import Decision
 from ultrathink.training.change import Change
 from ultrathink.training.changes import (
     ClearMemory,
@@ -155,7 +156,7 @@ def test_a_decision_says_what_was_done_in_a_line() -> None:
         3, 630, "roll_back", HARD, 0.97, {"loss": 7.1}, "rollback", 630, 600, "Why."
     )
     decision.also.append({"action": "lr_factor", "before": 1.0, "after": 0.5})
-    assert decision.line == (
+    assert line_of(decision) == (
         "step 630, roll_back (hard, 97%): went back to step 600, lr_factor: 1 -> 0.5. Why."
     )
     assert Decision(**decision.to_json()) == decision

@@ -79,6 +79,7 @@ def _write_nested(
             if is_part(field):
                 lines += ["", f"**`type: {type_name(options)}`** - {_cell(_summary(options))}"]
             _write_table(options, inner, lines)
+        for options in classes:
             _write_nested(options, inner, level + 1, lines, documented)
 
 

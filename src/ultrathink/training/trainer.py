@@ -479,10 +479,6 @@ class Trainer:
         """Go on from what ``state_dict`` returned."""
         self.state.load_state_dict({k: v for k, v in state.items() if k != SNAPSHOTS})
 
-    def elapsed_s(self) -> float:
-        """Seconds of training so far, over all its sessions, compilation included."""
-        return self.clock.elapsed_s
-
     def _is_due(self, every: int | None) -> bool:
         return every is not None and self.progress.step % every == 0
 

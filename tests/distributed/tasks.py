@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import ultrathink.training.trainer as trainer_module
+from tests.unit.training.conftest import TINY as ALONE
 from tests.unit.training.late_copies import LateCopier
 from tests.unit.training.shortage import Scarcity
 from ultrathink.checkpoint.format import load_checkpoint, weights
@@ -51,19 +52,7 @@ from ultrathink.training.snapshots import Snapshot
 from ultrathink.training.stepping import Verdict
 from ultrathink.training.trainer import Trainer
 
-TINY = (
-    "model.hidden_size=32",
-    "model.num_layers=2",
-    "model.num_heads=2",
-    "data.seq_len=32",
-    "data.train=[{type: dummy, num_documents: 60, num_words: 40}]",
-    "training.batch_size=4",
-    "training.log_every=1",
-    "training.clip=0.5",
-    "training.sample.prompts=[]",
-    "training.eval.batch_size=3",
-    "monitoring.sinks=[jsonl]",
-)
+TINY = (*ALONE, "training.clip=0.5", "training.eval.batch_size=3")
 # Two groups that two processes cannot halve; the first layer has no experts.
 EXPERTS = (
     "model.moe={groups: [{name: a, num_experts: 6, top_k: 2, max_experts: 8}, "
@@ -121,6 +110,23 @@ def train_and_write(place: str, *overrides: str) -> tuple[str, list[str]]:
 def train(place: str, *overrides: str) -> str:
     """Train a tiny model; returns its run folder."""
     trainer = new_trainer(place, *overrides)
+    trainer.fit()
+    return str(trainer.run.path)
+
+
+def train_with_an_evaluator_that_fails_on_process_1(place: str, *overrides: str) -> str:
+    """Train; the first evaluator fails there at its first time, before processes add up."""
+    trainer = new_trainer(place, *overrides)
+    evaluator = trainer.evaluators.members[0]
+    evaluate = evaluator.evaluate
+
+    def failing(model: Any, step: int) -> Any:
+        if step == 2:
+            raise OSError("its disk is gone")
+        return evaluate(model, step)
+
+    if trainer.world.rank == 1:
+        evaluator.evaluate = failing  # type: ignore[method-assign]
     trainer.fit()
     return str(trainer.run.path)
 

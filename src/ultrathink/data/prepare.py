@@ -12,13 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ultrathink.config.data import DataConfig
+from ultrathink.config.data import DataConfig, SourceConfig
 from ultrathink.config.tokenizer import TOKENIZERS, TokenizerConfig
 from ultrathink.core.errors import CheckpointError, DataError
 from ultrathink.data.cache import TokenStore, cache_folder, open_or_build, writing_to
 from ultrathink.data.documents import Progress, Split
 from ultrathink.data.packing import make_samples
-from ultrathink.data.reading import Sources, read_sources, record_sources
+from ultrathink.data.reading import Sources, read_source, read_sources, record_sources
 from ultrathink.data.record import DataRecord, SourceRecord
 from ultrathink.data.sources.base import Source
 from ultrathink.data.tokenizers.base import DamagedTokenizerError, Tokenizer, load_tokenizer
@@ -93,6 +93,28 @@ def prepare_sources(
 
     record = record_sources(data, sources, chosen)
     return assemble_data(data, chosen, record, sources, open_store, notes)
+
+
+def prepare_text(
+    config: SourceConfig,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    progress: Progress | None,
+    notes: list[str],
+) -> TokenStore:
+    """The tokens of all the text of a source beside those of ``data``, from the cache or built.
+
+    DataError where it is unreadable or empty; ``notes`` are told what was mended or skipped.
+    """
+    source = read_source(config, data, progress)
+    _require_text(source)
+    if source.num_skipped:
+        notes.append(
+            f"data source {source.name}: {source.num_skipped} items could not be read and were "
+            f"skipped"
+        )
+    cache = cache_folder(data.cache_dir)
+    return open_or_build(source, "all", tokenizer, cache, progress, notes, data.verify)
 
 
 OpenStore = Callable[[SourceRecord, Source | None, Split], TokenStore]

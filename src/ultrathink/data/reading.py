@@ -47,22 +47,34 @@ class Sources:
 
 def read_sources(data: DataConfig, progress: Progress | None = None) -> Sources:
     """Find the text that ``data`` names, and read what of it the manifests do not know."""
-    manifests = cache_folder(data.cache_dir) / "sources"
-
-    def read(source: Source | DataError) -> Source | DataError:
-        if isinstance(source, DataError):
-            return source
-        if progress is not None:
-            progress(f"reading {source.name}", 0, 0)
-        try:
-            source.scan(manifests, data.verify)
-        except DataError as error:
-            return error
-        return source
-
-    groups = [build_sources(configs) for configs in (data.train, data.val or ())]
-    train, val = ([read(source) for source in group] for group in groups)
+    train, val = (
+        [_scanned(source, data, progress) for source in build_sources(configs)]
+        for configs in (data.train, data.val or ())
+    )
     return Sources(train, None if data.val is None else val)
+
+
+def read_source(config: SourceConfig, data: DataConfig, progress: Progress | None = None) -> Source:
+    """One source beside those of ``data``; DataError where it cannot be read."""
+    [source] = build_sources([config])
+    found = _scanned(source, data, progress)
+    if isinstance(found, DataError):
+        raise found
+    return found
+
+
+def _scanned(
+    source: Source | DataError, data: DataConfig, progress: Progress | None
+) -> Source | DataError:
+    if isinstance(source, DataError):
+        return source
+    if progress is not None:
+        progress(f"reading {source.name}", 0, 0)
+    try:
+        source.scan(cache_folder(data.cache_dir) / "sources", data.verify)
+    except DataError as error:
+        return error
+    return source
 
 
 def build_sources(configs: Sequence[SourceConfig]) -> list[Source | DataError]:

@@ -27,28 +27,43 @@ def make_inputs(
     return hidden.requires_grad_(), weight.requires_grad_(), labels
 
 
-def reference(hidden: Tensor, weight: Tensor, labels: Tensor, z_weight: float) -> HeadLoss:
+def reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    z_weight: float,
+    loss_weights: Tensor | None = None,
+) -> HeadLoss:
     logits = hidden.double() @ weight.double().T
     trained = labels != IGNORED_LABEL
     squares = logits.logsumexp(-1).square() * trained
+    each = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED_LABEL)
     return HeadLoss(
-        F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL),
+        (each if loss_weights is None else each * loss_weights).sum(),
         z_weight * squares.sum(),
         ((logits.argmax(-1) == labels) & trained).sum(),
     )
 
 
 @settings(max_examples=30)
-@given(N=st.integers(1, 40), size=st.integers(1, 48), seed=st.integers(0, 9))
-def test_chunks_change_nothing(N: int, size: int, seed: int) -> None:
+@given(
+    N=st.integers(1, 40),
+    size=st.integers(1, 48),
+    seed=st.integers(0, 9),
+    is_weighed=st.booleans(),
+)
+def test_chunks_change_nothing(N: int, size: int, seed: int, is_weighed: bool) -> None:
     hidden, weight, _ = make_inputs(N)
     labels = torch.randint(-1, 11, (N,), generator=torch.Generator().manual_seed(seed))
     labels[labels < 0] = IGNORED_LABEL
-    expected = reference(hidden, weight, labels, 0.01)
+    weights = torch.arange(N) % 3 / 2 if is_weighed else None
+    expected = reference(hidden, weight, labels, 0.01, weights)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "CHUNK_LOGITS", size * weight.shape[0])
         patch.setattr(loss_module, "MAX_CHUNKS", 100)
-        ours = linear_cross_entropy(hidden, weight, labels, z_weight=0.01, count_correct=True)
+        ours = linear_cross_entropy(
+            hidden, weight, labels, loss_weights=weights, z_weight=0.01, count_correct=True
+        )
     for value, wanted in zip(ours, expected, strict=True):
         torch.testing.assert_close(value, wanted)
     # Scales that differ tell the gradients of the two losses apart.

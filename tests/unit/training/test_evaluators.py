@@ -18,6 +18,9 @@ from ultrathink import load_model, resume_trainer
 from ultrathink.config import load_config
 from ultrathink.config.evaluators import EVALUATORS, EvaluatorConfig
 from ultrathink.core.errors import ConfigError, DataError
+from ultrathink.insight.logs.run_folder import RunFolderLog
+from ultrathink.insight.report.gathering import gather
+from ultrathink.insight.report.page import render
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.tensorboard import FOLDER
 from ultrathink.orchestrator.live import LiveWatch
@@ -179,6 +182,11 @@ def test_scores_are_those_of_the_model_and_go_to_all_who_watch(
     splits = [record.split for record in RunReader(run).history()]
     assert splits == ["train", "train", "eval", "train", "eval", "val", "eval"]
     assert RunReader(run).last_records().keys() == {"train", "val"}
+    log = RunFolderLog(run).signals()
+    logged = {name: value for one in log for name, value in one.having("eval/").items()}
+    assert logged == told
+    assert gather(run).evaluated["words/loss"] == [(3, row["words/loss"])]
+    assert "<code>words/bits_per_byte</code>" in render(gather(run))
     assert _scalars(run.path / FOLDER)["eval/words/loss"] == pytest.approx(loss, rel=1e-5)
 
 

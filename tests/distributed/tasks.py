@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import ultrathink.training.trainer as trainer_module
+from tests.unit.training.conftest import TINY as ALONE
 from tests.unit.training.late_copies import LateCopier
 from tests.unit.training.shortage import Scarcity
 from ultrathink.checkpoint.format import load_checkpoint, weights
@@ -51,19 +52,7 @@ from ultrathink.training.snapshots import Snapshot
 from ultrathink.training.stepping import Verdict
 from ultrathink.training.trainer import Trainer
 
-TINY = (
-    "model.hidden_size=32",
-    "model.num_layers=2",
-    "model.num_heads=2",
-    "data.seq_len=32",
-    "data.train=[{type: dummy, num_documents: 60, num_words: 40}]",
-    "training.batch_size=4",
-    "training.log_every=1",
-    "training.clip=0.5",
-    "training.sample.prompts=[]",
-    "training.eval.batch_size=3",
-    "monitoring.sinks=[jsonl]",
-)
+TINY = (*ALONE, "training.clip=0.5", "training.eval.batch_size=3")
 # Two groups that two processes cannot halve; the first layer has no experts.
 EXPERTS = (
     "model.moe={groups: [{name: a, num_experts: 6, top_k: 2, max_experts: 8}, "

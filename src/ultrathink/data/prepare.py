@@ -18,13 +18,7 @@ from ultrathink.core.errors import CheckpointError, DataError
 from ultrathink.data.cache import TokenStore, cache_folder, open_or_build, writing_to
 from ultrathink.data.documents import Progress, Split
 from ultrathink.data.packing import make_samples
-from ultrathink.data.reading import (
-    Sources,
-    hash_data,
-    read_source,
-    read_sources,
-    record_sources,
-)
+from ultrathink.data.reading import Sources, read_source, read_sources, record_sources
 from ultrathink.data.record import DataRecord, SourceRecord
 from ultrathink.data.sources.base import Source
 from ultrathink.data.tokenizers.base import DamagedTokenizerError, Tokenizer, load_tokenizer
@@ -77,13 +71,9 @@ def prepare_sources(
     sources: Sources,
     tokenizer: TokenizerConfig | Tokenizer,
     *,
-    earlier: DataRecord | None = None,
     progress: Progress | None = None,
 ) -> PreparedData:
-    """As ``prepare_data``, from sources that are read; the record can be compared to ``earlier``.
-
-    Raises the error of a source that cannot be read.
-    """
+    """As ``prepare_data``, from sources that are read; raises the error of one that cannot be."""
     cache = cache_folder(data.cache_dir)
     notes: list[str] = []
     train, val = sources.readable()
@@ -101,7 +91,7 @@ def prepare_sources(
             raise _too_small(source, split)
         return store
 
-    record = record_sources(data, sources, chosen, earlier)
+    record = record_sources(data, sources, chosen)
     return assemble_data(data, chosen, record, sources, open_store, notes)
 
 
@@ -159,7 +149,7 @@ def assemble_data(
         val_stores=val_stores,
         num_samples=num_samples,
         source_names=[source.name for source in record.train],
-        data_hash=hash_data([s.fingerprints[trained] for s in record.train], tokenizer, data),
+        data_hash=record.data_hash,
         skipped=record.skipped,
         record=record,
         notes=notes,

@@ -18,6 +18,7 @@ from typing import Any
 
 from ultrathink.checkpoint.format import load_checkpoint
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.data.loader import TrainLoader
 from ultrathink.orchestrator.steering.proposals import SKIP_BATCH
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.runs.decisions import Audit, add_to_decision, read_decisions, state_name
@@ -28,6 +29,7 @@ from ultrathink.training.change import Change
 from ultrathink.training.changes import Stop, change_from
 from ultrathink.training.control import TrainerControl
 from ultrathink.training.model_state import placed_state
+from ultrathink.training.parts import Parts
 from ultrathink.training.trainer import Trainer
 
 Told = Callable[[str], None]
@@ -153,27 +155,27 @@ def branch(
     trainer.length.max_minutes = None
     if acts:
         for change in map(change_from, record["changes"]):
-            _apply(trainer, change, run, record["id"])
+            _apply(trainer.parts, change, run, record["id"])
     elif record["action"] == SKIP_BATCH:
-        _take_back(trainer)
+        _take_back(trainer.loader)
     return trainer
 
 
-def _apply(trainer: Trainer, change: Change, run: RunFolder, number: int) -> None:
+def _apply(parts: Parts, change: Change, run: RunFolder, number: int) -> None:
     """Do again what decision ``number`` did, with the snapshots that were kept for it."""
     for one in change.needed:
-        folder, kind = run.states / state_name(number, one.key), trainer.objective.kind
+        folder, kind = run.states / state_name(number, one.key), parts.stepper.objective.kind
         state = load_checkpoint(folder, kind=kind)
-        placed = placed_state(state, trainer.objective.models, trainer.stepper.host_names)
-        trainer.snapshots.keep(one.key, placed, in_checkpoints=False)
-    change.apply(trainer.parts)
+        placed = placed_state(state, parts.models, parts.stepper.host_names)
+        parts.snapshots.keep(one.key, placed, in_checkpoints=False)
+    change.apply(parts)
 
 
-def _take_back(trainer: Trainer) -> None:
+def _take_back(loader: TrainLoader) -> None:
     """Let the batch that was left out come next."""
-    state: dict[str, Any] = dict(trainer.loader.state_dict())
-    state["samples_seen"] -= trainer.loader.batch_size
-    trainer.loader.load_state_dict(state)
+    state: dict[str, Any] = dict(loader.state_dict())
+    state["samples_seen"] -= loader.batch_size
+    loader.load_state_dict(state)
 
 
 class _StopAt(Controller):

@@ -19,7 +19,7 @@ from ultrathink.recipes.parts.models import find_frozen, models_beside
 from ultrathink.recipes.parts.resume_plan import FreshStart, ResumePlan, plan_resume
 from ultrathink.recipes.parts.resumed_data import data_to_go_on_with, keep_record
 from ultrathink.recipes.parts.resumed_snapshots import bring_back_snapshots
-from ultrathink.recipes.parts.resumed_state import adapt_state
+from ultrathink.recipes.parts.resumed_state import adapt_state, check_identity
 from ultrathink.recipes.parts.surroundings import environment, other_surroundings
 from ultrathink.recipes.train import restart_trainer
 from ultrathink.runs.folder import RunFolder
@@ -102,10 +102,14 @@ def _resume(
     region = partial(region_needed, trainer.objective.models)
     state: State = load_checkpoint(plan.folder, region=region, kind=kind)
     reset = plan.reset | {"data"} if found.other_samples else plan.reset
-    adapt_state(state, trainer, plan.before, plan.changes, reset, other_scores=found.other_scores)
+    check_identity(plan.plain["identity"], trainer.identity, reset)
+    adapt_state(
+        state, trainer.parts, plan.before, plan.changes, reset, other_scores=found.other_scores
+    )
     trainer.load_state_dict(state)
     lost = bring_back_snapshots(
-        trainer, config.orchestrator, plan.folder, plan.plain, plan.changes, reset
+        *(trainer.parts, trainer.control, config.orchestrator, plan.folder),
+        *(plan.plain, plan.changes, reset),
     )
     trainer.loader.mix_by([source.weight for source in config.data.train])
     trainer.lock = plan.lock

@@ -196,7 +196,6 @@ class RunReader:
             if record is None or record.split == "eval":
                 continue
             undone = record.step >= first["train"] or record.step > first["val"]
-            undone |= record.split == "val" and record.step == first["val"]
             first[record.split] = min(first[record.split], record.step)
             if not undone:
                 found.setdefault(record.split, record)

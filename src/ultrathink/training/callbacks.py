@@ -139,11 +139,6 @@ class Controller:
         self.load_state_dict(state)
 
 
-def is_due(every_steps: int | None, step: int) -> bool:
-    """Whether what happens ``every_steps`` happens after ``step``; None: it never does."""
-    return every_steps is not None and step % every_steps == 0
-
-
 def is_logged(step: int, log_every: int, total_steps: int) -> bool:
     """Whether the figures of ``step`` are handed to sinks: those of the first and the last are."""
     return step == 1 or step % log_every == 0 or step == total_steps

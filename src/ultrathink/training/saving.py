@@ -22,7 +22,6 @@ from ultrathink.parallel.placement import piece_of
 from ultrathink.parallel.world import ALONE, World
 from ultrathink.runs.decisions import decision_of, state_name
 from ultrathink.runs.folder import RunFolder
-from ultrathink.training.callbacks import is_due
 from ultrathink.training.host_states import copied_to_host
 from ultrathink.training.run_state import Progress
 
@@ -91,7 +90,7 @@ class Saving:
             return False
         since = elapsed_s - progress.last_checkpoint_s
         is_time = rule.every_minutes is not None and since >= rule.every_minutes * 60
-        return is_time or is_due(rule.every_steps, step)
+        return is_time or progress.is_due(rule.every_steps)
 
     def note_snapshot(self, key: int, folder: Path) -> None:
         """The snapshot ``key`` was read from ``folder``, and need not be written again."""

@@ -30,7 +30,6 @@ from ultrathink.training.callbacks import (
     Controller,
     StepReport,
     ValidationReport,
-    is_due,
     is_logged,
 )
 from ultrathink.training.clock import Clock
@@ -186,7 +185,7 @@ class Trainer:
             while self.boundary.ending is None:
                 report = self.train_step()
                 self.notify("on_step", report)
-                if is_due(self.settings.eval_every, report.step):
+                if self.progress.is_due(self.settings.eval_every):
                     self.validate()
                 self.evaluations.run(self.progress)
                 self.ask_controllers("at_boundary", report)
@@ -292,8 +291,8 @@ class Trainer:
         self.progress.num_skipped += result.skipped
         seconds = time.perf_counter() - began
         self.clock.count_step(seconds)
-        is_told_now = is_due(self.training.log_every, step)
-        timing, stragglers = self._times.of_step(step, seconds, is_due=is_told_now)
+        is_logged_now = self.progress.is_due(self.training.log_every)
+        timing, stragglers = self._times.of_step(step, seconds, is_due=is_logged_now)
         for sentence in stragglers:
             self._tell(sentence, "warning")
         if result.skipped:

@@ -20,9 +20,8 @@ GROUPS = (
 MakeTrainer = Callable[..., Trainer]
 
 
-@pytest.fixture
-def make_trainer(tmp_path: Path) -> MakeTrainer:
-    """Builds trainers of a tiny model, ``dense`` or ``moe``."""
+def trainers_in(folder: Path) -> MakeTrainer:
+    """Builds trainers of a tiny model, ``dense`` or ``moe``, whose runs lie in ``folder``."""
 
     def make(model: str, *overrides: str, **parts: Any) -> Trainer:
         experts = [GROUPS, "model.moe.intermediate_size=16", "model.moe.routing.warmup_steps=0"]
@@ -30,7 +29,7 @@ def make_trainer(tmp_path: Path) -> MakeTrainer:
             "debug",
             [
                 *TINY,
-                f"run.dir={tmp_path / 'runs'}",
+                f"run.dir={folder}",
                 "training.clip=null",
                 "training.micro_batch_size=4",
                 "training.schedule={type: wsd, warmup: 0, decay: 0}",
@@ -41,3 +40,8 @@ def make_trainer(tmp_path: Path) -> MakeTrainer:
         return build_trainer(config, **parts)
 
     return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> MakeTrainer:
+    return trainers_in(tmp_path / "runs")

@@ -4,13 +4,14 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.unit.benchmarks.conftest import BENCHMARKS, MakeTrainer
+from tests.unit.benchmarks.conftest import BENCHMARKS, MakeTrainer, trainers_in
 from tests.unit.training.observers import At, Recorder
 from ultrathink.data.batch import Batch
 from ultrathink.training.changes import Rollback, SkipSamples
@@ -55,16 +56,21 @@ class Course:
         return [report.loss for report in self.recorder.steps]
 
 
-@pytest.fixture
-def course(make_trainer: MakeTrainer) -> Callable[..., Course]:
-    def make(name: str | None, model: str = "dense", **parts: Any) -> Course:
-        fault = CASES[name]() if name is not None else None
-        if fault is None and model == "moe":
-            fault = Fault()  # one that does nothing
-            fault.model = "moe"
-        return Course(make_trainer, fault, **parts)
+Courses = Callable[..., Course]
 
-    return make
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory: pytest.TempPathFactory) -> Courses:
+    """Courses with a fault, or with none in a ``dense`` or ``moe`` model, each run once."""
+
+    @cache
+    def run(name: str | None, model: str = "dense") -> Course:
+        fault = CASES[name]() if name is not None else Fault()  # which does nothing
+        if name is None:
+            fault.model = model
+        return Course(trainers_in(tmp_path_factory.mktemp("runs")), fault).run()
+
+    return run
 
 
 def test_there_are_enough_and_each_is_whole() -> None:
@@ -79,8 +85,8 @@ def test_there_are_enough_and_each_is_whole() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("out_of_memory")])
-def test_a_run_is_its_clean_twin_up_to_the_fault(course: Callable[..., Course], name: str) -> None:
-    struck, clean = course(name).run(), course(None, CASES[name].model).run()
+def test_a_run_is_its_clean_twin_up_to_the_fault(course: Courses, name: str) -> None:
+    struck, clean = course(name), course(None, CASES[name].model)
     assert struck.losses[: BEGIN - 1] == clean.losses[: BEGIN - 1]
     if CASES[name].group != "resources":
         assert struck.losses[BEGIN - 1 :] != clean.losses[BEGIN - 1 :]
@@ -95,8 +101,8 @@ def changed_steps(one: Course, other: Course) -> list[int]:
     ]
 
 
-def test_a_poisoned_batch_is_one_of_random_tokens(course: Callable[..., Course]) -> None:
-    struck, clean = course("poisoned_batch").run(), course(None).run()
+def test_a_poisoned_batch_is_one_of_random_tokens(course: Courses) -> None:
+    struck, clean = course("poisoned_batch"), course(None)
     assert changed_steps(struck, clean) == [BEGIN]
     poisoned = struck.batches[BEGIN - 1]
     assert torch.equal(poisoned.input_ids[:, 1:], poisoned.labels[:, :-1])
@@ -105,8 +111,8 @@ def test_a_poisoned_batch_is_one_of_random_tokens(course: Callable[..., Course])
     assert struck.losses[BEGIN - 1] > clean.losses[BEGIN - 1]
 
 
-def test_shuffled_labels_are_the_same_labels_elsewhere(course: Callable[..., Course]) -> None:
-    struck, clean = course("shuffled_labels").run(), course(None).run()
+def test_shuffled_labels_are_the_same_labels_elsewhere(course: Courses) -> None:
+    struck, clean = course("shuffled_labels"), course(None)
     assert changed_steps(struck, clean) == list(range(BEGIN, END + 1))
     assert CASES["shuffled_labels"].num_steps == 20
     for one, other in zip(struck.batches[BEGIN - 1 :], clean.batches[BEGIN - 1 :], strict=True):
@@ -120,8 +126,8 @@ def test_a_corrupt_shard_comes_back_with_its_samples() -> None:
     assert active == [0, 1, 2, 3, 40, 41, 42, 43, 80, 81, 82, 83]
 
 
-def test_a_corrupt_shard_has_the_same_damage_each_time(course: Callable[..., Course]) -> None:
-    struck = course("corrupt_shard").run()
+def test_a_corrupt_shard_has_the_same_damage_each_time(course: Courses) -> None:
+    struck = course("corrupt_shard")
     fault, moment = CASES["corrupt_shard"](), struck.injection.moment
     batch = struck.batches[0]
     found = []
@@ -133,17 +139,17 @@ def test_a_corrupt_shard_has_the_same_damage_each_time(course: Callable[..., Cou
     assert (found[0] == found[0][:, :1]).all()
 
 
-def test_overfitting_repeats_two_batches(course: Callable[..., Course]) -> None:
-    batches = course("overfitting").run().batches[BEGIN - 1 :]
+def test_overfitting_repeats_two_batches(course: Courses) -> None:
+    batches = course("overfitting").batches[BEGIN - 1 :]
     same = [[torch.equal(one.input_ids, two.input_ids) for two in batches] for one in batches]
     assert same == [[(i - j) % 2 == 0 for j in range(5)] for i in range(5)]
 
 
 @pytest.mark.parametrize(("name", "factor"), [("lr_x10", 10), ("lr_x30", 30), ("tiny_lr", 0.01)])
 def test_the_rate_is_another_and_is_told_so(
-    course: Callable[..., Course], name: str, factor: float
+    make_trainer: MakeTrainer, name: str, factor: float
 ) -> None:
-    one = course(name)
+    one = Course(make_trainer, CASES[name]())
     used: list[float] = []
     optimizer = one.trainer.stepper.optimizers[0]
     optimizer.register_step_pre_hook(lambda *_: used.append(optimizer.param_groups[0]["lr"]))
@@ -152,19 +158,19 @@ def test_the_rate_is_another_and_is_told_so(
     assert rates == used == pytest.approx(expected)
 
 
-def test_an_infinite_loss_is_met_three_times(course: Callable[..., Course]) -> None:
-    losses = course("infinite_loss").run().losses
+def test_an_infinite_loss_is_met_three_times(course: Courses) -> None:
+    losses = course("infinite_loss").losses
     assert [math.isinf(loss) for loss in losses] == [False] * 3 + [True] * 3 + [False] * 2
 
 
-def test_a_nan_gradient_comes_with_a_sound_loss(course: Callable[..., Course]) -> None:
-    steps = course("nan_gradient").run().recorder.steps
+def test_a_nan_gradient_comes_with_a_sound_loss(course: Courses) -> None:
+    steps = course("nan_gradient").recorder.steps
     assert all(math.isfinite(report.loss) for report in steps)
     assert [math.isnan(report.grad_norm) for report in steps] == [False] * 3 + [True] * 5
 
 
-def test_a_gradient_spike_is_a_thousand_times_the_norm(course: Callable[..., Course]) -> None:
-    struck, clean = course("gradient_spike").run(), course(None).run()
+def test_a_gradient_spike_is_a_thousand_times_the_norm(course: Courses) -> None:
+    struck, clean = course("gradient_spike"), course(None)
     ratios = [
         one.grad_norm / other.grad_norm
         for one, other in zip(struck.recorder.steps, clean.recorder.steps, strict=True)
@@ -218,8 +224,8 @@ def shares(one: Course, step: int) -> dict[str, list[float]]:
     }
 
 
-def test_collapsed_routers_send_all_to_one(course: Callable[..., Course]) -> None:
-    struck = course("router_collapse").run()
+def test_collapsed_routers_send_all_to_one(course: Courses) -> None:
+    struck = course("router_collapse")
     assert min(min(values) for values in shares(struck, BEGIN).values()) > 0.97
     assert max(max(values) for values in shares(struck, BEGIN - 1).values()) < 0.97
     sure = struck.recorder.steps[BEGIN - 1].experts
@@ -228,8 +234,8 @@ def test_collapsed_routers_send_all_to_one(course: Callable[..., Course]) -> Non
     assert confidence.min() > 0.95
 
 
-def test_dead_experts_get_no_token(course: Callable[..., Course]) -> None:
-    struck = course("dead_experts").run()
+def test_dead_experts_get_no_token(course: Courses) -> None:
+    struck = course("dead_experts")
     report = struck.recorder.steps[-1]
     assert report.experts is not None
     dead = report.experts.load == 0
@@ -240,16 +246,16 @@ def test_dead_experts_get_no_token(course: Callable[..., Course]) -> None:
         assert layer.sum() == 11
 
 
-def test_a_leak_grows_with_every_step(course: Callable[..., Course]) -> None:
-    one = course("memory_leak").run()
+def test_a_leak_grows_with_every_step(course: Courses) -> None:
+    one = course("memory_leak")
     fault = one.injection.fault
     assert sum(tensor.nbytes for tensor in fault.kept) == (END - BEGIN + 1) * 2**21  # type: ignore[union-attr]
-    assert one.losses == course(None).run().losses
+    assert one.losses == course(None).losses
 
 
-def test_a_stalled_loader_is_waited_for(course: Callable[..., Course]) -> None:
-    one = course("stalled_loader").run()
-    assert one.losses == course(None).run().losses
+def test_a_stalled_loader_is_waited_for(course: Courses) -> None:
+    one = course("stalled_loader")
+    assert one.losses == course(None).losses
     waits = [report.data_wait for report in one.recorder.steps]
     assert [wait >= 0.15 for wait in waits] == [False] * (BEGIN - 1) + [True] * (END - BEGIN + 1)
 

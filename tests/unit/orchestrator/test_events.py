@@ -13,33 +13,6 @@ from hypothesis import strategies as st
 from ultrathink.orchestrator.events import SEVERITIES, Finding, Incidents, in_order, is_alarm
 
 
-def test_findings_a_few_steps_apart_are_one_event() -> None:
-    incidents = Incidents()
-    assert len(incidents.add([Finding(1, "spike", "medium", "first")])) == 1
-    for _ in range(2, 9):
-        assert incidents.add([]) == []
-    assert incidents.add([Finding(9, "spike", "medium", "again")]) == []
-    (event,) = incidents.events
-    assert (event.step, event.to_step, event.message) == (1, 9, "first")
-
-
-def test_after_a_pause_it_is_another_event() -> None:
-    incidents = Incidents()
-    incidents.add([Finding(1, "spike", "low", "first")])
-    for _ in range(8):
-        incidents.add([])
-    assert len(incidents.add([Finding(10, "spike", "low", "second")])) == 1
-    assert [event.step for event in incidents.events] == [1, 10]
-
-
-def test_a_finding_says_how_long_its_incident_may_pause() -> None:
-    incidents = Incidents()
-    for step in range(1, 100):
-        finding = Finding(step, "plateau", "medium", "blocks", pause=16)
-        incidents.add([finding] if step % 16 == 0 else [])
-    assert len(incidents.events) == 1
-
-
 def test_the_gravest_finding_tells_the_event_and_is_reported() -> None:
     incidents = Incidents()
     incidents.add([Finding(1, "spike", "low", "a", values={"score": 7.0})])
@@ -49,14 +22,6 @@ def test_the_gravest_finding_tells_the_event_and_is_reported() -> None:
     assert (event.severity, event.message, event.values) == ("high", "b", {"score": 20.0})
     assert (event.step, event.to_step, event.found_at) == (1, 3, 1)
     assert graver.severity == "high"
-
-
-def test_kinds_and_subjects_are_apart() -> None:
-    incidents = Incidents()
-    incidents.add([Finding(1, "dead_expert", "medium", "x", subject="a")])
-    incidents.add([Finding(2, "dead_expert", "medium", "x", subject="b")])
-    incidents.add([Finding(3, "dropped_tokens", "medium", "x", subject="a")])
-    assert len(incidents.events) == 3
 
 
 def test_an_event_begins_where_it_began_but_not_within_the_one_before() -> None:
@@ -96,6 +61,7 @@ FINDINGS = st.lists(
     st.lists(
         st.tuples(
             st.sampled_from(["a", "b"]),
+            st.sampled_from(["", "x", "y"]),
             st.sampled_from(SEVERITIES),
             st.integers(0, 40),
             st.sampled_from([8, 20]),
@@ -107,14 +73,16 @@ FINDINGS = st.lists(
 
 
 @given(FINDINGS, st.integers(0, 80))
-def test_incidents_of_a_key_never_overlap_and_survive_a_restart(
-    steps: list[list[tuple[str, str, int, int]]], restart: int
+def test_findings_of_a_key_are_one_event_up_to_a_pause_and_events_survive_a_restart(
+    steps: list[list[tuple[str, str, str, int, int]]], restart: int
 ) -> None:
     incidents, other = Incidents(), Incidents()
+    ends: dict[tuple[str, str], int] = {}  # by which step the next finding has to come
+    expected: list[tuple[str, str, int, int]] = []  # kind, subject, found at, to step
     for number, found in enumerate(steps, 1):
         findings = [
-            Finding(number, kind, severity, "x", since=number - ago, pause=pause)
-            for kind, severity, ago, pause in found
+            Finding(number, kind, severity, "x", number - ago, subject, pause=pause)
+            for kind, subject, severity, ago, pause in found
         ]
         if number == restart:
             other.load_state_dict(json.loads(json.dumps(incidents.state_dict())))
@@ -123,7 +91,17 @@ def test_incidents_of_a_key_never_overlap_and_survive_a_restart(
             same = other.add(findings) if restart else changed
             assert same == changed
         assert {event.kind for event in changed} <= {finding.kind for finding in findings}
-    for kind in "ab":
-        own = [event for event in incidents.events if event.kind == kind]
+        for one in findings:
+            key = (one.kind, one.subject)
+            if number <= ends.get(key, 0):
+                [last] = [n for n, event in enumerate(expected) if event[:2] == key][-1:]
+                expected[last] = (*expected[last][:3], number)
+            else:
+                expected.append((*key, number, number))
+            ends[key] = number + one.pause
+    told = [(one.kind, one.subject, one.found_at, one.to_step) for one in incidents.events]
+    assert told == expected
+    for key in ends:
+        own = [event for event in incidents.events if (event.kind, event.subject) == key]
         assert all(event.step <= event.to_step for event in own)
         assert all(one.to_step < other.step for one, other in pairwise(own))

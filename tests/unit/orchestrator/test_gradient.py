@@ -21,10 +21,21 @@ def test_a_norm_far_above_its_median_is_an_explosion(times: float, severity: str
     assert event.values["ratio"] == pytest.approx(times, rel=0.15)
 
 
-def test_three_times_the_median_is_none() -> None:
-    values = norms(300)
-    values[200] = 3
-    assert found({"grad_norm": values}, "gradient_explosion") == []
+STEPS = np.arange(3000)
+
+
+@pytest.mark.parametrize(
+    ("factors", "kind"),
+    [
+        (np.where(STEPS == 200, 3.0, 1.0), "gradient_explosion"),
+        (np.geomspace(1, 5, 3000), "gradient_explosion"),
+        (np.where((STEPS >= 200) & (STEPS < 204), 0.01, 1.0), "gradient_vanishing"),
+        (np.where(STEPS >= 250, 0.1, 1.0), "gradient_vanishing"),
+    ],
+    ids=["three times the median", "growth by five", "a few small ones", "a tenth"],
+)
+def test_this_is_how_norms_are(factors: Floats, kind: str) -> None:
+    assert found({"grad_norm": norms(3000) * factors}, kind) == []
 
 
 def test_an_explosion_that_lasts_is_one_event_and_grave() -> None:
@@ -51,23 +62,11 @@ def test_growth_that_no_step_shows_is_found_before_it_is_a_hundredfold() -> None
     assert 800 < event.found_at < 1000  # ten times at step 900
 
 
-def test_growth_by_five_is_how_norms_are() -> None:
-    values = norms(3000) * np.geomspace(1, 5, 3000)
-    assert found({"grad_norm": values}, "gradient_explosion") == []
-
-
 def test_a_norm_that_all_but_disappears_is_vanishing() -> None:
     values = norms(300)
     values[200:] *= 0.01
     (event,) = found({"grad_norm": values}, "gradient_vanishing")
     assert (event.found_at, event.severity) == (205, "medium")
-
-
-def test_a_few_small_norms_are_not() -> None:
-    values = norms(300)
-    values[200:204] *= 0.01
-    values[250:] *= 0.1
-    assert found({"grad_norm": values}, "gradient_vanishing") == []
 
 
 def of_layers(count: int, *shares: Floats | float) -> dict[str, Floats]:
@@ -105,16 +104,17 @@ def test_what_lies_between_two_logged_steps_may_be_the_cause() -> None:
     assert (event.step, event.found_at) == (501, 530)
 
 
-@pytest.mark.parametrize("end", [0.04, 1.0])
-def test_shares_that_change_slowly_are_how_layers_are(end: float) -> None:
-    columns = of_layers(3000, 0.9, np.geomspace(0.3, end, 3000))
-    assert found(columns, "layer_vanishing") == []
-
-
-def test_two_small_gradients_of_a_layer_are_none() -> None:
-    share = np.full(300, 0.3)
-    share[200:202] = 0.001
-    assert found(of_layers(300, 0.9, share), "layer_vanishing") == []
+@pytest.mark.parametrize(
+    "share",
+    [
+        np.geomspace(0.3, 0.04, 3000),
+        np.geomspace(0.3, 1.0, 3000),
+        np.where((STEPS == 200) | (STEPS == 201), 0.001, 0.3),
+    ],
+    ids=["falls slowly", "rises slowly", "two small ones"],
+)
+def test_this_is_how_shares_of_layers_are(share: Floats) -> None:
+    assert found(of_layers(3000, 0.9, share), "layer_vanishing") == []
 
 
 def test_after_a_rewind_beyond_all_that_is_usual_nothing_is_found() -> None:

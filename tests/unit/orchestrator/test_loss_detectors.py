@@ -18,25 +18,15 @@ from ultrathink.orchestrator.detectors.loss import LossSpike
 from ultrathink.orchestrator.signals import Signals
 
 
-def test_one_step_far_out_is_a_hard_batch() -> None:
+@pytest.mark.parametrize(("times", "severity"), [(1.3, "info"), (4.0, "low")])
+def test_one_step_far_out_is_a_hard_batch_and_no_alarm(times: float, severity: str) -> None:
     loss = steady(400)
-    loss[300] *= 1.3
+    loss[300] *= times
     (event,) = watched(signals({"loss": loss})).events
-    assert (event.kind, event.severity, event.step, event.found_at) == (
-        "hard_batch",
-        "info",
-        301,
-        302,
-    )
+    assert (event.kind, event.severity) == ("hard_batch", severity)
+    assert (event.step, event.found_at) == (301, 302)
     assert event.values["loss"] == pytest.approx(loss[300])
     assert event.values["score"] > 6
-
-
-def test_a_hard_batch_is_no_alarm_however_hard() -> None:
-    loss = steady(400)
-    loss[300] *= 4
-    (event,) = watched(signals({"loss": loss})).events
-    assert (event.kind, event.severity) == ("hard_batch", "low")
 
 
 @pytest.mark.parametrize(("size", "severity"), [(1.15, "medium"), (1.8, "high")])
@@ -67,13 +57,8 @@ def test_a_spike_is_found_again_and_does_not_hide_the_next() -> None:
     loss = steady(900)
     for step in (300, 360, 420, 480, 540):
         loss[step : step + 5] *= 1.3
-    assert [event.step for event in found({"loss": loss}, "loss_spike")] == [
-        301,
-        361,
-        421,
-        481,
-        541,
-    ]
+    found_at = [event.step for event in found({"loss": loss}, "loss_spike")]
+    assert found_at == [301, 361, 421, 481, 541]
 
 
 def test_a_loss_that_stays_high_has_diverged_and_its_new_level_is_what_counts() -> None:
@@ -82,10 +67,8 @@ def test_a_loss_that_stays_high_has_diverged_and_its_new_level_is_what_counts() 
     loss[400:405] *= 1.3  # as found as if there had been no divergence
     events = watched(signals({"loss": loss})).events
     spike, divergence, other = sorted(events, key=lambda event: event.found_at)
-    assert [event.kind for event in (spike, divergence, other)] == [
-        *("loss_spike", "divergence", "loss_spike")
-    ]
-    assert (spike.step, divergence.step, other.step) == (301, 301, 401)
+    kinds = [(event.kind, event.step) for event in (spike, divergence, other)]
+    assert kinds == [("loss_spike", 301), ("divergence", 301), ("loss_spike", 401)]
     assert divergence.severity == "critical"
     assert divergence.found_at <= 301 + 24
     assert divergence.to_step < 450
@@ -164,12 +147,8 @@ def test_values_that_are_no_numbers(value: float) -> None:
     loss = steady(50)
     loss[30] = value
     (event,) = watched(signals({"loss": loss})).events
-    assert (event.kind, event.severity, event.step, event.subject) == (
-        "non_finite",
-        "high",
-        31,
-        "loss",
-    )
+    assert (event.kind, event.severity) == ("non_finite", "high")
+    assert (event.step, event.subject) == (31, "loss")
 
 
 def test_a_loss_that_is_nan_for_good_is_one_critical_event() -> None:

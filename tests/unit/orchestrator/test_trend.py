@@ -23,25 +23,22 @@ def test_a_fall_that_stops_is_a_plateau() -> None:
     assert event.values["fell"] > 0.03
 
 
-def test_a_fall_that_goes_on_is_none() -> None:
-    assert found({"loss": falling(500, 500)}, "plateau") == []
+STEPS = np.arange(500)
+NOISE = np.random.default_rng(0).standard_normal(500)
 
 
-def test_a_fall_that_slows_down_is_none() -> None:
-    assert found({"loss": steady(3000, share=0.003)}, "plateau") == []
-    slower = 4 * np.exp(-0.002 * np.minimum(np.arange(500), 300))
-    slower[300:] *= np.exp(-0.0006 * np.arange(200))
-    assert found({"loss": slower}, "plateau") == []
-
-
-def test_the_first_fall_of_a_run_promises_nothing() -> None:
-    noise = 0.01 * np.random.default_rng(0).standard_normal(200)
-    loss = 2.7 + 0.08 * np.maximum(32 - np.arange(200), 0) + noise
-    assert found({"loss": loss}, "plateau") == []
-
-
-def test_a_fall_at_once_promises_nothing() -> None:
-    loss = np.where(np.arange(400) < 200, 2.0, 1.5) * steady(400) / steady(400, seed=1)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        falling(500, 500),
+        steady(3000, share=0.003),
+        4 * np.exp(-0.002 * np.minimum(STEPS, 300) - 0.0006 * np.maximum(STEPS - 300, 0)),
+        2.7 + 0.08 * np.maximum(32 - STEPS, 0) + 0.01 * NOISE,
+        np.where(STEPS < 200, 2.0, 1.5) * np.exp(0.014 * NOISE),
+    ],
+    ids=["goes on", "a power law", "slows down", "the first of a run", "at once"],
+)
+def test_another_fall_is_no_plateau(loss: Floats) -> None:
     assert found({"loss": loss}, "plateau") == []
 
 
@@ -86,10 +83,14 @@ def test_a_rate_that_is_lost_at_once_is_a_plateau() -> None:
     assert event.values == {"lr": 1e-5, "before": 1e-3}
 
 
-def test_schedules_and_short_losses_of_the_rate_are_none() -> None:
-    steps = np.arange(300)
-    tenth = np.where(steps < 150, 1e-3, 1e-4)
-    linear = 1e-3 * (1 - steps / 300)
-    short = np.where((steps > 150) & (steps < 160), 1e-6, 1e-3)
-    for rates in (tenth, linear, short):
-        assert found({"lr": rates}, "plateau") == []
+@pytest.mark.parametrize(
+    "rates",
+    [
+        np.where(STEPS < 150, 1e-3, 1e-4),
+        1e-3 * (1 - STEPS / 501),
+        np.where((STEPS > 150) & (STEPS < 160), 1e-6, 1e-3),
+    ],
+    ids=["a tenth", "linear", "for ten steps"],
+)
+def test_schedules_and_short_losses_of_the_rate_are_none(rates: Floats) -> None:
+    assert found({"lr": rates}, "plateau") == []

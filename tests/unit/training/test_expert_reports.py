@@ -37,28 +37,24 @@ def without_expert(trainer: Trainer, expert: int) -> Trainer:
     return trainer
 
 
-def test_every_logged_step_has_its_line(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(*EXPERTS, "training.log_every=4")
+def test_every_logged_step_has_its_line_and_metrics_tell_the_same_in_short(
+    make_trainer: MakeTrainer,
+) -> None:
+    recorder = Recorder()
+    trainer = make_trainer(*EXPERTS, "training.log_every=4", callbacks=[recorder])
     trainer.fit()
     told = lines(trainer.run)
     assert [line["step"] for line in told] == [1, 4, 8, 9]
-    for line in told:
+    assert [one.step for one in recorder.steps if one.experts is not None] == [1, 4, 8, 9]
+    rows = [row for row in records(trainer.run) if row["split"] == "train"]
+    for row, line in zip(rows, told, strict=True):
         assert line["num_tokens"] == 4 * 32
         assert line["layers"] == [0, 1]
+        assert (row["step"], row["time"]) == (line["step"], line["time"])
         for group, top_k in (("skill", 2), ("meta", 1)):
-            for loads in line["groups"][group]["load"]:
-                assert sum(loads) == top_k * line["num_tokens"]
-
-
-def test_metrics_tell_the_same_in_short(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(*EXPERTS)
-    trainer.fit()
-    rows = [row for row in records(trainer.run) if row["split"] == "train"]
-    for row, line in zip(rows, lines(trainer.run), strict=True):
-        assert row["step"] == line["step"]
-        assert row["time"] == line["time"]
-        for group in ("skill", "meta"):
             layers = line["groups"][group]
+            for loads in layers["load"]:
+                assert sum(loads) == top_k * line["num_tokens"]
             assert row[f"experts/{group}/gini"] == max(layers["gini"])
             assert row[f"experts/{group}/dead"] == sum(layers["dead"])
             mean = sum(layers["utilization"]) / 2

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
+import re
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from tests.unit.training.observers import At, Recorder, asks
 from tests.unit.training.test_resume_matrix import whole_and_resumed
 from ultrathink import load_model, resume_trainer
 from ultrathink.core.errors import CheckpointError, UltrathinkError
+from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.inspection import consolidate
 from ultrathink.training.changes import Rollback, SetRouting, Stop
 from ultrathink.training.control import TrainerControl
@@ -184,6 +184,7 @@ def test_warm_up_begins_nearly_even(make_trainer: MakeTrainer) -> None:
         trainer.progress.step = step - 1
         experts = trainer.train_step().experts
         assert experts is not None
+        assert (experts.layers, experts.active.sum(1).tolist()) == ((1, 2), [9, 9])
         load = experts.load[:, GROUPS[0]]
         spread[step] = float((load.std(1) / load.mean(1)).max())
     trainer.close()
@@ -213,10 +214,17 @@ def test_another_configuration_says_how_tokens_find_experts_of_a_run_it_begins_w
     second.close()
 
 
-def test_learned_routing_is_not_warmed_up_again(make_trainer: MakeTrainer) -> None:
-    first = make_trainer(f"model.moe={TWO_OF_8}", "training.max_steps=2")
-    first.fit()
-    second = make_trainer(f"model.moe={TWO_OF_8}", f"training.init_from={first.run.path}")
+@pytest.fixture
+def two_of_8(make_trainer: MakeTrainer) -> RunFolder:
+    trainer = make_trainer(f"model.moe={TWO_OF_8}", "training.max_steps=1")
+    trainer.fit()
+    return trainer.run
+
+
+def test_learned_routing_is_not_warmed_up_again(
+    make_trainer: MakeTrainer, two_of_8: RunFolder
+) -> None:
+    second = make_trainer(f"model.moe={TWO_OF_8}", f"training.init_from={two_of_8.path}")
     assert second.model.config.moe is not None
     assert second.model.config.moe.routing.warmup_steps == 0
     second.start()
@@ -226,39 +234,20 @@ def test_learned_routing_is_not_warmed_up_again(make_trainer: MakeTrainer) -> No
     second.close()
 
 
-@pytest.mark.parametrize("is_consolidated", [False, True])
 def test_weights_of_other_groups_are_refused_though_their_shapes_agree(
-    make_trainer: MakeTrainer, is_consolidated: bool
+    make_trainer: MakeTrainer, two_of_8: RunFolder
 ) -> None:
-    first = make_trainer(f"model.moe={TWO_OF_8}", "training.max_steps=1")
-    first.fit()
-    source: Path = consolidate(first.run, "last")[0] if is_consolidated else first.run.path
-    with pytest.raises(CheckpointError) as caught:
-        make_trainer(f"model.moe={GROUPS_OF_16}", f"training.init_from={source}")
-    assert (
-        "it has the expert groups knowledge 8 + skill 8, and this one the expert groups all 16"
-        in (str(caught.value))
-    )
-    with pytest.raises(CheckpointError, match=r"knowledge 8 \+ skill 8, and this one no experts"):
-        make_trainer(f"training.init_from={source}")
+    told = "it has the expert groups knowledge 8 + skill 8, and this one"
     renamed = TWO_OF_8.replace("skill", "talent")
-    make_trainer(f"model.moe={renamed}", f"training.init_from={source}").close()
+    for source in (two_of_8.path, consolidate(two_of_8, "last")[0]):
+        with pytest.raises(CheckpointError, match=re.escape(f"{told} the expert groups all 16")):
+            make_trainer(f"model.moe={GROUPS_OF_16}", f"training.init_from={source}")
+        with pytest.raises(CheckpointError, match=re.escape(f"{told} no experts")):
+            make_trainer(f"training.init_from={source}")
+        make_trainer(f"model.moe={renamed}", f"training.init_from={source}").close()
 
 
-def test_a_run_keeps_its_groups_when_it_is_resumed(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(f"model.moe={TWO_OF_8}", "training.max_steps=1")
-    trainer.fit()
+def test_a_run_keeps_its_groups_when_it_is_resumed(two_of_8: RunFolder) -> None:
     for change in (f"model.moe={GROUPS_OF_16}", "model.moe=null"):
         with pytest.raises(UltrathinkError, match=r"model\.moe\S* cannot change to "):
-            resume_trainer(trainer.run, overrides=[change, "training.max_steps=2"])
-
-
-def test_a_step_tells_its_experts_when_it_is_logged(make_trainer: MakeTrainer) -> None:
-    recorder = Recorder()
-    make_trainer(
-        *MIXTURE, ROUTING, "training.max_steps=4", "training.log_every=3", callbacks=[recorder]
-    ).fit()
-    told: list[Any] = [report.experts for report in recorder.steps]
-    assert [experts is not None for experts in told] == [True, False, True, True]
-    assert told[0].active.sum(1).tolist() == [9, 9]
-    assert told[0].layers == (1, 2)
+            resume_trainer(two_of_8, overrides=[change, "training.max_steps=2"])

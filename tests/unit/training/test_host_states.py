@@ -124,7 +124,7 @@ def test_room_is_a_share_of_this_machine_for_each_of_its_processes(
     room = {}
     for local_size in (1, 2, 8):
         trainer.world = World(0, 16, 0, local_size)
-        room[local_size] = steering.room_for_snapshots(trainer, SnapshotsConfig())
+        room[local_size] = steering.room_for_snapshots(trainer.parts, SnapshotsConfig())
     trainer.close()
     assert shares == [1, 2, 8]
     assert room == {1: 8, 2: 4, 8: 1}
@@ -175,12 +175,13 @@ def test_a_restored_optimizer_goes_back_to_its_device() -> None:
         model.weight = torch.nn.Parameter(torch.empty(3, 4, device="cuda"))
         optimizers = build_adamw(AdamWConfig(), model)
         allocate_state(optimizers)
-        before = optimizer_state(optimizers, model)
+        parameters = dict(model.named_parameters())
+        before = optimizer_state(optimizers, parameters)
         copy = copied_to_host(before)
         devices = {value.device.type for values in copy.values() for value in values.values()}
         assert devices == {"cpu"}
-        load_optimizer_state(optimizers, model, copy)
-        after: Any = optimizer_state(optimizers, model)
+        load_optimizer_state(optimizers, parameters, copy)
+        after: Any = optimizer_state(optimizers, parameters)
         for name, values in after.items():
             for key, value in values.items():
                 was: Any = before[name]

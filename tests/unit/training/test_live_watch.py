@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, Recorder, asks, final_state
+from tests.unit.training.observers import At, Recorder, asks
 from ultrathink import resume_trainer
 from ultrathink.monitoring.experts import ExpertStatistics, GroupSlots
 from ultrathink.orchestrator.live import LiveWatch, step_signals
@@ -54,20 +53,6 @@ def test_an_alarm_is_told_and_kept(make_trainer: MakeTrainer) -> None:
     assert spikes[0]["severity"] == "high"
     assert any(text.startswith("loss_spike at step 50 (high): ") for text in recorder.messages)
     assert "warning: loss_spike at step 50" in (trainer.run.logs / "run.log").read_text()
-
-
-def test_watching_changes_no_bit_and_off_watches_nothing(
-    make_trainer: MakeTrainer,
-) -> None:
-    states = []
-    for mode in ("advise", "off"):
-        trainer = make_trainer("training.max_steps=30", f"orchestrator.mode={mode}")
-        trainer.fit()
-        states.append(final_state(trainer.run))
-        watchers = [part for part in trainer.callbacks if isinstance(part, LiveWatch)]
-        assert len(watchers) == (mode == "advise")
-    for name, tensor in states[0].items():
-        assert torch.equal(tensor, states[1][name]), name
 
 
 def test_a_resumed_run_is_watched_as_if_it_had_not_stopped(

@@ -245,20 +245,14 @@ def test_the_size_that_fits_is_on_record_and_resumed(make_trainer: MakeTrainer) 
     record = json.loads(line)
     assert (record["rule"], record["level"]) == ("out_of_memory", 4)
     assert (record["action"], record["reasoning"]) == ("micro_batch_size", change.reason)
-    earlier = resume_trainer(trainer.run, "2")
-    assert earlier.settings.micro_batch_size == 4  # it still fitted then
-    earlier.close()
-
-
-def test_the_size_that_fits_is_resumed(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer("training.max_steps=2", WHOLE)
-    Scarcity(trainer, fits=2, after=1)
-    trainer.fit()
-    later = resume_trainer(trainer.run, overrides=["training.max_steps=4"])
+    later = resume_trainer(trainer.run, overrides=["training.max_steps=6"])
     assert later.settings.micro_batch_size == 2
     scarcity = Scarcity(later, fits=2)
     later.fit()
     assert scarcity.tried == [2] * 4
+    earlier = resume_trainer(trainer.run, "2")
+    assert earlier.settings.micro_batch_size == 4  # it still fitted then
+    earlier.close()
 
 
 def test_a_size_raised_by_hand_is_tried_again(make_trainer: MakeTrainer) -> None:

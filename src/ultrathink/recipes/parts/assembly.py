@@ -121,7 +121,7 @@ def assemble(
         heading=heading(config, choices),
     )
     if config.orchestrator.mode == "act":
-        steer(trainer, config.orchestrator, watch, log, metrics.sinks)
+        steer(trainer, config.orchestrator, watch, log, metrics.sinks, tell)
     remember_run(run.path, world)
     trainer.identity = _identity(data, trainer.loader, objective.models)
     warnings = [*choices.warnings, *_skipped(data), *data.notes]

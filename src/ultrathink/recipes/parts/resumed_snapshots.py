@@ -13,19 +13,21 @@ from ultrathink.config.orchestrator import OrchestratorConfig
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.recipes.parts.steering import room_for_snapshots
 from ultrathink.runs.segments import ConfigChange
+from ultrathink.training.control import ControlQueue
 from ultrathink.training.model_state import placed_state, region_needed
-from ultrathink.training.trainer import Trainer
+from ultrathink.training.parts import Parts
 
 
 def bring_back_snapshots(
-    trainer: Trainer,
+    parts: Parts,
+    control: ControlQueue,
     config: OrchestratorConfig,
     checkpoint: Path,
     plain: dict[str, Any],
     changes: Sequence[ConfigChange],
     reset: Collection[str],
 ) -> list[str]:
-    """Give ``trainer`` the snapshots that ``checkpoint`` carries; sentences on those it does not.
+    """Give a run the snapshots that ``checkpoint`` carries; sentences on those it does not.
 
     All processes call it. ``plain`` is the checkpoint's state without tensors.
     """
@@ -38,8 +40,8 @@ def bring_back_snapshots(
             f"{plain['progress']['step']}: the snapshots of the checkpoint are left out"
         ]
     remarks = []
-    most = room_for_snapshots(trainer, config.snapshots, len(steps))
-    room = int(trainer.world.of_main(most))
+    most = room_for_snapshots(parts, config.snapshots, len(steps))
+    room = int(parts.world.of_main(most))
     if room < len(steps):
         remarks.append(
             f"there is memory for {room} of the {len(steps)} snapshots of the checkpoint: the run "
@@ -47,7 +49,7 @@ def bring_back_snapshots(
         )
     lost: list[tuple[int, str]] = []
     for step in steps[len(steps) - room :]:
-        problem = _bring_back(trainer, snapshot_path(checkpoint, step), step)
+        problem = _bring_back(parts, control, snapshot_path(checkpoint, step), step)
         if problem is not None:
             lost.append((step, problem))
     if lost:
@@ -59,22 +61,21 @@ def bring_back_snapshots(
     return remarks
 
 
-def _bring_back(trainer: Trainer, folder: Path, step: int) -> str | None:
+def _bring_back(parts: Parts, control: ControlQueue, folder: Path, step: int) -> str | None:
     """Read one snapshot, each process its part; what was wrong, where one could not."""
     problem = None
     try:
-        models = trainer.objective.models
-        state: dict[str, Any] = load_checkpoint(folder, region=partial(region_needed, models))
-        state["settings"]["eval_every"] = trainer.settings.eval_every  # as configured since
-        state = placed_state(state, models, trainer.stepper.host_names)
+        state: dict[str, Any] = load_checkpoint(folder, region=partial(region_needed, parts.models))
+        state["settings"]["eval_every"] = parts.settings.eval_every  # as configured since
+        state = placed_state(state, parts.models, parts.stepper.host_names)
     except DamagedCheckpointError as error:
         problem = error.problem if folder.is_dir() else f"{folder.name} is missing"
     except (UltrathinkError, OSError) as error:
         problem = str(error)
-    problems = [one for one in trainer.world.gathered(problem) if one is not None]
+    problems = [one for one in parts.world.gathered(problem) if one is not None]
     if problems:
         return str(problems[0])
-    snapshot = trainer.control.bring_back(step)
-    trainer.snapshots.keep(snapshot.key, state, in_checkpoints=True)
-    trainer.saving.note_snapshot(snapshot.key, folder)
+    snapshot = control.bring_back(step)
+    parts.snapshots.keep(snapshot.key, state, in_checkpoints=True)
+    parts.saving.note_snapshot(snapshot.key, folder)
     return None

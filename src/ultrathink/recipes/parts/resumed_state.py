@@ -12,15 +12,16 @@ from ultrathink.config.reflection import field_at, rule_of
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError, UltrathinkError
 from ultrathink.core.protocols import State
+from ultrathink.model.transformer import Transformer
 from ultrathink.recipes.parts.resumed_data import decided, touches
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import ConfigChange
 from ultrathink.training.budget import Budget
 from ultrathink.training.model_set import ModelSet
 from ultrathink.training.model_state import MODULES
+from ultrathink.training.parts import Parts
 from ultrathink.training.schedules import ceiling_at, continued_schedule
 from ultrathink.training.settings import LiveSettings
-from ultrathink.training.trainer import Trainer
 
 
 def check_overrides(overrides: Sequence[str], config: Config, run: RunFolder) -> None:
@@ -58,38 +59,37 @@ def check_changes(changes: Sequence[ConfigChange], reset: Collection[str], step:
 
 def adapt_state(
     state: State,
-    trainer: Trainer,
+    parts: Parts,
     before: Config,
     changes: Sequence[ConfigChange],
     reset: Collection[str],
     *,
     other_scores: bool,
 ) -> None:
-    """Change ``state``, read from a checkpoint, to what ``trainer`` resumes with."""
+    """Change ``state``, read from a checkpoint, to what a run of these ``parts`` resumes with."""
     values: dict[str, Any] = state
     settings, progress = values["settings"], values["progress"]
-    _check_identity(values["identity"], trainer.identity, reset)
-    _adapt_modules(values, trainer.objective.models)
+    _adapt_modules(values, parts.models)
     _adapt_schedule(values, before, changes, reset)
     if decided(changes, "length"):
         progress["is_over"] = False
     if "optimizer" in reset:
         values["optimizer"] = {}
     if "data" in reset:
-        values["data"] = trainer.loader.state_dict()
+        values["data"] = parts.loader.state_dict()
     if touches(changes, "training.optimizer.weight_decay", "training.optimizer"):
         settings["weight_decay"] = None
     if touches(changes, "training.optimizer.lr", "training.optimizer"):
         settings["lr_scale"] = 1.0  # it was found for the rate of before
     if touches(changes, "training.clip"):
-        settings["clip"] = trainer.settings.clip
+        settings["clip"] = parts.settings.clip
     if touches(changes, "training.micro_batch_size", "training.batch_size"):
-        settings["micro_batch_size"] = trainer.settings.micro_batch_size
+        settings["micro_batch_size"] = parts.settings.micro_batch_size
     if touches(changes, "training.activation_checkpointing"):
-        settings["activation_checkpointing"] = trainer.settings.activation_checkpointing
+        settings["activation_checkpointing"] = parts.settings.activation_checkpointing
     if touches(changes, "training.eval.every_steps"):
-        settings["eval_every"] = trainer.settings.eval_every
-    _adapt_routing(values["model"], trainer, changes)
+        settings["eval_every"] = parts.settings.eval_every
+    _adapt_routing(values["model"], parts.model, changes)
     if other_scores or decided(changes, "scores"):
         progress["best"] = None  # it does not compare with those to come
 
@@ -119,12 +119,12 @@ def _adapt_modules(values: dict[str, Any], models: ModelSet) -> None:
 
 
 def _adapt_routing(
-    weights: dict[str, Any], trainer: Trainer, changes: Sequence[ConfigChange]
+    weights: dict[str, Any], model: Transformer, changes: Sequence[ConfigChange]
 ) -> None:
     """Set the live controls of routing whose configuration changed as configured."""
-    if trainer.model.routing is None:
+    if model.routing is None:
         return
-    for name, value in trainer.model.routing.named_buffers():
+    for name, value in model.routing.named_buffers():
         if touches(changes, f"model.moe.routing.{name}", f"model.moe.balance.{name}"):
             weights[f"routing.{name}"] = value.clone()
 
@@ -169,7 +169,7 @@ _IDENTITIES = {
 }
 
 
-def _check_identity(recorded: dict[str, Any], here: dict[str, Any], reset: Collection[str]) -> None:
+def check_identity(recorded: dict[str, Any], here: dict[str, Any], reset: Collection[str]) -> None:
     """Refuse to go on with other data or another tokenizer than the checkpoint was made with."""
     for name, (what, advice) in _IDENTITIES.items():
         if name in ("data_hash", "order_hash") and "data" in reset:

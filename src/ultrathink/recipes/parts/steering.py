@@ -6,13 +6,14 @@ from functools import partial
 
 from ultrathink.config.orchestrator import OrchestratorConfig, SnapshotsConfig
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.monitoring.records import Level
+from ultrathink.monitoring.records import Tell
 from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.orchestrator.live import LiveWatch
 from ultrathink.orchestrator.steering.live_guard import Guard
 from ultrathink.orchestrator.steering.steering import Steering
 from ultrathink.training.host_states import host_bytes
 from ultrathink.training.memory import host_memory_in_use
+from ultrathink.training.parts import Parts
 from ultrathink.training.run_log import RunLog
 from ultrathink.training.trainer import Trainer
 
@@ -27,11 +28,9 @@ def steer(
     watch: LiveWatch | None,
     log: RunLog,
     sinks: SinkGroup,
+    tell: Tell,
 ) -> None:
     """Give ``trainer`` a guard, and on the first process, which has a ``watch``, the policy."""
-
-    def tell(text: str, level: Level) -> None:
-        trainer.notify("on_message", text, level)
 
     def show(step: int, title: str, text: str) -> None:
         sinks.decision(step, title, text)
@@ -48,7 +47,7 @@ def steer(
         guard=guard,
         settings=trainer.settings,
         position=lambda: trainer.loader.samples_seen + trainer.loader.samples_skipped,
-        most_snapshots=partial(room_for_snapshots, trainer, config.snapshots),
+        most_snapshots=partial(room_for_snapshots, trainer.parts, config.snapshots),
         is_compiled=bool(trainer.training.compile),
         has_held_out=trainer.objective.can_score,
         best_checkpoint=trainer.run.best_step,
@@ -72,17 +71,17 @@ def orchestrator_of(trainer: Trainer) -> Steering:
     raise UltrathinkError("this run is not steered; build it with orchestrator.mode=act.")
 
 
-def room_for_snapshots(trainer: Trainer, config: SnapshotsConfig, before: int | None = None) -> int:
-    """How many snapshots fit, those that ``trainer`` holds among them.
+def room_for_snapshots(parts: Parts, config: SnapshotsConfig, before: int | None = None) -> int:
+    """How many snapshots of a run fit, those that it holds among them.
 
     A run that had room for ``before`` and was resumed has it again, so that it goes the same way,
     unless that would take twice the share of the free memory. They lie in the memory of the host,
     which the processes of one machine divide equally.
     """
-    size = max(1, host_bytes(trainer.state_dict())) / _GIB
+    size = max(1, host_bytes(parts.state.state_dict())) / _GIB
     if config.max_gib is not None:
         return min(_MOST, int(config.max_gib // size))
-    memory = host_memory_in_use(trainer.world.local_size)
+    memory = host_memory_in_use(parts.world.local_size)
     free = memory.get("memory_limit", 2 * memory["memory"]) - memory["memory"]
-    room = _SHARE_OF_FREE * max(0.0, free + len(trainer.snapshots.carried) * size) / size
+    room = _SHARE_OF_FREE * max(0.0, free + len(parts.snapshots.carried) * size) / size
     return before if before is not None and before <= 2 * room else min(_MOST, int(room))

@@ -23,7 +23,7 @@ from ultrathink.monitoring.records import Tell
 from ultrathink.parallel.board import new_team
 from ultrathink.parallel.sharding import is_divided
 from ultrathink.parallel.world import ALONE, Group, World, is_lost_connection
-from ultrathink.training.callbacks import EvaluationReport, is_due
+from ultrathink.training.callbacks import EvaluationReport
 from ultrathink.training.model_set import inference_view
 from ultrathink.training.run_state import Progress
 
@@ -174,7 +174,7 @@ class Evaluations:
         due = [
             one
             for one in self._evaluators
-            if one.name not in done and (is_last or is_due(one.every_steps, step))
+            if one.name not in done and (is_last or progress.is_due(one.every_steps))
         ]
         if not due:
             return

@@ -4,11 +4,13 @@ import gc
 import json
 import shutil
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.sharing import Shared
 from tests.unit.orchestrator.steering.broken_runs import (
     ACT,
     RUN,
@@ -18,8 +20,9 @@ from tests.unit.orchestrator.steering.broken_runs import (
     scale_a_weight,
     steering_of,
 )
-from tests.unit.training.conftest import MakeTrainer, make_trainer
+from tests.unit.training.conftest import TINY, MakeTrainer, make_trainer
 from tests.unit.training.observers import At, asks, final_state, records
+from ultrathink import build_trainer, load_config
 from ultrathink.checkpoint.format import CHECKSUM_FILE, load_checkpoint, read_state
 from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
 from ultrathink.cli.main import main
@@ -35,6 +38,26 @@ from ultrathink.training.control import TrainerControl
 from ultrathink.training.trainer import Trainer
 
 __all__ = ["make_trainer"]
+
+
+@pytest.fixture(scope="session")
+def stopped_once(shared: Shared) -> Path:
+    def fill(folder: Path) -> None:
+        words = (*TINY, *RUN, ACT, f"run.dir={folder}", "run.name=stopped")
+        stop = At(step106=asks(Stop()))
+        trainer = build_trainer(load_config("debug", words), controllers=[stop])
+        assert trainer.fit().name == "stopped"
+
+    return shared.folder("steered", fill) / "stopped"
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> RunFolder:
+    """A copy of a steered run that was stopped after step 106."""
+    run = RunFolder(Path(shutil.copytree(stopped_once, tmp_path / "stopped", symlinks=True)))
+    assert len(carried_steps(read_state(run.checkpoint()))) > 3
+    return run
+
 
 SAVES_OFTEN = "training.checkpoint={every_steps: 10, keep: 3}"
 
@@ -114,12 +137,11 @@ def test_snapshots_that_checkpoints_share_are_written_once(make_trainer: MakeTra
     assert size_on_disk(trainer.run.path) < 0.7 * held[0]
 
 
-def test_what_was_read_from_a_checkpoint_is_not_written_again(make_trainer: MakeTrainer) -> None:
-    run = stopped_run(make_trainer)
-    written = (snapshot_path(run.checkpoint(), 101) / CHECKSUM_FILE).stat().st_ino
-    again = resume_trainer(run, overrides=["training.checkpoint.every_steps=120"])
+def test_what_was_read_from_a_checkpoint_is_not_written_again(stopped: RunFolder) -> None:
+    written = (snapshot_path(stopped.checkpoint(), 101) / CHECKSUM_FILE).stat().st_ino
+    again = resume_trainer(stopped, overrides=["training.checkpoint.every_steps=120"])
     again.fit()
-    for folder in (run.step_path(120), run.step_path(140)):
+    for folder in (stopped.step_path(120), stopped.step_path(140)):
         assert (snapshot_path(folder, 101) / CHECKSUM_FILE).stat().st_ino == written
 
 
@@ -149,21 +171,12 @@ def test_without_them_a_resumed_run_goes_back_to_its_start(make_trainer: MakeTra
     assert rollback["after"] == 107
 
 
-def stopped_run(make: MakeTrainer) -> RunFolder:
-    stop = At(step106=asks(Stop()))
-    trainer = make(*RUN, ACT, controllers=[stop])
-    trainer.fit()
-    assert len(carried_steps(read_state(trainer.run.checkpoint()))) > 3
-    return trainer.run
-
-
-def test_they_are_listed(make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]) -> None:
-    run = stopped_run(make_trainer)
-    held = carried_steps(read_state(run.checkpoint()))
-    assert main(["checkpoint", "info", str(run.path)]) == 0
+def test_they_are_listed(stopped: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    held = carried_steps(read_state(stopped.checkpoint()))
+    assert main(["checkpoint", "info", str(stopped.path)]) == 0
     listed = ", ".join(map(str, held))
     assert f"which checkpoints share: the snapshots of step {listed}\n" in capsys.readouterr().out
-    assert main(["checkpoint", "info", str(run.path), "--json"]) == 0
+    assert main(["checkpoint", "info", str(stopped.path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["snapshots"]
     assert [one["step"] for one in told] == held
     assert min(one["size_bytes"] for one in told) > 10_000
@@ -182,17 +195,14 @@ def damage_of(run: RunFolder, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["missing", "damaged"])
-def test_a_snapshot_that_is_lost_is_told_and_done_without(
-    make_trainer: MakeTrainer, kind: str
-) -> None:
-    run = stopped_run(make_trainer)
-    problem = damage_of(run, kind)
-    check = check_run(run)
+def test_a_snapshot_that_is_lost_is_told_and_done_without(stopped: RunFolder, kind: str) -> None:
+    problem = damage_of(stopped, kind)
+    check = check_run(stopped)
     assert [f.item for f in check.findings if f.status == "damaged"] == [
         "checkpoints/step_00000106/snapshots/step_00000101"
     ]
     assert check.can_resume
-    again = resumed_and_broken(run)
+    again = resumed_and_broken(stopped)
     [told] = [text for text, _ in again.remarks if "snapshot" in text]
     assert told.startswith("the run cannot go back to the snapshot of step 101")
     assert problem in told
@@ -200,28 +210,25 @@ def test_a_snapshot_that_is_lost_is_told_and_done_without(
     assert rollback["after"] in (81, 107)  # the one before it, or one taken since
 
 
-def test_a_run_that_goes_on_with_changes_begins_with_none(make_trainer: MakeTrainer) -> None:
-    run = stopped_run(make_trainer)
-    again = resumed_and_broken(run, "training.optimizer.lr=0.002")
+def test_a_run_that_goes_on_with_changes_begins_with_none(stopped: RunFolder) -> None:
+    again = resumed_and_broken(stopped, "training.optimizer.lr=0.002")
     [told] = [text for text, _ in again.remarks if "snapshots" in text]
     assert "goes on with changes, so it cannot go back to before step 106" in told
     [rollback] = decisions(again, "roll_back")
     assert rollback["after"] == 107
 
 
-def test_what_training_does_not_feel_changes_nothing_of_them(make_trainer: MakeTrainer) -> None:
-    run = stopped_run(make_trainer)
-    again = resumed_and_broken(run, "training.checkpoint.keep=5", "training.eval.every_steps=7")
+def test_what_training_does_not_feel_changes_nothing_of_them(stopped: RunFolder) -> None:
+    again = resumed_and_broken(stopped, "training.checkpoint.keep=5", "training.eval.every_steps=7")
     [rollback] = decisions(again, "roll_back")
     assert rollback["after"] == 101
     assert again.settings.eval_every == 7, "as configured since"
 
 
-def test_where_memory_is_short_the_newest_are_brought_back(make_trainer: MakeTrainer) -> None:
-    run = stopped_run(make_trainer)
-    held = carried_steps(read_state(run.checkpoint()))
-    one = sum(f.stat().st_size for f in snapshot_path(run.checkpoint(), 101).iterdir()) / 2**30
-    again = resume_trainer(run, overrides=[f"orchestrator.snapshots.max_gib={2.5 * one}"])
+def test_where_memory_is_short_the_newest_are_brought_back(stopped: RunFolder) -> None:
+    held = carried_steps(read_state(stopped.checkpoint()))
+    one = sum(f.stat().st_size for f in snapshot_path(stopped.checkpoint(), 101).iterdir()) / 2**30
+    again = resume_trainer(stopped, overrides=[f"orchestrator.snapshots.max_gib={2.5 * one}"])
     [told] = [text for text, _ in again.remarks if "memory" in text]
     assert told.startswith(f"there is memory for 2 of the {len(held)} snapshots")
     again.fit()

@@ -210,15 +210,12 @@ def test_losses_too_good_to_be_true_take_the_run_back_once() -> None:
     guard = OutlierGuard()
     guard.streak = 8
     guard.last = Judgement(0.5, 2.0, -12.0, 1.0, 1.0, 0.0)
-    ring = SnapshotRing(lambda: Snapshot(50, 0), every=50, most=4)
-    ring.take(0)
-    [rule] = [one for one in Policy(RulesConfig(), LimitsConfig()).rules if one.name == "roll_back"]
-    first = rule.propose(situation(guard=guard, snapshots=ring))
+    given = {"guard": guard, "snapshots": ring(50)}
+    first = policy_for("roll_back").decide(situation(**given))
     assert first is not None
     assert [type(one) for one in first.changes] == [Rollback]
-    made = Decision(1, 100, "roll_back", 3, 0.99, {}, "rollback", 100, 50, "")
-    again = situation(guard=guard, snapshots=ring, decisions=[made], since_rollback=10)
-    assert rule.propose(again) is None
+    again = situation(**given, decisions=[rolled_back_to(50)], since_rollback=10)
+    assert policy_for("roll_back").decide(again) is None
 
 
 def test_trouble_that_comes_back_lowers_the_rate_too() -> None:

@@ -1,7 +1,6 @@
 """The orchestrator in real runs: what it does about real faults, and that it does nothing else."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,47 +15,42 @@ from tests.unit.orchestrator.steering.broken_runs import (
     scale_a_weight,
     steering_of,
 )
+from tests.unit.training.all_changes import one_of_each
 from tests.unit.training.conftest import MakeTrainer, make_trainer
 from tests.unit.training.observers import At, Recorder, asks, final_state
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.orchestrator.live import LiveWatch
 from ultrathink.orchestrator.steering import find_rate
 from ultrathink.recipes.parts.steering import orchestrator_of
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.training.callbacks import Controller, StepReport
 from ultrathink.training.changes import (
-    ClearMemory,
-    Pause,
-    RestartSchedule,
-    ReviveExperts,
+    CorrectLearningRate,
     Rollback,
-    SaveCheckpoint,
     ScaleLearningRate,
-    SetActivationCheckpointing,
-    SetClip,
     SetEvaluation,
-    SetLearningRateFactor,
-    SetMicroBatchSize,
-    SetMixtureWeights,
     SetOptimizerOption,
     SetRouting,
     SetWeightDecay,
     Stop,
 )
 from ultrathink.training.control import TrainerControl
+from ultrathink.training.snapshots import Snapshot
 from ultrathink.training.trainer import Trainer
 
 __all__ = ["make_trainer"]
 
 
 def test_a_healthy_run_is_the_same_to_the_bit(make_trainer: MakeTrainer) -> None:
-    """Snapshots, the guard and the policy leave no trace."""
+    """Watching, snapshots, the guard and the policy leave no trace."""
     states = []
     for mode in ("off", "advise", "act"):
         trainer = make_trainer(*RUN, f"orchestrator.mode={mode}", "model.dropout=0.1")
         trainer.fit()
         states.append(final_state(trainer.run))
         assert not trainer.run.decisions.exists()
+        assert any(isinstance(part, LiveWatch) for part in trainer.callbacks) == (mode != "off")
     for other in states[1:]:
         assert states[0].keys() == other.keys()
         assert all(torch.equal(states[0][name], other[name]) for name in states[0])
@@ -82,6 +76,47 @@ def test_broken_weights_are_taken_back(make_trainer: MakeTrainer) -> None:
     assert losses[1] < losses[0] * 1.02
     assert losses[2] > losses[0] * 1.05
     assert trainer.loader.samples_skipped == 4 * (rollback["before"] - rollback["after"])
+    assert_has_one_line_each(trainer)
+    assert_resumes_with_all_that_it_knows(make_trainer, trainer)
+
+
+def assert_has_one_line_each(trainer: Trainer) -> None:
+    """Of its decisions, in the end."""
+    lines = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
+    assert [line["id"] for line in lines] == list(range(1, len(lines) + 1))
+    keys = {"step", "level", "signals", "rule", "confidence", "action", "before", "after"}
+    for line in lines:
+        assert keys | {"reasoning", "outcome", "time"} <= line.keys()
+    status = steering_of(trainer).get_adaptive_status()
+    assert status["adaptive_decisions_made"] == len(lines)
+    assert status["rollbacks"] == 1
+    assert status["forecast_error"] is None  # the first comes due at step 156
+    assert len(status["recent_decisions"]) == min(10, len(lines))
+
+
+def assert_resumes_with_all_that_it_knows(make: MakeTrainer, whole: Trainer) -> None:
+    """A run that went back is stopped and resumed, and is the one that was not."""
+
+    class StopsAt(Controller):
+        def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
+            if report.step == 125 and steering_of(trainer).decisions:
+                control.request(Stop(), reason="test")
+
+    breaks = Breaks(110, scale_a_weight)
+    trainer = make(*RUN, ACT, callbacks=[breaks], controllers=[StopsAt()])
+    breaks.trainer = trainer
+    assert trainer.fit().name == "stopped"
+    before = steering_of(trainer).state_dict()
+    again = resume_trainer(trainer.run, controllers=[StopsAt()])
+    assert steering_of(again).state_dict() == before
+    again.fit()
+    one, other = final_state(whole.run), final_state(again.run)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    told = [
+        [{**record, "time": 0} for record in read_decisions(run.decisions) if record["id"]]
+        for run in (whole.run, again.run)
+    ]
+    assert told[0] == told[1]
 
 
 def test_a_layer_that_was_lost_is_taken_back(make_trainer: MakeTrainer) -> None:
@@ -267,101 +302,27 @@ def test_its_own_failure_does_not_end_the_run(make_trainer: MakeTrainer) -> None
     assert steering.get_adaptive_status()["monitoring_active"] is False
 
 
-def test_it_resumes_with_all_that_it_knows(make_trainer: MakeTrainer) -> None:
-    """A run that went back is stopped and resumed, and is the one that was not."""
-
-    class StopsAt(Controller):
-        def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
-            if report.step == 125 and steering_of(trainer).decisions:
-                control.request(Stop(), reason="test")
-
-    whole = broken_run(make_trainer, 110, scale_a_weight, ACT)
-    breaks = Breaks(110, scale_a_weight)
-    trainer = make_trainer(*RUN, ACT, callbacks=[breaks], controllers=[StopsAt()])
-    breaks.trainer = trainer
-    assert trainer.fit().name == "stopped"
-    before = steering_of(trainer).state_dict()
-    again = resume_trainer(trainer.run, controllers=[StopsAt()])
-    assert steering_of(again).state_dict() == before
-    again.fit()
-    one, other = final_state(whole.run), final_state(again.run)
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    told = [
-        {name: value for name, value in record.items() if name != "time"}
-        for run in (whole.run, again.run)
-        for record in read_decisions(run.decisions)
-        if record["rule"] != "by_hand"
-    ]
-    assert told[: len(told) // 2] == told[len(told) // 2 :]
-
-
-def test_decisions_have_one_line_each_in_the_end(make_trainer: MakeTrainer) -> None:
-    trainer = broken_run(make_trainer, 110, scale_a_weight, ACT)
-    lines = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
-    assert [line["id"] for line in lines] == list(range(1, len(lines) + 1))
-    keys = {"step", "level", "signals", "rule", "confidence", "action", "before", "after"}
-    for line in lines:
-        assert keys | {"reasoning", "outcome", "time"} <= line.keys()
-    status = steering_of(trainer).get_adaptive_status()
-    assert status["adaptive_decisions_made"] == len(lines)
-    assert status["rollbacks"] == 1
-    assert status["forecast_error"] is None  # the first comes due at step 156
-    assert len(status["recent_decisions"]) == min(10, len(lines))
-
-
 def test_rules_can_be_switched_off(make_trainer: MakeTrainer) -> None:
     rules = "orchestrator.rules={roll_back: false, skip_outliers: false}"
     trainer = broken_run(make_trainer, 110, scale_a_weight, ACT, rules)
     assert read_decisions(trainer.run.decisions) == []
 
 
-def test_rollbacks_are_limited(make_trainer: MakeTrainer, tmp_path: Path) -> None:
-    trainer = broken_run(make_trainer, 110, scale_a_weight, ACT, "orchestrator.limits.rollbacks=0")
-    assert decisions(trainer, "roll_back") == []
-    assert trainer.progress.step == 140
-
-
-def test_a_change_by_hand_is_recorded_as_such(make_trainer: MakeTrainer) -> None:
-    act = At(step2=lambda control: control.request(SetClip(0.5), reason="I want to"))
-    trainer = make_trainer(*RUN, ACT, "training.max_steps=5", controllers=[act])
-    trainer.fit()
-    [record] = read_decisions(trainer.run.decisions)
-    assert record["rule"] == "by_hand"
-    assert (record["action"], record["after"], record["reasoning"]) == ("clip", 0.5, "I want to")
-
-
 def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
     experts = "model.moe={groups: [{name: a, num_experts: 4, top_k: 1}], intermediate_size: 16}"
-
-    def loads() -> list[float]:
-        statistics = orchestrator_of(trainer).get_expert_statistics()
-        assert statistics is not None
-        return list(statistics.load[0])
+    routing = {"capacity_factor": 1.5, "jitter": 0.1, "load": 0.02, "z": 0.002}
 
     def act(control: TrainerControl) -> None:
-        dead = min(range(4), key=lambda expert: loads()[expert])
+        assert trainer.boundary.expert_load is not None
+        idle = int(trainer.boundary.expert_load[1].argmin())
+        each = one_of_each(Snapshot(1, 0), expert=idle)[:-3]  # none that goes back or ends
         for change in (
-            SetLearningRateFactor(0.5, over_steps=4),
-            SetWeightDecay(0.2),
-            SetClip(0.7),
-            SetOptimizerOption("betas", [0.8, 0.9]),
-            SetMicroBatchSize(2),
-            SetMixtureWeights([1.0]),
-            SetEvaluation(3),
-            SetRouting("capacity_factor", 1.5),
-            SetRouting("temperature", 1.2),
-            SetRouting("jitter", 0.1),
-            SetRouting("load", 0.02),
-            SetRouting("z", 0.002),
+            *(one for one in each if type(one) is not CorrectLearningRate),  # it would be undone
+            *(SetRouting(name, value) for name, value in routing.items()),
             SetRouting("expert_dropout", 0.1),
-            ReviveExperts([{"layer": 0, "group": "a", "expert": dead}]),
-            SetActivationCheckpointing("full"),
-            ClearMemory(),
-            Pause(0.01),
-            RestartSchedule(),
-            SaveCheckpoint(),
+            SetEvaluation(3),
         ):
-            control.request(change, reason="by hand")
+            control.request(change, reason="I want to")
 
     recorder = Recorder()
     trainer = make_trainer(
@@ -369,19 +330,24 @@ def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
         experts,
         "training.max_steps=12",
         "training.schedule={type: wsd, warmup: 0, decay: 0}",
-        controllers=[At(step2=act, step8=asks(Stop()))],
+        "data.train=[{type: dummy, name: a}, {type: dummy, name: b, seed: 3}]",
+        controllers=[At(step2=act, step9=asks(Stop()))],
         callbacks=[recorder],
     )
     trainer.fit()
     changed = {change.setting: change.after for change in recorder.changes}
     assert changed["weight_decay"] == 0.2
     assert changed["optimizer.betas"] == [0.8, 0.9]
-    assert changed["routing.z"] == pytest.approx(0.002)
+    assert {name: changed[f"routing.{name}"] for name in routing} == pytest.approx(routing)
     assert changed["revive_experts"][0]["group"] == "a"
-    assert len(recorder.changes) == 20
+    told = read_decisions(trainer.run.decisions)
+    assert [one["action"] for one in told] == [change.setting for change in recorder.changes]
+    assert {one["rule"] for one in told} == {"by_hand"}
+    assert {one["reasoning"] for one in told[:-1]} == {"I want to"}
     rates = [report.lr / recorder.steps[0].lr for report in recorder.steps]
-    assert rates[2:8] == pytest.approx([0.5, 0.5**0.75, 0.5**0.5, 0.5**0.25, 1, 1])
-    assert [report.step for report in recorder.validations] == [3, 6]
+    eased = [0.5 ** (1 - past / 7) for past in range(7)]  # the factor of over_steps=7
+    assert rates[2:9] == pytest.approx([0.7 * factor for factor in eased])
+    assert [report.step for report in recorder.validations] == [3, 6, 9]
     betas = {group["betas"] for group in trainer.stepper.optimizers[0].param_groups}
     assert betas == {(0.8, 0.9)}
     orchestrator = orchestrator_of(trainer)

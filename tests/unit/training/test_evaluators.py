@@ -18,6 +18,9 @@ from ultrathink import load_model, resume_trainer
 from ultrathink.config import load_config
 from ultrathink.config.evaluators import EVALUATORS, EvaluatorConfig
 from ultrathink.core.errors import ConfigError, DataError
+from ultrathink.insight.logs.run_folder import RunFolderLog
+from ultrathink.insight.report.gathering import gather
+from ultrathink.insight.report.page import render
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.tensorboard import FOLDER
 from ultrathink.orchestrator.live import LiveWatch
@@ -130,7 +133,7 @@ def test_what_a_rollback_undid_is_evaluated_again(make_trainer: MakeTrainer, tex
         evaluators(text),
         controllers=[
             At(
-                step3=lambda control: held.append(control.snapshot()),
+                step5=lambda control: held.append(control.snapshot()),
                 step6=lambda control: (
                     control.request(Rollback(held.pop(), skip_data=False), reason="for the test")
                     if held
@@ -141,10 +144,10 @@ def test_what_a_rollback_undid_is_evaluated_again(make_trainer: MakeTrainer, tex
     )
     trainer.fit()
     steps = [row["step"] for row in evaluated(trainer.run)]
-    assert steps == [2, 3, 4, 6, 4, 6, 7]
+    assert steps == [2, 3, 4, 6, 6, 7]
     history = RunReader(trainer.run).history()
     assert [one.step for one in history if one.split == "eval"] == [2, 3, 4, 6, 7]
-    assert evaluated(trainer.run)[2] == evaluated(trainer.run)[4]  # it draws the same
+    assert evaluated(trainer.run)[3] == evaluated(trainer.run)[4]  # it draws the same
 
 
 def test_scores_are_those_of_the_model_and_go_to_all_who_watch(
@@ -179,6 +182,11 @@ def test_scores_are_those_of_the_model_and_go_to_all_who_watch(
     splits = [record.split for record in RunReader(run).history()]
     assert splits == ["train", "train", "eval", "train", "eval", "val", "eval"]
     assert RunReader(run).last_records().keys() == {"train", "val"}
+    log = RunFolderLog(run).signals()
+    logged = {name: value for one in log for name, value in one.having("eval/").items()}
+    assert logged == told
+    assert gather(run).evaluated["words/loss"] == [(3, row["words/loss"])]
+    assert "<code>words/bits_per_byte</code>" in render(gather(run))
     assert _scalars(run.path / FOLDER)["eval/words/loss"] == pytest.approx(loss, rel=1e-5)
 
 

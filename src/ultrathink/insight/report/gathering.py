@@ -41,6 +41,7 @@ class Story:
     val: Sequence[MetricRecord]
     curves: dict[str, Series]  # of the training lines, by metric
     val_loss: Series
+    evaluated: dict[str, list[tuple[int, float]]]  # step and value, by evaluator and figure
     replay: Replay
     events: Sequence[Event]
     saw_every_step: bool  # the events are those told while it trained
@@ -84,6 +85,7 @@ def gather(run: RunFolder) -> Story:
         val=val,
         curves=curves,
         val_loss=Series.of([(r.step, r.values.get("loss", math.nan)) for r in val]),
+        evaluated=_evaluated(records),
         replay=seen,
         events=found if saw_every_step else seen.events,
         saw_every_step=saw_every_step,
@@ -99,6 +101,15 @@ def gather(run: RunFolder) -> Story:
     )
     problems = [f"{summary.problem}."] if summary.problem else []
     return replace(story, notes=list(dict.fromkeys([*problems, *reader.notes])))
+
+
+def _evaluated(records: Sequence[MetricRecord]) -> dict[str, list[tuple[int, float]]]:
+    found: dict[str, list[tuple[int, float]]] = {}
+    for record in records:
+        for name, value in record.values.items():
+            if record.split == "eval" and name != "tokens":
+                found.setdefault(name, []).append((record.step, value))
+    return found
 
 
 def _replay(run: RunFolder, train: Sequence[MetricRecord]) -> Replay:

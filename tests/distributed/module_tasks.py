@@ -1,4 +1,4 @@
-"""Tasks of processes that train several modules together."""
+"""Tasks of processes that train by objectives of the tests: of several modules, with weights."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from tests.distributed import tasks
+from tests.unit.training import weighted
 from tests.unit.training.several_modules import registered
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.runs.folder import RunFolder
+from ultrathink.training.changes import Rollback
+from ultrathink.training.host_states import copied_to_host
+from ultrathink.training.silent_changes import RecallCheckpoint
+from ultrathink.training.snapshots import Snapshot
+from ultrathink.training.trainer import Trainer
 
 
 def train(place: str, *overrides: str) -> str:
     """Train a tiny run; returns its folder."""
-    with registered():
+    with registered(), weighted.registered():
         return tasks.train(place, *overrides)
 
 
@@ -36,8 +42,29 @@ def loaded_state(path: str) -> dict[str, Any]:
     with registered():
         trainer = resume_trainer(RunFolder(Path(path)))
         try:
-            state = trainer.state_dict()
-            kinds = ("model", "modules", "optimizer")
-            return {kind: tasks.whole(state[kind]) for kind in kinds}
+            return _learned(trainer)
         finally:
             trainer.close()
+
+
+def recall(place: str, *overrides: str) -> list[dict[str, Any]]:
+    """All weights and moments, whole: of a checkpoint's step, and once it was gone back to."""
+    with registered():
+        trainer = tasks.new_trainer(place, *overrides)
+        found = []
+        trainer.start()
+        for number in range(3):
+            trainer.train_step()
+            if number == 1:
+                trainer.save()
+                found.append(_learned(trainer))
+        RecallCheckpoint(2, 7).apply(trainer.parts)
+        Rollback(Snapshot(2, 7), skip_data=False).apply(trainer.parts)
+        found.append(_learned(trainer))
+        trainer.close()
+        return found
+
+
+def _learned(trainer: Trainer) -> dict[str, Any]:
+    state = copied_to_host(trainer.state_dict())
+    return {kind: tasks.whole(state[kind]) for kind in ("model", "modules", "optimizer")}

@@ -114,6 +114,23 @@ def train(place: str, *overrides: str) -> str:
     return str(trainer.run.path)
 
 
+def train_with_an_evaluator_that_fails_on_process_1(place: str, *overrides: str) -> str:
+    """Train; the first evaluator fails there at its first time, before processes add up."""
+    trainer = new_trainer(place, *overrides)
+    evaluator = trainer.evaluators.members[0]
+    evaluate = evaluator.evaluate
+
+    def failing(model: Any, step: int) -> Any:
+        if step == 2:
+            raise OSError("its disk is gone")
+        return evaluate(model, step)
+
+    if trainer.world.rank == 1:
+        evaluator.evaluate = failing  # type: ignore[method-assign]
+    trainer.fit()
+    return str(trainer.run.path)
+
+
 def resume(path: str, *overrides: str) -> list[str]:
     """Go on with a run to its end; what was remarked on the way."""
     os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import tasks, two_passes
+from tests.distributed import module_tasks, tasks, two_passes
 from tests.distributed.pool import Pool
 from tests.distributed.test_parity import FP64, LIMIT, assert_equal, rows
 
@@ -92,6 +92,18 @@ def test_a_teacher_is_divided_where_the_model_is(
     ):
         mine, whole = held["teacher"]
         assert 0.4 * whole < mine < 0.6 * whole
+
+
+@pytest.mark.parametrize(
+    "overrides", [("parallel.zero_stage=1", "training.micro_batch_size=1"), ()]
+)
+def test_weights_of_targets_are_summed_over_all_processes(
+    two: Pool, tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    words = (*FP64, "training.objective=weighted", "model.z_loss=0.01")
+    alone = module_tasks.train(str(tmp_path / "one"), *words)
+    run, _ = two.run(module_tasks.train, str(tmp_path / "two"), *words, *overrides)
+    assert_same(alone, run, "z_loss", LIMIT)
 
 
 @STAGES

@@ -87,3 +87,12 @@ def test_each_process_has_its_share_of_every_module(two: Pool, tmp_path: Path, s
     for held in two.run(module_tasks.weights_at_rest, str(tmp_path), *words):
         mine, whole = held["peer"]
         assert 0.4 * whole < mine < 0.6 * whole
+
+
+@BOTH
+def test_a_checkpoint_that_is_recalled_brings_back_every_module(
+    two: Pool, tmp_path: Path, objective: str
+) -> None:
+    for before, after in two.run(module_tasks.recall, str(tmp_path), *words_of(objective)):
+        assert before.keys() == {"model", "modules", "optimizer"}
+        assert_close(before, after, 0.0)

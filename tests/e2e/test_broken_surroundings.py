@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.stress.process import ULTRATHINK, ultrathink
+
 OPTIONS = ("training.max_steps=200", "training.log_every=5", "run.dir=runs")
 
 # Makes its terminal the one that controls it, with SIGHUP "ignored" (as nohup does) or not.
@@ -32,21 +34,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Path) -> list[tuple[Any, ...]]:
-    done = subprocess.run(
-        [sys.executable, *words("undisturbed")],
-        cwd=place,
-        env=environment(place),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = ultrathink(place, *words("undisturbed"))
     assert done.returncode == 0, done.stderr
     assert told_gone(place, "undisturbed") == []
     return losses(place, "undisturbed")
 
 
 def words(name: str, *options: str) -> list[str]:
-    return ["-m", "ultrathink", "train", "debug", *OPTIONS, f"run.name={name}", *options]
+    return ["train", "debug", *OPTIONS, f"run.name={name}", *options]
 
 
 def environment(place: Path) -> dict[str, str]:
@@ -73,7 +68,7 @@ def told_gone(place: Path, name: str) -> list[str]:
 def test_a_reader_that_leaves_changes_neither_the_run_nor_its_status(
     place: Path, undisturbed: list[tuple[Any, ...]]
 ) -> None:
-    line = f"{shlex.join([sys.executable, *words('headless')])} 2>&1 | head -1"
+    line = f"{shlex.join([*ULTRATHINK, *words('headless')])} 2>&1 | head -1"
     done = subprocess.run(
         ["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"],
         cwd=place,
@@ -93,7 +88,7 @@ def train_until_the_terminal_closes(place: Path, name: str, hangup: str, *option
     """Close the terminal of a run once it has logged some steps; returns its exit status."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", OWN_TERMINAL, hangup, *words(name, *options)],
+        [sys.executable, "-c", OWN_TERMINAL, hangup, *ULTRATHINK[1:], *words(name, *options)],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.numerics.test_llama_parity import build_pair, make_tokens
-from tests.numerics.test_mixtral_parity import make_ours
+from tests.numerics.test_mixtral_parity import OUR_KERNELS, make_ours
 from tests.unit.interop.checkpoints import make_ids, save_theirs
 from ultrathink.model.transformer import Transformer
 
@@ -57,11 +57,11 @@ def ours_step_by_step(ours: Transformer, ids: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(tokens, 1), torch.stack(steps, 1)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", *OUR_KERNELS])
 def test_a_batch_of_different_lengths_decodes_as_theirs(tmp_path: Path, family: str) -> None:
-    if family == "mixtral":
+    if family in OUR_KERNELS:  # of a mixtral, one token at a time reads the chosen experts only
         theirs, ids = save_theirs(tmp_path, "mixtral"), make_ids(16)
-        ours = make_ours(tmp_path, "batched")
+        ours = make_ours(tmp_path, family)
     else:
         theirs, ours = build_pair(num_kv_heads=2, qk_norm=family == "qwen3")
         ids = make_tokens(16)

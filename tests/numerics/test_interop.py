@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from tests.unit.interop.checkpoints import (
+    assert_same_logits,
     change_config,
+    load_theirs,
+    logits_of,
     make_ids,
     make_random_run,
     make_run,
@@ -63,22 +65,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@torch.no_grad()
-def logits_of(model: Any, ids: Tensor) -> Tensor:
-    logits: Tensor = model(ids).logits
-    assert logits.std() > 0.5, "the comparison needs logits that differ"
-    return logits
-
-
-def assert_same_logits(ours: Any, theirs: Any, length: int = 120) -> None:
-    ids = make_ids(length)
-    torch.testing.assert_close(logits_of(ours, ids), logits_of(theirs, ids), atol=1e-5, rtol=1e-5)
-
-
-def load_theirs(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-
-
 def state_of(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
@@ -119,20 +105,6 @@ def test_stretched_positions_are_imported(
     plain, _ = load_pretrained(f"hf:{tmp_path}")
     difference = logits_of(plain, make_ids(120)) - logits_of(ours, make_ids(120))
     assert difference.abs().max() > 1e-2, "the stretching must matter"
-
-
-def test_a_checkpoint_in_several_files_is_the_same(tmp_path: Path) -> None:
-    theirs = save_theirs(tmp_path, "qwen2")
-    weights = state_of(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    files: dict[str, str] = {}
-    for number, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2]), start=1):
-        file = f"model-{number:05}-of-00002.safetensors"
-        save_file({name: weights[name] for name in names}, tmp_path / file)
-        files.update(dict.fromkeys(names, file))
-    index = {"metadata": {}, "weight_map": files}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert_same_logits(load_pretrained(f"hf:{tmp_path}")[0], theirs)
 
 
 # -- out ------------------------------------------------------------------------------------------

@@ -10,9 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from tests.unit.interop.checkpoints import (
+    assert_same_logits,
+    change_config,
+    load_theirs,
+    logits_of,
     make_ids,
     make_random_run,
     make_run,
@@ -58,24 +61,6 @@ def make_ours(folder: Path, backend: str) -> Transformer:
     return model.eval()
 
 
-@torch.no_grad()
-def logits_of(model: Any, ids: Tensor) -> Tensor:
-    logits: Tensor = model(ids).logits
-    assert logits.std() > 0.5, "the comparison needs logits that differ"
-    return logits
-
-
-def assert_same_logits(ours: Any, theirs: Any) -> None:
-    ids = make_ids(120)
-    torch.testing.assert_close(logits_of(ours, ids), logits_of(theirs, ids), atol=1e-5, rtol=1e-5)
-
-
-def load_theirs(folder: Path) -> Any:
-    from transformers import MixtralForCausalLM
-
-    return MixtralForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-
-
 # -- the same model --------------------------------------------------------------------------------
 
 
@@ -87,24 +72,6 @@ def test_logits_equal_theirs(tmp_path: Path, name: str, backend: str) -> None:
     for kernel in THEIR_KERNELS:
         theirs.set_experts_implementation(kernel)
         assert_same_logits(ours, theirs)
-
-
-def test_the_comparison_sees_every_expert_and_which_are_chosen(tmp_path: Path) -> None:
-    theirs = save_theirs(tmp_path, "mixtral")
-    ours = make_ours(tmp_path, "batched")
-    whole = logits_of(ours, make_ids(120))
-    layer = ours.expert_layers()[1]
-    for expert in range(8):
-        weight = layer.experts.down[expert]
-        kept = weight.detach().clone()
-        with torch.no_grad():
-            weight.zero_()
-        assert (logits_of(ours, make_ids(120)) - whole).abs().max() > 1e-2
-        with torch.no_grad():
-            weight.copy_(kept)
-    assert_same_logits(ours, theirs)
-    layer.router.selection_bias[3] = 1.0
-    assert (logits_of(ours, make_ids(120)) - whole).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("backend", OUR_KERNELS)
@@ -131,23 +98,6 @@ def test_gradients_equal_theirs(tmp_path: Path, name: str, backend: str) -> None
             assert other.grad.abs().max() > 1e-2, "the comparison needs gradients"
             scale = other.grad.abs().max().item()
             torch.testing.assert_close(here.grad, other.grad, atol=1e-5 * scale, rtol=1e-4)
-
-
-@pytest.mark.parametrize("backend", OUR_KERNELS)
-def test_text_is_continued_as_theirs_is(tmp_path: Path, backend: str) -> None:
-    theirs = save_theirs(tmp_path, "mixtral")
-    ours = make_ours(tmp_path, backend)
-    ids = make_ids(9)
-    wanted = theirs.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, pad_token_id=0
-    )
-    cache = ours.new_cache(2, 40)
-    last = ids
-    with torch.no_grad():
-        while ids.shape[1] < wanted.shape[1]:  # one token at a time reads the chosen experts only
-            last = ours(last, cache=cache, last_only=True).logits.argmax(-1)
-            ids = torch.cat([ids, last], 1)
-    assert torch.equal(ids, wanted)
 
 
 # -- in --------------------------------------------------------------------------------------------
@@ -193,18 +143,14 @@ def test_routing_is_as_it_was_after_an_import(tmp_path: Path) -> None:
     assert ours.routing.get("warmup") == 1.0, "a trained router is not made uniform first"
 
 
-def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_experts_that_do_not_fit_the_description_are_named(tmp_path: Path) -> None:
     save_theirs(tmp_path, "mixtral")
+    change_config(tmp_path, num_local_experts=7)
+    with pytest.raises(CheckpointError, match=r"experts\.7\.w1\.weight, which no model of its"):
+        load_pretrained(f"hf:{tmp_path}")
+    change_config(tmp_path, num_local_experts=8)
     rename(tmp_path, "layers.1.block_sparse_moe.experts.7.w3", "layers.1.gone")
     with pytest.raises(CheckpointError, match=r"no weight model\.layers\.1\.block_sparse_moe\.exp"):
-        load_pretrained(f"hf:{tmp_path}")
-
-
-def test_an_expert_too_much_is_named(tmp_path: Path) -> None:
-    save_theirs(tmp_path, "mixtral")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_local_experts": 7}))
-    with pytest.raises(CheckpointError, match=r"experts\.7\.w1\.weight, which no model of its"):
         load_pretrained(f"hf:{tmp_path}")
 
 
@@ -239,20 +185,26 @@ def test_ours_is_theirs_after_an_export(tmp_path: Path) -> None:
         assert torch.equal(parameters[name], tensor), name
 
 
-def test_a_temperature_is_worked_into_the_router(tmp_path: Path) -> None:
-    ours, done = export_changed(tmp_path, MOE, {"routing.temperature": 0.3})
-    assert "temperature of 0.3" in done.remarks[0]
+@pytest.mark.parametrize(
+    ("changes", "remarks"),
+    [
+        ({"routing.temperature": 0.3}, ["temperature of 0.3"]),
+        (
+            {"routing.warmup": 0.4, "routing.temperature": 2.0},
+            ["temperature of 2", "warmup of 0.4"],
+        ),
+    ],
+)
+def test_live_controls_are_worked_into_the_router(
+    tmp_path: Path, changes: dict[str, float], remarks: list[str]
+) -> None:
+    ours, done = export_changed(tmp_path, MOE, changes)
+    assert len(done.remarks) == len(remarks)
+    for remark, words in zip(done.remarks, remarks, strict=True):
+        assert words in remark
     assert_same_logits(ours, load_theirs(done.folder))
     plain, _ = load_pretrained(f"hf:{export_changed(tmp_path / 'plain', MOE, {})[1].folder}")
     assert (logits_of(plain, make_ids()) - logits_of(ours, make_ids())).abs().max() > 1e-2
-
-
-def test_a_warm_up_that_goes_on_is_worked_into_the_router(tmp_path: Path) -> None:
-    changes = {"routing.warmup": 0.4, "routing.temperature": 2.0}
-    ours, done = export_changed(tmp_path, MOE, changes)
-    assert len(done.remarks) == 2
-    assert "warmup of 0.4" in done.remarks[1]
-    assert_same_logits(ours, load_theirs(done.folder))
 
 
 def test_empty_slots_are_left_out(tmp_path: Path) -> None:
@@ -281,22 +233,25 @@ def test_what_is_a_mixtral_under_another_name(tmp_path: Path, moe: dict[str, Any
     assert_same_logits(ours, load_theirs(done.folder))
 
 
-def refused_run(place: Path, changes: dict[str, Any]) -> tuple[str, RunFolder]:
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"blocks.1.feed_forward.router.selection_bias": [0.0, 0.0, 0.0, -0.25, 0.0, 0.0]},
+            ["router.selection_bias is up to 0.25", "model.moe.balance.bias_rate=0"],
+        ),
+        (
+            {"blocks.0.feed_forward.router.active": [True, True, True, True, False, True]},
+            ["router.active has 5 experts in other slots than the first 6"],
+        ),
+    ],
+)
+def test_a_choice_of_experts_that_mixtral_does_not_make_is_refused(
+    tmp_path: Path, changes: dict[str, Any], said: list[str]
+) -> None:
     with pytest.raises((ConfigError, CheckpointError)) as caught:
-        export_changed(place, MOE, changes)
-    return str(caught.value), RunFolder(next((place / "runs").iterdir()))
-
-
-def test_a_bias_that_chooses_experts_is_refused(tmp_path: Path) -> None:
-    bias = [0.0, 0.0, 0.0, -0.25, 0.0, 0.0]
-    message, run = refused_run(tmp_path, {"blocks.1.feed_forward.router.selection_bias": bias})
-    assert "blocks.1.feed_forward.router.selection_bias is up to 0.25" in message
-    assert "model.moe.balance.bias_rate=0" in message
-    assert str(run.path) in message
+        export_changed(tmp_path, MOE, changes)
+    run = RunFolder(next((tmp_path / "runs").iterdir()))
     assert not (run.path / "export").exists()
-
-
-def test_other_experts_than_configured_are_refused(tmp_path: Path) -> None:
-    active = [True, True, True, True, False, True]
-    message, _ = refused_run(tmp_path, {"blocks.0.feed_forward.router.active": active})
-    assert "router.active has 5 experts in other slots than the first 6" in message
+    for words in (*said, *changes, str(run.path)):
+        assert words in str(caught.value)

@@ -137,7 +137,7 @@ BREAKAGES = (
     Breakage(
         "micro-batches count equally, however many tokens they hold",
         "training/stepping.py",
-        "term.sum / max(1.0, counts[term.per])",
+        "term.sum / (counts[term.per] or 1.0)",
         "term.sum / max(1.0, self.objective.counts(micro_batch)[term.per]) / len(micro_batches)",
         ("unit/training/test_stepping.py",),
     ),

@@ -13,9 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-if __package__ in (None, ""):  # started as a file
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from tests.distributed import tasks
 from tests.distributed.pool import Pool
 from tests.distributed.test_checkpoints import assert_same_bits, saved

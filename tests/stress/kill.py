@@ -24,9 +24,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-if __package__ in (None, ""):  # started as a file
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from tests.stress import evidence
 from tests.stress.process import Session
 

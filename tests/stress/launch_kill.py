@@ -21,9 +21,6 @@ from pathlib import Path
 
 import torch
 
-if __package__ in (None, ""):  # started as a file
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from tests.e2e.launching import TINY, Launched
 from tests.stress.evidence import row_differences, rows, tensors
 

@@ -16,9 +16,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-if __package__ in (None, ""):  # started as a file
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from tests.stress import evidence
 from tests.stress.process import Session
 

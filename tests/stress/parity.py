@@ -18,9 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # started as a file
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-
 from tests.stress.evidence import rows
 from tests.stress.process import ultrathink
 from ultrathink.checkpoint.format import load_checkpoint

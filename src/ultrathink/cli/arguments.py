@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.registry import load_plugin
@@ -40,6 +41,14 @@ def load_plugins(args: argparse.Namespace) -> None:
     """Run the files given with ``--plugin``; before any configuration is read."""
     for path in args.plugin:
         load_plugin(path)
+
+
+def file_to_write(option: str, text: str) -> Path:
+    """The file that ``option`` names, checked before anything is read."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise UltrathinkError(f"{option}: there is no folder {str(path.parent)!r}; make it first.")
+    return path
 
 
 def split_config_and_overrides(positionals: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ultrathink.cli.arguments import add_plugin_argument, load_plugins
+from ultrathink.core.streams import tell
 
 if TYPE_CHECKING:
     from ultrathink.runs.decisions import Audit
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         decision=args.decision,
         orders=args.orders,
         horizon=args.horizon,
-        tell=lambda text: print(text, file=sys.stderr, flush=True),
+        tell=tell,
     )
     if args.json:
         print(json.dumps({number: asdict(audit) for number, audit in results.items()}))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ultrathink.core.errors import UltrathinkError, closest
+from ultrathink.core.streams import tell
 
 if TYPE_CHECKING:
     from ultrathink.runs.inspection import Contents
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     folder, remark = consolidate(found, which, args.output)
     if remark:
-        print(f"warning: {remark}", file=sys.stderr)
+        tell(f"warning: {remark}")
     if args.json:
         print(json.dumps({"folder": str(folder)}))
     else:

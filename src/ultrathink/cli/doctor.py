@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,16 +15,11 @@ from ultrathink.cli.arguments import (
 )
 from ultrathink.config.loading import load_config
 from ultrathink.config.schema import Config
-from ultrathink.monitoring.terminal import (
-    SafeStream,
-    error_stream,
-    is_interactive,
-    make_console,
-)
+from ultrathink.monitoring.terminal import error_stream, is_interactive, make_console
 
 if TYPE_CHECKING:
     from ultrathink.insight.doctor.diagnose import Progress
-    from ultrathink.insight.doctor.report import Diagnosis, Problem
+    from ultrathink.insight.doctor.report import Diagnosis
 
 _EPILOG = """examples:
   ultrathink doctor                                  this machine, with the preset demo in mind
@@ -58,13 +52,10 @@ def run(args: argparse.Namespace) -> int:
     with _progress() as progress:
         name = source or str(Config.default_preset)
         report = diagnose(config, name, quick=args.quick, progress=progress)
-    out = SafeStream(sys.stdout)
     if args.json:
         print(json.dumps(report.to_json(), indent=2, allow_nan=False))
-    elif is_interactive(out):
-        _print_pretty(report, out)
     else:
-        _print_plain(report)
+        _print(report)
     return 0 if report.can_train else 1
 
 
@@ -79,53 +70,20 @@ def _progress() -> Iterator[Progress]:
         yield lambda doing: status.update(f"{doing} ...")
 
 
-def _print_plain(report: Diagnosis) -> None:
+def _print(diagnosis: Diagnosis) -> None:
     from ultrathink.insight.doctor.wording import sections, verdict
+    from ultrathink.monitoring.report import Cell, Column, Report
 
-    for title, lines in sections(report).items():
-        print(title)
-        width = max(len(label) for label, _ in lines)
-        for label, text in lines:
-            print(f"  {label:<{width}}  {text}")
-        print()
-    for problem in report.problems:
-        print(_in_words(problem))
-    if report.problems:
-        print()
-    print(verdict(report))
-
-
-def _in_words(problem: Problem) -> str:
-    fix = f"\n  fix: {problem.fix}" if problem.fix else ""
-    return f"{problem.level}: {problem.text}{fix}"
-
-
-def _print_pretty(report: Diagnosis, stream: SafeStream) -> None:
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
-    from ultrathink.insight.doctor.wording import sections, verdict
-
-    console = make_console(stream)
-    shown = sections(report)
-    width = max(len(label) for lines in shown.values() for label, _ in lines)
-    for title, lines in shown.items():
-        console.print(Text(title, style="bold"))
-        table = Table.grid(padding=(0, 2, 0, 0))
-        table.add_column(style="dim", width=width)
-        table.add_column(overflow="fold", ratio=1)
-        for label, text in lines:
-            table.add_row(Text(label), Text(text))
-        console.print(Padding(table, (0, 0, 1, 2)))
-    for problem in report.problems:
-        table = Table.grid(padding=(0, 2, 0, 0))
-        table.add_column(width=len("warning"))
-        table.add_column(overflow="fold", ratio=1)
-        table.add_row(Text(problem.level, style=_STYLES[problem.level]), Text(problem.text))
-        if problem.fix:
-            table.add_row(Text("fix", style="dim"), Text(problem.fix))
-        console.print(table)
-    if report.problems:
-        console.print()
-    console.print(Text(verdict(report), style="bold green" if report.can_train else "bold red"))
+    report = Report()
+    for title, lines in sections(diagnosis).items():
+        report.line(Cell(title, "bold"))
+        cells: list[list[str | Cell]] = [[Cell(label, "dim"), text] for label, text in lines]
+        report.table([Column(""), Column("", folds=True)], cells, indent=2, heading=False)
+        report.line()
+    rows: list[list[str | Cell]] = []
+    for problem in diagnosis.problems:
+        rows.append([Cell(f"{problem.level}: {problem.text}", _STYLES[problem.level])])
+        rows += [[f"  fix: {problem.fix}"]] if problem.fix else []
+    rows += [[""]] if rows else []
+    rows.append([Cell(verdict(diagnosis), "bold green" if diagnosis.can_train else "bold red")])
+    report.table([Column("", folds=True)], rows, heading=False)

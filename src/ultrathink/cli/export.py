@@ -21,7 +21,6 @@ _EPILOG = """examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``ultrathink export``."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     parser.add_argument("run", metavar="RUN", help="run name or folder, or RUN@best|last|step")
     parser.add_argument(
@@ -47,13 +46,12 @@ def run(args: argparse.Namespace) -> int:
     from ultrathink.interop.export import export_run
     from ultrathink.runs.folder import split_run
 
-    name, named = split_run(args.run)
-    is_named = name != args.run
-    if is_named and args.checkpoint is not None:
+    name, named = split_run(args.run, "")
+    if named and args.checkpoint is not None:
         raise UltrathinkError(
             f"{args.run} and --checkpoint {args.checkpoint} both name a checkpoint; give one."
         )
-    checkpoint = named if is_named else args.checkpoint or "best"
+    checkpoint = named or args.checkpoint or "best"
     done = export_run(name, checkpoint, output=args.output, dtype=args.dtype)
     for remark in done.remarks:
         print(f"note: {remark}", file=sys.stderr)

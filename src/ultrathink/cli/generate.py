@@ -17,7 +17,6 @@ _EPILOG = """examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``ultrathink generate``."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     parser.add_argument("run", metavar="RUN", help="run name or folder, or RUN@best|last|step")
     parser.add_argument("prompt", help="text to continue; - reads it from standard input")
@@ -56,9 +55,7 @@ def run(args: argparse.Namespace) -> int:
         stop=tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in args.stop),
     )
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    name, checkpoint = split_run(args.run)
-    if "@" not in args.run:
-        checkpoint = "best"
+    name, checkpoint = split_run(args.run, "best")
     model, tokenizer = load_model(name, checkpoint, device=choose_device(args.device))
     engine = Engine(model, tokenizer)
     if not args.json:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ultrathink.cli import train
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.core.streams import tell
 
 _EPILOG = """examples:
   ultrathink launch --nproc 2 debug                  two processes on this machine
@@ -73,10 +74,10 @@ def run(args: argparse.Namespace) -> int:
             max_restarts=args.max_restarts,
             log_folder=args.log_dir,
         ),
-        tell=lambda text: print(text, file=sys.stderr, flush=True),
+        tell=tell,
     )
     if result.reason and result.status not in (2, 70):
-        print(f"error: {result.reason}.", file=sys.stderr)
+        tell(f"error: {result.reason}.")
     return result.status
 
 

@@ -13,26 +13,23 @@ from typing import NoReturn, cast
 
 from ultrathink import __version__
 from ultrathink.core.errors import UltrathinkError, closest, suggestion
-from ultrathink.core.streams import discard
+from ultrathink.core.streams import discard, tell
 
-# Name -> module and its one line of help. A module is imported only when its command is used, and
-# offers `configure(parser)` and `run(args) -> exit status`.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("ultrathink.cli.train", "train a model, or go on with a run that stopped"),
-    "launch": ("ultrathink.cli.launch", "train on several processes, on one machine or more"),
-    "generate": ("ultrathink.cli.generate", "let a trained model write"),
-    "export": ("ultrathink.cli.export", "write a run's model for Hugging Face transformers"),
-    "runs": ("ultrathink.cli.runs", "list the runs, or check that one is sound"),
-    "checkpoint": (
-        "ultrathink.cli.checkpoint",
-        "say what is in a checkpoint, or write its model as one file",
-    ),
-    "compare": ("ultrathink.cli.compare", "set runs side by side: settings, curves, figures"),
-    "audit": ("ultrathink.cli.audit", "replay a run's decisions, and say what they were worth"),
-    "watch": ("ultrathink.cli.watch", "say what an expert would say about a training log"),
-    "report": ("ultrathink.cli.report", "write a page that explains a run"),
-    "config": ("ultrathink.cli.config", "show, check and explain configurations"),
-    "doctor": ("ultrathink.cli.doctor", "say what this machine can do, and what it lacks"),
+# Name -> its one line of help. The module of that name in this package is imported only when its
+# command is used, and offers `configure(parser)` and `run(args) -> exit status`.
+COMMANDS = {
+    "train": "train a model, or go on with a run that stopped",
+    "launch": "train on several processes, on one machine or more",
+    "generate": "let a trained model write",
+    "export": "write a run's model for Hugging Face transformers",
+    "runs": "list the runs, or check that one is sound",
+    "checkpoint": "say what is in a checkpoint, or write its model as one file",
+    "compare": "set runs side by side: settings, curves, figures",
+    "audit": "replay a run's decisions, and say what they were worth",
+    "watch": "say what an expert would say about a training log",
+    "report": "write a page that explains a run",
+    "config": "show, check and explain configurations",
+    "doctor": "say what this machine can do, and what it lacks",
 }
 USER_ERROR = 2
 SYSTEM_ERROR = 1
@@ -105,7 +102,7 @@ def report(error: UltrathinkError | KeyboardInterrupt | OSError) -> int:
         _complain(str(error))
         return USER_ERROR
     if isinstance(error, KeyboardInterrupt):
-        _tell("interrupted")
+        tell("interrupted")
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
         discard(sys.stdout)
@@ -132,8 +129,8 @@ def load_command(name: str) -> Command:
         kind = "option" if name.startswith("-") else "command"
         known = suggestion(name, COMMANDS)
         raise UltrathinkError(f"there is no {kind} {name!r}. {known} See: ultrathink --help")
-    module_name, summary = COMMANDS[name]
-    module = importlib.import_module(module_name)
+    summary = COMMANDS[name]
+    module = importlib.import_module(f"ultrathink.cli.{name}")
     parser = CommandParser(
         prog=f"ultrathink {name}",
         description=f"{summary[0].upper()}{summary[1:]}.",
@@ -149,7 +146,7 @@ def load_command(name: str) -> Command:
 
 def _help() -> str:
     width = max(len(name) for name in COMMANDS)
-    commands = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
     return f"""\
 usage: ultrathink COMMAND [...]
 
@@ -171,15 +168,7 @@ examples:
 
 def _complain(message: str) -> None:
     """Print a message; the lines of a longer one stand below each other."""
-    _tell("error: " + message.replace("\n", "\n       "))
-
-
-def _tell(text: str) -> None:
-    """Print to standard error; where nobody listens any more, that is no further error."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except OSError:
-        discard(sys.stderr)
+    tell("error: " + message.replace("\n", "\n       "))
 
 
 def _system_message(error: OSError) -> str:

@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ultrathink.cli.arguments import file_to_write
 from ultrathink.core.errors import UltrathinkError
 
 DEFAULT_FILE = "report.html"
@@ -58,14 +59,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _target(text: str | None) -> Path | None:
-    """The file of ``--out``, checked before anything is read."""
+    """The file of ``--out``."""
     if text is None:
         return None
-    path = Path(text)
+    path = file_to_write("--out", text)
     if path.is_dir():
         raise UltrathinkError(
             f"--out: {text!r} is a folder; name a file in it, for example {path / DEFAULT_FILE}"
         )
-    if not path.parent.is_dir():
-        raise UltrathinkError(f"--out: there is no folder {str(path.parent)!r}; make it first.")
     return path

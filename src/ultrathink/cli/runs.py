@@ -178,9 +178,8 @@ def _check(name: str, *, data: bool, as_json: bool) -> int:
     from ultrathink.runs.checking import check_run, run_to_check
     from ultrathink.runs.folder import split_run
 
-    run_name, which = split_run(name)
-    is_whole = run_name == name
-    check = check_run(run_to_check(run_name), None if is_whole else which, data=data)
+    run_name, which = split_run(name, "")
+    check = check_run(run_to_check(run_name), which or None, data=data)
     command = f"ultrathink train --resume {run_name}"
     if check.newest_sound != check.newest:
         command += f"@{check.newest_sound}"

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.core.streams import tell
 
 
 def is_launched() -> bool:
@@ -41,27 +42,21 @@ def run_together(act: Callable[[], int]) -> NoReturn:
         leave_world()
     except PeerFailedError:
         _end(status_of_first(world) or PEER_GONE)
-    except SmallerStartError as error:
-        if not is_first_to_fail(world):
-            _end(status_of_first(world) or PEER_GONE)
-        report(error)
-        leave_status(world, OUT_OF_MEMORY)
-        _end(OUT_OF_MEMORY)
-    except (UltrathinkError, OSError, KeyboardInterrupt) as error:
-        if not is_first_to_fail(world):
-            _end(status_of_first(world) or PEER_GONE)
-        status = report(error)
-        leave_status(world, status)
-        _end(status)
-    except Exception as error:
-        if is_lost_connection(error):
+    except (Exception, KeyboardInterrupt) as error:
+        said = error if isinstance(error, UltrathinkError | OSError | KeyboardInterrupt) else None
+        if said is None and is_lost_connection(error):
             _end(PEER_GONE)
         if not is_first_to_fail(world):
             _end(status_of_first(world) or PEER_GONE)
-        print(f"error: process {world.rank} failed:", file=sys.stderr)
-        traceback.print_exc()
-        leave_status(world, EXCEPTION)
-        _end(EXCEPTION)
+        if said is not None:
+            status = report(said)
+            status = OUT_OF_MEMORY if isinstance(said, SmallerStartError) else status
+        else:
+            tell(f"error: process {world.rank} failed:")
+            traceback.print_exc()
+            status = EXCEPTION
+        leave_status(world, status)
+        _end(status)
     # The launcher knows which signal it handed on; to it, a run that was stopped and saved went
     # well, and is not to be started again.
     _end(0 if status > 128 else status)

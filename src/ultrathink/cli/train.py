@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -22,6 +21,7 @@ from ultrathink.cli.arguments import (
 from ultrathink.cli.together import is_launched, run_together
 from ultrathink.config import load_config
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.core.streams import tell
 from ultrathink.training.changes import Stop
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ _EPILOG = """examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``ultrathink train``."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EPILOG
     add_config_arguments(parser)
     parser.add_argument(
@@ -81,7 +80,9 @@ def _run(args: argparse.Namespace) -> int:
         if args.reset:
             raise UltrathinkError("--reset belongs to --resume: a new run begins anew anyway.")
         config = load_config(source, overrides)  # mistakes are told before torch is imported
-        return _train(lambda **options: _new_trainer(config, **options), args.json)
+        from ultrathink.recipes.train import build_trainer
+
+        return _train(partial(build_trainer, config), args.json)
     if source:
         raise UltrathinkError(
             f"--resume goes on with the run's own configuration and takes no other ({source}); "
@@ -103,12 +104,6 @@ def _go_on(run: str, overrides: list[str], reset: list[str], as_json: bool) -> i
         plan.release()
         return _say_finished(plan.run.path, plan.step, as_json)
     return _train(partial(build_resumed, plan), as_json)
-
-
-def _new_trainer(config: Any, **options: Any) -> Trainer:
-    from ultrathink.recipes.train import build_trainer
-
-    return build_trainer(config, **options)
 
 
 def _train(make: Any, as_json: bool) -> int:
@@ -139,9 +134,6 @@ def _audit_if_asked(trainer: Trainer) -> None:
         return
     from ultrathink.cli.audit import described
     from ultrathink.recipes.audit import audit_run
-
-    def tell(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
     if trainer.world.size > 1:
         tell(f"audit the decisions with one process: ultrathink audit {trainer.run.path}")
@@ -234,9 +226,8 @@ def _say_finished(run: Path, step: int, as_json: bool) -> int:
 
         print(json.dumps({"run": str(run), "ending": FINISHED.name, "step": step}))
     else:
-        print(
+        tell(
             f"Run {run} is finished: step {step:,} was its last. To train it further, give it "
-            f"more: ultrathink train --resume {run} training.max_steps={2 * step}",
-            file=sys.stderr,
+            f"more: ultrathink train --resume {run} training.max_steps={2 * step}"
         )
     return 0

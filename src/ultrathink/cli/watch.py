@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ultrathink.cli.arguments import file_to_write
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.core.streams import tell
 
 if TYPE_CHECKING:
     from ultrathink.cli.watch_view import FollowView
@@ -140,7 +141,7 @@ class _Follower:
         assert self._view is not None
         news = self._watching.log.poll()
         if news.is_anew:
-            _tell(f"{self._file} was cut or replaced; it is read from its beginning")
+            tell(f"{self._file} was cut or replaced; it is read from its beginning")
             self._watching = None
             return self._look()
         for signals in news.signals:
@@ -151,23 +152,21 @@ class _Follower:
     def _wait(self, reason: str) -> None:
         if reason != self._waits_for:
             self._waits_for = reason
-            _tell(f"waiting: {reason}")
+            tell(f"waiting: {reason}")
 
 
 def _picture_path(text: str | None) -> Path | None:
-    """The file of ``--plot``, checked before anything is read."""
+    """The file of ``--plot``."""
     if text is None:
         return None
     from ultrathink.insight.picture import require_matplotlib
 
-    path = Path(text)
+    path = file_to_write("--plot", text)
     if path.suffix.lower() not in PICTURES:
         raise UltrathinkError(
             f"--plot: {text!r} does not end in {', '.join(PICTURES)}; name a picture, for example "
             f"{path.with_suffix('.png')}"
         )
-    if not path.parent.is_dir():
-        raise UltrathinkError(f"--plot: there is no folder {str(path.parent)!r}; make it first.")
     require_matplotlib()
     return path
 
@@ -176,7 +175,3 @@ def _draw(watching: Watching, path: Path) -> None:
     from ultrathink.insight.picture import draw_picture
 
     draw_picture(watching, path)
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -109,11 +110,10 @@ class PartOf:
     ) -> dict[str, Any]:
         members = []
         for entry in self.registry:
-            if entry.options is None:
-                continue
-            member = entry.options.model_json_schema()
-            member["properties"]["type"] = {"const": entry.name}
-            members.append(member)
+            if entry.options is not None:
+                member = handler(entry.options.__pydantic_core_schema__)
+                handler.resolve_ref_schema(member)["properties"]["type"] = {"const": entry.name}
+                members.append(member)
         return {"anyOf": [{"enum": self.registry.names()}, *members]}
 
 
@@ -135,6 +135,23 @@ DurationField = Annotated[
     PlainSerializer(_duration_to_plain),
     WithJsonSchema({"type": ["integer", "number", "string"]}),
 ]
+
+
+def one_of(registry: Registry[Any], *others: str) -> AfterValidator:
+    """A name that ``registry`` knows, or one of ``others``."""
+
+    def check(name: str) -> str:
+        if name not in others:
+            registry.entry(name)
+        return name
+
+    return AfterValidator(check)
+
+
+def alike(names: Sequence[str | None]) -> str | None:
+    """The first name, in order, that is given twice."""
+    twice = sorted({name for name in names if name is not None and names.count(name) > 1})
+    return twice[0] if twice else None
 
 
 def off_means(name: str) -> BeforeValidator:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ultrathink.config.base import PartConfig, PartOf, Section
+from ultrathink.config.base import PartConfig, PartOf, Section, alike
 from ultrathink.config.options import felt, free, place
 from ultrathink.core.registry import Registry
 
@@ -142,8 +142,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _names_differ(self) -> DataConfig:
-        named = [source.name for source in self.train if source.name is not None]
-        twice = sorted({name for name in named if named.count(name) > 1})
-        if twice:
-            raise ValueError(f"two sources are called {twice[0]!r}; give each its own name")
+        twice = alike([source.name for source in self.train])
+        if twice is not None:
+            raise ValueError(f"two sources are called {twice!r}; give each its own name")
         return self

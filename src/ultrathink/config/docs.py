@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from ultrathink.config.options import on_resume
 from ultrathink.config.overrides import flatten
@@ -46,28 +45,6 @@ def json_schema(root: type[Root]) -> dict[str, Any]:
     schema = root.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "ULTRATHINK configuration"
-    return _with_definitions_on_top(schema)
-
-
-def _with_definitions_on_top(schema: dict[str, Any]) -> dict[str, Any]:
-    """Lift the ``$defs`` of nested schemas to the top, where their references point."""
-    definitions: dict[str, Any] = {}
-
-    def visit(node: Any) -> None:
-        if isinstance(node, dict):
-            for name, definition in node.pop("$defs", {}).items():
-                assert definitions.get(name, definition) == definition, f"two sections {name}"
-                definitions[name] = definition
-                visit(definition)
-            for value in node.values():
-                visit(value)
-        elif isinstance(node, list):
-            for value in node:
-                visit(value)
-
-    visit(schema)
-    if definitions:
-        schema["$defs"] = definitions
     return schema
 
 
@@ -102,6 +79,7 @@ def _write_nested(
             if is_part(field):
                 lines += ["", f"**`type: {type_name(options)}`** - {_cell(_summary(options))}"]
             _write_table(options, inner, lines)
+        for options in classes:
             _write_nested(options, inner, level + 1, lines, documented)
 
 
@@ -109,8 +87,8 @@ def _write_table(section: type[BaseModel], prefix: str, lines: list[str]) -> Non
     rows = []
     for name, field in section.model_fields.items():
         inner = sections_of(field.annotation, field.metadata)
-        is_own_type = name == "type" and "Literal" in str(field.annotation) and _has_default(field)
-        if is_own_type or (inner and not is_part(field)):
+        is_own_type = get_origin(field.annotation) is Literal and not field.is_required()
+        if (name == "type" and is_own_type) or (inner and not is_part(field)):
             continue  # in the heading
         rule = on_resume(field)
         cells = [
@@ -124,10 +102,6 @@ def _write_table(section: type[BaseModel], prefix: str, lines: list[str]) -> Non
     if rows:
         titles = "| key | values | default | resuming | meaning |"
         lines += ["", titles, "|---|---|---|---|---|", *rows]
-
-
-def _has_default(field: FieldInfo) -> bool:
-    return field.default is not PydanticUndefined
 
 
 def _values(field: FieldInfo) -> str:
@@ -172,7 +146,7 @@ def _plural(kind: str) -> str:
 
 def _default(field: FieldInfo) -> str:
     default = field.default
-    if not _has_default(field):
+    if field.is_required():
         return "required"
     if default is None:
         return "unset"

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ultrathink.config.base import Section
+from ultrathink.config.base import Section, alike, one_of
 from ultrathink.config.options import felt, fixed, free
 from ultrathink.core.layers import layer_index
 from ultrathink.core.registry import Registry
@@ -159,7 +159,7 @@ class MoeConfig(Section):
         description="What the gates are multiplied with; DeepSeek-V3 calls it "
         "routed_scaling_factor.",
     )
-    backend: str = free(
+    backend: Annotated[str, one_of(EXPERT_BACKENDS, "auto")] = free(
         "auto",
         description="Kernel of the grouped product: a registered name (batched, grouped_mm, loop), "
         "or auto to choose for the device.",
@@ -178,10 +178,9 @@ class MoeConfig(Section):
 
     @model_validator(mode="after")
     def _groups_fit(self) -> MoeConfig:
-        names = [group.name for group in self.groups]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two groups are called {twice[0]!r}; give each its own name")
+        twice = alike([group.name for group in self.groups])
+        if twice is not None:
+            raise ValueError(f"two groups are called {twice!r}; give each its own name")
         for key in ("intermediate_size", "shared_size"):
             width = getattr(self, key)
             if width is not None and width % WIDTH_STEP:
@@ -191,8 +190,6 @@ class MoeConfig(Section):
                     f"{key} ({width}) must be a multiple of {WIDTH_STEP}, because the grouped "
                     f"product reads rows of 16 bytes; use {nearest}"
                 )
-        if self.backend != "auto":
-            EXPERT_BACKENDS.entry(self.backend)
         return self
 
     @property

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ultrathink.config.base import Section, off_means
+from ultrathink.config.base import Section, off_means, one_of
 from ultrathink.config.experts import BIAS_RATE, WIDTH_STEP, MoeConfig, shape
 from ultrathink.config.options import felt, fixed, free
 from ultrathink.core.registry import Registry
@@ -70,18 +70,12 @@ class RopeScalingConfig(Section):
 class AttentionConfig(Section):
     """How attention is computed."""
 
-    backend: str = free(
+    backend: Annotated[str, one_of(ATTENTION_BACKENDS, "auto")] = free(
         "auto",
         rests_on=("training.device", "training.precision", "training.compile", "data.seq_len"),
         description="Kernel of the attention product: a registered name (sdpa, blocks, eager), or "
         "auto to choose for the device, the length and the precision.",
     )
-
-    @model_validator(mode="after")
-    def _backend_is_known(self) -> AttentionConfig:
-        if self.backend != "auto":
-            ATTENTION_BACKENDS.entry(self.backend)
-        return self
 
 
 class InitConfig(Section):
@@ -118,7 +112,9 @@ class ModelConfig(Section):
     vocab_size: int | None = shape(
         None, gt=0, description="Rows of the embedding; the tokenizer's size when unset."
     )
-    feed_forward: str = shape("swiglu", description="Registered feed-forward: swiglu or relu2.")
+    feed_forward: Annotated[str, one_of(FEED_FORWARDS)] = shape(
+        "swiglu", description="Registered feed-forward: swiglu or relu2."
+    )
     rope_theta: float = felt(10_000.0, gt=0, description="Base of the rotary frequencies.")
     rope_scaling: RopeScalingConfig | None = felt(
         None, description="Stretching of rotary positions; none when unset."
@@ -166,7 +162,6 @@ class ModelConfig(Section):
                 f"the head dimension ({head_dim}) must be even for rotary positions; choose "
                 f"another num_heads or set head_dim"
             )
-        FEED_FORWARDS.entry(self.feed_forward)
         return self
 
     @model_validator(mode="after")

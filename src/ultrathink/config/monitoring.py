@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import field_validator
-
-from ultrathink.config.base import Section
+from ultrathink.config.base import Section, one_of
 from ultrathink.config.options import free
 from ultrathink.core.registry import Registry
 
@@ -19,13 +17,6 @@ SINKS.add("tensorboard", "ultrathink.monitoring.tensorboard:TensorBoardSink")
 class MonitoringConfig(Section):
     """Where metrics go."""
 
-    sinks: tuple[str, ...] = free(
+    sinks: tuple[Annotated[str, one_of(SINKS)], ...] = free(
         ("console", "jsonl", "tensorboard"), description="Registered sinks that get every record."
     )
-
-    @field_validator("sinks")
-    @classmethod
-    def _sinks_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        for name in names:
-            SINKS.entry(name)
-        return names

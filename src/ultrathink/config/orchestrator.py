@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from ultrathink.config.base import Section
+from ultrathink.config.base import Section, off_means
 from ultrathink.config.options import free
 
 Mode = Literal["off", "advise", "act"]
@@ -99,7 +99,7 @@ class SnapshotsConfig(Section):
 class OrchestratorConfig(Section):
     """Watching the run while it trains, and steering it."""
 
-    mode: Mode = free(
+    mode: Annotated[Mode, off_means("off")] = free(
         "advise",
         description="advise: detectors watch every step, tell of what goes wrong and keep it in "
         "events.jsonl, and change nothing; act: what goes wrong is dealt with, and each decision "
@@ -120,8 +120,3 @@ class OrchestratorConfig(Section):
         description="Decisions, the newest, whose state is kept on disk for an audit; each takes "
         "as much as one checkpoint, or two where the run went back, and the averaged weights.",
     )
-
-    @field_validator("mode", mode="before")
-    @classmethod
-    def _false_is_off(cls, value: object) -> object:
-        return "off" if value is False else value  # YAML reads a bare `off` as false

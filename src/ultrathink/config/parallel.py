@@ -16,8 +16,8 @@ class ParallelConfig(Section):
     """How a run is spread over processes; one process needs nothing of it.
 
     ``dp_replicate`` x ``dp_shard`` is the number of processes; the other degrees are not built yet
-    and refused above 1. What ``zero_stage`` shards is that
-    of ZeRO (https://arxiv.org/abs/1910.02054), by FSDP2.
+    and refused above 1. What ``zero_stage`` shards is that of ZeRO
+    (https://arxiv.org/abs/1910.02054), by FSDP2.
     """
 
     dp_replicate: int = free(
@@ -52,16 +52,12 @@ class ParallelConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _degree_is_a_number(self) -> ParallelConfig:
+    def _degrees_are_built(self) -> ParallelConfig:
         if self.dp_shard < -1 or self.dp_shard == 0:
             raise ValueError(
                 f"dp_shard is {self.dp_shard}; give the number of processes that share one copy "
                 f"of the model, or -1 for as many as there are"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _degree_is_built(self) -> ParallelConfig:
         for name, kind in _NOT_BUILT.items():
             degree = getattr(self, name)
             if degree > 1:

@@ -105,8 +105,16 @@ def field_at(
 
 
 def rule_of(root: type[BaseModel], key: str) -> OnResume:
-    """What resuming with another value of ``key`` does, as the field or what it is in declares."""
+    """What resuming with another value of ``key`` does, as the field or what it is in declares.
+
+    A list is one value: its rule is that of all in it.
+    """
     path = key.split(".")
+    for end in range(1, len(path)):
+        outer = field_at(root, path[:end], None)
+        if outer is not None and is_list(outer[1]):
+            path = path[:end]
+            break
     while path:
         found = field_at(root, path, None)
         rule = on_resume(found[1]) if found is not None else None

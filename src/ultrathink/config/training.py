@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ultrathink.config.base import Section
+from ultrathink.config.evaluators import EvaluatorField, SampleConfig
 from ultrathink.config.model import Checkpointing
 from ultrathink.config.objective import ObjectiveField, PretrainConfig
 from ultrathink.config.optimizer import (
@@ -67,15 +68,6 @@ class EvalConfig(Section):
         gt=0,
         description="Use only so many held-out tokens; all of them when unset.",
     )
-
-
-class SampleConfig(Section):
-    """Text written by the model at the end of training, as a first look at it."""
-
-    prompts: tuple[str, ...] = free((), description="Texts to continue; none when empty.")
-    max_new_tokens: int = free(160, gt=0, description="Tokens to write for each prompt.")
-    temperature: float = free(0.7, ge=0, description="Sampling temperature; 0 is greedy.")
-    top_p: float = free(0.95, gt=0, le=1, description="Share of probability sampled from.")
 
 
 class TrainingConfig(Section):
@@ -144,7 +136,12 @@ class TrainingConfig(Section):
     schedule: ScheduleField = felt(CosineConfig(), description="Course of the learning rate.")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What is saved.")
     eval: EvalConfig = Field(EvalConfig(), description="Validation.")
-    sample: SampleConfig = Field(SampleConfig(), description="Text written at the end.")
+    evaluators: tuple[EvaluatorField, ...] = free(
+        (), description="What else is measured while training goes on, each under its name."
+    )
+    sample: SampleConfig = Field(
+        SampleConfig(), description="Text written at the end, as a first look at the model."
+    )
     init_from: str | None = fixed(
         None,
         because="the run has weights of its own by now",
@@ -161,6 +158,14 @@ class TrainingConfig(Section):
                 f"give exactly one of {listed}; "
                 + (f"given: {' and '.join(given)}" if given else "none is given")
             )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluators_differ(self) -> TrainingConfig:
+        names = [one.label for one in self.evaluators]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise ValueError(f"two evaluators are called {twice[0]!r}; give each its own name")
         return self
 
     @model_validator(mode="after")

@@ -20,9 +20,12 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def step_seed(seed: int, step: int, rank: int) -> int:
-    """A seed for one process in one step: far from those of its neighbours, the same every time."""
-    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+def step_seed(seed: int, step: int, *whose: int) -> int:
+    """A seed for one user in one step: far from those of its neighbours, the same every time.
+
+    ``whose`` is the rank of a process, or the bytes of a name.
+    """
+    return int(np.random.SeedSequence([seed, step, *whose]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def random_state() -> State:

@@ -1,11 +1,20 @@
-"""Standard streams whose reader is gone."""
+"""Standard streams, whose reader may be gone."""
 
 from __future__ import annotations
 
 import os
+import sys
 from typing import IO, Any
 
 _discarded: dict[int, str] = {}  # descriptor -> why nothing written to it arrives any more
+
+
+def tell(text: str) -> None:
+    """Print to standard error at once; where nobody listens any more, that is no further error."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        discard(sys.stderr)
 
 
 def discard(stream: IO[Any], reason: str = "its reader is gone") -> None:

@@ -37,7 +37,8 @@ class Batch:
     sample_ids: Tensor = field(metadata=INT64)
     """``[B]``: which sample of the run's order each sequence is."""
     loss_weights: Tensor | None = field(default=None, metadata=FLOAT32)
-    """``[B, T]``: how much each target counts, where an objective asks for that."""
+    """``[B, T]``: how much each target counts, 0 or above, where an objective asks for that. On all
+    processes or on none."""
     unit_size: int = 1
     """Consecutive sequences that belong together (a pair, a group) and are never parted."""
 
@@ -65,9 +66,22 @@ class Batch:
         return self.input_ids.shape[1]
 
     @property
+    def targets(self) -> Tensor:
+        """``[B, T]``: the labels, without those whose weight is 0."""
+        if self.loss_weights is None:
+            return self.labels
+        return torch.where(self.loss_weights == 0, IGNORED, self.labels)
+
+    @property
     def num_target_tokens(self) -> int:
         """How many positions are trained; means are taken over them."""
-        return int((self.labels != IGNORED).sum())
+        return int((self.targets != IGNORED).sum())
+
+    @property
+    def target_weight(self) -> float:
+        """The sum of the weights of all targets, in float64."""
+        assert self.loss_weights is not None, "targets have weights"
+        return float(self.loss_weights[self.targets != IGNORED].double().sum())
 
     def tensors(self) -> dict[str, Tensor]:
         """The fields that hold tensors, by name; those that are None are left out."""

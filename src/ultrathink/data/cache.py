@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from ultrathink.core.errors import DataError
 from ultrathink.core.files import sync_folder, write_atomic
-from ultrathink.data.checksums import HashingWriter, file_checksum, is_sealed, sealed
+from ultrathink.data.checksums import HashingWriter, file_checksum, sealed, unsealed
 from ultrathink.data.documents import Document, Progress, Split, Verify
 from ultrathink.data.manifest import FileEntry, Manifest, Stat, wait_for_tick
 from ultrathink.data.sources.base import Source
@@ -38,7 +38,6 @@ from ultrathink.data.tokenizers.base import Tokenizer, behavior_hash
 CACHE_VARIABLE = "ULTRATHINK_CACHE"
 FORMAT = 3  # part of the key: a store of another format is another store
 _TOKENS, _OFFSETS, _TOKEN_BYTES, _META = "tokens.bin", "offsets.npy", "token_bytes.npy", "meta.json"
-_OF_THE_FILES = ("files", "checksum")
 _BATCH_CHARACTERS = 2_000_000
 _ABANDONED_AFTER_S = 24 * 3600
 
@@ -317,15 +316,12 @@ def _write_meta(folder: Path, meta: dict[str, Any], manifest: Manifest) -> None:
 def _read_meta(folder: Path, verify: Verify = "stat") -> dict[str, Any]:
     """The meta file of a whole store; DamagedStoreError says what is wrong with any other."""
     try:
-        sealed_meta: Any = json.loads((folder / _META).read_text(encoding="utf-8"))
-        if not isinstance(sealed_meta, dict) or not is_sealed(sealed_meta):
+        meta = unsealed(json.loads((folder / _META).read_text(encoding="utf-8")))
+        if meta is None:
             raise DamagedStoreError(f"{_META}: other content than was written")
-        meta = {
-            key: value for key, value in sealed_meta.items() if key not in ("files", "checksum")
-        }
         if meta["format"] != FORMAT:
             raise DamagedStoreError(f"format {meta['format']}, this version reads {FORMAT}")
-        known = {name: FileEntry.from_json(entry) for name, entry in sealed_meta["files"].items()}
+        known = {name: FileEntry.from_json(entry) for name, entry in meta.pop("files").items()}
         found = {name: _verified(folder / name, entry, verify) for name, entry in known.items()}
     except FileNotFoundError as error:
         raise DamagedStoreError(f"{Path(error.filename).name} is missing") from error

@@ -68,10 +68,12 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, _SEAL: _checksum(values)}
 
 
-def is_sealed(values: Mapping[str, Any]) -> bool:
-    """Whether ``values`` are still what ``sealed`` returned, after JSON and back."""
+def unsealed(values: Any) -> dict[str, Any] | None:
+    """What ``sealed`` was given, after JSON and back; None for anything else."""
+    if not isinstance(values, dict):
+        return None
     content = {key: value for key, value in values.items() if key != _SEAL}
-    return values.get(_SEAL) == _checksum(content)
+    return content if values.get(_SEAL) == _checksum(content) else None
 
 
 def _checksum(values: Mapping[str, Any]) -> str:

@@ -74,7 +74,7 @@ class TrainLoader:
         if batch_size < 1:
             raise DataError(f"training.batch_size is {batch_size}; it must be at least 1.")
         self._rows = share.rows(batch_size)
-        self._batch_size = batch_size
+        self.batch_size = batch_size  # over all devices
         self.seq_len = seq_len
         self.num_workers = num_workers
         self._packing = packing
@@ -90,11 +90,6 @@ class TrainLoader:
         self._block: Tensor | None = None  # read but not yet handed out
         batches = max(1, _BLOCK_TOKENS // (len(self._rows) * seq_len))
         self._block_samples = batch_size * batches  # of all processes
-
-    @property
-    def batch_size(self) -> int:
-        """Samples in a batch, over all devices."""
-        return self._batch_size
 
     @property
     def seed(self) -> int:
@@ -182,7 +177,13 @@ class TrainLoader:
 
     def state_dict(self) -> State:
         """All that decides the next sample, as plain values."""
-        return {**self._identity(), **self._cursor()}
+        return {
+            **self._identity(),
+            "samples_seen": self._samples_seen,
+            "weights": list(self._order.weights),
+            "configured": list(self._configured),
+            "changes": [change.to_plain() for change in self._order.changes],
+        }
 
     def load_state_dict(self, state: State) -> None:
         """Go on where ``state`` was taken, with its weights.
@@ -222,14 +223,6 @@ class TrainLoader:
             "seq_len": self.seq_len,
             "packing": self._packing.model_dump(mode="json"),
             "sizes": list(self._sizes),
-        }
-
-    def _cursor(self) -> dict[str, Any]:
-        return {
-            "samples_seen": self._samples_seen,
-            "weights": list(self._order.weights),
-            "configured": list(self._configured),
-            "changes": [change.to_plain() for change in self._order.changes],
         }
 
     def _change(self, change: Change) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from ultrathink.core.files import write_atomic
-from ultrathink.data.checksums import is_sealed, sealed
+from ultrathink.data.checksums import sealed, unsealed
 from ultrathink.data.documents import FileSummary
 
 FORMAT = 1  # raise it when the same file gives other documents
@@ -80,8 +80,8 @@ Manifest = dict[str, FileEntry]
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a source; empty where there is none that can be used: it is made again."""
     with suppress(OSError, ValueError):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(values, dict) and is_sealed(values) and values["format"] == FORMAT:
+        values = unsealed(json.loads(path.read_text(encoding="utf-8")))
+        if values is not None and values["format"] == FORMAT:
             return {name: FileEntry.from_json(entry) for name, entry in values["files"].items()}
     return {}
 

@@ -12,13 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ultrathink.config.data import DataConfig
+from ultrathink.config.data import DataConfig, SourceConfig
 from ultrathink.config.tokenizer import TOKENIZERS, TokenizerConfig
 from ultrathink.core.errors import CheckpointError, DataError
 from ultrathink.data.cache import TokenStore, cache_folder, open_or_build, writing_to
 from ultrathink.data.documents import Progress, Split
 from ultrathink.data.packing import make_samples
-from ultrathink.data.reading import Sources, hash_data, read_sources, record_sources
+from ultrathink.data.reading import Sources, read_source, read_sources, record_sources
 from ultrathink.data.record import DataRecord, SourceRecord
 from ultrathink.data.sources.base import Source
 from ultrathink.data.tokenizers.base import DamagedTokenizerError, Tokenizer, load_tokenizer
@@ -71,13 +71,9 @@ def prepare_sources(
     sources: Sources,
     tokenizer: TokenizerConfig | Tokenizer,
     *,
-    earlier: DataRecord | None = None,
     progress: Progress | None = None,
 ) -> PreparedData:
-    """As ``prepare_data``, from sources that are read; the record can be compared to ``earlier``.
-
-    Raises the error of a source that cannot be read.
-    """
+    """As ``prepare_data``, from sources that are read; raises the error of one that cannot be."""
     cache = cache_folder(data.cache_dir)
     notes: list[str] = []
     train, val = sources.readable()
@@ -95,8 +91,30 @@ def prepare_sources(
             raise _too_small(source, split)
         return store
 
-    record = record_sources(data, sources, chosen, earlier)
+    record = record_sources(data, sources, chosen)
     return assemble_data(data, chosen, record, sources, open_store, notes)
+
+
+def prepare_text(
+    config: SourceConfig,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    progress: Progress | None,
+    notes: list[str],
+) -> TokenStore:
+    """The tokens of all the text of a source beside those of ``data``, from the cache or built.
+
+    DataError where it is unreadable or empty; ``notes`` are told what was mended or skipped.
+    """
+    source = read_source(config, data, progress)
+    _require_text(source)
+    if source.num_skipped:
+        notes.append(
+            f"data source {source.name}: {source.num_skipped} items could not be read and were "
+            f"skipped"
+        )
+    cache = cache_folder(data.cache_dir)
+    return open_or_build(source, "all", tokenizer, cache, progress, notes, data.verify)
 
 
 OpenStore = Callable[[SourceRecord, Source | None, Split], TokenStore]
@@ -131,7 +149,7 @@ def assemble_data(
         val_stores=val_stores,
         num_samples=num_samples,
         source_names=[source.name for source in record.train],
-        data_hash=hash_data([s.fingerprints[trained] for s in record.train], tokenizer, data),
+        data_hash=record.data_hash,
         skipped=record.skipped,
         record=record,
         notes=notes,

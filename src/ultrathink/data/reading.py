@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import Any
 
 from ultrathink.config.data import SOURCES, DataConfig, SourceConfig
 from ultrathink.core.errors import DataError
@@ -48,22 +47,34 @@ class Sources:
 
 def read_sources(data: DataConfig, progress: Progress | None = None) -> Sources:
     """Find the text that ``data`` names, and read what of it the manifests do not know."""
-    manifests = cache_folder(data.cache_dir) / "sources"
-
-    def read(source: Source | DataError) -> Source | DataError:
-        if isinstance(source, DataError):
-            return source
-        if progress is not None:
-            progress(f"reading {source.name}", 0, 0)
-        try:
-            source.scan(manifests, data.verify)
-        except DataError as error:
-            return error
-        return source
-
-    groups = [build_sources(configs) for configs in (data.train, data.val or ())]
-    train, val = ([read(source) for source in group] for group in groups)
+    train, val = (
+        [_scanned(source, data, progress) for source in build_sources(configs)]
+        for configs in (data.train, data.val or ())
+    )
     return Sources(train, None if data.val is None else val)
+
+
+def read_source(config: SourceConfig, data: DataConfig, progress: Progress | None = None) -> Source:
+    """One source beside those of ``data``; DataError where it cannot be read."""
+    [source] = build_sources([config])
+    found = _scanned(source, data, progress)
+    if isinstance(found, DataError):
+        raise found
+    return found
+
+
+def _scanned(
+    source: Source | DataError, data: DataConfig, progress: Progress | None
+) -> Source | DataError:
+    if isinstance(source, DataError):
+        return source
+    if progress is not None:
+        progress(f"reading {source.name}", 0, 0)
+    try:
+        source.scan(cache_folder(data.cache_dir) / "sources", data.verify)
+    except DataError as error:
+        return error
+    return source
 
 
 def build_sources(configs: Sequence[SourceConfig]) -> list[Source | DataError]:
@@ -86,7 +97,7 @@ def build_sources(configs: Sequence[SourceConfig]) -> list[Source | DataError]:
 
 
 def used_splits(config: SourceConfig, data: DataConfig) -> tuple[Split, ...]:
-    """The splits of a training source that are tokenized; ``val_fraction: 0`` holds nothing out."""
+    """The splits of a source that are tokenized; ``val_fraction: 0`` holds nothing out."""
     if data.val is not None:
         return ("all",)
     return ("train",) if getattr(config, "val_fraction", None) == 0 else ("train", "val")
@@ -100,23 +111,31 @@ def record_sources(
     With ``earlier`` at hand it can be told later that a file only grew since.
     """
     train, val = sources.readable()
-    before = () if earlier is None else earlier.train
-    train_records = tuple(
-        record_source(source, config, used_splits(config, data), tokenizer, data, past)
-        for source, config, past in zip(train, data.train, _padded(before), strict=False)
-    )
-    before = () if earlier is None else earlier.val or ()
-    val_records = tuple(
-        record_source(source, config, ("all",), tokenizer, data, past)
-        for source, config, past in zip(val, data.val or (), _padded(before), strict=False)
-    )
-    trained = [record.fingerprints[sources.train_split] for record in train_records]
+
+    def recorded(
+        found: Sequence[Source],
+        configs: Sequence[SourceConfig],
+        before: Sequence[SourceRecord] | None,
+    ) -> tuple[SourceRecord, ...]:
+        past = chain(before or (), repeat(None))  # None for a place that was not there then
+        return tuple(
+            record_source(source, config, used_splits(config, data), tokenizer, data, known)
+            for source, config, known in zip(found, configs, past, strict=False)
+        )
+
+    train_records = recorded(train, data.train, earlier.train if earlier else ())
+    parts = [
+        [record.fingerprints[sources.train_split] for record in train_records],
+        tokenizer.fingerprint,
+        data.packing.model_dump(mode="json"),
+        data.seq_len,
+    ]
     return DataRecord(
         train=train_records,
-        val=None if data.val is None else val_records,
+        val=None if data.val is None else recorded(val, data.val, earlier.val if earlier else ()),
         tokenizer=tokenizer.fingerprint,
         tokenizer_behavior=behavior_hash(tokenizer),
-        data_hash=hash_data(trained, tokenizer, data),
+        data_hash=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
         skipped=count_skipped([*train, *val]),
     )
 
@@ -154,17 +173,6 @@ def record_source(
     )
 
 
-def hash_data(fingerprints: Sequence[str], tokenizer: Tokenizer, data: DataConfig) -> str:
-    """The hash of what samples consist of; ``fingerprints`` are of what is trained on."""
-    parts: list[Any] = [
-        list(fingerprints),
-        tokenizer.fingerprint,
-        data.packing.model_dump(mode="json"),
-        data.seq_len,
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
 def count_skipped(sources: Iterable[Source]) -> dict[str, int]:
     """Unreadable documents left out, by the source's name, where there are any."""
     counts: dict[str, int] = {}
@@ -172,8 +180,3 @@ def count_skipped(sources: Iterable[Source]) -> dict[str, int]:
         if source.num_skipped:
             counts[source.name] = counts.get(source.name, 0) + source.num_skipped
     return counts
-
-
-def _padded(records: Sequence[SourceRecord]) -> Iterator[SourceRecord | None]:
-    """``records``, and None for the places beyond them."""
-    return chain(records, repeat(None))

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import write_atomic
-from ultrathink.data.checksums import is_sealed, sealed
+from ultrathink.data.checksums import sealed, unsealed
 from ultrathink.data.documents import FileSummary, Split, file_label
 
 FORMAT = 2
@@ -68,14 +68,14 @@ class DataRecord:
     @classmethod
     def from_json(cls, values: Any, where: str | Path = "data.json") -> Self:
         """Read back what ``to_json`` gave; CheckpointError, naming ``where``, for anything else."""
-        if not isinstance(values, dict) or not is_sealed(values):
+        fields = unsealed(values)
+        if fields is None:
             raise _damaged(where, "its content is not what was written")
-        if values.get("format") != FORMAT:
+        if (found := fields.pop("format", None)) != FORMAT:
             raise CheckpointError(
-                f"{where} has format {values.get('format')!r}, this version reads {FORMAT}; "
+                f"{where} has format {found!r}, this version reads {FORMAT}; "
                 f"use the version of ultrathink that wrote it."
             )
-        fields = {key: value for key, value in values.items() if key not in ("format", "checksum")}
         fields["train"] = tuple(_source_from_json(source) for source in fields["train"])
         if fields["val"] is not None:
             fields["val"] = tuple(_source_from_json(source) for source in fields["val"])

@@ -41,22 +41,25 @@ def linear_cross_entropy(
     weight: Tensor,
     labels: Tensor,
     *,
+    loss_weights: Tensor | None = None,
     z_weight: float = 0.0,
     count_correct: bool = False,
 ) -> HeadLoss:
     """Summed cross-entropy of ``hidden @ weight.T`` against ``labels``.
 
     ``hidden`` is ``[N, C]``, ``weight`` ``[V, C]`` (cast to the dtype of ``hidden``), ``labels``
-    ``[N]`` with ``IGNORED_LABEL`` where nothing is trained. Softmax runs in at least float32.
-    Where gradients are disabled none are computed.
+    ``[N]`` with ``IGNORED_LABEL`` where nothing is trained. ``loss_weights`` ``[N]`` multiply each
+    token's cross-entropy, and not its z-loss. Softmax runs in at least float32. Where gradients are
+    disabled none are computed.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if needs_grad:
         cross_entropy, z_loss, num_correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, labels, z_weight, count_correct
+            hidden, weight, labels, loss_weights, z_weight, count_correct
         )
     else:
-        sums = _forward(hidden, weight, labels, z_weight, count_correct, with_grad=False)
+        inputs = (hidden, weight, labels, loss_weights)
+        sums = _forward(*inputs, z_weight, count_correct, with_grad=False)
         cross_entropy, z_loss, num_correct = sums.cross_entropy, sums.z_loss, sums.num_correct
     return HeadLoss(
         cross_entropy, z_loss if z_weight > 0 else None, num_correct if count_correct else None
@@ -73,9 +76,9 @@ class _Sums(NamedTuple):
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_weight: float, count: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        sums = _forward(hidden, weight, labels, z_weight, count, with_grad=True)
+        sums = _forward(hidden, weight, *rest, with_grad=True)
         ctx.save_for_backward(*sums.gradients)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(sums.num_correct)
@@ -90,11 +93,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale = grad_outputs[1]
             grad_hidden = grad_hidden + of_z_loss[0].to(scale.dtype) * scale
             grad_weight = grad_weight + of_z_loss[1].to(scale.dtype) * scale
-        return grad_hidden.to(hidden.dtype), grad_weight.to(ctx.weight_dtype), None, None, None
+        return grad_hidden.to(hidden.dtype), grad_weight.to(ctx.weight_dtype), *[None] * 4
 
 
 def _forward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, z_weight: float, count: bool, *, with_grad: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor | None,
+    z_weight: float,
+    count: bool,
+    *,
+    with_grad: bool,
 ) -> _Sums:
     """Sums over all chunks and, where asked for, their gradients."""
     precise = torch.promote_types(hidden.dtype, torch.float32)
@@ -112,9 +122,9 @@ def _forward(
         logits = (rows @ head.T).to(precise)  # [n, V]
         log_partition = logits.logsumexp(-1, keepdim=True)  # [n, 1]
         target_logits = logits.gather(-1, targets)
-        cross_entropy = (
-            cross_entropy + torch.where(trained, log_partition - target_logits, 0.0).sum()
-        )
+        losses = torch.where(trained, log_partition - target_logits, 0.0)
+        own = None if loss_weights is None else loss_weights[start : start + size, None].to(precise)
+        cross_entropy = cross_entropy + (losses if own is None else losses * own).sum()
         if z_weight > 0:
             squares = torch.where(trained, log_partition.square(), 0.0)
             z_loss = z_loss + z_weight * squares.sum()
@@ -124,6 +134,8 @@ def _forward(
         if not with_grad:
             continue
         slopes = _logit_gradients(logits, log_partition, targets, trained, z_weight)
+        if own is not None:
+            slopes[0] = slopes[0] * own
         for index, slope in enumerate(slopes):
             slope = slope.to(hidden.dtype)
             grad_hidden[index].append(slope @ head)

@@ -37,6 +37,7 @@ def linear_kl(
     reference_hidden: Tensor,
     reference_weight: Tensor,
     *,
+    loss_weights: Tensor | None = None,
     temperature: Tensor | None = None,
     reverse: bool = False,
 ) -> Tensor:
@@ -44,10 +45,12 @@ def linear_kl(
 
     KL(reference ‖ model), or with ``reverse`` KL(model ‖ reference), at ``temperature``. The
     reference ``[N, C']``, ``[V, C']`` is a constant; its width and precision may be others.
-    ``labels`` only say which tokens count. Gradients are computed chunk by chunk in the forward
-    pass, as for the cross-entropy (https://arxiv.org/abs/2410.10989).
+    ``labels`` only say which tokens count, ``loss_weights`` ``[N]`` how much. Gradients are
+    computed chunk by chunk in the forward pass, as for the cross-entropy
+    (https://arxiv.org/abs/2410.10989).
     """
-    inputs = (hidden, weight, labels, reference_hidden, reference_weight, temperature, reverse)
+    reference = (reference_hidden, reference_weight)
+    inputs = (hidden, weight, labels, *reference, loss_weights, temperature, reverse)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         value: Tensor = _Divergence.apply(*inputs)  # type: ignore[no-untyped-call]
         return value
@@ -96,7 +99,7 @@ class _Divergence(torch.autograd.Function):
         scale = grad_outputs[0]  # at least float32: rounding it would scale every gradient alike
         grad_hidden = (hidden.to(scale.dtype) * scale).to(hidden.dtype)
         grad_weight = (weight.to(scale.dtype) * scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, *[None] * 6
 
 
 def _log_probabilities(
@@ -122,6 +125,7 @@ def _divergence(
     labels: Tensor,
     reference_hidden: Tensor,
     reference_weight: Tensor,
+    loss_weights: Tensor | None,
     temperature: Tensor | None,
     reverse: bool,
     *,
@@ -143,11 +147,14 @@ def _divergence(
         else:
             weighed = theirs.exp() * (theirs - ours)
         each = weighed.sum(-1, keepdim=True)
-        total = total + torch.where(trained, each, 0.0).sum()
+        counted = torch.where(trained, each, 0.0)
+        own = None if loss_weights is None else loss_weights[rows, None].to(precise)
+        total = total + (counted if own is None else counted * own).sum()
         if not with_grad:
             continue
         slopes = weighed - ours.exp() * each if reverse else ours.exp() - theirs.exp()
-        slopes = _divided(torch.where(trained, slopes, 0.0), temperature).to(hidden.dtype)
+        slopes = _divided(torch.where(trained, slopes, 0.0), temperature)
+        slopes = (slopes if own is None else slopes * own).to(hidden.dtype)
         grad_hidden.append(slopes @ head)
         grad_weight = grad_weight + (slopes.T @ states).to(precise)
     if not with_grad:

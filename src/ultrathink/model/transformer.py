@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, S keys (T and those in a cache), C hidden size, V voc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -131,6 +131,7 @@ class Transformer(nn.Module):
         input_ids: Tensor,
         labels: Tensor | None = None,
         *,
+        loss_weights: Tensor | None = None,
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
@@ -143,9 +144,10 @@ class Transformer(nn.Module):
     ) -> ModelOutput:
         """Logits ``[B, T, V]``, or with ``labels`` the summed loss without ever holding them.
 
-        ``input_ids``, ``labels`` (the target of each position, -100 where nothing is trained) and
-        ``document_ids`` are ``[B, T]``. The first ``lengths[b]`` tokens of a row are real (None:
-        all), the rest is padding: a cache does not keep it, and its logits mean nothing.
+        ``input_ids``, ``labels`` (the target of each position, -100 where nothing is trained),
+        ``loss_weights`` (of each target; None: 1) and ``document_ids`` are ``[B, T]``. The first
+        ``lengths[b]`` tokens of a row are real (None: all), the rest is padding: a cache does not
+        keep it, and its logits mean nothing.
         ``positions`` is ``[T]`` or ``[B, T]`` and counts from each sequence's length in the cache
         when None. ``attention_mask`` is boolean (True = attend) or additive, ``[B, S]`` or
         broadcastable to ``[B, H, T, S]``. ``last_only`` gives the logits ``[B, 1, V]`` of each
@@ -154,7 +156,8 @@ class Transformer(nn.Module):
         index or by fraction, whose residual states ``[B, T, C]`` are returned too. Raises
         ValueError for shapes that do not fit, and for layers that do not exist.
         """
-        _check_shapes(input_ids, labels, positions, document_ids, lengths, cache)
+        of_tokens = {"labels": labels, "loss_weights": loss_weights, "document_ids": document_ids}
+        _check_shapes(input_ids, of_tokens, positions, lengths, cache)
         if lengths is not None and min(lengths) == input_ids.shape[1]:
             lengths = None  # there is no padding
         path = path or ComputePath()
@@ -187,17 +190,24 @@ class Transformer(nn.Module):
             stats=_stacked(routings),
             tapped=tapped,
         )
-        return self._output(self.norm(_last(x, lengths) if last_only else x), labels, head, beside)
+        x = self.norm(_last(x, lengths) if last_only else x)
+        return self._output(x, labels, loss_weights, head, beside)
 
     def _output(
-        self, x: Tensor, labels: Tensor | None, head: Head | None, beside: ModelOutput
+        self,
+        x: Tensor,
+        labels: Tensor | None,
+        loss_weights: Tensor | None,
+        head: Head | None,
+        beside: ModelOutput,
     ) -> ModelOutput:
         """``beside`` with what the output projection makes of the normalized states ``x``."""
         if head is not None:
             return beside._replace(head=head(x, self.head_weight, labels))
         if labels is None:
             return beside._replace(logits=F.linear(x, self.head_weight.to(x.dtype)))
-        output = self.head_loss(x, labels.flatten())
+        own = None if loss_weights is None else loss_weights.flatten()
+        output = self.head_loss(x, labels.flatten(), own)
         return output._replace(
             aux_losses=beside.aux_losses | output.aux_losses,
             stats=beside.stats | output.stats,
@@ -244,12 +254,16 @@ class Transformer(nn.Module):
         )
         return mask, cos_sin
 
-    def head_loss(self, x: Tensor, labels: Tensor) -> ModelOutput:
-        """The summed loss of ``labels`` ``[B*T]`` at the normalized states ``x`` ``[B, T, C]``."""
+    def head_loss(
+        self, x: Tensor, labels: Tensor, loss_weights: Tensor | None = None
+    ) -> ModelOutput:
+        """The summed loss of ``labels`` ``[B*T]``, each weighed if asked, at the normalized states
+        ``x`` ``[B, T, C]``."""
         sums = linear_cross_entropy(
             x.flatten(0, 1),
             self.head_weight,
             labels,
+            loss_weights=loss_weights,
             z_weight=self.config.z_loss,
             count_correct=not self.training,
         )
@@ -355,16 +369,15 @@ def _expert_losses(routings: list[LayerRouting]) -> dict[str, Tensor]:
 
 def _check_shapes(
     input_ids: Tensor,
-    labels: Tensor | None,
+    of_tokens: Mapping[str, Tensor | None],
     positions: Tensor | None,
-    document_ids: Tensor | None,
     lengths: Sequence[int] | None,
     cache: CacheView | None,
 ) -> None:
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids has shape {list(input_ids.shape)}; it must be [B, T].")
     B, T = input_ids.shape
-    for name, value in (("labels", labels), ("document_ids", document_ids)):
+    for name, value in of_tokens.items():
         if value is not None and value.shape != input_ids.shape:
             raise ValueError(
                 f"{name} has shape {list(value.shape)}; it must be that of input_ids, [{B}, {T}]."
@@ -379,5 +392,5 @@ def _check_shapes(
             raise ValueError(
                 f"lengths is {list(lengths)}; it must have {B} numbers of 0 to {T}, not all 0."
             )
-    if cache is not None and document_ids is not None:
+    if cache is not None and of_tokens["document_ids"] is not None:
         raise ValueError("document_ids cannot be used with a cache, which holds one document each.")

@@ -140,7 +140,7 @@ class _Status:
         self.step = max(self.step, record.step)
         if record.split == "train":
             self.train = record.values
-        else:
+        elif record.split == "val":
             self.val = record.values
 
     def is_done(self) -> bool:
@@ -170,6 +170,13 @@ class _Status:
         """Label and value of the phase and of the last decision."""
         shown = [("phase", self.phase), ("decision", self.decision)]
         return [(label, value) for label, value in shown if value]
+
+    def beside(self, record: MetricRecord) -> list[tuple[str, str]]:
+        """Label and value of a validation, or of what evaluators found."""
+        if record.split == "val":
+            return self.figures("val")
+        figures = {name: value for name, value in record.values.items() if name != "tokens"}
+        return [(name, f"{value:.4g}") for name, value in figures.items()]
 
 
 def _loss(value: float) -> str:
@@ -216,8 +223,8 @@ class _PlainDisplay:
 
     def record(self, record: MetricRecord) -> None:
         status = self.status
-        if record.split == "val":
-            self._line(_joined([f"step {status.position()}", *_pairs(status.figures("val"))]))
+        if record.split != "train":
+            self._line(_joined([f"step {status.position()}", *_pairs(status.beside(record))]))
             return
         now = self._clock()
         if now - self._last_line < PLAIN_INTERVAL_S and not status.is_done():
@@ -279,8 +286,8 @@ class _LiveDisplay:
             self._live.refresh()
 
     def record(self, record: MetricRecord) -> None:
-        if record.split == "val":
-            figures = _styled(self.status.figures("val"))
+        if record.split != "train":
+            figures = _styled(self.status.beside(record))
             self._console.print(_fitted([Text(f"step {record.step:,}"), *figures], self._width()))
         self.refresh()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsFloat, TypeAlias, TypeGu
 if TYPE_CHECKING:  # it needs NumPy, which takes a while to import
     from ultrathink.monitoring.experts import ExpertRecord
 
-Split = Literal["train", "val"]
+Split = Literal["train", "val", "eval"]
 Level = Literal["info", "warning"]
 Note: TypeAlias = tuple[str, Level]  # a message, and how much it matters
 Tell: TypeAlias = Callable[[str, Level], None]  # a way to send messages
@@ -46,7 +46,7 @@ class MetricRecord:
         None where ``record`` is none; what is no number is left out of its figures.
         """
         step, split, at = (record.get(name) for name in RESERVED)
-        if split not in ("train", "val") or not _is_number(step) or not _is_number(at):
+        if split not in ("train", "val", "eval") or not _is_number(step) or not _is_number(at):
             return None
         figures = {
             name: math.nan if figure is None else figure

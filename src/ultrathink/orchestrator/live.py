@@ -19,6 +19,7 @@ from ultrathink.orchestrator.watcher import Watcher
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import (
     Callback,
+    EvaluationReport,
     StepReport,
     ValidationReport,
 )
@@ -74,6 +75,10 @@ class LiveWatch(Callback):
         values = {"val_loss": report.loss}
         if "token_accuracy" in report.figures:
             values["val_accuracy"] = report.figures["token_accuracy"]
+        self._keep(report.step, self.watcher.observe(Signals(report.step, values)))
+
+    def on_evaluation(self, report: EvaluationReport) -> None:
+        values = {f"eval/{name}": value for name, value in report.figures.items()}
         self._keep(report.step, self.watcher.observe(Signals(report.step, values)))
 
     def on_end(self, ending: Ending | None) -> None:

@@ -16,6 +16,7 @@
 ``loss_scale``            by which an fp16 loss is multiplied
 ``update_ratio``          norm of the update over norm of the weights
 ``grad_norm/<layer>``     norm of the gradient of one layer
+``eval/<name>/<f>``       figures of an evaluator (``training.evaluators``)
 ``experts/<group>/<f>``   figures of a group of experts, as in ``experts.jsonl``: the mean over its
                           layers, or the worst of them (docs/watching.md)
 ========================  =====================================================================

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 
 from ultrathink.config.parallel import ParallelConfig
 from ultrathink.model.transformer import transformers_in
@@ -91,6 +92,14 @@ def shard_module(
     for part in dict.fromkeys([*models, module]):
         shard(part, None, frees=not is_frozen and parallel.zero_stage == 3)
     return Accumulation(cast(FSDPModule, module), parallel.zero_stage, clock)
+
+
+def is_divided(module: nn.Module) -> bool:
+    """Whether processes hold parts of a ``module``'s weights, which its passes gather."""
+    return any(
+        isinstance(weight, DTensor) and weight.to_local().numel() < weight.numel()
+        for weight in module.parameters()
+    )
 
 
 def release(module: nn.Module) -> None:

@@ -45,6 +45,7 @@ _QUIET = (
     "monitoring.sinks=[]",
     "training.sample.prompts=[]",
     "training.eval.every_steps=null",
+    "training.evaluators=[]",
     "training.checkpoint.every_steps=null",
     "training.checkpoint.every_minutes=null",
 )

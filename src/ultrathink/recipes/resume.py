@@ -14,6 +14,7 @@ from ultrathink.data.tokenizers.base import load_tokenizer
 from ultrathink.parallel.world import join_world
 from ultrathink.recipes.parts.assembly import assemble, build_model
 from ultrathink.recipes.parts.beginning import check_vocabulary
+from ultrathink.recipes.parts.evaluators import make_evaluators
 from ultrathink.recipes.parts.models import find_frozen, models_beside
 from ultrathink.recipes.parts.resume_plan import FreshStart, ResumePlan, plan_resume
 from ultrathink.recipes.parts.resumed_data import data_to_go_on_with, keep_record
@@ -93,8 +94,11 @@ def _resume(
     config, choices = choose_together(plan.config, data.num_samples, world, beside, models_beside)
     kind = OBJECTIVES.load(config.training.objective.type).kind
     check_loads(plan.folder, config.model, kind)  # names what differs, where the model is another
+    evaluators = make_evaluators(config, data, world, choices.dims, progress)
     model = build_model(config)
-    trainer = assemble(config, run, data, model, choices, callbacks, controllers, frozen)
+    trainer = assemble(
+        config, run, data, model, choices, callbacks, controllers, frozen, evaluators
+    )
     region = partial(region_needed, trainer.objective.models)
     state: State = load_checkpoint(plan.folder, region=region, kind=kind)
     reset = plan.reset | {"data"} if found.other_samples else plan.reset

@@ -11,6 +11,7 @@ from ultrathink.data.prepare import prepare_data
 from ultrathink.parallel.world import check_same, join_world
 from ultrathink.recipes.parts.assembly import assemble, build_model
 from ultrathink.recipes.parts.beginning import check_vocabulary, find_beginning
+from ultrathink.recipes.parts.evaluators import make_evaluators
 from ultrathink.recipes.parts.folder import start_folder
 from ultrathink.recipes.parts.models import find_frozen, models_beside
 from ultrathink.runs.folder import RunFolder
@@ -69,10 +70,13 @@ def _begin(
     check_vocabulary(config, data)
     beside = [found.checked(config, data.tokenizer) for found in frozen]
     config, choices = choose_together(config, data.num_samples, world, beside, models_beside)
+    evaluators = make_evaluators(config, data, world, choices.dims, progress)
     model = build_model(config)
     if beginning.fill is not None:
         beginning.fill(model)
     run, config, lock = start_folder(run, config, data, model, choices)
-    trainer = assemble(config, run, data, model, choices, callbacks, controllers, frozen)
+    trainer = assemble(
+        config, run, data, model, choices, callbacks, controllers, frozen, evaluators
+    )
     trainer.lock = lock
     return trainer

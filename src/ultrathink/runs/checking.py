@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ultrathink.checkpoint.format import DamagedCheckpointError, read_state, verify_checkpoint
 from ultrathink.checkpoint.snapshots import problems_of_snapshots, snapshot_path
 from ultrathink.config.loading import CONFIG_FILE
 from ultrathink.config.schema import Config
-from ultrathink.core.errors import CheckpointError, ConfigError, UltrathinkError
+from ultrathink.core.errors import CheckpointError, UltrathinkError
 from ultrathink.data.record import DataRecord
 from ultrathink.data.resume import check_data
-from ultrathink.data.tokenizers.base import load_tokenizer
+from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
 from ultrathink.runs.folder import RunFolder, find_run
 from ultrathink.runs.listing import size_on_disk
 from ultrathink.runs.loading import check_loads
@@ -25,6 +25,7 @@ from ultrathink.runs.metrics_check import Status, check_metrics
 from ultrathink.runs.reading import RunReader, in_run
 from ultrathink.runs.segments import Segment
 
+Found = TypeVar("Found")
 _MAX_TRIES = 5
 _UNFINISHED = re.compile(r"^\..+\.(tmp|old|deleted)$")
 
@@ -76,14 +77,34 @@ def check_run(run: RunFolder, which: str | None = None, *, data: bool = False) -
 
     With ``data`` its text and its part of the token cache are read as well.
     """
-    owner = holder(run)
+    owner, reader = holder(run), RunReader(run)
     findings: list[CheckedItem] = []
-    config = _check_config(run, findings)
-    tokenizer_hash = _check_tokenizer(run, _check_manifest(run, findings), findings)
-    if which is None:
-        _check_records(run, findings)
-    if data and config is not None and tokenizer_hash is not None:
-        findings += _check_data(run, config)
+
+    def read(item: str, part: Callable[[], Found], told: Callable[[Found], str]) -> Found | None:
+        """Note a part of the run as fine, with what is ``told`` of it, or as damaged."""
+        try:
+            found = part()
+        except (UltrathinkError, OSError) as error:
+            findings.append(CheckedItem(item, "damaged", in_run(run, error)))
+            return None
+        findings.append(CheckedItem(item, "ok", told(found)))
+        return found
+
+    config = read(CONFIG_FILE, run.read_config, lambda config: "can be used")
+    manifest = read(run.manifest.name, reader.manifest, lambda it: f"made {it.get('created')}")
+    wanted_hash = (manifest or {}).get("tokenizer_hash")
+    tokenizer = read(
+        run.tokenizer.name,
+        lambda: _own_tokenizer(run, wanted_hash),
+        lambda tokenizer: f"{tokenizer.vocab_size:,} tokens",
+    )
+    if which is None and run.data_record.exists():
+        read(run.data_record.name, reader.data_record, lambda record: "can be read")
+    if which is None and run.segments.exists():
+        read(run.segments.name, reader.segments, lambda it: f"can be read{_felt_changes(it)}")
+    if data and config is not None and tokenizer is not None:
+        findings += _check_data(run, config, tokenizer)
+    tokenizer_hash = None if tokenizer is None else tokenizer.fingerprint
     found: dict[int, CheckedItem] = {}
     for _ in range(_MAX_TRIES):
         steps = {step: run.step_path(step) for step in run.step_folders()}
@@ -112,60 +133,15 @@ def check_run(run: RunFolder, which: str | None = None, *, data: bool = False) -
     return Check(run, owner, tuple(findings), max(sound, default=None), max(steps, default=None))
 
 
-def _check_config(run: RunFolder, findings: list[CheckedItem]) -> Config | None:
-    try:
-        config = run.read_config()
-    except ConfigError as error:
-        findings.append(CheckedItem(CONFIG_FILE, "damaged", in_run(run, error)))
-        return None
-    findings.append(CheckedItem(CONFIG_FILE, "ok", "can be used"))
-    return config
-
-
-def _check_manifest(run: RunFolder, findings: list[CheckedItem]) -> dict[str, Any]:
-    try:
-        manifest = RunReader(run).manifest()
-    except CheckpointError as error:
-        findings.append(CheckedItem(run.manifest.name, "damaged", in_run(run, error)))
-        return {}
-    findings.append(CheckedItem(run.manifest.name, "ok", f"made {manifest.get('created')}"))
-    return manifest
-
-
-def _check_tokenizer(
-    run: RunFolder, manifest: dict[str, Any], findings: list[CheckedItem]
-) -> str | None:
-    """Load the run's tokenizer; returns its hash, None where it is not the run's."""
-    try:
-        tokenizer = load_tokenizer(run.tokenizer)
-    except (UltrathinkError, OSError) as error:
-        findings.append(CheckedItem(run.tokenizer.name, "damaged", in_run(run, error)))
-        return None
-    wanted = manifest.get("tokenizer_hash")
-    if wanted is not None and wanted != tokenizer.fingerprint:
-        problem = (
+def _own_tokenizer(run: RunFolder, wanted_hash: Any) -> Tokenizer:
+    """The run's tokenizer; CheckpointError where it is another than that of the manifest."""
+    tokenizer = load_tokenizer(run.tokenizer)
+    if wanted_hash not in (None, tokenizer.fingerprint):
+        raise CheckpointError(
             f"it is another than the run was made with (hash {tokenizer.fingerprint[:12]}, "
-            f"{run.manifest.name} has {str(wanted)[:12]})"
+            f"{run.manifest.name} has {str(wanted_hash)[:12]})"
         )
-        findings.append(CheckedItem(run.tokenizer.name, "damaged", problem))
-        return None
-    findings.append(CheckedItem(run.tokenizer.name, "ok", f"{tokenizer.vocab_size:,} tokens"))
-    return tokenizer.fingerprint
-
-
-def _check_records(run: RunFolder, findings: list[CheckedItem]) -> None:
-    """What else tells of the run's course, where it is there."""
-    reader = RunReader(run)
-    for path, read in ((run.data_record, reader.data_record), (run.segments, reader.segments)):
-        if not path.exists():
-            continue
-        try:
-            found = read()
-        except (CheckpointError, OSError) as error:
-            findings.append(CheckedItem(path.name, "damaged", in_run(run, error)))
-        else:
-            detail = _felt_changes(found) if isinstance(found, list) else ""
-            findings.append(CheckedItem(path.name, "ok", f"can be read{detail}"))
+    return tokenizer
 
 
 def _felt_changes(segments: Sequence[Segment]) -> str:
@@ -178,11 +154,11 @@ def _felt_changes(segments: Sequence[Segment]) -> str:
     return f"; training felt changes: {', '.join(felt)}" if felt else ""
 
 
-def _check_data(run: RunFolder, config: Config) -> list[CheckedItem]:
+def _check_data(run: RunFolder, config: Config, tokenizer: Tokenizer) -> list[CheckedItem]:
     """Compare text and token stores with what the run was trained on."""
     try:
         record = DataRecord.read(run.data_record)
-        found = check_data(config.data, load_tokenizer(run.tokenizer), record)
+        found = check_data(config.data, tokenizer, record)
     except CheckpointError as error:
         return [CheckedItem(run.data_record.name, "damaged", in_run(run, error))]
     return [CheckedItem(*finding) for finding in found]

@@ -225,7 +225,8 @@ class RunFolder:
         """
         step = _step_of(which)
         found = self.step_folders()
-        if not found or (step is None and which not in ("last", "best")):
+        is_known = which in ("last", "best") if step is None else step in found
+        if not found or not is_known:
             return self.checkpoint(which), []  # which says what is wrong
         if step is not None:
             return self._sound_step(step, wanted), []
@@ -253,9 +254,6 @@ class RunFolder:
         )
 
     def _sound_step(self, step: int, wanted: Wanted) -> Path:
-        found = self.step_folders()
-        if step not in found:
-            return self.checkpoint(step)  # which lists what there is
         path = self.step_path(step)
         try:
             verify_checkpoint(path, files_of(path, wanted))
@@ -342,9 +340,8 @@ class RunFolder:
                 link.unlink()
         steps = self.steps()
         if steps:
-            newest = self.step_path(steps[-1])
-            self._prepare_link("last", newest)
-            os.replace(self._coming("last"), self.checkpoints / "last")
+            self._prepare_link("last", self.step_path(steps[-1]))
+            self._set_links(["last"])
 
     def prune(self, keep: int, in_use: Path) -> None:
         """Remove checkpoints but the newest ``keep``, those that links name, and ``in_use``.
@@ -383,10 +380,10 @@ def find_run(name: str, runs_dir: str | Path = "runs") -> RunFolder:
     raise CheckpointError(f"there is no run {name!r}. {hint}")
 
 
-def split_run(text: str) -> tuple[str, str]:
-    """Split ``RUN@step`` into the run and its checkpoint, which is ``last`` when unnamed."""
+def split_run(text: str, unnamed: str = "last") -> tuple[str, str]:
+    """Split ``RUN@step`` into the run and its checkpoint, ``unnamed`` where it has none."""
     run, at, which = text.rpartition("@")
-    return (run, which) if at and run else (text, "last")
+    return (run, which) if at and run else (text, unnamed)
 
 
 def _runs_below(parent: Path) -> list[Path]:

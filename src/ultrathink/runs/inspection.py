@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,27 +87,15 @@ def inspect_checkpoint(folder: Path) -> Contents:
         step=progress["step"],
         tokens=progress["tokens"],
         minutes=progress["elapsed_s"] / 60,
-        num_processes=max(1, *_shards(files)),
+        num_processes=max([1, *(int(name.split("-")[1]) for name in files if "shard-" in name)]),
         size_bytes=sum(files.values()),
         files=files,
         tensors=tensors,
-        optimizer=_inside(state, "config", "training", "optimizer", "type"),
+        optimizer=state["config"]["training"]["optimizer"]["type"],
         snapshots={
             step: size_on_disk(snapshot_path(folder, step)) for step in carried_steps(state)
         },
     )
-
-
-def _shards(files: Mapping[str, int]) -> list[int]:
-    """The numbers of the processes whose files these are."""
-    numbers = [name.split("-")[1] for name in files if name.startswith("shard-")]
-    return [0, *(int(number) for number in numbers)]
-
-
-def _inside(tree: Any, *keys: str) -> str:
-    for key in keys:
-        tree = tree.get(key) if isinstance(tree, dict) else None
-    return str(tree)
 
 
 def read_weights_file(path: Path) -> dict[str, Tensor]:

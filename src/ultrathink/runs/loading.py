@@ -46,13 +46,8 @@ def load_model(
     is missing, damaged or does not fit.
     """
     folder = find_run(str(run))
-    if (folder.path / WEIGHTS_FILE).is_file():  # consolidated
-        path = folder.path
-    else:
-        path, notes = folder.sound_checkpoint(checkpoint, weights)
-        for note in notes:
-            warnings.warn(note, UserWarning, stacklevel=2)
-        check_kind(path, "model")
+    is_consolidated = (folder.path / WEIGHTS_FILE).is_file()
+    path = folder.path if is_consolidated else _sound_model(folder, checkpoint)
     model = empty_model(folder.read_config().model)
     load_weights(model, path)
     if dtype is not None:
@@ -177,8 +172,13 @@ def weights_from(text: str, runs_dir: str) -> tuple[Path, RunFolder | None]:
         return path, RunFolder(parent) if is_run else None
     name, which = split_run(text)
     run = find_run(name, runs_dir)
-    checkpoint, notes = run.sound_checkpoint(which, weights)
+    return _sound_model(run, which), run
+
+
+def _sound_model(run: RunFolder, which: str | int) -> Path:
+    """A checkpoint of a model whose weights are as they were written."""
+    path, notes = run.sound_checkpoint(which, weights)
     for note in notes:
-        warnings.warn(note, UserWarning, stacklevel=2)
-    check_kind(checkpoint, "model")
-    return checkpoint, run
+        warnings.warn(note, UserWarning, stacklevel=3)  # where the model was asked for
+    check_kind(path, "model")
+    return path

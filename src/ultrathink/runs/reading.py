@@ -172,13 +172,15 @@ class RunReader:
         records: list[MetricRecord] = []
         for _, record in self.metric_lines():
             if record is not None:
-                while records and is_undone(records[-1], record):
-                    records.pop()
+                kept = len(records)
+                while kept and records[kept - 1].step >= record.step:
+                    kept -= 1
+                records[kept:] = [one for one in records[kept:] if not is_undone(one, record)]
                 records.append(record)
         return records
 
     def last_records(self) -> dict[str, MetricRecord]:
-        """The last record of each split, read from the end of the metrics.
+        """The last record of training and of validation, read from the end of the metrics.
 
         A split is left out where none of its lines is whole, or all lie further than
         ``SEARCHED_BYTES`` from the end; what a rollback undid does not count.
@@ -191,10 +193,9 @@ class RunReader:
                 first[split] = min(first[split], int(head[1]))
                 continue  # not parsed: there are many
             record = _record(line, parse_object(line))
-            if record is None:
+            if record is None or record.split == "eval":
                 continue
             undone = record.step >= first["train"] or record.step > first["val"]
-            undone |= record.split == "val" and record.step == first["val"]
             first[record.split] = min(first[record.split], record.step)
             if not undone:
                 found.setdefault(record.split, record)
@@ -230,10 +231,13 @@ class RunReader:
 
 
 def is_undone(earlier: MetricRecord, later: MetricRecord) -> bool:
-    """A step's own validation follows it; anything else at or beyond a later line was undone."""
-    if earlier.step == later.step:
-        return earlier.split == later.split or later.split == "train"
-    return earlier.step > later.step
+    """A step's own validation and evaluations follow it, the latter on several lines of different
+    figures; anything else at or beyond a later line was undone."""
+    if earlier.step != later.step:
+        return earlier.step > later.step
+    if earlier.split == later.split == "eval":
+        return not earlier.values.keys() & later.values.keys() <= {"tokens"}
+    return earlier.split == later.split or later.split == "train"
 
 
 def in_run(run: RunFolder, error: Exception) -> str:

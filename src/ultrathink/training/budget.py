@@ -79,6 +79,7 @@ class Speed:
     step_s: float = 0.0
     validation_s: float = 0.0
     elapsed_s: float = 0.0  # spent already, on compilation and on measuring
+    evaluators_s: float = 0.0  # what evaluators cost, spread over the steps
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def steps_within(minutes: float, speed: Speed, eval_every: int | None) -> int:
     """Steps that fit into ``minutes``, validations and a margin taken off."""
     seconds = minutes * 60 * (1 - MARGIN) - speed.elapsed_s - _reserve_s(speed.validation_s)
     per_step = speed.step_s + (speed.validation_s / eval_every if eval_every else 0.0)
+    per_step += speed.evaluators_s
     return max(1, math.floor(seconds / per_step))
 
 

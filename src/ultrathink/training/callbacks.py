@@ -7,11 +7,13 @@ The order of events in a run, which is the training loop seen from outside::
       for each step:
         step
         validation   (when due)
+        evaluation   (when an evaluator is due)
         Controller.at_boundary
         change       (for each request of a controller that took effect)
     validation     (of the last step)
     Controller.at_end
     change, validation   (where that has the run go back)
+    evaluation     (by the evaluators that did not have the last step)
     end
 
 A checkpoint is taken last at a step boundary, so that nothing of it is lost; ``checkpoint`` comes
@@ -72,6 +74,16 @@ class ValidationReport:
     figures: Mapping[str, float] = field(default_factory=dict)  # of the objective, by name
 
 
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What the evaluators that were due after a step found."""
+
+    step: int
+    tokens: int  # positions trained on so far
+    figures: Mapping[str, float]  # by NAME/figure
+    seconds: float
+
+
 class Callback:
     """Watches a run; what its methods return or raise never changes the training."""
 
@@ -82,6 +94,8 @@ class Callback:
     def on_step(self, report: StepReport) -> None: ...
 
     def on_validation(self, report: ValidationReport) -> None: ...
+
+    def on_evaluation(self, report: EvaluationReport) -> None: ...
 
     def on_change(self, change: ChangeRecord) -> None: ...
 
@@ -178,6 +192,10 @@ class MetricsCallback(Callback):
                 {"loss": report.loss, "tokens": report.tokens, **report.figures},
             )
         )
+
+    def on_evaluation(self, report: EvaluationReport) -> None:
+        values = {"tokens": report.tokens, **report.figures}
+        self.sinks.write(MetricRecord(report.step, "eval", time.time(), values))
 
     def on_message(self, text: str, level: Level) -> None:
         self.sinks.message(text, level)

@@ -80,7 +80,11 @@ class Length:
         self.follow_settings()
 
     def settle(
-        self, progress: Progress, clock: Clock, validation_s: Callable[[], float]
+        self,
+        progress: Progress,
+        clock: Clock,
+        validation_s: Callable[[], float],
+        evaluators_s: Callable[[], float],
     ) -> ChangeRecord | None:
         """Correct a length in minutes where real steps are not as fast as was thought, or were
         undone; returns the record of a correction.
@@ -95,7 +99,8 @@ class Length:
         if looks <= budget.looks and progress.step < budget.total_steps:
             return None
         is_settled = looks == len(_LOOKS)
-        speed = Speed(clock.steps_s / clock.num_steps, validation_s(), clock.elapsed_s)
+        step_s = clock.steps_s / clock.num_steps
+        speed = Speed(step_s, validation_s(), clock.elapsed_s, evaluators_s())
         total = progress.step + steps_within(minutes, speed, self._training.eval.every_steps)
         corrected = replace(
             budget,

@@ -129,7 +129,7 @@ class ModelSet:
         """Parameters by the names that optimizers' states have: ``norm.weight`` of the main module,
         ``value/norm.weight`` of one that is called ``value``."""
         return {
-            parameter_name(name, own): parameter
+            own if name == MAIN else f"{name}/{own}": parameter
             for name, module in self.modules.items()
             for own, parameter in module.named_parameters()
         }
@@ -144,8 +144,3 @@ class ModelSet:
         for module in self.modules.values():
             for model in transformers_in(module):
                 model.set_activation_checkpointing(mode)
-
-
-def parameter_name(module: str, name: str) -> str:
-    """How a parameter of ``module`` is called beside those of others."""
-    return name if module == MAIN else f"{module}/{name}"

@@ -107,6 +107,10 @@ class Progress:
     last_checkpoint_s: float = 0.0  # elapsed time
     is_over: bool = False  # ended at this step, whatever is left of its length
 
+    def is_due(self, every_steps: int | None) -> bool:
+        """Whether this step is one of every so many; None is never due."""
+        return every_steps is not None and self.step % every_steps == 0
+
     def state_dict(self) -> State:
         return asdict(self)
 

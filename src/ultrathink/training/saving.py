@@ -23,6 +23,7 @@ from ultrathink.parallel.world import ALONE, World
 from ultrathink.runs.decisions import decision_of, state_name
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.host_states import copied_to_host
+from ultrathink.training.run_state import Progress
 
 _PAUSE_S = 0.1  # between looks at a disk that is waited for; a signal is heard in each
 
@@ -81,6 +82,15 @@ class Saving:
         self.wait_for_outcome()
         self._unwritten.pop("newest", None)  # this one is newer
         self._submit(request)
+
+    def is_due(self, progress: Progress, elapsed_s: float) -> bool:
+        """Whether the rule asks for a checkpoint of this step, which has none yet."""
+        rule, step = self.rule, progress.step
+        if progress.last_checkpoint == step:
+            return False
+        since = elapsed_s - progress.last_checkpoint_s
+        is_time = rule.every_minutes is not None and since >= rule.every_minutes * 60
+        return is_time or progress.is_due(rule.every_steps)
 
     def note_snapshot(self, key: int, folder: Path) -> None:
         """The snapshot ``key`` was read from ``folder``, and need not be written again."""

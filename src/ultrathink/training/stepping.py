@@ -219,7 +219,7 @@ class Stepper:
                 accumulation.before_micro_batch(number == len(micro_batches))
             losses = self.objective.losses(micro_batch)
             means = {
-                name: term.sum / max(1.0, counts[term.per]) for name, term in losses.terms.items()
+                name: term.sum / (counts[term.per] or 1.0) for name, term in losses.terms.items()
             }
             weighted = [
                 mean if term.weight is None else mean * term.weight

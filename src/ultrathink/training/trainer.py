@@ -35,6 +35,7 @@ from ultrathink.training.callbacks import (
 from ultrathink.training.clock import Clock
 from ultrathink.training.control import ControlQueue
 from ultrathink.training.endings import Ending
+from ultrathink.training.evaluators.base import NO_EVALUATORS, Evaluations, EvaluatorSet
 from ultrathink.training.experts import read_experts
 from ultrathink.training.host_states import Snapshots
 from ultrathink.training.length import Length, seconds_per_step
@@ -68,6 +69,7 @@ class Trainer:
     device: torch.device
     callbacks: Sequence[Callback] = ()
     controllers: Sequence[Controller] = ()
+    evaluators: EvaluatorSet = NO_EVALUATORS
     tokens_per_step: int = 1
     identity: dict[str, Any] = field(default_factory=dict)  # hashes kept in every checkpoint
     config: dict[str, Any] = field(default_factory=dict)  # the run's configuration, likewise
@@ -100,6 +102,14 @@ class Trainer:
             self.objective,
             self.training.eval.batch_size,
             world=self.world,
+            tell=self._tell,
+        )
+        self.evaluations = Evaluations(
+            self.evaluators,
+            self.model,
+            seed=self.loader.seed,
+            before_each=lambda: self._feed_watchdog(FIRST_STEP_FACTOR),
+            report=lambda report: self.notify("on_evaluation", report),
             tell=self._tell,
         )
         self.boundary = Boundary()
@@ -175,8 +185,9 @@ class Trainer:
             while self.boundary.ending is None:
                 report = self.train_step()
                 self.notify("on_step", report)
-                if self._is_due(self.settings.eval_every):
+                if self.progress.is_due(self.settings.eval_every):
                     self.validate()
+                self.evaluations.run(self.progress)
                 self.ask_controllers("at_boundary", report)
                 self.agree()
                 self.apply_changes()
@@ -280,8 +291,8 @@ class Trainer:
         self.progress.num_skipped += result.skipped
         seconds = time.perf_counter() - began
         self.clock.count_step(seconds)
-        is_due = self._is_due(self.training.log_every)
-        timing, stragglers = self._times.of_step(step, seconds, is_due=is_due)
+        is_logged_now = self.progress.is_due(self.training.log_every)
+        timing, stragglers = self._times.of_step(step, seconds, is_due=is_logged_now)
         for sentence in stragglers:
             self._tell(sentence, "warning")
         if result.skipped:
@@ -356,6 +367,7 @@ class Trainer:
             if progress.step != step:
                 self.validate()
                 self.boundary.is_best = self.objective.can_score
+            self.evaluations.run(self.progress, is_last=True)
         if self.boundary.is_best or self.boundary.save or progress.last_checkpoint < progress.step:
             self.save()
         if self.watchdog is not None:
@@ -366,10 +378,10 @@ class Trainer:
         if self.watchdog is not None:
             self.watchdog.feed(factor)
 
-    def score(self, max_batches: int | None = None) -> Scores:
-        """Score what the objective validates on, or its first batches."""
+    def score(self) -> Scores:
+        """Score what the objective validates on."""
         self._feed_watchdog(FIRST_STEP_FACTOR)
-        return self.scorer.score(max_batches)
+        return self.scorer.score()
 
     def _end_if_over(self) -> None:
         if self.boundary.ending is None:
@@ -379,7 +391,8 @@ class Trainer:
         """Correct a length in minutes by the pace of real steps."""
         if self.boundary.ending is not None:
             return
-        record = self.length.settle(self.progress, self.clock, lambda: self.scorer.estimated_s())
+        seconds = self.scorer.estimated_s, self.evaluations.seconds_a_step
+        record = self.length.settle(self.progress, self.clock, *seconds)
         if record is not None:
             self.notify("on_change", record)
             self.notify("on_budget", record.after)
@@ -452,8 +465,9 @@ class Trainer:
 
     def save_if_due(self) -> None:
         """Save after all that happens at this step boundary, so that nothing of it is lost."""
-        is_due = self.boundary.is_best or self.boundary.save or self._checkpoint_is_due()
-        if is_due and self.boundary.ending is None:  # the end saves after its validation
+        wanted = self.saving.is_due(self.progress, self.clock.elapsed_s)
+        wanted = wanted or self.boundary.is_best or self.boundary.save
+        if wanted and self.boundary.ending is None:  # the end saves after its validation
             self.save()
         if self._all_have_written:
             self.saving.collect()
@@ -478,17 +492,6 @@ class Trainer:
     def load_state_dict(self, state: State) -> None:
         """Go on from what ``state_dict`` returned."""
         self.state.load_state_dict({k: v for k, v in state.items() if k != SNAPSHOTS})
-
-    def _is_due(self, every: int | None) -> bool:
-        return every is not None and self.progress.step % every == 0
-
-    def _checkpoint_is_due(self) -> bool:
-        rule = self.training.checkpoint
-        if self.progress.last_checkpoint == self.progress.step:
-            return False
-        since = self.clock.elapsed_s - self.progress.last_checkpoint_s
-        is_time = rule.every_minutes is not None and since >= rule.every_minutes * 60
-        return is_time or self._is_due(rule.every_steps)
 
 
 def _keep_own(_: object) -> None:

@@ -49,38 +49,37 @@ def equal(a: object, b: object) -> bool:
     return a == b
 
 
-def test_everything_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "step_1", STATE)
-    assert equal(load_checkpoint(tmp_path / "step_1"), STATE)
-
-
-def test_only_wanted_tensors_are_read(tmp_path: Path) -> None:
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint of ``STATE``."""
     save_checkpoint(tmp_path / "c", STATE)
-    state = load_checkpoint(tmp_path / "c", weights)
+    return tmp_path / "c"
+
+
+def test_everything_comes_back_bit_for_bit_or_what_is_wanted(saved: Path) -> None:
+    assert equal(load_checkpoint(saved), STATE)
+    state = load_checkpoint(saved, weights)
     assert equal(state["model"], STATE["model"])
     assert state["half"] is None
     assert state["progress"] == STATE["progress"]
 
 
-def test_nothing_is_pickled(tmp_path: Path) -> None:
-    """Tensors are plain safetensors that the library reads, the rest is JSON."""
-    save_checkpoint(tmp_path / "c", STATE)
-    names = sorted(path.name for path in (tmp_path / "c").iterdir())
-    assert all(name.endswith((".safetensors", ".json")) for name in names)
-    tensors = {}
-    for path in (tmp_path / "c").glob("*.safetensors"):
-        tensors.update(load_file(path))
-    assert torch.equal(tensors["model/a.weight"], STATE["model"]["a.weight"])
-    json.loads((tmp_path / "c" / "state.json").read_text())
-    assert tensor_shapes(tmp_path / "c")["half"] == ((5,), torch.bfloat16)
-
-
-def test_the_models_tensors_have_a_file_of_their_own(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "c", STATE)
-    assert load_file(tmp_path / "c" / WEIGHTS).keys() == {"model/a.weight", "model/scalar"}
-    assert "half" in load_file(tmp_path / "c" / OTHERS)
-    assert WEIGHTS in files_of(tmp_path / "c", weights)
-    assert OTHERS not in files_of(tmp_path / "c", weights)
+def test_files_are_plain_safetensors_one_for_the_model_and_json(saved: Path) -> None:
+    """Nothing is pickled."""
+    assert {path.suffix for path in saved.iterdir()} == {".safetensors", ".json"}
+    model, others = load_file(saved / WEIGHTS), load_file(saved / OTHERS)
+    assert model.keys() == {"model/a.weight", "model/scalar"}
+    assert torch.equal(model["model/a.weight"], STATE["model"]["a.weight"])
+    assert "half" in others
+    assert {WEIGHTS, OTHERS} & set(files_of(saved, weights)) == {WEIGHTS}
+    assert tensor_shapes(saved)["half"] == ((5,), torch.bfloat16)
+    sums = json.loads((saved / "checksums.json").read_text())
+    contents = {path.name: path.read_bytes() for path in saved.iterdir()}
+    del contents["checksums.json"]
+    assert sums == {
+        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -98,20 +97,6 @@ def test_no_file_is_empty(tmp_path: Path, state: dict[str, object], num_files: i
     assert names == ["model-00001-of-00001.safetensors"] * num_files
     verify_checkpoint(tmp_path / "c")
     assert equal(load_checkpoint(tmp_path / "c"), state)
-
-
-def test_checksums_are_those_of_the_files(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "c", STATE)
-    sums = json.loads((tmp_path / "c" / "checksums.json").read_text())
-    contents = {
-        path.name: path.read_bytes()
-        for path in (tmp_path / "c").iterdir()
-        if path.name != "checksums.json"
-    }
-    assert sums == {
-        name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in contents.items()
-    }
 
 
 def test_threads_save_without_a_warning_and_without_silencing_others(tmp_path: Path) -> None:
@@ -146,12 +131,11 @@ def test_threads_save_without_a_warning_and_without_silencing_others(tmp_path: P
     assert not changed.is_set()
 
 
-def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "c", STATE)
+def test_a_failed_write_leaves_the_old_checkpoint(saved: Path) -> None:
     with pytest.raises(TypeError, match="cannot hold"):
-        save_checkpoint(tmp_path / "c", {"bad": object()})  # type: ignore[dict-item]
-    assert equal(load_checkpoint(tmp_path / "c"), STATE)
-    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+        save_checkpoint(saved, {"bad": object()})  # type: ignore[dict-item]
+    assert equal(load_checkpoint(saved), STATE)
+    assert list(saved.parent.iterdir()) == [saved]
 
 
 def stop() -> None:

@@ -42,7 +42,7 @@ class Letters:
 
     def save(self, folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_meta(folder, {"type": "letters", "fingerprint": "letters"})
+        write_meta(folder, "letters", self)
 
     @classmethod
     def load(cls, folder, meta):

@@ -25,7 +25,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], None]:
     """Adds a command ``probe`` that does what the test says."""
 
     def add(run: Run) -> None:
-        module = types.ModuleType("probe_command")
+        module = types.ModuleType("ultrathink.cli.probe")
 
         def configure(parser: argparse.ArgumentParser) -> None:
             parser.add_argument("words", nargs="*")
@@ -34,8 +34,8 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], None]:
 
         module.configure = configure  # type: ignore[attr-defined]
         module.run = run  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "probe_command", module)
-        monkeypatch.setitem(COMMANDS, "probe", ("probe_command", "probe this"))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(COMMANDS, "probe", "probe this")
 
     return add
 
@@ -50,7 +50,7 @@ def failing(error: BaseException) -> Run:
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
 def test_help_lists_every_command(argv: list[str], say: Say) -> None:
     out = say(*argv)
-    for name, (_, summary) in COMMANDS.items():
+    for name, summary in COMMANDS.items():
         assert f"  {name}" in out
         assert summary in out
 

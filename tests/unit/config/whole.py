@@ -14,6 +14,8 @@ SECTIONS = (
     "model.rope_scaling={type: yarn, factor: 2}",
     "data.train=[{type: dummy}, {type: jsonl, path: a}, {type: text, path: b}, {type: stdlib}]",
     "data.val=[{type: dummy, seed: 1}]",
+    "training.evaluators=[{type: text, name: a, source: {type: text, path: b}}, "
+    "{type: samples, prompts: [c]}]",
 )
 WHOLE = {
     "experts": (*SECTIONS, f"model.moe={{{GROUPS}}}", "tokenizer=bpe", "training.optimizer=adamw"),
@@ -45,6 +47,7 @@ ANOTHER = {
     "run.name": "another",
     "training.checkpoint.best_by": "token_accuracy",
     "training.device": "cuda",
+    "training.evaluators": [{"type": "samples", "prompts": ["d"]}],
     "training.schedule.warmup": 7,
     "training.schedule.decay": 9,
     "training.step_budget": None,  # follows from the others

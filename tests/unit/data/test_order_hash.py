@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -178,6 +179,6 @@ def test_it_is_the_same_in_every_process(stores: list[TokenStore]) -> None:
         text=True,
         check=True,
         cwd=ROOT,
-        env={"PYTHONHASHSEED": "7"},
+        env={**os.environ, "PYTHONHASHSEED": "7"},
     )
     assert done.stdout.strip() == expected

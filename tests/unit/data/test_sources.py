@@ -3,7 +3,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import sysconfig
 import tempfile
 from collections.abc import Callable
@@ -89,12 +88,19 @@ def test_stdlib_skips_what_cannot_be_decoded_and_the_folders_of_the_rule(tmp_pat
     assert [document.id for document in source.documents("all")] == ["a.py", "b/c.py", "tests.py"]
 
 
-def test_fingerprint_follows_content_and_names_not_places(tmp_path: Path) -> None:
+def test_fingerprint_follows_content_and_names_not_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prints = []
     for folder, content in (("one", "x = 1"), ("two", "x = 1"), ("three", "x = 2")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.py").write_text(content)
+        (tmp_path / folder / "z.py").write_text("z = 3")
         prints.append(StdlibSource(StdlibSourceConfig(), tmp_path / folder).fingerprint("all"))
+        walk = os.walk  # the next folder is listed the other way round
+        monkeypatch.setattr(
+            os, "walk", lambda at, walk=walk: ((*found, files[::-1]) for *found, files in walk(at))
+        )
     (tmp_path / "two" / "a.py").rename(tmp_path / "two" / "b.py")
     renamed = StdlibSource(StdlibSourceConfig(), tmp_path / "two").fingerprint("all")
     assert prints[0] == prints[1]
@@ -109,16 +115,18 @@ def test_text_reads_files_folders_and_patterns_each_file_once(tmp_path: Path) ->
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\rc\n")  # line ends stay, the mark goes
     (tmp_path / "image.bin").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
-    assert texts(text_source(tmp_path), "all") == ["a.txt", "sub/b.txt", "sub/c.md"]
+    first = "a\r\nb\rc\n"
+    assert texts(text_source(tmp_path), "all") == [first, "sub/b.txt", "sub/c.md"]
     assert texts(text_source(tmp_path / "sub" / "*.md"), "all") == ["sub/c.md"]
-    assert texts(text_source(tmp_path / "**" / "*.txt"), "all") == ["a.txt", "sub/b.txt"]
-    assert texts(text_source(tmp_path / "link.txt"), "all") == ["a.txt"]
+    assert texts(text_source(tmp_path / "**" / "*.txt"), "all") == [first, "sub/b.txt"]
+    assert texts(text_source(tmp_path / "link.txt"), "all") == [first]
     several = TextSource(
         TextSourceConfig(path=(str(tmp_path / "sub" / "b.txt"), str(tmp_path), str(tmp_path)))
     )
-    assert texts(several, "all") == ["sub/b.txt", "a.txt", "sub/c.md"]
+    assert texts(several, "all") == ["sub/b.txt", first, "sub/c.md"]
 
 
 def test_text_ids_differ_even_where_names_do_not(tmp_path: Path) -> None:
@@ -129,13 +137,7 @@ def test_text_ids_differ_even_where_names_do_not(tmp_path: Path) -> None:
     assert [document.id for document in source.documents("all")] == ["same.txt", "same.txt#2"]
 
 
-def test_text_keeps_line_ends_and_drops_a_byte_order_mark(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
-    assert texts(text_source(path), "all") == ["one\r\ntwo\rthree\n"]
-
-
-def test_text_that_is_not_utf8_names_the_file_the_byte_and_the_way_out(tmp_path: Path) -> None:
+def test_text_that_is_not_utf8_is_named_with_the_way_out_or_skipped(tmp_path: Path) -> None:
     path = tmp_path / "latin.txt"
     path.write_bytes("naïve".encode("latin-1"))
     with pytest.raises(DataError) as caught:
@@ -144,21 +146,14 @@ def test_text_that_is_not_utf8_names_the_file_the_byte_and_the_way_out(tmp_path:
         f"{path}: not UTF-8 at byte 2 (0xef). Convert it, for example with `iconv -f ISO-8859-1 "
         f"-t UTF-8`, or leave such files out with `on_bad: skip`."
     )
-
-
-def test_utf16_in_a_folder_is_reported_not_taken_for_binary(tmp_path: Path) -> None:
-    (tmp_path / "windows.txt").write_bytes("text".encode("utf-16"))
+    (tmp_path / "a.txt").write_bytes("text".encode("utf-16"))  # not taken for binary
     with pytest.raises(DataError, match=r"not UTF-8 at byte 0 \(0xff\).*iconv -f UTF-16"):
         texts(text_source(tmp_path), "all")
-
-
-def test_text_skips_and_counts_bad_files_when_told_to(tmp_path: Path) -> None:
-    (tmp_path / "bad.txt").write_bytes(b"\xff")
     (tmp_path / "good.txt").write_text("good")
     source = text_source(tmp_path, on_bad="skip")
-    assert texts(source, "all") == ["good"]
-    assert texts(source, "all") == ["good"]
-    assert source.num_skipped == 1
+    for _ in range(2):
+        assert texts(source, "all") == ["good"]
+        assert source.num_skipped == 2
 
 
 @pytest.mark.parametrize(
@@ -274,16 +269,10 @@ def test_a_bad_line_is_named_or_skipped(tmp_path: Path, line: bytes, problem: st
     assert str(caught.value) == (
         f"{path}, line 3: {problem} Mend the line, or leave such lines out with `on_bad: skip`."
     )
+    path.write_bytes(path.read_bytes() + b"[" * 100_000)  # nested beyond what Python reads
     source = jsonl_source(path, on_bad="skip")
     assert texts(source, "all") == ["fine", "fine too"]
-    assert source.num_skipped == 1
-
-
-def test_nesting_beyond_python_is_a_bad_line_not_a_crash(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text("[" * 100_000)
-    with pytest.raises(DataError, match="line 1: not JSON that can be read"):
-        texts(jsonl_source(path), "all")
+    assert source.num_skipped == 2
 
 
 def test_jsonl_takes_json_files_of_a_folder_and_another_field(tmp_path: Path) -> None:
@@ -291,13 +280,6 @@ def test_jsonl_takes_json_files_of_a_folder_and_another_field(tmp_path: Path) ->
     (tmp_path / "b.json").write_text('{"body": "b"}\n')
     (tmp_path / "c.txt").write_text("no json")
     assert texts(jsonl_source(tmp_path, field="body"), "all") == ["a", "b"]
-
-
-def test_c4_documents(public_file: SharedFile) -> None:
-    source = jsonl_source(public_file("text/c4_demo.jsonl"))
-    assert len(texts(source, "all")) == 300
-    assert len(texts(source, "train")) + len(texts(source, "val")) == 300
-    assert 3 <= len(texts(source, "val")) <= 35
 
 
 # -- dummy --------------------------------------------------------------------------------------
@@ -325,20 +307,3 @@ def test_dummy_text_has_structure_and_a_held_out_part() -> None:
     assert sum(len(found) for found in followers.values()) / len(followers) < 8
     assert 2 <= len(texts(source, "val")) <= 25
     assert len(texts(DummySource(DummySourceConfig(num_documents=2)), "val")) == 1
-
-
-def test_a_source_gives_the_same_documents_twice_whatever_the_folder_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number in range(30):
-        (tmp_path / f"{number}.py").write_text(f"x = {number}")
-    straight = StdlibSource(StdlibSourceConfig(), tmp_path).fingerprint("all")
-    walk = os.walk
-
-    def shuffled(folder: Path) -> Any:
-        for here, folders, files in walk(folder):
-            random.Random(1).shuffle(files)
-            yield here, folders, files
-
-    monkeypatch.setattr(os, "walk", shuffled)
-    assert StdlibSource(StdlibSourceConfig(), tmp_path).fingerprint("all") == straight

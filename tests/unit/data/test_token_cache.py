@@ -52,6 +52,11 @@ def test_a_store_holds_the_documents_and_their_counts(bpe: BpeTokenizer, tmp_pat
         assert store.num_bytes == sum(len(text.encode()) for text in TEXTS)
         assert store.token_bytes[store.tokens].sum() == store.num_bytes
         assert store.tokens.dtype == np.uint16
+        payload = pickle.dumps(store)  # carries no tokens
+        assert len(payload) < 2000
+        assert pickle.loads(payload).tokens.tolist() == store.tokens.tolist()
+    store = store_of(tmp_path / "empty", [])
+    assert (store.num_tokens, len(store.tokens), store.offsets.tolist()) == (0, 0, [0])
 
 
 def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
@@ -62,20 +67,6 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
     store = store_of(tmp_path / "wide", TEXTS, Wide())
     assert store.tokens.dtype == np.uint32
     assert (store.tokens == 2**16).sum() == len(TEXTS)
-
-
-def test_no_documents_make_an_empty_store(tmp_path: Path) -> None:
-    store = store_of(tmp_path / "empty", [])
-    assert (store.num_tokens, len(store.tokens), store.offsets.tolist()) == (0, 0, [0])
-
-
-def test_a_pickled_store_carries_no_tokens(tmp_path: Path) -> None:
-    store = store_of(tmp_path / "a", ["x" * 100_000])
-    assert store.tokens[0] == ord("x")
-    assert store.offsets[0] == 0
-    payload = pickle.dumps(store)
-    assert len(payload) < 2000
-    assert pickle.loads(payload).tokens.tolist() == store.tokens.tolist()
 
 
 def test_what_is_cached_is_not_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

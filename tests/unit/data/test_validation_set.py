@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -46,15 +45,6 @@ def test_each_token_but_the_first_is_predicted_once(
         assert batch.num_sequences <= batch_size
         assert (batch.document_ids == 0).all()
         assert (batch.positions == torch.arange(seq_len)).all()
-
-
-def test_a_uniform_model_scores_the_entropy_of_its_alphabet(tmp_path: Path) -> None:
-    """257 equal chances are log2(257) bits a token, and nearly so a byte with one token each."""
-    texts = ["a" * 1000, "b" * 500]
-    held_out = ValidationSet([store_of(tmp_path / "store", texts)], 64)
-    nats = np.log(257)
-    bits_per_byte = nats * held_out.num_tokens / held_out.num_bytes / np.log(2)
-    assert bits_per_byte == pytest.approx(np.log2(257), rel=1e-3)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 20, 40, 10_000])

@@ -116,14 +116,6 @@ def test_greedy_text_equals_a_loop_without_a_cache(model: Transformer, prompt: s
     assert generation.finish_reason == ("end_of_text" if 256 in new else "length")
 
 
-def test_the_prompt_is_read_in_one_pass_and_then_token_by_token() -> None:
-    script = Script(b"abc")
-    Engine(script, Bytes()).generate(  # type: ignore[arg-type]
-        "go on", SamplingParams(temperature=0, max_new_tokens=3)
-    )
-    assert script.reads == [list(b"go on"), [97], [98]]
-
-
 PROMPTS = st.lists(st.text(alphabet="abcé ", max_size=12), max_size=4)
 
 
@@ -186,23 +178,25 @@ def test_a_seed_repeats_a_text(model: Transformer) -> None:
 def test_characters_come_whole() -> None:
     text = "naïve 漢字 🎈 end"
     pieces, generation = scripted(text)
-    assert generation.text == text
-    assert generation.finish_reason == "length"
-    assert "🎈" in pieces
+    assert generation == Generation(text, 2, len(text.encode()), "length")
     assert pieces == list(text)
 
 
-def test_half_a_character_at_the_end_is_dropped() -> None:
-    assert scripted("ab🎈".encode()[:-1])[1].text == "ab"
-
-
-def test_bytes_that_are_no_text_are_replaced() -> None:
-    assert scripted(b"a\xffb")[1].text == "a\ufffdb"
-
-
-def test_the_end_of_text_token_ends_it() -> None:
-    _, generation = scripted([*b"ab", 256, *b"cd"])
-    assert generation == Generation("ab", 2, 3, "end_of_text")
+@pytest.mark.parametrize(
+    ("script", "expected", "reason"),
+    [
+        ("ab🎈".encode()[:-1], "ab", "length"),  # half a character at the end
+        (b"a\xffb", "a\ufffdb", "length"),
+        ([*b"ab", 256, *b"cd"], "ab", "end_of_text"),
+        ("one EN", "one EN", "length"),  # the beginning of a stop text
+        ([*b"EN", 256], "EN", "end_of_text"),
+    ],
+)
+def test_how_a_text_ends(script: Any, expected: str, reason: str) -> None:
+    _, generation = scripted(script, stop=("END",))
+    assert (generation.text, generation.finish_reason) == (expected, reason)
+    is_ended = reason == "end_of_text"  # by a token that counts as well
+    assert generation.new_tokens == (len(expected) + 1 if is_ended else len(script))
 
 
 @pytest.mark.parametrize(
@@ -223,13 +217,6 @@ def test_a_stop_text_is_never_given_out(
     pieces, generation = scripted(text, stop=stop)
     assert generation == Generation(expected, 2, new_tokens, "stop")
     assert "".join(pieces) == expected
-
-
-def test_the_beginning_of_a_stop_text_is_given_out_at_the_end() -> None:
-    pieces, generation = scripted("one EN", stop=("END",))
-    assert generation == Generation("one EN", 2, 6, "length")
-    assert pieces[-1] == "EN"
-    assert scripted([*b"EN", 256], stop=("END",))[1] == Generation("EN", 2, 3, "end_of_text")
 
 
 @given(
@@ -267,22 +254,16 @@ def test_the_mode_of_each_module_comes_back(model: Transformer) -> None:
     stream.close()  # type: ignore[attr-defined]
     assert [module.training for module in model.modules()] == modes
 
-
-def test_a_model_can_be_trained_after_generating(model: Transformer) -> None:
-    Engine(model, Bytes()).generate("a", GREEDY)
-    ids = torch.tensor([[1, 2, 3]])
-    model(ids, ids).loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-def test_a_failure_gives_the_mode_back(model: Transformer) -> None:
     class Broken(Bytes):
         def decode_bytes(self, ids: Iterable[int]) -> bytes:
             raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        Engine(model.train(), Broken()).generate("a", GREEDY)
-    assert model.training
+        Engine(model, Broken()).generate("a", GREEDY)
+    assert [module.training for module in model.modules()] == modes
+    ids = torch.tensor([[1, 2, 3]])
+    model(ids, ids).loss.backward()  # nothing of inference mode is left
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_the_default_is_a_sampled_continuation(model: Transformer) -> None:

@@ -75,6 +75,10 @@ TABLES: dict[str, tuple[str, dict[str, str], Read]] = {
     "the surer name wins": (
         "loss,epoch,step,total_loss\n3.0,0,7,9.0\n", {}, [(7, {"loss": 3.0})],
     ),
+    "a split in a name is known": (
+        "step,test_loss,loss_train,eval_loss,val_lr\n1,9,3,2,4\n", {},
+        [(1, {"val_loss": 2.0, "loss": 3.0, "val_lr": 4.0})],
+    ),
     "minima and maxima beside a column are left out": (
         '"Step","a - loss","a - loss__MIN","a - loss__MAX"\n"5","2.5","2.0","3.0"\n', {},
         [(5, {"loss": 2.5})],

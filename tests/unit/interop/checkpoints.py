@@ -119,5 +119,24 @@ def make_random_run(place: Path, tokenizer: Tokenizer | None = None, **changes: 
     return make_run(place, config, tokenizer or small_bpe(), model.state_dict())
 
 
+@torch.no_grad()
+def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(ids).logits
+    assert logits.std() > 0.5, "the comparison needs logits that differ"
+    return logits
+
+
+def assert_same_logits(ours: Any, theirs: Any) -> None:
+    ids = make_ids(120)
+    torch.testing.assert_close(logits_of(ours, ids), logits_of(theirs, ids), atol=1e-5, rtol=1e-5)
+
+
+def load_theirs(folder: Path) -> Any:
+    """A saved model, as ``transformers`` reads it."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
 def make_ids(length: int = 48) -> torch.Tensor:
     return torch.randint(0, VOCAB, (2, length), generator=torch.Generator().manual_seed(3))

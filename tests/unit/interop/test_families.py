@@ -144,26 +144,6 @@ def test_what_cannot_be_expressed_is_named(values: dict[str, Any], said: list[st
 # -- positions -------------------------------------------------------------------------------------
 
 
-def test_positions_in_both_layouts() -> None:
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    older = read(
-        rope_theta=5e5,
-        rope_scaling={"rope_type": "llama3", "original_max_position_embeddings": 64, **scaling},
-    )
-    newer = read(
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 5e5,
-            "original_max_position_embeddings": 64,
-            **scaling,
-        }
-    )
-    assert older == newer
-    assert older.rope_theta == 5e5
-    assert older.rope_scaling is not None
-    assert older.rope_scaling.original_max_positions == 64
-
-
 def test_the_length_before_stretching_is_found_where_transformers_looks() -> None:
     yarn = {"type": "yarn", "factor": 4.0}
     inside = yarn | {"original_max_position_embeddings": 64}
@@ -277,19 +257,6 @@ def test_experts_that_no_mixtral_has_are_refused(
 
 
 @pytest.mark.parametrize(
-    "moe",
-    [
-        {"layers": [0, 1, 2, 3]},
-        {"groups": [{"name": "any", "num_experts": 1, "top_k": 1}]},
-        {"groups": [{"name": "any", "num_experts": 3, "top_k": 3}], "normalize_gates": False},
-    ],
-)
-def test_experts_that_are_the_same_otherwise_said_are_a_mixtral(moe: dict[str, Any]) -> None:
-    config = ModelConfig.model_validate({"moe": {"groups": GROUPS, **moe}})
-    assert choose_family(config) == "mixtral"
-
-
-@pytest.mark.parametrize(
     ("changes", "length"),
     [
         ({}, 128),
@@ -306,28 +273,3 @@ def test_experts_that_are_the_same_otherwise_said_are_a_mixtral(moe: dict[str, A
 def test_the_context_length_that_is_told(changes: dict[str, Any], length: int) -> None:
     config = ModelConfig.model_validate({"vocab_size": 50, **changes})
     assert write_family(config, 128)["max_position_embeddings"] == length
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"qkv_bias": True},
-        {"qk_norm": True},
-        {"hidden_size": 44, "head_dim": 16},
-        {
-            "intermediate_size": 96,
-            "moe": {
-                "groups": GROUPS,
-                "intermediate_size": 96,
-                "routing": {"warmup_steps": 0},
-                "balance": {"bias_rate": 0.0},
-            },
-        },
-    ],
-)
-def test_what_is_written_is_read_back(changes: dict[str, Any]) -> None:
-    config = ModelConfig.model_validate({"vocab_size": 50, "max_positions": 128, **changes})
-    written = write_family(config, 128)
-    assert read_family(written, PATH).model == config.resolved()
-    assert read_family(written, PATH).window is None

@@ -37,32 +37,73 @@ def refused(folder: Path) -> str:
     return str(caught.value)
 
 
-def test_a_weight_that_is_missing(folder: Path) -> None:
-    change_weights(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
-    assert "has no weight model.layers.1.mlp.up_proj.weight" in refused(folder)
+def torn(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
 
 
-def test_a_weight_too_much(folder: Path) -> None:
-    name = "model.layers.0.self_attn.q_proj.bias"
-    change_weights(folder, lambda weights: weights.update({name: torch.ones(48)}))
-    assert f"holds {name}, which no model of its config.json has" in refused(folder)
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def lacking_what_the_index_names(folder: Path) -> None:
+    names = list(load_file(folder / "model.safetensors"))
+    change_weights(folder, lambda weights: weights.pop("lm_head.weight"))
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "one.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def without(name: str) -> Callable[[Path], Any]:
+    return lambda folder: change_weights(folder, lambda weights: weights.pop(name))
+
+
+def holding(name: str, value: torch.Tensor) -> Callable[[Path], Any]:
+    return lambda folder: change_weights(folder, lambda weights: weights.update({name: value}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (without("model.layers.1.mlp.up_proj.weight"), ["has no weight model.layers.1.mlp.up_pro"]),
+        (
+            holding("model.layers.0.self_attn.q_proj.bias", torch.ones(48)),
+            ["holds model.layers.0.self_attn.q_proj.bias, which no model of its config.json has"],
+        ),
+        (
+            holding("lm_head.weight", torch.ones(8, 48)),
+            ["lm_head.weight is [8, 48], and its config.json makes it [300, 48]"],
+        ),
+        (
+            holding("lm_head.weight", torch.ones(300, 48, dtype=torch.int8)),
+            ["lm_head.weight holds numbers of type I8"],
+        ),
+        (torn, ["model.safetensors cannot be read"]),
+        (pickled, ["has its weights in pytorch_model.bin, which is pickled", "save_pretrained"]),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            ["neither model.safetensors nor model.safetensors.index.json"],
+        ),
+        (lacking_what_the_index_names, ["one.safetensors cannot be read"]),
+        (
+            lambda folder: (folder / "config.json").unlink(),
+            ["has no config.json", "without hf:"],
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    folder: Path, damage: Callable[[Path], Any], said: list[str]
+) -> None:
+    damage(folder)
+    message = refused(folder)
+    for words in said:
+        assert words in message
 
 
 def test_frequencies_that_old_checkpoints_hold_are_left_aside(folder: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     change_weights(folder, lambda weights: weights.update({name: torch.ones(4)}))
     load_pretrained(f"hf:{folder}")
-
-
-def test_a_weight_of_another_shape(folder: Path) -> None:
-    change_weights(folder, lambda weights: weights.update({"lm_head.weight": torch.ones(8, 48)}))
-    assert "lm_head.weight is [8, 48], and its config.json makes it [300, 48]" in refused(folder)
-
-
-def test_quantized_weights(folder: Path) -> None:
-    whole = torch.ones(300, 48, dtype=torch.int8)
-    change_weights(folder, lambda weights: weights.update({"lm_head.weight": whole}))
-    assert "lm_head.weight holds numbers of type I8" in refused(folder)
 
 
 def test_a_head_that_is_said_to_be_shared(folder: Path) -> None:
@@ -72,24 +113,6 @@ def test_a_head_that_is_said_to_be_shared(folder: Path) -> None:
         folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()})
     )
     assert load_pretrained(f"hf:{folder}")[0].head is None
-
-
-def test_a_torn_file(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    assert "model.safetensors cannot be read" in refused(folder)
-
-
-def test_pickled_weights_are_not_read(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    message = refused(folder)
-    assert "has its weights in pytorch_model.bin, which is pickled" in message
-    assert "save_pretrained" in message
-
-
-def test_no_weights_at_all(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    assert "neither model.safetensors nor model.safetensors.index.json" in refused(folder)
 
 
 @pytest.mark.parametrize(
@@ -107,19 +130,3 @@ def test_an_index_that_leads_nowhere(folder: Path, index: str, said: str) -> Non
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(index)
     assert said in refused(folder)
-
-
-def test_an_index_that_names_what_a_file_lacks(folder: Path) -> None:
-    names = list(load_file(folder / "model.safetensors"))
-    change_weights(folder, lambda weights: weights.pop("lm_head.weight"))
-    (folder / "model.safetensors").rename(folder / "one.safetensors")
-    index = {"weight_map": dict.fromkeys(names, "one.safetensors")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "one.safetensors cannot be read" in refused(folder)
-
-
-def test_a_folder_without_a_description(folder: Path) -> None:
-    (folder / "config.json").unlink()
-    message = refused(folder)
-    assert "has no config.json" in message
-    assert "without hf:" in message

@@ -26,6 +26,20 @@ TINY: dict[str, Any] = {
 }
 
 
+@torch.no_grad()
+def assert_causal(model: Transformer, tokens: Tensor, packed: Any, is_packed: bool) -> None:
+    """A token changes no logit before it, and its own."""
+    documents, positions, _ = packed
+    options = {"document_ids": documents, "positions": positions} if is_packed else {}
+    before = model(tokens, **options).logits
+    for at in (1, 7, 16, 23, 39):
+        changed = tokens.clone()
+        changed[:, at] = (changed[:, at] + 1) % VOCAB
+        after = model(changed, **options).logits
+        torch.testing.assert_close(after[:, :at], before[:, :at], rtol=0, atol=1e-12)
+        assert (after[:, at] - before[:, at]).abs().max() > 1e-3
+
+
 @pytest.fixture
 def make_model() -> MakeModel:
     """Builds a tiny Transformer; keyword arguments change its configuration."""

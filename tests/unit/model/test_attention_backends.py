@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ultrathink.config.model import ATTENTION_BACKENDS
 from ultrathink.core.errors import ConfigError
 from ultrathink.model.attention_backends import (
     block_causal_attention,
@@ -153,26 +152,29 @@ def test_fully_masked_rows_are_zero_with_finite_gradients(
     assert torch.all(gradients[2][0, :, :5] == 0)  # values nobody saw
 
 
-def test_a_backend_is_chosen_for_the_machine() -> None:
-    chosen = choose_backend("cpu", torch.bfloat16, 256, compiled=True)
-    assert chosen == "blocks"
-    assert choose_backend("cpu", torch.float32, 512, compiled=True) == "blocks"
-    assert choose_backend("cpu", torch.float32, 256, compiled=False) == "sdpa"
-    assert choose_backend("cpu", torch.bfloat16, 512, compiled=False) == "blocks"
-    assert choose_backend("cpu", torch.bfloat16, 1024, compiled=False) == "sdpa"
-    assert choose_backend("cpu", torch.float64, 256, compiled=True) == "sdpa"
-    assert choose_backend("cpu", torch.bfloat16, 4096, compiled=True) == "sdpa"
-    assert choose_backend("cuda", torch.bfloat16, 256, compiled=True) == "sdpa"
-    assert chosen in ATTENTION_BACKENDS
+@pytest.mark.parametrize(
+    ("device", "dtype", "seq_len", "compiled", "expected"),
+    [
+        ("cpu", torch.bfloat16, 256, True, "blocks"),
+        ("cpu", torch.float32, 512, True, "blocks"),
+        ("cpu", torch.float32, 256, False, "sdpa"),
+        ("cpu", torch.bfloat16, 512, False, "blocks"),
+        ("cpu", torch.bfloat16, 1024, False, "sdpa"),
+        ("cpu", torch.float64, 256, True, "sdpa"),
+        ("cpu", torch.bfloat16, 4096, True, "sdpa"),
+        ("cuda", torch.bfloat16, 256, True, "sdpa"),
+    ],
+)
+def test_a_backend_is_chosen_for_the_machine(
+    device: str, dtype: torch.dtype, seq_len: int, compiled: bool, expected: str
+) -> None:
+    assert choose_backend(device, dtype, seq_len, compiled=compiled) == expected
 
 
-def test_an_unknown_backend_is_refused_with_the_nearest(make_model: Any) -> None:
-    with pytest.raises(ConfigError, match="Did you mean 'blocks'"):
-        make_model(backend="block")
-
-
-def test_auto_is_sdpa_until_set(make_model: Any) -> None:
+def test_a_backend_is_set_by_name(make_model: Any) -> None:
     model = make_model(backend="auto")
     assert model.attention_backend == "sdpa"
     model.set_attention_backend("blocks")
     assert model.attention_backend == "blocks"
+    with pytest.raises(ConfigError, match="Did you mean 'blocks'"):
+        model.set_attention_backend("block")

@@ -16,11 +16,6 @@ from ultrathink.model import loss as loss_module
 from ultrathink.model.loss import IGNORED_LABEL, HeadLoss, chunk_tokens, linear_cross_entropy
 
 
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 7 * 11)
-
-
 def make_inputs(
     N: int = 23, C: int = 6, V: int = 11, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,41 +27,43 @@ def make_inputs(
     return hidden.requires_grad_(), weight.requires_grad_(), labels
 
 
-def reference(hidden: Tensor, weight: Tensor, labels: Tensor, z_weight: float) -> HeadLoss:
+def reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    z_weight: float,
+    loss_weights: Tensor | None = None,
+) -> HeadLoss:
     logits = hidden.double() @ weight.double().T
     trained = labels != IGNORED_LABEL
     squares = logits.logsumexp(-1).square() * trained
+    each = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED_LABEL)
     return HeadLoss(
-        F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORED_LABEL),
+        (each if loss_weights is None else each * loss_weights).sum(),
         z_weight * squares.sum(),
         ((logits.argmax(-1) == labels) & trained).sum(),
     )
 
 
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("z_weight", [0.0, 0.01])
-def test_loss_passes_gradcheck(z_weight: float) -> None:
-    hidden, weight, labels = make_inputs()
-    assert chunk_tokens(23, 11, "cpu") == 7
-
-    def losses(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        out = linear_cross_entropy(hidden, weight, labels, z_weight=z_weight)
-        return (out.cross_entropy,) if out.z_loss is None else (out.cross_entropy, out.z_loss)
-
-    assert torch.autograd.gradcheck(losses, (hidden, weight))
-
-
 @settings(max_examples=30)
-@given(N=st.integers(1, 40), size=st.integers(1, 48), seed=st.integers(0, 9))
-def test_chunks_change_nothing(N: int, size: int, seed: int) -> None:
+@given(
+    N=st.integers(1, 40),
+    size=st.integers(1, 48),
+    seed=st.integers(0, 9),
+    is_weighed=st.booleans(),
+)
+def test_chunks_change_nothing(N: int, size: int, seed: int, is_weighed: bool) -> None:
     hidden, weight, _ = make_inputs(N)
     labels = torch.randint(-1, 11, (N,), generator=torch.Generator().manual_seed(seed))
     labels[labels < 0] = IGNORED_LABEL
-    expected = reference(hidden, weight, labels, 0.01)
+    weights = torch.arange(N) % 3 / 2 if is_weighed else None
+    expected = reference(hidden, weight, labels, 0.01, weights)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "CHUNK_LOGITS", size * weight.shape[0])
         patch.setattr(loss_module, "MAX_CHUNKS", 100)
-        ours = linear_cross_entropy(hidden, weight, labels, z_weight=0.01, count_correct=True)
+        ours = linear_cross_entropy(
+            hidden, weight, labels, loss_weights=weights, z_weight=0.01, count_correct=True
+        )
     for value, wanted in zip(ours, expected, strict=True):
         torch.testing.assert_close(value, wanted)
     # Scales that differ tell the gradients of the two losses apart.
@@ -92,13 +89,6 @@ def test_softmax_runs_in_float32(dtype: torch.dtype) -> None:
         torch.testing.assert_close(value.double(), wanted.double(), rtol=0.02, atol=2e-4)
 
 
-def test_a_float32_head_gets_a_float32_gradient_from_bfloat16_activations() -> None:
-    hidden, weight, labels = make_inputs(dtype=torch.float32)
-    linear_cross_entropy(hidden.bfloat16(), weight, labels).cross_entropy.backward()
-    assert weight.grad is not None
-    assert weight.grad.dtype == torch.float32
-
-
 def test_the_gradients_of_all_chunks_are_added_in_float32(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -110,17 +100,9 @@ def test_the_gradients_of_all_chunks_are_added_in_float32(
     linear_cross_entropy(
         hidden, weight, torch.zeros(2000, dtype=torch.int64)
     ).cross_entropy.backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32
     torch.testing.assert_close(weight.grad, torch.tensor([[-1000.0], [1000.0]]))
-
-
-def test_nothing_trained_gives_zero_and_zero_gradients() -> None:
-    hidden, weight, labels = make_inputs()
-    labels = torch.full_like(labels, IGNORED_LABEL)
-    out = linear_cross_entropy(hidden, weight, labels, z_weight=0.1, count_correct=True)
-    assert [value.item() for value in out if value is not None] == [0.0, 0.0, 0]
-    (out[0] + out[1]).backward()
-    assert torch.all(hidden.grad == 0)
-    assert torch.all(weight.grad == 0)
 
 
 def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -318,14 +318,7 @@ def test_what_a_cache_cannot_do_is_named_and_changes_nothing(
     with pytest.raises(ValueError, match=message):
         call(model, tokens, cache)
     assert (cache.lengths(0), cache.lengths(1)) == ((3, 3), (0, 0))
-
-
-@torch.no_grad()
-def test_an_emptied_cache_serves_another_path(make_model: Any, tokens: Tensor) -> None:
-    model = make_model().eval()
-    cache = model.new_cache(2, 10)
-    model(tokens[:, :3], cache=cache, path=ComputePath(layers=(0,)))
-    cache.truncate([0, 0])
+    cache.truncate([0, 0])  # an empty one serves any path
     logits = model(tokens[:, :3], cache=cache).logits
     torch.testing.assert_close(logits, model(tokens[:, :3]).logits)
 

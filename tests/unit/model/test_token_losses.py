@@ -30,6 +30,7 @@ class Case:
         self.labels = torch.randint(-1, V, (N,), generator=generator)
         self.labels[self.labels < 0] = IGNORED_LABEL
         self.trained = self.labels != IGNORED_LABEL
+        self.loss_weights: Tensor | None = None  # of divergences
 
     def ours(self, kind: str, temperature: Tensor | None) -> Tensor:
         """A scalar whose gradient tells tokens apart."""
@@ -41,6 +42,7 @@ class Case:
             self.weight,
             self.labels,
             *self.reference,
+            loss_weights=self.loss_weights,
             temperature=temperature,
             reverse=kind == "reverse",
         )
@@ -54,7 +56,8 @@ class Case:
             chosen = ours.gather(-1, self.labels.clamp(min=0)[:, None])[:, 0]
             return (chosen * self.trained * torch.arange(len(chosen))).sum()
         p, q = (ours, theirs) if kind == "reverse" else (theirs, ours)
-        return ((p.exp() * (p - q)).sum(-1) * self.trained).sum()
+        each = (p.exp() * (p - q)).sum(-1) * self.trained
+        return (each if self.loss_weights is None else each * self.loss_weights).sum()
 
     def gradients(self, scalar: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(scalar, (self.hidden, self.weight), retain_graph=True)
@@ -70,11 +73,13 @@ KINDS = pytest.mark.parametrize("kind", ["log", "forward", "reverse"])
     size=st.integers(1, 48),
     temperature=st.sampled_from([None, 0.5, 1.0, 2.5]),
     seed=st.integers(0, 9),
+    is_weighed=st.booleans(),
 )
 def test_values_and_gradients_are_those_of_whole_logits(
-    kind: str, N: int, size: int, temperature: float | None, seed: int
+    kind: str, N: int, size: int, temperature: float | None, seed: int, is_weighed: bool
 ) -> None:
     case = Case(N, seed=seed)
+    case.loss_weights = torch.arange(N) % 3 / 2 if is_weighed else None
     given_ = None if temperature is None else torch.tensor(temperature, dtype=torch.float64)
     expected = case.expected(kind, temperature or 1.0)
     with pytest.MonkeyPatch.context() as patch:

@@ -11,7 +11,7 @@ import torch
 
 from tests.unit.config.whole import TYPES, WHOLE, another
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, Recorder, final_state, records, without_time
+from tests.unit.training.observers import At, Recorder, asks, final_state, records, without_time
 from ultrathink.config import Config, load_config
 from ultrathink.config.base import PartConfig
 from ultrathink.config.overrides import flatten, parse_override
@@ -116,7 +116,7 @@ def test_what_is_free_is_applied_silently_and_what_is_felt_on_record(
     """The resumed run takes the steps of one that never stopped, bit for bit."""
     whole = make_trainer("training.max_steps=8")
     whole.fit()
-    stop = At(step4=lambda control: control.request(Stop(), reason="test"))
+    stop = At(step4=asks(Stop()))
     make_trainer("training.max_steps=8", "run.name=stopped", controllers=[stop]).fit()
     run = RunFolder(tmp_path / "runs" / "stopped")
     recorder = Recorder()

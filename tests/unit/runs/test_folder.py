@@ -241,7 +241,8 @@ def test_runs_are_found_by_name_path_and_age(tmp_path: Path) -> None:
 
 def test_run_at_step() -> None:
     assert split_run("demo") == ("demo", "last")
-    assert split_run("a@b@best") == ("a@b", "best")
+    assert split_run("demo", "best") == ("demo", "best")
+    assert split_run("a@b@7", "best") == ("a@b", "7")
 
 
 def test_an_older_step_that_comes_late_is_not_the_last(run: RunFolder) -> None:

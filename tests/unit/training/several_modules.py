@@ -1,5 +1,5 @@
-"""Objectives that train more than one module: a policy with a value head, and two that teach each
-other."""
+"""Objectives that train more than one module: a model beside those that predict its losses, and two
+that teach each other."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ultrathink.config.model import ModelConfig
 from ultrathink.config.objective import OBJECTIVES, ObjectiveConfig
 from ultrathink.data.batch import IGNORED, Batch
 from ultrathink.model.token_losses import linear_kl, linear_log_probabilities
@@ -27,8 +28,29 @@ class CriticConfig(ObjectiveConfig):
     type: Literal["critic"] = "critic"
 
 
+class Judge(nn.Module):
+    """A Transformer with a head of its own: a number for each token, ``[B*T, 1]``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.body = Transformer(config)
+        self.head = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, input_ids: Tensor, positions: Any, document_ids: Any) -> Tensor:
+        output = self.body(
+            input_ids,
+            positions=positions,
+            document_ids=document_ids,
+            head=lambda x, *_: {"states": x},
+        )
+        # Flat, so that the last product is no view, of which FSDP warns where a module returns it.
+        numbers: Tensor = self.head(output.head["states"].flatten(0, 1))
+        return numbers
+
+
 class Critic(Pretraining):
-    """Beside the cross-entropy, a head on the model's states predicts each token's own."""
+    """Beside the cross-entropy, a head on the model's states predicts each token's own, and so does
+    a model of its own."""
 
     def __init__(self, config: CriticConfig, parts: Parts) -> None:
         super().__init__(config, parts)
@@ -38,7 +60,11 @@ class Critic(Pretraining):
     def modules(cls, config: Any, model: Transformer) -> dict[str, TrainedModule]:
         width = model.config.hidden_size
         head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
-        return {"value": TrainedModule(head, lr_factor=VALUE_LR, weight_decay=VALUE_DECAY)}
+        judge = Judge(model.config.model_copy(update={"num_layers": 1}))
+        return {
+            "value": TrainedModule(head, lr_factor=VALUE_LR, weight_decay=VALUE_DECAY),
+            "judge": TrainedModule(judge),
+        }
 
     def summed_losses(
         self, input_ids: Tensor, labels: Tensor, positions: Any, document_ids: Any
@@ -53,11 +79,16 @@ class Critic(Pretraining):
         output = self.model(
             input_ids, labels=labels, positions=positions, document_ids=document_ids, head=head
         )
-        # Flat, so that the last product is no view, of which FSDP warns where a module returns it.
-        values = self.models.modules["value"](output.head["states"].flatten(0, 1))
-        errors = (values[:, 0] + output.head["each"]).square()
-        value = torch.where(labels.flatten() != IGNORED, errors, 0.0).sum()
-        return Sums(output.head[LOSS], {"value": value}, output.stats)
+        modules = self.models.modules
+        numbers = {
+            "value": modules["value"](output.head["states"].flatten(0, 1)),
+            "judge": modules["judge"](input_ids, positions, document_ids),
+        }
+        trained, errors = labels.flatten() != IGNORED, {}
+        for name, predicted in numbers.items():
+            squares = (predicted[:, 0] + output.head["each"]).square()
+            errors[name] = torch.where(trained, squares, 0.0).sum()
+        return Sums(output.head[LOSS], errors, output.stats)
 
 
 class MutualConfig(ObjectiveConfig):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.unit.training.conftest import TINY, MakeTrainer
+from tests.unit.training.weighted import weights_of
 from ultrathink.checkpoint.format import load_checkpoint
 from ultrathink.config import load_config
 from ultrathink.core.errors import CheckpointError, ConfigError, UltrathinkError
@@ -57,24 +59,28 @@ def reference(trainer: Trainer, teacher: Path, batch: Batch) -> tuple[Tensor, Te
 
     ours, plain = log_probabilities(trainer.model)
     theirs, _ = log_probabilities(load_model(teacher, "last")[0].double())
-    trained = batch.labels != IGNORED
+    trained = (batch.labels != IGNORED).double()
+    if batch.loss_weights is not None:
+        trained = trained * batch.loss_weights
     chosen = plain.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
     p, q = theirs.detach(), ours
     if trainer.training.objective.direction == "reverse":  # type: ignore[attr-defined]
         p, q = q, p
     kl = (p.exp() * (p - q)).sum(-1)
-    return -chosen[trained].mean(), kl[trained].mean()
+    return tuple((each * trained).sum() / trained.sum() for each in (-chosen, kl))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
-@pytest.mark.parametrize("micro", [4, 1])
+@pytest.mark.parametrize(("micro", "is_weighed"), [(4, False), (1, False), (1, True)])
 def test_a_step_is_that_of_whole_logits(
-    make_trainer: MakeTrainer, teacher: Path, direction: str, micro: int
+    make_trainer: MakeTrainer, teacher: Path, direction: str, micro: int, is_weighed: bool
 ) -> None:
     words = objective(teacher, direction=direction, temperature=2.0, weight=0.25)
     trainer = make_trainer(FP64, words, f"training.micro_batch_size={micro}")
     batch = trainer.loader.next_batch()
     batch.labels[0, 5:] = IGNORED  # rows weigh differently
+    if is_weighed:
+        batch = replace(batch, loss_weights=weights_of(batch))
     loss, kl = reference(trainer, teacher, batch)
     gradients = torch.autograd.grad(
         loss + 0.25 * 4.0 * kl, [p for p in trainer.model.parameters() if p.requires_grad]

@@ -175,12 +175,13 @@ def test_a_restored_optimizer_goes_back_to_its_device() -> None:
         model.weight = torch.nn.Parameter(torch.empty(3, 4, device="cuda"))
         optimizers = build_adamw(AdamWConfig(), model)
         allocate_state(optimizers)
-        before = optimizer_state(optimizers, model)
+        parameters = dict(model.named_parameters())
+        before = optimizer_state(optimizers, parameters)
         copy = copied_to_host(before)
         devices = {value.device.type for values in copy.values() for value in values.values()}
         assert devices == {"cpu"}
-        load_optimizer_state(optimizers, model, copy)
-        after: Any = optimizer_state(optimizers, model)
+        load_optimizer_state(optimizers, parameters, copy)
+        after: Any = optimizer_state(optimizers, parameters)
         for name, values in after.items():
             for key, value in values.items():
                 was: Any = before[name]

@@ -73,8 +73,10 @@ def plain_losses(modules: dict[str, Any], batch: Batch, objective: str) -> dict[
     hook.remove()
     each = -ours.gather(-1, targets[..., None])[..., 0]
     if objective == CRITIC:
-        errors = (modules["value"](kept[0])[..., 0] - each.detach()).square()
-        return {"loss": each[trained].mean(), "value": errors[trained].mean()}
+        judged = modules["judge"](batch.input_ids, **where)
+        found = {"value": modules["value"](kept[0]), "judge": judged}
+        errors = {n: (v.view(each.shape) - each.detach()).square() for n, v in found.items()}
+        return {name: value[trained].mean() for name, value in {"loss": each, **errors}.items()}
     theirs = modules["peer"](batch.input_ids, **where).logits.log_softmax(-1)
     peer = -theirs.gather(-1, targets[..., None])[..., 0]
     terms = {
@@ -92,10 +94,10 @@ def _kl(reference: Tensor, ours: Tensor) -> Tensor:
 
 def plain_optimizer(modules: dict[str, nn.Module], peak: float) -> torch.optim.Optimizer:
     """AdamW over all modules, each matrix decayed, each module at its own rate."""
-    factors = {"model": (1.0, 0.1), "value": (VALUE_LR, VALUE_DECAY), "peer": (PEER_LR, 0.1)}
+    factors = {"value": (VALUE_LR, VALUE_DECAY), "peer": (PEER_LR, 0.1)}
     groups = []
     for name, module in modules.items():
-        factor, decay = factors[name]
+        factor, decay = factors.get(name, (1.0, 0.1))
         for is_matrix in (True, False):
             chosen = [p for p in module.parameters() if (p.ndim >= 2) == is_matrix]
             own = {"peak": factor * peak, "weight_decay": decay if is_matrix else 0.0}
@@ -173,11 +175,12 @@ def test_a_checkpoint_holds_all_and_its_model_is_the_main_one(
     make_trainer: MakeTrainer, objective: str
 ) -> None:
     trainer = make_trainer(objective, "training.max_steps=2")
+    drawn = torch.get_rng_state()
     modules = trainer.objective.models.modules
     first = copy.deepcopy(modules)
     trainer.fit()
     state: Any = load_checkpoint(trainer.run.checkpoint("last"))
-    assert state["modules"].keys() == {OTHER[objective]}
+    assert state["modules"].keys() == trainer.objective.models.beside.keys()
     for name, module in modules.items():
         kept = state["model"] if name == "model" else state["modules"][name]
         assert_same(kept, dict(module.state_dict()))
@@ -185,6 +188,7 @@ def test_a_checkpoint_holds_all_and_its_model_is_the_main_one(
     model, _ = load_model(trainer.run.path, "last")
     assert_same(dict(model.state_dict()), dict(trainer.model.state_dict()))
     plain = make_trainer("training.max_steps=2")  # the main one begins as in any other run
+    assert torch.equal(torch.get_rng_state(), drawn)
     assert_same(dict(plain.model.state_dict()), dict(first["model"].state_dict()))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.unit.training.conftest import MakeTrainer
+from tests.unit.training.weighted import weights_of
 from ultrathink.data.batch import IGNORED, Batch
 from ultrathink.training.trainer import Trainer
 
@@ -135,3 +136,50 @@ def test_z_loss_is_reported_apart_and_trained(make_trainer: MakeTrainer) -> None
     same = plain.stepper.take_step(plain.loader.next_batch(), plain.settings, 1.0)
     assert result.loss == pytest.approx(same.loss, rel=1e-12)
     assert result.grad_norm != pytest.approx(same.grad_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("micro", [4, 1])
+@pytest.mark.parametrize("scale", [1.0, 2**-12])
+def test_targets_count_by_their_weights(
+    make_trainer: MakeTrainer, micro: int, scale: float
+) -> None:
+    """The mean is by weight, however little all weights come to; others than the loss are not."""
+    trainer = make_trainer(
+        *FP64, "model.z_loss=0.1", "training.clip=null", f"training.micro_batch_size={micro}"
+    )
+    batch = uneven(trainer.loader.next_batch())
+    batch = replace(batch, loss_weights=scale * weights_of(batch))
+    weights = batch.loss_weights.double()  # type: ignore[union-attr]
+    logits = trainer.model(
+        batch.input_ids, positions=batch.positions, document_ids=batch.document_ids
+    ).logits
+    counted = (batch.labels != IGNORED) & (weights > 0)
+    each = -logits.log_softmax(-1).gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0]
+    loss = (each * weights)[counted].sum() / weights[counted].sum()
+    z_loss = 0.1 * logits.logsumexp(-1)[counted].square().mean()
+    gradients = torch.autograd.grad(loss + z_loss, list(trainer.model.parameters()))
+    result = trainer.stepper.take_step(batch, trainer.settings, 1.0)
+    assert result.num_tokens == int(counted.sum())
+    assert result.loss == pytest.approx(loss.item(), rel=1e-10)
+    assert result.aux_losses == {"z_loss": pytest.approx(z_loss.item(), rel=1e-10)}
+    norm = torch.nn.utils.get_total_norm(gradients).item()
+    assert result.grad_norm == pytest.approx(norm, rel=1e-9)
+
+
+def test_weights_of_one_change_nothing_and_weights_of_zero_train_nothing(
+    make_trainer: MakeTrainer,
+) -> None:
+    results = []
+    for value in (None, 1.0, 0.0):
+        trainer = make_trainer(*FP64)
+        batch = uneven(trainer.loader.next_batch())
+        if value is not None:
+            batch = replace(
+                batch, loss_weights=torch.full_like(batch.labels, value, dtype=torch.float32)
+            )
+        before = weights(trainer)
+        results.append(trainer.stepper.take_step(batch, trainer.settings, 1.0))
+        moved = [not torch.equal(one, before[name]) for name, one in weights(trainer).items()]
+        assert any(moved) == (value != 0.0)
+    assert results[0] == results[1]
+    assert results[2].skipped

@@ -107,8 +107,15 @@ def join_bytes(ids: Iterable[int], pieces: Sequence[bytes]) -> bytes:
     return b"".join(pieces[i] if 0 <= i < size else UNKNOWN_BYTES for i in map(int, ids))
 
 
-def write_meta(folder: Path, meta: dict[str, Any]) -> None:
-    """Write the small file that says what kind of tokenizer a folder holds."""
+def write_meta(folder: Path, type_name: str, tokenizer: Tokenizer, **more: str) -> None:
+    """Write the small file that says which tokenizer a folder holds; ``more`` are its own keys."""
+    meta = {
+        "type": type_name,
+        "vocab_size": tokenizer.vocab_size,
+        "eot_id": tokenizer.eot_id,
+        **more,
+        "fingerprint": tokenizer.fingerprint,
+    }
     write_atomic(folder / META_FILE, json.dumps(meta, indent=2) + "\n")
 
 

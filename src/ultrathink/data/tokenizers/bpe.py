@@ -142,16 +142,7 @@ class BpeTokenizer:
         """Write ``tokenizer.json``, which Hugging Face reads too, and the meta file."""
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / TOKENIZER_FILE, self.definition)
-        write_meta(
-            folder,
-            {
-                "type": "bpe",
-                "vocab_size": self.vocab_size,
-                "eot_id": self.eot_id,
-                "engine": self.engine,
-                "fingerprint": self.fingerprint,
-            },
-        )
+        write_meta(folder, "bpe", self, engine=self.engine)
 
     @classmethod
     def load(cls, folder: Path, meta: dict[str, Any]) -> Self:

@@ -13,7 +13,6 @@ from ultrathink.config.tokenizer import ByteTokenizerConfig
 from ultrathink.data.documents import replace_surrogates
 from ultrathink.data.tokenizers.base import TokenArray, join_bytes, write_meta
 
-_EOT_ID = 256
 _PIECES = (*(bytes([value]) for value in range(256)), b"")
 
 
@@ -21,7 +20,7 @@ class ByteTokenizer:
     """Ids 0 to 255 are the bytes of UTF-8, 256 is the end-of-text token."""
 
     vocab_size = 257
-    eot_id = _EOT_ID
+    eot_id = 256
 
     @classmethod
     def train(cls, config: ByteTokenizerConfig, texts: Iterable[str]) -> Self:
@@ -55,15 +54,7 @@ class ByteTokenizer:
     def save(self, folder: Path) -> None:
         """Write the file that says a folder holds this tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_meta(
-            folder,
-            {
-                "type": "byte",
-                "vocab_size": self.vocab_size,
-                "eot_id": self.eot_id,
-                "fingerprint": self.fingerprint,
-            },
-        )
+        write_meta(folder, "byte", self)
 
     @classmethod
     def load(cls, folder: Path, meta: dict[str, Any]) -> Self:

@@ -114,15 +114,7 @@ class HuggingFaceTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in {TOKENIZER_FILE: self.definition, **self.companions}.items():
             write_atomic(folder / name, text)
-        write_meta(
-            folder,
-            {
-                "type": "hf",
-                "vocab_size": self.vocab_size,
-                "eot_id": self.eot_id,
-                "fingerprint": self.fingerprint,
-            },
-        )
+        write_meta(folder, "hf", self)
 
     @classmethod
     def load(cls, folder: Path, meta: dict[str, Any]) -> Self:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ultrathink.insight.logs.line_log import SAMPLE_LINES, LineLog, RowReader, log_of_rows
+from ultrathink.insight.logs.log import LogSignals
 from ultrathink.insight.logs.names import Meaning
 from ultrathink.insight.logs.rows import Rows
 from ultrathink.monitoring.jsonl import METRICS_FILE, parse_object
+from ultrathink.monitoring.records import MetricRecord
 
 _OURS_EXTRA = {"token_accuracy": Meaning("accuracy")}
 
@@ -25,11 +27,22 @@ def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
+class _OurRows(Rows):
+    """Rows of ``metrics.jsonl``, with what evaluators found under the names of live signals."""
+
+    def take(self, row: Mapping[str, Any]) -> LogSignals | None:
+        record = MetricRecord.from_json(row) if row.get("split") == "eval" else None
+        if record is None:
+            return super().take(row)
+        figures = {name: value for name, value in record.values.items() if name != "tokens"}
+        return LogSignals(record.step, {f"eval/{name}": one for name, one in figures.items()})
+
+
 def our_log(path: Path) -> LineLog:
     """A run's ``metrics.jsonl``, where null is a value that was not finite."""
 
     def make_reader() -> RowReader:
-        return RowReader(Rows(extra=_OURS_EXTRA, null_is_nan=True), _row)
+        return RowReader(_OurRows(extra=_OURS_EXTRA, null_is_nan=True), _row)
 
     return LineLog(path, METRICS_FILE, make_reader)
 

@@ -77,10 +77,9 @@ SKIPPED_SINCE = frozenset(  # steps skipped since the last line, not since the b
 TOTAL = frozenset({"total", "max_steps", "total_steps", "num_train_steps", "train_iters"})
 SPLIT = frozenset({"split", "kind", "phase", "mode", "stage", "subset", "partition"})
 RUN = frozenset({"source", "run", "run_name", "run_id", "experiment"})
-TRAINING = frozenset({"train", "training", "fit", "tr"})
-VALIDATION = frozenset(
-    {"val", "valid", "validation", "eval", "evaluation", "test", "dev", "validate"}
-)
+TRAINING = ("train", "training", "fit", "tr")
+VALIDATION = ("val", "valid", "validation", "eval", "evaluation", "dev", "validate", "test")
+SPLITS = (*TRAINING, *VALIDATION)
 # What says when a line was written, or how far in the data: no figure of the training.
 _CLOCKS = frozenset(
     {"time", "timestamp", "_timestamp", "_runtime", "wall_time", "walltime", "date", "datetime"}
@@ -123,10 +122,11 @@ _MEASURED_IN = {  # which units a signal may have; another word is no unit
     "memory_limit": _SIZES,
 }
 _RANKS = {
-    alias: (signal, 2 * rank)
+    alias: (signal, 100 * rank)  # between them is room for the splits
     for signal, aliases in ALIASES.items()
     for rank, alias in enumerate(aliases)
 }
+_ALONE = frozenset({"value", "norm", "scale", "batch", "it"})  # mean little beside others
 _OF_THE_LOSS = ("loss", "val_loss", "accuracy", "val_accuracy")
 
 
@@ -192,14 +192,17 @@ def _known(key: str) -> tuple[str, int] | None:
     if key in _RANKS:
         return _RANKS[key]
     words = re.split("[/_]", key)
-    splits = [word for word in words if word in TRAINING | VALIDATION]
-    known = _RANKS.get("_".join(word for word in words if word not in splits))
-    if known is None or len(splits) != 1:
+    splits = [word for word in words if word in SPLITS]
+    base = "_".join(word for word in words if word not in splits)
+    known = _RANKS.get(base)
+    if known is None or len(splits) != 1 or base in _ALONE:
         return None
-    signal, rank = known
-    if splits[0] in VALIDATION:
-        return (f"val_{signal}", rank + 1) if signal in ("loss", "accuracy") else None
-    return signal, rank + 1
+    (signal, rank), (split,) = known, splits
+    if split in TRAINING:
+        return signal, rank + 1
+    # A speed or a memory of validation is no signal; "val" is surer than "test".
+    is_scored = signal in ("loss", "accuracy")
+    return (f"val_{signal}", rank + 1 + VALIDATION.index(split)) if is_scored else None
 
 
 def of_validation(signal: str) -> str | None:

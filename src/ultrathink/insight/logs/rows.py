@@ -11,9 +11,9 @@ from ultrathink.insight.logs.log import LogError, LogSignals
 from ultrathink.insight.logs.names import (
     RUN,
     SPLIT,
+    SPLITS,
     STEP,
     TOTAL,
-    TRAINING,
     VALIDATION,
     Meaning,
     can_fail,
@@ -135,7 +135,7 @@ class Rows:
                     step, rank = int(number), meaning.rank
                 continue
             key = plain(name)
-            if key in SPLIT and isinstance(value, str) and value.lower() in TRAINING | VALIDATION:
+            if key in SPLIT and isinstance(value, str) and value.lower() in SPLITS:
                 split = value.lower()
             elif key in RUN and isinstance(value, str):
                 run = value

@@ -31,6 +31,7 @@ from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, Controller, MetricsCallback
 from ultrathink.training.choices import Choices
 from ultrathink.training.compiling import Compilation
+from ultrathink.training.evaluators.base import NO_EVALUATORS, EvaluatorSet
 from ultrathink.training.model_set import ModelSet
 from ultrathink.training.objectives.base import Objective, Parts
 from ultrathink.training.offload import HostCopies
@@ -56,6 +57,7 @@ def assemble(
     callbacks: Sequence[Callback],
     controllers: Sequence[Controller],
     frozen: Sequence[FoundModel] = (),
+    evaluators: EvaluatorSet = NO_EVALUATORS,
 ) -> Trainer:
     """The parts of a run, made for this machine and wired; nothing is loaded or trained yet."""
     training = config.training
@@ -108,6 +110,7 @@ def assemble(
         if world.is_main
         else [RankLog(run, world.rank), samples],
         controllers=controllers if world.is_main else (),
+        evaluators=evaluators,
         world=world,
         dims=dims,
         watchdog=Watchdog(60 * config.parallel.hang_minutes, run.logs / f"stacks-{world.rank}.txt")

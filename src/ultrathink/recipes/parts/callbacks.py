@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ultrathink.config.evaluators import SampleConfig
 from ultrathink.config.schema import Config
 from ultrathink.data.tokenizers.base import Tokenizer
 from ultrathink.inference.engine import Engine
@@ -12,6 +13,7 @@ from ultrathink.parallel.world import World
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.endings import Ending
+from ultrathink.training.evaluators.base import Written
 from ultrathink.training.model_set import inference_view
 
 
@@ -54,15 +56,23 @@ class SampleWriter(Callback):
         if ending is None or ending.can_resume:
             return
         sample = self.config.training.sample
-        params = SamplingParams(
-            max_new_tokens=sample.max_new_tokens,
-            temperature=sample.temperature,
-            top_p=sample.top_p,
-            seed=self.config.run.seed,
-        )
         with inference_view(self.model) as model:
-            engine = Engine(model, self.tokenizer, in_training=True)
-            for prompt in sample.prompts:
-                text = engine.generate(prompt, params).text
-                if self.world.is_main:
-                    self.sink.sample(self._step, prompt, text)
+            written = continue_prompts(model, self.tokenizer, sample, self.config.run.seed)
+        if self.world.is_main:
+            for prompt, one in zip(sample.prompts, written, strict=True):
+                self.sink.sample(self._step, prompt, one.text)
+
+
+def continue_prompts(
+    model: Transformer, tokenizer: Tokenizer, sample: SampleConfig, seed: int
+) -> list[Written]:
+    """What a model that is trained writes after each prompt of ``sample``."""
+    params = SamplingParams(
+        max_new_tokens=sample.max_new_tokens,
+        temperature=sample.temperature,
+        top_p=sample.top_p,
+        seed=seed,
+    )
+    engine = Engine(model, tokenizer, in_training=True)
+    written = [engine.generate(prompt, params) for prompt in sample.prompts]
+    return [Written(one.text, one.new_tokens) for one in written]

@@ -21,6 +21,7 @@ from ultrathink.training.validation import Scores
 
 LOSS = "loss"  # the term that reports call the loss
 TOKENS = "tokens"  # the count that every batch has: positions that are trained
+WEIGHTS = "loss_weights"  # the sum of their weights, where a batch has any
 
 
 class Term(NamedTuple):
@@ -98,7 +99,7 @@ class Objective(ABC):
         return {}
 
     def before_step(self, step: int) -> None:
-        """Set what the model needs before the passes of ``step``."""
+        """Set what the main model needs before the passes of ``step``."""
         if self.model.routing is not None:
             self.model.routing.warm_up(step)
 
@@ -115,7 +116,7 @@ class Objective(ABC):
         """Pass over a micro-batch, which lies on the CPU."""
 
     def after_update(self, stats: Mapping[str, Tensor], summed: Callable[[Tensor], Tensor]) -> None:
-        """Set what the model needs after an update of its weights.
+        """Set what the main model needs after an update of its weights.
 
         ``stats`` are those of this process's share of the batch; ``summed`` adds a tensor up over
         all processes.

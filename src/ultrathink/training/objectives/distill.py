@@ -15,7 +15,7 @@ from ultrathink.config.objective import DistillConfig
 from ultrathink.data.batch import Batch
 from ultrathink.model.token_losses import linear_kl
 from ultrathink.model.transformer import Transformer
-from ultrathink.training.objectives.base import LOSS, Losses, Parts, Term
+from ultrathink.training.objectives.base import LOSS, TOKENS, WEIGHTS, Losses, Parts, Term
 from ultrathink.training.objectives.pretrain import Pretraining, Sums
 
 KL = "kl"
@@ -42,12 +42,14 @@ class Distillation(Pretraining):
 
     def losses(self, batch: Batch) -> Losses:
         input_ids, labels, *isolated = self.inputs(batch)
+        weights = self.loss_weights(batch)
         with self.teacher.states(input_ids, *isolated) as (states, weight):
-            sums = self.sums_beside(input_ids, labels, *isolated, states, weight, self.temperature)
-        terms = {name: Term(value) for name, value in {LOSS: sums.loss, **sums.aux_losses}.items()}
-        scale = self.weight * self.temperature.square()
-        terms[KL] = terms[KL]._replace(weight=scale)
-        return Losses(terms, sums.stats)
+            asked = (states, weight, self.temperature, *weights)
+            sums = self.sums_beside(input_ids, labels, *isolated, *asked)
+        terms = {name: Term(value) for name, value in sums.aux_losses.items()}
+        per = WEIGHTS if weights else TOKENS
+        terms[KL] = Term(terms[KL].sum, self.weight * self.temperature.square(), per)
+        return Losses({LOSS: Term(sums.loss, per=per), **terms}, sums.stats)
 
 
 def loss_function(model: Transformer, divergence: Callable[..., Tensor]) -> Callable[..., Sums]:
@@ -61,10 +63,12 @@ def loss_function(model: Transformer, divergence: Callable[..., Tensor]) -> Call
         states: Tensor,
         weight: Tensor,
         temperature: Tensor,
+        loss_weights: Tensor | None = None,
     ) -> Sums:
         def head(x: Tensor, own_weight: Tensor, _: Tensor | None) -> dict[str, Tensor]:
             targets = labels.flatten()
-            own = model.head_loss(x, targets)
+            weights = None if loss_weights is None else loss_weights.flatten()
+            own = model.head_loss(x, targets, weights)
             assert own.loss is not None
             kl = divergence(
                 x.flatten(0, 1),
@@ -72,6 +76,7 @@ def loss_function(model: Transformer, divergence: Callable[..., Tensor]) -> Call
                 targets,
                 states.flatten(0, 1),
                 weight,
+                loss_weights=weights,
                 temperature=temperature,
             )
             return {LOSS: own.loss, KL: kl, **own.aux_losses}

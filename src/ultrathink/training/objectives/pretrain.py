@@ -10,7 +10,15 @@ from torch import Tensor
 from ultrathink.config.objective import ObjectiveConfig
 from ultrathink.data.batch import Batch
 from ultrathink.model.transformer import Transformer
-from ultrathink.training.objectives.base import LOSS, TOKENS, Losses, Objective, Parts, Term
+from ultrathink.training.objectives.base import (
+    LOSS,
+    TOKENS,
+    WEIGHTS,
+    Losses,
+    Objective,
+    Parts,
+    Term,
+)
 from ultrathink.training.validation import Scores, evaluate
 
 
@@ -22,17 +30,26 @@ class Sums(NamedTuple):
     stats: dict[str, Tensor]  # without gradients
 
 
-# input_ids, labels, positions, document_ids
-LossFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Sums]
+LossFunction = Callable[..., Sums]  # of what ``summed_losses`` below takes
 
 
 def loss_function(model: Transformer) -> LossFunction:
     """The part of a step that is worth compiling: from token ids to losses."""
 
     def summed_losses(
-        input_ids: Tensor, labels: Tensor, positions: Tensor | None, document_ids: Tensor | None
+        input_ids: Tensor,
+        labels: Tensor,
+        positions: Tensor | None,
+        document_ids: Tensor | None,
+        loss_weights: Tensor | None = None,
     ) -> Sums:
-        output = model(input_ids, labels=labels, positions=positions, document_ids=document_ids)
+        output = model(
+            input_ids,
+            labels=labels,
+            positions=positions,
+            document_ids=document_ids,
+            loss_weights=loss_weights,
+        )
         assert output.loss is not None
         return Sums(output.loss, output.aux_losses, output.stats)
 
@@ -40,7 +57,10 @@ def loss_function(model: Transformer) -> LossFunction:
 
 
 class Pretraining(Objective):
-    """Cross-entropy of the next token, and the auxiliary losses of the model."""
+    """Cross-entropy of the next token, and the auxiliary losses of the model.
+
+    Where a batch has weights, the cross-entropy is a mean by weight.
+    """
 
     best_by: ClassVar = {LOSS: -1, "token_accuracy": 1}
 
@@ -50,20 +70,29 @@ class Pretraining(Objective):
         self.sums = parts.compilation.of_pass(loss_function(self.model))
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        return {TOKENS: batch.num_target_tokens}
+        counts: dict[str, float] = {TOKENS: batch.num_target_tokens}
+        if batch.loss_weights is not None:
+            counts[WEIGHTS] = batch.target_weight
+        return counts
 
     def losses(self, batch: Batch) -> Losses:
-        sums = self.sums(*self.inputs(batch))
-        terms = {LOSS: sums.loss, **sums.aux_losses}
-        return Losses({name: Term(value) for name, value in terms.items()}, sums.stats)
+        weights = self.loss_weights(batch)
+        sums = self.sums(*self.inputs(batch), *weights)
+        loss = Term(sums.loss, per=WEIGHTS if weights else TOKENS)
+        terms = {name: Term(value) for name, value in sums.aux_losses.items()}
+        return Losses({LOSS: loss, **terms}, sums.stats)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Ids, labels and, where documents are isolated, positions and documents, on the device."""
-        input_ids, labels = batch.on(self.device, "input_ids", "labels")
+        input_ids, labels = batch.on(self.device, "input_ids", "targets")
         if not self.isolate_documents:
             return input_ids, labels, None, None
         positions, document_ids = batch.on(self.device, "positions", "document_ids")
         return input_ids, labels, positions, document_ids
+
+    def loss_weights(self, batch: Batch) -> list[Tensor]:
+        """The weights of a batch that has some, on the device."""
+        return [] if batch.loss_weights is None else batch.on(self.device, "loss_weights")
 
     def score(self, batch_size: int, max_batches: int | None = None) -> Scores:
         assert self.held_out is not None, "there is something to validate on"

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ultrathink.config.experts import MoeConfig
+from ultrathink.model.experts.controls import RoutingControls
+from ultrathink.model.experts.router import LayerRouting, Router
+from ultrathink.model.experts.sequences import find_sequences
 from ultrathink.model.transformer import Transformer
 
 ONE: list[dict[str, Any]] = [{"name": "experts", "num_experts": 4, "top_k": 2}]
@@ -49,3 +53,28 @@ def assert_same(expected: dict[str, Tensor], found: dict[str, Tensor], limit: fl
     assert list(expected) == list(found)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=limit, atol=limit, msg=name)
+
+
+def make_router(
+    groups: Sequence[dict[str, Any]], dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[Router, RoutingControls]:
+    """A router of tokens of width 8 whose scores differ, and its controls."""
+    config = MoeConfig.model_validate(mixture(groups, **options))
+    router = Router(config, 8).to(dtype)
+    router.reset_buffers()
+    torch.nn.init.normal_(router.weight, 0, 0.7)
+    return router, RoutingControls(config).to(dtype)
+
+
+def route(
+    router: Router,
+    controls: RoutingControls,
+    x: Tensor,
+    labels: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> tuple[Tensor, Tensor, LayerRouting]:
+    """The experts and gates of each token, ``[B, T, K]`` each, and what is told."""
+    sequences = find_sequences(labels, document_ids, x, -100)
+    choice, routing = router(x, sequences, controls.now())
+    experts, gates = (part.view(*x.shape[:2], -1) for part in choice)
+    return experts, gates, routing

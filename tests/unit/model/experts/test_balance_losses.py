@@ -10,16 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.model.experts.mixtures import FOUR, ONE, mixture
-from ultrathink.config.experts import MoeConfig
-from ultrathink.model.experts.balance import LOSSES, GroupScores, group_losses
-from ultrathink.model.experts.controls import RoutingControls
-from ultrathink.model.experts.router import LayerRouting, Router
+from tests.unit.model.experts.mixtures import FOUR, ONE, make_router, route
+from ultrathink.model.experts.balance import LOSSES
+from ultrathink.model.experts.router import Router
 from ultrathink.model.experts.sequences import find_sequences
 
 EVEN_WEIGHTS = dict.fromkeys(LOSSES, 1.0)
 WITH_SLOTS = [{**group, "max_experts": group["num_experts"] + 2} for group in FOUR]
 SPANS = ((0, 5), (5, 6), (6, 18))  # documents of a row
+
+
+def make_biased(groups: Any = FOUR, **options: Any) -> tuple[Any, Any]:
+    """A router whose choice is not that of its scores, and all losses count alike."""
+    router, controls = make_router(groups, **{"balance": EVEN_WEIGHTS, **options})
+    router.selection_bias.normal_(0, 0.3)
+    return router, controls
 
 
 @pytest.fixture
@@ -34,30 +39,6 @@ def labels() -> Tensor:
     labels[torch.rand(3, 18) < 0.3] = -100
     labels[0, 6:] = -100
     return labels
-
-
-def make_router(groups: Any = FOUR, **options: Any) -> tuple[Router, RoutingControls]:
-    balance = options.pop("balance", EVEN_WEIGHTS)
-    config = MoeConfig.model_validate(mixture(groups, balance=balance, **options))
-    router = Router(config, 8).double()
-    router.reset_buffers()
-    with torch.no_grad():
-        router.weight.normal_(0, 0.7)
-        router.selection_bias.normal_(0, 0.3)
-    return router, RoutingControls(config).double()
-
-
-def route(
-    router: Router,
-    controls: RoutingControls,
-    x: Tensor,
-    labels: Tensor | None = None,
-    document_ids: Tensor | None = None,
-) -> tuple[Tensor, LayerRouting]:
-    """The experts of each token ``[B, T, K]``, and what is told of them."""
-    sequences = find_sequences(labels, document_ids, x, -100)
-    choice, routing = router(x, sequences, controls.now())
-    return choice.experts.view(*x.shape[:2], -1), routing
 
 
 def reference(logits: np.ndarray, chosen: np.ndarray, top_k: int, score: str) -> np.ndarray:
@@ -104,10 +85,10 @@ def expected_losses(
 def test_losses_equal_numpy_per_sequence_and_group(
     x: Tensor, labels: Tensor, groups: Any, score: str, is_packed: bool
 ) -> None:
-    router, controls = make_router(groups, score=score)
+    router, controls = make_biased(groups, score=score)
     ids = torch.cat([torch.full((end - begin,), i) for i, (begin, end) in enumerate(SPANS)])
     documents = ids.expand(3, 18) if is_packed else None
-    experts, routing = route(router, controls, x, labels, documents)
+    experts, _, routing = route(router, controls, x, labels, documents)
     spans = SPANS if is_packed else ((0, 18),)
     expected = expected_losses(router, x, labels, experts, spans, score)
     np.testing.assert_allclose(routing.losses.detach().numpy(), expected, rtol=1e-9)
@@ -137,7 +118,7 @@ def test_each_loss_has_its_gradient_at_imbalance(
 ) -> None:
     """That of the weights of all experts, chosen or not, but for tokens that do not count."""
     x, labels = x[1:2, :8], labels[1:2, :8]
-    router, controls = make_router(FOUR[2:], score=score)
+    router, controls = make_biased(FOUR[2:], score=score)
 
     def value(weight: Tensor, inputs: Tensor) -> Tensor:
         sequences = find_sequences(labels, None, inputs, -100)
@@ -160,12 +141,12 @@ def test_each_loss_has_its_gradient_at_imbalance(
 def test_losses_and_gradients_are_finite_at_the_ends(
     x: Tensor, labels: Tensor, scale: float, score: str, dtype: torch.dtype
 ) -> None:
-    router, controls = make_router(WITH_SLOTS, score=score)
+    router, controls = make_biased(WITH_SLOTS, score=score)
     if dtype == torch.bfloat16:
         router.float()
     with torch.no_grad():
         router.weight.mul_(scale)
-    _, routing = route(router, controls, x.to(dtype), labels)
+    *_, routing = route(router, controls, x.to(dtype), labels)
     assert routing.losses.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
     [gradient] = torch.autograd.grad(routing.losses.sum(), [router.weight])
     assert torch.isfinite(routing.losses).all()
@@ -180,7 +161,7 @@ def test_losses_and_gradients_are_finite_at_the_ends(
 def test_the_loss_of_load_falls_along_its_gradient() -> None:
     """From a router with a favourite to an even one, by that loss alone."""
     balance = {**dict.fromkeys(LOSSES, 0.0), "load": 1.0}
-    router, controls = make_router(ONE, balance=balance)
+    router, controls = make_biased(ONE, balance=balance)
     router.selection_bias.zero_()
     x = torch.randn(4, 64, 8, dtype=torch.float64) + 1
     with torch.no_grad():
@@ -189,7 +170,7 @@ def test_the_loss_of_load_falls_along_its_gradient() -> None:
     spread = []
     for _ in range(60):
         optimizer.zero_grad()
-        _, routing = route(router, controls, x)
+        *_, routing = route(router, controls, x)
         routing.losses.sum().backward()
         optimizer.step()
         spread.append(float(routing.load.max() / routing.load.mean()))
@@ -198,8 +179,8 @@ def test_the_loss_of_load_falls_along_its_gradient() -> None:
 
 
 def test_a_sequence_without_trained_tokens_adds_nothing(x: Tensor, labels: Tensor) -> None:
-    router, controls = make_router(FOUR)
-    _, routing = route(router, controls, x, torch.full_like(labels, -100))
+    router, controls = make_biased(FOUR)
+    *_, routing = route(router, controls, x, torch.full_like(labels, -100))
     assert not routing.losses.any()
     assert not routing.load.any()
     [gradient] = torch.autograd.grad(routing.losses.sum(), [router.weight])
@@ -207,20 +188,7 @@ def test_a_sequence_without_trained_tokens_adds_nothing(x: Tensor, labels: Tenso
 
 
 def test_one_expert_alone_is_balanced() -> None:
-    router, controls = make_router([{"name": "a", "num_experts": 1, "top_k": 1}])
-    _, routing = route(router, controls, torch.randn(1, 6, 8, dtype=torch.float64))
+    router, controls = make_biased([{"name": "a", "num_experts": 1, "top_k": 1}])
+    *_, routing = route(router, controls, torch.randn(1, 6, 8, dtype=torch.float64))
     load, importance, entropy, _ = routing.losses.tolist()
     assert (load, importance, entropy) == (6, 0, 0)
-
-
-def test_losses_of_a_group_by_themselves() -> None:
-    """By hand: two tokens, two experts, probabilities 3:1 and even, both to the first."""
-    p = torch.tensor([[[0.75, 0.25], [0.5, 0.5]]], dtype=torch.float64)
-    chosen = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]], dtype=torch.float64)
-    scores = GroupScores(p, p, p.logsumexp(-1, keepdim=True), p, chosen)
-    sequences = find_sequences(None, None, p, -100)
-    losses = group_losses(scores, sequences, torch.tensor(2.0, dtype=torch.float64), 1)
-    entropy = -(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))
-    z = sum(math.log(math.exp(a) + math.exp(b)) ** 2 for a, b in ((0.75, 0.25), (0.5, 0.5)))
-    expected = [2 * 2 * 0.625, 2 * (0.125 / 0.5) ** 2, 1 - entropy, z]
-    assert losses.tolist() == pytest.approx(expected)

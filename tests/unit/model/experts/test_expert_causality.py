@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.unit.model.conftest import assert_causal
 from tests.unit.model.experts.mixtures import CAPACITY, FOUR, mixture
 from ultrathink.model.transformer import Transformer
 
@@ -32,31 +33,10 @@ def model(request: pytest.FixtureRequest, make_model: Any) -> Transformer:
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-@torch.no_grad()
 def test_a_token_changes_no_logit_before_it(
     model: Transformer, tokens: Tensor, packed: Any, is_packed: bool
 ) -> None:
-    documents, positions, _ = packed
-    options = {"document_ids": documents, "positions": positions} if is_packed else {}
-    before = model(tokens, **options).logits
-    for at in (1, 7, 16, 23, 39):
-        changed = tokens.clone()
-        changed[:, at] = (changed[:, at] + 1) % 53
-        after = model(changed, **options).logits
-        torch.testing.assert_close(after[:, :at], before[:, :at], rtol=0, atol=1e-12)
-        assert (after[:, at] - before[:, at]).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("size", [1, 3])
-@torch.no_grad()
-def test_token_by_token_with_a_cache_is_the_full_pass(
-    model: Transformer, tokens: Tensor, size: int
-) -> None:
-    """One token's experts are few, and read by themselves; three tokens' are not."""
-    expected = model(tokens).logits
-    cache = model.new_cache(2, 40)
-    parts = [model(part, cache=cache).logits for part in tokens.split(size, 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-12, atol=1e-12)
+    assert_causal(model, tokens, packed, is_packed)
 
 
 @torch.no_grad()

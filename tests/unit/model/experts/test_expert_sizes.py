@@ -1,4 +1,4 @@
-"""How many weights a mixture has, how many a token meets, and how they start."""
+"""How many weights a model has, how many a token meets, and how they start."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from ultrathink.model.transformer import Transformer
 
 SLOTS = [{**FOUR[0], "max_experts": 9}, FOUR[3]]
 VARIANTS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "dense, own head": {"tie_embeddings": False, "qk_norm": True},
+    "dense, relu2": {"feed_forward": "relu2", "num_kv_heads": 1, "head_dim": 6},
+    "dense, biases": {"qkv_bias": True},
     "one group": {"moe": mixture(ONE)},
     "four groups": {"moe": mixture(FOUR, shared_size=24), "tie_embeddings": False},
     "relu2": {"moe": mixture(FOUR, shared_size=24), "feed_forward": "relu2", "qk_norm": True},
@@ -63,12 +67,25 @@ def test_counts_equal_the_weights_that_a_token_meets(make_model: Any, variant: s
 
 
 def deviations(config: ModelConfig) -> dict[str, float]:
+    """Of the matrices, each cut at 3 and about 0; norms are ones, and no two layers are equal."""
     model = Transformer(config)
-    return {name: float(p.detach().std()) for name, p in model.named_parameters() if p.dim() > 1}
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    assert all(torch.all(vector == 1) for vector in vectors)
+    first, second = (block.attention.qkv.weight for block in model.blocks[:2])
+    assert not torch.equal(first, second)
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            deviation = float(parameter.detach().std())
+            assert parameter.abs().max() <= 3.3 * deviation
+            assert abs(float(parameter.detach().mean())) <= 0.1 * deviation
+            found[name] = deviation
+    return found
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "relu2"])
-def test_what_writes_to_the_residual_stream_starts_smaller(kind: str) -> None:
+@pytest.mark.parametrize("has_experts", [False, True])
+def test_what_writes_to_the_residual_stream_starts_smaller(kind: str, has_experts: bool) -> None:
     moe = mixture([{"name": "a", "num_experts": 8, "top_k": 2}], shared_size=64)
     config = ModelConfig(
         hidden_size=128,
@@ -76,15 +93,22 @@ def test_what_writes_to_the_residual_stream_starts_smaller(kind: str) -> None:
         num_heads=4,
         vocab_size=300,
         feed_forward=kind,
-        moe={**moe, "intermediate_size": 64},
+        tie_embeddings=False,
+        qk_norm=True,
+        moe={**moe, "intermediate_size": 64} if has_experts else None,
     )
     found = deviations(config)
     cut = 0.02 * 0.986578  # a normal without what lies beyond 3 deviations
-    residual = ("attention.output.weight", "experts.down", "shared.down.weight")
+    residual = (
+        "attention.output.weight",
+        "feed_forward.down.weight",
+        "experts.down",
+        "shared.down.weight",
+    )
     for name, deviation in found.items():
         expected = cut / math.sqrt(2 * 8) if name.endswith(residual) else cut
         assert deviation == pytest.approx(expected, rel=0.07), name
-    assert sum(name.endswith(residual) for name in found) == 3 * 8
+    assert sum(name.endswith(residual) for name in found) == (3 if has_experts else 2) * 8
     zero = config.model_copy(update={"init": config.init.model_copy(update={"residual": "zero"})})
     assert {n for n, d in deviations(zero).items() if d == 0} == {
         name for name in found if name.endswith(residual)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.model.experts.mixtures import FOUR, ONE, mixture
+from tests.unit.model.experts.mixtures import FOUR, ONE, make_router, mixture, route
 from ultrathink.config.experts import MoeConfig
 from ultrathink.config.model import ModelConfig
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.model.experts.controls import RoutingControls
-from ultrathink.model.experts.router import LayerRouting, Router
+from ultrathink.model.experts.router import Router
 from ultrathink.model.experts.sequences import find_sequences
 from ultrathink.model.transformer import Transformer
 
@@ -24,29 +24,6 @@ SIX: list[dict[str, Any]] = [
     {"name": "three", "num_experts": 3, "top_k": 1, "max_experts": 5},
 ]
 SPANS = ((0, 4), (4, 21), (21, 30))  # documents of a row
-
-
-def make_router(groups: Any, dtype: torch.dtype = torch.float64, **routing: Any) -> Any:
-    config = MoeConfig.model_validate(mixture(groups, routing=routing))
-    router = Router(config, 8).to(dtype)
-    router.reset_buffers()
-    with torch.no_grad():
-        router.weight.normal_(0, 0.7)
-    return router, RoutingControls(config).to(dtype)
-
-
-def route(
-    router: Router,
-    controls: RoutingControls,
-    x: Tensor,
-    labels: Tensor | None = None,
-    document_ids: Tensor | None = None,
-) -> tuple[Tensor, Tensor, LayerRouting]:
-    """The experts and gates of each token, ``[B, T, K]`` each, and what is told."""
-    sequences = find_sequences(labels, document_ids, x, -100)
-    choice, routing = router(x, sequences, controls.now())
-    experts, gates = (part.view(*x.shape[:2], -1) for part in choice)
-    return experts, gates, routing
 
 
 def taken(
@@ -151,7 +128,7 @@ def test_closed_experts_are_closed_for_a_sequence() -> None:
 
 @pytest.mark.parametrize("share", [0.5, 0.99])
 def test_however_many_are_closed_a_token_has_its_experts(share: float) -> None:
-    router, controls = make_router(SIX, torch.float32, expert_dropout=share)
+    router, controls = make_router(SIX, torch.float32, routing={"expert_dropout": share})
     x = torch.randn(200, 4, 8)
     experts, gates, routing = route(router, controls, x)
     assert router.active[experts].all()  # no empty slot instead of a closed expert

@@ -1,0 +1,1 @@
+"""Evaluators, a file for each type."""

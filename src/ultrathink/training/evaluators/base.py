@@ -1,0 +1,237 @@
+"""Evaluators: what measures a model while training goes on, and how they are run."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ultrathink.config.data import SourceConfig
+from ultrathink.config.evaluators import EvaluatorConfig, SampleConfig
+from ultrathink.core.errors import UltrathinkError
+from ultrathink.core.random import seed_everything, step_seed
+from ultrathink.data.tokenizers.base import Tokenizer
+from ultrathink.data.validation import ValidationSet
+from ultrathink.model.transformer import Transformer
+from ultrathink.monitoring.records import Tell
+from ultrathink.parallel.board import new_team
+from ultrathink.parallel.sharding import is_divided
+from ultrathink.parallel.world import ALONE, Group, World, is_lost_connection
+from ultrathink.training.callbacks import EvaluationReport
+from ultrathink.training.model_set import inference_view
+from ultrathink.training.run_state import Progress
+
+_PATIENCE_S = 60.0
+
+
+class Written(NamedTuple):
+    """What a model wrote after a prompt."""
+
+    text: str
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class EvaluatorParts:
+    """What an evaluator is made from."""
+
+    tokenizer: Tokenizer
+    batch_size: int  # sequences in one pass
+    open_text: Callable[[SourceConfig], ValidationSet]
+    """The whole text of a source, in the run's tokens; raises DataError."""
+
+    continue_prompts: Callable[[Transformer, SampleConfig, int], list[Written]]
+    """What a model writes after each prompt, given a seed."""
+
+    group: Group  # processes that may divide the work; the results are for all of them
+
+
+class Evaluator(ABC):
+    """Measures a model under a name.
+
+    Where it is made, on several processes one after the other, it must not communicate.
+    """
+
+    def __init__(self, config: EvaluatorConfig) -> None:
+        self.name = config.label
+        self.every_steps = config.every_steps
+
+    @abstractmethod
+    def evaluate(self, model: Transformer, step: int) -> Mapping[str, float]:
+        """Figures by name; metrics call them ``NAME/figure``.
+
+        All processes call it at once, with the same ``model`` in evaluation mode, without
+        gradients, and from the same random state, which is that of the run's seed, the name and the
+        step. Sums over processes go through the ``group`` of its parts: an error of one process
+        reaches the others there.
+        """
+
+
+class EvaluationError(Exception):
+    """An evaluator failed, on this process or another: all of them raise it."""
+
+
+class Agreement:
+    """Lets processes hear of each other's errors before they do something together.
+
+    They speak through the store where they met: who waits in a collective would not answer there.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._team = new_team(world)
+        self._count = 0  # of agreements, the same on all processes
+
+    def reach(self, error: Exception | None = None, *, patience_s: float = math.inf) -> None:
+        """EvaluationError on every process where one of them comes with an ``error``.
+
+        That one waits ``patience_s`` for the others and then raises UltrathinkError, which ends it:
+        a collective that they wait in fails once it is gone.
+        """
+        team, count = self._team, self._count + 1
+        deadline = math.inf if error is None else time.monotonic() + patience_s
+
+        def check() -> None:
+            if time.monotonic() > deadline:
+                raise UltrathinkError(
+                    f"an evaluator failed on process {team.rank} alone, while the others wait for "
+                    f"it: {_told(error)}"
+                ) from error
+
+        team.put(f"{count}/{team.rank}", None if error is None else _told(error))
+        answers = team.wait_for([f"{count}/{rank}" for rank in range(team.size)], check)
+        if team.rank == 0:  # all have read what was agreed before
+            team.forget([f"{self._count}/{rank}" for rank in range(team.size) if self._count])
+        self._count = count
+        for rank, problem in enumerate(answers):
+            if problem is not None:
+                where = f" (on process {rank})" if team.size > 1 else ""
+                raise EvaluationError(f"{problem}{where}") from error
+
+
+def _told(error: Exception | None) -> str:
+    return str(error) if isinstance(error, UltrathinkError) else f"{type(error).__name__}: {error}"
+
+
+@dataclass(frozen=True)
+class AgreeingGroup(Group):
+    """A group that adds up once none of its processes has failed before."""
+
+    agreement: Agreement = field(kw_only=True)
+
+    def summed(self, values: Tensor) -> Tensor:
+        self.agreement.reach()
+        return super().summed(values)
+
+
+class EvaluatorSet(NamedTuple):
+    """The evaluators of a run, and how its processes hear of their errors."""
+
+    members: Sequence[Evaluator]
+    agreement: Agreement
+
+
+NO_EVALUATORS = EvaluatorSet((), Agreement(ALONE))
+
+
+class Evaluations:
+    """Runs evaluators at step boundaries; training goes on as if nothing had been.
+
+    One that fails is reported and tried again when it is due. ``before_each`` is called before
+    each.
+    """
+
+    def __init__(
+        self,
+        evaluators: EvaluatorSet,
+        model: Transformer,
+        *,
+        seed: int,
+        before_each: Callable[[], None],
+        report: Callable[[EvaluationReport], None],
+        tell: Tell,
+    ) -> None:
+        self._evaluators, self._agreement = evaluators
+        self._model = model
+        self._seed = seed
+        self._before_each = before_each
+        self._report = report
+        self._tell = tell
+        self._seconds: dict[str, float] = {}  # that each took when it was run last
+        self._failing: set[str] = set()
+        self._done: tuple[int, set[str]] = (0, set())  # which evaluated the model of this step
+
+    def run(self, progress: Progress, *, is_last: bool = False) -> None:
+        """Run the evaluators that are due after a step, at the end all that did not yet."""
+        step = progress.step
+        done = self._done[1] if is_last and self._done[0] == step else set()
+        due = [
+            one
+            for one in self._evaluators
+            if one.name not in done and (is_last or progress.is_due(one.every_steps))
+        ]
+        if not due:
+            return
+        self._done = step, done | {one.name for one in due}
+        began = time.perf_counter()
+        figures = {name: value for one in due for name, value in self._figures(one, step).items()}
+        if figures:
+            seconds = time.perf_counter() - began
+            self._report(EvaluationReport(step, progress.tokens, figures, seconds))
+
+    def seconds_a_step(self) -> float:
+        """What evaluators cost, spread over the steps, on the clock of the first process."""
+        mine = sum(
+            self._seconds.get(one.name, 0.0) / one.every_steps
+            for one in self._evaluators
+            if one.every_steps is not None
+        )
+        return self._agreement.world.of_main(mine)
+
+    def _figures(self, evaluator: Evaluator, step: int) -> dict[str, float]:
+        """What ``evaluator`` found, by full name; nothing where it failed."""
+        self._before_each()
+        began, name = time.perf_counter(), evaluator.name
+        try:
+            found = self._evaluate(evaluator, step)
+        except EvaluationError as error:
+            if name not in self._failing:
+                self._failing.add(name)
+                self._tell(
+                    f"evaluator {name!r} failed at step {step}: {error}; training goes on, and it "
+                    f"is tried again when it is due",
+                    "warning",
+                )
+            return {}
+        self._failing.discard(name)
+        self._seconds[name] = time.perf_counter() - began
+        return {f"{name}/{figure}": value for figure, value in found.items()}
+
+    def _evaluate(self, evaluator: Evaluator, step: int) -> dict[str, float]:
+        """The figures on every process, or EvaluationError on every process."""
+        failure, found = None, {}
+        with inference_view(self._model) as model, torch.no_grad():
+            was_training = model.training
+            model.eval()
+            seed_everything(step_seed(self._seed, step, *evaluator.name.encode()))
+            try:
+                figures = evaluator.evaluate(model, step)
+                found = {name: float(value) for name, value in figures.items()}
+            except EvaluationError:
+                raise  # all know
+            except Exception as error:
+                if is_lost_connection(error):
+                    raise
+                failure = error
+            finally:
+                model.train(was_training)
+        # A process that fails amid passes leaves the others in them where those gather weights.
+        patience_s = _PATIENCE_S if is_divided(self._model) else math.inf
+        self._agreement.reach(failure, patience_s=patience_s)
+        return found

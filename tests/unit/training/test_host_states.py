@@ -4,6 +4,7 @@ What only a GPU can show (pinned memory, streams, events) is not run here.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,8 +124,8 @@ def test_room_is_a_share_of_this_machine_for_each_of_its_processes(
     monkeypatch.setattr(steering, "host_memory_in_use", in_use)
     room = {}
     for local_size in (1, 2, 8):
-        trainer.world = World(0, 16, 0, local_size)
-        room[local_size] = steering.room_for_snapshots(trainer.parts, SnapshotsConfig())
+        parts = replace(trainer.parts, world=World(0, 16, 0, local_size))
+        room[local_size] = steering.room_for_snapshots(parts, SnapshotsConfig())
     trainer.close()
     assert shares == [1, 2, 8]
     assert room == {1: 8, 2: 4, 8: 1}

@@ -26,7 +26,7 @@ def test_the_page_lies_in_the_run_or_where_it_is_wanted(say: Say) -> None:
     out = say("report", "demo")
     assert out.splitlines()[-1].startswith("runs/demo/report.html  (")
     page = Path("runs/demo/report.html").read_text()
-    assert page.startswith("<!DOCTYPE html>")
+    assert page.lstrip().startswith("<!DOCTYPE html>")
     assert "<title>demo: training report</title>" in page
     say("report", "runs/demo")  # again, over the first
 

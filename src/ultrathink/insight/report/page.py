@@ -72,6 +72,7 @@ def _part(name: str) -> str:
 
 
 def data_url(picture: Picture) -> str:
+    """The picture as the source of an ``img``: the page is one file and fetches nothing."""
     return f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
 
 

@@ -16,9 +16,7 @@ from tests.unit.monitoring.disks import fill, small_disk
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import At, Recorder, asks, final_state, records, without_time
 from ultrathink.config.monitoring import SINKS
-from ultrathink.core.registry import Registry
 from ultrathink.monitoring.records import Level, MetricRecord, RunInfo, Sink
-from ultrathink.recipes.parts import assembly as build
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.changes import SetLearningRateFactor
@@ -216,14 +214,9 @@ class BrokenSink(Sink):
 
 
 def test_a_sink_that_fails_in_every_way_is_told_once_for_each(
-    make_trainer: MakeTrainer, undisturbed: RunFolder, monkeypatch: pytest.MonkeyPatch
+    make_trainer: MakeTrainer, undisturbed: RunFolder
 ) -> None:
-    parts: Registry[Any] = Registry("sink")
-    for entry in SINKS:
-        parts.add(entry.name, entry.target)
-    parts.add("broken", BrokenSink)
-    monkeypatch.setattr(build, "SINKS", parts)
-    monkeypatch.setattr("ultrathink.config.monitoring.SINKS", parts)
+    SINKS.add("broken", BrokenSink)  # until the fixtures forget what a test registered
     recorder = Recorder()
     trainer = trained(
         make_trainer, "monitoring.sinks=[broken, jsonl, tensorboard]", callbacks=[recorder]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -50,7 +50,59 @@ class Share(NamedTuple):
 WHOLE = Share()
 
 
-class TrainLoader:
+class Batches(Protocol):
+    """What a run learns from: batches without end, in an order that a state can repeat.
+
+    The trainer and its changes know no more of it, so that an objective may bring its own.
+    """
+
+    batch_size: int  # units over all devices
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        ...
+
+    @property
+    def samples_seen(self) -> int: ...
+
+    @property
+    def samples_skipped(self) -> int: ...
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The share of each source."""
+        ...
+
+    def next_batch(self) -> Batch: ...
+
+    def skip(self, num_samples: int) -> None: ...
+
+    def set_weights(self, weights: Sequence[float]) -> None: ...
+
+    def mix_by(self, weights: Sequence[float]) -> None:
+        """Use the weights of a changed configuration, where they differ from those of before."""
+        ...
+
+    def order_hash(self) -> str:
+        """What tells this order from another."""
+        ...
+
+    def take_notes(self) -> list[str]:
+        """What happened while batches were read, each once."""
+        ...
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TrainLoader(Batches):
     """Batches of a mixture of stores, without end: whole ones, or this process's share of each.
 
     Sample n depends on ``seed``, n, and the changes made with ``skip`` and ``set_weights``, and

@@ -18,7 +18,7 @@ from typing import Any
 
 from ultrathink.checkpoint.format import load_checkpoint
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.data.loader import TrainLoader
+from ultrathink.data.loader import Batches
 from ultrathink.orchestrator.steering.proposals import SKIP_BATCH
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.runs.decisions import Audit, add_to_decision, read_decisions, state_name
@@ -171,7 +171,7 @@ def _apply(parts: Parts, change: Change, run: RunFolder, number: int) -> None:
     change.apply(parts)
 
 
-def _take_back(loader: TrainLoader) -> None:
+def _take_back(loader: Batches) -> None:
     """Let the batch that was left out come next."""
     state: dict[str, Any] = dict(loader.state_dict())
     state["samples_seen"] -= loader.batch_size

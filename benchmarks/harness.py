@@ -49,12 +49,19 @@ def add_turns(options: argparse.ArgumentParser) -> None:
 
 
 def add_checkout(options: argparse.ArgumentParser) -> None:
-    """The option that compares two source trees of ours."""
+    """The options that compare two source trees of ours."""
     options.add_argument(
         "--checkout",
         type=Path,
         metavar="PATH",
         help="take turns with another source tree of ours alone, such as a worktree of the parent",
+    )
+    options.add_argument(
+        "--launches",
+        type=int,
+        default=1,
+        help="with --checkout, start both so often, for --rounds each: where the memory of a "
+        "process happens to lie makes all its turns faster or slower alike",
     )
 
 

@@ -3,7 +3,7 @@
     python benchmarks/sparse_speed.py --shape X64
     python benchmarks/sparse_speed.py --shape X
     python benchmarks/sparse_speed.py --shape MoE3 --json
-    python benchmarks/sparse_speed.py --shape X --checkout ../parent
+    python benchmarks/sparse_speed.py --shape X --checkout ../parent --launches 7
 
 X is shape S with 8 experts of width 344, top-2; X64 has 64 of width 128, top-2; MoE3 the groups
 knowledge 64 top-2, skill 32 top-2, meta 16 top-1, safety 8 top-1, of width 64. The dense twin is
@@ -20,7 +20,15 @@ import os
 
 import torch
 from harness import Contender, add_checkout, add_turns, by_turns, parser, setting, show, start
-from train_speed import OURS, SHAPES, describe, summarize, turns_with_checkout, utilization
+from train_speed import (
+    OURS,
+    SHAPES,
+    Turns,
+    describe,
+    launches_with_checkout,
+    summarize,
+    utilization,
+)
 
 from ultrathink.training.hardware import choose_device
 
@@ -38,8 +46,8 @@ def main() -> None:
     device = choose_device(args.device)
     shape, twin = SHAPES[args.shape], SHAPES[f"{args.shape}-dense"]
     if args.checkout is not None:
-        taken = turns_with_checkout({**shape, "device": str(device)}, args)
-        _show(OURS, taken, args, device)
+        launches = launches_with_checkout({**shape, "device": str(device)}, args)
+        _show(OURS, launches, args, device)
         return
     contenders = {"ultrathink": ("ultrathink", shape), "dense twin": ("ultrathink", twin)}
     if len(shape["model"]["moe"]["groups"]) == 1:
@@ -51,12 +59,12 @@ def main() -> None:
     labels = dict(zip(started, names, strict=True))
     turns = by_turns(started, args.rounds, args.seconds)
     taken = [{labels[one]: answer for one, answer in turn.items()} for turn in turns]
-    _show(names, taken, args, device)
+    _show(names, [taken], args, device)
 
 
 def _show(
     names: tuple[str, ...],
-    taken: list[dict[str, dict[str, float]]],
+    launches: list[Turns],
     args: argparse.Namespace,
     device: torch.device,
 ) -> None:
@@ -64,8 +72,8 @@ def _show(
         "benchmark": "sparse_speed",
         "shape": args.shape,
         "setting": setting(),
-        **summarize(names, taken),
-        **utilization(names, taken, SHAPES[args.shape], device),
+        **summarize(names, launches),
+        **utilization(names, launches, SHAPES[args.shape], device),
     }
     show(result, describe(result), args.json)
 

@@ -4,14 +4,15 @@
     python benchmarks/train_speed.py --shape M --against hf --json
     python benchmarks/train_speed.py --shape S --overhead
     python benchmarks/train_speed.py --shape 760M --device cuda
-    python benchmarks/train_speed.py --shape S --checkout ../parent
+    python benchmarks/train_speed.py --shape S --checkout ../parent --rounds 8 --launches 7
 
 Each contender is a process of its own. Ours is the real trainer with `auto` for what a user leaves
 out, with its loader, and with console (on a terminal), JSONL and TensorBoard; a peer gets a bare
 loop of forward, backward, clipping and fused AdamW over batches that lie ready. Printed are medians
 over the rounds with the lowest and highest, and the median of the ratios within a round. With
 `--checkout` the only peer is our trainer of another source tree; the mean of the paired ratios of
-step times is printed with its 95% interval.
+step times is printed with its 95% interval. Two launches of the same code differ by a percent, as
+their memory lies: `--launches` repeats both, and takes each launch for one measurement.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+from itertools import chain
 from typing import Any
 
 import torch
@@ -116,18 +118,21 @@ CONTENDERS = {
 
 
 OURS = ("ultrathink", "checkout")
+Turns = list[dict[str, dict[str, float]]]  # what each contender answered, a round each
 
 
-def turns_with_checkout(
-    arguments: dict[str, Any], args: argparse.Namespace
-) -> list[dict[str, dict[str, float]]]:
-    """The turns of this source tree's trainer and of that of ``--checkout``."""
-    contenders = [
-        Contender("ultrathink", arguments),
-        Contender("ultrathink", arguments, args.checkout.resolve()),
-    ]
-    turns = by_turns(contenders, args.rounds, args.seconds)
-    return [{OURS[contenders.index(one)]: found for one, found in turn.items()} for turn in turns]
+def launches_with_checkout(arguments: dict[str, Any], args: argparse.Namespace) -> list[Turns]:
+    """The turns of this source tree's trainer and of that of ``--checkout``, for each launch."""
+    launches = []
+    for _ in range(args.launches):
+        contenders = [
+            Contender("ultrathink", arguments),
+            Contender("ultrathink", arguments, args.checkout.resolve()),
+        ]
+        turns = by_turns(contenders, args.rounds, args.seconds)
+        named = dict(zip(contenders, OURS, strict=True))
+        launches.append([{named[one]: found for one, found in turn.items()} for turn in turns])
+    return launches
 
 
 def main() -> None:
@@ -147,51 +152,56 @@ def main() -> None:
     arguments = {**SHAPES[args.shape], "device": str(device)}
     if args.checkout is not None:
         names = OURS
-        taken = turns_with_checkout(arguments, args)
+        launches = launches_with_checkout(arguments, args)
     else:
         turns = by_turns([Contender(name, arguments) for name in names], args.rounds, args.seconds)
-        taken = [{one.name: answer for one, answer in turn.items()} for turn in turns]
+        launches = [[{one.name: answer for one, answer in turn.items()} for turn in turns]]
     result = {
         "benchmark": "train_speed",
         "shape": args.shape,
         "setting": setting(),
-        **summarize(names, taken),
-        **utilization(names, taken, SHAPES[args.shape], device),
+        **summarize(names, launches),
+        **utilization(names, launches, SHAPES[args.shape], device),
     }
     show(result, describe(result), args.json)
 
 
-def summarize(
-    names: tuple[str, ...], taken: list[dict[str, dict[str, float]]]
-) -> dict[str, dict[str, Any]]:
-    """Tokens per second, how many times the others' ours are, and peak memory in MiB."""
+def summarize(names: tuple[str, ...], launches: list[Turns]) -> dict[str, dict[str, Any]]:
+    """Tokens per second, how many times the others' ours are, and peak memory in MiB.
+
+    The interval is that of the means of launches where there are several, else of the rounds.
+    """
+    taken = list(chain.from_iterable(launches))
     speeds = {name: [turn[name]["tokens_per_second"] for turn in taken] for name in names}
     ours = speeds[names[0]]
+
+    def step_time_ratios(other: str) -> list[float]:
+        ratios = [
+            [turn[other]["tokens_per_second"] / turn[names[0]]["tokens_per_second"] for turn in one]
+            for one in launches
+        ]
+        return ratios[0] if len(ratios) == 1 else [*map(statistics.geometric_mean, ratios)]
+
     return {
         "tokens_per_second": {name: spread(figures) for name, figures in speeds.items()},
         "ratio": {
             name: statistics.median(a / b for a, b in zip(ours, speeds[name], strict=True))
             for name in names[1:]
         },
-        "step_time_ratio": {
-            name: ratio_interval([b / a for a, b in zip(ours, speeds[name], strict=True)])
-            for name in names[1:]
-        },
+        "step_time_ratio": {name: ratio_interval(step_time_ratios(name)) for name in names[1:]},
         "peak_memory_mib": {name: taken[-1][name]["peak_memory_mib"] for name in names},
     }
 
 
 def utilization(
-    names: tuple[str, ...],
-    taken: list[dict[str, dict[str, float]]],
-    shape: dict[str, Any],
-    device: torch.device,
+    names: tuple[str, ...], launches: list[Turns], shape: dict[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """The share of the device's dense peak that each contender's arithmetic uses (MFU)."""
     precision, _ = choose_precision("auto", device)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     peak = peak_flops(device, precision)
     per_token = flops_per_token(ModelConfig(**shape["model"]), shape["seq_len"])
+    taken = list(chain.from_iterable(launches))
     medians = {
         name: statistics.median(t[name]["tokens_per_second"] for t in taken) for name in names
     }

@@ -198,7 +198,8 @@ def test_a_plugin_file_adds_parts_that_a_config_can_name(place: Path) -> None:
         "def build_plain(config, model):\n"
         "    return [torch.optim.SGD(model.parameters(), lr=config.lr)]\n"
     )
-    words = ("train", "debug", "training.max_steps=1", "training.optimizer.type=plain", "--json")
+    plain = ("run.name=plain", "training.optimizer.type=plain")
+    words = ("train", "debug", "training.max_steps=1", *plain, "--json")
     assert "there is no optimizer called 'plain'" in command(place, *words, status=2).stderr
     done = command(place, *words, "--plugin", "my_parts.py")
     assert json.loads(done.stdout)["step"] == 1

@@ -43,11 +43,14 @@ class Request(NamedTuple):
 class ControlQueue:
     """Requests that wait for the step boundary; ``TrainerControl`` for everyone but the trainer.
 
-    ``step`` tells the step of the boundary.
+    ``step`` tells the step of the boundary. Where the run is ``shared`` by several processes, only
+    what all of them agreed on is applied: a signal may reach one of them after that.
     """
 
-    def __init__(self, step: Callable[[], int]) -> None:
+    def __init__(self, step: Callable[[], int], *, shared: bool = False) -> None:
         self._step = step
+        self._is_shared = shared
+        self._agreed: list[Request] = []
         self._keys = itertools.count()
         self._pending: list[Request] = []
         self._taken: list[Request] = []  # last: their snapshots stay until they are applied
@@ -102,18 +105,22 @@ class ControlQueue:
         return snapshot
 
     def take(self) -> list[Request]:
-        """The waiting requests, snapshots first, then the oldest; the queue is empty after."""
-        self._taken, self._pending = self._pending, []
+        """The requests to apply at this boundary, snapshots first, then the oldest."""
+        if self._is_shared:
+            self._taken, self._agreed = self._agreed, []
+        else:
+            self._taken, self._pending = self._pending, []
         first = (TakeSnapshot, RecallCheckpoint)
         return sorted(self._taken, key=lambda one: not isinstance(one.change, first))
 
     def take_json(self) -> list[Any]:
-        """The waiting requests as plain values, to be sent to other processes."""
-        return [[one.change.to_json(), one.reason, one.decision] for one in self.take()]
+        """The waiting requests as plain values, to be sent to all processes, this one too."""
+        self._taken, self._pending = self._pending, []
+        return [[one.change.to_json(), one.reason, one.decision] for one in self._taken]
 
-    def put_json(self, requests: Sequence[Any]) -> None:
-        """Add requests that came from elsewhere."""
-        self._pending += [
+    def agree_on(self, requests: Sequence[Any]) -> None:
+        """Let the requests of all processes be applied at this boundary."""
+        self._agreed += [
             Request(change_from(change), reason, decision) for change, reason, decision in requests
         ]
 

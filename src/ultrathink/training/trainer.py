@@ -82,7 +82,7 @@ class Trainer:
     watchdog: Watchdog | None = None
 
     def __post_init__(self) -> None:
-        self.control = ControlQueue(lambda: self.progress.step)
+        self.control = ControlQueue(lambda: self.progress.step, shared=self.world.size > 1)
         self.clock = Clock(self.progress)
         self.length = Length(self.training, self.settings)
         self.snapshots = Snapshots()
@@ -437,7 +437,7 @@ class Trainer:
         self._all_have_written = num_idle == self.world.size
         if waiting:
             everyones = self.world.gathered(self.control.take_json())
-            self.control.put_json([request for requests in everyones for request in requests])
+            self.control.agree_on([request for requests in everyones for request in requests])
 
     def notify(self, event: str, *details: Any) -> None:
         """Tell every callback; one that fails is reported once and changes nothing."""

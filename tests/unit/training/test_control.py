@@ -19,7 +19,7 @@ from ultrathink.training.changes import (
     SkipSamples,
     Stop,
 )
-from ultrathink.training.control import TrainerControl
+from ultrathink.training.control import ControlQueue, TrainerControl
 from ultrathink.training.snapshots import Snapshot
 
 
@@ -227,3 +227,16 @@ def test_weights_are_left_alone_where_their_mean_is_worse(make_trainer: MakeTrai
             trainer.model.state_dict().values(), without.model.state_dict().values(), strict=True
         )
     )
+
+
+def test_of_several_processes_each_applies_what_all_agreed_on() -> None:
+    """A signal may reach one of them between the agreement and the boundary: it must not act."""
+    first, second = (ControlQueue(lambda: 1, shared=True) for _ in range(2))
+    first.request(SetClip(0.5), "asked in time")
+    everyones = [*first.take_json(), *second.take_json()]
+    first.request(Stop(), "too late for this boundary")
+    for queue in (first, second):
+        queue.agree_on(everyones)
+        assert [one.change for one in queue.take()] == [SetClip(0.5)]
+        assert queue.take() == []
+    assert (first.num_waiting, second.num_waiting) == (1, 0)

@@ -88,7 +88,7 @@ def _watch(file: str, columns: Mapping[str, str], picture: Path | None, *, as_js
 
 
 class _Follower:
-    """Waits for a log, and tells events as they come; a log that is replaced begins anew."""
+    """Waits for a log, and tells events as they come; a log that is replaced is read again."""
 
     def __init__(
         self, file: str, columns: Mapping[str, str], picture: Path | None, *, as_json: bool

@@ -1,4 +1,4 @@
-"""Section ``training.evaluators``: what else is measured while training goes on."""
+"""Section ``training.evaluators``: what else is measured during training."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class TrainingConfig(Section):
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="What is saved.")
     eval: EvalConfig = Field(EvalConfig(), description="Validation.")
     evaluators: tuple[EvaluatorField, ...] = free(
-        (), description="What else is measured while training goes on, each under its name."
+        (), description="What else is measured during training, each under its name."
     )
     sample: SampleConfig = Field(
         SampleConfig(), description="Text written at the end, as a first look at the model."

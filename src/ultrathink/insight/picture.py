@@ -115,7 +115,7 @@ def _draw_losses(axis: Axes, watching: Watching) -> None:
 
 
 def _draw_forecast(axis: Axes, watching: Watching) -> list[float]:
-    """Draw what is foretold, at the edge where its step lies far beyond; the losses drawn."""
+    """Draw what is predicted, at the edge where its step lies far beyond; the losses drawn."""
     ahead = watching.forecast()
     if ahead is None or ahead.step <= ahead.at_step:
         return []

@@ -3,7 +3,7 @@
 A power law above a floor, ``L(t) = E + A t^-a`` (Kaplan et al., 2020, arXiv 2001.08361; Hoffmann et
 al., 2022, arXiv 2203.15556), is fitted to the curve without its beginning: for each of a number of
 exponents the rest is a linear problem of least squares. The interval comes from how far such
-forecasts were off on earlier parts of the same curve, from how much fall is still foretold, and
+forecasts were off on earlier parts of the same curve, from how much fall is still predicted, and
 from how much of the run is to come: what a schedule does to the rate at the end is not in the
 curve yet.
 """
@@ -22,7 +22,7 @@ LEVEL = 0.9  # 77 of 80 on ten real logs held (benchmarks/watch_logs.py)
 FEWEST_POINTS = 16
 SKIPPED = 0.1  # of the points, where warm-up and the first fall are
 EXPONENTS = np.geomspace(0.03, 1.5, 64)
-# By how much of the foretold fall, and of the noise of a step, the interval is wider than the
+# By how much of the predicted fall, and of the noise of a step, the interval is wider than the
 # forecasts on earlier parts of the curve were off; chosen on real logs (docs/watching.md).
 BELOW, ABOVE = 1.0, 0.5
 NOISE = 0.5

@@ -47,6 +47,6 @@ class ForecastCheck(Remembers):
                 self._due, self._made_at, self._loss = ahead.step, step, ahead.loss
 
     def rewind(self, step: int) -> None:
-        """The steps beyond ``step`` were undone: so is what was foretold from them."""
+        """The steps beyond ``step`` were undone: so is what was predicted from them."""
         if self._made_at > step:
             self._due = None

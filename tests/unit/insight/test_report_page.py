@@ -167,7 +167,7 @@ def test_a_run_that_still_trains(run: RunFolder) -> None:
         text = page_of(run).text
     for words in (
         *("still training, at step 400 of 1,000", "400 of 1,000 steps"),
-        *("is foretold to be", "not there yet"),
+        *("is predicted to be", "not there yet"),
     ):
         assert words in text, words
 

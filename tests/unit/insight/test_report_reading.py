@@ -81,20 +81,20 @@ def test_forecasts_know_only_what_came_before(run: RunFolder) -> None:
     make_longer(run, 1000)
     write_lines(run.metrics, metrics(range(1, 1001)))
     healthy = gather(run).replay
-    assert [one.share for one in healthy.foretold] == [0.25, 0.5, 0.75]
-    assert [one.is_inside for one in healthy.foretold] == [True] * 3
-    for one in healthy.foretold:
+    assert [one.share for one in healthy.predicted] == [0.25, 0.5, 0.75]
+    assert [one.is_inside for one in healthy.predicted] == [True] * 3
+    for one in healthy.predicted:
         assert 0.9 * one.share * 1000 < one.forecast.at_step <= one.share * 1000
         assert one.forecast.step == 1000
     # Another end changes what came, and no forecast that was made before it.
     write_lines(run.metrics, [*metrics(range(1, 801)), *metrics(range(801, 1001), loss=9.0)])
     broken = gather(run).replay
-    assert [one.forecast for one in broken.foretold] == [one.forecast for one in healthy.foretold]
-    assert [one.is_inside for one in broken.foretold] == [False] * 3
-    assert broken.foretold[0].came == 9.0
+    assert [one.forecast for one in broken.predicted] == [one.forecast for one in healthy.predicted]
+    assert [one.is_inside for one in broken.predicted] == [False] * 3
+    assert broken.predicted[0].came == 9.0
     write_lines(run.metrics, metrics(range(1, 601)))  # not at its end
     found = gather(run).replay
-    nothing = [(one.share, one.came, one.is_inside) for one in found.foretold]
+    nothing = [(one.share, one.came, one.is_inside) for one in found.predicted]
     assert nothing == [(0.25, None, None), (0.5, None, None)]
     assert found.forecast is not None
     assert found.forecast.step == 1000

@@ -202,7 +202,7 @@ def test_one_that_fails_is_reported_once_and_training_goes_on(
     trainer.fit()
     told = [text for text in recorder.messages if text.startswith("evaluator ")]
     assert told == [
-        f"evaluator {name!r} failed at step {step}: ValueError: {problem}; training goes on, and "
+        f"evaluator {name!r} failed at step {step}: ValueError: {problem}; training continues, and "
         f"it is tried again when it is due"
         for name, step, problem in (
             ("samples", 3, "could not convert string to float: 'no number'"),

@@ -20,7 +20,7 @@ _FINAL_SHARE, _FEWEST_FINAL = 0.01, 16  # logged steps whose median is what came
 
 
 @dataclass(frozen=True)
-class Foretold:
+class Prediction:
     """A forecast made after a share of the budget, from the records until then."""
 
     share: float
@@ -42,7 +42,7 @@ class Replay:
     phases: list[Phase]
     events: list[Event]
     undone: list[list[Point]]  # training losses that a rollback took back
-    foretold: list[Foretold]
+    predicted: list[Prediction]
     forecast: Forecast | None  # of a run that is not at its end
 
 
@@ -61,7 +61,7 @@ def replay(log: Log, *, losses: Iterable[Point]) -> Replay:
         phases=[phase for _, phase in watching.phases()],
         events=[event for _, event in watching.events()],
         undone=[part for course in watching.courses for part in course.undone],
-        foretold=[Foretold(share, ahead, came) for share, ahead in made.items()],
+        predicted=[Prediction(share, ahead, came) for share, ahead in made.items()],
         forecast=None if is_at_end else watching.forecast(),
     )
 

@@ -35,7 +35,7 @@ def render(story: Story) -> str:
     style, script = (_part(name) for name in ("report.css", "report.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     audits = [one.audit for one in story.decisions if one.audit is not None]
-    foretold = [(one.forecast.low, one.forecast.high, one.came) for one in story.replay.foretold]
+    predicted = [(one.forecast.low, one.forecast.high, one.came) for one in story.replay.predicted]
     return (
         environment()
         .get_template("page.html")
@@ -48,7 +48,7 @@ def render(story: Story) -> str:
             description=describe(story),
             tiles=tiles(story),
             audit_axis=_reach(*(end for one in audits for end in (0.0, one.low, one.high))),
-            forecast_axis=_reach(*(v for values in foretold for v in values if v is not None)),
+            forecast_axis=_reach(*(v for values in predicted for v in values if v is not None)),
             pointer=_pointer_data(story),
             marks=marks,
             tables=tables,

@@ -36,7 +36,7 @@ def to_json(story: Story) -> dict[str, Any]:
                 "came": one.came,
                 "is_inside": one.is_inside,
             }
-            for one in story.replay.foretold
+            for one in story.replay.predicted
         ],
         "experts": [
             {

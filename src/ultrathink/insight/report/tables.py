@@ -118,5 +118,5 @@ def place(segment: Segment) -> str:
 
 def changes(segment: Segment) -> list[str]:
     """What a start of the run changed."""
-    reset = (f"{part} began anew" for part in segment.reset)
+    reset = (f"{part} was reset" for part in segment.reset)
     return [*map(str, segment.changes), *reset, *segment.notes]

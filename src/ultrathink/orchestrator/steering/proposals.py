@@ -49,7 +49,7 @@ def line_of(decision: Decision) -> str:
     elif decision.action == ROLLBACK:
         did = f"went back to step {decision.after:,}"
     elif decision.action == ReviveExperts.name and decision.after is not None:
-        did = f"began {len(decision.after)} expert{'s' * (len(decision.after) != 1)} anew"
+        did = f"restarted {len(decision.after)} expert{'s' * (len(decision.after) != 1)}"
     for more in decision.also:
         did += f", {more['action']}: {_short(more['before'])} -> {_short(more['after'])}"
     return (

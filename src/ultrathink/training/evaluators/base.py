@@ -141,7 +141,7 @@ NO_EVALUATORS = EvaluatorSet((), Agreement(ALONE))
 
 
 class Evaluations:
-    """Runs evaluators at step boundaries; training goes on as if nothing had been.
+    """Runs evaluators at step boundaries, without a trace in the training.
 
     One that fails is reported and tried again when it is due. ``before_each`` is called before
     each.
@@ -204,8 +204,8 @@ class Evaluations:
             if name not in self._failing:
                 self._failing.add(name)
                 self._tell(
-                    f"evaluator {name!r} failed at step {step}: {error}; training goes on, and it "
-                    f"is tried again when it is due",
+                    f"evaluator {name!r} failed at step {step}: {error}; training continues, and "
+                    f"it is tried again when it is due",
                     "warning",
                 )
             return {}

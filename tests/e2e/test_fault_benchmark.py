@@ -75,22 +75,35 @@ def run(*arguments: str) -> tuple[Any, str]:
     return json.loads(out), told
 
 
+def write_examples_of_documentation(folder: Path) -> None:
+    """``my_fault.py`` and ``my_controller.py``, as the documentation shows them."""
+    text = (SCRIPT.parents[1] / "docs" / "faults.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, re.DOTALL)
+    assert [name for name, _ in blocks] == ["my_fault.py", "my_controller.py"]
+    for name, code in blocks:
+        (folder / name).write_text(code)
+
+
 def test_faults_and_controllers_meet(tmp_path: Path) -> None:
     (tmp_path / "steady.py").write_text(STEADY)
     (tmp_path / "zeroed.py").write_text(ZEROED)
+    write_examples_of_documentation(tmp_path)
     out = tmp_path / "out"
     arguments = [
         *("--quick", "--out", str(out), "--processes", "2", *SIZE),
-        *("--only", "lr_x30", "router_collapse", "memory_leak", "zeroed"),
+        *("--only", "lr_x30", "router_collapse", "memory_leak", "zeroed", "half_the_labels"),
         *("out_of_memory_backward", "out_of_memory_step"),
-        *("--controllers", "zclip", "steady", "--controller", str(tmp_path / "steady.py")),
-        *("--fault", str(tmp_path / "zeroed.py"), "--set", *SMALL),
+        *("--controllers", "my_controller", "steady"),
+        *("--controller", str(tmp_path / "my_controller.py")),
+        *("--controller", str(tmp_path / "steady.py")),
+        *("--fault", str(tmp_path / "my_fault.py"), "--fault", str(tmp_path / "zeroed.py")),
+        *("--set", *SMALL),
     ]
     result, told = run(*arguments)
-    total = 2 + 3 * (2 + 6 + 3)  # snapshots; clean, struck and healthy runs of each controller
+    total = 2 + 3 * (2 + 7 + 3)  # snapshots; clean, struck and healthy runs of each controller
     assert f"[{total}/{total}]" in told
     assert "about 0 min to go" in told
-    assert set(result["controllers"]) == {"none", "zclip", "steady"}
+    assert set(result["controllers"]) == {"none", "my_controller", "steady"}
     keys = {
         *("recall", "delay_steps_median", "false_alarms_per_10k", "failed_share"),
         *("recovered_share", "final_loss_ratio_median"),
@@ -141,21 +154,6 @@ def check_signals(out: Path) -> None:
     }
     assert all(names <= line.keys() for line in first + then)
     assert "val_loss" in then[-1]
-
-
-def test_the_examples_of_the_documentation_run(tmp_path: Path) -> None:
-    text = (SCRIPT.parents[1] / "docs" / "faults.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, re.DOTALL)
-    assert [name for name, _ in blocks] == ["my_fault.py", "my_controller.py"]
-    for name, code in blocks:
-        (tmp_path / name).write_text(code)
-    result, _ = run(
-        *("--fault", str(tmp_path / "my_fault.py"), "--only", "half_the_labels"),
-        *("--controller", str(tmp_path / "my_controller.py"), "--controllers", "my_controller"),
-        *("--quick", "--out", str(tmp_path / "out"), *SIZE, "--set", *SMALL),
-    )
-    assert set(result["faults"]) == {"half_the_labels"}
-    assert set(result["controllers"]) == {"none", "my_controller"}
 
 
 def test_a_stopped_benchmark_goes_on_and_its_twin_is_the_uncut_run(tmp_path: Path) -> None:

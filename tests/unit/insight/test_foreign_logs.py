@@ -186,6 +186,17 @@ def test_series_are_not_mixed(tmp_path: Path, case: str) -> None:
             assert run[signal] == pytest.approx(other[signal], nan_ok=True), signal
 
 
+def test_lines_of_several_processes_without_steps_are_refused(tmp_path: Path) -> None:
+    lines = [
+        str({"loss": 3 + rank / 10 - step / 9, "learning_rate": step / 1e4, "epoch": step / 100})
+        for step in range(1, 9)
+        for rank in range(2)
+    ]
+    (tmp_path / "log").write_text("\n".join(lines))
+    with pytest.raises(LogError, match="several processes"):
+        open_log(tmp_path / "log")
+
+
 def test_a_title_that_two_columns_have_is_refused(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("step,loss,loss\n1,2,3\n")
     with pytest.raises(LogError, match="two columns are called 'loss'"):

@@ -183,7 +183,7 @@ T, V = "loss", "val_loss"
             [(1, T), (5, T), (5, V), (3, T), (5, T), (5, V)],
             [(None, 1), (None, 5), (None, 5), (2, 3), (None, 5), (None, 5)],
         ),
-        # a step that is taken again was undone,
+        # a step that is repeated was undone,
         ([(2, T), (2, T)], [(None, 2), (1, 2)]),
         # and a validation that is late is no resume.
         ([(1, V), (9, T), (5, V), (10, T)], [(None, 1), (None, 9), (None, 9), (None, 10)]),

@@ -191,7 +191,7 @@ LINE, NEXT = "step:1/9 train_loss:3.0 step_avg:1ms\n", "step:2/9 train_loss:2.0 
 @pytest.mark.parametrize(
     ("text", "losses"),
     [
-        # A step that is taken again is told again, a line that is printed twice is one,
+        # A step that is repeated is another record, a line that is printed twice is one,
         (LINE + NEXT + "step:2/9 train_loss:2.5 step_avg:1ms\n", [(1, 3.0), (2, 2.0), (2, 2.5)]),
         (LINE + LINE, [(1, 3.0)]),
         # and progress bars do not hide a line.

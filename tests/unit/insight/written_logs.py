@@ -148,7 +148,7 @@ def torchtune(rows: Sequence[Record]) -> list[str]:
 
 
 def lightning(rows: Sequence[Record]) -> list[str]:
-    """A mean over the epoch stands in a column of its own, at a step that has a loss as well."""
+    """A mean over the epoch stands in another column, at a step that has a loss as well."""
     lines = ["epoch,grad_norm,lr,step,train_loss_epoch,train_loss_step,val_loss"]
     for row in rows:
         cells = [str(row.get(k, "")) for k in ("grad_norm", "lr", "step", "loss", "val_loss")]

@@ -172,8 +172,6 @@ def row_of(known: LineFormat, text: str) -> dict[str, Any] | None:
         return dict(figures(rest)) if known.more and re.search(known.more, rest) else {}
     row: dict[str, Any] = {name: value for name, value in head.groupdict().items() if value}
     before = text[: head.start()]
-    if (rank := rank_of(before)) is not None:
-        row.setdefault("rank", rank)
     if splits := _SPLIT.findall(before):
         row.setdefault("split", splits[-1])
     if known.is_object:

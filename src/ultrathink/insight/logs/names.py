@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from ultrathink.core.errors import UltrathinkError, suggestion
@@ -158,10 +159,11 @@ def plain(name: str) -> str:
     return text.rstrip("_") if text.strip("_") else text
 
 
-def words_of(name: str) -> tuple[str, list[str]]:
+@lru_cache(maxsize=4096)
+def words_of(name: str) -> tuple[str, tuple[str, ...]]:
     """A plain name without the words that say its split, and those words."""
     words = re.split("[/_]", plain(name))
-    return "_".join(w for w in words if w not in SPLITS), [w for w in words if w in SPLITS]
+    return "_".join(w for w in words if w not in SPLITS), tuple(w for w in words if w in SPLITS)
 
 
 def qualified(name: str, split: str) -> str:

@@ -65,6 +65,7 @@ class Columns:
             name for name in cells if any(str(x).lower() in SPLITS for x in cells[name])
         }
         self._choose(sample)
+        self.has_loss = "loss" in self._owners
         self.sparse = {name for name in cells if _is_sparse(cells[name])}
         self._epoch = next((name for name in self._seen if plain(name) == "epoch"), "epoch")
         self.step = self._step_column(sample)
@@ -132,10 +133,6 @@ class Columns:
         """The epoch of a row, where it is not its step."""
         epoch = quantity(row.get(self._epoch))[0] if self._epoch != self.step else None
         return epoch if epoch is not None and math.isfinite(epoch) else None
-
-    def has(self, signal: str) -> bool:
-        """Whether a column is read as this signal."""
-        return signal in self._owners
 
     def require(self, path: object, *, is_known: bool = False) -> None:
         """LogError where no column says how the training goes, unless the format ``is_known``."""
@@ -348,7 +345,7 @@ class Reader:
             return run.over_epochs(step, epoch)
         if self._columns.step is not None:  # the row belongs to the last one
             return run.order.newest
-        return run.count(epoch, is_step="loss" in values or not self._columns.has("loss"))
+        return run.count(epoch, is_step="loss" in values or not self._columns.has_loss)
 
 
 class _Run:
@@ -428,7 +425,7 @@ def is_summary(row: Row) -> bool:
 
 
 def _differs(row: Row, other: Row) -> bool:
-    """Whether both have a figure with different values: a step was taken again, or by another."""
+    """Whether both have a figure with different values, as of a repeated step."""
     return any(
         name in other and repr(other[name]) != repr(value)
         for name, value in row.items()

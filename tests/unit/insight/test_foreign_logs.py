@@ -168,6 +168,10 @@ TRAPS: dict[str, tuple[str, list[Series]]] = {
         "epoch,batch,loss\n" + "".join(f"{e},{b},{3 - e}\n" for e in (0, 1) for b in (0, 10, 20)),
         [{"loss": {0: 3.0, 10: 3.0, 20: 3.0, 30: 2.0, 40: 2.0, 50: 2.0}}],
     ),
+    "epochs that count their own steps and say how many": (
+        "".join(f"Epoch [{e}/2], Step [{s}/95], Loss: {3 - e}\n" for e in (1, 2) for s in (50, 90)),
+        [{"loss": {50: 2.0, 90: 2.0, 145: 1.0, 185: 1.0}}],
+    ),
     "a step beside a printed dictionary": (
         "Step 100: {'loss': 3.0, 'tag': None}\nStep 200: {'loss': nan}\nStep 300: {'loss': 2.0}\n",
         [{"loss": {100: 3.0, 200: float("nan"), 300: 2.0}}],
@@ -210,9 +214,17 @@ def test_what_was_not_read_is_noted(tmp_path: Path) -> None:
     log = open_log(path)
     assert [signals.values["loss"] for signals in log.signals()] == [3.0]
     assert log.notes == [
-        "1 line was not understood and left out, the first: step=1 loss=9",
+        "1 line or cell was not understood and left out, the first: step=1 loss=9",
         "Several processes wrote this log; the lines of rank 0 were read.",
     ]
+    for text, unread in (
+        ("step,loss\n1,3\n2,2.1.0\n3,1\n", "loss: 2.1.0"),
+        ("step 1 loss 3\nstep 2 loss 2,5 lr 1e-3\nstep 3 loss 1\n", "step 2 loss 2,5 lr 1e-3"),
+    ):
+        path.write_text(text)
+        log = open_log(path)
+        assert [signals.values for signals in log.signals()] == [{"loss": 3.0}, {"loss": 1.0}]
+        assert log.notes == [f"1 line or cell was not understood and left out, the first: {unread}"]
     path.write_text("who,step,loss\na,1,3\nb,1,4\na,2,2\nb,2,3\n")
     assert [s.run for s in open_log(path, {"run": "who"}).signals()] == ["a", "b", "a", "b"]
 

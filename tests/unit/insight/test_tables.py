@@ -149,7 +149,7 @@ def test_damaged_lines_are_left_out_with_a_note(path: Path) -> None:
     log = open_log(path)
     assert [s.step for s in log.signals()] == [1, 3]
     torn = "The last line is torn and was left out."
-    unread = "2 lines were not understood and left out, the first: 2,"
+    unread = "2 lines or cells were not understood and left out, the first: 2,"
     assert log.notes == [torn, unread]
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     log = open_log(path)

@@ -80,7 +80,7 @@ FORMATS = (
                (rf"(?i:\bepoch\W{{0,3}}{_EPOCH}[^|\n]*?\b(?:step|iter(?:ation)?|batch)\W{{0,3}}{_OF})",
                 _STEP_WORD)),
     LineFormat("progress bars",
-               (rf"(?:(?i:\bepoch)\W{{0,2}}{_EPOCH}[^|\r]*)?\d%\|[^|]*\|\s*{_STEP}/\d+\s*\[",)),
+               (rf"(?:(?i:\bepoch)\W{{0,2}}{_EPOCH}[^|\r]*)?\d%\|[^|]*\|\s*{_OF}\s*\[",)),
     LineFormat("lines with epochs", (rf"(?i:\bepoch)\W{{0,3}}{_OF}\]?",)),
 )
 # fmt: on
@@ -153,9 +153,12 @@ def first_rows(lines: Iterable[str], parse: Parse) -> Iterator[Row]:
 def parse_line(known: LineFormat, line: str) -> Row | None:
     """The row on a line; None where it cannot be read.
 
-    That is also one which names a step and a loss, but not in the words of the format.
+    That is also one which names a step and a loss, but without its value, or in other words than
+    those of the format.
     """
     row = row_of(known, line)
+    if row and STEP in row and not known.is_object and "loss" in line.lower():
+        return row if any("loss" in name.lower() for name in row) else None
     if row or known.is_object or known is _GENERAL:
         return row
     other = row_of(_GENERAL, line) or {}
@@ -180,8 +183,8 @@ def row_of(known: LineFormat, text: str) -> dict[str, Any] | None:
         if found is None:
             return None if not before or "loss" in text else {}
         return {**({STEP: step["step"]} if step else {}), **row, **found}
-    if "epoch" in row:
-        row.pop("total", None)  # the steps of that epoch
+    if "epoch" in row and "total" in row:
+        row["epoch_steps"] = row.pop("total")
     row[STEP] = row[STEP].replace(",", "")
     pairs = dict(figures(text[head.end() :]))
     if not pairs and not known.more:  # "loss 3.2 at step 10"

@@ -67,6 +67,7 @@ ROLES = {
         "split": "split kind phase mode stage subset partition",
         "run": "run run_name run_id experiment trial seed",
         "source": "source dataset domain corpus task",
+        "length": "epoch_steps steps_per_epoch",
         "rank": "rank global_rank local_rank process_index process",
     }.items()
     for name in names.split()

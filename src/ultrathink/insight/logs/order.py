@@ -12,8 +12,9 @@ from ultrathink.insight.logs.log import LogError
 _WINDOW, _MOST = 8, 3
 
 WRITERS = (
-    "has the lines of several processes or runs in turn, and nothing to distinguish them by. Keep "
-    "the lines of one, or name the column that says which run a row is of: --columns run=COLUMN."
+    "has the lines of several processes or runs in turn and nothing to distinguish them by, or "
+    "rows that are not sorted. Keep the lines of one, or name the column that says which run a "
+    "row is of: --columns run=COLUMN."
 )
 
 

@@ -240,8 +240,7 @@ class Reader:
             if isinstance(row, LogSignals):
                 found.append(row)
             elif row is None:
-                self.num_unread += 1
-                self._first_unread = self._first_unread or text.strip()[:80]
+                self._left_out(text.strip())
             elif row:
                 row = row if rank is None else {"rank": rank, **row}
                 found += self._join(row) if self._joins else self.take(row)
@@ -262,12 +261,17 @@ class Reader:
         """What was not read, in sentences."""
         notes = ["The last line is torn and was left out."] if is_torn else []
         if num := self.num_unread - is_torn:
-            lines = "1 line was" if num == 1 else f"{num:,} lines were"
+            lines = "1 line or cell was" if num == 1 else f"{num:,} lines or cells were"
             notes.append(f"{lines} not understood and left out, the first: {self._first_unread}")
         if self._has_other_ranks:
             rank = self._columns.rank
             notes.append(f"Several processes wrote this log; the lines of rank {rank} were read.")
         return notes
+
+    def _left_out(self, text: str) -> None:
+        """Note a line or a cell that was not understood."""
+        self.num_unread += bool(text)
+        self._first_unread = self._first_unread or text[:80]
 
     def _join(self, row: Row) -> list[LogSignals]:
         """Lines of one step as one record; a line without a step belongs to the last one."""
@@ -324,6 +328,8 @@ class Reader:
         column, (number, unit) = self._columns.column(full), quantity(cell)
         if cell is None and self._null_is_nan:
             number = math.nan
+        if number is None and isinstance(cell, str) and column is not None and not is_absent(cell):
+            self._left_out(f"{name}: {cell}" if column.signal in ALIASES else "")
         if (
             column is None
             or number is None
@@ -342,7 +348,7 @@ class Reader:
     def _step(self, row: Row, run: _Run, values: Mapping[str, float]) -> int:
         step, epoch = self._columns.step_of(row), self._columns.epoch_of(row)
         if step is not None:
-            return run.over_epochs(step, epoch)
+            return run.over_epochs(step, epoch, whole_number(self._columns.value(row, "length")))
         if self._columns.step is not None:  # the row belongs to the last one
             return run.order.newest
         return run.count(epoch, is_step="loss" in values or not self._columns.has_loss)
@@ -376,16 +382,16 @@ class _Run:
             self._epochs.append(epoch)
         return len(self._epochs)
 
-    def over_epochs(self, step: int, epoch: float | None) -> int:
-        """A step over all epochs, where each epoch counts its own."""
+    def over_epochs(self, step: int, epoch: float | None, length: int | None) -> int:
+        """A step over all epochs, where each counts its own; ``length`` steps, if that is known."""
         if epoch is None:
             return step
         now = math.floor(epoch)
         before, last, stride = self._last or (now, step, 0)
         if now > before:
-            # Steps are counted from 0 or from 1.
-            passed = last + (stride if step == 0 else 0) if step <= last else 0
-            self._offsets[now] = self._offsets.get(before, 0) + passed
+            # Without a length, it ends with the last step that was logged, counted from 0 or 1.
+            passed = length * (now - before) if length else last + (stride if step == 0 else 0)
+            self._offsets[now] = self._offsets.get(before, 0) + (passed if step <= last else 0)
         self._last = now, step, step - last if now == before else stride
         return self._offsets.get(now, 0) + step
 

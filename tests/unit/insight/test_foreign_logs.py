@@ -219,6 +219,7 @@ def test_what_was_not_read_is_noted(tmp_path: Path) -> None:
     ]
     for text, unread in (
         ("step,loss\n1,3\n2,2.1.0\n3,1\n", "loss: 2.1.0"),
+        ("step,loss\n1,3\n2_,2\n3,1\n", "step: 2_"),
         ("step 1 loss 3\nstep 2 loss 2,5 lr 1e-3\nstep 3 loss 1\n", "step 2 loss 2,5 lr 1e-3"),
     ):
         path.write_text(text)

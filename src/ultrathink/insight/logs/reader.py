@@ -301,6 +301,10 @@ class Reader:
         columns = self._columns
         if is_summary(row) or (not self._joins and self._is_of_another_rank(row)):
             return None
+        step_cell = row.get(columns.step or "")
+        if not is_absent(step_cell) and whole_number(step_cell) is None:
+            self._left_out(f"{columns.step}: {step_cell}")
+            return None
         split, source, name = columns.place(row)
         self.total_steps = whole_number(columns.value(row, "total")) or self.total_steps
         run = self._runs.setdefault(name, _Run(is_one_run=bool(name)))

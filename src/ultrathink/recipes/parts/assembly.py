@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +68,7 @@ def assemble(
     def tell(text: str, level: Level) -> None:
         trainer.notify("on_message", text, level)
 
+    logging.getLogger("ultrathink").setLevel(config.monitoring.log_level.upper())
     log = RunLog(run, tell)
     metrics = MetricsCallback(
         [SINKS.load(name)() for name in config.monitoring.sinks if world.is_main],

@@ -1,4 +1,4 @@
-"""Values as JSON has them."""
+"""Values for JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def without_nan(value: Any) -> Any:
-    """``value`` with null for every number that JSON does not have."""
+    """``value`` with None for NaN and infinities, which JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

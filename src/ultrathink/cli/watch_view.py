@@ -167,7 +167,7 @@ def _print_events(report: Report, events: Sequence[Event]) -> None:
     alarms = sum(event.is_alarm for event in events)
     report.line()
     if not events:
-        report.line(Cell("Nothing was found.", "green"))
+        report.line(Cell("No events in the logged steps.", "green"))
         return
     counted = f"{alarms} alarm{'' if alarms == 1 else 's'}" if alarms else "no alarm"
     title = f"{len(events)} event{'' if len(events) == 1 else 's'}, {counted}"

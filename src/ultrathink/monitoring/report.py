@@ -66,14 +66,12 @@ class Report:
         return self._console.width if self._console is not None else 100
 
     def line(self, *parts: str | Cell) -> None:
-        """Print ``parts`` joined to one line."""
+        """Print ``parts`` joined to one line, which a terminal wraps between words."""
         cells = [_cell(part) for part in parts]
         if self._console is None:
             self._stream.write("".join(cell.text for cell in cells).rstrip() + "\n")
         else:
-            self._console.print(
-                Text.assemble(*((cell.text, cell.style) for cell in cells)), soft_wrap=True
-            )
+            self._console.print(Text.assemble(*((cell.text, cell.style) for cell in cells)))
 
     def table(
         self,

@@ -68,7 +68,7 @@ def test_what_a_program_sees(log: Path, say: Say) -> None:
 
 def test_nothing_found_is_said(place: Path, say: Say) -> None:
     (place / "log").write_text("step,loss\n1,2\n2,1.5\n")
-    assert "Nothing was found." in say("watch", "log")
+    assert "No events in the logged steps." in say("watch", "log")
 
 
 def test_a_picture(log: Path, place: Path, say: Say) -> None:

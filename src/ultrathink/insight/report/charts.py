@@ -24,6 +24,9 @@ from ultrathink.monitoring.plot import Scale
 from ultrathink.monitoring.wording import short_number
 
 
+Shape = Literal["line", "joined dots", "dots"]
+
+
 @dataclass(frozen=True)
 class Line:
     """A curve to draw; ``key`` names its style and its values under the pointer."""
@@ -31,7 +34,7 @@ class Line:
     key: str
     label: str
     curve: Series
-    shape: Literal["line", "joined dots", "dots"] = "line"
+    shape: Shape = "line"
     is_raw: bool = False  # outliers may lie outside the linear scale
     is_aside: bool = False  # all of it may lie outside the linear scale
 

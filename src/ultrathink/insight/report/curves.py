@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float64]
 
 MOST_POINTS = 2000
 _BLOCKS = 400  # medians of a smoothed curve
-_SPAN = 4  # medians to either side in a running mean
+_SPAN = 4  # medians to either side in a running mean; fewer where there are few medians
 _FEWEST = 24  # points below which a curve is not smoothed
 _START = 40  # the first 1/40 of the points is the first fall, which would take most of the height
 _OUTLYING = 0.4  # per cent of raw values on either side that may lie outside
@@ -74,8 +74,9 @@ def smoothed(curve: Series) -> Series:
     # The span is smaller at both ends, so that the steep start is not flattened.
     sums = np.concatenate([[0.0], np.cumsum(levels)])
     places = np.arange(len(levels))
-    begin = places - np.minimum(places, _SPAN)
-    end = np.minimum(places + np.minimum(places, _SPAN), len(levels) - 1) + 1
+    span = min(_SPAN, max(1, len(levels) // 16))
+    begin = places - np.minimum(places, span)
+    end = np.minimum(places + np.minimum(places, span), len(levels) - 1) + 1
     means = (sums[end] - sums[begin]) / (end - begin)
     return Series(steps, means)
 
@@ -123,8 +124,9 @@ def scale_of(
     if not ends:
         return None
     low, high = min(ends), max(ends)
-    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return Scale(0.0 if from_zero and low >= 0 else low - margin, high + margin)
+    is_from_zero = from_zero and low >= 0
+    margin = 0.05 * (high - (0.0 if is_from_zero else low)) or 0.05 * abs(high) or 1.0
+    return Scale(0.0 if is_from_zero else low - margin, high + margin)
 
 
 def round_values(low: float, high: float, most: int) -> list[float]:

@@ -22,8 +22,8 @@ from ultrathink.runs.decisions import DecisionRecord
 
 STEPS_TO_JUDGE = START * FIRST_BLOCK  # logged steps before the first trend
 PHASES = {
-    INITIALIZATION: f"the first {STEPS_TO_JUDGE} steps",
-    VOLATILE: f"{SHAKEN} steps after an alarm",
+    INITIALIZATION: f"the first {STEPS_TO_JUDGE} logged steps",
+    VOLATILE: f"{SHAKEN} logged steps after an alarm",
     CONVERGING: "the loss falls",
     PLATEAU: "the loss stays level",
     DIVERGING: "the loss rises",

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from ultrathink.insight.events import most_severe
 from ultrathink.insight.report import marks, tables
-from ultrathink.insight.report.charts import Chart, Line, Span, chart
+from ultrathink.insight.report.charts import Chart, Line, Shape, Span, chart
 from ultrathink.insight.report.curves import Series, at, smoothed, thinned
 from ultrathink.insight.report.gathering import Story
 from ultrathink.insight.report.headline import describe, state_of, tiles
@@ -23,6 +23,7 @@ from ultrathink.monitoring.jsonl import finite_number
 from ultrathink.orchestrator.events import is_alarm
 
 _POINTED = 1200  # points of a curve that the pointer can read
+_FEW = 24  # points of a curve that are drawn one by one
 _SMALL_CHARTS = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
@@ -115,16 +116,20 @@ def span_of(story: Story) -> Span:
 
 
 def _small_chart(key: str, title: str, curve: Series, span: Span) -> Chart | None:
-    drawn = [Line(key, "", curve, is_raw=key != "lr")]
+    drawn = [Line(key, "", curve, _shape(curve), is_raw=key != "lr")]
     if key != "lr" and len(smooth := smoothed(curve)):
         drawn = [Line(f"{key} faint", "", curve, is_raw=True), Line(key, "", smooth)]
     return chart(key, title, drawn, span, from_zero=True)
 
 
+def _shape(curve: Series) -> Shape:
+    return "joined dots" if len(curve) < _FEW else "line"
+
+
 def _loss_chart(story: Story, span: Span) -> Chart | None:
     loss, val = story.curves["loss"], story.val_loss
     smooth = smoothed(loss)
-    lines = [Line("raw", "training, each logged step", loss, is_raw=True)]
+    lines = [Line("raw", "training, each logged step", loss, _shape(loss), is_raw=True)]
     if len(smooth):
         lines.append(Line("smooth", "training, smoothed", smooth))
     if len(val.finite):

@@ -23,7 +23,6 @@ from ultrathink.insight.report.markup import figure, units
 from ultrathink.monitoring.plot import Scale
 from ultrathink.monitoring.wording import short_number
 
-
 Shape = Literal["line", "joined dots", "dots"]
 
 

@@ -62,7 +62,6 @@ def assemble(
 ) -> Trainer:
     """The parts of a run, made for this machine and wired; nothing is loaded or trained yet."""
     training = config.training
-    tokens_per_step = training.batch_size * config.data.seq_len
     world, dims = choices.world, choices.dims
 
     def tell(text: str, level: Level) -> None:
@@ -118,7 +117,7 @@ def assemble(
         watchdog=Watchdog(60 * config.parallel.hang_minutes, run.logs / f"stacks-{world.rank}.txt")
         if world.size > 1
         else None,
-        tokens_per_step=tokens_per_step,
+        tokens_per_step=training.batch_size * config.data.seq_len,
         config=config.model_dump(mode="json"),
         heading=heading(config, choices),
     )

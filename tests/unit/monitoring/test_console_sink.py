@@ -1,6 +1,7 @@
 """The console: lines for a file, a bar for a person, and nothing that can end a run."""
 
 import io
+import logging
 import math
 import os
 import pty
@@ -18,6 +19,7 @@ import pytest
 
 from tests.unit.monitoring.disks import fill, small_disk
 from tests.unit.monitoring.screens import Clock, Terminal
+from ultrathink import build_trainer, load_config
 from ultrathink.monitoring import MetricRecord, RunInfo
 from ultrathink.monitoring.console import ConsoleSink
 from ultrathink.monitoring.preparation import PreparationDisplay
@@ -154,9 +156,13 @@ def test_a_resumed_run_says_from_where_and_a_loss_may_be_no_number() -> None:
         assert re.search(r"loss nan +lr 1.00e-02 +tokens/s inf", text)
 
 
-def test_messages_below_the_level_of_the_logger_are_hidden(
-    caplog: pytest.LogCaptureFixture,
+def test_messages_below_the_configured_level_are_hidden(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
+    caplog.set_level("INFO", "ultrathink")  # restored at the end
+    words = ["monitoring.log_level=error", f"run.dir={tmp_path}"]
+    build_trainer(load_config("debug", words)).close()
+    assert logging.getLogger("ultrathink").level == logging.ERROR
     stream = io.StringIO()
     sink = opened(stream)
     for level, shown in (("INFO", {"news", "trouble"}), ("WARNING", {"trouble"}), ("ERROR", set())):

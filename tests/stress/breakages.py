@@ -270,8 +270,8 @@ BREAKAGES = (
     Breakage(
         "a failure that comes and goes is reported every time",
         "monitoring/health.py",
-        "if kind in self._told or now - self._told_at.get(kind, -math.inf) < REPEAT_S:",
-        "if kind in self._told:",
+        "if kind in self._reported or now - self._reported_at.get(kind, -math.inf) < REPEAT_S:",
+        "if kind in self._reported:",
         ("unit/monitoring/test_health.py",),
     ),
     Breakage(

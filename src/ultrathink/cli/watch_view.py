@@ -1,4 +1,4 @@
-"""What was found in a log, as a person reads it."""
+"""The findings of a log, for people."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 import math
 from collections.abc import Sequence
 
-from ultrathink.insight.events import gravest
-from ultrathink.insight.log_analysis import Course, LogAnalysis, without_start
+from ultrathink.insight.events import most_severe
 from ultrathink.insight.logs.log import Log
 from ultrathink.insight.plain import without_nan
+from ultrathink.insight.log_analysis import Course, LogAnalysis, without_start
 from ultrathink.monitoring.plot import Scale
 from ultrathink.monitoring.plot_view import PlotView
 from ultrathink.monitoring.report import Cell, Column, Report
@@ -45,7 +45,7 @@ _FAMILIES = ("experts/", "grad_norm/")
 
 
 def print_analysis(analysis: LogAnalysis) -> None:
-    """Print all that was found on standard output, for a person."""
+    """Print all findings on standard output, for people."""
     report = Report()
     _print_log(report, analysis)
     for course in analysis.courses:
@@ -64,21 +64,21 @@ class FollowView:
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
         self._report = Report()
-        self._told: set[tuple[str, int, str, str, str]] = set()
+        self._shown: set[tuple[str, int, str, str, str]] = set()
         self._phase: str | None = None
 
     def begin(self, log: Log) -> None:
-        """A log was recognized."""
+        """Print the name and format of a log."""
         if not self._as_json:
             self._line(Cell(str(log.path), "bold"), f"  {log.format}")
 
     def show(self, analysis: LogAnalysis, events: Sequence[Event]) -> None:
-        """Print what is new at this step; what was told before a restart is not told again."""
+        """Print the new events of this step; those shown before a restart are not repeated."""
         course = analysis.courses[-1]
         for event in events:
             key = (course.name, event.step, event.kind, event.subject, event.severity)
-            if key not in self._told:
-                self._told.add(key)
+            if key not in self._shown:
+                self._shown.add(key)
                 self._show_event(analysis, course, event)
         phase = course.watcher.phase
         if phase != self._phase and phase is not None and not self._as_json:
@@ -137,13 +137,6 @@ def _print_curve(report: Report, course: Course) -> None:
     shifted = [(step - begin, min(max(loss, scale.low), scale.high)) for step, loss in curve]
     view = PlotView(report, scale, end=span, max_width=_MAX_WIDTH)
     marks = _marks(course.watcher.events, begin, span, view.width)
-    if not report.is_styled:
-        below = "; alarms are marked below" if any(marks) else ""
-        report.line(f"  loss from {view.low} (low) to {view.high} (high){below}")
-        report.line(f"  {view.bars(shifted)}")
-        if any(marks):
-            report.line("  " + "".join("▲" if severity else " " for severity in marks))
-        return
     view.print_dots([shifted], ["cyan"])
     view.print_foot(
         [
@@ -157,7 +150,7 @@ def _print_curve(report: Report, course: Course) -> None:
 
 
 def _marks(events: Sequence[Event], begin: float, span: float, width: int) -> list[str]:
-    """For each column the gravest alarm that began there; an empty text where none did."""
+    """For each column the highest severity of an alarm that began there; else an empty text."""
     marks = [""] * width
     for event in events:
         if event.is_alarm and begin <= event.step <= begin + span:
@@ -174,12 +167,12 @@ def _print_events(report: Report, events: Sequence[Event]) -> None:
     alarms = sum(event.is_alarm for event in events)
     report.line()
     if not events:
-        report.line(Cell("Nothing was found.", "green"))
+        report.line(Cell("No events in the logged steps.", "green"))
         return
-    told = f"{alarms} alarm{'' if alarms == 1 else 's'}" if alarms else "no alarm"
-    title = f"{len(events)} event{'' if len(events) == 1 else 's'}, {told}"
+    counted = f"{alarms} alarm{'' if alarms == 1 else 's'}" if alarms else "no alarm"
+    title = f"{len(events)} event{'' if len(events) == 1 else 's'}, {counted}"
     report.line(Cell(title, "bold" if alarms else "green"))
-    shown = gravest(events, _MAX_EVENTS)
+    shown = most_severe(events, _MAX_EVENTS)
     rows: list[list[str | Cell]] = [
         [
             _steps(event),
@@ -193,7 +186,7 @@ def _print_events(report: Report, events: Sequence[Event]) -> None:
     report.table(columns, rows, indent=2, heading=False)
     if len(events) > len(shown):
         hidden = len(events) - len(shown)
-        report.line(Cell(f"  and {hidden} more, none graver; --json has all", "dim"))
+        report.line(Cell(f"  and {hidden} more, none more severe; --json has all", "dim"))
 
 
 def _steps(event: Event) -> str:

@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 
 from ultrathink.insight.events import most_severe
+from ultrathink.insight.log_analysis import Course, LogAnalysis, without_start
 from ultrathink.insight.logs.log import Log
 from ultrathink.insight.plain import without_nan
-from ultrathink.insight.log_analysis import Course, LogAnalysis, without_start
 from ultrathink.monitoring.plot import Scale
 from ultrathink.monitoring.plot_view import PlotView
 from ultrathink.monitoring.report import Cell, Column, Report

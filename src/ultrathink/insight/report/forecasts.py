@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ultrathink.insight.log_analysis import LogAnalysis, Point
 from ultrathink.insight.logs.log import Log, LogSignals
-from ultrathink.insight.log_analysis import Point, LogAnalysis
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.forecast import Forecast
 from ultrathink.orchestrator.phases import Phase

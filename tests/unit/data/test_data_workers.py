@@ -91,8 +91,8 @@ def test_a_worker_killed_in_the_middle_of_an_answer_loses_none(start: Start) -> 
     kill(first._process)
     assert [pool.receive() == large(number) for number in range(6)] == [True] * 6
     assert notes == [
-        f"a data worker (process {pid}) was killed by SIGKILL; it was started again, and the "
-        f"samples stay the same"
+        f"a data worker (process {pid}) was killed by SIGKILL and was restarted; the samples "
+        f"stay the same"
     ]
 
 
@@ -108,10 +108,10 @@ def test_dying_again_and_again_is_an_error_with_a_way_out(start: Start) -> None:
     text = str(caught.value)
     assert text.startswith("data workers died 3 times without a batch in between (the last, proc")
     assert "was killed by SIGKILL). Most likely the machine ran out of memory: free some" in text
-    assert text.endswith("Or let the trainer prepare its batches itself: data.num_workers=0.")
+    assert text.endswith("Or prepare batches in the trainer: data.num_workers=0.")
 
 
-def test_an_exit_by_itself_is_told_from_being_killed(start: Start) -> None:
+def test_an_exit_is_distinguished_from_a_kill(start: Start) -> None:
     pool = start(leaving, 1, [])
     pool.submit(1)
     with pytest.raises(DataError, match=r"ended with exit code 7\). What it printed above may"):

@@ -80,7 +80,7 @@ def assemble(
     # Before models are made ready, from where on freed memory is kept.
     loader = TrainLoader(
         data.train_stores,
-        data.train_weights,
+        data.record.weights,
         seq_len=config.data.seq_len,
         batch_size=training.batch_size,
         packing=config.data.packing,
@@ -145,7 +145,7 @@ def _identity(data: PreparedData, loader: Batches, models: ModelSet) -> dict[str
     """Hashes of the data and of frozen models, which must be the same for a run to go on."""
     return {
         "frozen_hash": models.frozen_hash,
-        "data_hash": data.data_hash,
+        "data_hash": data.record.data_hash,
         "tokenizer_hash": data.tokenizer.fingerprint,
         "tokenizer_behavior": behavior_hash(data.tokenizer),
         "order_hash": loader.order_hash(),
@@ -203,6 +203,6 @@ def _stepper(config: Config, objective: Objective, choices: Choices) -> Stepper:
 def _skipped(data: PreparedData) -> list[str]:
     return [
         f"data source {name}: {count} items could not be read and were skipped"
-        for name, count in data.skipped.items()
+        for name, count in data.record.skipped.items()
         if count
     ]

@@ -80,6 +80,19 @@ def test_check_tells_how_many_parameters_a_token_meets(say: Say) -> None:
     assert said.splitlines()[1] == told
 
 
+def test_check_finds_what_training_would_refuse_all_at_once(place: Path, say: Say) -> None:
+    Path("books").mkdir()
+    Path("books/a.txt").write_text("Call me Ishmael.")
+    Path("lines.jsonl").write_text('{"txt": "a"}\n')
+    assert "fine" in say("config", "check", "debug", "data.train=books/")
+    said = say("config", "check", "debug", "data={train: [books/*.md, lines.jsonl]}", status=2)
+    assert said.splitlines() == [
+        f"error: data source 'text': path 'books/*.md' matches no file (searched from {place}).",
+        f"       {place}/lines.jsonl, line 1: there is no field 'text' (keys: txt; did you mean "
+        f"`field: txt`?). Correct the line, or leave such lines out with `on_bad: skip`.",
+    ]
+
+
 def test_docs_and_schema_are_about_all_configurations(say: Say) -> None:
     assert say("config", "docs") == docs.markdown(Config)
     assert json.loads(say("config", "schema")) == docs.json_schema(Config)

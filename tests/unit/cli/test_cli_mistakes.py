@@ -38,7 +38,7 @@ MISTAKES = {
     "generate a@5000 x": "no checkpoint of step 5000; there are: 2, 4",
     "generate a x --temperature -1": "temperature",
     "generate a x --seed": "argument --seed: expected one argument. See:",
-    "launch --nnodes 2 debug": "--nnodes 2: name one of the machines and a port, the same on all of ",
+    "launch --nnodes 2 debug": "--nnodes 2: name one of the machines and a port, the same on ",
     "launch --nproc 0 debug": "--nproc is 0; it must be at least 1",
     "launch --nprocs=2 debug": "did you mean --nproc?",
     "export nowhere": "there is no run 'nowhere'",

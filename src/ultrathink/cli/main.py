@@ -176,9 +176,10 @@ options:
   --debug    show where in the code an error arose
 
 examples:
-  ultrathink train                                     five minutes to a small model
-  ultrathink train demo training.max_minutes=1         the same, shorter
-  ultrathink config show demo --why                    every option and where it came from"""
+  ultrathink train                              five minutes to a small model
+  ultrathink train demo training.max_minutes=1  the same, shorter
+  ultrathink train data.train=books/            your own text
+  ultrathink config show demo --why             every option, and its origin"""
 
 
 def _complain(message: str) -> None:

@@ -203,7 +203,7 @@ def known_option(name: str, value: Any, root: type[BaseModel], *, in_file: bool)
     """
     name = habits.plain_name(name)
     places = _places_of(name, root)
-    if name not in habits.HABITS or (isinstance(value, dict) and places):
+    if name not in habits.table() or (isinstance(value, dict) and places):
         if len(places) == 1 and not isinstance(value, dict):
             return habits.write(places[0], habits.shown(value), in_file=in_file)
         if places:

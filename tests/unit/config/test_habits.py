@@ -9,7 +9,7 @@ import pytest
 from tests.unit.config.habits_table import HABITS
 from ultrathink.config import Config, load_config
 from ultrathink.config.explain import known_flag
-from ultrathink.config.habits import HABITS as KNOWN
+from ultrathink.config.habits import table
 from ultrathink.config.reflection import field_at
 from ultrathink.core.errors import ConfigError
 
@@ -61,7 +61,7 @@ def test_a_habit_is_answered_with_the_line_that_means_it(habit: str, tmp_path: P
 
 
 def test_every_line_of_the_table_is_accepted() -> None:
-    texts = {text for answers in KNOWN.values() for text in answers.values()}
+    texts = {text for answers in table().values() for text in answers.values()}
     lines = {line for text in texts for line in lines_of(text)}
     assert len(lines) > 60
     for line in lines:

@@ -12,6 +12,7 @@ from pathlib import Path
 from ultrathink.config.evaluators import TextEvaluatorConfig
 from ultrathink.config.schema import Config
 from ultrathink.config.tokenizer import TOKENIZERS, HuggingFaceTokenizerConfig
+from ultrathink.config.training import CheckpointConfig
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.data.sources.opening import unreadable
 from ultrathink.interop.fetching import is_pretrained
@@ -22,7 +23,11 @@ def find_problems(config: Config) -> list[str]:
 
     The configuration is one that ``load_config`` accepted, with what its pretrained weights decide.
     """
-    return [message for check in (_text, _weights, _device, _folders) for message in check(config)]
+    return [
+        message
+        for check in (_text, _weights, _best_by, _device, _folders)
+        for message in check(config)
+    ]
 
 
 def _text(config: Config) -> Iterator[str]:
@@ -57,6 +62,13 @@ def _require_run(source: str, config: Config) -> None:
         check_vocabulary(config, load_tokenizer(run.tokenizer))
     if (weights / "state.json").is_file():
         check_loads(weights, config.model)
+
+
+def _best_by(config: Config) -> Iterator[str]:
+    if config.training.checkpoint.best_by != CheckpointConfig().best_by:
+        from ultrathink.recipes.parts.beginning import check_best_by
+
+        yield from _refused(lambda: check_best_by(config.training))
 
 
 def _device(config: Config) -> Iterator[str]:

@@ -77,6 +77,7 @@ MISTAKES = {
     "config check debug training.init_from=b": "no checkpoint yet",
     "config check debug tokenizer=hf": "set training.init_from=hf:PATH_OR_NAME, or choose",
     "config check debug training.device=cuda:7": "use auto or cpu",
+    "config check debug training.checkpoint.best_by=acc": "'acc': objective 'pretrain' has no such",
     "config check debug run.dir=prose/runs": "run.dir = 'prose/runs': ",
     "config check debug 'training.objective={type: distill, teacher: c}'": "the teacher of this",
     "config check 'training.evaluators=[{type: text, source: none.txt}]'": "'none.txt' does not",

@@ -1,4 +1,4 @@
-"""Going on with a run whose text or token cache is no longer what it was."""
+"""Resuming a run whose text or token cache has changed."""
 
 from __future__ import annotations
 

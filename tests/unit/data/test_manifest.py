@@ -243,7 +243,7 @@ def test_only_a_full_check_finds_bits_that_a_disk_changed(tmp_path: Path, name: 
     (store.folder / name).write_bytes(content)
     path = store.folder / "meta.json"
     meta = json.loads(path.read_text())
-    meta["files"][name][:4] = Stat.of(store.folder / name)  # no stat tells
+    meta["files"][name][:4] = Stat.of(store.folder / name)  # no stat differs
     del meta["checksum"]
     path.write_text(json.dumps(sealed(meta)))
     TokenStore(store.folder, "store")

@@ -52,7 +52,7 @@ def test_a_store_holds_the_documents_and_their_counts(bpe: BpeTokenizer, tmp_pat
         assert store.num_bytes == sum(len(text.encode()) for text in TEXTS)
         assert store.token_bytes[store.tokens].sum() == store.num_bytes
         assert store.tokens.dtype == np.uint16
-        payload = pickle.dumps(store)  # carries no tokens
+        payload = pickle.dumps(store)  # holds no tokens
         assert len(payload) < 2000
         assert pickle.loads(payload).tokens.tolist() == store.tokens.tolist()
     store = store_of(tmp_path / "empty", [])

@@ -225,4 +225,4 @@ def test_workers_change_nothing(stores: list[TokenStore], working: TrainLoader) 
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert multiprocessing.active_children() == []
-    assert take(working, 2) == take(alone, 2)  # starts again by itself
+    assert take(working, 2) == take(alone, 2)  # restarts by itself

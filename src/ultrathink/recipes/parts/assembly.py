@@ -10,7 +10,6 @@ from ultrathink.config.objective import OBJECTIVES
 from ultrathink.config.schema import Config
 from ultrathink.config.training import TrainingConfig
 from ultrathink.core.divisors import largest_divisor
-from ultrathink.core.errors import ConfigError, suggestion
 from ultrathink.core.random import seed_everything
 from ultrathink.data.loader import Batches, Share, TrainLoader
 from ultrathink.data.prepare import PreparedData
@@ -23,6 +22,7 @@ from ultrathink.orchestrator.live import LiveWatch
 from ultrathink.parallel.mesh import ParallelDims
 from ultrathink.parallel.restarts import remember_run
 from ultrathink.parallel.watchdog import Watchdog
+from ultrathink.recipes.parts.beginning import check_best_by
 from ultrathink.recipes.parts.callbacks import SampleWriter, StepBudgetRecorder
 from ultrathink.recipes.parts.heading import heading
 from ultrathink.recipes.parts.models import FoundModel, ready_models
@@ -157,6 +157,7 @@ def _objective(
 ) -> Objective:
     """What the run learns."""
     training, packing = config.training, config.data.packing
+    check_best_by(training)
     models, compilation = ready
     parts = Parts(
         models,
@@ -168,12 +169,6 @@ def _objective(
         scored_tokens=training.eval.max_tokens,
     )
     objective: Objective = OBJECTIVES.load(training.objective.type)(training.objective, parts)
-    if training.checkpoint.best_by not in objective.best_by:
-        raise ConfigError(
-            f"training.checkpoint.best_by = {training.checkpoint.best_by!r}: objective "
-            f"{training.objective.type!r} has no such figure. "
-            f"{suggestion(training.checkpoint.best_by, objective.best_by)}"
-        )
     return objective
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ultrathink.config.objective import OBJECTIVES
 from ultrathink.config.root import DEFAULT
 from ultrathink.config.schema import Config
-from ultrathink.core.errors import ConfigError
+from ultrathink.config.training import TrainingConfig
+from ultrathink.core.errors import ConfigError, suggestion
 from ultrathink.data.prepare import PreparedData
 from ultrathink.data.prompts import opening_words
 from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
@@ -15,6 +17,7 @@ from ultrathink.interop.fetching import is_pretrained
 from ultrathink.model.transformer import Transformer
 from ultrathink.recipes.parts.pretrained import adopt_pretrained
 from ultrathink.runs.loading import load_weights, weights_from
+from ultrathink.training.objectives.base import Objective
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,17 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
         raise ConfigError(
             f"model.vocab_size ({size}) is smaller than the tokenizer's vocabulary "
             f"({tokenizer.vocab_size}); set tokenizer.vocab_size or model.vocab_size to match."
+        )
+
+
+def check_best_by(training: TrainingConfig) -> None:
+    """ConfigError where the objective has no figure ``training.checkpoint.best_by``."""
+    objective: type[Objective] = OBJECTIVES.load(training.objective.type)
+    best_by = training.checkpoint.best_by
+    if best_by not in objective.best_by:
+        raise ConfigError(
+            f"training.checkpoint.best_by = {best_by!r}: objective {training.objective.type!r} "
+            f"has no such figure. {suggestion(best_by, objective.best_by)}"
         )
 
 

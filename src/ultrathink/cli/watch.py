@@ -142,7 +142,7 @@ class _Follower:
         assert self._view is not None
         news = self._watching.log.poll()
         if news.is_anew:
-            tell(f"{self._file} was cut or replaced; reading it from its start")
+            tell(f"{self._file} was cut or replaced; it is read from its beginning")
             self._watching = None
             return self._look()
         for signals in news.signals:

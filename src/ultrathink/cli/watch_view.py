@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 
 from ultrathink.insight.events import gravest
+from ultrathink.insight.log_analysis import Course, LogAnalysis, without_start
 from ultrathink.insight.logs.log import Log
 from ultrathink.insight.plain import without_nan
-from ultrathink.insight.watching import Course, Watching, without_start
 from ultrathink.monitoring.plot import Scale
 from ultrathink.monitoring.plot_view import PlotView
 from ultrathink.monitoring.report import Cell, Column, Report
@@ -44,18 +44,18 @@ _MAX_SIGNALS = 10
 _FAMILIES = ("experts/", "grad_norm/")
 
 
-def print_watching(watching: Watching) -> None:
+def print_analysis(analysis: LogAnalysis) -> None:
     """Print all that was found on standard output, for a person."""
     report = Report()
-    _print_log(report, watching)
-    for course in watching.courses:
+    _print_log(report, analysis)
+    for course in analysis.courses:
         report.line()
-        if watching.has_several:
+        if analysis.has_several:
             report.line(Cell(course.name, "bold"))
         _print_curve(report, course)
         _print_events(report, course.watcher.events)
         _print_phases(report, course.watcher.phases)
-    _print_forecast(report, watching)
+    _print_forecast(report, analysis)
 
 
 class FollowView:
@@ -72,23 +72,23 @@ class FollowView:
         if not self._as_json:
             self._line(Cell(str(log.path), "bold"), f"  {log.format}")
 
-    def show(self, watching: Watching, events: Sequence[Event]) -> None:
+    def show(self, analysis: LogAnalysis, events: Sequence[Event]) -> None:
         """Print what is new at this step; what was told before a restart is not told again."""
-        course = watching.courses[-1]
+        course = analysis.courses[-1]
         for event in events:
             key = (course.name, event.step, event.kind, event.subject, event.severity)
             if key not in self._told:
                 self._told.add(key)
-                self._show_event(watching, course, event)
+                self._show_event(analysis, course, event)
         phase = course.watcher.phase
         if phase != self._phase and phase is not None and not self._as_json:
             last = course.watcher.phases[-1]
             self._line(f"{last.to_step:>10,}  ", Cell(f"phase {phase}", PHASE_STYLES[phase]))
         self._phase = phase
 
-    def _show_event(self, watching: Watching, course: Course, event: Event) -> None:
+    def _show_event(self, analysis: LogAnalysis, course: Course, event: Event) -> None:
         if self._as_json:
-            named = {"run": course.name} if watching.has_several else {}
+            named = {"run": course.name} if analysis.has_several else {}
             text = json.dumps(without_nan({**named, **event.to_json()}), ensure_ascii=False)
             print(text, flush=True)
             return
@@ -103,15 +103,15 @@ class FollowView:
         print(end="", flush=True)
 
 
-def _print_log(report: Report, watching: Watching) -> None:
-    summary = watching.summary()
+def _print_log(report: Report, analysis: LogAnalysis) -> None:
+    summary = analysis.summary()
     report.line(Cell(summary["path"], "bold"), f"  {summary['format']}")
     first, last, total = (summary[name] for name in ("first_step", "last_step", "total_steps"))
     if first is None:
         report.line("  nothing was recorded")
         return
     of = f" of {total:,}" if total and total > last else ""
-    runs = f" in {len(watching.courses)} runs" if watching.has_several else ""
+    runs = f" in {len(analysis.courses)} runs" if analysis.has_several else ""
     report.line(f"  {summary['num_steps']:,} steps logged, {first:,} to {last:,}{of}{runs}")
     # Of a family, as experts/skill/gini, one name.
     names = list(
@@ -216,8 +216,8 @@ def _print_phases(report: Report, phases: Sequence[Phase]) -> None:
     report.line(*parts)
 
 
-def _print_forecast(report: Report, watching: Watching) -> None:
-    ahead = watching.forecast()
+def _print_forecast(report: Report, analysis: LogAnalysis) -> None:
+    ahead = analysis.forecast()
     if ahead is None or ahead.step <= ahead.at_step or not math.isfinite(ahead.loss):
         return
     report.line(

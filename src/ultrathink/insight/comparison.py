@@ -112,7 +112,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that ``ultrathink compare`` tells."""
+    """All that ``ultrathink compare`` shows."""
 
     sides: tuple[Side, ...]
     config: tuple[Difference, ...]

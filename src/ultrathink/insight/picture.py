@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultrathink.core.errors import MissingDependencyError
+from ultrathink.insight.log_analysis import Course, LogAnalysis, Point, without_start
 from ultrathink.insight.report.curves import Series, smoothed
-from ultrathink.insight.watching import Course, Point, Watching, without_start
 from ultrathink.orchestrator.events import SEVERITIES, Event
 from ultrathink.orchestrator.phases import (
     CONVERGING,
@@ -58,33 +58,33 @@ def require_matplotlib() -> None:
         ) from None
 
 
-def draw_picture(watching: Watching, path: Path) -> None:
+def draw_picture(analysis: LogAnalysis, path: Path) -> None:
     """Write the picture of what was found to ``path``; its suffix says the kind."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    has_norm = any("grad_norm" in course.curves for course in watching.courses)
+    has_norm = any("grad_norm" in course.curves for course in analysis.courses)
     # A figure of its own, without pyplot, needs no screen.
     figure = Figure(figsize=(12, 6.8 if has_norm else 5.2), dpi=130, layout="constrained")
     heights = [3.2, 1] if has_norm else [1]
     grid = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
     axes: list[Axes] = list(grid[:, 0])
-    _draw_losses(axes[0], watching)
+    _draw_losses(axes[0], analysis)
     if has_norm:
-        _draw_norms(axes[1], watching)
+        _draw_norms(axes[1], analysis)
     for axis in axes:
-        if not watching.has_several:  # bands of several runs would lie on each other
-            _draw_phases(axis, [phase for _, phase in watching.phases()])
-    events = [event for _, event in watching.events()]
-    _draw_events(axes[0], events, watching.courses)
-    _finish(figure, axes, watching, events)
+        if not analysis.has_several:  # bands of several runs would lie on each other
+            _draw_phases(axis, [phase for _, phase in analysis.phases()])
+    events = [event for _, event in analysis.events()]
+    _draw_events(axes[0], events, analysis.courses)
+    _finish(figure, axes, analysis, events)
     figure.savefig(path)
 
 
-def _draw_losses(axis: Axes, watching: Watching) -> None:
-    for number, course in enumerate(watching.courses):
+def _draw_losses(axis: Axes, analysis: LogAnalysis) -> None:
+    for number, course in enumerate(analysis.courses):
         color = _LINE_COLORS[number % len(_LINE_COLORS)]
-        name = f"{course.name}: " if watching.has_several else ""
+        name = f"{course.name}: " if analysis.has_several else ""
         for undone in course.undone:
             axis.plot(*_xy(undone), color="#999999", lw=0.8, ls=":")
         losses = course.curves.get("loss", [])
@@ -106,21 +106,21 @@ def _draw_losses(axis: Axes, watching: Watching) -> None:
                 steps, values, color="#c0392b", lw=1.2, marker="o", ms=2.5,
                 label=f"{name}validation loss",
             )  # fmt: skip
-    shown = _draw_forecast(axis, watching)
-    for course in watching.courses:
+    shown = _draw_forecast(axis, analysis)
+    for course in analysis.courses:
         for name in ("loss", "val_loss"):
             shown += [loss for _, loss in without_start(course.curves.get(name, []))]
     _scale(axis, shown)
     axis.set_ylabel("loss (nats)")
 
 
-def _draw_forecast(axis: Axes, watching: Watching) -> list[float]:
+def _draw_forecast(axis: Axes, analysis: LogAnalysis) -> list[float]:
     """Draw what is predicted, at the edge where its step lies far beyond; the losses drawn."""
-    ahead = watching.forecast()
+    ahead = analysis.forecast()
     if ahead is None or ahead.step <= ahead.at_step:
         return []
-    first = min(watching.courses[-1].steps)
-    last = max(watching.courses[-1].steps)
+    first = min(analysis.courses[-1].steps)
+    last = max(analysis.courses[-1].steps)
     place = min(float(ahead.step), last + _EDGE * (last - first))
     spread = [[max(0.0, ahead.loss - ahead.low)], [max(0.0, ahead.high - ahead.loss)]]
     axis.errorbar(
@@ -130,9 +130,9 @@ def _draw_forecast(axis: Axes, watching: Watching) -> list[float]:
     return [ahead.low, ahead.high]
 
 
-def _draw_norms(axis: Axes, watching: Watching) -> None:
+def _draw_norms(axis: Axes, analysis: LogAnalysis) -> None:
     norms: list[float] = []
-    for number, course in enumerate(watching.courses):
+    for number, course in enumerate(analysis.courses):
         steps, values = _xy(course.curves.get("grad_norm", []))
         color = _LINE_COLORS[number % len(_LINE_COLORS)]
         axis.plot(steps, values, color=color, lw=0.7, marker=_marker(values), ms=3)
@@ -183,7 +183,7 @@ def _draw_events(axis: Axes, events: Sequence[Event], courses: Sequence[Course])
 
 
 def _finish(
-    figure: Figure, axes: Sequence[Axes], watching: Watching, events: Sequence[Event]
+    figure: Figure, axes: Sequence[Axes], analysis: LogAnalysis, events: Sequence[Event]
 ) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -194,18 +194,18 @@ def _finish(
         for number, s in enumerate(SEVERITIES)
         if any(event.severity == s for event in events)
     ]
-    shown = [] if watching.has_several else watching.phases()
+    shown = [] if analysis.has_several else analysis.phases()
     present = {phase.phase for _, phase in shown}
     handles += [
         Patch(color=color, label=phase) for phase, color in PHASE_COLORS.items() if phase in present
     ]
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=3 if watching.has_several else 6,
+        handles=handles, loc="outside lower center", ncols=3 if analysis.has_several else 6,
         fontsize=8, frameon=False,
     )  # fmt: skip
     alarms = sum(event.is_alarm for event in events)
-    name = "/".join(watching.log.path.parts[-2:])
-    steps = watching.summary()["num_steps"]
+    name = "/".join(analysis.log.path.parts[-2:])
+    steps = analysis.summary()["num_steps"]
     axes[0].set_title(
         f"{name}: {steps:,} steps logged, {len(events)} events, {alarms} alarms",
         fontsize=10,

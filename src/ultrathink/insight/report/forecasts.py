@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ultrathink.insight.log_analysis import LogAnalysis, Point
 from ultrathink.insight.logs.log import Log, LogSignals
-from ultrathink.insight.watching import Point, Watching
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.forecast import Forecast
 from ultrathink.orchestrator.phases import Phase
@@ -48,32 +48,32 @@ class Replay:
 
 def replay(log: Log, *, losses: Iterable[Point]) -> Replay:
     """Watch a log from its beginning; ``losses`` are those that count, for what came."""
-    watching = Watching(log)
+    analysis = LogAnalysis(log)
     made: dict[float, Forecast] = {}
     for signals in log.signals():
-        _foretell(watching, signals, made)
-        watching.observe(signals)
-    watching.finish()
-    last = max((step for course in watching.courses for step in course.steps), default=0)
+        _foretell(analysis, signals, made)
+        analysis.observe(signals)
+    analysis.finish()
+    last = max((step for course in analysis.courses for step in course.steps), default=0)
     is_at_end = log.total_steps is not None and last >= log.total_steps
     came = _final(losses) if is_at_end else None
     return Replay(
-        phases=[phase for _, phase in watching.phases()],
-        events=[event for _, event in watching.events()],
-        undone=[part for course in watching.courses for part in course.undone],
+        phases=[phase for _, phase in analysis.phases()],
+        events=[event for _, event in analysis.events()],
+        undone=[part for course in analysis.courses for part in course.undone],
         predicted=[Prediction(share, ahead, came) for share, ahead in made.items()],
-        forecast=None if is_at_end else watching.forecast(),
+        forecast=None if is_at_end else analysis.forecast(),
     )
 
 
-def _foretell(watching: Watching, following: LogSignals, made: dict[float, Forecast]) -> None:
+def _foretell(analysis: LogAnalysis, following: LogSignals, made: dict[float, Forecast]) -> None:
     """Ask for the forecasts that are due before a record; what comes later is not known to them."""
-    total = watching.log.total_steps
-    if total is None or not watching.courses:
+    total = analysis.log.total_steps
+    if total is None or not analysis.courses:
         return
     for share in SHARES:
         if share not in made and following.step > share * total:
-            ahead = watching.forecast()
+            ahead = analysis.forecast()
             # One that was due long before, when too little was known, is not made up later.
             if ahead is not None and ahead.step == total and following.step < (share + 0.1) * total:
                 made[share] = ahead

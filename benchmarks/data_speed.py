@@ -79,7 +79,7 @@ def loaders(
     size, length = shape["batch_size"], shape["seq_len"]
     ours = TrainLoader(
         data.train_stores,
-        data.train_weights,
+        data.record.weights,
         seq_len=length,
         batch_size=size,
         packing=config.data.packing,

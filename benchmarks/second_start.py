@@ -113,7 +113,7 @@ def prepare(options: dict[str, Any]) -> dict[str, Any]:
     data = prepare_data(config, ByteTokenizerConfig())
     loader = TrainLoader(
         data.train_stores,
-        data.train_weights,
+        data.record.weights,
         seq_len=config.seq_len,
         batch_size=32,
         packing=config.packing,

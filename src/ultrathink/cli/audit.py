@@ -1,4 +1,4 @@
-"""``ultrathink audit``: replay the decisions of a run, and say what each was worth."""
+"""``ultrathink audit``: replay the decisions of a run, and measure what each was worth."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from ultrathink.core.streams import tell
 if TYPE_CHECKING:
     from ultrathink.runs.decisions import Audit
 
-_EPILOG = """Each decision is replayed from the state that was kept when it was taken, with and
-without it, over several data orders; the difference in validation loss is printed with its 95%
-interval and written into the run's decisions.jsonl. Negative means that the decision helped.
+_EPILOG = """Each decision is replayed from the state that was kept when it was taken, with
+and without it, over several data orders. The difference in validation loss is
+printed with its 95% interval and written to the run's decisions.jsonl.
+Negative means that the decision helped.
 
 examples:
   ultrathink audit demo
@@ -27,7 +28,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``ultrathink audit``."""
     parser.epilog = _EPILOG
     parser.add_argument("run", metavar="RUN", help="name or folder of a run")
-    parser.add_argument("--decision", type=int, metavar="K", help="this one only, by its number")
+    parser.add_argument("--decision", type=int, metavar="K", help="only decision number K")
     parser.add_argument("--orders", type=int, default=4, metavar="N", help="data orders (4)")
     parser.add_argument(
         "--horizon", type=int, metavar="N", help="steps after the decision to judge at (200)"
@@ -37,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Audit; status 0 once every result is written."""
+    """Audit; the status is 0 once every result is written."""
     load_plugins(args)
     from ultrathink.recipes.audit import audit_run
     from ultrathink.runs.folder import find_run

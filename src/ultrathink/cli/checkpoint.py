@@ -1,4 +1,4 @@
-"""``ultrathink checkpoint``: what is in one, and its model as one file."""
+"""``ultrathink checkpoint``: its contents, and its model as one file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ultrathink.cli.arguments import generate_command
 from ultrathink.core.errors import UltrathinkError, closest
 from ultrathink.core.streams import tell
 
@@ -16,14 +17,14 @@ if TYPE_CHECKING:
 ACTIONS = ("info", "consolidate")
 _EPILOG = """what to do:
   checkpoint info RUN           list what the last checkpoint of a run holds
-  checkpoint consolidate RUN    write its model as one safetensors file, with configuration and
-                                tokenizer: whatever number of processes wrote it
+  checkpoint consolidate RUN    write its model as one safetensors file, with
+                                its configuration and tokenizer
 
 examples:
   ultrathink checkpoint info demo
   ultrathink checkpoint info demo@500 --tensors
   ultrathink checkpoint consolidate demo@best --output demo-model
-  ultrathink generate demo-model "import "
+  ultrathink generate demo-model "def main():"
 """
 
 
@@ -38,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what was asked for."""
+    """List what a checkpoint holds, or write its model."""
     if args.action not in ACTIONS:
         near = closest(args.action, ACTIONS)
         hint = f"did you mean {near}?" if near else f"use {' or '.join(ACTIONS)}."
@@ -61,14 +62,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"folder": str(folder)}))
     else:
-        print(f'Written: {folder}\n  let it write:  ultrathink generate {folder} "import "')
+        prompts = found.read_config().training.sample.prompts
+        print(f"Written: {folder}\n  let it write:  {generate_command(folder, prompts)}")
     return 0
 
 
 def _show(contents: Contents, *, with_tensors: bool, as_json: bool) -> None:
     if as_json:
         tensors = [
-            {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "pieces": t.num_pieces}
+            {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "shards": t.num_pieces}
             for t in contents.tensors
         ]
         plain = {
@@ -103,11 +105,11 @@ def _show(contents: Contents, *, with_tensors: bool, as_json: bool) -> None:
         print(f"    {size / 2**20:8.1f} MiB  {name}")
     if contents.snapshots:
         print(
-            f"  to go back to, {sum(contents.snapshots.values()) / 2**20:.1f} MiB, which "
-            f"checkpoints share: the snapshots of step {', '.join(map(str, contents.snapshots))}"
+            f"  snapshots for rollbacks, {sum(contents.snapshots.values()) / 2**20:.1f} MiB, which "
+            f"checkpoints share: step {', '.join(map(str, contents.snapshots))}"
         )
     if with_tensors:
         print(f"  {len(contents.tensors)} tensors:")
         for tensor in contents.tensors:
-            pieces = f"  in {tensor.num_pieces} pieces" if tensor.num_pieces > 1 else ""
-            print(f"    {tensor.dtype:<9} {list(tensor.shape)!s:<14} {tensor.name}{pieces}")
+            shards = f"  in {tensor.num_pieces} shards" if tensor.num_pieces > 1 else ""
+            print(f"    {tensor.dtype:<9} {list(tensor.shape)!s:<14} {tensor.name}{shards}")

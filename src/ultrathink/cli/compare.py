@@ -1,4 +1,4 @@
-"""``ultrathink compare``: what differs between runs, and how they learned, side by side."""
+"""``ultrathink compare``: runs side by side: settings, curves, figures."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from ultrathink.insight.comparison import Agreement, Comparison, Side
 
 _EPILOG = """what it shows:
-  the values of the configuration and the facts of the manifest that differ; the training loss
-  (mean over a stretch) and the bits per byte of validation along the course that all runs
-  have taken, by steps, or by tokens where the runs' steps are not as large; and the last and
-  best figures of each run, with the difference to the first run named.
+  - what differs in configuration and environment
+  - train loss and bits per byte over the steps that all runs have taken, or
+    over the tokens where the runs' steps differ in size
+  - the last and best figures, and the differences to the first run named
 
 examples:
   ultrathink compare demo demo-2
@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the comparison; runs that are alike are no fault, so the status is 0."""
+    """Print the comparison; the status is 0, whatever differs."""
     from pydantic_core import to_jsonable_python
 
     from ultrathink.cli.compare_view import print_comparison

@@ -17,13 +17,14 @@ from ultrathink.config.overrides import flatten
 from ultrathink.config.schema import Config
 from ultrathink.config.size import sizes
 from ultrathink.config.training import BUDGETS
-from ultrathink.core.errors import UltrathinkError, suggestion
+from ultrathink.core.errors import ConfigError, UltrathinkError, suggestion
 
 ACTIONS = ("show", "check", "docs", "schema")
 EXAMPLES = """\
 what to do:
   show    print the configuration in full, as training would use it
-  check   say whether it is fine, and what it amounts to
+  check   find what training would refuse: wrong values, missing or unreadable
+          files, weights that do not fit
   docs    print the reference of all options, in Markdown
   schema  print a JSON schema, with which editors complete and check YAML files
 
@@ -37,7 +38,7 @@ examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Describe the command's arguments."""
-    # Optional for argparse only, so that the message can be ours.
+    # Optional for argparse, so that the message names the actions.
     parser.add_argument("action", nargs="?", metavar="|".join(ACTIONS), help="see below")
     add_config_arguments(parser)
     parser.add_argument("--why", action="store_true", help="show: where each value came from")
@@ -46,14 +47,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what was asked and return the exit status."""
+    """Show, check or document configurations."""
     if args.action not in ACTIONS:
         said = "" if args.action is None else f"not {args.action!r}. "
         hint = suggestion(args.action or "", ACTIONS)
         raise UltrathinkError(f"say what to do: config {' | '.join(ACTIONS)}; {said}{hint}")
     load_plugins(args)
     if args.why and args.action != "show":
-        raise UltrathinkError(f"--why goes with 'config show', not with 'config {args.action}'")
+        raise UltrathinkError(f"--why belongs to 'config show', not to 'config {args.action}'")
     if args.action in ("docs", "schema"):
         _print_reference(args)
         return 0
@@ -64,6 +65,11 @@ def run(args: argparse.Namespace) -> int:
 
         config = shown_with_pretrained(config)
     if args.action == "check":
+        from ultrathink.recipes.check import find_problems
+
+        problems = find_problems(config)
+        if problems:
+            raise ConfigError("\n".join(problems))
         _print_check(source or "demo", config, as_json=args.json)
     else:
         _print_config(config, why=args.why, as_json=args.json)

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from ultrathink.interop.export import Export
 
 _EPILOG = """examples:
-  ultrathink export demo                                   below runs/demo/export/
-  ultrathink export demo --checkpoint last --dtype bf16    half the size
+  ultrathink export demo                  below runs/demo/export/
+  ultrathink export demo --checkpoint last --dtype bf16
+                                          half the size
   ultrathink export demo@500 --output my-model
 """
 
@@ -42,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the folder, and say where it is and how to load it."""
+    """Write the folder, and print how to load it."""
     from ultrathink.interop.export import export_run
     from ultrathink.runs.folder import split_run
 

@@ -1,4 +1,4 @@
-"""``ultrathink generate``: let a trained model continue a text."""
+"""``ultrathink generate``: continue a text with a trained model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 import sys
 import time
 
+from ultrathink.core.streams import tell
+
 _EPILOG = """examples:
   ultrathink generate demo "def main():"
-  ultrathink generate runs/demo@last "import " --temperature 0          the likeliest tokens
+  ultrathink generate runs/demo@last "import " --temperature 0
   ultrathink generate demo "class " --top-k 40 --seed 1 --stop "\\nclass"
   echo "def f(x):" | ultrathink generate demo -
 """
@@ -24,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.7, metavar="T", help="0 is greedy; default 0.7"
     )
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest")
     parser.add_argument(
         "--top-p", type=float, metavar="P", help="draw from the likeliest tokens that sum to P"
     )
@@ -39,10 +41,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write to standard output as the model goes, or one JSON object at the end."""
+    """Print the text as the model writes it, or one JSON object at the end."""
     from ultrathink.inference.engine import Engine
     from ultrathink.inference.sampling import SamplingParams
-    from ultrathink.runs.folder import split_run
+    from ultrathink.runs.folder import find_run, split_run
     from ultrathink.runs.loading import load_model
     from ultrathink.training.hardware import choose_device
 
@@ -58,6 +60,14 @@ def run(args: argparse.Namespace) -> int:
     name, checkpoint = split_run(args.run, "best")
     model, tokenizer = load_model(name, checkpoint, device=choose_device(args.device))
     engine = Engine(model, tokenizer)
+    config, given = find_run(name).read_config(), len(tokenizer.encode(prompt))
+    trained = max(config.data.seq_len, config.model.max_positions or 0)
+    if given > trained:
+        tell(
+            f"note: the prompt has {given:,} tokens, and the model was trained on sequences of "
+            f"{trained:,}: it reads them all, but what it writes may be poor. Shorten the prompt, "
+            f"or train with a larger data.seq_len."
+        )
     if not args.json:
         print(prompt, end="", flush=True)
         for piece in engine.stream(prompt, params):

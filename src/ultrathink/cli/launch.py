@@ -11,12 +11,13 @@ from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.streams import tell
 
 _EPILOG = """examples:
-  ultrathink launch --nproc 2 debug                  two processes on this machine
-  ultrathink launch my.yaml                          one process for each of its GPUs
-  ultrathink launch --nproc 4 my.yaml parallel.dp_replicate=2 parallel.zero_stage=2
-  ultrathink launch --nproc 2 --resume runs/my       go on, with as many as you like
+  ultrathink launch --nproc 2 debug     two processes on this machine
+  ultrathink launch my.yaml             one process for each of its GPUs
+  ultrathink launch --nproc 4 my.yaml parallel.dp_replicate=2
+  ultrathink launch --nproc 2 --resume demo
+                                        resume, with any number of processes
   ultrathink launch --nnodes 2 --rdzv-endpoint node0:29400 my.yaml
-                                                     the same command on each of two machines
+                                        the same command on both machines
 """
 
 
@@ -34,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rdzv-endpoint",
         metavar="HOST:PORT",
-        help="where several machines meet: one of them, and a port that is free there",
+        help="one of several machines, and a port that is free there",
     )
     group.add_argument(
         "--rdzv-id", default="ultrathink", metavar="ID", help="a name for this job among others"
@@ -44,10 +45,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=3,
         metavar="K",
-        help="times that all start again when one was killed or hung (default: 3)",
+        help="restarts of all processes after one was killed or hung (default: 3)",
     )
     group.add_argument(
-        "--log-dir", type=Path, metavar="FOLDER", help="keep what each process prints, in files"
+        "--log-dir", type=Path, metavar="FOLDER", help="write what each process prints to files"
     )
 
 
@@ -55,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
     """Start the processes and wait for them; returns what ``train`` would."""
     if args.nnodes > 1 and args.rdzv_endpoint is None:
         raise UltrathinkError(
-            f"--nnodes {args.nnodes}: say where the machines meet, for example --rdzv-endpoint "
-            f"node0:29400, the same on all of them."
+            f"--nnodes {args.nnodes}: name one of the machines and a port, the same on all of "
+            f"them, for example --rdzv-endpoint node0:29400."
         )
     num_processes = args.nproc if args.nproc is not None else _num_gpus()
     if num_processes < 1:

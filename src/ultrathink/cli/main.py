@@ -12,24 +12,25 @@ from dataclasses import dataclass
 from typing import NoReturn, cast
 
 from ultrathink import __version__
+from ultrathink.cli.arguments import takes_config
 from ultrathink.core.errors import UltrathinkError, closest, suggestion
 from ultrathink.core.streams import discard, tell
 
 # Name -> its one line of help. The module of that name in this package is imported only when its
 # command is used, and offers `configure(parser)` and `run(args) -> exit status`.
 COMMANDS = {
-    "train": "train a model, or go on with a run that stopped",
+    "train": "train a model, or resume a run",
     "launch": "train on several processes, on one machine or more",
-    "generate": "let a trained model write",
+    "generate": "continue a text with a trained model",
     "export": "write a run's model for Hugging Face transformers",
-    "runs": "list the runs, or check that one is sound",
-    "checkpoint": "say what is in a checkpoint, or write its model as one file",
+    "runs": "list the runs, or verify the files of one",
+    "checkpoint": "list what a checkpoint holds, or write its model as one file",
     "compare": "set runs side by side: settings, curves, figures",
-    "audit": "replay a run's decisions, and say what they were worth",
-    "watch": "say what an expert would say about a training log",
+    "audit": "replay a run's decisions, and measure what they were worth",
+    "watch": "find what went wrong in a training log",
     "report": "write a page that explains a run",
     "config": "show, check and explain configurations",
-    "doctor": "say what this machine can do, and what it lacks",
+    "doctor": "check this machine, and measure how fast it is",
 }
 USER_ERROR = 2
 SYSTEM_ERROR = 1
@@ -46,7 +47,7 @@ class Command:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are the user's mistakes like any other, with a suggestion."""
+    """A parser whose errors are the user's mistakes, each with a suggestion."""
 
     def error(self, message: str) -> NoReturn:
         raise UltrathinkError(f"{message}. See: {self.prog} --help")
@@ -55,11 +56,25 @@ class CommandParser(argparse.ArgumentParser):
         """Read the arguments of one command; flags may stand between key=value pairs."""
         args, unknown = self.parse_known_intermixed_args(arguments)
         if unknown:
-            flag = unknown[0].partition("=")[0]
-            near = closest(flag, [f for action in self._actions for f in action.option_strings])
-            hint = f"; did you mean {near}?" if near else "."
-            raise UltrathinkError(f"{flag} is not known here{hint} See: {self.prog} --help")
+            flags = [word for word in unknown if word.startswith("-")] or unknown
+            lines = "\n".join(self._unknown(flag, arguments) for flag in flags)
+            raise UltrathinkError(f"{lines} See: {self.prog} --help")
         return args
+
+    def _unknown(self, word: str, arguments: Sequence[str]) -> str:
+        """What is meant by a flag that the command does not have."""
+        flag, equals, value = word.partition("=")
+        if takes_config(self):
+            from ultrathink.config.explain import known_flag
+            from ultrathink.config.schema import Config
+
+            following = [*arguments[arguments.index(word) + 1 :], "--"][0]
+            given = value if equals else None if following.startswith("--") else following
+            meant = known_flag(flag, given, Config)
+            if meant is not None:
+                return f"{flag} is not known here. {meant}"
+        near = closest(flag, [f for action in self._actions for f in action.option_strings])
+        return f"{flag} is not known here{f'; did you mean {near}?' if near else '.'}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    _print_whatever_the_encoding()
+    _spell_out_what_the_terminal_lacks()
     try:
         status = _dispatch([word for word in arguments if word != "--debug"])
         sys.stdout.flush()
@@ -97,7 +112,7 @@ def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
 
 
 def report(error: UltrathinkError | KeyboardInterrupt | OSError) -> int:
-    """Tell in a sentence what ended a command; returns its exit status."""
+    """Print in a sentence what ended a command; returns its exit status."""
     if isinstance(error, UltrathinkError):
         _complain(str(error))
         return USER_ERROR
@@ -161,9 +176,10 @@ options:
   --debug    show where in the code an error arose
 
 examples:
-  ultrathink train                                     five minutes to a small model
-  ultrathink train demo training.max_minutes=1         the same, shorter
-  ultrathink config show demo --why                    every option and where it came from"""
+  ultrathink train                              five minutes to a small model
+  ultrathink train demo training.max_minutes=1  the same, shorter
+  ultrathink train data.train=books/            your own text
+  ultrathink config show demo --why             every option, and its origin"""
 
 
 def _complain(message: str) -> None:
@@ -183,7 +199,7 @@ def _system_message(error: OSError) -> str:
     return f"{reason}{place}{advice}."
 
 
-def _print_whatever_the_encoding() -> None:
+def _spell_out_what_the_terminal_lacks() -> None:
     """A character that the terminal's encoding lacks is spelled out instead of an error."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")

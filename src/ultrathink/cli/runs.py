@@ -1,4 +1,4 @@
-"""``ultrathink runs``: every run in a line, and whether all that a run holds is sound."""
+"""``ultrathink runs``: every run in a line, and whether the files of a run are intact."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 CHECK = "check"
 UNSOUND = 1
 _EPILOG = """what to do:
-  runs [DIR]       list the runs in a folder (default: runs), the newest change first
-  runs check RUN   read everything that a run holds and say what is sound; the status is 1
-                   where something is damaged; --data reads its text and token cache too
+  runs [DIR]       list the runs in a folder (default: runs), the newest first
+  runs check RUN   read every file of a run and verify it, with --data also its
+                   text and token cache; the status is 1 where one is damaged
 
 states:
   running   a process is training it        finished  trained to its end
   stopped   can be resumed                  empty     has no checkpoint yet
-  damaged   its configuration or its last checkpoint cannot be used: see runs check
+  damaged   its configuration or last checkpoint cannot be used: see runs check
 
 examples:
   ultrathink runs
@@ -51,7 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     parser.add_argument("words", nargs="*", metavar="DIR | check RUN", help="see below")
     add_plugin_argument(parser)
-    parser.add_argument("--data", action="store_true", help="check text and token cache as well")
+    parser.add_argument("--data", action="store_true", help="check: text and token cache as well")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         load_plugins(args)
         return _check(words[1], data=args.data, as_json=args.json)
     if args.data:
-        raise UltrathinkError("--data goes with a check: ultrathink runs check RUN --data")
+        raise UltrathinkError("--data belongs to a check: ultrathink runs check RUN --data")
     if len(words) > 1:
         near = closest(words[0], [CHECK])
         raise UltrathinkError(
@@ -132,7 +132,7 @@ def _print_list(runs: Sequence[RunSummary]) -> None:
     for run in troubled:
         report.line(Cell(f"{run.name}: ", "bold red"), f"{run.problem}.")
     if troubled:
-        report.line(f"What is sound of it: ultrathink runs check {troubled[0].path}")
+        report.line(f"What can be used: ultrathink runs check {troubled[0].path}")
 
 
 def _to_json(run: RunSummary) -> dict[str, Any]:
@@ -205,15 +205,15 @@ def _print_check(check: Check, command: str) -> None:
     if damaged:
         report.line(Cell(f"Damaged: {damaged} of {len(check.findings)}.", "bold red"))
     else:
-        report.line(Cell("All is sound.", "green"))
+        report.line(Cell("Nothing is damaged.", "green"))
     if check.newest_sound is None:
         return
     if _is_finished(check):
         report.line(f"The run is finished: step {check.newest_sound:,} was its last.")
     elif not check.can_resume:
-        report.line("To go on with the run, put back its config.yaml and tokenizer first.")
+        report.line("To resume the run, restore its config.yaml and tokenizer first.")
     elif check.owner is None:
-        report.line(f"To go on from step {check.newest_sound:,}: {command}")
+        report.line(f"To resume from step {check.newest_sound:,}: {command}")
 
 
 def _is_finished(check: Check) -> bool:

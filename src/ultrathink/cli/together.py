@@ -1,4 +1,4 @@
-"""A command that several processes run together: one of them speaks, one tells what went wrong."""
+"""A command that several processes run: one prints, and a failure is reported once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ultrathink.core.streams import tell
 
 
 def is_launched() -> bool:
-    """Whether torchrun or ``ultrathink launch`` started this process, mostly beside others."""
+    """Whether torchrun or ``ultrathink launch`` started this process."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def run_together(act: Callable[[], int]) -> NoReturn:
-    """``act()`` on each process; of a failure, the process where it arose tells, and no other.
+    """``act()`` on each process; only the process where a failure arose reports it.
 
-    Ends the process: what the interpreter would tidy up may wait for processes that are gone.
+    Ends the process without the interpreter's clean-up, which may wait for processes that are gone.
     """
     from ultrathink.cli.main import report
     from ultrathink.parallel.launching import EXCEPTION, OUT_OF_MEMORY, PEER_GONE
@@ -43,22 +43,22 @@ def run_together(act: Callable[[], int]) -> NoReturn:
     except PeerFailedError:
         _end(status_of_first(world) or PEER_GONE)
     except (Exception, KeyboardInterrupt) as error:
-        said = error if isinstance(error, UltrathinkError | OSError | KeyboardInterrupt) else None
-        if said is None and is_lost_connection(error):
+        known = error if isinstance(error, UltrathinkError | OSError | KeyboardInterrupt) else None
+        if known is None and is_lost_connection(error):
             _end(PEER_GONE)
         if not is_first_to_fail(world):
             _end(status_of_first(world) or PEER_GONE)
-        if said is not None:
-            status = report(said)
-            status = OUT_OF_MEMORY if isinstance(said, SmallerStartError) else status
+        if known is not None:
+            status = report(known)
+            status = OUT_OF_MEMORY if isinstance(known, SmallerStartError) else status
         else:
             tell(f"error: process {world.rank} failed:")
             traceback.print_exc()
             status = EXCEPTION
         leave_status(world, status)
         _end(status)
-    # The launcher knows which signal it handed on; to it, a run that was stopped and saved went
-    # well, and is not to be started again.
+    # The launcher knows which signal it passed on. A run that was stopped and saved counts as
+    # successful there, so that it is not restarted.
     _end(0 if status > 128 else status)
 
 

@@ -1,4 +1,4 @@
-"""``ultrathink train``: a new run from a configuration, or the continuation of one."""
+"""``ultrathink train``: start a run, or resume one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ultrathink.cli.arguments import (
     add_config_arguments,
+    generate_command,
     load_plugins,
     split_config_and_overrides,
 )
@@ -28,14 +29,18 @@ if TYPE_CHECKING:
     from ultrathink.training.trainer import Trainer
 
 _EPILOG = """examples:
-  ultrathink train                                   five minutes on Python's own source
-  ultrathink train debug                             twenty tiny steps, to see that all works
-  ultrathink train my.yaml training.max_steps=1000   a file of yours, one value changed
-  ultrathink train 'data.train=[{type: text, path: books/}]' run.name=books
-  ultrathink train --resume auto                     go on with the newest run
-  ultrathink train --resume demo@500                 ... from its checkpoint of step 500
-  ultrathink train --resume demo training.max_steps=5000 training.optimizer.lr=0.002
-                                                     ... longer, and at another rate
+  ultrathink train                      five minutes on Python's own source
+  ultrathink train debug                twenty tiny steps: does all work?
+  ultrathink train data.train=books/    your own text
+  ultrathink train my.yaml training.max_steps=1000
+                                        your own file, one value changed
+  ultrathink train --resume auto        resume the newest run
+  ultrathink train --resume demo@500    resume from the checkpoint of step 500
+  ultrathink train --resume demo training.max_steps=5000
+                                        resume, and train longer
+
+options of other trainers are answered with the line that means them here:
+  ultrathink train --learning_rate 1e-4
 """
 
 
@@ -46,14 +51,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         metavar="RUN",
-        help="go on with a run: its name or folder, RUN@step, or auto for the newest",
+        help="resume a run: its name or folder, RUN@step, or auto for the newest",
     )
     parser.add_argument(
         "--reset",
         action="append",
         default=[],
         choices=["optimizer", "schedule", "data"],
-        help="with --resume: let this part begin anew (may be given several times)",
+        help="with --resume: reset this part (may be given several times)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print the result as one JSON object on stdout"
@@ -74,25 +79,25 @@ def _run(args: argparse.Namespace) -> int:
 
         path = run_to_go_on_with()
         if path is not None:
-            return _go_on(str(path), [], [], args.json)
+            return _resume(str(path), [], [], args.json)
     source, overrides = split_config_and_overrides(args.positionals)
     if args.resume is None:
         if args.reset:
-            raise UltrathinkError("--reset belongs to --resume: a new run begins anew anyway.")
-        config = load_config(source, overrides)  # mistakes are told before torch is imported
+            raise UltrathinkError("--reset belongs to --resume: a new run has nothing to reset.")
+        config = load_config(source, overrides)  # mistakes are reported before torch is imported
         from ultrathink.recipes.train import build_trainer
 
         return _train(partial(build_trainer, config), args.json)
     if source:
         raise UltrathinkError(
-            f"--resume goes on with the run's own configuration and takes no other ({source}); "
-            f"give what is to change as key=value, or begin a new run with the weights: "
+            f"--resume uses the run's own configuration and takes no other ({source}); give "
+            f"changes as key=value, or start a new run from its weights: "
             f"ultrathink train {source} training.init_from={args.resume}"
         )
-    return _go_on(args.resume, overrides, args.reset, args.json)
+    return _resume(args.resume, overrides, args.reset, args.json)
 
 
-def _go_on(run: str, overrides: list[str], reset: list[str], as_json: bool) -> int:
+def _resume(run: str, overrides: list[str], reset: list[str], as_json: bool) -> int:
     """Resume ``run`` (its name or folder, or RUN@step)."""
     from ultrathink.recipes.parts.resume_plan import plan_resume
     from ultrathink.recipes.resume import build_resumed
@@ -102,7 +107,7 @@ def _go_on(run: str, overrides: list[str], reset: list[str], as_json: bool) -> i
     plan = plan_resume(find_run(name), checkpoint, overrides=overrides, reset=reset)
     if plan.is_finished:
         plan.release()
-        return _say_finished(plan.run.path, plan.step, as_json)
+        return _report_finished(plan.run.path, plan.step, as_json)
     return _train(partial(build_resumed, plan), as_json)
 
 
@@ -121,12 +126,12 @@ def _train(make: Any, as_json: bool) -> int:
     if as_json and _is_main():
         print(json.dumps(result))
     elif _is_main():
-        _say_what_next(trainer, result)
+        _print_next_steps(trainer, result)
     return 128 + received[0] if received else 0
 
 
 def _audit_if_asked(trainer: Trainer) -> None:
-    """Replay what was decided, where the configuration says so."""
+    """Audit the decisions where the configuration asks for it."""
     from ultrathink.config.schema import Config
 
     config = Config.model_validate(trainer.config).orchestrator
@@ -143,13 +148,13 @@ def _audit_if_asked(trainer: Trainer) -> None:
 
 
 def _is_main() -> bool:
-    """Whether this process is the one, of those that train together, that shows what happens."""
+    """Whether this process prints what happens; of several that train together, one does."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextmanager
 def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
-    """Let the first Ctrl-C or SIGTERM end the run after its step; the second ends it at once.
+    """End the run after its step on the first Ctrl-C or SIGTERM, and at once on the second.
 
     A terminal that closes (SIGHUP) counts like SIGTERM, unless it is ignored (nohup).
     """
@@ -161,8 +166,8 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
             raise KeyboardInterrupt
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         trainer.control.request(Stop(), reason=name)
-        told = f"{name}: saving after this step; once more ends it at once, without saving"
-        trainer.notify("on_message", told, "info")
+        text = f"{name}: saving after this step; once more ends the run at once, without saving"
+        trainer.notify("on_message", text, "info")
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -192,8 +197,8 @@ def _result(trainer: Trainer, last: Any) -> dict[str, Any]:
     }
 
 
-def _say_what_next(trainer: Trainer, result: dict[str, Any]) -> None:
-    """End with what came out, where it lies, and the commands to go on with."""
+def _print_next_steps(trainer: Trainer, result: dict[str, Any]) -> None:
+    """Print the result, the run folder, and the commands to use next."""
     from ultrathink.monitoring.terminal import error_stream
 
     run = trainer.run.path
@@ -211,14 +216,15 @@ def _say_what_next(trainer: Trainer, result: dict[str, Any]) -> None:
     ]
     assert trainer.ending is not None, "fit() has returned"
     if trainer.ending.can_resume:
-        lines.append(f"  go on with it:   ultrathink train --resume {run}")
-    lines.append(f'  let it write:    ultrathink generate {run} "import "')
+        lines.append(f"  resume it:       ultrathink train --resume {run}")
+    prompts = trainer.config["training"]["sample"]["prompts"]
+    lines.append(f"  let it write:    {generate_command(run, prompts)}")
     if (run / "tensorboard").is_dir():
         lines.append(f"  see its curves:  tensorboard --logdir {run / 'tensorboard'}")
     error_stream().write("\n".join(lines) + "\n")
 
 
-def _say_finished(run: Path, step: int, as_json: bool) -> int:
+def _report_finished(run: Path, step: int, as_json: bool) -> int:
     if not _is_main():
         return 0
     if as_json:
@@ -227,7 +233,7 @@ def _say_finished(run: Path, step: int, as_json: bool) -> int:
         print(json.dumps({"run": str(run), "ending": FINISHED.name, "step": step}))
     else:
         tell(
-            f"Run {run} is finished: step {step:,} was its last. To train it further, give it "
-            f"more: ultrathink train --resume {run} training.max_steps={2 * step}"
+            f"Run {run} is finished: step {step:,} was its last. To train it longer: "
+            f"ultrathink train --resume {run} training.max_steps={2 * step}"
         )
     return 0

@@ -1,4 +1,4 @@
-"""``ultrathink watch``: say what an expert would say about a training log."""
+"""``ultrathink watch``: find what went wrong in a training log."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 POLL_S = 0.5
 PICTURES = (".png", ".svg", ".pdf")
-_EPILOG = """FILE is a run (its folder or name), or anybody's log: metrics.jsonl, Hugging Face's
-trainer_state.json, CSV, Megatron's JSON, lines of JSON, or what a trainer printed
-(llm.c, DeepSpeed, Megatron-LM, nanoGPT, torchtitan, OLMo and others). It is recognized by
-its content. Columns are guessed, or named with --columns.
+_EPILOG = """FILE is a run (its folder or name), or the log of another trainer: Hugging
+Face's trainer_state.json, CSV, JSON lines, Megatron's JSON, or printed lines
+(llm.c, DeepSpeed, Megatron-LM, nanoGPT, torchtitan, OLMo and others). Its
+format is recognized by its content; columns are guessed, or named with
+--columns.
 
 examples:
   ultrathink watch demo
@@ -40,14 +41,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="print one JSON object; one a line with --follow"
     )
     parser.add_argument(
-        "--follow", action="store_true", help="go on as the log grows, until Ctrl-C"
+        "--follow", action="store_true", help="keep reading as the log grows, until Ctrl-C"
     )
     parser.add_argument(
         "--columns",
         action="append",
         default=[],
         metavar="SIGNAL=COLUMN,...",
-        help="which column is the loss, the step, …",
+        help="the columns of the loss, the step, …",
     )
     parser.add_argument(
         "--plot", metavar="FILE.png", help="draw the curve with events and phases (or .svg, .pdf)"
@@ -88,7 +89,7 @@ def _watch(file: str, columns: Mapping[str, str], picture: Path | None, *, as_js
 
 
 class _Follower:
-    """Waits for a log, and tells events as they come; a log that is replaced is read again."""
+    """Waits for a log, and prints events as they occur; reads a replaced log from its start."""
 
     def __init__(
         self, file: str, columns: Mapping[str, str], picture: Path | None, *, as_json: bool
@@ -102,7 +103,7 @@ class _Follower:
         self._waits_for = ""
 
     def run(self) -> None:
-        """Go on until Ctrl-C, and draw what was seen until then."""
+        """Follow until Ctrl-C, and draw what was seen until then."""
         try:
             while True:
                 self._look()
@@ -117,14 +118,14 @@ class _Follower:
 
         try:
             if self._analysis is None:
-                self._begin()
+                self._open()
             self._read()
         except FileNotFoundError:  # it may come again, as another file
             self._wait(f"{self._file} is gone")
         except NotYetError as error:
             self._wait(str(error).rstrip("."))
 
-    def _begin(self) -> None:
+    def _open(self) -> None:
         from ultrathink.cli.watch_view import FollowView
         from ultrathink.insight.log_analysis import LogAnalysis
         from ultrathink.insight.logs.opening import open_log

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -37,7 +37,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _read_as_meant(cls, value: Any, info: ValidationInfo) -> Any:
-        """What YAML says where pydantic would hear something else, or nothing at all."""
+        """The value that YAML means where pydantic would read another, or none."""
         assert info.field_name is not None
         field = cls.model_fields[info.field_name]
         kinds = _kinds(field.annotation)
@@ -71,11 +71,15 @@ class PartConfig(Section):
 class PartOf:
     """Marks a field whose ``type`` names a member of ``registry`` and decides its other keys.
 
-    A bare name stands for the part with its defaults: ``optimizer: muon``.
+    A bare name stands for the part with its defaults: ``optimizer: muon``. ``short`` reads other
+    text: it gives the keys that it stands for, or raises ConfigError.
     """
 
-    def __init__(self, registry: Registry[Any]) -> None:
+    def __init__(
+        self, registry: Registry[Any], short: Callable[[str], dict[str, str]] | None = None
+    ) -> None:
         self.registry = registry
+        self._short = short
 
     def _validate(self, value: Any) -> PartConfig:
         if isinstance(value, PartConfig):
@@ -86,6 +90,8 @@ class PartOf:
             raise ValueError(
                 f"name the {self.registry.kind}, for example {{type: {self.registry.names()[0]}}}"
             )
+        if self._short is not None and value["type"] not in self.registry:
+            value = {**value, **self._short(value["type"])}
         options = self.registry.entry(value["type"]).options
         if options is None:
             raise ValueError(
@@ -114,7 +120,8 @@ class PartOf:
                 member = handler(entry.options.__pydantic_core_schema__)
                 handler.resolve_ref_schema(member)["properties"]["type"] = {"const": entry.name}
                 members.append(member)
-        return {"anyOf": [{"enum": self.registry.names()}, *members]}
+        texts = [] if self._short is None else [{"type": "string"}]
+        return {"anyOf": [{"enum": self.registry.names()}, *texts, *members]}
 
 
 def _parse_duration(value: Any) -> Duration:

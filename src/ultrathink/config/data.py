@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ultrathink.config.base import PartConfig, PartOf, Section, alike
 from ultrathink.config.options import felt, free, place
+from ultrathink.core.errors import ConfigError
 from ultrathink.core.registry import Registry
 
 SOURCES: Registry[Any] = Registry("data source")
@@ -88,7 +90,24 @@ for _name, _options in _TARGETS.items():
         options=_options,
     )
 
-SourceField = Annotated[SourceConfig, PartOf(SOURCES)]
+
+def source_of_path(text: str) -> dict[str, str]:
+    """The source that a path alone stands for; ConfigError where it does not look like one."""
+    if not looks_like_path(text):
+        try:
+            return {"type": SOURCES.entry(text).name}
+        except ConfigError as error:
+            raise ConfigError(f"{error} Text of your own: {{type: text, path: {text}}}.") from None
+    is_lines = text.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
+    return {"type": "jsonl" if is_lines else "text", "path": text}
+
+
+def looks_like_path(text: str) -> bool:
+    """Whether ``text`` is a path, and no name of a source."""
+    return any(mark in text for mark in "/\\.*~")
+
+
+SourceField = Annotated[SourceConfig, PartOf(SOURCES, source_of_path)]
 
 
 class PackingConfig(Section):
@@ -110,7 +129,10 @@ class DataConfig(Section):
     mode: Literal["base"] = content("base", description="What is learned: base (plain text).")
     seq_len: int = content(256, gt=1, description="Tokens in a sequence.")
     train: tuple[SourceField, ...] = content(
-        (StdlibSourceConfig(),), min_length=1, description="Sources to train on."
+        (StdlibSourceConfig(),),
+        min_length=1,
+        description="Sources to train on, such as [{type: text, path: books/}]; a path alone "
+        "(books/, lines.jsonl) stands for a source with its defaults.",
     )
     val: tuple[SourceField, ...] | None = felt(
         None,
@@ -124,21 +146,28 @@ class DataConfig(Section):
     on_change: Literal["refuse", "rebuild", "keep"] = free(
         "refuse",
         description="What resuming does when the text is not what the run was trained on: refuse "
-        "names what changed and stops, rebuild tokenizes the text as it is now and goes on from "
-        "the start of its order, keep goes on bit for bit with the tokens that are in the cache, "
-        "even where files changed or vanished.",
+        "names what changed and stops, rebuild tokenizes the text as it is now and trains on from "
+        "the start of its order, keep continues bit for bit with the tokens in the cache, even "
+        "where files changed or vanished.",
     )
     verify: Literal["stat", "full"] = free(
         "stat",
-        description="How a start makes sure that text and token cache are what they were: stat "
-        "hashes the files whose size, times or inode differ from those of the last start, full "
-        "hashes all of them, which finds what a disk damaged by itself.",
+        description="How a start verifies that text and token cache are unchanged: stat hashes the "
+        "files whose size, times or inode differ from those of the last start; full hashes all of "
+        "them, which also finds bits that a disk lost.",
     )
     cache_dir: str | None = place(
         None,
         description="Folder of tokenized data; $ULTRATHINK_CACHE or ~/.cache/ultrathink when "
         "unset.",
     )
+
+    @field_validator("train", "val", mode="before")
+    @classmethod
+    def _one_source_is_a_list(cls, value: Any) -> Any:
+        """``train: books/``."""
+        is_one = isinstance(value, str) and (value in SOURCES or looks_like_path(value))
+        return [value] if is_one or isinstance(value, Mapping) else value
 
     @model_validator(mode="after")
     def _names_differ(self) -> DataConfig:

@@ -23,7 +23,7 @@ INTRODUCTION = """\
 
 A configuration is one YAML file. Its values come from the defaults below, then from a preset or
 your file, then from `dotted.key=value` on the command line; `ultrathink config show --why` says
-which of them each came from, and `ultrathink config check FILE` whether it is fine.
+which of them each came from, and `ultrathink config check FILE` what training would refuse.
 
 An item of a list is counted from 0: `data.train.0.weight=2`. Where a key has types, `type` chooses
 one and decides the other keys; its bare name stands for the type with its defaults
@@ -31,10 +31,9 @@ one and decides the other keys; its bare name stands for the type with its defau
 is written as steps (`100`), a share of the run (`0.1`, `10%`), tokens (`2M tokens`) or minutes
 (`3 minutes`).
 
-The column *resuming* says what `ultrathink train --resume RUN key=value` does: `fixed` is refused,
-since the run is bound to the value; `felt` is applied from there on, reported, and recorded as a
-change that training feels; `free` is applied without a word: the same updates follow, up to
-rounding, and what steers the run records what it does.
+The column *resuming* says what `ultrathink train --resume RUN key=value` does: a `fixed` value is
+refused; a `felt` value is applied, reported and recorded as a change that affects training; a
+`free` value is applied silently, since the updates stay the same up to rounding.
 
 This page is made by `ultrathink config docs`. Editors check and complete the file with the schema
 that `ultrathink config schema` prints."""
@@ -63,7 +62,7 @@ def _write_nested(
     lines: list[str],
     documented: dict[tuple[Any, ...], str],
 ) -> None:
-    """The sections inside a section, each under a heading of its own."""
+    """The sections inside a section, each under a heading."""
     for name, field in section.model_fields.items():
         classes = tuple(sections_of(field.annotation, field.metadata))
         if not classes:
@@ -105,7 +104,7 @@ def _write_table(section: type[BaseModel], prefix: str, lines: list[str]) -> Non
 
 
 def _values(field: FieldInfo) -> str:
-    """What may be written here, in words."""
+    """The allowed values, in words."""
     kinds = _kinds(field.annotation)
     bounds = []
     for marker in field.metadata:
@@ -169,10 +168,10 @@ def _sentence(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text for a table: what Markdown would take for its own is escaped, code is not."""
-    pieces = text.replace("|", "\\|").split("`")
-    pieces[::2] = [_TAG.sub("&lt;", piece.replace("*", "\\*")) for piece in pieces[::2]]
-    return "`".join(pieces)
+    """Text for a table, escaped for Markdown where it is not code."""
+    parts = text.replace("|", "\\|").split("`")
+    parts[::2] = [_TAG.sub("&lt;", part.replace("*", "\\*")) for part in parts[::2]]
+    return "`".join(parts)
 
 
 def to_yaml(config: Root, *, why: bool = False) -> str:

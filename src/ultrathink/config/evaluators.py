@@ -35,14 +35,18 @@ class EvaluatorConfig(PartConfig):
 class SampleConfig(Section):
     """How prompts are continued."""
 
-    prompts: tuple[str, ...] = free((), description="Texts to continue; none when empty.")
+    prompts: tuple[str, ...] | None = free(
+        None,
+        description="Texts to continue, none when empty; the first words of two held-out documents "
+        "when unset.",
+    )
     max_new_tokens: int = free(160, gt=0, description="Tokens to write for each prompt.")
     temperature: float = free(0.7, ge=0, description="Sampling temperature; 0 is greedy.")
     top_p: float = free(0.95, gt=0, le=1, description="Share of probability sampled from.")
 
 
 class TextEvaluatorConfig(EvaluatorConfig):
-    """Loss, perplexity, bits per byte and accuracy on a held-out text of its own."""
+    """Loss, perplexity, bits per byte and accuracy on another held-out text."""
 
     type: Literal["text"] = "text"
     source: SourceField = free(

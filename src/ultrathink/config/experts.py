@@ -44,8 +44,8 @@ class ExpertGroupConfig(Section):
     max_experts: int | None = shape(
         None,
         gt=0,
-        description="Slots for experts, those beyond num_experts empty: room to add experts while "
-        "training; num_experts when unset.",
+        description="Slots for experts; those beyond num_experts are empty, for experts that are "
+        "added during training. num_experts when unset.",
     )
 
     @property
@@ -69,21 +69,21 @@ class ExpertGroupConfig(Section):
 
 
 class RoutingConfig(Section):
-    """How tokens find experts; each value can be changed while training goes on."""
+    """How tokens find experts; each value can be changed during training."""
 
     temperature: float = felt(1.0, gt=0, description="Divides the router's logits.")
     jitter: float = felt(
         0.0,
         ge=0,
         lt=1,
-        description="What the router reads is multiplied by noise between 1 - jitter and "
-        "1 + jitter, in training.",
+        description="In training the router's input is multiplied by noise between 1 - jitter and "
+        "1 + jitter.",
     )
     capacity_factor: float | None = felt(
         None,
         gt=0,
-        description="Tokens that an expert takes of one sequence, as a multiple of the even share; "
-        "those with the lowest scores beyond it are dropped, in training. None are when unset.",
+        description="Tokens of a sequence that an expert takes in training, as a multiple of the "
+        "even share; beyond it those with the lowest scores are dropped. No limit when unset.",
     )
     expert_dropout: float = felt(
         0.0,
@@ -99,8 +99,8 @@ class RoutingConfig(Section):
 class BalanceConfig(Section):
     """What keeps the load of a group's experts even; 0 leaves a term out.
 
-    The losses are summed over groups and layers. The defaults are what kept experts busiest at the
-    least loss of learning (docs/experts.md).
+    The losses are summed over groups and layers. The defaults kept experts busiest at the least
+    cost in loss (docs/experts.md).
     """
 
     load: float = felt(
@@ -112,16 +112,15 @@ class BalanceConfig(Section):
     entropy: float = felt(
         0.0,
         ge=0,
-        description="Weight of 1 - H/ln N, which rewards a token's router distribution for being "
-        "spread.",
+        description="Weight of 1 - H/ln N, which rewards router distributions that are spread.",
     )
     z: float = felt(0.0, ge=0, description="Weight of the squared log-partition of the router.")
     bias_rate: float | None = felt(
         None,
         ge=0,
-        description="Change per step of a bias that is added to logits where experts are chosen, "
-        "up for those with less than the mean load, down for those with more. When unset 0.005 "
-        "for several groups, and 0 for one, which then can be exported as a Mixtral.",
+        description="Change per step of a bias on the logits by which experts are chosen: up for "
+        "those below the mean load, down for those above. When unset, 0.005 for several groups, "
+        "and 0 for one, which can then be exported as a Mixtral.",
     )
 
 
@@ -156,8 +155,7 @@ class MoeConfig(Section):
     gate_scale: float = shape(
         1.0,
         gt=0,
-        description="What the gates are multiplied with; DeepSeek-V3 calls it "
-        "routed_scaling_factor.",
+        description="Factor on the gates; DeepSeek-V3's routed_scaling_factor.",
     )
     backend: Annotated[str, one_of(EXPERT_BACKENDS, "auto")] = free(
         "auto",

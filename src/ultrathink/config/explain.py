@@ -1,23 +1,35 @@
-"""What is wrong with a configuration, in words: the key, its value, where it came from, the fix."""
+"""Messages about a configuration: the key, its value, where it came from, and the fix."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ultrathink.config import habits
 from ultrathink.config.overrides import Draft
-from ultrathink.config.reflection import all_fields, field_at, is_optional, sections_at, type_name
-from ultrathink.config.yaml_format import dump_yaml
+from ultrathink.config.reflection import (
+    all_fields,
+    field_at,
+    is_list,
+    is_optional,
+    sections_at,
+    type_name,
+)
+from ultrathink.config.training import BUDGETS
+from ultrathink.config.yaml_format import dump_yaml, missing_space, parse_yaml
 from ultrathink.core.errors import closest
 
 # What pydantic puts into a location for the members of a union, which are no keys.
 _NO_KEY = re.compile(
     r"^(int|bool|float|str|(literal|tuple|function-[a-z-]+|constrained-[a-z]+)\[.*)$"
 )
+
+_GIVES_A_LENGTH = re.compile(rf"Write training(\.|: {{)({'|'.join(BUDGETS)})\b")
 
 
 def explain_validation_error(error: ValidationError, draft: Draft, root: type[BaseModel]) -> str:
@@ -30,6 +42,8 @@ def explain_validation_error(error: ValidationError, draft: Draft, root: type[Ba
         caused_below = any(other.startswith(f"{key}.") for other in problems)
         if not (caused_below and details[0]["type"] == "too_short"):
             lines.append(_explain(key, details, draft, root))
+    if any(_GIVES_A_LENGTH.search(line) for line in lines):
+        lines = [line for line in lines if not line.endswith("; none is given.")]
     return "\n".join(lines)
 
 
@@ -42,7 +56,12 @@ def _explain(key: str, details: list[ErrorDetails], draft: Draft, root: type[Bas
     path = key.split(".") if key else []
     source = _source(key, draft.origins)
     if detail["type"] == "extra_forbidden":
-        return f"{key}{source}: there is no such key. {_nearest_key(path, draft.tree, root)}"
+        in_file = "(override" not in source
+        if field_at(root, path, draft.tree) is not None:  # a key with dots in it
+            nested = habits.write(key, habits.shown(detail["input"]), in_file=in_file)
+            return f"{key}{source}: keys of a file are nested. {nested}"
+        known = _known_key(path, detail["input"], in_file, draft.tree, root)
+        return f"{key}{source}: there is no such key. {known}"
     if detail["type"] == "missing":
         return _missing(path, detail["input"], draft, root)
     if detail["type"] == "value_error":
@@ -54,8 +73,19 @@ def _explain(key: str, details: list[ErrorDetails], draft: Draft, root: type[Bas
     unset = ", or null" if found is not None and is_optional(found[1]) else ""
     return (
         f"{key} = {_shown(detail['input'])}{source}: should be {' or '.join(wanted)}{unset}."
-        f"{_meaning(path, draft.tree, root)}"
+        f"{_advice(path, detail) or _meaning(path, draft.tree, root)}"
     )
+
+
+def _advice(path: list[str], detail: ErrorDetails) -> str:
+    """How a section is written that was given as text: ``training: max_steps:3``, ``data: x/``."""
+    given = detail["input"]
+    if detail["type"] not in ("model_type", "model_attributes_type") or not isinstance(given, str):
+        return ""
+    if advice := missing_space(given):
+        return f" {advice[0].upper()}{advice[1:]}."
+    meant = habits.answer(path[-1], given, in_file=True)
+    return f" {meant}" if meant else ""
 
 
 _EXPECTED = {
@@ -69,8 +99,8 @@ _EXPECTED = {
     "string_type": "text (in quotes)",
     "tuple_type": "a list, like [a, b]",
     "too_short": "a list with at least one item",
-    "model_type": "a section with keys of its own",
-    "model_attributes_type": "a section with keys of its own",
+    "model_type": "a section of keys",
+    "model_attributes_type": "a section of keys",
     "finite_number": "a finite number",
 }
 
@@ -103,7 +133,7 @@ def _shown(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What YAML can show: the part that a failed section was read into, as its name."""
+    """A value that YAML can show; a section that was already read is shown by its name."""
     known = isinstance(value, str | int | float | bool | list | dict) or value is None
     return value if known else str(value)
 
@@ -132,31 +162,86 @@ def _missing(path: list[str], given: Any, draft: Draft, root: type[BaseModel]) -
     return f"{'.'.join(path)}: a value is needed here.{_meaning(path, draft.tree, root)}"
 
 
-def _nearest_key(path: list[str], tree: Mapping[str, Any], root: type[BaseModel]) -> str:
-    """Suggest a key of the same section, the type that has this one, or its place elsewhere."""
+def _known_key(
+    path: list[str], value: Any, in_file: bool, tree: Mapping[str, Any], root: type[BaseModel]
+) -> str:
+    """The key that is meant: a type's that has it, its place elsewhere, or the nearest one."""
     *parents, name = path
     sections = sections_at(root, parents, tree)
     fields = list(dict.fromkeys(key for section in sections for key in section.model_fields))
+    others = [section for section in sections_at(root, parents, None) if section not in sections]
+    if having := _having(name, others):
+        return _of_another_type(name, having, sections[0], ".".join(parents), fields)
+    meant = known_option(name, value, root, in_file=in_file)
+    if meant is not None:
+        return meant
     near = closest(name, fields)
     if near is not None:
         return f"Did you mean {'.'.join([*parents, near])!r}?"
-    others = [section for section in sections_at(root, parents, None) if section not in sections]
     match = closest(name, [key for section in others for key in section.model_fields])
     if match is not None:
-        part = ".".join(parents)
-        having = [type_name(section) for section in others if match in section.model_fields]
-        return (
-            f"{match!r} belongs to type {' and '.join(having)}, and {part} is of type "
-            f"{type_name(sections[0])}, with: {', '.join(fields)}."
-        )
-    elsewhere = [key for key in all_fields(root) if key.rpartition(".")[2] == name]
-    if elsewhere:
-        return f"Did you mean {elsewhere[0]!r}?"
+        having = _having(match, others)
+        return _of_another_type(match, having, sections[0], ".".join(parents), fields)
     return f"Known keys: {', '.join(fields)}."
 
 
+def known_flag(flag: str, value: str | None, root: type[BaseModel]) -> str | None:
+    """What a flag of the command line means in ``root``, such as ``--max_steps 10``."""
+    name = habits.plain_name(flag)
+    with suppress(ValueError):
+        given = value if value is None else parse_yaml(value)
+        if field_at(root, name.split("."), None) is not None and "." in name:
+            return habits.write(name, habits.shown(given), in_file=False)
+        return known_option(name.rpartition(".")[2], given, root, in_file=False)
+    return None
+
+
+def known_option(name: str, value: Any, root: type[BaseModel], *, in_file: bool) -> str | None:
+    """What an option that is not where it was given means in ``root``; None where nothing does.
+
+    It has that name in another section, or in another trainer. ``value`` is what it was given.
+    """
+    name = habits.plain_name(name)
+    places = _places_of(name, root)
+    if name not in habits.table() or (isinstance(value, dict) and places):
+        if len(places) == 1 and not isinstance(value, dict):
+            return habits.write(places[0], habits.shown(value), in_file=in_file)
+        if places:
+            return f"Did you mean {' or '.join(map(repr, places[:3]))}?"
+    is_training = "training" in root.model_fields
+    return habits.answer(name, value, in_file=in_file) if is_training else None
+
+
+def _having(name: str, sections: list[type[BaseModel]]) -> list[str]:
+    return [type_name(section) for section in sections if name in section.model_fields]
+
+
+def _of_another_type(
+    name: str, having: list[str], section: type[BaseModel], part: str, fields: list[str]
+) -> str:
+    return (
+        f"{name!r} belongs to type {' and '.join(having)}, and {part} is of type "
+        f"{type_name(section)}, with: {', '.join(fields)}."
+    )
+
+
+def _places_of(name: str, root: type[BaseModel]) -> list[str]:
+    """Where options of a name are; the outermost only, item 0 standing for those of a list."""
+    places = []
+    for key in all_fields(root):
+        if key.rpartition(".")[2] == name:
+            path = key.split(".")
+            for end in range(len(path) - 1, 0, -1):
+                outer = field_at(root, path[:end], None)
+                if outer is not None and is_list(outer[1]):
+                    path.insert(end, "0")
+            places.append(path)
+    least = min(map(len, places), default=0)
+    return [".".join(path) for path in places if len(path) == least]
+
+
 def _meaning(path: list[str], tree: Mapping[str, Any], root: type[BaseModel]) -> str:
-    """What the key is for, in brackets, to follow a sentence."""
+    """The description of a key in brackets, to follow a sentence."""
     while path and path[-1].isdigit():
         path = path[:-1]
     found = field_at(root, path, tree)

@@ -15,7 +15,7 @@ from ultrathink.config.overrides import Draft, flatten
 from ultrathink.config.reflection import options_of
 from ultrathink.config.root import DEFAULT, Root
 from ultrathink.config.schema import Config
-from ultrathink.config.yaml_format import parse_yaml
+from ultrathink.config.yaml_format import missing_space, parse_yaml
 from ultrathink.core.errors import ConfigError, suggestion
 
 CONFIG_FILE = "config.yaml"
@@ -53,8 +53,8 @@ def load_config(
 def change_config(config: RootT, overrides: Sequence[str]) -> RootT:
     """A resolved configuration with ``overrides`` applied; raises ConfigError.
 
-    What was chosen at run time is open again where it rests on a value that is overridden, and so
-    is the number of steps that the length came to.
+    A value chosen at run time, such as the number of steps, is chosen again where it depends on one
+    that is overridden.
     """
     draft = Draft(config.model_dump(mode="json"), config.origins)
     for override in overrides:
@@ -153,12 +153,14 @@ def _parse(text: str, where: str, root: type[Root]) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         first = ":, ".join(list(root.model_fields)[:2])
-        raise ConfigError(f"{where} must hold sections ({first}:, ...), not {tree!r:.60}.")
+        advice = missing_space(tree)
+        problem = f"; {advice}" if advice else ""
+        raise ConfigError(f"{where} must hold sections ({first}:, ...), not {tree!r:.60}{problem}.")
     return tree
 
 
 def _with_short_forms(config: Root, origins: Mapping[str, str]) -> dict[str, str]:
-    """``optimizer: muon`` gave the type, and nothing of what follows from it."""
+    """The origins with that of ``optimizer: muon`` moved to its type."""
     origins = dict(origins)
     for key in [key for key in origins if isinstance(_value_at(config, key), PartConfig)]:
         origins[f"{key}.type"] = origins.pop(key)

@@ -22,9 +22,9 @@ ATTENTION_BACKENDS.add("eager", "ultrathink.model.attention_backends:eager_atten
 FEED_FORWARDS: Registry[Any] = Registry("feed-forward")
 FEED_FORWARDS.add("swiglu", "ultrathink.model.feed_forward:SwiGLU")
 FEED_FORWARDS.add("relu2", "ultrathink.model.feed_forward:ReLUSquared")
-EXPERT_FEED_FORWARDS = ("swiglu", "relu2")  # what an expert can be, a small one of its own
+EXPERT_FEED_FORWARDS = ("swiglu", "relu2")  # what an expert can be
 
-drawn = partial(fixed, because="weights are drawn once, when a run begins")
+drawn = partial(fixed, because="weights are drawn once, when a run starts")
 
 
 class RopeScalingConfig(Section):
@@ -122,8 +122,8 @@ class ModelConfig(Section):
     max_positions: int | None = free(
         None,
         gt=0,
-        description="Context length the model is meant for, in tokens; data.seq_len when unset. "
-        "Nothing here depends on it: an export tells it to other programs.",
+        description="Context length of the model, in tokens; data.seq_len when unset. It is "
+        "written to exports and changes nothing else.",
     )
     tie_embeddings: bool = shape(True, description="Share the embedding with the output head.")
     qk_norm: bool = shape(False, description="RMSNorm on each query and key head before RoPE.")
@@ -186,10 +186,7 @@ class ModelConfig(Section):
         return self
 
     def derived(self) -> dict[str, tuple[float, str]]:
-        """The sizes left unset, each with its value and what it follows from.
-
-        A size within ``moe`` is named by its dotted key.
-        """
+        """The sizes left unset: by dotted key, the value and what it follows from."""
         sizes: dict[str, tuple[float, str]] = {}
         if self.num_kv_heads is None:
             sizes["num_kv_heads"] = (self.num_heads, "num_heads")

@@ -15,7 +15,7 @@ class ObjectiveConfig(PartConfig):
     """What every objective has."""
 
     def frozen_models(self) -> dict[str, FrozenSource]:
-        """The models that the objective asks and does not train, by name."""
+        """The models that the objective uses and does not train, by name."""
         return {}
 
 

@@ -1,8 +1,7 @@
-"""Declaring an option, and with it what resuming a run with another value of it does.
+"""Declaring an option, and with it what resuming a run with another value does.
 
-``fixed``: refused, since the run is bound to its value. ``felt``: applied, recorded and reported as
-a change that training feels. ``free``: applied without a word, since the same updates follow, up to
-rounding.
+``fixed``: refused. ``felt``: applied, recorded and reported as a change that affects training.
+``free``: applied silently, since the updates stay the same up to rounding.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from pydantic_core import CoreSchema
 
 Rule = Literal["fixed", "felt", "free"]
 Effect = Literal["length", "steps", "samples", "scores", "place"]
-"""What a value decides: the length of the run, how many steps a length given in other units comes
-to, which samples are trained on, what scores compare with, or where files lie."""
+"""What a value decides: the length of the run, the number of steps of a length in other units,
+which samples are trained on, what scores are comparable with, or where files lie."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def felt(
     is_compared: bool = True,
     **options: Any,
 ) -> Any:
-    """An option that changes what is learned from here on."""
+    """An option whose new value changes what is learned."""
     rule = OnResume("felt", "", frozenset(decides), rests_on, is_compared)
     return _option(rule, default, options)
 
@@ -67,7 +66,7 @@ def free(
     rests_on: tuple[str, ...] = (),
     **options: Any,
 ) -> Any:
-    """An option that changes nothing of what is learned."""
+    """An option that does not affect what is learned."""
     return _option(OnResume("free", "", frozenset(decides), rests_on), default, options)
 
 

@@ -1,4 +1,4 @@
-"""Section ``orchestrator``: who watches the run, and what may be done about what is seen."""
+"""Section ``orchestrator``: watching a run, and what may be changed where it goes wrong."""
 
 from __future__ import annotations
 
@@ -13,52 +13,54 @@ Mode = Literal["off", "advise", "act"]
 
 
 class RulesConfig(Section):
-    """Which rules may act; docs/steering.md says what each does and what its audits show."""
+    """Which rules may act; docs/steering.md describes each with the results of its audits."""
 
     skip_outliers: bool = free(
-        True, description="Leave out an update whose loss or gradient norm is unlike all before."
+        True, description="Skip an update whose loss or gradient norm is an outlier."
     )
     correct_rate: bool = free(
-        True, description="Make up for a learning rate that is not the scheduled one."
+        True, description="Correct a learning rate that is not the scheduled one."
     )
-    roll_back: bool = free(True, description="Go back to a snapshot from before the run broke.")
+    roll_back: bool = free(True, description="Return to a snapshot from before a divergence.")
     revive_experts: bool = free(
         True,
-        description="Begin experts that stay without tokens anew, as copies of busy ones, where "
-        "going back cannot help.",
+        description="Restart experts that stay without tokens as copies of busy ones, where a "
+        "rollback cannot help.",
     )
     save_memory: bool = free(
-        True, description="Compute activations again rather than keep them as memory runs short."
+        True, description="Recompute activations instead of keeping them as memory runs out."
     )
     stop_overfitting: bool = free(
-        True, description="End with the best weights once the held-out loss has risen far above."
+        True,
+        description="End with the best weights once the held-out loss has risen far above its "
+        "minimum.",
     )
     find_rate: bool = free(
         True,
-        description="Try lower learning rates on the first steps where updates are too large, and "
-        "take the best.",
+        description="Where the first updates are too large, try lower learning rates and keep the "
+        "best.",
     )
 
 
 class LimitsConfig(Section):
-    """What the policy may do at most."""
+    """Limits of what the rules may do."""
 
     lr_factor: tuple[float, float] = free(
         (0.01, 1.0), description="Least and largest factor on the scheduled learning rate."
     )
     lr_correction: float = free(
-        100.0, ge=1, description="By how much a rate that is off may be corrected, either way."
+        100.0, ge=1, description="Largest factor by which a wrong learning rate is corrected."
     )
     memory: tuple[float, float] = free(
         (0.7, 0.85),
-        description="Shares of the memory in use above which activations are kept in part "
-        "(selective, where that spares any) and hardly at all (full).",
+        description="Shares of memory in use above which activations are recomputed in part "
+        "(selective, where that saves memory) and almost all (full).",
     )
     rollbacks: int = free(
-        12, ge=0, description="How often a run may go back; with 0 not at its end either."
+        12, ge=0, description="Largest number of rollbacks; 0 allows none at the end either."
     )
     skipped_share: float = free(
-        0.25, ge=0, lt=1, description="Largest share of 256 steps that may be left out."
+        0.25, ge=0, lt=1, description="Largest share of 256 steps that may be skipped."
     )
     may_stop: bool = free(True, description="Whether the run may be ended early.")
 
@@ -80,43 +82,43 @@ class LimitsConfig(Section):
 
 
 class SnapshotsConfig(Section):
-    """Copies of the whole state in memory, to go back to."""
+    """Copies of the whole state in memory, for rollbacks."""
 
     every_steps: int = free(50, gt=0, description="Steps between snapshots.")
     max_gib: float | None = free(
         None,
         ge=0,
-        description="GiB that snapshots may take on each process; a fifth of what is free when "
+        description="Memory of each process for snapshots, in GiB; a fifth of what is free when "
         "unset.",
     )
     in_checkpoints: bool = free(
         True,
-        description="Whether checkpoints hold the snapshots too, so that a resumed run can go back "
-        "to before its start; each takes as much of the disk as a checkpoint without, once.",
+        description="Keep the snapshots in checkpoints, too, so that a resumed run can roll back "
+        "beyond its start; each takes the disk space of one checkpoint, once.",
     )
 
 
 class OrchestratorConfig(Section):
-    """Watching the run while it trains, and steering it."""
+    """Watching a run while it trains, and steering it."""
 
     mode: Annotated[Mode, off_means("off")] = free(
         "advise",
-        description="advise: detectors watch every step, tell of what goes wrong and keep it in "
-        "events.jsonl, and change nothing; act: what goes wrong is dealt with, and each decision "
-        "is in decisions.jsonl; off: nobody watches.",
+        description="advise: detectors watch every step, report what goes wrong and write it to "
+        "events.jsonl, and change nothing; act: rules also correct it, and write each decision to "
+        "decisions.jsonl; off: nothing is watched.",
     )
     rules: RulesConfig = Field(RulesConfig(), description="Which rules may act.")
-    limits: LimitsConfig = Field(LimitsConfig(), description="What they may do at most.")
-    snapshots: SnapshotsConfig = Field(SnapshotsConfig(), description="What to go back to.")
+    limits: LimitsConfig = Field(LimitsConfig(), description="Limits of the rules.")
+    snapshots: SnapshotsConfig = Field(SnapshotsConfig(), description="States for rollbacks.")
 
     audit: bool = free(
         False,
-        description="Audit the decisions whose states were kept once the run has ended: replay "
-        "with and without each of them.",
+        description="At the end of the run, audit the decisions whose states were kept: replay "
+        "with and without each.",
     )
     kept_states: int = free(
         2,
         ge=0,
-        description="Decisions, the newest, whose state is kept on disk for an audit; each takes "
-        "as much as one checkpoint, or two where the run went back, and the averaged weights.",
+        description="The newest decisions whose state is kept on disk for an audit; each takes the "
+        "space of one checkpoint, or of two after a rollback.",
     )

@@ -1,7 +1,8 @@
-"""Values on top of values: what a preset or file says, and what the command line changes in it."""
+"""The values of a preset or file, and the overrides of the command line on top of them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,11 @@ class Draft:
         """Whether an override set ``key`` or something inside it."""
         return any(f"{known}.".startswith(f"{key}.") for known in self._overridden)
 
+    def is_replaced(self, key: str) -> bool:
+        """Whether an override set all of the list ``key``, or what an item is or where it lies."""
+        parts = re.compile(rf"{re.escape(key)}(\.\d+(\.(type|path))?)?$")
+        return any(parts.match(known) for known in self._overridden)
+
     def set_open(self, key: str) -> None:
         """Leave ``key`` to its default, as if nothing had chosen it."""
         *path, leaf = key.split(".")
@@ -98,6 +104,8 @@ class Draft:
             if child is None:
                 child = node[place] = {}
                 self._forget(here)
+            elif isinstance(child, str) and path[depth].isdecimal():  # `train: books/`
+                child = node[place] = [child]
             elif isinstance(child, str):  # the short form `optimizer: muon`
                 child = node[place] = {"type": child}
                 if here in self.origins:

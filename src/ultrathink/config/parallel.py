@@ -13,7 +13,7 @@ _NOT_BUILT = {"cp": "context", "tp": "tensor", "pp": "pipeline", "ep": "expert"}
 
 
 class ParallelConfig(Section):
-    """How a run is spread over processes; one process needs nothing of it.
+    """How a run is spread over processes; one process ignores it.
 
     ``dp_replicate`` x ``dp_shard`` is the number of processes; the other degrees are not built yet
     and refused above 1. What ``zero_stage`` shards is that of ZeRO
@@ -39,16 +39,16 @@ class ParallelConfig(Section):
     )
     offload: Annotated[Literal["none", "optimizer", "params"], off_means("none")] = free(
         "none",
-        description="What waits in the memory of the host and not of the GPU: the optimizer's "
-        "state, or the parameters with it.",
+        description="What is kept in host memory instead of GPU memory: the optimizer's state, or "
+        "the parameters with it.",
     )
     engine: Literal["native"] = free("native", description="native: PyTorch's FSDP2.")
     hang_minutes: float = free(
         10.0,
         gt=0,
-        description="Minutes without a step after which a process of several writes where it "
-        "stands to logs/ and ends, so that the launcher can start all again; the first step has "
-        "ten times as long.",
+        description="Minutes without a step after which one of several processes writes its stack "
+        "to logs/ and ends, so that the launcher restarts all; the first step has ten times as "
+        "long.",
     )
 
     @model_validator(mode="after")

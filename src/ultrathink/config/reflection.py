@@ -105,9 +105,9 @@ def field_at(
 
 
 def rule_of(root: type[BaseModel], key: str) -> OnResume:
-    """What resuming with another value of ``key`` does, as the field or what it is in declares.
+    """What resuming with another value of ``key`` does, as it or a section around it declares.
 
-    A list is one value: its rule is that of all in it.
+    A list is one value: its rule is that of its items.
     """
     path = key.split(".")
     for end in range(1, len(path)):

@@ -1,6 +1,6 @@
-"""The root of a configuration: every option of one kind of job, and where each value came from.
+"""The root of a configuration: every option of one kind of job, and the origin of each value.
 
-A kind of job is one class in a file of its own, which names the sections that it takes.
+A kind of job is one class that names its sections.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DEFAULT = "default"
 
 
 class Root(Section):
-    """Every option of a job; loading, overrides, messages and documentation take any root."""
+    """Every option of a job; loading, overrides, messages and documentation work for any root."""
 
     presets: ClassVar[str | None] = None
     """The folder of this package that holds the presets of the job."""
@@ -28,7 +28,7 @@ class Root(Section):
 
     @classmethod
     def prepare(cls, draft: Draft) -> None:
-        """Change what was given, before it is checked, where one value replaces another."""
+        """Adapt the given values before they are checked, where one value replaces another."""
 
     def derived(self, name: str) -> Self:
         """This configuration with what follows from other values; ``name`` is the source's."""

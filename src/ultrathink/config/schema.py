@@ -62,6 +62,7 @@ class Config(Root):
         # Its length has no default, and a message about that says more than "training is missing".
         training = draft.tree.setdefault("training", {})
         draft.drop_replaced("training", BUDGETS, "step_budget")
+        _drop_prompts_of_another_text(draft)
         model = draft.tree.get("model")
         moe = model.get("moe") if isinstance(model, dict) else None
         source = training.get("init_from") if isinstance(training, dict) else None
@@ -79,3 +80,11 @@ class Config(Root):
             size = config.tokenizer.size()
             config = config.replace({"model.vocab_size": size}, origin="derived from the tokenizer")
         return config
+
+
+def _drop_prompts_of_another_text(draft: Draft) -> None:
+    """The prompts of a preset are of its text; other sources get prompts of their own text."""
+    key = "training.sample.prompts"
+    is_of_preset = draft.origins.get(key, "").startswith("preset")
+    if is_of_preset and draft.is_replaced("data.train"):
+        draft.set_open(key)

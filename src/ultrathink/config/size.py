@@ -1,4 +1,4 @@
-"""How large the model of a configuration is, told without building it."""
+"""The number of weights of a configured model, without building it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class Sizes(NamedTuple):
 
     total: int
     active: int
-    """Those that a token meets, the lookup in the embedding counted as the head's."""
+    """Those that a token uses, the lookup in the embedding counted as the head's."""
 
 
 def sizes(model: ModelConfig) -> Sizes:
-    """Trained weights of ``model``, all of them and those that one token meets.
+    """Trained weights of ``model``, in all and those that one token uses.
 
-    A feed-forward of your own is counted as two matrices.
+    A feed-forward of a plugin is counted as two matrices.
     """
     model = model.resolved()
     hidden, head_dim = model.hidden_size, model.head_dim

@@ -44,14 +44,14 @@ class CheckpointConfig(Section):
     retry_s: float = free(
         60.0,
         gt=0,
-        description="Seconds after which a checkpoint that could not be written (a full disk) is "
-        "tried again; training goes on meanwhile.",
+        description="Seconds until a checkpoint that could not be written (a full disk) is "
+        "retried; training continues meanwhile.",
     )
     patience_minutes: float = free(
         60.0,
         ge=0,
-        description="Minutes that the end of a run waits for a disk that cannot take its last "
-        "checkpoint, before it gives up.",
+        description="Minutes that a run waits at its end for a disk that cannot take the last "
+        "checkpoint.",
     )
 
 
@@ -87,8 +87,7 @@ class TrainingConfig(Section):
         rests_on=("training.batch_size", "data.seq_len", "data.train"),
         is_compared=False,
         gt=0,
-        description="Optimizer steps that the length came to; chosen at run time and kept on "
-        "resuming.",
+        description="The length in optimizer steps; chosen at run time and kept on resuming.",
     )
     batch_size: int = felt(
         32,
@@ -119,8 +118,8 @@ class TrainingConfig(Section):
     )
     deterministic: bool = free(
         False,
-        description="Take the same bits in every run on one machine: deterministic kernels, and "
-        "no choice that follows a measurement or the clock.",
+        description="Give the same bits in every run on one machine: deterministic kernels, and "
+        "no choice that depends on a measurement or the clock.",
     )
     activation_checkpointing: Checkpointing = free(
         "none",
@@ -140,13 +139,13 @@ class TrainingConfig(Section):
         (), description="What else is measured during training, each under its name."
     )
     sample: SampleConfig = Field(
-        SampleConfig(), description="Text written at the end, as a first look at the model."
+        SampleConfig(), description="Text that the model writes at the end, as a first look."
     )
     init_from: str | None = fixed(
         None,
-        because="the run has weights of its own by now",
+        because="the run has its own weights by now",
         description="Run folder or checkpoint whose weights training starts from, or "
-        "hf:PATH_OR_NAME for a model of Hugging Face, which brings its shape and its tokenizer.",
+        "hf:PATH_OR_NAME for a model of Hugging Face, which sets model and tokenizer.",
     )
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ import yaml
 _FLOAT = "tag:yaml.org,2002:float"
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 _MERGE = "tag:yaml.org,2002:merge"
+_WITHOUT_SPACE = re.compile(r"^([A-Za-z_]\w*):(\S.*)$", re.DOTALL)
 _NUMBER_WITH_EXPONENT = re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
@@ -26,9 +27,13 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key_node, _ in node.value:
+        for key_node, value_node in node.value:
             if key_node.tag == _MERGE:
                 continue
+            if key_node.style is None and value_node.value == "":  # {type:text}
+                advice = missing_space(key_node.value)
+                if advice:
+                    raise _error(advice, key_node)
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise _error(f"the key {key_node.value} is not text; put it in quotes", key_node)
@@ -39,14 +44,14 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that either way of reading would take for something else."""
+    """Quotes text that ``parse_yaml`` or plain YAML 1.1 would read as something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # On one line, and PyYAML would write the last three as they are and read them back as spaces.
+    # Escaped on one line: PyYAML writes the last three as they are and reads them back as spaces.
     style = '"' if any(mark in text for mark in "\n\r\x85\u2028\u2029") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -64,6 +69,14 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
     for first, resolvers in _Loader.yaml_implicit_resolvers.items()
 }
+
+
+def missing_space(text: Any) -> str:
+    """What is wrong where ``text`` is a key and its value that YAML takes for one word; or ""."""
+    found = _WITHOUT_SPACE.match(text) if isinstance(text, str) else None
+    if found is None:
+        return ""
+    return f"there is no space after the colon in {text!r:.60}: write {found[1]}: {found[2]:.40}"
 
 
 def parse_yaml(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""What the model is trained on in one step.
+"""The sequences of one training step.
 
 Shapes: B sequences, T tokens in each.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ultrathink.data.packing import IGNORED
 
-# What a field's tensor holds.
+# The type of a field's tensor.
 INT64, FLOAT32 = {"dtype": torch.int64}, {"dtype": torch.float32}
 
 
@@ -21,7 +21,7 @@ INT64, FLOAT32 = {"dtype": torch.int64}, {"dtype": torch.float32}
 class Batch:
     """Sequences of token ids with their targets; each tensor has a row for every sequence.
 
-    Another kind of learning derives a batch with fields of its own.
+    Another objective derives a batch with more fields.
     """
 
     input_ids: Tensor = field(metadata=INT64)
@@ -33,14 +33,14 @@ class Batch:
     document_ids: Tensor = field(metadata=INT64)
     """``[B, T]``: numbers the documents within a sequence from 0; -1 is padding."""
     source_ids: Tensor = field(metadata=INT64)
-    """``[B, T]``: which source of ``data.train`` the sequence came from, in the config's order."""
+    """``[B, T]``: the sequence's source in ``data.train``, from 0."""
     sample_ids: Tensor = field(metadata=INT64)
-    """``[B]``: which sample of the run's order each sequence is."""
+    """``[B]``: each sequence's index in the run's order of samples."""
     loss_weights: Tensor | None = field(default=None, metadata=FLOAT32)
-    """``[B, T]``: how much each target counts, 0 or above, where an objective asks for that. On all
+    """``[B, T]``: weight of each target, 0 or above, where an objective uses weights; on all
     processes or on none."""
     unit_size: int = 1
-    """Consecutive sequences that belong together (a pair, a group) and are never parted."""
+    """Consecutive sequences that belong together (a pair, a group) and are never separated."""
 
     def __post_init__(self) -> None:
         for name, value in self.tensors().items():
@@ -74,7 +74,7 @@ class Batch:
 
     @property
     def num_target_tokens(self) -> int:
-        """How many positions are trained; means are taken over them."""
+        """The number of trained positions; means are taken over them."""
         return int((self.targets != IGNORED).sum())
 
     @property
@@ -84,7 +84,7 @@ class Batch:
         return float(self.loss_weights[self.targets != IGNORED].double().sum())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that hold tensors, by name; those that are None are left out."""
+        """The tensors by field name, without those that are None."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
@@ -93,9 +93,9 @@ class Batch:
         return [getattr(self, name).to(device, non_blocking=True) for name in names]
 
     def share(self, rank: int, size: int) -> Self:
-        """The ``rank``-th of ``size`` parts of as many sequences each, units whole.
+        """The ``rank``-th of ``size`` parts of equal size, units whole.
 
-        Where there are too few, a part is filled up with sequences that nothing is trained on.
+        Where there are too few sequences, a part is padded with sequences that are not trained.
         """
         if size == 1:
             return self
@@ -108,17 +108,17 @@ class Batch:
         return replace(self, **part)
 
     def split(self, micro_batch_size: int) -> list[Self]:
-        """Consecutive pieces of ``micro_batch_size`` sequences; the last may have fewer.
+        """Consecutive micro-batches of ``micro_batch_size`` sequences; the last may have fewer.
 
-        Of units of several sequences, as many as fit, and at least one.
+        Each has whole units, at least one.
         """
         num_rows = max(1, micro_batch_size // self.unit_size) * self.unit_size
         if num_rows >= self.num_sequences:
             return [self]
-        pieces: dict[str, Any] = {
+        parts: dict[str, Any] = {
             name: value.split(num_rows) for name, value in self.tensors().items()
         }
         return [
-            replace(self, **dict(zip(pieces, piece, strict=True)))
-            for piece in zip(*pieces.values(), strict=True)
+            replace(self, **dict(zip(parts, part, strict=True)))
+            for part in zip(*parts.values(), strict=True)
         ]

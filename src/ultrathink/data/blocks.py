@@ -1,4 +1,4 @@
-"""Blocks of consecutive samples: what is asked of a data worker, and how it answers.
+"""Blocks of consecutive samples: the requests to data workers, and their answers.
 
 Without torch, so that a worker process starts quickly and stays small.
 """
@@ -14,15 +14,15 @@ from ultrathink.data.packing import Integers, SampleReader
 
 
 class BlockRequest(NamedTuple):
-    """A block of consecutive samples, already located."""
+    """A request for a block of consecutive samples, already located."""
 
-    generation: int  # which state of the order asked; answers to an older one are dropped
+    generation: int  # state of the order; answers to an older one are dropped
     source_ids: Integers
     positions: Integers
 
 
 class Block(NamedTuple):
-    """The samples that were asked for."""
+    """The requested samples."""
 
     generation: int
     values: npt.NDArray[np.int32] | Integers  # [5, samples, T]
@@ -40,6 +40,6 @@ class BlockReader:
         return Block(request.generation, values)
 
     def read_compact(self, request: BlockRequest) -> Block:
-        """The same as ``int32``: half the bytes to send from one process to another."""
+        """The same as ``int32``: half the bytes to send between processes."""
         block = self.read(request)
         return block._replace(values=block.values.astype(np.int32))

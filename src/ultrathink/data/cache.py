@@ -1,4 +1,4 @@
-"""Tokenized documents on disk, built once for each content and tokenizer, read by memory map.
+"""Tokenized documents on disk: built once for each text and tokenizer, read by memory map.
 
 A store is a folder:
 
@@ -43,7 +43,7 @@ _ABANDONED_AFTER_S = 24 * 3600
 
 
 class DamagedStoreError(Exception):
-    """A store that is not there, or not as it was written; the message says what is wrong."""
+    """A store that is missing or not as it was written; the message says what is wrong."""
 
 
 class TokenStore:
@@ -83,7 +83,7 @@ class TokenStore:
         return self._mapped(_TOKEN_BYTES).astype(np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Maps are opened again where the store arrives: pickling one would copy its content.
+        # The receiving process opens its own maps: pickling one would copy its content.
         opened = {"tokens", "offsets", "token_bytes"}
         return {key: value for key, value in self.__dict__.items() if key not in opened}
 
@@ -98,14 +98,14 @@ class TokenStore:
             yield
         except (OSError, ValueError) as error:
             raise DataError(
-                f"the token cache of {self.name} was whole when it was opened and cannot be read "
-                f"now ({error}). Resume the run: the cache is built again."
+                f"the token cache of {self.name} was complete when it was opened and cannot be "
+                f"read now ({error}). Resume the run, which rebuilds the cache."
             ) from error
 
 
 @contextmanager
 def without_read_ahead(arrays: Iterable[npt.NDArray[Any]]) -> Iterator[None]:
-    """While a few places of mapped ``arrays`` are read, read those and nothing around them."""
+    """Switch off read-ahead of mapped ``arrays`` while only a few places are read."""
     maps = [base for array in arrays if isinstance(base := _memory_of(array), mmap.mmap)]
     if not hasattr(mmap, "MADV_RANDOM"):
         maps = []
@@ -131,7 +131,7 @@ def cache_folder(cache_dir: str | None) -> Path:
 
 
 def store_folder(cache: Path, fingerprint: str, split: Split, tokenizer: Tokenizer) -> Path:
-    """Where the store of a split with this fingerprint is, or would be."""
+    """The folder of the store of a split with this fingerprint, which may not exist yet."""
     behavior = behavior_hash(tokenizer)  # other code may make other tokens of the same text
     parts = [FORMAT, fingerprint, split, tokenizer.fingerprint, behavior]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
@@ -152,11 +152,10 @@ def open_or_build(
     notes: list[str] | None = None,
     verify: Verify = "stat",
 ) -> TokenStore:
-    """The store of ``source``'s documents, from the cache where it is there and whole.
+    """The store of ``source``'s documents, from the cache or built.
 
-    A store that was damaged is built again, which ``notes`` are told. Processes that build the
-    same store at the same time do not meet: each writes its own, the first to finish is used by
-    all.
+    A damaged store is rebuilt and ``notes`` says so. Processes that build the same store at the
+    same time write one each; all use the one that is finished first.
     """
     folder = store_folder(cache, source.fingerprint(split), split, tokenizer)
     damage = None
@@ -171,14 +170,14 @@ def open_or_build(
         build_store(folder, documents, tokenizer, label, num_bytes, progress)
     if damage is not None and notes is not None:
         notes.append(
-            f"the token cache of {source.name} ({split}) was damaged ({damage}); it was built again"
+            f"the token cache of {source.name} ({split}) was damaged ({damage}) and was rebuilt"
         )
     return TokenStore(folder, source.name)
 
 
 @contextmanager
 def writing_to(cache: Path) -> Iterator[None]:
-    """Turns a failure to write (a full disk, a read-only folder) into a DataError."""
+    """Turn a failure to write (a full disk, a read-only folder) into a DataError."""
     try:
         yield
     except OSError as error:
@@ -196,7 +195,7 @@ def build_store(
     total_bytes: int = 0,
     progress: Progress | None = None,
 ) -> None:
-    """Tokenize ``documents`` into ``folder``: written beside it, then renamed into place."""
+    """Tokenize ``documents`` into ``folder``: write a temporary folder, then rename it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder.parent)
     beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -268,7 +267,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
 
 
 def _save_array(path: Path, array: npt.NDArray[Any]) -> str:
-    """Write ``array``; the checksum of the file."""
+    """Write ``array``; returns the file's checksum."""
     with path.open("wb") as file:
         writer = HashingWriter(file)
         np.save(writer, array, allow_pickle=False)
@@ -286,7 +285,7 @@ def _put_in_place(beside: Path, folder: Path) -> None:
         beside.rename(folder)
     except OSError:
         if _is_whole(folder):
-            return  # another process was first; the contents are equal
+            return  # another process was first, with the same content
         # A damaged store is moved away first: a folder cannot be renamed onto a full one.
         discarded = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
         with suppress(FileNotFoundError):
@@ -314,7 +313,7 @@ def _write_meta(folder: Path, meta: dict[str, Any], manifest: Manifest) -> None:
 
 
 def _read_meta(folder: Path, verify: Verify = "stat") -> dict[str, Any]:
-    """The meta file of a whole store; DamagedStoreError says what is wrong with any other."""
+    """The meta file of a complete store; DamagedStoreError where it is not."""
     try:
         meta = unsealed(json.loads((folder / _META).read_text(encoding="utf-8")))
         if meta is None:
@@ -329,14 +328,14 @@ def _read_meta(folder: Path, verify: Verify = "stat") -> dict[str, Any]:
         raise DamagedStoreError(f"cannot be read: {error}") from error
     except ValueError as error:
         raise DamagedStoreError(f"{_META}: not JSON ({error})") from error
-    if found != known:  # copied, say: equal content, which need not be hashed again
+    if found != known:  # equal content with another stat, as of a copy: not to be hashed again
         with suppress(OSError):
             _write_meta(folder, meta, found)
     return meta
 
 
 def _verified(path: Path, known: FileEntry, verify: Verify) -> FileEntry:
-    """The entry of a file of a store as it is now; DamagedStoreError where it is not ``known``."""
+    """The entry of a store's file now; DamagedStoreError where its content is not ``known``'s."""
     stat = Stat.of(path)
     lasting = stat.settled()
     if stat.size_bytes != known.stat.size_bytes:
@@ -351,10 +350,10 @@ def _verified(path: Path, known: FileEntry, verify: Verify) -> FileEntry:
 
 
 def _remove_abandoned(parent: Path) -> None:
-    """Delete what builds that were killed left behind, once it is a day old."""
+    """Delete the temporary folders of killed builds once they are a day old."""
     for folder in parent.glob(".*.tmp"):
         with suppress(OSError):
-            # A build that is under way keeps writing to its files.
+            # A running build keeps writing to its files.
             touched = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
             if time.time() - touched > _ABANDONED_AFTER_S:
                 shutil.rmtree(folder, ignore_errors=True)

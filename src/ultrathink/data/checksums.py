@@ -1,12 +1,15 @@
-"""SHA-256 of files, and of JSON objects that carry their own."""
+"""SHA-256 of files, and of JSON objects that hold their own."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, cast
+
+from ultrathink.data.file_kinds import GZIP
 
 _SEAL = "checksum"
 
@@ -16,14 +19,14 @@ class _Writable(Protocol):
 
 
 class HashingWriter:
-    """Hands what is written on to a file, and hashes it on the way."""
+    """Writes to a file, and hashes what is written."""
 
     def __init__(self, file: _Writable) -> None:
         self._file = file
         self._digest = hashlib.sha256()
 
     def write(self, data: bytes) -> int:
-        """Write ``data``; how many bytes that were."""
+        """Write ``data``; returns the number of bytes."""
         self._digest.update(data)
         return self._file.write(data)
 
@@ -33,7 +36,10 @@ class HashingWriter:
 
 
 class HashedFile:
-    """A file that is hashed while it is read once, from its start to its end."""
+    """A file that is hashed while it is read once, from its start to its end.
+
+    The content of a gzip file is read decompressed; the hash is of the file as it is.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,11 +49,14 @@ class HashedFile:
         """All of it."""
         content = self.path.read_bytes()
         self._digest.update(content)
-        return content
+        return gzip.decompress(content) if content.startswith(GZIP) else content
 
     def lines(self) -> Iterator[bytes]:
         """Its lines, each with its end."""
         with self.path.open("rb") as file:
+            if is_gzip(file):
+                yield from gzip.GzipFile(fileobj=cast(BinaryIO, _HashingReader(file, self._digest)))
+                return
             for line in file:
                 self._digest.update(line)
                 yield line
@@ -57,19 +66,63 @@ class HashedFile:
         return self._digest.hexdigest()
 
 
+class FileStart(HashedFile):
+    """The first ``size`` bytes of a file's content, cut where a line or a character ends."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        super().__init__(path)
+        self._size = size
+
+    def read(self) -> bytes:
+        """The first bytes."""
+        with self.path.open("rb") as file:
+            content = (gzip.GzipFile(fileobj=file) if is_gzip(file) else file).read(self._size)
+        try:
+            content.decode()
+        except UnicodeDecodeError as error:
+            if error.reason == "unexpected end of data":
+                return content[: error.start]
+        return content
+
+    def lines(self) -> Iterator[bytes]:
+        """The first lines that are whole."""
+        lines = self.read().splitlines(keepends=True)
+        yield from lines if sum(map(len, lines)) < self._size else lines[:-1]
+
+
+class _HashingReader:
+    """A file that hashes what is read of it."""
+
+    def __init__(self, file: BinaryIO, digest: hashlib._Hash) -> None:
+        self._file = file
+        self._digest = digest
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._digest.update(data)
+        return data
+
+
+def is_gzip(file: BinaryIO) -> bool:
+    """Whether a file that is open at its start is a gzip file; it stays there."""
+    head = file.read(len(GZIP))
+    file.seek(0)
+    return head == GZIP
+
+
 def file_checksum(path: Path) -> str:
-    """The SHA-256 of a file's content, read in pieces."""
+    """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values``, ready for JSON, with a checksum of them beside."""
+    """``values`` with their checksum, ready for JSON."""
     return {**values, _SEAL: _checksum(values)}
 
 
 def unsealed(values: Any) -> dict[str, Any] | None:
-    """What ``sealed`` was given, after JSON and back; None for anything else."""
+    """What ``sealed`` was given, read back from JSON; None for anything else."""
     if not isinstance(values, dict):
         return None
     content = {key: value for key, value in values.items() if key != _SEAL}

@@ -1,4 +1,4 @@
-"""Documents, and what a file of them held."""
+"""Documents, and the summary of a file of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Literal
 from ultrathink.core.errors import DataError
 
 Split = Literal["train", "val", "all"]
-Verify = Literal["stat", "full"]  # files whose stat may tell of a change are hashed, or all are
+Verify = Literal["stat", "full"]  # hash the files whose stat changed, or all of them
 
-# Called with what is being done, how much of it is done, and how much there is (UTF-8 bytes).
+# Called with what is being done, the UTF-8 bytes that are done, and how many there are.
 Progress = Callable[[str, int, int], None]
 
 HELD_OUT_ONE_IN = 20
@@ -22,7 +22,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text; ``id`` tells it apart within its source and does not depend on the machine."""
+    """One text; its ``id`` is unique within the source and the same on every machine."""
 
     id: str
     text: str
@@ -30,14 +30,14 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class FileSummary:
-    """What one file of a source held when it was read."""
+    """What a file of a source held when it was read."""
 
     num_documents: int
     num_bytes: int  # UTF-8 bytes of the documents' text
     digest: str  # SHA-256 over the documents and their places in the file
     num_skipped: int  # unreadable documents that were left out
-    lowest: int  # the least of the documents' hashes (their first 64 bits), and the greatest:
-    highest: int  # what is held out of many documents is chosen by them
+    lowest: int  # least hash of a document (its first 64 bits), by which many are held out
+    highest: int  # greatest hash
 
 
 class UnreadableSourceError(DataError):
@@ -56,11 +56,11 @@ def is_held_out(document_id: str) -> bool:
 
 
 def replace_surrogates(text: str) -> str:
-    """``text`` with each lone surrogate, which UTF-8 cannot carry, replaced by U+FFFD."""
+    """``text`` with U+FFFD in place of lone surrogates, which UTF-8 cannot encode."""
     return _SURROGATE.sub("\ufffd", text) if _SURROGATE.search(text) else text
 
 
 def file_label(source_name: str, file: str, *, is_only: bool) -> str:
-    """What messages call a file: ``books/a.txt``, or its own name where it is all of a source."""
+    """A file's name in messages: ``books/a.txt``, or ``a.txt`` where it is the whole source."""
     stem = file.rpartition(".")[0] or file
     return file if is_only and source_name in (file, stem) else f"{source_name}/{file}"

@@ -1,4 +1,4 @@
-"""Training batches in an order that survives any number of workers, ranks or restarts."""
+"""Training batches in an order that is the same for any number of workers, ranks and restarts."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from ultrathink.data.order import Change, SampleOrder
 from ultrathink.data.packing import SampleReader
 from ultrathink.data.workers import WorkerPool
 
-# Samples are read in blocks of about so many tokens: small batches share the cost of a read.
+# Samples are read in blocks of about this many tokens, so that small batches share the cost.
 _BLOCK_TOKENS = 65_536
 _PREFETCHED_BLOCKS = 2  # for each worker
 
-# What ``order_hash`` looks at: the first samples, some far on (other epochs, large numbers), and
-# the content of a few. Changing these makes the order of every run look like another.
+# What ``order_hash`` looks at: the first samples, some of later epochs and large indices, and the
+# content of a few. Changing these changes the hash of every run.
 _PROBED_INDICES = np.concatenate([np.arange(256), 10**6 + np.arange(64), 2**45 + np.arange(16)])
 _PROBED_CHANGES = (100, 150)  # where the probe skips samples, and mixes by other weights
 _PROBED_CONTENTS = (0, 1, 2, 3, 17, 100, 255)
 
 
 class Share(NamedTuple):
-    """Which part of each batch a process takes: the ``rank``-th of ``size`` equal ones."""
+    """The part of each batch that a process takes: the ``rank``-th of ``size`` equal parts."""
 
     rank: int = 0
     size: int = 1
@@ -51,9 +51,9 @@ WHOLE = Share()
 
 
 class Batches(Protocol):
-    """What a run learns from: batches without end, in an order that a state can repeat.
+    """What a run learns from: endless batches, in an order that a state reproduces.
 
-    The trainer and its changes know no more of it, so that an objective may bring its own.
+    The trainer and its changes use nothing else, so that an objective may bring its own batches.
     """
 
     batch_size: int  # units over all devices
@@ -84,15 +84,15 @@ class Batches(Protocol):
     def set_weights(self, weights: Sequence[float]) -> None: ...
 
     def mix_by(self, weights: Sequence[float]) -> None:
-        """Use the weights of a changed configuration, where they differ from those of before."""
+        """Apply the weights of a configuration where they differ from the previous ones."""
         ...
 
     def order_hash(self) -> str:
-        """What tells this order from another."""
+        """A hash that identifies this order."""
         ...
 
     def take_notes(self) -> list[str]:
-        """What happened while batches were read, each once."""
+        """Incidents while batches were read, since the last call."""
         ...
 
     def state_dict(self) -> State: ...
@@ -103,12 +103,12 @@ class Batches(Protocol):
 
 
 class TrainLoader(Batches):
-    """Batches of a mixture of stores, without end: whole ones, or this process's share of each.
+    """Endless batches of a mixture of stores: whole ones, or this process's share of each.
 
-    Sample n depends on ``seed``, n, and the changes made with ``skip`` and ``set_weights``, and
-    on nothing else. ``num_samples`` is the number of samples in all sources together: an epoch.
-    With one source an epoch brings each sample once; in a mixture each source runs through its
-    own epochs, at the pace of its weight, and none ends before the others.
+    Sample n depends only on ``seed``, n, and the changes made with ``skip`` and ``set_weights``.
+    ``num_samples`` counts the samples of all sources: an epoch. With one source an epoch has each
+    sample once; in a mixture each source has its own epochs, at the pace of its weight, and none
+    ends before the others.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class TrainLoader(Batches):
         self._reader = SampleReader(stores, seq_len, packing)
         self._sizes = [samples.num_samples for samples in self._reader.samples]
         self._order = SampleOrder(self._sizes, weights, seed)
-        self._configured = self._order.weights  # what ``mix_by`` was given last
+        self._configured = self._order.weights  # the last argument of ``mix_by``
         self._samples_seen = 0
         self._generation = 0
         self._next_requested = 0
@@ -145,7 +145,7 @@ class TrainLoader(Batches):
 
     @property
     def seed(self) -> int:
-        """What the order follows from."""
+        """The seed of the order."""
         return self._order.seed
 
     @property
@@ -155,17 +155,17 @@ class TrainLoader(Batches):
 
     @property
     def samples_seen(self) -> int:
-        """Samples handed out so far, to all processes; those jumped over are not counted."""
+        """Samples handed out so far to all processes, without the skipped ones."""
         return self._samples_seen
 
     @property
     def samples_skipped(self) -> int:
-        """Samples jumped over so far."""
+        """Samples skipped so far."""
         return sum(change.skip for change in self._order.changes)
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The weights that apply now, as they were given."""
+        """The weights in effect, as they were given."""
         given = [change.weights for change in self._order.changes if change.weights is not None]
         return given[-1] if given else self._order.weights
 
@@ -181,20 +181,19 @@ class TrainLoader(Batches):
         return Batch.unstack(values, sample_ids)
 
     def skip(self, num_samples: int) -> None:
-        """Jump over the next ``num_samples`` samples."""
+        """Skip the next ``num_samples`` samples."""
         if num_samples < 0:
             raise DataError(f"cannot skip {num_samples} samples; the number must not be negative.")
         self._change(Change(self._samples_seen, skip=num_samples))
 
     def set_weights(self, weights: Sequence[float]) -> None:
-        """Mix the sources by ``weights`` from the next sample on; each goes on where it stands."""
+        """Mix the sources by ``weights`` from the next sample on; each continues where it is."""
         self._change(Change(self._samples_seen, weights=tuple(map(float, weights))))
 
     def mix_by(self, weights: Sequence[float]) -> None:
-        """Mix by the configuration's ``weights`` from the next sample on, if those are new.
+        """Mix by the configuration's ``weights`` from the next sample on, if they changed.
 
-        Weights that were set since by ``set_weights`` stay where the configuration's are the same
-        as before.
+        Otherwise the weights of a later ``set_weights`` stay in effect.
         """
         wanted = tuple(map(float, weights))
         if wanted != self._configured:
@@ -202,11 +201,11 @@ class TrainLoader(Batches):
             self._configured = wanted
 
     def order_hash(self) -> str:
-        """A SHA-256 over which sample comes when, and over what some of them hold.
+        """A SHA-256 of the order of the samples, and of the content of a few.
 
-        It follows the stores, ``seq_len``, packing, the seed, and the code: where all those are
-        equal and the hash is not, this code orders or packs samples otherwise. It does not depend
-        on the weights or on anything that happened since the loader was made. Costs milliseconds.
+        It depends on the stores, ``seq_len``, packing, the seed and the code, so that with equal
+        data and settings another hash means that the code orders or packs samples differently. It
+        does not depend on the weights or the loader's history. Takes milliseconds.
         """
         digest = hashlib.sha256()
         has_samples = [float(size > 0) for size in self._sizes]
@@ -228,7 +227,7 @@ class TrainLoader(Batches):
         return digest.hexdigest()
 
     def state_dict(self) -> State:
-        """All that decides the next sample, as plain values."""
+        """Everything that decides the next sample, as plain values."""
         return {
             **self._identity(),
             "samples_seen": self._samples_seen,
@@ -238,17 +237,14 @@ class TrainLoader(Batches):
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on where ``state`` was taken, with its weights.
-
-        CheckpointError names what of the data differs.
-        """
+        """Continue from ``state``, with its weights; CheckpointError names what differs."""
         values: dict[str, Any] = dict(state)
         for key, here in self._identity().items():
             if values.get(key) != here:
                 raise CheckpointError(
                     f"the checkpoint's data order was made with {_MEANINGS[key]} "
-                    f"{values.get(key)!r}, here it is {here!r}; the samples would not be the "
-                    f"same. Resume with the configuration and the data of the run."
+                    f"{values.get(key)!r}, and here it is {here!r}: the samples would differ. "
+                    f"Resume with the configuration and the data of the run."
                 )
         changes = [Change.from_plain(plain) for plain in values["changes"]]
         self._order = SampleOrder(self._sizes, values["weights"], self._order.seed, changes)
@@ -257,14 +253,14 @@ class TrainLoader(Batches):
         self._discard()
 
     def close(self) -> None:
-        """Stop the worker processes; a later ``next_batch`` starts them again."""
+        """Stop the worker processes; a later ``next_batch`` restarts them."""
         self._discard()
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.stop()
 
     def take_notes(self) -> list[str]:
-        """What happened to the workers since this was last asked, a line for each incident."""
+        """Incidents of the workers since the last call, a line each."""
         notes = list(self._notes)
         self._notes.clear()
         return notes
@@ -282,7 +278,7 @@ class TrainLoader(Batches):
         self._discard()
 
     def _discard(self) -> None:
-        """Forget what was read ahead: the next block is asked for at the cursor."""
+        """Discard what was read ahead: the next block is requested at the cursor."""
         self._block = None
         self._generation += 1
         self._next_requested = self._samples_seen
@@ -294,7 +290,7 @@ class TrainLoader(Batches):
                 if block.generation == self._generation:
                     return torch.from_numpy(block.values).to(torch.int64)
         except BaseException:
-            self.close()  # what was asked for is lost: whoever tries again begins at the cursor
+            self.close()  # pending requests are lost: a retry starts at the cursor
             raise
 
     def _read_block(self) -> Block:

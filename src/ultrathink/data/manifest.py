@@ -1,8 +1,9 @@
-"""The identity of files: by their stat, which says what may have changed, and their hash.
+"""The identity of files: their stat, which shows what may have changed, and their hash.
 
-As Git's index does: a file whose stat is the recorded one is not read. A stat cannot tell a change
-in the same tick of the clock, so a file that changed within two seconds before it was recorded
-keeps a stat that nothing matches, and is hashed the next time (https://git-scm.com/docs/racy-git).
+As in Git's index, a file whose stat is the recorded one is not read. A stat does not show a change
+within the same tick of the clock. A file that changed less than two seconds before it was recorded
+therefore gets a stat that nothing matches, and is hashed the next time
+(https://git-scm.com/docs/racy-git).
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from ultrathink.core.files import write_atomic
 from ultrathink.data.checksums import sealed, unsealed
 from ultrathink.data.documents import FileSummary
 
-FORMAT = 1  # raise it when the same file gives other documents
+FORMAT = 2  # raise it when the same file gives other documents
 _RACY_NS = 2 * 10**9
 _UNSETTLED = -1
 _MAX_TICK_S = 3.0  # the coarsest clock of a file system has ticks of two seconds
 
 
 class Stat(NamedTuple):
-    """What a change of a file changes: content moves mtime and ctime, a replacement the inode.
+    """What changes with a file: mtime and ctime with its content, the inode when it is replaced.
 
-    The ctime cannot be set, so that it moves even where size and mtime are made the same.
+    The ctime cannot be set: it changes even where size and mtime are restored.
     """
 
     size_bytes: int
@@ -38,14 +39,14 @@ class Stat(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """The stat of ``path`` as it is; OSError where it is not there."""
+        """The stat of ``path``; OSError where it is missing."""
         found = path.stat()
         return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
     def settled(self) -> Self:
-        """The stat to record now: one that nothing matches where the file changed just before.
+        """The stat to record: one that nothing matches where the file changed just before.
 
-        So does a file from the future, which a clock that was set back leaves.
+        The same holds for a time in the future, left by a clock that was set back.
         """
         changed_ns = max(self.mtime_ns, self.ctime_ns)
         is_settled = changed_ns + _RACY_NS <= time.time_ns()
@@ -54,12 +55,12 @@ class Stat(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file as it was when it was read."""
+    """The state of a file when it was read."""
 
     stat: Stat
     sha256: str
     documents: FileSummary | None = None
-    """What a source found in it; None for a file of a token store."""
+    """What a source found in it; None for a token store's file."""
 
     def to_json(self) -> list[Any]:
         """``[size, mtime_ns, ctime_ns, inode, sha256, documents]``."""
@@ -78,7 +79,7 @@ Manifest = dict[str, FileEntry]
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a source; empty where there is none that can be used: it is made again."""
+    """The manifest of a source; empty where none can be used, so that it is rebuilt."""
     with suppress(OSError, ValueError):
         values = unsealed(json.loads(path.read_text(encoding="utf-8")))
         if values is not None and values["format"] == FORMAT:
@@ -87,15 +88,15 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def write_manifest(path: Path, manifest: Mapping[str, FileEntry]) -> None:
-    """Keep ``manifest`` for the next start, which reads all files again where it cannot be kept."""
+    """Save ``manifest``; where that fails, the next start reads all files."""
     files = {name: entry.to_json() for name, entry in manifest.items()}
-    with suppress(OSError):  # a cache that nobody may write to is of use all the same
+    with suppress(OSError):  # a read-only cache is useful, too
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(sealed({"format": FORMAT, "files": files})))
 
 
 def wait_for_tick(folder: Path, stats: Iterable[Stat]) -> None:
-    """Return once whatever changes in ``folder`` gets another ctime than ``stats`` have."""
+    """Return once a change in ``folder`` gets a later ctime than those of ``stats``."""
     last_ns = max(stat.ctime_ns for stat in stats)
     probe, until = folder / ".tick", time.monotonic() + _MAX_TICK_S
     while time.monotonic() < until:

@@ -2,7 +2,7 @@
 
 Shapes: N indices asked for, S sources.
 
-Which source: weights are met by a tree of Beatty splits (https://oeis.org/wiki/Beatty_sequences).
+Which source: a tree of Beatty splits (https://oeis.org/wiki/Beatty_sequences) follows the weights.
 At each node, index i goes left when floor((i + 1) p) > floor(i p) for the left side's share p,
 and becomes index floor(i p) there; the others become i - floor(i p) on the right. Every window
 of indices then holds each source's share to within a few samples, and the numbers that arrive
@@ -32,9 +32,9 @@ _ONE = 1 << _BITS
 
 @dataclass(frozen=True)
 class Change:
-    """From sample ``index`` on, ``skip`` samples are jumped over and ``weights`` apply.
+    """From sample ``index`` on, ``skip`` samples are left out and ``weights`` apply.
 
-    The jump is made with the weights that held before.
+    The skipped samples are those of the weights in effect before.
     """
 
     index: int
@@ -42,7 +42,7 @@ class Change:
     skip: int = 0
 
     def to_plain(self) -> dict[str, Any]:
-        """The change as JSON holds it."""
+        """The change as plain values for JSON."""
         weights = None if self.weights is None else list(self.weights)
         return {"index": self.index, "weights": weights, "skip": self.skip}
 
@@ -136,7 +136,7 @@ class _Segment:
     """A stretch of samples between two changes."""
 
     start: int  # first sample index
-    raw_start: int  # the same, with what was jumped over counted
+    raw_start: int  # the same, with skipped samples counted
     mixture_start: int  # raw index at which the weights began to apply
     mixture: _Mixture
     counts: tuple[int, ...]  # draws from each source before mixture_start
@@ -188,7 +188,7 @@ class _Split(NamedTuple):
 
 
 def _grow(sources: list[int], weights: Sequence[float]) -> _Split | int:
-    """A tree over ``sources``, halved by number: shallow, so that errors add up little."""
+    """A tree over ``sources``, halved by number: shallow, which keeps the sum of errors small."""
     if len(sources) == 1:
         return sources[0]
     half = len(sources) // 2

@@ -42,7 +42,7 @@ class Samples(Protocol):
 
 
 class PackedSamples:
-    """Consecutive pieces of the joined documents.
+    """Consecutive windows of the joined documents.
 
     Sample k reads tokens kT to (k + 1)T - 1 and predicts each one's successor, so every token
     but the store's first is a target exactly once. That includes a document's first token,
@@ -61,7 +61,7 @@ class PackedSamples:
 
 
 class DocumentSamples:
-    """Each document on its own; those longer than T are cut, none is joined to another.
+    """Each document separately: those longer than T are cut, and none are joined.
 
     Every token but a document's first is a target exactly once, its end-of-text token too. An
     empty document gives no sample.
@@ -71,7 +71,7 @@ class DocumentSamples:
         self._offsets = np.asarray(store.offsets)
         self.seq_len = seq_len
         num_targets = np.diff(self._offsets) - 1
-        # How many samples the documents up to each one give.
+        # The number of samples of the documents up to each one.
         self._ends = np.cumsum(-(-num_targets // seq_len))
         self.num_samples = int(self._ends[-1]) if len(self._ends) else 0
 
@@ -85,7 +85,7 @@ class DocumentSamples:
 
 
 def make_samples(store: TokenStream, seq_len: int, packing: PackingConfig) -> Samples:
-    """The samples that ``packing`` makes of a store."""
+    """The samples of a store under ``packing``."""
     return PackedSamples(store, seq_len) if packing.enabled else DocumentSamples(store, seq_len)
 
 

@@ -1,4 +1,4 @@
-"""From the configuration to tokenizer and token stores, everything cached by content."""
+"""From the configuration to the tokenizer and token stores, all cached by content."""
 
 from __future__ import annotations
 
@@ -24,30 +24,23 @@ from ultrathink.data.sources.base import Source
 from ultrathink.data.tokenizers.base import DamagedTokenizerError, Tokenizer, load_tokenizer
 
 _TRAINING_FORMAT = 1  # part of the key of trained tokenizers; raise it when training changes
-_PIECE_CHARACTERS = 10_000  # what is taken or left when there is more text than is learned from
+_CHUNK_CHARACTERS = 10_000  # taken or left when there is more text than a tokenizer learns from
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """All that loaders need."""
+    """What loaders need."""
 
     tokenizer: Tokenizer
     train_stores: list[TokenStore]
-    train_weights: list[float]
     val_stores: list[TokenStore]
     """Empty where nothing is held out."""
     num_samples: int
     """Sequences in an epoch: those of all training sources together."""
-    source_names: list[str]
-    """Names of the training sources: ``Batch.source_ids`` counts them."""
-    data_hash: str
-    """Hash of what the samples consist of: contents, tokenizer, packing and ``seq_len``."""
-    skipped: dict[str, int]
-    """Unreadable documents left out (``on_bad: skip``) by source, where there are any."""
     record: DataRecord
-    """What the data was, file by file, for the run to keep."""
+    """What the data was, file by file; the run keeps it."""
     notes: list[str]
-    """What was found damaged in the cache, and mended."""
+    """What was damaged in the cache and rebuilt."""
 
 
 def prepare_data(
@@ -58,10 +51,10 @@ def prepare_data(
 ) -> PreparedData:
     """Read the sources, train or load the tokenizer, and build or open the token stores.
 
-    With ``data.val`` the training sources are trained on whole and every document of the
-    validation sources is scored; without it, the held-out split of each training source is.
-    A tokenizer learns from training text only; one that is given is used as it is.
-    DataError names a source that is unreadable or has too little text.
+    With ``data.val`` all text of the training sources is trained on and all text of the validation
+    sources is scored; without it, a part of each training source is held out. A tokenizer learns
+    from training text only; one that is given is used unchanged. DataError names a source that is
+    unreadable or has too little text.
     """
     return prepare_sources(data, read_sources(data, progress), tokenizer, progress=progress)
 
@@ -73,7 +66,7 @@ def prepare_sources(
     *,
     progress: Progress | None = None,
 ) -> PreparedData:
-    """As ``prepare_data``, from sources that are read; raises the error of one that cannot be."""
+    """``prepare_data`` from ``sources``; raises the error of one that cannot be read."""
     cache = cache_folder(data.cache_dir)
     notes: list[str] = []
     train, val = sources.readable()
@@ -102,9 +95,9 @@ def prepare_text(
     progress: Progress | None,
     notes: list[str],
 ) -> TokenStore:
-    """The tokens of all the text of a source beside those of ``data``, from the cache or built.
+    """The tokens of all text of a further source, from the cache or built.
 
-    DataError where it is unreadable or empty; ``notes`` are told what was mended or skipped.
+    DataError where it is unreadable or empty; ``notes`` gets what was rebuilt or skipped.
     """
     source = read_source(config, data, progress)
     _require_text(source)
@@ -128,10 +121,9 @@ def assemble_data(
     open_store: OpenStore,
     notes: list[str],
 ) -> PreparedData:
-    """The data that ``record`` tells of, each of its stores opened by ``open_store``.
+    """The data of ``record``, each store opened by ``open_store``.
 
-    That is given what was recorded of a source, the source where there is one to read, and a
-    split.
+    Its arguments are a source's record, the source where it can be read, and a split.
     """
     trained: Split = "train" if record.val is None else "all"
     train = _paired(record.train, sources.train)
@@ -145,12 +137,8 @@ def assemble_data(
     return PreparedData(
         tokenizer=tokenizer,
         train_stores=train_stores,
-        train_weights=[source.weight for source in record.train],
         val_stores=val_stores,
         num_samples=num_samples,
-        source_names=[source.name for source in record.train],
-        data_hash=record.data_hash,
-        skipped=record.skipped,
         record=record,
         notes=notes,
     )
@@ -159,7 +147,7 @@ def assemble_data(
 def _paired(
     recorded: Sequence[SourceRecord], sources: Sequence[Source | DataError]
 ) -> list[tuple[SourceRecord, Source | None]]:
-    """Each recorded source with the one in its place, if there is one that can be read."""
+    """Each source's record with the source in its place, None where it cannot be read."""
     if len(recorded) != len(sources):
         return [(record, None) for record in recorded]
     found = [None if isinstance(source, DataError) else source for source in sources]
@@ -175,9 +163,9 @@ def train_or_load(
     progress: Progress | None = None,
     notes: list[str] | None = None,
 ) -> Tokenizer:
-    """The tokenizer that ``config`` and the texts determine, from the cache where it is there.
+    """The tokenizer that ``config`` and the texts determine, from the cache or trained.
 
-    One that was damaged is trained again, which ``notes`` are told.
+    A damaged one is retrained and ``notes`` says so.
     """
     prints = [source.fingerprint(split) for source in sources]
     sizes = [max(1, source.expected_bytes(split)) for source in sources]
@@ -200,12 +188,12 @@ def train_or_load(
     with writing_to(cache):
         _keep(tokenizer, folder)
     if damage is not None and notes is not None:
-        notes.append(f"the cached tokenizer was damaged ({damage}); it was trained again")
+        notes.append(f"the cached tokenizer was damaged ({damage}) and was retrained")
     return tokenizer
 
 
 def _keep(tokenizer: Tokenizer, folder: Path) -> None:
-    """Save ``tokenizer`` beside ``folder`` and rename, so that nobody ever sees half of it."""
+    """Save ``tokenizer`` to a temporary folder and rename it, so that it is never incomplete."""
     beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         tokenizer.save(beside)
@@ -227,29 +215,28 @@ def _shares(sizes: Sequence[int], weights: Sequence[float], limit: int) -> list[
 def _texts_to_learn_from(
     sources: Sequence[Source], split: Split, shares: Sequence[float] | None
 ) -> Iterator[str]:
-    """All texts, or where ``shares`` are given pieces of them.
+    """All texts, or chunks of them where ``shares`` are given.
 
-    Pieces are spread evenly over all of a source: its first documents alone would say little
-    of the others.
+    Chunks are spread evenly over a source: its first documents may be unlike the others.
     """
     for number, source in enumerate(sources):
         share = 1.0 if shares is None else shares[number]
-        num_pieces, has_text = 0, False
+        num_chunks, has_text = 0, False
         for document in source.documents(split):
             has_text = has_text or document.text != ""
             if share == 1:
                 yield document.text
                 continue
-            for begin in range(0, len(document.text), _PIECE_CHARACTERS):
-                if math.ceil((num_pieces + 1) * share) > math.ceil(num_pieces * share):
-                    yield document.text[begin : begin + _PIECE_CHARACTERS]
-                num_pieces += 1
+            for begin in range(0, len(document.text), _CHUNK_CHARACTERS):
+                if math.ceil((num_chunks + 1) * share) > math.ceil(num_chunks * share):
+                    yield document.text[begin : begin + _CHUNK_CHARACTERS]
+                num_chunks += 1
         if not has_text:
             raise _too_small(source, split)
 
 
 def _too_small(source: Source, split: Split) -> DataError:
-    """What is wrong where ``split`` has no text and the whole source has."""
+    """The error where ``split`` has no text and the source has some."""
     if split == "val":
         return DataError(
             f"data source {source.name!r} is too small to hold out text for validation "

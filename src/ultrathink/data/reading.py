@@ -1,4 +1,4 @@
-"""The sources of a configuration, read once, and the record of what they hold."""
+"""The sources of a configuration, scanned once, and the record of their content."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 
-from ultrathink.config.data import SOURCES, DataConfig, SourceConfig
+from ultrathink.config.data import DataConfig, SourceConfig
 from ultrathink.core.errors import DataError
 from ultrathink.data.cache import cache_folder, store_folder
 from ultrathink.data.documents import Progress, Split
 from ultrathink.data.record import MAX_FILES, DataRecord, SourceRecord
 from ultrathink.data.sources.base import Source
+from ultrathink.data.sources.opening import build_sources
 from ultrathink.data.tokenizers.base import Tokenizer, behavior_hash
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The sources of a configuration; an error stands in place of one that cannot be read."""
+    """The sources of a configuration, with an error in place of one that cannot be read."""
 
     train: list[Source | DataError]
     val: list[Source | DataError] | None
@@ -27,17 +28,17 @@ class Sources:
 
     @property
     def train_split(self) -> Split:
-        """What of a training source is trained on."""
+        """The split of a training source that is trained on."""
         return "train" if self.val is None else "all"
 
     @property
     def errors(self) -> list[DataError]:
-        """Why sources cannot be read; empty where all can."""
+        """The errors of the sources that cannot be read."""
         both = [*self.train, *(self.val or ())]
         return [source for source in both if isinstance(source, DataError)]
 
     def readable(self) -> tuple[list[Source], list[Source]]:
-        """Those of ``data.train`` and those of ``data.val``; raises the first error instead."""
+        """The sources of ``data.train`` and ``data.val``; raises the first error."""
         for error in self.errors:
             raise error
         groups = (self.train, self.val or [])
@@ -46,7 +47,7 @@ class Sources:
 
 
 def read_sources(data: DataConfig, progress: Progress | None = None) -> Sources:
-    """Find the text that ``data`` names, and read what of it the manifests do not know."""
+    """Find the files that ``data`` names, and read those that the manifests do not know."""
     train, val = (
         [_scanned(source, data, progress) for source in build_sources(configs)]
         for configs in (data.train, data.val or ())
@@ -55,7 +56,7 @@ def read_sources(data: DataConfig, progress: Progress | None = None) -> Sources:
 
 
 def read_source(config: SourceConfig, data: DataConfig, progress: Progress | None = None) -> Source:
-    """One source beside those of ``data``; DataError where it cannot be read."""
+    """A source that is not one of ``data``; DataError where it cannot be read."""
     [source] = build_sources([config])
     found = _scanned(source, data, progress)
     if isinstance(found, DataError):
@@ -77,25 +78,6 @@ def _scanned(
     return source
 
 
-def build_sources(configs: Sequence[SourceConfig]) -> list[Source | DataError]:
-    """The sources that ``configs`` describe, or why not; names that come up again are numbered."""
-    sources: list[Source | DataError] = []
-    taken = {config.name for config in configs if config.name is not None}
-    for config in configs:
-        try:
-            source: Source = SOURCES.load(config.type)(config)
-        except DataError as error:
-            sources.append(error)
-            continue
-        if config.name is None:
-            base, number = source.name, 2
-            while source.name in taken:
-                source.name, number = f"{base}-{number}", number + 1
-            taken.add(source.name)
-        sources.append(source)
-    return sources
-
-
 def used_splits(config: SourceConfig, data: DataConfig) -> tuple[Split, ...]:
     """The splits of a source that are tokenized; ``val_fraction: 0`` holds nothing out."""
     if data.val is not None:
@@ -106,9 +88,9 @@ def used_splits(config: SourceConfig, data: DataConfig) -> tuple[Split, ...]:
 def record_sources(
     data: DataConfig, sources: Sources, tokenizer: Tokenizer, earlier: DataRecord | None = None
 ) -> DataRecord:
-    """What ``sources`` hold, and where their tokens are or would be.
+    """The content of ``sources``, and where their tokens are or would be.
 
-    With ``earlier`` at hand it can be told later that a file only grew since.
+    With ``earlier`` the record knows which files only grew since.
     """
     train, val = sources.readable()
 
@@ -148,7 +130,7 @@ def record_source(
     data: DataConfig,
     before: SourceRecord | None = None,
 ) -> SourceRecord:
-    """What one source holds; with ``before`` at hand it can be told that a file only grew."""
+    """The content of one source; with ``before`` the record knows which files only grew."""
     cache = cache_folder(data.cache_dir)
     files = source.files()
     then = (before and before.files) or {}
@@ -174,7 +156,7 @@ def record_source(
 
 
 def count_skipped(sources: Iterable[Source]) -> dict[str, int]:
-    """Unreadable documents left out, by the source's name, where there are any."""
+    """The number of unreadable documents left out, by source, where there are any."""
     counts: dict[str, int] = {}
     for source in sources:
         if source.num_skipped:

@@ -1,4 +1,4 @@
-"""What a run was trained on: names, fingerprints and files, and what differs from that now."""
+"""The record of what a run was trained on, and how the data differs from it now."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ultrathink.data.checksums import sealed, unsealed
 from ultrathink.data.documents import FileSummary, Split, file_label
 
 FORMAT = 2
-MAX_FILES = 20_000  # a source with more is recorded by its totals only
+MAX_FILES = 20_000  # a source with more is recorded without its files
 _MAX_LINES = 8
 
 
 @dataclass(frozen=True)
 class SourceRecord:
-    """One source of ``data.train`` or ``data.val`` as it was read."""
+    """One source of ``data.train`` or ``data.val`` when it was read."""
 
     name: str
     type: str
@@ -28,18 +28,18 @@ class SourceRecord:
     fingerprints: dict[Split, str]
     """Hash of the documents by split: ``train`` and ``val``, or ``all``."""
     stores: dict[Split, str]
-    """The store in the token cache by split; a split that is not used has none."""
+    """The store in the token cache by split, for splits that are used."""
     num_documents: int
     num_bytes: int  # UTF-8 bytes of the documents
     files: dict[str, FileSummary] | None
-    """What each file held, by its id, in the order of reading; None beyond 20,000 files."""
+    """What each file held, by id, in the order of reading; None beyond 20,000 files."""
     grown: tuple[str, ...] = ()
-    """Files that hold what they held in the record that this one is compared with, and more."""
+    """Files that only grew since the record that this one is compared with."""
 
 
 @dataclass(frozen=True)
 class DataRecord:
-    """All that says what a run's samples were made of; kept as the run's ``data.json``."""
+    """What a run's samples were made of; the run keeps it as ``data.json``."""
 
     train: tuple[SourceRecord, ...]
     val: tuple[SourceRecord, ...] | None
@@ -49,16 +49,22 @@ class DataRecord:
     tokenizer_behavior: str
     """What ``behavior_hash`` gave for it."""
     data_hash: str
+    """Hash of what the samples consist of: contents, tokenizer, packing and ``seq_len``."""
     skipped: dict[str, int]
-    """Unreadable documents left out, by source."""
+    """Unreadable documents left out (``on_bad: skip``), by source."""
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each training source."""
+        return [source.weight for source in self.train]
 
     @property
     def fingerprints(self) -> list[list[dict[Split, str]]]:
-        """What the text was: equal where the same documents are trained and validated on."""
+        """Equal where the same documents are trained and validated on."""
         return [[source.fingerprints for source in group] for group in (self.train, self.val or ())]
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON holds it, with a checksum; a file is a list, in its fields' order."""
+        """The record as JSON with a checksum; a file is the list of its fields."""
         values = asdict(self)
         values["train"] = [_source_to_json(source) for source in self.train]
         if self.val is not None:
@@ -92,9 +98,9 @@ class DataRecord:
             values = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(
-                f"{path} is missing: it says what the run was trained on, and without it nobody "
-                f"can tell whether the text is still the same. Put it back, or start a new run "
-                f"with the weights of this one: training.init_from=RUN."
+                f"{path} is missing: it records what the run was trained on, without which a "
+                f"change of the text goes unnoticed. Restore it, or start a new run from the "
+                f"weights of this one: training.init_from=RUN."
             ) from None
         except (OSError, ValueError) as error:
             raise _damaged(path, str(error)) from None
@@ -102,10 +108,9 @@ class DataRecord:
 
 
 def describe_changes(before: DataRecord, now: DataRecord) -> list[str]:
-    """One line for each difference in the text, naming sources and files; none where there is none.
+    """A line for each difference in the text, with source and file: at most eight, and a count.
 
-    That a file only grew is known where ``now`` was made with ``before`` at hand. At most eight
-    lines, and one that counts the others.
+    That a file only grew is known where ``now`` was recorded with ``before``.
     """
     return shortened(
         [
@@ -116,7 +121,7 @@ def describe_changes(before: DataRecord, now: DataRecord) -> list[str]:
 
 
 def source_changes(before: SourceRecord, now: SourceRecord) -> list[str]:
-    """What differs in one source, a line for each file."""
+    """What differs in one source, a line a file."""
     lines = []
     if before.type != now.type:
         lines.append(f"source {now.name!r}: type {before.type} then, {now.type} now")
@@ -129,7 +134,7 @@ def source_changes(before: SourceRecord, now: SourceRecord) -> list[str]:
 
 
 def shortened(lines: Sequence[str]) -> list[str]:
-    """The first eight of ``lines``, and how many more there are."""
+    """The first eight of ``lines``, and the number of the others."""
     if len(lines) <= _MAX_LINES + 1:  # one more line says as much as "and 1 more"
         return list(lines)
     return [*lines[:_MAX_LINES], f"and {len(lines) - _MAX_LINES:,} more"]
@@ -138,7 +143,7 @@ def shortened(lines: Sequence[str]) -> list[str]:
 def _group_changes(
     before: Sequence[SourceRecord], now: Sequence[SourceRecord], section: str
 ) -> list[str]:
-    """What differs between the sources of a section: by place, or by name where the number does."""
+    """What differs between a section's sources, matched by place, or by name if one is missing."""
     if len(before) == len(now):
         pairs = list(zip(before, now, strict=True))
         return [line for pair in pairs for line in source_changes(*pair)]
@@ -150,7 +155,7 @@ def _group_changes(
 
 
 def _file_changes(before: SourceRecord, now: SourceRecord) -> list[str]:
-    """What happened to the files; nothing where they are the same or were not recorded."""
+    """How the files changed; empty where they are the same or were not recorded."""
     then, here = before.files, now.files
     if then is None or here is None:
         return []
@@ -210,6 +215,6 @@ def _source_from_json(values: dict[str, Any]) -> SourceRecord:
 
 def _damaged(where: str | Path, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"{where} is damaged ({problem}): it says what the run was trained on. Put it back as it "
-        f"was, or start a new run with the weights of this one: training.init_from=RUN."
+        f"{where} is damaged ({problem}): it records what the run was trained on. Restore it, or "
+        f"start a new run from the weights of this one: training.init_from=RUN."
     )

@@ -1,4 +1,4 @@
-"""The data that a run goes on with: what it had, or what was chosen where the text changed."""
+"""The data of a resumed run: unchanged, or what ``data.on_change`` chooses where it changed."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from ultrathink.data.tokenizers.base import Tokenizer, behavior_hash
 
 @dataclass(frozen=True)
 class ResumedData:
-    """What to go on with, and why."""
+    """The data to resume with, and why."""
 
     data: PreparedData
     changes: list[str]
-    """What differs from the record, a line each; with ``same`` weights at most, never text."""
+    """What differs from the record, a line each; with ``same`` at most weights."""
     action: Literal["same", "rebuild", "keep"]
-    """``same``: the text is what it was; otherwise what ``data.on_change`` says was done."""
+    """``same``: the text is unchanged; otherwise the ``data.on_change`` that was applied."""
 
 
 def resume_data(
@@ -47,11 +47,11 @@ def resume_data(
     *,
     progress: Progress | None = None,
 ) -> ResumedData:
-    """Prepare the data of a run that goes on, comparing the text with ``record``.
+    """Prepare the data of a resumed run, comparing the text with ``record``.
 
     Where the text changed, ``data.on_change`` decides; ``keep`` gives the stores, weights and
-    ``data_hash`` of the record, sources or not. CheckpointError names what changed and the ways
-    out, or what of the cache is missing. A source that was moved is the same.
+    ``data_hash`` of the record, even without the sources. CheckpointError names what changed and
+    the remedies, or what is missing in the cache. A source may have moved.
     """
     _require_same_tokenizer(tokenizer, record)
     sources = read_sources(data, progress)
@@ -66,7 +66,7 @@ def resume_data(
 
 
 class DataFinding(NamedTuple):
-    """What became of the text or the tokens of a run."""
+    """A finding about the text or the tokens of a run."""
 
     item: str
     status: Literal["ok", "note", "damaged"]
@@ -74,7 +74,7 @@ class DataFinding(NamedTuple):
 
 
 def check_data(data: DataConfig, tokenizer: Tokenizer, record: DataRecord) -> list[DataFinding]:
-    """Hash the text and the token stores that ``record`` tells of: every byte of them is read."""
+    """Verify the text and the token stores of ``record``, reading every byte."""
     findings = []
     cache = cache_folder(data.cache_dir)
     for source in (*record.train, *(record.val or ())):
@@ -84,23 +84,23 @@ def check_data(data: DataConfig, tokenizer: Tokenizer, record: DataRecord) -> li
                 store = TokenStore(folder, source.name, "full")
             except DamagedStoreError as error:
                 status: Literal["note", "damaged"] = "damaged" if folder.exists() else "note"
-                problem = f"{folder}: {error}" if folder.exists() else f"{folder} is not there"
+                problem = f"{folder}: {error}" if folder.exists() else f"{folder} is missing"
                 advice = "the next start rebuilds it if the text is unchanged"
                 findings.append(DataFinding(item, status, f"{problem}; {advice}"))
             else:
-                detail = f"{store.num_tokens:,} as they were written"
+                detail = f"{store.num_tokens:,}, unchanged"
                 findings.append(DataFinding(item, "ok", detail))
     sources = read_sources(data.model_copy(update={"verify": "full"}))
     is_same, changes = _compare(data, sources, tokenizer, record)
     if is_same:
-        return [*findings, DataFinding("text", "ok", "what the run was trained on")]
+        return [*findings, DataFinding("text", "ok", "unchanged since the run was trained")]
     return findings + [DataFinding("text", "note", f"changed since: {line}") for line in changes]
 
 
 def _compare(
     data: DataConfig, sources: Sources, tokenizer: Tokenizer, record: DataRecord
 ) -> tuple[bool, list[str]]:
-    """Whether the text is that of ``record``, and what differs."""
+    """Whether the text equals that of ``record``, and what differs."""
     if sources.errors:
         return False, _changes_and_errors(data, sources, tokenizer, record)
     now = record_sources(data, sources, tokenizer, earlier=record)
@@ -111,22 +111,22 @@ def _require_same_tokenizer(tokenizer: Tokenizer, record: DataRecord) -> None:
     if tokenizer.fingerprint != record.tokenizer:
         raise CheckpointError(
             f"the tokenizer is not the one that the run was trained with (fingerprint "
-            f"{record.tokenizer[:12]} then, {tokenizer.fingerprint[:12]} now); put the run's "
-            f"tokenizer folder back as it was."
+            f"{record.tokenizer[:12]} then, {tokenizer.fingerprint[:12]} now); restore the run's "
+            f"tokenizer folder."
         )
     behavior = behavior_hash(tokenizer)
     if behavior != record.tokenizer_behavior:
         raise CheckpointError(
-            f"this version of the code, or of the libraries it uses, cuts text into other tokens "
-            f"than the one that the run was trained with ({record.tokenizer_behavior[:12]} then, "
-            f"{behavior[:12]} now); resume with the versions named in the run's manifest.json."
+            f"this version of the code or its libraries splits text into other tokens than the "
+            f"version that the run was trained with ({record.tokenizer_behavior[:12]} then, "
+            f"{behavior[:12]} now); resume with the versions in the run's manifest.json."
         )
 
 
 def _changes_and_errors(
     data: DataConfig, sources: Sources, tokenizer: Tokenizer, record: DataRecord
 ) -> list[str]:
-    """What became of each source, where some can no longer be read."""
+    """What happened to each source, where some can no longer be read."""
     lines: list[str] = []
     groups = ((sources.train, data.train, record.train), (sources.val, data.val, record.val))
     for found, configs, recorded in groups:
@@ -144,15 +144,15 @@ def _changes_and_errors(
 
 
 def _refusal(data: DataConfig, sources: Sources, changes: Sequence[str]) -> str:
-    ways_out = [
-        "Put the files back as they were",
-        "resume with data.on_change=keep (go on with the tokens cached then)",
+    remedies = [
+        "Restore the files",
+        "resume with data.on_change=keep (use the tokens cached then)",
     ]
     if not sources.errors:
-        ways_out.append("resume with data.on_change=rebuild (train on the new text from here)")
+        remedies.append("resume with data.on_change=rebuild (train on the new text from here)")
     elif data.on_change == "rebuild":
-        ways_out[0] = f"data.on_change=rebuild needs text that can be read. {ways_out[0]}"
-    return f"the data changed since this run began: {'; '.join(changes)}. {', or '.join(ways_out)}."
+        remedies[0] = f"data.on_change=rebuild needs text that can be read. {remedies[0]}"
+    return f"the data changed since this run began: {'; '.join(changes)}. {', or '.join(remedies)}."
 
 
 def _keep(
@@ -163,7 +163,7 @@ def _keep(
     changes: Sequence[str],
     progress: Progress | None,
 ) -> PreparedData:
-    """The data of ``record`` from the token cache; a source that is unchanged may mend it."""
+    """The data of ``record`` from the token cache; a store of an unchanged source is rebuilt."""
     cache = cache_folder(data.cache_dir)
     notes: list[str] = []
 
@@ -175,13 +175,13 @@ def _keep(
             damage = str(error)
         if source is not None and source.fingerprint(split) == recorded.fingerprints[split]:
             return open_or_build(source, split, tokenizer, cache, progress, notes, data.verify)
-        state = f"is damaged ({damage})" if folder.exists() else "is not there"
+        state = f"is damaged ({damage})" if folder.exists() else "is missing"
         raise CheckpointError(
-            f"data.on_change=keep goes on with the tokens cached when the run began, but the store "
-            f"of {recorded.name} ({split}), {folder}, {state}, and cannot be built again: "
-            f"{'; '.join(changes)}. Put the files back as they were; or put that folder back, or "
-            f"name the cache that has it with data.cache_dir; or resume with "
-            f"data.on_change=rebuild (train on the new text from here)."
+            f"data.on_change=keep uses the tokens cached when the run began, but the store of "
+            f"{recorded.name} ({split}), {folder}, {state} and cannot be rebuilt: "
+            f"{'; '.join(changes)}. Restore the files or that folder, or name the cache that has "
+            f"it with data.cache_dir, or resume with data.on_change=rebuild (train on the new "
+            f"text from here)."
         )
 
     return assemble_data(data, tokenizer, record, sources, open_store, notes)

@@ -18,7 +18,7 @@ from ultrathink.data.packing import Integers, read_windows
 
 
 class Extent(NamedTuple):
-    """How much text is scored."""
+    """The amount of text that is scored."""
 
     num_tokens: int  # targets
     num_bytes: int  # UTF-8, nothing for end-of-text tokens
@@ -27,8 +27,8 @@ class Extent(NamedTuple):
 class ValidationSet:
     """The held-out documents of each store, joined by end-of-text tokens, in windows of T.
 
-    Windows do not overlap and are not isolated: a window sees all of itself, whatever documents
-    meet in it. Each token but a store's first is predicted exactly once. Then
+    Windows do not overlap, and documents within one see each other. Each token but a store's first
+    is predicted exactly once. Then
 
         bits per byte = mean nats per token * num_tokens / num_bytes / ln 2
 
@@ -60,7 +60,7 @@ class ValidationSet:
         return self.extent().num_bytes
 
     def extent(self, max_tokens: int | None = None) -> Extent:
-        """Exactly what ``batches(…, max_tokens)`` scores."""
+        """The text that ``batches(…, max_tokens)`` scores."""
         num_tokens = num_bytes = 0
         for number, store in enumerate(self.stores):
             chosen = self._windows(number, max_tokens)
@@ -75,8 +75,8 @@ class ValidationSet:
     def batches(self, batch_size: int, max_tokens: int | None = None) -> Iterator[Batch]:
         """The windows in order, ``batch_size`` at a time, the last batch smaller.
 
-        ``max_tokens`` takes a part: windows spread evenly over each store, to about that many
-        targets in all and at least one window a store.
+        ``max_tokens`` limits them to windows spread evenly over each store, of about that many
+        targets in all, at least one window a store.
         """
         for number in range(len(self.stores)):
             chosen = self._windows(number, max_tokens)
@@ -116,7 +116,7 @@ class ValidationSet:
         store = self.stores[number]
         total = 0
         for start, length in zip(starts, self._lengths(number, starts), strict=True):
-            # The very first token is predicted by none; its bytes go with the first window.
+            # Nothing predicts the first token; its bytes count with the first window.
             first = start if start == 0 else start + 1
             total += int(store.token_bytes[store.tokens[first : start + length + 1]].sum())
         return total

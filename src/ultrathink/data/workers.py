@@ -1,8 +1,8 @@
-"""Processes that answer requests in order, and are started again when one dies.
+"""Processes that answer requests in order, and are restarted when one dies.
 
-Each worker has pipes of its own. When it dies, however suddenly, the pipe ends, also in the
-middle of an answer, and its requests go to the process that takes its place. Nothing is shared
-that a dying process could leave locked, and no signal interrupts the trainer.
+Each worker has its own pipes. When it dies, even in the middle of an answer, the pipe ends, and
+its requests go to the process that replaces it. Nothing is shared that a dying process could leave
+locked, and no signal interrupts the trainer.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ Answer = TypeVar("Answer")
 
 MAX_DEATHS = 3  # without an answer in between
 _JOIN_S = 5.0
-# Ctrl-C and SIGTERM may reach the whole group of processes. They are the trainer's: it finishes
+# Ctrl-C and SIGTERM may reach the whole process group. Only the trainer handles them: it finishes
 # its step and saves before it stops its workers.
 _FOR_THE_TRAINER = (signal.SIGINT, signal.SIGTERM)
 
 
 class WorkerPool(Generic[Request, Answer]):
-    """``num_workers`` processes that call ``answer`` with requests; answers come in order."""
+    """``num_workers`` processes that call ``answer`` with requests; answers arrive in order."""
 
     def __init__(
         self, answer: Callable[[Request], Answer], num_workers: int, notes: list[str]
     ) -> None:
-        """``answer`` is pickled; ``notes`` are told of workers that died."""
+        """``answer`` is pickled; ``notes`` gets a line for each worker that died."""
         self._notes = notes
         self._num_deaths = 0  # since the last answer
         self._workers = [_Worker(answer) for _ in range(num_workers)]
@@ -50,20 +50,20 @@ class WorkerPool(Generic[Request, Answer]):
 
     @property
     def num_pending(self) -> int:
-        """Requests that are not answered yet."""
+        """The number of requests without an answer."""
         return len(self._order)
 
     def submit(self, request: Request) -> None:
-        """Ask for one more answer."""
+        """Add a request."""
         worker = self._workers[self._next]
         self._next = (self._next + 1) % len(self._workers)
         self._order.append(worker)
         worker.submit(request)
 
     def receive(self) -> Answer:
-        """The answer to the oldest request; what ``answer`` raised there is raised here.
+        """The answer to the oldest request; raises what ``answer`` raised.
 
-        DataError where workers die again and again.
+        DataError where workers die repeatedly.
         """
         worker = self._order[0]
         while True:
@@ -71,7 +71,7 @@ class WorkerPool(Generic[Request, Answer]):
                 answer = worker.receive()
                 break
             except _WorkerDiedError as death:
-                self._start_again(worker, death)
+                self._restart(worker, death)
         self._num_deaths = 0
         self._order.popleft()
         if isinstance(answer, _Failure):
@@ -80,29 +80,29 @@ class WorkerPool(Generic[Request, Answer]):
         return result
 
     def stop(self) -> None:
-        """End the processes; requests are forgotten."""
+        """End the processes and drop their requests."""
         _running.discard(self)
         self._order.clear()
         for worker in self._workers:
             worker.stop()
 
-    def _start_again(self, worker: _Worker, death: _WorkerDiedError) -> None:
+    def _restart(self, worker: _Worker, death: _WorkerDiedError) -> None:
         self._num_deaths += 1
         if self._num_deaths >= MAX_DEATHS:
             raise DataError(
                 f"data workers died {MAX_DEATHS} times without a batch in between (the last, "
-                f"process {death.pid}, {death.cause}). {death.advice} Or let the trainer prepare "
-                f"its batches itself: data.num_workers=0."
+                f"process {death.pid}, {death.cause}). {death.advice} Or prepare batches in the "
+                f"trainer: data.num_workers=0."
             )
         self._notes.append(
-            f"a data worker (process {death.pid}) {death.cause}; it was started again, and the "
-            f"samples stay the same"
+            f"a data worker (process {death.pid}) {death.cause} and was restarted; the samples "
+            f"stay the same"
         )
-        worker.start_again()
+        worker.restart()
 
 
 class _WorkerDiedError(Exception):
-    """Which process ended, and how."""
+    """Which process died, and how."""
 
     def __init__(self, process: SpawnProcess) -> None:
         super().__init__(process.name)
@@ -111,15 +111,15 @@ class _WorkerDiedError(Exception):
         self.cause = f"ended with exit code {code}"
         if code < 0:
             self.cause = f"was killed by {signal.Signals(-code).name}"
-        self.advice = "What it printed above may say why."
+        self.advice = "Its output above may say why."
         if code == -signal.SIGKILL:
             self.advice = "Most likely the machine ran out of memory: free some of it."
         elif code == -signal.SIGBUS:
-            self.advice = "Most likely the token cache was cut short while in use: resume."
+            self.advice = "Most likely the token cache was truncated while in use: resume."
 
 
 class _Failure:
-    """What was raised in a worker, with the place where."""
+    """An exception of a worker, with its traceback."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -136,20 +136,20 @@ class _Worker:
 
     def submit(self, request: Any) -> None:
         self._pending.append(request)
-        with suppress(OSError):  # it died; whoever waits for the answer notices
+        with suppress(OSError):  # it died, which `receive` notices
             self._requests.send(request)
 
     def receive(self) -> Any:
         try:
             answer = self._answers.recv()
         except (EOFError, OSError):
-            self._process.join(_JOIN_S)  # it may still be on its way out
+            self._process.join(_JOIN_S)  # it may still be ending
             self.stop()
             raise _WorkerDiedError(self._process) from None
         self._pending.popleft()
         return answer
 
-    def start_again(self) -> None:
+    def restart(self) -> None:
         self._start()
         unanswered, self._pending = self._pending, deque()
         for request in unanswered:
@@ -158,11 +158,11 @@ class _Worker:
     def stop(self) -> None:
         self._requests.close()
         self._answers.close()
-        self._process.kill()  # it only reads: there is nothing to lose
+        self._process.kill()  # it only reads, so nothing is lost
         self._process.join()
 
     def _start(self) -> None:
-        # A fork would copy the locks of tokenizer and torch threads in whatever state.
+        # A fork would copy the locks of tokenizer and torch threads, locked or not.
         context = multiprocessing.get_context("spawn")
         requests, self._requests = context.Pipe(duplex=False)
         self._answers, answers = context.Pipe(duplex=False)
@@ -174,25 +174,25 @@ class _Worker:
                 self._process.start()
         except OSError as error:
             raise DataError(
-                f"a data worker cannot be started ({error}). Free memory or processes, or let the "
-                f"trainer prepare its batches itself: data.num_workers=0."
+                f"a data worker cannot be started ({error}). Free memory or processes, or prepare "
+                f"batches in the trainer: data.num_workers=0."
             ) from error
         finally:
-            # Held by the worker alone, they end with it.
+            # Open in the worker only, they close when it ends.
             requests.close()
             answers.close()
 
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """A process started in here never gets the trainer's signals, not even before it is up.
+    """Block the trainer's signals, so that a process started in here never gets them.
 
-    The trainer itself gets them a moment later.
+    The trainer gets them at the end of the block.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # would be started first, and let the signals through again
+    resource_tracker.ensure_running()  # starting it later would unblock the signals
     held = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_TRAINER)
     try:
         yield
@@ -205,13 +205,12 @@ def _serve(
     requests: Connection[Any, Any],
     answers: Connection[Any, Any],
 ) -> None:
-    """What a worker does until the trainer closes its pipe or ends."""
+    """Answer requests until the trainer closes its pipe or ends."""
     for number in _FOR_THE_TRAINER:
         signal.signal(number, signal.SIG_IGN)
-    # A thread of its own takes requests in, so that the trainer never waits to hand one over
-    # while this waits to hand over an answer.
+    # A thread receives the requests, so that trainer and worker never both wait to send.
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_take_in, args=(requests, inbox), daemon=True).start()
+    threading.Thread(target=_receive, args=(requests, inbox), daemon=True).start()
     while (request := inbox.get()) is not None:
         try:
             result = answer(request)
@@ -223,7 +222,7 @@ def _serve(
             return
 
 
-def _take_in(requests: Connection[Any, Any], inbox: queue.SimpleQueue[Any]) -> None:
+def _receive(requests: Connection[Any, Any], inbox: queue.SimpleQueue[Any]) -> None:
     try:
         while True:
             inbox.put(requests.recv())
@@ -236,6 +235,6 @@ _running: weakref.WeakSet[WorkerPool[Any, Any]] = weakref.WeakSet()
 
 @atexit.register
 def _stop_all() -> None:
-    """Stop what was not stopped before Python's own end would wait for it."""
+    """Stop the remaining workers before Python's exit waits for them."""
     for pool in list(_running):
         pool.stop()

@@ -88,7 +88,7 @@ def _resume(
         lambda: data_to_go_on_with(run, plan.config, plan.changes, data_hash, tokenizer, progress)
     )
     data: PreparedData = found.data
-    check_vocabulary(plan.config, data)
+    check_vocabulary(plan.config, data.tokenizer)
     frozen = world.main_first(lambda: find_frozen(plan.config))
     beside = [each.checked(plan.config, data.tokenizer) for each in frozen]
     config, choices = choose_together(plan.config, data.num_samples, world, beside, models_beside)

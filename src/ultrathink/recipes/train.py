@@ -10,7 +10,7 @@ from ultrathink.data.documents import Progress
 from ultrathink.data.prepare import prepare_data
 from ultrathink.parallel.world import check_same, join_world
 from ultrathink.recipes.parts.assembly import assemble, build_model
-from ultrathink.recipes.parts.beginning import check_vocabulary, find_beginning
+from ultrathink.recipes.parts.beginning import check_vocabulary, find_beginning, with_prompts
 from ultrathink.recipes.parts.evaluators import make_evaluators
 from ultrathink.recipes.parts.folder import start_folder
 from ultrathink.recipes.parts.models import find_frozen, models_beside
@@ -67,7 +67,8 @@ def _begin(
     tokenizers = [beginning.tokenizer, *(found.tokenizer for found in frozen), config.tokenizer]
     tokenizer = next(each for each in tokenizers if each is not None)
     data = world.main_first(lambda: prepare_data(config.data, tokenizer, progress=progress))
-    check_vocabulary(config, data)
+    check_vocabulary(config, data.tokenizer)
+    config = with_prompts(config, data)
     beside = [found.checked(config, data.tokenizer) for found in frozen]
     config, choices = choose_together(config, data.num_samples, world, beside, models_beside)
     evaluators = make_evaluators(config, data, world, choices.dims, progress)

@@ -25,17 +25,17 @@ def run(original: RunFolder, place: Path) -> RunFolder:
     return RunFolder(shutil.copytree(original.path, place / "runs" / "debug", symlinks=True))
 
 
-def test_info_tells_what_a_checkpoint_holds(run: RunFolder, say: Say) -> None:
+def test_info_lists_what_a_checkpoint_holds(run: RunFolder, say: Say) -> None:
     out = say("checkpoint", "info", "debug", "--tensors")
     for part in ("step 2,", "optimizer adamw, written by 1 process\n", "model/embedding.weight"):
         assert part in out
     assert "model-00001-of-00002.safetensors" in out
     assert "optimizer/embedding.weight/exp_avg" in out
-    told = json.loads(say("checkpoint", "info", "debug@2", "--json"))
+    shown = json.loads(say("checkpoint", "info", "debug@2", "--json"))
     model, _ = load_model(run.path)
-    assert told["parameters"] == sum(p.numel() for p in model.parameters())
-    assert (told["step"], told["processes"]) == (2, 1)
-    assert told["size_bytes"] == sum(told["files"].values())
+    assert shown["parameters"] == sum(p.numel() for p in model.parameters())
+    assert (shown["step"], shown["processes"]) == (2, 1)
+    assert shown["size_bytes"] == sum(shown["files"].values())
 
 
 def test_the_consolidated_model_is_that_of_the_run(run: RunFolder, say: Say) -> None:

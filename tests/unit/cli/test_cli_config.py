@@ -69,15 +69,28 @@ LENGTHS = {
 }
 
 
-def test_check_tells_how_many_parameters_a_token_meets(say: Say) -> None:
+def test_check_counts_how_many_parameters_a_token_meets(say: Say) -> None:
     """A layer of 4 experts of width 8 has 4 * 64 more for its router, and a token meets 2."""
     groups = "model.moe={groups: [{name: experts, num_experts: 4, top_k: 2}], intermediate_size: 8}"
     said = say("config", "check", *SMALL, groups, "training.max_steps=1")
     shared = 108_928 - 2 * 3 * 64 * 176
     expert, routers = 3 * 64 * 8, 2 * 4 * 64
     total, active = (shared + routers + 2 * number * expert for number in (4, 2))
-    told = f"  model   {total:,} parameters, {active:,} active (2 layers of 64, 257 tokens)"
-    assert said.splitlines()[1] == told
+    line = f"  model   {total:,} parameters, {active:,} active (2 layers of 64, 257 tokens)"
+    assert said.splitlines()[1] == line
+
+
+def test_check_finds_what_training_would_refuse_all_at_once(place: Path, say: Say) -> None:
+    Path("books").mkdir()
+    Path("books/a.txt").write_text("Call me Ishmael.")
+    Path("lines.jsonl").write_text('{"txt": "a"}\n')
+    assert "fine" in say("config", "check", "debug", "data.train=books/")
+    said = say("config", "check", "debug", "data={train: [books/*.md, lines.jsonl]}", status=2)
+    assert said.splitlines() == [
+        f"error: data source 'text': path 'books/*.md' matches no file (searched from {place}).",
+        f"       {place}/lines.jsonl, line 1: there is no field 'text' (keys: txt; did you mean "
+        f"`field: txt`?). Correct the line, or leave such lines out with `on_bad: skip`.",
+    ]
 
 
 def test_docs_and_schema_are_about_all_configurations(say: Say) -> None:

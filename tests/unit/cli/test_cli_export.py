@@ -34,15 +34,14 @@ SMALL = (
 _LETTERS = """
 from ultrathink.config.tokenizer import TOKENIZERS
 from ultrathink.core import files
-from ultrathink.data.tokenizers.base import write_meta
+from ultrathink.data.tokenizers.base import ByteVocabulary
 
 @TOKENIZERS.register("letters")
-class Letters:
-    vocab_size, eot_id, fingerprint = 27, 26, "letters"
+class Letters(ByteVocabulary):
+    type, eot_id, token_bytes = "letters", 26, [b"x"] * 27
 
-    def save(self, folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_meta(folder, "letters", self)
+    def _identity(self):
+        return "letters"
 
     @classmethod
     def load(cls, folder, meta):

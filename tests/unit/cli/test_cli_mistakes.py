@@ -22,6 +22,15 @@ MISTAKES = {
     "train --resume nowhere": "there is no run 'nowhere'",
     "train demo --resume a": "takes no other (demo)",
     "train b --resume a": "train b training.init_from=a",
+    "train --max_steps 10": "--max_steps is not known here. Write training.max_steps=10. See: ultr",
+    "train --learning_rate=1e-4": "Write training.optimizer.lr=0.0001.",
+    "launch --lr 0.1 --bf16 --seed 3": "--lr is not known here. Write training.optimizer.lr=0.1.\n"
+    "       --bf16 is not known here. Write training.precision=bf16.\n"
+    "       --seed is not known here. Write run.seed=3. See: ultrathink launch --help",
+    "doctor --training.batch_size 4": "Write training.batch_size=4 (the sequences of a whole step",
+    "train --optimizer.lr=1": "Write training.optimizer.lr=1.",
+    "train --config my.yaml": "Name the file itself: ultrathink train my.yaml",
+    "train --lr_scheduler_type linear": "Write 'training.schedule={type: wsd, decay: 95%}'.",
     "train --resum x": "--resum is not known here; did you mean --resume? See: ultrathink train",
     "train --res a": "--res is not known here",  # no abbreviations, which new flags would break
     "train --zzz=3": "--zzz is not known here. See: ultrathink train --help",
@@ -29,7 +38,7 @@ MISTAKES = {
     "generate a@5000 x": "no checkpoint of step 5000; there are: 2, 4",
     "generate a x --temperature -1": "temperature",
     "generate a x --seed": "argument --seed: expected one argument. See:",
-    "launch --nnodes 2 debug": "--nnodes 2: say where the machines meet, for example --rdzv-endpoi",
+    "launch --nnodes 2 debug": "--nnodes 2: name one of the machines and a port, the same on ",
     "launch --nproc 0 debug": "--nproc is 0; it must be at least 1",
     "launch --nprocs=2 debug": "did you mean --nproc?",
     "export nowhere": "there is no run 'nowhere'",
@@ -39,7 +48,7 @@ MISTAKES = {
     "export a@4 --checkpoint last": "both name a checkpoint; give one",
     "runs nowhere": "there is no folder nowhere. Runs are kept in runs/",
     "runs runs/a": "to check it: ultrathink runs check runs/a",
-    "runs --data": "--data goes with a check: ultrathink runs check",
+    "runs --data": "--data belongs to a check: ultrathink runs check",
     "runs chek a": "runs check a",
     "runs check": "say which run to check",
     "runs check a b": "one at a time, not a b",
@@ -57,13 +66,25 @@ MISTAKES = {
     "report": "RUN",
     "config": "say what to do: config show | check | docs | schema",
     "config shw": "not 'shw'. Did you mean 'show'?",
-    "config check --why": "--why goes with 'config show', not with 'config check'",
+    "config check --why": "--why belongs to 'config show', not to 'config check'",
     "config schema demo": "takes none, not 'demo'",
     "config docs --json": "prints Markdown; for JSON there is 'config schema'",
+    "config check debug data.train=nowhere/": "path 'nowhere/' does not exist",
+    "config check debug data.train=folder/": "is a folder without files that this source can read",
+    "config check debug data.train=./binary": "binary is a binary file, not text",
+    "config check debug data.val=[./log.csv,nowhere.jsonl]": "path 'nowhere.jsonl' does not exist",
+    "config check debug training.init_from=nowhere": "there is no run 'nowhere'",
+    "config check debug training.init_from=b": "no checkpoint yet",
+    "config check debug tokenizer=hf": "set training.init_from=hf:PATH_OR_NAME, or choose",
+    "config check debug training.device=cuda:7": "use auto or cpu",
+    "config check debug training.checkpoint.best_by=acc": "'acc': objective 'pretrain' has no such",
+    "config check debug run.dir=prose/runs": "run.dir = 'prose/runs': ",
+    "config check debug 'training.objective={type: distill, teacher: c}'": "the teacher of this",
+    "config check 'training.evaluators=[{type: text, source: none.txt}]'": "'none.txt' does not",
     "config show --plugin nowhere.py": "--plugin nowhere.py: there is no such file.",
     "config check demo model.num_layers=x run.nam=1": "= 'x' (override): should be a whole numb",
     "watch": "the following arguments are required: FILE",
-    "watch none.csv": "there is no file 'none.csv' and no run of that name.",
+    "watch none.csv": "there is no file 'none.csv' and no run of that name.\n",
     "watch log.cvs": "Did you mean 'log.csv'?",
     "watch empty": "empty is empty: there is nothing to watch yet.",
     "watch folder": "folder is a folder without metrics.jsonl",
@@ -94,10 +115,10 @@ def test_a_mistake_is_one_message(place: Path, say: Say) -> None:
         Path(name).write_bytes(content)
     before = sorted(place.rglob("*"))
     for words, message in MISTAKES.items():
-        told = say(*shlex.split(words), status=2)
-        assert [line.startswith("error: ") for line in told.splitlines()].count(True) == 1, words
-        assert message in told, (words, told)
-        assert "Traceback" not in told, words
+        said = say(*shlex.split(words), status=2)
+        assert [line.startswith("error: ") for line in said.splitlines()].count(True) == 1, words
+        assert message in said, (words, said)
+        assert "Traceback" not in said, words
     left = [path for path in sorted(place.rglob("*")) if path not in before]
     assert {path.name for path in left} <= {".lock"}
     lines = say(*shlex.split("config check demo model.num_layers=x run.nam=1"), status=2)

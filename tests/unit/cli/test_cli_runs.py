@@ -71,7 +71,7 @@ def test_a_damaged_run_is_explained_below_the_list(place: Path, say: Say) -> Non
     lines = say("runs").splitlines()
     assert lines[1].startswith("demo  damaged  10/20")
     assert lines[3].startswith("demo: checkpoint checkpoints/step_00000010 is damaged: state.json")
-    assert lines[4] == "What is sound of it: ultrathink runs check runs/demo"
+    assert lines[4] == "What can be used: ultrathink runs check runs/demo"
 
 
 def test_minutes_that_are_used_up_finish_a_run(place: Path, say: Say) -> None:
@@ -122,17 +122,17 @@ def trained(original: RunFolder, place: Path) -> RunFolder:
     return RunFolder(shutil.copytree(original.path, place / "runs" / "debug", symlinks=True))
 
 
-def test_check_tells_what_is_damaged_and_how_to_go_on(trained: RunFolder, say: Say) -> None:
+def test_check_names_what_is_damaged_and_how_to_resume(trained: RunFolder, say: Say) -> None:
     out = say("runs", "check", "debug")
     assert "  ok  checkpoints/step_00000004  as it was written, fits the model, " in out
-    assert out.endswith("All is sound.\nThe run is finished: step 4 was its last.\n")
+    assert out.endswith("Nothing is damaged.\nThe run is finished: step 4 was its last.\n")
 
     flip(next(trained.checkpoint(4).glob("*1-of-*.safetensors")))
     lines = say("runs", "check", "debug", status=1).splitlines()
     assert lines[0] == "run runs/debug"
     [line] = [line for line in lines if line.startswith("  damaged  checkpoints/step_00000004")]
     assert line.endswith("-of-00002.safetensors: content differs from its checksum")
-    assert lines[-1] == "To go on from step 2: ultrathink train --resume debug@2"
+    assert lines[-1] == "To resume from step 2: ultrathink train --resume debug@2"
     found = json.loads(say("runs", "check", "runs/debug", "--json", status=1))
     assert (found["run"], found["sound"], found["newest_sound_step"]) == ("runs/debug", False, 2)
     assert found["resume"] == "ultrathink train --resume runs/debug@2"
@@ -141,19 +141,19 @@ def test_check_tells_what_is_damaged_and_how_to_go_on(trained: RunFolder, say: S
     out = say("runs", "check", "debug@2", "--data")
     assert "step_00000004" not in out
     assert "metrics.jsonl" not in out
-    assert out.endswith("To go on from step 2: ultrathink train --resume debug@2\n")
+    assert out.endswith("To resume from step 2: ultrathink train --resume debug@2\n")
     assert "--resume" not in say("runs", "check", "debug@4", status=1)
 
     (trained.path / "config.yaml").write_text("{")
     out = say("runs", "check", "debug", status=1)
-    assert out.endswith("To go on with the run, put back its config.yaml and tokenizer first.\n")
+    assert out.endswith("To resume the run, restore its config.yaml and tokenizer first.\n")
 
 
 def test_check_of_a_stopped_run_and_of_one_in_use(trained: RunFolder, say: Say) -> None:
     path = trained.path / "config.yaml"
     path.write_text(path.read_text().replace("max_steps: 4", "max_steps: 9"))
     assert say("runs", "check", "debug").endswith(
-        "All is sound.\nTo go on from step 4: ultrathink train --resume debug\n"
+        "Nothing is damaged.\nTo resume from step 4: ultrathink train --resume debug\n"
     )
     with RunLock.acquire(trained):
         out = say("runs", "check", "debug")

@@ -25,7 +25,9 @@ MESSAGES = {
     "Did you mean 'model.hidden_size'?",
     "modle.hidden_size=3": "modle (override modle.hidden_size=3): there is no such key. "
     "Did you mean 'model'?",
-    "lr=3": "lr (override): there is no such key. Did you mean 'training.optimizer.lr'?",
+    "lr=3": "lr (override): there is no such key. Write training.optimizer.lr=3.",
+    "temperature=1": "Did you mean 'training.objective.temperature' or 'training.sample.temp",
+    "checkpoint.keep=3": "there is no such key. Did you mean 'training.checkpoint'?",
     "training.zzz=3": "training.zzz (override): there is no such key. Known keys: max_steps, ",
     "data.train.0.path=x": "data.train.0.path (override): there is no such key. 'path' belongs to "
     "type text and jsonl, and data.train.0 is of type stdlib, with: type, name, weight.",
@@ -38,7 +40,9 @@ MESSAGES = {
     "training.optimizer.lr=.inf": "= .inf (override): should be a finite number.",
     "training.batch_size=3.5": "training.batch_size = 3.5 (override): should be a whole number.",
     "run.name=a b": "run.name = 'a b' (override): should be a name of letters, digits,",
-    "data=3": "data = 3 (override): should be a section with keys of its own.",
+    "data=3": "data = 3 (override): should be a section of keys.",
+    "model=gpt2": "should be a section of keys. Write training: {init_from: hf:gpt2}.",
+    "data=books/": "should be a section of keys. Write data: {train: [{type: text, path: books/}]}",
     "data.train=[]": "data.train = [] (override): should be a list with at least one item.",
     "data.train=[{type: text}]": "data.train.0.path: a value is needed here. (A file, a folder",
     "data.train=[{path: x}]": "name the data source, for example {type: stdlib}.",
@@ -55,6 +59,11 @@ MESSAGES = {
     "'admw'. Did you mean 'adamw'? A part of your own is loaded with --plugin FILE.py.",
     "training.optimizer.type=zz": "there is no optimizer called 'zz'. Known: adamw, muon.",
     "tokenizer=bep": "there is no tokenizer called 'bep'. Did you mean 'bpe'?",
+    "data.train=[books]": "there is no data source called 'books'. Known: dummy, jsonl, stdlib, "
+    "text. A part of your own is loaded with --plugin FILE.py. Text of your own: {type: text, "
+    "path: books}.",
+    "data.train=books": "data.train = 'books' (override): should be a list, like [a, b]. (Sources "
+    "to train on, such as [{type: text, path: books/}]",
     "data.train.0.type=texts": "there is no data source called 'texts'. Did you mean 'text'?",
     "monitoring.sinks=[consol]": "there is no sink called 'consol'. Did you mean 'console'?",
     "model.attention.backend=flash": "there is no attention backend called 'flash'. Known: ",
@@ -85,6 +94,10 @@ MESSAGES = {
     "for example training.max_steps=100.",
     "=3": "'=3' is not an override",
     "a..b=3": "'a..b=3' is not an override",
+    # One message for a flow mapping without spaces, in which YAML sees keys without values.
+    "data.train=[{type:text,path:/nope}]": "there is no space after the colon in 'type:text': "
+    "write type: text",
+    "model.moe.groups=[{name:x,num_experts:4,top_k:1}]": "'name:x': write name: x",
     "training.max_steps=[1": "the value of 'training.max_steps=[1' is not valid YAML: ",
     "data.train.3.type=text": "data.train.3 names item '3' of a list of 1, counted from 0. To add "
     "an item, set the whole list: data.train=[...].",
@@ -146,10 +159,12 @@ def test_a_file_that_cannot_be_read_is_answered_with_the_place(text: str | bytes
     assert FILES[text] in message(source="my.yaml")
 
 
-def test_all_that_is_wrong_is_told_at_once() -> None:
+def test_all_that_is_wrong_is_reported_at_once() -> None:
     lines = message("model.num_layers=x", "run.nam=3", "training.clip=-1").splitlines()
     assert {line.split()[0] for line in lines} == {"model.num_layers", "training.clip", "run.nam"}
     assert len(lines) == 3
+    for override in ("data.train=[{type:text,path:/nope}]", "model.moe.groups=[{name:x,top_k:1}]"):
+        assert len(message(override).splitlines()) == 1
     # An item that is wrong does not make its list too short.
     assert len(message("data.train=[{type: text}]").splitlines()) == 1
     text = message(f"training.optimizer.lr={'x' * 500}")

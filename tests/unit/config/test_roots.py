@@ -60,7 +60,7 @@ def test_without_a_source_the_defaults_hold_and_presets_are_of_their_root() -> N
     ("override", "message"),
     [
         ("training.max_steps=3", "training .*: there is no such key. Known keys: run, data, sco"),
-        ("batch_size=3", r"Did you mean 'scoring\.batch_size'\?"),
+        ("batch_size=3", r"Write scoring\.batch_size=3\."),
         ("scoring.batch_size=0", r"batch_size = 0 \(override\): .* greater than 0. \(Sequences"),
     ],
 )

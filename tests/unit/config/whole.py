@@ -48,6 +48,7 @@ ANOTHER = {
     "training.checkpoint.best_by": "token_accuracy",
     "training.device": "cuda",
     "training.evaluators": [{"type": "samples", "prompts": ["d"]}],
+    "training.sample.prompts": ["another"],
     "training.schedule.warmup": 7,
     "training.schedule.decay": 9,
     "training.step_budget": None,  # follows from the others

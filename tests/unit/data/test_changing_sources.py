@@ -81,9 +81,7 @@ def test_a_file_that_changed_since_it_was_hashed_is_named_and_makes_no_store(
     for split in ("train", "val", "all"):
         with pytest.raises(DataError) as caught:
             open_or_build(source, split, ByteTokenizer(), tmp_path / "cache")
-        assert str(caught.value) == (
-            f"{event} while it was read; start again once nothing writes to it."
-        )
+        assert str(caught.value) == (f"{event} while it was read; retry once nothing writes to it.")
         assert list((tmp_path / "cache" / "tokens").iterdir()) == []
 
 

@@ -80,7 +80,7 @@ def test_a_record_comes_back_from_its_file(folder: Path, tmp_path: Path) -> None
 
 def test_a_damaged_record_is_named(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "data.json"
-    with pytest.raises(CheckpointError, match=r"data.json is missing: it says what the run was"):
+    with pytest.raises(CheckpointError, match=r"data.json is missing: it records what the run was"):
         DataRecord.read(path)
     record_of(books_and_crawl(folder)).write(path)
     content = path.read_text()
@@ -88,7 +88,7 @@ def test_a_damaged_record_is_named(folder: Path, tmp_path: Path) -> None:
     other = "0" if content[digit] != "0" else "1"
     for damage in (content[:-100], "", "[]", content[:digit] + other + content[digit + 1 :]):
         path.write_text(damage)
-        with pytest.raises(CheckpointError, match=r"data.json is damaged \(.+Put it back as it"):
+        with pytest.raises(CheckpointError, match=r"data.json is damaged \(.+Restore it"):
             DataRecord.read(path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError, match="is damaged"):

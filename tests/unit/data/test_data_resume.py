@@ -1,4 +1,4 @@
-"""Going on with a run whose text or token cache is no longer what it was."""
+"""Resuming a run whose text or token cache has changed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ultrathink.data.resume import ResumedData, check_data, resume_data
 from ultrathink.data.tokenizers.bpe import BpeTokenizer
 from ultrathink.data.tokenizers.byte import ByteTokenizer
 
-WAYS_OUT = (
-    "Put the files back as they were, or resume with data.on_change=keep (go on with the tokens "
+REMEDIES = (
+    "Restore the files, or resume with data.on_change=keep (use the tokens "
     "cached then), or resume with data.on_change=rebuild (train on the new text from here)."
 )
 
@@ -58,20 +58,20 @@ def refusal(before: PreparedData, config: DataConfig, **options: Any) -> str:
 
 
 def samples(data: PreparedData) -> list[list[list[int]]]:
-    loader = loader_of(data.train_stores, data.train_weights, seq_len=16)
+    loader = loader_of(data.train_stores, data.record.weights, seq_len=16)
     return [planes(loader.next_batch())[0].tolist() for _ in range(99)]
 
 
 def assert_equal_data(here: PreparedData, before: PreparedData) -> None:
     """All that decides what comes is the same."""
-    assert here.data_hash == before.data_hash
+    assert here.record.data_hash == before.record.data_hash
     assert [store.folder for store in here.train_stores] == [
         store.folder for store in before.train_stores
     ]
     assert [store.tokens.tolist() for store in here.val_stores] == [
         store.tokens.tolist() for store in before.val_stores
     ]
-    for name in ("train_weights", "num_samples", "source_names", "skipped", "record"):
+    for name in ("num_samples", "record"):
         assert getattr(here, name) == getattr(before, name), name
     assert samples(here) == samples(before)
 
@@ -99,7 +99,7 @@ def test_the_same_text_is_gone_on_with(
     change: Callable[[Path], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ultrathink.data.cache.build_store", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr("ultrathink.data.cache.build_store", lambda *_: pytest.fail("rebuilt"))
     found = resume(before, books_and_crawl(change(folder)), on_change=on_change)
     assert (found.action, found.changes, found.data.notes) == ("same", [], [])
     assert_equal_data(found.data, before)
@@ -118,7 +118,7 @@ def test_a_change_is_refused_with_names_and_ways_out(folder: Path, before: Prepa
     grow_and_remove(folder)
     assert refusal(before, books_and_crawl(folder)) == (
         "the data changed since this run began: books/b.txt is gone; crawl.jsonl grew by 310 "
-        f"documents. {WAYS_OUT}"
+        f"documents. {REMEDIES}"
     )
 
 
@@ -128,7 +128,7 @@ def test_held_out_text_that_changed_is_refused_too(folder: Path, tmp_path: Path)
     before = prepare_data(books_and_crawl(folder, val=val), ByteTokenizer())
     (tmp_path / "held.txt").write_text("held OUT\n" * 50)
     assert refusal(before, books_and_crawl(folder, val=val)).startswith(
-        "the data changed since this run began: held.txt changed (still 450 bytes). Put"
+        "the data changed since this run began: held.txt changed (still 450 bytes). Restore"
     )
     kept = resume(before, books_and_crawl(folder, val=val), on_change="keep")
     assert_equal_data(kept.data, before)
@@ -141,7 +141,7 @@ def test_rebuild_takes_the_text_as_it_is_now(folder: Path, before: PreparedData)
     assert found.changes == ["books/b.txt is gone", "crawl.jsonl grew by 310 documents"]
     fresh = prepare_data(books_and_crawl(folder), before.tokenizer)
     assert_equal_data(found.data, fresh)
-    assert found.data.data_hash != before.data_hash
+    assert found.data.record.data_hash != before.record.data_hash
     assert resume(found.data, books_and_crawl(folder)).action == "same"
 
 
@@ -170,12 +170,12 @@ def test_vanished_sources_are_named_with_what_is_left_to_do(
     words = (
         f"the data changed since this run began: data source 'books': path "
         f"'{folder}/books' does not exist (looked from {Path.cwd()}); crawl.jsonl changed (30 "
-        f"documents then, 12 now). Put the files back as they were, or resume with "
-        f"data.on_change=keep (go on with the tokens cached then)."
+        f"documents then, 12 now). Restore the files, or resume with "
+        f"data.on_change=keep (use the tokens cached then)."
     )
     assert refusal(before, books_and_crawl(folder)) == words
     assert (
-        "now). data.on_change=rebuild needs text that can be read. Put the files back"
+        "now). data.on_change=rebuild needs text that can be read. Restore the files"
     ) in refusal(before, books_and_crawl(folder), on_change="rebuild")
 
 
@@ -183,7 +183,7 @@ def test_text_that_can_no_longer_be_read_is_a_change(folder: Path, before: Prepa
     path = folder / "books" / "a.txt"
     path.write_bytes(b"\xff" + path.read_bytes())
     assert refusal(before, books_and_crawl(folder)).startswith(
-        f"the data changed since this run began: {path}: not UTF-8 at byte 0 (0xff). Put the files"
+        f"the data changed since this run began: {path}: not UTF-8 at byte 0 (0xff). Restore the"
     )
 
 
@@ -201,7 +201,7 @@ def test_another_tokenizer_is_refused_before_anything_is_read(
     assert isinstance(tokenizer, BpeTokenizer)
     cut_otherwise = BpeTokenizer(tokenizer.definition, tokenizer.engine)
     cut_otherwise._pattern = r"\S|\s"  # what other code would do with the same files
-    with pytest.raises(CheckpointError, match="this version of the code, or of the libraries"):
+    with pytest.raises(CheckpointError, match="this version of the code or its libraries"):
         resume_data(books_and_crawl(folder, on_change="keep"), cut_otherwise, record)
 
 
@@ -224,7 +224,7 @@ def remove(path: Path) -> None:
     [
         (flip, "is damaged (tokens.bin: other content than was written)"),
         (lambda path: path.write_bytes(path.read_bytes()[:-6]), "bytes instead of"),
-        (remove, "is not there"),
+        (remove, "is missing"),
     ],
 )
 def test_keep_needs_whole_stores(
@@ -237,11 +237,11 @@ def test_keep_needs_whole_stores(
     assert refusal(before, books_and_crawl(folder), on_change="keep", verify="full") == text
     assert f"the store of crawl (train), {store.folder}, " in text
     assert words in text
-    assert "cannot be built again: crawl.jsonl changed (30 documents then, 12 now). Put" in text
-    assert "data.cache_dir; or resume with data.on_change=rebuild" in text
+    assert "cannot be rebuilt: crawl.jsonl changed (30 documents then, 12 now). Restore" in text
+    assert "data.cache_dir, or resume with data.on_change=rebuild" in text
 
 
-def test_keep_mends_the_stores_of_a_source_that_is_unchanged(
+def test_keep_rebuilds_the_stores_of_a_source_that_is_unchanged(
     folder: Path, before: PreparedData
 ) -> None:
     damaged = before.train_stores[0]
@@ -252,14 +252,12 @@ def test_keep_mends_the_stores_of_a_source_that_is_unchanged(
     assert found.data.train_stores[0].tokens.tolist() == tokens
     assert found.data.notes == [
         "the token cache of books (train) was damaged (tokens.bin: other content than was "
-        "written); it was built again"
+        "written) and was rebuilt"
     ]
     assert resume(before, books_and_crawl(folder), on_change="keep").data.notes == []
 
 
-def test_a_damaged_cache_of_unchanged_text_is_built_again(
-    folder: Path, before: PreparedData
-) -> None:
+def test_a_damaged_cache_of_unchanged_text_is_rebuilt(folder: Path, before: PreparedData) -> None:
     tokens = [store.tokens.tolist() for store in before.val_stores]
     for store in before.val_stores:
         path = store.folder / "tokens.bin"
@@ -282,12 +280,12 @@ def test_keep_after_the_whole_cache_is_lost_works_while_the_text_is_there(
     assert samples(found.data) == expected
     shutil.rmtree(tmp_path / "cache")
     shutil.rmtree(folder)
-    assert "is not there, and cannot be built" in refusal(
+    assert "is missing and cannot be rebuilt" in refusal(
         before, books_and_crawl(folder), on_change="keep"
     )
 
 
-def test_a_check_hashes_text_and_stores_and_mends_nothing(
+def test_a_check_hashes_text_and_stores_and_changes_nothing(
     folder: Path, before: PreparedData
 ) -> None:
     def check() -> dict[str, tuple[str, str]]:
@@ -308,7 +306,7 @@ def test_a_check_hashes_text_and_stores_and_mends_nothing(
             "damaged",
             f"{books.folder}: tokens.bin: other content than was written; {again}",
         )
-        assert found["tokens of crawl (train)"] == ("note", f"{crawl.folder} is not there; {again}")
+        assert found["tokens of crawl (train)"] == ("note", f"{crawl.folder} is missing; {again}")
         assert found["tokens of books (val)"][0] == "ok"
         assert found["text"] == ("note", "changed since: crawl.jsonl grew by 310 documents")
 
@@ -317,7 +315,7 @@ def test_a_store_that_vanishes_after_it_was_opened_is_named(before: PreparedData
     store = before.train_stores[0]
     opened = TokenStore(store.folder, store.name)
     shutil.rmtree(store.folder)
-    with pytest.raises(DataError, match=r"the token cache of books was whole when it was opened"):
+    with pytest.raises(DataError, match=r"cache of books was complete when it was opened"):
         _ = opened.offsets
-    with pytest.raises(DataError, match=r"Resume the run: the cache is built again"):
+    with pytest.raises(DataError, match=r"Resume the run, which rebuilds the cache"):
         _ = opened.tokens

@@ -91,8 +91,8 @@ def test_a_worker_killed_in_the_middle_of_an_answer_loses_none(start: Start) -> 
     kill(first._process)
     assert [pool.receive() == large(number) for number in range(6)] == [True] * 6
     assert notes == [
-        f"a data worker (process {pid}) was killed by SIGKILL; it was started again, and the "
-        f"samples stay the same"
+        f"a data worker (process {pid}) was killed by SIGKILL and was restarted; the samples "
+        f"stay the same"
     ]
 
 
@@ -108,13 +108,13 @@ def test_dying_again_and_again_is_an_error_with_a_way_out(start: Start) -> None:
     text = str(caught.value)
     assert text.startswith("data workers died 3 times without a batch in between (the last, proc")
     assert "was killed by SIGKILL). Most likely the machine ran out of memory: free some" in text
-    assert text.endswith("Or let the trainer prepare its batches itself: data.num_workers=0.")
+    assert text.endswith("Or prepare batches in the trainer: data.num_workers=0.")
 
 
-def test_an_exit_by_itself_is_told_from_being_killed(start: Start) -> None:
+def test_an_exit_is_distinguished_from_a_kill(start: Start) -> None:
     pool = start(leaving, 1, [])
     pool.submit(1)
-    with pytest.raises(DataError, match=r"ended with exit code 7\). What it printed above may"):
+    with pytest.raises(DataError, match=r"ended with exit code 7\). Its output above may"):
         pool.receive()
 
 
@@ -183,7 +183,7 @@ def take(loader: TrainLoader, num_batches: int) -> list[list[int]]:
     return [row for batch in batches for row in batch.input_ids.tolist()]
 
 
-def test_training_goes_on_with_the_same_samples_when_workers_are_killed(
+def test_training_continues_with_the_same_samples_when_workers_are_killed(
     store: TokenStore, loader: TrainLoader
 ) -> None:
     expected = take(TrainLoader([store], [1.0], **SHAPE), 60)
@@ -195,7 +195,7 @@ def test_training_goes_on_with_the_same_samples_when_workers_are_killed(
     assert signal.getsignal(signal.SIGCHLD) in (signal.SIG_DFL, None)
     got += take(loader, 20)
     [note] = loader.take_notes()
-    assert note.startswith(f"a data worker (process {first.pid}) was killed by SIGKILL; it was")
+    assert note.startswith(f"a data worker (process {first.pid}) was killed by SIGKILL and was")
     kill(second)
     for worker in multiprocessing.active_children():
         kill(worker)
@@ -240,7 +240,7 @@ def test_a_store_that_vanished_is_named_and_the_cursor_stays(
         for _ in range(56):
             got.extend(take(loader, 1))
 
-    with pytest.raises(DataError, match="the token cache of texts was whole when it was opened"):
+    with pytest.raises(DataError, match="the token cache of texts was complete when it was opened"):
         take_all()
     assert multiprocessing.active_children() == []
     (tmp_path / "copy").rename(store.folder)

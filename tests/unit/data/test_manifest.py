@@ -86,7 +86,7 @@ def touch(path: Path) -> None:
 
 
 def hide(path: Path) -> None:
-    """Other content of the same size, and the time put back: only the ctime tells."""
+    """Other content of the same size, and the time put back: only the ctime shows it."""
     content, stat = path.read_bytes(), path.stat()
     path.write_bytes(content.swapcase())
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -155,7 +155,7 @@ def test_a_start_reads_just_what_may_have_changed_and_finds_what_a_fresh_one_fin
             assert what_it_holds(known) == what_it_holds(source_of(folder))
 
 
-def test_text_is_told_from_binary_files_without_reading_them_again(tmp_path: Path) -> None:
+def test_text_is_distinguished_from_binary_files_without_reading_them_again(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("some text")
     (tmp_path / "text" / "b.bin").write_bytes(b"\0" * 9)
@@ -243,7 +243,7 @@ def test_only_a_full_check_finds_bits_that_a_disk_changed(tmp_path: Path, name: 
     (store.folder / name).write_bytes(content)
     path = store.folder / "meta.json"
     meta = json.loads(path.read_text())
-    meta["files"][name][:4] = Stat.of(store.folder / name)  # no stat tells
+    meta["files"][name][:4] = Stat.of(store.folder / name)  # no stat differs
     del meta["checksum"]
     path.write_text(json.dumps(sealed(meta)))
     TokenStore(store.folder, "store")

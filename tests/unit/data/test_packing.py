@@ -155,7 +155,7 @@ def batch_of(num_sequences: int, seq_len: int) -> Batch:
     ranks=st.integers(1, 4),
     weighted=st.booleans(),
 )
-def test_pieces_and_shares_are_the_batch_and_never_part_a_unit(
+def test_micro_batches_and_shares_are_the_batch_and_never_split_a_unit(
     num_units: int, unit_size: int, size: int, ranks: int, weighted: bool
 ) -> None:
     """The fields of a batch of another kind are divided as all others are."""
@@ -172,16 +172,16 @@ def test_pieces_and_shares_are_the_batch_and_never_part_a_unit(
         rewards=torch.arange(num_rows, dtype=torch.float32),
         unit_size=unit_size,
     )
-    pieces = batch.split(size)
-    assert all(piece.num_sequences % unit_size == 0 for piece in pieces)
-    assert all(piece.num_sequences <= max(size, unit_size) for piece in pieces)
+    parts = batch.split(size)
+    assert all(part.num_sequences % unit_size == 0 for part in parts)
+    assert all(part.num_sequences <= max(size, unit_size) for part in parts)
     shares = [batch.share(rank, ranks) for rank in range(ranks)]
     assert ranks > 1 or shares[0] is batch
     assert len({share.num_sequences for share in shares}) == 1
     assert all(share.num_sequences % unit_size == 0 for share in shares)
     assert sum(share.num_target_tokens for share in shares) == batch.num_target_tokens
     for name, whole in batch.tensors().items():
-        assert torch.equal(torch.cat([piece.tensors()[name] for piece in pieces]), whole)
+        assert torch.equal(torch.cat([part.tensors()[name] for part in parts]), whole)
         if name != "labels":
             joined = torch.cat([share.tensors()[name] for share in shares])
             assert torch.equal(joined[:num_rows], whole)

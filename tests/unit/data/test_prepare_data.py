@@ -31,16 +31,16 @@ def text_of(prepared: PreparedData, stores: Any) -> str:
 
 def test_train_and_held_out_text_are_all_the_text_and_apart() -> None:
     prepared = prepare([DUMMY], BPE)
-    assert prepared.source_names == ["dummy"]
-    assert prepared.train_weights == [1.0]
-    assert prepared.skipped == {}
+    assert [source.name for source in prepared.record.train] == ["dummy"]
+    assert prepared.record.weights == [1.0]
+    assert prepared.record.skipped == {}
     train, val = (
         text_of(prepared, stores) for stores in (prepared.train_stores, prepared.val_stores)
     )
     assert len(train) > 5 * len(val) > 0
     assert not set(train.splitlines()) & set(val.splitlines())
     assert prepared.tokenizer.vocab_size == 300
-    loader = loader_of(prepared.train_stores, prepared.train_weights, seq_len=16)
+    loader = loader_of(prepared.train_stores, prepared.record.weights, seq_len=16)
     assert loader.num_samples == prepared.num_samples
     assert loader.next_batch().num_target_tokens == 3 * 16
     assert ValidationSet(prepared.val_stores, 16).num_bytes == len(val)
@@ -60,10 +60,10 @@ def test_the_second_time_nothing_is_trained_or_tokenized(monkeypatch: pytest.Mon
         "tokenizing dummy (val)",
     ]
     labels.clear()
-    monkeypatch.setattr(BpeTokenizer, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(BpeTokenizer, "train", lambda *_: pytest.fail("retrained"))
     second = prepare([DUMMY], BPE, note)
     assert labels == ["reading dummy"]
-    assert second.data_hash == first.data_hash
+    assert second.record.data_hash == first.record.data_hash
     assert second.tokenizer.fingerprint == first.tokenizer.fingerprint
 
 
@@ -75,7 +75,7 @@ def test_the_second_time_nothing_is_trained_or_tokenized(monkeypatch: pytest.Mon
         ("tokenizer_meta.json", None, "tokenizer_meta.json is missing"),
     ],
 )
-def test_a_damaged_cached_tokenizer_is_trained_again_and_that_is_told_once(
+def test_a_damaged_cached_tokenizer_is_retrained_and_reported_once(
     tmp_path: Path, name: str, damage: Any, problem: str
 ) -> None:
     first = prepare([DUMMY], BPE)
@@ -92,7 +92,7 @@ def test_a_damaged_cached_tokenizer_is_trained_again_and_that_is_told_once(
     [note] = again.notes
     assert note.startswith("the cached tokenizer was damaged (")
     assert problem in note
-    assert note.endswith("); it was trained again")
+    assert note.endswith(") and was retrained")
     assert prepare([DUMMY], BPE).notes == []
 
 
@@ -104,7 +104,7 @@ def test_a_file_that_changes_before_it_is_tokenized_makes_no_store(tmp_path: Pat
         if label == "training tokenizer":  # all was read; next it is read again
             path.write_text("Some text\n" * 100)
 
-    with pytest.raises(DataError, match=r"a.txt changed while it was read; start again once"):
+    with pytest.raises(DataError, match=r"a.txt changed while it was read; retry once"):
         prepare([{"type": "text", "path": str(path)}], BPE, write_meanwhile)
     assert list((tmp_path / "cache").glob("tok*/*")) == []
     assert prepare([{"type": "text", "path": str(path)}], BPE).notes == []
@@ -143,19 +143,19 @@ def test_the_data_hash_follows_all_that_decides_the_samples(tmp_path: Path) -> N
     path.write_text("some text\n" * 100)
     source = {"type": "text", "path": str(path)}
     hashes = [
-        prepare([source]).data_hash,
-        prepare([source], seq_len=17).data_hash,
-        prepare([source], packing={"enabled": False}).data_hash,
-        prepare([source], packing={"isolate_documents": False}).data_hash,
-        prepare([source], BPE).data_hash,
-        prepare([source, DUMMY]).data_hash,
-        prepare([DUMMY, source]).data_hash,
+        prepare([source]).record.data_hash,
+        prepare([source], seq_len=17).record.data_hash,
+        prepare([source], packing={"enabled": False}).record.data_hash,
+        prepare([source], packing={"isolate_documents": False}).record.data_hash,
+        prepare([source], BPE).record.data_hash,
+        prepare([source, DUMMY]).record.data_hash,
+        prepare([DUMMY, source]).record.data_hash,
     ]
     path.write_text("Some text\n" * 100)
-    hashes.append(prepare([source]).data_hash)
+    hashes.append(prepare([source]).record.data_hash)
     assert len(set(hashes)) == len(hashes)
     path.write_text("some text\n" * 100)
-    assert prepare([source]).data_hash == hashes[0]
+    assert prepare([source]).record.data_hash == hashes[0]
 
 
 def test_names_weights_stores_and_tokenizer_are_those_that_were_configured(
@@ -167,16 +167,13 @@ def test_names_weights_stores_and_tokenizer_are_those_that_were_configured(
         {**DUMMY, "seed": 2, "name": "mine"},
     ]
     prepared = prepare(sources, bpe, cache_dir=str(tmp_path / "mine"))
-    assert prepared.source_names == ["dummy", "dummy-2", "mine"]
-    assert prepared.train_weights == [1.0, 0.5, 1.0]
+    assert [source.name for source in prepared.record.train] == ["dummy", "dummy-2", "mine"]
+    assert prepared.record.weights == [1.0, 0.5, 1.0]
     assert prepared.tokenizer is bpe
     assert prepared.train_stores[0].eot_id == bpe.eot_id
     assert prepared.train_stores[0].folder.is_relative_to(tmp_path / "mine")
     assert not (tmp_path / "cache").exists()
     record = prepared.record
-    assert record.data_hash == prepared.data_hash
-    assert [source.name for source in record.train] == prepared.source_names
-    assert [source.weight for source in record.train] == prepared.train_weights
     for split, stores in (("train", prepared.train_stores), ("val", prepared.val_stores)):
         names = [store.folder.name for store in stores]
         assert [source.stores[split] for source in record.train] == names
@@ -186,9 +183,9 @@ def test_skipped_documents_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "' + "word " * 200 + '"}\n{"text": 3}\nnot json\n')
     prepared = prepare([{"type": "jsonl", "path": str(path), "on_bad": "skip"}])
-    assert prepared.skipped == {"a": 2}
+    assert prepared.record.skipped == {"a": 2}
     again = prepare([{"type": "jsonl", "path": str(path), "on_bad": "skip"}])  # from the cache
-    assert again.skipped == {"a": 2}
+    assert again.record.skipped == {"a": 2}
 
 
 def test_more_text_than_is_learned_from_is_sampled_over_all_of_it(tmp_path: Path) -> None:
@@ -247,12 +244,12 @@ def test_shakespeare_and_c4_together(public_file: Callable[[str], Path]) -> None
         BpeTokenizerConfig(vocab_size=2000),
         seq_len=128,
     )
-    assert prepared.source_names == ["tinyshakespeare", "c4_demo"]
+    assert [source.name for source in prepared.record.train] == ["tinyshakespeare", "c4_demo"]
     assert prepared.train_stores[0].num_documents == 1
     crawl = prepared.train_stores[1].num_documents, prepared.val_stores[1].num_documents
     assert sum(crawl) == 300
     assert 3 <= crawl[1] <= 35
-    loader = loader_of(prepared.train_stores, prepared.train_weights, seq_len=128, batch_size=8)
+    loader = loader_of(prepared.train_stores, prepared.record.weights, seq_len=128, batch_size=8)
     sources = [int(s) for _ in range(50) for s in loader.next_batch().source_ids[:, 0]]
     assert abs(sum(sources) - 300) <= 1
     assert ValidationSet(prepared.val_stores, 128).num_tokens > 10_000

@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
+import pickle
+import sqlite3
 import sysconfig
+import tarfile
 import tempfile
+import zipfile
 from collections.abc import Callable
 from itertools import compress, pairwise
 from pathlib import Path
@@ -127,6 +135,87 @@ def test_text_reads_files_folders_and_patterns_each_file_once(tmp_path: Path) ->
         TextSourceConfig(path=(str(tmp_path / "sub" / "b.txt"), str(tmp_path), str(tmp_path)))
     )
     assert texts(several, "all") == ["sub/b.txt", first, "sub/c.md"]
+
+
+def kinds_of_files(folder: Path) -> dict[str, tuple[bytes, str]]:
+    """Files that are no text: their content, and words of the message."""
+    text = b"All happy families are alike.\n" * 40
+    packed, archive = io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        file.writestr("a.txt", text)
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
+    base = sqlite3.connect(folder / "base.db")
+    base.execute("create table a (b)")
+    base.commit()
+    weights = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+    table = b"PAR1\x15\x04\x15\x06" + bytes(40) + b"PAR1"
+    return {
+        "a.zip": (packed.getvalue(), "is a zip archive, not text: unpack it first: unzip a.zip."),
+        "a.tar": (archive.getvalue(), "is a tar archive, not text: unpack it first: tar -xf a.tar"),
+        "a.bz2": (bz2.compress(text), "is compressed by bzip2, not text: decompress it first"),
+        "a.xz": (lzma.compress(text), "is compressed by xz, not text: decompress it first: unxz"),
+        "a.zst": (b"(\xb5/\xfd\x04X" + text, "is compressed by zstd, not text"),
+        "a.parquet": (table, "is a Parquet table, not text: write its text column as JSON lines"),
+        "a.db": ((folder / "base.db").read_bytes(), "is an SQLite database, not text"),
+        "a.pdf": (b"%PDF-1.7\n" + text, "is a PDF, not text: extract its text: pdftotext a.pdf."),
+        "a.png": (b"\x89PNG\r\n\x1a\n" + bytes(9), "is a PNG image, not text: name text files."),
+        "a.jpg": (b"\xff\xd8\xff\xe0" + text, "is a JPEG image, not text"),
+        "a.pkl": (pickle.dumps([text]), "is a pickle, not text"),
+        "a.safetensors": (
+            len(weights).to_bytes(8, "little") + weights + bytes(4),
+            "is a safetensors file, weights of a model, not text: start from it with training.",
+        ),
+        "a.bin": (b"text\0\1\2", "is a binary file, not text"),
+    }
+
+
+def test_what_is_no_text_is_known_by_its_first_bytes(tmp_path: Path) -> None:
+    for name, (content, words) in kinds_of_files(tmp_path).items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        for source in (text_source(path), jsonl_source(path)):
+            for read in (source.check, source.scan):
+                with pytest.raises(DataError) as caught:
+                    read()
+                assert f"{path} {words}" in str(caught.value), (name, str(caught.value))
+    (tmp_path / "b.txt").write_text("PK, BZh, PAR1 and %PDF are letters here.")
+    assert texts(text_source(tmp_path), "all") == ["PK, BZh, PAR1 and %PDF are letters here."]
+
+
+def test_gzip_is_read_as_what_it_holds(tmp_path: Path, public_file: SharedFile) -> None:
+    text = "".join(f"Line {number}, né.\n" for number in range(9000))
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
+    lines = "".join(json.dumps({"text": f"page {number}"}) + "\n" for number in range(9000))
+    halves = [gzip.compress(part.encode()) for part in (lines[:50_000], lines[50_000:])]
+    (tmp_path / "b.jsonl.gz").write_bytes(b"".join(halves))
+    text_file, line_file = text_source(tmp_path / "a.txt.gz"), jsonl_source(tmp_path)
+    for source in (text_file, line_file):
+        source.check()
+    assert texts(text_file, "all") == [text]
+    assert texts(line_file, "all") == [f"page {number}" for number in range(9000)]
+    for source, name in ((text_file, "a.txt.gz"), (line_file, "b.jsonl.gz")):
+        entries = source._entries or {}
+        assert entries[name].sha256 == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[:-9])
+        with pytest.raises(DataError, match=rf"{name}: cannot be read"):
+            source.scan()
+    path = public_file("cases/text.gz")
+    text_source(path).check()
+    assert texts(text_source(path), "all") == [gzip.decompress(path.read_bytes()).decode()]
+
+
+def test_the_start_of_a_file_ends_with_a_line_or_a_character(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    for shift in range(4):
+        path.write_text("x" * shift + "\U0001f642" * 20_000)
+        text_source(path).check()
+    path.write_text('{"text": "' + "y" * 40_000 + '"}\n' + '{"text": "' + "z" * 40_000 + '"}\n')
+    jsonl_source(path).check()
+    path.write_text('{"text": "fine"}\n{"txt": 1}\n')
+    with pytest.raises(DataError, match="line 2: there is no field 'text'"):
+        jsonl_source(path).check()
 
 
 def test_text_ids_differ_even_where_names_do_not(tmp_path: Path) -> None:
@@ -267,12 +356,34 @@ def test_a_bad_line_is_named_or_skipped(tmp_path: Path, line: bytes, problem: st
     with pytest.raises(DataError) as caught:
         texts(jsonl_source(path), "all")
     assert str(caught.value) == (
-        f"{path}, line 3: {problem} Mend the line, or leave such lines out with `on_bad: skip`."
+        f"{path}, line 3: {problem} Correct the line, or leave such lines out with `on_bad: skip`."
     )
     path.write_bytes(path.read_bytes() + b"[" * 100_000)  # nested beyond what Python reads
     source = jsonl_source(path, on_bad="skip")
     assert texts(source, "all") == ["fine", "fine too"]
     assert source.num_skipped == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ('[{"text": "a"},\n{"text": "b"}]', "array"),
+        ('[\n  {"text": "a"}\n]', "array"),
+        ('{\n  "text": "a"\n}', "object over several lines"),
+    ],
+)
+def test_one_json_value_in_a_file_of_lines_is_named(
+    tmp_path: Path, content: str, kind: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(content)
+    command = "jq -c '.[]'" if kind == "array" else "jq -c ."
+    with pytest.raises(DataError) as caught:
+        texts(jsonl_source(path), "all")
+    assert str(caught.value) == (
+        f"{path} is one JSON {kind}, not one object a line. Convert it: {command} a.jsonl > "
+        f"lines.jsonl"
+    )
 
 
 def test_jsonl_takes_json_files_of_a_folder_and_another_field(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_a_store_holds_the_documents_and_their_counts(bpe: BpeTokenizer, tmp_pat
         assert store.num_bytes == sum(len(text.encode()) for text in TEXTS)
         assert store.token_bytes[store.tokens].sum() == store.num_bytes
         assert store.tokens.dtype == np.uint16
-        payload = pickle.dumps(store)  # carries no tokens
+        payload = pickle.dumps(store)  # holds no tokens
         assert len(payload) < 2000
         assert pickle.loads(payload).tokens.tolist() == store.tokens.tolist()
     store = store_of(tmp_path / "empty", [])
@@ -105,7 +105,7 @@ def test_content_split_and_tokenizer_each_have_their_own_store(
     place=st.floats(0, 1, exclude_max=True),
     verify=st.sampled_from(["stat", "full"]),
 )
-def test_damage_is_noticed_mended_and_told_once(
+def test_damage_is_noticed_repaired_and_reported_once(
     name: str, damage: str, place: float, verify: Any
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +134,7 @@ def test_damage_is_noticed_mended_and_told_once(
             assert [entry.name for entry in (cache / "tokens").iterdir()] == [store.folder.name]
         [note] = notes
         assert note.startswith("the token cache of dummy (train) was damaged (")
-        assert note.endswith("); it was built again")
+        assert note.endswith(") and was rebuilt")
         assert problem in note or name == "meta.json"  # which says itself what it should be
 
 

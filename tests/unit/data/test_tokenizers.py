@@ -221,7 +221,7 @@ def changed_pattern(tokenizer: BpeTokenizer, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def changed_decoding(tokenizer: BpeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bpe_module, "join_bytes", lambda ids, pieces: b"".join(pieces[::-1]))
+    tokenizer.token_bytes = tokenizer.token_bytes[::-1]
 
 
 def changed_surrogates(tokenizer: BpeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +289,7 @@ def test_a_saved_tokenizer_is_the_same(bpe: BpeTokenizer, tmp_path: Path) -> Non
     assert bpe.fingerprint != ByteTokenizer().fingerprint
 
 
-def test_damage_is_told_from_absence(bpe: BpeTokenizer, tmp_path: Path) -> None:
+def test_damage_is_distinguished_from_absence(bpe: BpeTokenizer, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no tokenizer of ultrathink"):
         load_tokenizer(tmp_path / "nowhere")
     bpe.save(tmp_path)

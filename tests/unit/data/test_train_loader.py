@@ -147,8 +147,8 @@ def test_a_resumed_loader_goes_on_as_if_never_stopped(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"seed": 12}, r"run.seed 11, here it is 12"),
-        ({"seq_len": 9}, r"data.seq_len 8, here it is 9"),
+        ({"seed": 12}, r"run.seed 11, and here it is 12"),
+        ({"seq_len": 9}, r"data.seq_len 8, and here it is 9"),
         ({"packing": PackingConfig(enabled=False)}, "data.packing"),
         ({"turned": True}, "numbers of samples in the sources"),
     ],
@@ -225,4 +225,4 @@ def test_workers_change_nothing(stores: list[TokenStore], working: TrainLoader) 
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert multiprocessing.active_children() == []
-    assert take(working, 2) == take(alone, 2)  # starts again by itself
+    assert take(working, 2) == take(alone, 2)  # restarts by itself

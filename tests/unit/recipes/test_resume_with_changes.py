@@ -347,7 +347,7 @@ def test_other_code_for_the_tokenizer_is_noticed(
 
     original = ByteTokenizer.encode
     monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: original(self, text)[::-1])
-    with pytest.raises(CheckpointError, match="cuts text into other tokens"):
+    with pytest.raises(CheckpointError, match="splits text into other tokens"):
         resume_trainer(run)
 
 

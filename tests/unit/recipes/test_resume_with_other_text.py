@@ -153,7 +153,7 @@ def test_a_damaged_token_cache_is_built_again_and_told(
         path.write_bytes(data[: len(data) // 2] if cut else data)
     recorder = Recorder()
     resume_trainer(run, callbacks=[recorder]).fit()
-    told = [text for text in recorder.messages if "it was built again" in text]
+    told = [text for text in recorder.messages if "was rebuilt" in text]
     assert len(told) >= 2
     assert_same(run, whole)
 

@@ -1,4 +1,4 @@
-"""A source of documents: one scan that hashes them, and the split that follows from it."""
+"""A source of documents: one scan that hashes its files, and the split into train and val."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Source(ABC):
     def scan(self, manifests: Path | None = None, verify: Verify = "stat") -> None:
         """Find out what each file holds; reads those that the manifest does not know.
 
-        Manifests are kept in the folder ``manifests``; ``verify: full`` hashes every file. What
-        was not scanned before is when it is first used. DataError where text cannot be read.
+        Manifests are kept in the folder ``manifests``; ``verify: full`` hashes every file. A source
+        is scanned at its first use at the latest. DataError where text cannot be read.
         """
         parts = json.dumps(dict(self._reading), sort_keys=True)
         path = (manifests or Path()) / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.json"
@@ -75,19 +75,19 @@ class Source(ABC):
     def documents(self, split: Split) -> Iterator[Document]:
         """The documents of ``split``, in a fixed order; DataError where a file changed since."""
         for file, known in self._summaries().items():
-            tally, began_so = _Tally(file), False
+            tally, only_grew = _Tally(file), False
             for document in self._read(file, self._open(file)):
                 key = tally.add(document)
-                began_so = began_so or tally.is_so_far(known)
+                only_grew = only_grew or tally.equals(known)
                 if document is None:
                     continue
                 if split == "all" or self._is_held_out(document, key) == (split == "val"):
                     yield document
             if tally.summary() != known:
-                event = "grew" if began_so else "changed"
+                event = "grew" if only_grew else "changed"
                 label = file_label(self.name, file, is_only=len(self.files()) == 1)
                 raise DataError(
-                    f"{label} {event} while it was read; start again once nothing writes to it."
+                    f"{label} {event} while it was read; retry once nothing writes to it."
                 )
 
     def files(self) -> dict[str, FileSummary]:
@@ -95,16 +95,16 @@ class Source(ABC):
         return {file: found for file, found in self._summaries().items() if found.num_documents}
 
     def begins_with(self, file: str, known: FileSummary) -> bool:
-        """Whether the first documents of ``file`` are those that ``known`` tells of."""
+        """Whether ``file`` begins with the documents of ``known``."""
         tally = _Tally(file)
         for document in self._read(file, self._open(file)):
             tally.add(document)
             if tally.num_documents >= known.num_documents:
                 break
-        return tally.is_so_far(known)
+        return tally.equals(known)
 
     def fingerprint(self, split: Split) -> str:
-        """A hash of the ids and contents of ``split``, by way of all documents and the rule."""
+        """A hash that decides the documents of ``split``: of all documents and the split's rule."""
         digest = hashlib.sha256()
         for file, found in self.files().items():
             digest.update(_framed(file) + bytes.fromhex(found.digest))
@@ -122,7 +122,7 @@ class Source(ABC):
         return 1 / HELD_OUT_ONE_IN
 
     def _rule(self) -> str:
-        """What decides which of the documents are held out, beside themselves."""
+        """What decides which documents are held out, besides the documents."""
         return "by id"
 
     def _summaries(self) -> dict[str, FileSummary]:
@@ -154,7 +154,7 @@ class Source(ABC):
 
 
 class _Tally:
-    """Sums up the documents of a file."""
+    """Counts and hashes the documents of a file."""
 
     def __init__(self, file: str) -> None:
         self.num_documents = 0
@@ -164,7 +164,7 @@ class _Tally:
         self._lowest, self._highest = 2**64 - 1, 0
 
     def add(self, document: Document | None) -> int:
-        """Count one, or one that was skipped; the hash of its text."""
+        """Count a document, or a skipped one (None); returns the hash of its text."""
         if document is None:
             self._num_skipped += 1
             return 0
@@ -177,8 +177,8 @@ class _Tally:
         self._lowest, self._highest = min(self._lowest, key), max(self._highest, key)
         return key
 
-    def is_so_far(self, known: FileSummary) -> bool:
-        """Whether the documents counted are just those of ``known``."""
+    def equals(self, known: FileSummary) -> bool:
+        """Whether the documents counted so far are those of ``known``."""
         if self.num_documents != known.num_documents:
             return False
         return self._digest.hexdigest() == known.digest
@@ -195,6 +195,6 @@ class _Tally:
 
 
 def _framed(text: str) -> bytes:
-    """``text`` with its length before it, so that two in a row cannot be cut otherwise."""
+    """``text`` after its length, so that joined texts can only be split in one way."""
     payload = text.encode()
     return f"{len(payload)}:".encode() + payload

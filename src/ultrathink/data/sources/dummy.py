@@ -1,4 +1,4 @@
-"""Generated text with structure to learn: a small language of words that follow one another."""
+"""Generated text with structure to learn: a Markov chain over a few words."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DummySource(Source):
         ]
 
     def scan(self, manifests: Path | None = None, verify: Verify = "stat") -> None:
-        """Generate all documents once: no file on disk would tell of a change."""
+        """Generate all documents once: there is no file whose stat could show a change."""
         super().scan(None, verify)
 
     def _read(self, file_id: str, file: HashedFile) -> Iterator[Document | None]:

@@ -1,15 +1,17 @@
-"""Sources that read the user's files: which files a path means, and what is held out of them."""
+"""Sources that read the user's files: which files a path stands for, and what is held out."""
 
 from __future__ import annotations
 
 import glob
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from ultrathink.config.data import FileSourceConfig
 from ultrathink.core.errors import DataError
+from ultrathink.data.checksums import FileStart
 from ultrathink.data.documents import (
     Document,
     Split,
@@ -17,18 +19,19 @@ from ultrathink.data.documents import (
     Verify,
     replace_surrogates,
 )
+from ultrathink.data.file_kinds import kind_of
 from ultrathink.data.sources.base import Source
 
 MIN_DOCUMENTS_FOR_HASH = 20
+_START_BYTES = 2**16  # what ``check`` reads of each file
 
 
 class FileSource(Source):
     """Documents from files; ``val_fraction`` of them is held out.
 
-    With 20 documents or more whole ones are held out: those whose text hashes below the
-    fraction, so that two copies of a text are never on both sides, and adding documents moves
-    none across. With fewer, the end of each document is held out, from a line break where one
-    is near.
+    Of 20 documents or more, whole ones are held out: those whose text hashes below the fraction.
+    Two copies of a text are then never on both sides, and adding documents moves none across. Of
+    fewer, the end of each is held out, from a line break where one is near.
     """
 
     suffixes: frozenset[str] | None = None
@@ -55,10 +58,17 @@ class FileSource(Source):
         if is_whole or self.val_fraction == 0:
             self._threshold = int(self.val_fraction * 2**64)
         if self._threshold and is_whole:
-            # Chance may leave a side empty among few documents; the nearest hash goes there.
+            # Among few documents a side may be empty by chance: it gets the nearest hash.
             lowest = min(found.lowest for found in files)
             highest = max(found.highest for found in files)
             self._threshold = min(max(self._threshold, lowest + 1), highest)
+
+    def check(self) -> None:
+        """DataError where the start of a file cannot be read as documents; the rest is not read."""
+        for file, path in self._paths.items():
+            if path is not None:
+                for _ in self._read(file, FileStart(path, _START_BYTES)):
+                    pass
 
     def documents(self, split: Split) -> Iterator[Document]:
         """The documents of ``split``, in the order of the files."""
@@ -102,11 +112,10 @@ def _cut_position(text: str, val_fraction: float) -> int:
 def expand_paths(
     paths: tuple[str, ...], suffixes: frozenset[str] | None, source_name: str
 ) -> dict[str, tuple[Path, bool]]:
-    """The files that ``paths`` mean, each once, by an id that no two of them share.
+    """The files that ``paths`` stand for, by unique ids, each with whether a folder held it.
 
-    A folder stands for the files in it, at any depth, that have one of ``suffixes``; hidden ones
-    are left out, and those found so are marked. DataError names a path that is missing or means
-    no file.
+    A folder stands for the files in it, at any depth, that have one of ``suffixes``, without hidden
+    ones. DataError names a path that is missing or stands for no file.
     """
     if not paths:
         raise DataError(f"data source {source_name!r}: path is empty; name a file or folder.")
@@ -129,15 +138,17 @@ def expand_paths(
 
 
 def _expand(path: str, suffixes: frozenset[str] | None) -> Iterator[tuple[str, str, bool]]:
-    """Files below one path: their ids, relative to the folder or to the fixed part of a pattern,
-    where they really are, and whether they were found in a folder.
+    """Files below one path: id, real path, and whether a folder held it.
+
+    Ids are relative to the folder, or to the part of a pattern without magic.
     """
     whole = Path(path)
     if whole.is_file():
         yield whole.name, os.path.realpath(path), False
     elif whole.is_dir():
         for file_id, file in sorted(_below(os.path.realpath(path))):
-            if suffixes is None or Path(file_id).suffix.lower() in suffixes:
+            suffix = Path(file_id.lower().removesuffix(".gz")).suffix
+            if suffixes is None or suffix in suffixes:
                 yield file_id, file, True
     elif glob.has_magic(path):
         fixed = whole
@@ -149,7 +160,7 @@ def _expand(path: str, suffixes: frozenset[str] | None) -> Iterator[tuple[str, s
 
 
 def _below(folder: str, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The files of a folder at any depth: relative to it, and where they really are."""
+    """The files of a folder at any depth: their paths relative to it, and their real paths."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -177,7 +188,17 @@ def reading(path: Path) -> Iterator[None]:
     """Turns a failure to read ``path`` into a DataError that names it."""
     try:
         yield
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:  # the last two of a gzip file that is cut
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        name = getattr(error, "filename", None) or path
+        raise UnreadableSourceError(f"{name}: cannot be read ({reason})") from error
+
+
+def refuse_binary(path: Path, head: bytes) -> None:
+    """DataError where a file that begins with ``head`` is of a kind that is no text."""
+    found = kind_of(head)
+    if found is not None:
+        kind, advice = found
         raise UnreadableSourceError(
-            f"{error.filename or path}: cannot be read ({error.strerror})"
-        ) from error
+            f"{path} is {kind}, not text", f": {advice.replace('{}', path.name)}."
+        )

@@ -10,13 +10,13 @@ from ultrathink.config.data import JsonlSourceConfig
 from ultrathink.core.errors import closest
 from ultrathink.data.checksums import HashedFile
 from ultrathink.data.documents import Document, UnreadableSourceError, replace_surrogates
-from ultrathink.data.sources.files import FileSource, reading
+from ultrathink.data.sources.files import FileSource, reading, refuse_binary
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class JsonlSource(FileSource):
-    """The strings under one key of JSON lines; blank lines are passed over.
+    """The strings under one key of JSON lines, also compressed by gzip; blank lines are skipped.
 
     Ids are the file's id and the line number, from 1. A lone surrogate escape (``\\ud800``) is
     replaced by U+FFFD.
@@ -33,6 +33,7 @@ class JsonlSource(FileSource):
             for number, line in enumerate(file.lines(), start=1):
                 if number == 1:
                     line = line.removeprefix(_BYTE_ORDER_MARK)
+                    _require_lines(file.path, line)
                 if line.strip():
                     yield self._document(f"{file_id}:{number}", line.rstrip(), file.path, number)
 
@@ -44,7 +45,7 @@ class JsonlSource(FileSource):
             return None
         raise UnreadableSourceError(
             f"{path}, line {number}: {problem}",
-            ". Mend the line, or leave such lines out with `on_bad: skip`.",
+            ". Correct the line, or leave such lines out with `on_bad: skip`.",
         )
 
     def _text(self, line: bytes) -> tuple[str | None, str]:
@@ -70,6 +71,19 @@ class JsonlSource(FileSource):
         if not isinstance(text, str):
             return None, f"field {self.field!r} is {_kind(text)}, not a string"
         return text, ""
+
+
+def _require_lines(path: Path, first: bytes) -> None:
+    """Refuse a file whose first line shows that it holds no JSON lines."""
+    refuse_binary(path, first[:8000])
+    start = first.strip()
+    if start == b"{" or start.startswith(b"["):
+        kind = "array" if start.startswith(b"[") else "object over several lines"
+        command = "jq -c '.[]'" if kind == "array" else "jq -c ."
+        raise UnreadableSourceError(
+            f"{path} is one JSON {kind}, not one object a line",
+            f". Convert it: {command} {path.name} > lines.jsonl",
+        )
 
 
 def _kind(value: object) -> str:

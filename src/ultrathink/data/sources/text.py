@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ultrathink.data.checksums import HashedFile
+from ultrathink.data.checksums import FileStart, HashedFile
 from ultrathink.data.documents import Document, UnreadableSourceError
-from ultrathink.data.sources.files import FileSource, reading
+from ultrathink.data.file_kinds import kind_of
+from ultrathink.data.sources.files import FileSource, reading, refuse_binary
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_HEAD_BYTES = 8000
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class TextSource(FileSource):
-    """Text files, named or found in folders; line ends stay as they are."""
+    """Text files, also compressed by gzip; line ends stay as they are.
+
+    A folder may hold other files, which are left out; one that is named has to be text.
+    """
 
     def _read(self, file_id: str, file: HashedFile) -> Iterator[Document | None]:
         try:
@@ -30,6 +35,7 @@ def _read_text(file: HashedFile) -> str:
     with reading(file.path):
         # A byte-order mark says how the file is written; it is not part of the text.
         payload = file.read().removeprefix(_BYTE_ORDER_MARK)
+    refuse_binary(file.path, payload[:_HEAD_BYTES])
     try:
         return payload.decode()
     except UnicodeDecodeError as error:
@@ -37,13 +43,12 @@ def _read_text(file: HashedFile) -> str:
 
 
 def _looks_like_text(path: Path) -> bool:
-    """Whether a file found in a folder is text: like Git, no NUL among its first 8,000 bytes.
+    """Whether a file found in a folder is text: of no other kind, and like Git without a NUL.
 
-    UTF-16 does hold NULs; it passes: the user is to hear of it.
+    UTF-16, which holds NULs, passes here and is refused with advice.
     """
-    with reading(path), path.open("rb") as file:
-        head = file.read(8000)
-    return b"\0" not in head or head.startswith(_UTF16_MARKS)
+    with reading(path):
+        return kind_of(FileStart(path, _HEAD_BYTES).read()) is None
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError) -> UnreadableSourceError:

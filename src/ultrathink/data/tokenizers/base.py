@@ -1,12 +1,13 @@
-"""What every tokenizer offers, and how a saved one is read back."""
+"""The interface of tokenizers, and how a saved one is read back."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, ClassVar, Protocol, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +20,10 @@ TokenArray: TypeAlias = npt.NDArray[np.uint32]
 
 END_OF_TEXT = "<|endoftext|>"
 META_FILE = "tokenizer_meta.json"
-# What stands for an id that the vocabulary lacks: a model's output may be wider than it.
+# Stands for an id that the vocabulary lacks: a model's output may be wider.
 UNKNOWN_BYTES = "\ufffd".encode()
 
-# What ``behavior_hash`` encodes. Changing them makes every run's tokenizer look like another.
+# What ``behavior_hash`` encodes. Changing them changes the hash of every run's tokenizer.
 _PROBES = (
     "",
     " ",
@@ -50,9 +51,9 @@ class DamagedTokenizerError(CheckpointError):
 class Tokenizer(Protocol):
     """Text to token ids and back.
 
-    User text is plain text: a special token written out in it is encoded like any other
-    characters. All text that UTF-8 can carry comes back exactly; lone surrogates come back as
-    U+FFFD. The end-of-text token stands for no bytes.
+    A special token written out in a text is encoded like other characters. All text that UTF-8 can
+    encode is decoded exactly; lone surrogates become U+FFFD. The end-of-text token stands for no
+    bytes.
     """
 
     @property
@@ -101,22 +102,59 @@ class Tokenizer(Protocol):
         ...
 
 
-def join_bytes(ids: Iterable[int], pieces: Sequence[bytes]) -> bytes:
-    """The bytes of ``ids``, given those of each id of the vocabulary."""
-    size = len(pieces)
-    return b"".join(pieces[i] if 0 <= i < size else UNKNOWN_BYTES for i in map(int, ids))
+class ByteVocabulary(ABC):
+    """What tokenizers share whose every id stands for bytes: decoding, saving, the fingerprint."""
 
+    type: ClassVar[str]
+    """The name it is registered by."""
+    eot_id: int
+    token_bytes: Sequence[bytes]
+    """The bytes of each id."""
 
-def write_meta(folder: Path, type_name: str, tokenizer: Tokenizer, **more: str) -> None:
-    """Write the small file that says which tokenizer a folder holds; ``more`` are its own keys."""
-    meta = {
-        "type": type_name,
-        "vocab_size": tokenizer.vocab_size,
-        "eot_id": tokenizer.eot_id,
-        **more,
-        "fingerprint": tokenizer.fingerprint,
-    }
-    write_atomic(folder / META_FILE, json.dumps(meta, indent=2) + "\n")
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, the end-of-text token included."""
+        return len(self.token_bytes)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides the ids."""
+        return hashlib.sha256(self._identity().encode()).hexdigest()
+
+    @abstractmethod
+    def _identity(self) -> str:
+        """All that decides the ids."""
+
+    def _files(self) -> dict[str, str]:
+        """The texts of the files to save, by name."""
+        return {}
+
+    def _meta(self) -> dict[str, str]:
+        """Further keys of the meta file."""
+        return {}
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ``ids``; special tokens have none."""
+        known, size = self.token_bytes, len(self.token_bytes)
+        return b"".join(known[i] if 0 <= i < size else UNKNOWN_BYTES for i in map(int, ids))
+
+    def save(self, folder: Path) -> None:
+        """Write all that ``load_tokenizer`` needs into ``folder``, which may exist."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in self._files().items():
+            write_atomic(folder / name, text)
+        meta = {
+            "type": self.type,
+            "vocab_size": self.vocab_size,
+            "eot_id": self.eot_id,
+            **self._meta(),
+            "fingerprint": self.fingerprint,
+        }
+        write_atomic(folder / META_FILE, json.dumps(meta, indent=2) + "\n")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -151,7 +189,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def damaged(path: Path, problem: str) -> DamagedTokenizerError:
-    """The error for a file that is there but cannot be what was saved."""
+    """The error for a file that is not what was saved."""
     return DamagedTokenizerError(
         f"{path}: the tokenizer is damaged ({problem}). Copy the folder again from where it was "
         f"saved, or train again.",
@@ -160,10 +198,10 @@ def damaged(path: Path, problem: str) -> DamagedTokenizerError:
 
 
 def behavior_hash(tokenizer: Tokenizer) -> str:
-    """A SHA-256 over what ``tokenizer`` makes of fixed texts, and the text it makes of that.
+    """A SHA-256 of the ids of fixed texts, and of what they decode to.
 
-    The fingerprint is of what was learned; this is of what the code does with it, and so differs
-    where another version of the code, or of a library, cuts text otherwise.
+    The fingerprint covers what was learned, this what the code makes of it: it changes where
+    another version of the code or of a library splits text differently.
     """
     found: list[Any] = [tokenizer.vocab_size, tokenizer.eot_id]
     for text, batched in zip(_PROBES, tokenizer.encode_batch(_PROBES), strict=True):

@@ -7,7 +7,6 @@ that both give the same ids.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,15 +18,13 @@ import numpy as np
 
 from ultrathink.config.tokenizer import BpeTokenizerConfig
 from ultrathink.core.errors import DataError
-from ultrathink.core.files import write_atomic
 from ultrathink.data.documents import replace_surrogates
 from ultrathink.data.tokenizers.base import (
     END_OF_TEXT,
+    ByteVocabulary,
     DamagedTokenizerError,
     TokenArray,
     damaged,
-    join_bytes,
-    write_meta,
 )
 from ultrathink.data.tokenizers.byte_names import BYTE_OF_NAME
 from ultrathink.data.tokenizers.patterns import PATTERNS
@@ -39,10 +36,10 @@ if TYPE_CHECKING:
 Engine = Literal["tiktoken", "tokenizers"]
 TOKENIZER_FILE = "tokenizer.json"
 _NUM_THREADS = min(8, os.cpu_count() or 1)
-_CHECKED_CHARACTERS = 500_000  # of the training text, when the two libraries are compared
+_CHECKED_CHARACTERS = 500_000  # of the training text, to compare the two libraries
 _MIN_FREQUENCY = 2  # a pair seen once would save nothing
 
-# Where two implementations of the same pattern and merges could part.
+# Texts on which two implementations of the same pattern and merges could differ.
 AWKWARD_TEXTS = (
     "",
     " ",
@@ -59,8 +56,10 @@ AWKWARD_TEXTS = (
 )
 
 
-class BpeTokenizer:
+class BpeTokenizer(ByteVocabulary):
     """Byte-pair encoding over the bytes of UTF-8; id 0 is the end-of-text token."""
+
+    type = "bpe"
 
     def __init__(self, definition: str, engine: Engine) -> None:
         """``definition`` is the content of a ``tokenizer.json`` that ``train`` wrote."""
@@ -69,15 +68,15 @@ class BpeTokenizer:
         self.definition = definition
         self.engine = engine
         self._pattern: str = parsed["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-        self.eot_id: int = vocab[END_OF_TEXT]
-        self.vocab_size: int = len(vocab)
+        self.eot_id = vocab[END_OF_TEXT]
         self._ranks = {
-            piece: token for name, token in vocab.items() if (piece := _to_bytes(name)) is not None
+            content: token
+            for name, token in vocab.items()
+            if (content := _to_bytes(name)) is not None
         }
-        pieces = [b""] * self.vocab_size
-        for piece, token in self._ranks.items():
-            pieces[token] = piece
-        self._pieces = pieces
+        self.token_bytes = [b""] * len(vocab)
+        for content, token in self._ranks.items():
+            self.token_bytes[token] = content
         self._fast: tiktoken.Encoding | None = None
         self._standard: tokenizers.Tokenizer | None = None
 
@@ -100,10 +99,14 @@ class BpeTokenizer:
         pairs = zip(fast.encode_batch(samples), reference.encode_batch(samples), strict=True)
         return fast if all(np.array_equal(ours, theirs) for ours, theirs in pairs) else reference
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all that decides the ids."""
-        return hashlib.sha256(f"{self.engine}\n{self.definition}".encode()).hexdigest()
+    def _identity(self) -> str:
+        return f"{self.engine}\n{self.definition}"
+
+    def _files(self) -> dict[str, str]:
+        return {TOKENIZER_FILE: self.definition}  # Hugging Face reads it, too
+
+    def _meta(self) -> dict[str, str]:
+        return {"engine": self.engine}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, no special ones added."""
@@ -129,20 +132,6 @@ class BpeTokenizer:
             return [encode(text) for text in texts]
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
             return list(pool.map(encode, texts))
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode(errors="replace")
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ``ids``; the end-of-text token has none."""
-        return join_bytes(ids, self._pieces)
-
-    def save(self, folder: Path) -> None:
-        """Write ``tokenizer.json``, which Hugging Face reads too, and the meta file."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / TOKENIZER_FILE, self.definition)
-        write_meta(folder, "bpe", self, engine=self.engine)
 
     @classmethod
     def load(cls, folder: Path, meta: dict[str, Any]) -> Self:
@@ -229,9 +218,9 @@ def _learn(config: BpeTokenizerConfig, texts: Iterator[str]) -> str:
 def _all_merges(vocab: dict[str, int]) -> list[list[str]]:
     """Every pair of tokens that makes a third, by the third's id.
 
-    Training keeps only the pair that it met. tiktoken merges whatever two neighbours make a
-    known token, lowest id first; with all pairs listed (and whole words looked up first) the
-    saved file means the same to Hugging Face.
+    Training keeps only the pair that it met. tiktoken merges any two neighbours that make a known
+    token, lowest id first; with all pairs listed, and whole words looked up first, Hugging Face
+    reads the saved file in the same way.
     """
     merges = []
     for name in sorted(vocab, key=vocab.__getitem__):

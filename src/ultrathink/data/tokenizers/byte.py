@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -11,26 +10,23 @@ import numpy as np
 
 from ultrathink.config.tokenizer import ByteTokenizerConfig
 from ultrathink.data.documents import replace_surrogates
-from ultrathink.data.tokenizers.base import TokenArray, join_bytes, write_meta
-
-_PIECES = (*(bytes([value]) for value in range(256)), b"")
+from ultrathink.data.tokenizers.base import ByteVocabulary, TokenArray
 
 
-class ByteTokenizer:
+class ByteTokenizer(ByteVocabulary):
     """Ids 0 to 255 are the bytes of UTF-8, 256 is the end-of-text token."""
 
-    vocab_size = 257
+    type = "byte"
     eot_id = 256
+    token_bytes = (*(bytes([value]) for value in range(256)), b"")
 
     @classmethod
     def train(cls, config: ByteTokenizerConfig, texts: Iterable[str]) -> Self:
-        """There is nothing to learn; ``texts`` are not read."""
+        """A tokenizer; there is nothing to learn, and ``texts`` are not read."""
         return cls()
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all that decides the ids."""
-        return hashlib.sha256(b"byte 256").hexdigest()
+    def _identity(self) -> str:
+        return "byte 256"
 
     def encode(self, text: str) -> list[int]:
         """The bytes of ``text``."""
@@ -42,19 +38,6 @@ class ByteTokenizer:
             np.frombuffer(replace_surrogates(text).encode(), dtype=np.uint8).astype(np.uint32)
             for text in texts
         ]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode(errors="replace")
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ``ids``; the end-of-text token has none."""
-        return join_bytes(ids, _PIECES)
-
-    def save(self, folder: Path) -> None:
-        """Write the file that says a folder holds this tokenizer."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_meta(folder, "byte", self)
 
     @classmethod
     def load(cls, folder: Path, meta: dict[str, Any]) -> Self:

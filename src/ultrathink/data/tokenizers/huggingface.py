@@ -1,12 +1,11 @@
 """A tokenizer that came with pretrained weights, as its ``tokenizer.json`` defines it.
 
-Whatever special tokens a tokenizer has, text of users is plain text to it: written out in a
-document they are cut like other characters, and stand for no bytes where a model writes them.
+A special token written out in a text is split like other characters; where a model writes one, it
+stands for no bytes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,19 +16,17 @@ from tokenizers import Tokenizer as Definition
 
 from ultrathink.config.tokenizer import HuggingFaceTokenizerConfig
 from ultrathink.core.errors import ConfigError
-from ultrathink.core.files import write_atomic
 from ultrathink.data.documents import replace_surrogates
 from ultrathink.data.tokenizers.base import (
     UNKNOWN_BYTES,
+    ByteVocabulary,
     TokenArray,
     damaged,
-    join_bytes,
-    write_meta,
 )
 from ultrathink.data.tokenizers.byte_names import BYTE_OF_NAME
 
 TOKENIZER_FILE = "tokenizer.json"
-# What other programs want to know besides; kept as it came, for an export to give back.
+# What other programs need besides; kept unchanged for an export.
 COMPANION_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -39,13 +36,15 @@ COMPANION_FILES = (
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
-class HuggingFaceTokenizer:
-    """The tokenizer of a ``tokenizer.json``; the ids it gives are those of ``transformers``.
+class HuggingFaceTokenizer(ByteVocabulary):
+    """The tokenizer of a ``tokenizer.json``; its ids are those of ``transformers``.
 
     ``eot_id`` is the token that follows each document. ``companions`` are the texts of the files
     of COMPANION_FILES that came with it, by name. Raises ValueError where the definition cannot
-    be read, or where what its tokens stand for cannot be told.
+    be read, or does not say which bytes its tokens stand for.
     """
+
+    type = "hf"
 
     def __init__(
         self, definition: str, eot_id: int, companions: Mapping[str, str] | None = None
@@ -57,29 +56,30 @@ class HuggingFaceTokenizer:
             self._tokenizer = Definition.from_str(definition)
         except Exception as error:  # the library raises no narrower kind
             raise ValueError(str(error)) from error
-        self._tokenizer.no_truncation()  # some files carry the settings of a training of old
+        self._tokenizer.no_truncation()  # some files hold the settings of their training
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # written-out ones are plain text
         decoders = _decoders(json.loads(definition).get("decoder"))
-        self._pieces = _pieces(self._tokenizer, decoders)
-        self.vocab_size = len(self._pieces)
-        if not 0 <= eot_id < self.vocab_size:
-            raise ValueError(f"its end-of-text token {eot_id} is not one of {self.vocab_size} ids")
-        self._pieces[eot_id] = b""
+        token_bytes = _token_bytes(self._tokenizer, decoders)
+        if not 0 <= eot_id < len(token_bytes):
+            raise ValueError(f"its end-of-text token {eot_id} is not one of {len(token_bytes)} ids")
+        token_bytes[eot_id] = b""
+        self.token_bytes = token_bytes
         self._strips_a_space = any(map(_strips_a_space, decoders))
 
     @classmethod
     def train(cls, config: HuggingFaceTokenizerConfig, texts: Iterable[str]) -> Self:
-        """Raise ConfigError: such a tokenizer is not learned, it comes with weights."""
+        """ConfigError: such a tokenizer comes with weights and is not learned."""
         raise ConfigError(
             "tokenizer.type hf is the tokenizer of pretrained weights and comes with them: set "
             "training.init_from=hf:PATH_OR_NAME, or choose tokenizer.type bpe or byte."
         )
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all that decides the ids."""
-        return hashlib.sha256(f"hf {self.eot_id}\n{self.definition}".encode()).hexdigest()
+    def _identity(self) -> str:
+        return f"hf {self.eot_id}\n{self.definition}"
+
+    def _files(self) -> dict[str, str]:
+        return {TOKENIZER_FILE: self.definition, **self.companions}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, no special ones added."""
@@ -97,24 +97,13 @@ class HuggingFaceTokenizer:
 
         It is the text that was encoded, but for what the tokenizer's own normalizer changed.
         """
-        text = self.decode_bytes(ids).decode(errors="replace")
+        text = super().decode(ids)
         return text.removeprefix(" ") if self._strips_a_space else text
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ``ids`` amid a text; special tokens have none."""
-        return join_bytes(ids, self._pieces)
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its name; None where there is none."""
         found: int | None = self._tokenizer.token_to_id(token)
         return found
-
-    def save(self, folder: Path) -> None:
-        """Write ``tokenizer.json``, its companions as they came, and the meta file."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in {TOKENIZER_FILE: self.definition, **self.companions}.items():
-            write_atomic(folder / name, text)
-        write_meta(folder, "hf", self)
 
     @classmethod
     def load(cls, folder: Path, meta: dict[str, Any]) -> Self:
@@ -151,7 +140,7 @@ def _strips_a_space(decoder: Mapping[str, Any]) -> bool:
     return is_metaspace and decoder.get("prepend_scheme", "always") != "never"
 
 
-def _pieces(tokenizer: Definition, decoders: Sequence[Mapping[str, Any]]) -> list[bytes]:
+def _token_bytes(tokenizer: Definition, decoders: Sequence[Mapping[str, Any]]) -> list[bytes]:
     """The bytes of each id."""
     kinds = {decoder["type"] for decoder in decoders}
     if "ByteLevel" in kinds:
@@ -164,12 +153,12 @@ def _pieces(tokenizer: Definition, decoders: Sequence[Mapping[str, Any]]) -> lis
             f"ByteFallback, Metaspace)"
         )
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    pieces = [UNKNOWN_BYTES] * (max(vocabulary.values(), default=-1) + 1)
+    found = [UNKNOWN_BYTES] * (max(vocabulary.values(), default=-1) + 1)
     for name, token in vocabulary.items():
-        pieces[token] = to_bytes(name)
+        found[token] = to_bytes(name)
     for token, added in tokenizer.get_added_tokens_decoder().items():
-        pieces[token] = b"" if added.special else added.content.encode()
-    return pieces
+        found[token] = b"" if added.special else added.content.encode()
+    return found
 
 
 def _of_byte_names(name: str) -> bytes:

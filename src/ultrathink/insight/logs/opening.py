@@ -7,7 +7,7 @@ from copy import copy
 from functools import partial
 from pathlib import Path
 
-from ultrathink.core.errors import suggestion
+from ultrathink.core.errors import closest
 from ultrathink.insight.logs.files import DocumentLog, open_lines, our_log
 from ultrathink.insight.logs.formats import line_format, parse_line, prefix_of
 from ultrathink.insight.logs.log import Log, LogError, NotYetError
@@ -118,6 +118,8 @@ def _nearest(path: Path) -> str:
         return f": there is no folder {str(path.parent)!r} either."
     there = [entry.name for entry in path.parent.iterdir() if entry.is_file()]
     runs = [entry.parent.name for entry in Path("runs").glob(f"*/{METRICS_FILE}")]
-    if not there and not runs:
-        return " and no run of that name."
-    return f" and no run of that name. {suggestion(path.name, [*there[:50], *runs])}"
+    near = closest(path.name, [*there, *runs], cutoff=0.7)
+    if near is not None:
+        return f" and no run of that name. Did you mean {near!r}?"
+    known = f" Runs: {', '.join(sorted(runs)[:8])}." if runs else ""
+    return f" and no run of that name.{known}"

@@ -11,7 +11,6 @@ from ultrathink.config.objective import OBJECTIVES
 from ultrathink.config.schema import Config
 from ultrathink.config.training import TrainingConfig
 from ultrathink.core.divisors import largest_divisor
-from ultrathink.core.errors import ConfigError, suggestion
 from ultrathink.core.random import seed_everything
 from ultrathink.data.loader import Batches, Share, TrainLoader
 from ultrathink.data.prepare import PreparedData
@@ -24,6 +23,7 @@ from ultrathink.orchestrator.live import LiveWatch
 from ultrathink.parallel.mesh import ParallelDims
 from ultrathink.parallel.restarts import remember_run
 from ultrathink.parallel.watchdog import Watchdog
+from ultrathink.recipes.parts.beginning import check_best_by
 from ultrathink.recipes.parts.callbacks import SampleWriter, StepBudgetRecorder
 from ultrathink.recipes.parts.heading import heading
 from ultrathink.recipes.parts.models import FoundModel, ready_models
@@ -81,7 +81,7 @@ def assemble(
     # Before models are made ready, from where on freed memory is kept.
     loader = TrainLoader(
         data.train_stores,
-        data.train_weights,
+        data.record.weights,
         seq_len=config.data.seq_len,
         batch_size=training.batch_size,
         packing=config.data.packing,
@@ -146,7 +146,7 @@ def _identity(data: PreparedData, loader: Batches, models: ModelSet) -> dict[str
     """Hashes of the data and of frozen models, which must be the same for a run to go on."""
     return {
         "frozen_hash": models.frozen_hash,
-        "data_hash": data.data_hash,
+        "data_hash": data.record.data_hash,
         "tokenizer_hash": data.tokenizer.fingerprint,
         "tokenizer_behavior": behavior_hash(data.tokenizer),
         "order_hash": loader.order_hash(),
@@ -158,6 +158,7 @@ def _objective(
 ) -> Objective:
     """What the run learns."""
     training, packing = config.training, config.data.packing
+    check_best_by(training)
     models, compilation = ready
     parts = Parts(
         models,
@@ -169,12 +170,6 @@ def _objective(
         scored_tokens=training.eval.max_tokens,
     )
     objective: Objective = OBJECTIVES.load(training.objective.type)(training.objective, parts)
-    if training.checkpoint.best_by not in objective.best_by:
-        raise ConfigError(
-            f"training.checkpoint.best_by = {training.checkpoint.best_by!r}: objective "
-            f"{training.objective.type!r} has no such figure. "
-            f"{suggestion(training.checkpoint.best_by, objective.best_by)}"
-        )
     return objective
 
 
@@ -204,6 +199,6 @@ def _stepper(config: Config, objective: Objective, choices: Choices) -> Stepper:
 def _skipped(data: PreparedData) -> list[str]:
     return [
         f"data source {name}: {count} items could not be read and were skipped"
-        for name, count in data.skipped.items()
+        for name, count in data.record.skipped.items()
         if count
     ]

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ultrathink.config.objective import OBJECTIVES
 from ultrathink.config.root import DEFAULT
 from ultrathink.config.schema import Config
-from ultrathink.core.errors import ConfigError
+from ultrathink.config.training import TrainingConfig
+from ultrathink.core.errors import ConfigError, suggestion
 from ultrathink.data.prepare import PreparedData
+from ultrathink.data.prompts import opening_words
 from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
 from ultrathink.interop.fetching import is_pretrained
 from ultrathink.model.transformer import Transformer
 from ultrathink.recipes.parts.pretrained import adopt_pretrained
 from ultrathink.runs.loading import load_weights, weights_from
+from ultrathink.training.objectives.base import Objective
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,33 @@ def _without_warmup(config: Config) -> Config:
     return config.replace({key: 0}, origin="derived from training.init_from: routing is learned")
 
 
-def check_vocabulary(config: Config, data: PreparedData) -> None:
-    """ConfigError where the vocabulary of the data does not fit the model's."""
+def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    """ConfigError where the tokenizer's vocabulary is larger than the model's."""
     size = config.model.vocab_size
     assert size is not None, "a loaded configuration has a vocabulary"
-    if data.tokenizer.vocab_size > size:
+    if tokenizer.vocab_size > size:
         raise ConfigError(
             f"model.vocab_size ({size}) is smaller than the tokenizer's vocabulary "
-            f"({data.tokenizer.vocab_size}); set tokenizer.vocab_size or model.vocab_size to match."
+            f"({tokenizer.vocab_size}); set tokenizer.vocab_size or model.vocab_size to match."
         )
+
+
+def check_best_by(training: TrainingConfig) -> None:
+    """ConfigError where the objective has no figure ``training.checkpoint.best_by``."""
+    objective: type[Objective] = OBJECTIVES.load(training.objective.type)
+    best_by = training.checkpoint.best_by
+    if best_by not in objective.best_by:
+        raise ConfigError(
+            f"training.checkpoint.best_by = {best_by!r}: objective {training.objective.type!r} "
+            f"has no such figure. {suggestion(best_by, objective.best_by)}"
+        )
+
+
+def with_prompts(config: Config, data: PreparedData) -> Config:
+    """``config`` with prompts of the held-out text where it names none."""
+    if config.training.sample.prompts is not None:
+        return config
+    prompts = opening_words(data.val_stores or data.train_stores, data.tokenizer)
+    return config.replace(
+        {"training.sample.prompts": prompts}, origin="chosen at run time: words of the text"
+    )

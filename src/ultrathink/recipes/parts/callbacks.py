@@ -59,7 +59,7 @@ class SampleWriter(Callback):
         with inference_view(self.model) as model:
             written = continue_prompts(model, self.tokenizer, sample, self.config.run.seed)
         if self.world.is_main:
-            for prompt, one in zip(sample.prompts, written, strict=True):
+            for prompt, one in zip(sample.prompts or (), written, strict=True):
                 self.sink.sample(self._step, prompt, one.text)
 
 
@@ -74,5 +74,5 @@ def continue_prompts(
         seed=seed,
     )
     engine = Engine(model, tokenizer, in_training=True)
-    written = [engine.generate(prompt, params) for prompt in sample.prompts]
+    written = [engine.generate(prompt, params) for prompt in sample.prompts or ()]
     return [Written(one.text, one.new_tokens) for one in written]

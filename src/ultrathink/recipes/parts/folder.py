@@ -33,7 +33,7 @@ def start_folder(
                 run.manifest,
                 build_manifest(
                     "train",
-                    data_hash=data.data_hash,
+                    data_hash=data.record.data_hash,
                     tokenizer_hash=data.tokenizer.fingerprint,
                     num_parameters=count_parameters(model).total,
                 ),

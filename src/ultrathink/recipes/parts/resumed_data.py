@@ -44,19 +44,19 @@ def data_to_go_on_with(
     """
     if decided(changes, "samples"):  # asked for by name, so it is not a change behind one's back
         data = prepare_data(config.data, tokenizer, progress=progress)
-        is_other = data.data_hash != data_hash
+        is_other = data.record.data_hash != data_hash
         return FoundData(data, is_other, is_other, tuple(data.notes))
     found = resume_data(config.data, tokenizer, _record_of(run, data_hash), progress=progress)
     is_other = found.action == "rebuild"
     notes = (*found.data.notes, *(f"the data changed: {text}" for text in found.changes))
-    return FoundData(found.data, found.data.data_hash != data_hash, is_other, notes)
+    return FoundData(found.data, found.data.record.data_hash != data_hash, is_other, notes)
 
 
 def keep_record(run: RunFolder, data: PreparedData) -> None:
     """Write down what the run is trained on from here; a record of other data stays beside it."""
     with suppress(CheckpointError):
         before = DataRecord.read(run.data_record)
-        if before.data_hash != data.data_hash:
+        if before.data_hash != data.record.data_hash:
             run.data_record.rename(_beside(run, before.data_hash))
     data.record.write(run.data_record)
 

@@ -34,7 +34,7 @@ from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import replace_folder, sync_file, sync_folder, write_atomic
 from ultrathink.core.pieces import Piece, Region
 from ultrathink.core.protocols import State
-from ultrathink.core.team import Alone, Team
+from ultrathink.core.store import LocalStore, SharedStore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,8 +52,8 @@ _TENSOR = "__tensor__"  # in state.json, stands where a tensor was, with the ten
 
 Wanted: TypeAlias = Callable[[str], bool]  # chooses tensors by name
 Check: TypeAlias = Callable[[], None]
-# Writes more into the folder that is to become a checkpoint, on each process of the team.
-Addition: TypeAlias = Callable[[Path, Check, Team], None]
+# Writes more into the folder that will become a checkpoint; every process calls it.
+Addition: TypeAlias = Callable[[Path, Check, SharedStore], None]
 
 
 Kind: TypeAlias = Literal["model", "adapter", "reward", "probe"]
@@ -106,29 +106,29 @@ def save_checkpoint(
     folder: Path,
     state: State,
     check: Check = lambda: None,
-    team: Team | None = None,
+    store: SharedStore | None = None,
     once_whole: Callable[[], None] = lambda: None,
-    add: Addition = lambda beside, check, team: None,
+    add: Addition = lambda beside, check, store: None,
     header: Header = WHOLE_MODEL,
 ) -> None:
-    """Write nested ``state`` (plain values, tensors, pieces) to ``folder``, whole or not at all.
+    """Write nested ``state`` (plain values, tensors, pieces) to ``folder``, completely or not at all.
 
-    ``check`` is called often; what it raises ends the save. Raises OSError with its number and file
-    where the disk does not take it. Any thread may call it. Each process of ``team`` calls it with
-    its own pieces; what is no piece is the first one's, which also calls ``once_whole``. All of
-    them call ``add``, which writes what has checksums of its own.
+    ``check`` is called often; an exception that it raises ends the save. Raises OSError, with its
+    number and file, when the disk fails. Any thread may call it. All processes that share ``store``
+    call it, each with its own pieces; the first also writes everything that is not divided and
+    calls ``once_whole``. Every process calls ``add``, which writes files with their own checksums.
     """
-    team = team or Alone()
+    store = store or LocalStore()
     tensors: dict[str, Tensor | Piece] = {}
     plain = _take_tensors(state, "", tensors)
     beside = folder.with_name(f".{folder.name}.tmp")
     with _disk_errors_named(folder):
-        if team.rank > 0:
-            [has_begun] = team.wait_for(["begun"], check)
+        if store.rank > 0:
+            [has_begun] = store.wait_for(["begun"], check)
             if has_begun:
-                add(beside, check, team)
-                _write_my_files(beside, tensors, check, team)
-            [failure] = team.wait_for(["end"], check)
+                add(beside, check, store)
+                _write_my_files(beside, tensors, check, store)
+            [failure] = store.wait_for(["end"], check)
             if failure is not None:
                 raise OSError(*failure)
             return
@@ -137,28 +137,28 @@ def save_checkpoint(
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
             has_begun = True
-            team.put("begun", True)
-            add(beside, check, team)
-            _write_my_files(beside, tensors, check, team)
-            _complete(beside, plain, check, team, header)
+            store.put("begun", True)
+            add(beside, check, store)
+            _write_my_files(beside, tensors, check, store)
+            _complete(beside, plain, check, store, header)
             replace_folder(beside, folder)
             once_whole()
         except BaseException as error:
             shutil.rmtree(beside, ignore_errors=True)
             if not has_begun:
-                team.put("begun", False)
-            team.put("end", _plainly(error))
+                store.put("begun", False)
+            store.put("end", _plainly(error))
             raise
-        team.put("end", None)
+        store.put("end", None)
 
 
 def _write_my_files(
-    beside: Path, tensors: dict[str, Tensor | Piece], check: Check, team: Team
+    beside: Path, tensors: dict[str, Tensor | Piece], check: Check, store: SharedStore
 ) -> None:
     """Write this process's tensors, and tell the first what is in which file, with checksums."""
     from ultrathink.checkpoint.tensor_files import write_tensors  # a second to import
 
-    shard = team.rank + 1 if team.size > 1 else None
+    shard = store.rank + 1 if store.size > 1 else None
     try:
         names = write_tensors(beside, tensors, _file_numbers(tensors), check, shard)
         sums = {}
@@ -167,16 +167,16 @@ def _write_my_files(
             sync_file(beside / name)
             sums[name] = _checksum(beside / name)
     except BaseException as error:
-        team.put(f"written/{team.rank}", {"failure": _plainly(error)})
+        store.put(f"written/{store.rank}", {"failure": _plainly(error)})
         raise
-    team.put(f"written/{team.rank}", {"names": names, "sums": sums})
+    store.put(f"written/{store.rank}", {"names": names, "sums": sums})
 
 
-def _complete(beside: Path, plain: Any, check: Check, team: Team, header: Header) -> None:
+def _complete(beside: Path, plain: Any, check: Check, store: SharedStore, header: Header) -> None:
     """Write what is beside the tensors, once all processes have written theirs."""
-    written = [f"written/{rank}" for rank in range(team.size)]
-    everyones = team.wait_for(written, check)
-    team.forget(written)
+    written = [f"written/{rank}" for rank in range(store.size)]
+    everyones = store.wait_for(written, check)
+    store.forget(written)
     for one in everyones:
         if "failure" in one:
             raise OSError(*one["failure"])
@@ -190,9 +190,9 @@ def _complete(beside: Path, plain: Any, check: Check, team: Team, header: Header
         "metadata": {"total_size": sum(entry["size"] for entry in sums.values())},
         "weight_map": {name: files[0] for name, files in files_of_name.items()},
     }
-    if team.size > 1:
+    if store.size > 1:
         index["pieces"] = files_of_name
-    form = FORMAT if team.size == 1 else FORMAT_IN_PIECES
+    form = FORMAT if store.size == 1 else FORMAT_IN_PIECES
     content = {"format": form, **header._asdict(), "state": plain}
     text = json.dumps(content, allow_nan=True)
     (beside / STATE_FILE).write_text(text, encoding="utf-8")

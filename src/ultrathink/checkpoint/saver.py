@@ -19,7 +19,7 @@ from typing import Protocol
 from ultrathink.checkpoint.format import WHOLE_MODEL, Header, Write, save_checkpoint
 from ultrathink.checkpoint.snapshots import Carried, SnapshotWriter
 from ultrathink.core.protocols import State
-from ultrathink.core.team import Alone, Team
+from ultrathink.core.store import LocalStore, SharedStore
 
 _LOOK_S = 0.1  # between looks at a save that is waited for; a signal is heard in each
 # Of the writing thread: a thirtieth of a core beside training. At 10 training lost a ninth of the
@@ -49,7 +49,7 @@ class CheckpointFolder(Protocol):
         *,
         is_best: bool,
         keep: int,
-        team: Team | None,
+        store: SharedStore | None,
         write: Write,
     ) -> Path: ...
 
@@ -79,7 +79,7 @@ class _Save:
     step: int
     state: State
     is_best: bool
-    team: Team
+    store: SharedStore
     carried: Sequence[Carried]
     given_up: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
@@ -121,17 +121,17 @@ class CheckpointSaver:
         state: State,
         *,
         is_best: bool,
-        team: Team | None = None,
+        store: SharedStore | None = None,
         carried: Sequence[Carried] = (),
     ) -> None:
-        """Write ``state``, which nobody else may change, after the save under way has ended.
+        """Write ``state``, which nobody else may change, after the current save has ended.
 
-        With ``team``, whose processes all do this, each with what it holds. ``carried`` are the
-        snapshots that the checkpoint is to hold.
+        All processes that share ``store`` call it, each with its own part. The checkpoint will
+        hold the snapshots ``carried``.
         """
         if self._newest is not None:
             self._newest.wait()
-        save = _Save(step, state, is_best, team or Alone(), carried)
+        save = _Save(step, state, is_best, store or LocalStore(), carried)
         self._newest = save
         _WRITING.add(save)
         thread = threading.Thread(
@@ -169,7 +169,7 @@ class CheckpointSaver:
         error: Exception | None = None
         _step_back()
         try:
-            if save.team.rank == 0:
+            if save.store.rank == 0:
                 restored = self._run.restore_founding(self._founding)
                 with suppress(OSError):  # they change: what length was chosen, segments
                     self._founding.update(self._run.founding())
@@ -178,11 +178,11 @@ class CheckpointSaver:
                 save.state,
                 is_best=save.is_best,
                 keep=self._keep,
-                team=save.team,
+                store=save.store,
                 write=partial(
                     save_checkpoint,
                     check=save.check,
-                    team=save.team,
+                    store=save.store,
                     add=partial(self.snapshots.write, save.carried),
                     header=self._header,
                 ),

@@ -24,10 +24,10 @@ from ultrathink.checkpoint.format import (
 )
 from ultrathink.core.files import sync_folder
 from ultrathink.core.protocols import State
-from ultrathink.core.team import PartOfWork, Team
+from ultrathink.core.store import PrefixStore, SharedStore
 
 SNAPSHOTS = "snapshots"  # the folder in a checkpoint, and in its state the steps of what it holds
-_TO_WRITE = "snapshots to write"  # on the team's board
+_TO_WRITE = "snapshots to write"  # key in the shared store
 
 
 @dataclass(frozen=True)
@@ -73,24 +73,26 @@ class SnapshotWriter:
         """``folder`` holds the snapshot ``key``."""
         self._checksums[key] = (folder / CHECKSUM_FILE).read_bytes()
 
-    def write(self, carried: Sequence[Carried], beside: Path, check: Check, team: Team) -> None:
-        """Bring ``carried`` into the unfinished checkpoint ``beside``; all of ``team`` call it."""
+    def write(
+        self, carried: Sequence[Carried], beside: Path, check: Check, store: SharedStore
+    ) -> None:
+        """Add ``carried`` to the unfinished checkpoint ``beside``; every process calls it."""
         if not carried:
             return
-        if team.rank == 0:
+        if store.rank == 0:
             to_write: list[int] = []
             try:
                 self._forget_all_but({one.key for one in carried})
                 to_write = [one.key for one in carried if not self._link(one, beside, check)]
             finally:
-                team.put(_TO_WRITE, to_write)
+                store.put(_TO_WRITE, to_write)
         else:
-            [to_write] = team.wait_for([_TO_WRITE], check)
+            [to_write] = store.wait_for([_TO_WRITE], check)
         for one in carried:
             if one.key in to_write:
                 target = snapshot_path(beside, one.step)
-                save_checkpoint(target, one.state, check, PartOfWork(team, target.name))
-                if team.rank == 0:
+                save_checkpoint(target, one.state, check, PrefixStore(store, target.name))
+                if store.rank == 0:
                     self.note(one.key, target)
 
     def _forget_all_but(self, keys: set[int]) -> None:

@@ -28,7 +28,7 @@ from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError, suggestion
 from ultrathink.core.files import remove_folder, write_atomic
 from ultrathink.core.protocols import State
-from ultrathink.core.team import Team
+from ultrathink.core.store import SharedStore
 from ultrathink.monitoring.jsonl import EXPERTS_FILE, METRICS_FILE, SAMPLES_FILE
 
 _STEP_FOLDER = re.compile(r"^step_(\d{8,})$")
@@ -275,15 +275,16 @@ class RunFolder:
         *,
         is_best: bool,
         keep: int,
-        team: Team | None = None,
+        store: SharedStore | None = None,
         write: Write = save_checkpoint,
     ) -> Path:
         """``write`` the checkpoint of ``step``, point ``last`` (and ``best``) to it, drop old ones.
 
-        Each process of ``team`` calls it; the first one sees to links and old checkpoints.
+        All processes that share ``store`` call it; the first updates links and removes old
+        checkpoints.
         """
         path = self.step_path(step)
-        if team is not None and team.rank > 0:
+        if store is not None and store.rank > 0:
             write(path, state)
             return path
         self.checkpoints.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from ultrathink.config.training import CheckpointConfig
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import remove_folder
 from ultrathink.core.protocols import State
-from ultrathink.parallel.board import new_team
+from ultrathink.parallel.store import new_store
 from ultrathink.parallel.placement import piece_of
 from ultrathink.parallel.world import ALONE, World
 from ultrathink.runs.decisions import decision_of, state_name
@@ -122,8 +122,8 @@ class Saving:
         self._saver.wait()
         folder = self._run.states / state_name(decision, key)
         try:
-            team = new_team(self._world)
-            save_checkpoint(folder, private_copy(state), team=team, header=self.header)
+            store = new_store(self._world)
+            save_checkpoint(folder, private_copy(state), store=store, header=self.header)
             if self._world.is_main:
                 kept = self._run.kept_states()
                 newest = sorted({decision_of(name) for name in kept})[-most_decisions:]
@@ -182,12 +182,12 @@ class Saving:
 
     def _submit(self, request: _Request) -> None:
         self._under_way = request
-        team = new_team(self._world)
+        store = new_store(self._world)
         carried = self._still_held(request)
         state: State = dict(request.state)
         if carried:
             state[SNAPSHOTS] = [one.step for one in carried]
-        self._saver.submit(request.step, state, is_best=request.is_best, team=team, carried=carried)
+        self._saver.submit(request.step, state, is_best=request.is_best, store=store, carried=carried)
 
     def _still_held(self, request: _Request) -> list[Carried]:
         """The snapshots that are to go with a checkpoint, one for each step."""

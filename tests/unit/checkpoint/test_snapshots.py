@@ -23,7 +23,7 @@ from ultrathink.checkpoint.snapshots import (
     snapshot_path,
 )
 from ultrathink.core.pieces import Piece
-from ultrathink.core.team import Team
+from ultrathink.core.store import SharedStore
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.listing import size_on_disk
 
@@ -33,7 +33,7 @@ def saved(
     writer: SnapshotWriter,
     step: int,
     *carried: Carried,
-    team: Team | None = None,
+    store: SharedStore | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Path:
     content = {**state(step), SNAPSHOTS: [one.step for one in carried]}
@@ -42,8 +42,8 @@ def saved(
         content,
         is_best=False,
         keep=9,
-        team=team,
-        write=partial(save_checkpoint, check=check, team=team, add=partial(writer.write, carried)),
+        store=store,
+        write=partial(save_checkpoint, check=check, store=store, add=partial(writer.write, carried)),
     )
 
 
@@ -160,8 +160,8 @@ def half(rank: int, step: int) -> Carried:
     return Carried(step, step, {"model": {"w": piece}, "progress": {"step": step}})  # type: ignore[dict-item]
 
 
-class Board:
-    """The team of threads; nobody gives up waiting."""
+class ThreadStore:
+    """The store of threads; nobody gives up waiting."""
 
     def __init__(self, rank: int, size: int, values: dict[str, Any]) -> None:
         self.rank, self.size, self.values = rank, size, values
@@ -178,12 +178,12 @@ class Board:
         return [self.values[key] for key in keys]
 
     def forget(self, keys: Sequence[str]) -> None:
-        """They stay."""
+        """Keys stay."""
 
 
 @pytest.mark.parametrize("fails", [None, 0, 1])
 def test_processes_write_them_together_or_none_does(run: RunFolder, fails: int | None) -> None:
-    board: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     outcomes: dict[int, str] = {}
     run.checkpoints.mkdir(exist_ok=True)
 
@@ -191,7 +191,7 @@ def test_processes_write_them_together_or_none_does(run: RunFolder, fails: int |
         writer = SnapshotWriter(run.checkpoints)
 
         def check() -> None:
-            if rank == fails and "snapshots to write" in board:
+            if rank == fails and "snapshots to write" in values:
                 raise OSError(errno.ENOSPC, "no room")
 
         try:
@@ -200,7 +200,7 @@ def test_processes_write_them_together_or_none_does(run: RunFolder, fails: int |
                 writer,
                 25,
                 *(half(rank, step) for step in (10, 20)),
-                team=Board(rank, 2, board),
+                store=ThreadStore(rank, 2, values),
                 check=check,
             )
             outcomes[rank] = "written"

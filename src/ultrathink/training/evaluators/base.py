@@ -20,7 +20,7 @@ from ultrathink.data.tokenizers.base import Tokenizer
 from ultrathink.data.validation import ValidationSet
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.records import Tell
-from ultrathink.parallel.board import new_team
+from ultrathink.parallel.store import new_store
 from ultrathink.parallel.sharding import is_divided
 from ultrathink.parallel.world import ALONE, Group, World, is_lost_connection
 from ultrathink.training.callbacks import EvaluationReport
@@ -85,7 +85,7 @@ class Agreement:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._team = new_team(world)
+        self._store = new_store(world)
         self._count = 0  # of agreements, the same on all processes
 
     def reach(self, error: Exception | None = None, *, patience_s: float = math.inf) -> None:
@@ -94,24 +94,24 @@ class Agreement:
         That one waits ``patience_s`` for the others and then raises UltrathinkError, which ends it:
         a collective that they wait in fails once it is gone.
         """
-        team, count = self._team, self._count + 1
+        store, count = self._store, self._count + 1
         deadline = math.inf if error is None else time.monotonic() + patience_s
 
         def check() -> None:
             if time.monotonic() > deadline:
                 raise UltrathinkError(
-                    f"an evaluator failed on process {team.rank} alone, while the others wait for "
+                    f"an evaluator failed on process {store.rank} alone, while the others wait for "
                     f"it: {_told(error)}"
                 ) from error
 
-        team.put(f"{count}/{team.rank}", None if error is None else _told(error))
-        answers = team.wait_for([f"{count}/{rank}" for rank in range(team.size)], check)
-        if team.rank == 0:  # all have read what was agreed before
-            team.forget([f"{self._count}/{rank}" for rank in range(team.size) if self._count])
+        store.put(f"{count}/{store.rank}", None if error is None else _told(error))
+        answers = store.wait_for([f"{count}/{rank}" for rank in range(store.size)], check)
+        if store.rank == 0:  # all have read what was agreed before
+            store.forget([f"{self._count}/{rank}" for rank in range(store.size) if self._count])
         self._count = count
         for rank, problem in enumerate(answers):
             if problem is not None:
-                where = f" (on process {rank})" if team.size > 1 else ""
+                where = f" (on process {rank})" if store.size > 1 else ""
                 raise EvaluationError(f"{problem}{where}") from error
 
 

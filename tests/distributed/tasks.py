@@ -163,8 +163,8 @@ def numbers_read(path: str) -> tuple[int, int]:
         state: Any = load_checkpoint(
             run.checkpoint("last"), weights, partial(region_needed, trainer.objective.models)
         )
-        mine = [piece.local.numel() for piece in state["model"].values()]
-        whole = [torch.Size(piece.shape).numel() for piece in state["model"].values()]
+        mine = [shard.local.numel() for shard in state["model"].values()]
+        whole = [torch.Size(shard.shape).numel() for shard in state["model"].values()]
         return sum(mine), sum(whole)
     finally:
         trainer.close()

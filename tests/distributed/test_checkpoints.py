@@ -58,7 +58,7 @@ def test_saved_by_two_it_loads_on_one_and_on_two(
 def test_copies_of_the_model_are_written_once(two: Pool, tmp_path: Path) -> None:
     run, _ = two.run(tasks.train, str(tmp_path), *HALF, STAGES["ddp"])
     contents = inspect_checkpoint(RunFolder(Path(run)).checkpoint("last"))
-    assert {tensor.num_pieces for tensor in contents.tensors} == {1}
+    assert {tensor.num_shards for tensor in contents.tensors} == {1}
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
@@ -150,8 +150,8 @@ def test_what_two_wrote_is_listed_and_made_one_file(two: Pool, tmp_path: Path) -
     folder = RunFolder(Path(run))
     contents = inspect_checkpoint(folder.checkpoint("last"))
     assert contents.num_processes == 2
-    pieces = {tensor.name: tensor.num_pieces for tensor in contents.tensors}
-    assert pieces["model/embedding.weight"] == 2
+    shards = {tensor.name: tensor.num_shards for tensor in contents.tensors}
+    assert shards["model/embedding.weight"] == 2
     target, remark = consolidate(folder, "last")
     assert (remark, sorted(path.name for path in target.iterdir())) == (
         "",

@@ -179,8 +179,8 @@ BREAKAGES = (
     Breakage(
         "a state that is being written goes on changing",
         "training/saving.py",
-        "return copied_to_host(own_pieces(state))",
-        "return own_pieces(state)",
+        "return copied_to_host(own_shards(state))",
+        "return own_shards(state)",
         ("unit/training/test_saving.py",),
     ),
     Breakage(

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 def _show(contents: Contents, *, with_tensors: bool, as_json: bool) -> None:
     if as_json:
         tensors = [
-            {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "pieces": t.num_pieces}
+            {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "shards": t.num_shards}
             for t in contents.tensors
         ]
         plain = {
@@ -109,5 +109,5 @@ def _show(contents: Contents, *, with_tensors: bool, as_json: bool) -> None:
     if with_tensors:
         print(f"  {len(contents.tensors)} tensors:")
         for tensor in contents.tensors:
-            pieces = f"  in {tensor.num_pieces} pieces" if tensor.num_pieces > 1 else ""
-            print(f"    {tensor.dtype:<9} {list(tensor.shape)!s:<14} {tensor.name}{pieces}")
+            shards = f"  in {tensor.num_shards} shards" if tensor.num_shards > 1 else ""
+            print(f"    {tensor.dtype:<9} {list(tensor.shape)!s:<14} {tensor.name}{shards}")

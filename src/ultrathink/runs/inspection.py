@@ -38,7 +38,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     size_bytes: int
-    num_pieces: int  # files that hold parts of it
+    num_shards: int  # files that hold shards of it
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Contents:
 def inspect_checkpoint(folder: Path) -> Contents:
     """Look into a checkpoint without reading its tensors; raises CheckpointError."""
     state, header = read_state(folder), read_header(folder)
-    pieces = holding(folder)
+    shards = holding(folder)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     tensors = tuple(
         TensorInfo(
@@ -75,7 +75,7 @@ def inspect_checkpoint(folder: Path) -> Contents:
             shape,
             str(dtype).removeprefix("torch."),
             math.prod(shape) * dtype.itemsize,
-            len(pieces[name]),
+            len(shards[name]),
         )
         for name, (shape, dtype) in sorted(tensor_shapes(folder).items())
     )

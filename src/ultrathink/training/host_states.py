@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ultrathink.core.pieces import Piece
+from ultrathink.core.shards import TensorShard
 from ultrathink.core.protocols import State
 from ultrathink.parallel.placement import on_host
 
@@ -171,7 +171,7 @@ def copied_to_host(
     """
     if isinstance(state, DTensor):
         return on_host(copied_to_host(state.to_local(), copier, copies), state)
-    if isinstance(state, Piece):
+    if isinstance(state, TensorShard):
         return replace(state, local=copied_to_host(state.local, copier, copies))
     if isinstance(state, Tensor):
         source = state.detach()

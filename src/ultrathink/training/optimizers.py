@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ultrathink.config.optimizer import OPTIMIZERS, AdamWConfig, MuonConfig, OptimizerConfig
 from ultrathink.core.errors import CheckpointError, ConfigError, suggestion
-from ultrathink.core.pieces import Piece
+from ultrathink.core.shards import TensorShard
 from ultrathink.core.protocols import State
 from ultrathink.model.experts.layer import Experts
 from ultrathink.model.linear import Linear
@@ -216,7 +216,7 @@ def placed_values(values: Any, parameter: Tensor, *, is_for_host: bool = False) 
     """
     placed = dict(values)
     for key, value in values.items():
-        is_like = isinstance(value, Tensor | Piece) and value.shape == tuple(parameter.shape)
+        is_like = isinstance(value, Tensor | TensorShard) and value.shape == tuple(parameter.shape)
         if is_like:
             placed[key] = placed_like(value, parameter, is_for_host=is_for_host)
         # An optimizer moves what lies elsewhere, which copies it.

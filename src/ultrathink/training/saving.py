@@ -18,7 +18,7 @@ from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import remove_folder
 from ultrathink.core.protocols import State
 from ultrathink.parallel.store import new_store
-from ultrathink.parallel.placement import piece_of
+from ultrathink.parallel.placement import shard_of
 from ultrathink.parallel.world import ALONE, World
 from ultrathink.runs.decisions import decision_of, state_name
 from ultrathink.runs.folder import RunFolder
@@ -196,7 +196,7 @@ class Saving:
             state: dict[str, Any] | None = self._snapshots.get(key)
             if state is not None:
                 step = state["progress"]["step"]
-                found[step] = Carried(key, step, own_pieces(state))
+                found[step] = Carried(key, step, own_shards(state))
         return [found[step] for step in sorted(found)]
 
     def _now(self) -> float:
@@ -236,22 +236,24 @@ class Saving:
 
 
 def private_copy(state: Any) -> Any:
-    """``state`` with every tensor copied to the CPU, where nothing changes it any more.
+    """``state`` with every tensor copied to the CPU, where nothing changes it.
 
-    Of one that several processes hold together, the piece that this one is to write.
+    A tensor that is divided among processes becomes the shard that this one writes.
     """
-    return copied_to_host(own_pieces(state))
+    return copied_to_host(own_shards(state))
 
 
-def own_pieces(state: Any) -> Any:
-    """``state`` with the piece that this process is to write in place of what several hold
-    together; nothing is copied."""
+def own_shards(state: Any) -> Any:
+    """``state`` with each divided tensor replaced by the shard that this process writes.
+
+    Nothing is copied.
+    """
     if isinstance(state, DTensor):
-        return piece_of(state)
+        return shard_of(state)
     if isinstance(state, dict):
-        return {key: own_pieces(value) for key, value in state.items()}
+        return {key: own_shards(value) for key, value in state.items()}
     if isinstance(state, list):
-        return [own_pieces(value) for value in state]
+        return [own_shards(value) for value in state]
     return state
 
 

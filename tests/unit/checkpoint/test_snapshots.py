@@ -22,7 +22,7 @@ from ultrathink.checkpoint.snapshots import (
     problems_of_snapshots,
     snapshot_path,
 )
-from ultrathink.core.pieces import Piece
+from ultrathink.core.shards import TensorShard
 from ultrathink.core.store import SharedStore
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.listing import size_on_disk
@@ -156,8 +156,8 @@ def test_a_save_that_ends_among_them_leaves_nothing(run: RunFolder, writer: Snap
 
 def half(rank: int, step: int) -> Carried:
     """What a process of two holds of a snapshot."""
-    piece = Piece(torch.full((4,), float(step)), (4 * rank,), (8,), torch.float32)
-    return Carried(step, step, {"model": {"w": piece}, "progress": {"step": step}})  # type: ignore[dict-item]
+    shard = TensorShard(torch.full((4,), float(step)), (4 * rank,), (8,), torch.float32)
+    return Carried(step, step, {"model": {"w": shard}, "progress": {"step": step}})  # type: ignore[dict-item]
 
 
 class ThreadStore:

@@ -163,7 +163,7 @@ def test_what_two_wrote_is_listed_and_made_one_file(two: Pool, tmp_path: Path) -
         assert (weight == whole.state_dict()[name]).all(), name
 
 
-def test_a_piece_that_is_missing_is_named(two: Pool, tmp_path: Path) -> None:
+def test_a_missing_shard_is_named(two: Pool, tmp_path: Path) -> None:
     run, _ = two.run(tasks.train, str(tmp_path), "training.max_steps=2")
     last = (Path(run) / "checkpoints" / "last").resolve()
     (last / "shard-00002-model-00001-of-00002.safetensors").unlink()

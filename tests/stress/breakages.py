@@ -361,10 +361,10 @@ BREAKAGES = (
     Breakage(
         "gate and up projections change places",
         "interop/weights.py",
-        'yield Piece(f"{theirs}gate_proj.weight", gate_up, 0, width, (hidden,))\n'
-        '    yield Piece(f"{theirs}up_proj.weight", gate_up, width, 2 * width, (hidden,))',
-        'yield Piece(f"{theirs}up_proj.weight", gate_up, 0, width, (hidden,))\n'
-        '    yield Piece(f"{theirs}gate_proj.weight", gate_up, width, 2 * width, (hidden,))',
+        'yield RowSlice(f"{theirs}gate_proj.weight", gate_up, 0, width, (hidden,))\n'
+        '    yield RowSlice(f"{theirs}up_proj.weight", gate_up, width, 2 * width, (hidden,))',
+        'yield RowSlice(f"{theirs}up_proj.weight", gate_up, 0, width, (hidden,))\n'
+        '    yield RowSlice(f"{theirs}gate_proj.weight", gate_up, width, 2 * width, (hidden,))',
         ("numerics/test_interop.py", "numerics/test_llama_parity.py"),
     ),
     Breakage(

@@ -163,7 +163,7 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     write_definition(tmp_path, words.to_str())
     assert "its decoder (WordPiece) is not one of bytes" in refused({})
     write_definition(tmp_path, "{}")
-    assert "supported are tokenizers over bytes" in refused({})
+    assert "supported are byte-level tokenizers" in refused({})
 
 
 def test_it_is_not_trained() -> None:

@@ -71,7 +71,7 @@ def test_another_kind_is_refused_in_a_sentence(run: Path, capsys: Out) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     (run / "manifest.json").write_text(json.dumps({**manifest, "kind": "serve"}))
     [line] = told(COMMANDS[0], run, capsys)
-    assert "is of kind 'serve', and this command needs one of kind 'train'" in line
+    assert "is of kind 'serve', but this command needs kind 'train'" in line
 
 
 def test_a_checkpoint_says_what_it_is(tmp_path: Path) -> None:

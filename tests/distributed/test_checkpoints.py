@@ -11,7 +11,7 @@ from tests.distributed import tasks
 from tests.distributed.pool import Pool
 from tests.distributed.test_parity import assert_equal
 from ultrathink.checkpoint.format import load_checkpoint, read_state
-from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
+from ultrathink.checkpoint.snapshots import embedded_steps, snapshot_path
 from ultrathink.runs.checking import check_run
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.inspection import consolidate, inspect_checkpoint
@@ -110,7 +110,7 @@ def test_two_go_back_to_before_a_resume(two: Pool, tmp_path: Path) -> None:
     [after] = [after for rule, _, after in decided if rule == "roll_back"]
     assert after == 101  # the checkpoint was of step 106
     assert_same_bits(saved(whole), saved(path))
-    for step in carried_steps(read_state(Path(path) / "checkpoints" / "last")):
+    for step in embedded_steps(read_state(Path(path) / "checkpoints" / "last")):
         snapshots = [
             snapshot_path(Path(one) / "checkpoints" / "last", step) for one in (whole, path)
         ]

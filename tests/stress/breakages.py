@@ -207,7 +207,7 @@ BREAKAGES = (
     Breakage(
         "a save that was given up is reported",
         "checkpoint/saver.py",
-        "if not isinstance(error, SaveGivenUpError):",
+        "if not isinstance(error, SaveAbandonedError):",
         "if True:",
         ("unit/checkpoint/test_checkpoint_saver.py",),
     ),

@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import replace_folder, sync_file, sync_folder, write_atomic
-from ultrathink.core.shards import Region, TensorShard
 from ultrathink.core.protocols import State
+from ultrathink.core.shards import Region, TensorShard
 from ultrathink.core.store import LocalStore, SharedStore
 
 if TYPE_CHECKING:

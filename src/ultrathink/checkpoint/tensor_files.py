@@ -134,7 +134,9 @@ def read_tensors(
         part = region(name, shape) if region is not None else None
         offset, size = part or ((0,) * len(shape), shape)
         targets[name] = torch.empty(size, dtype=dtype)
-        found[name] = targets[name] if part is None else TensorShard(targets[name], offset, shape, dtype)
+        found[name] = (
+            targets[name] if part is None else TensorShard(targets[name], offset, shape, dtype)
+        )
         chunk = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(size))
         if 0 not in size:
             entry = metadata.state_dict_metadata[name]

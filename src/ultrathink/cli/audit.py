@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         decision=args.decision,
         orders=args.orders,
         horizon=args.horizon,
-        tell=tell,
+        report=tell,
     )
     if args.json:
         print(json.dumps({number: asdict(audit) for number, audit in results.items()}))

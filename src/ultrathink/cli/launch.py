@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
             max_restarts=args.max_restarts,
             log_folder=args.log_dir,
         ),
-        tell=tell,
+        report=tell,
     )
     if result.reason and result.status not in (2, 70):
         tell(f"error: {result.reason}.")

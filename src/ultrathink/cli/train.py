@@ -138,7 +138,7 @@ def _audit_if_asked(trainer: Trainer) -> None:
     if trainer.world.size > 1:
         tell(f"audit the decisions with one process: ultrathink audit {trainer.run.path}")
         return
-    for number, audit in audit_run(trainer.run, tell=tell).items():
+    for number, audit in audit_run(trainer.run, report=tell).items():
         tell(described(number, audit))
 
 

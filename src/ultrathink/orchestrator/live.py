@@ -11,7 +11,7 @@ from ultrathink.monitoring.appending import ResilientAppender
 from ultrathink.monitoring.expert_figures import figures_of
 from ultrathink.monitoring.experts import ExpertRecord
 from ultrathink.monitoring.jsonl import line_appender
-from ultrathink.monitoring.records import Note, RunInfo, Tell
+from ultrathink.monitoring.records import Note, Reporter, RunInfo
 from ultrathink.orchestrator.detectors import DETECTORS
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.signals import Signals
@@ -38,7 +38,7 @@ class LiveWatch(Callback):
     def __init__(
         self,
         run: RunFolder,
-        tell: Tell,
+        report: Reporter,
         show_phase: Callable[[str], None] = lambda phase: None,
         *,
         without: Collection[str] = (),
@@ -47,7 +47,7 @@ class LiveWatch(Callback):
         self.watcher = Watcher(
             detectors=[make() for make in DETECTORS if make.__name__ not in without]
         )
-        self._tell = tell
+        self._report = report
         self._show_phase = show_phase
         self._shown = ""  # the phase that was shown last
         self._fresh: list[Event] = []  # since they were last taken
@@ -102,11 +102,11 @@ class LiveWatch(Callback):
             record = {**event.to_json(), "step": step, "began": event.step, "time": time.time()}
             self._notes(self._file.write(json.dumps(record, ensure_ascii=False)))
             if event.is_alarm:
-                self._tell(described(event), "warning")
+                self._report(described(event), "warning")
 
     def _notes(self, notes: Sequence[Note]) -> None:
         for text, level in notes:
-            self._tell(text, level)
+            self._report(text, level)
 
 
 def described(event: Event) -> str:

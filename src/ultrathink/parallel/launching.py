@@ -60,14 +60,14 @@ class LaunchResult:
     reason: str = ""
 
 
-def launch(what: Launch, tell: Callable[[str], None]) -> LaunchResult:
+def launch(what: Launch, report: Callable[[str], None]) -> LaunchResult:
     """Start the processes, watch over them until they end, and say how."""
     _TORCH_LOG.setLevel(logging.CRITICAL)
     with (
         tempfile.TemporaryDirectory(prefix="ultrathink-") as folder,
         _environment(_variables(what, Path(folder))),
     ):
-        agent = _Agent(_spec(what, Path(folder)), _logs(what), tell)
+        agent = _Agent(_spec(what, Path(folder)), _logs(what), report)
         with _forwarding_signals(agent) as received:
             result = agent.run()
     if received and not result.is_failed():
@@ -81,9 +81,9 @@ def launch(what: Launch, tell: Callable[[str], None]) -> LaunchResult:
 class _Agent(LocalElasticAgent):
     """The elastic agent, which knows its processes and when it is no use to start them again."""
 
-    def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, tell: Callable[[str], None]):
+    def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, report: Callable[[str], None]):
         super().__init__(spec, logs)
-        self.tell = tell
+        self.report = report
         self.pids: list[int] = []
         self.failure: tuple[int, int] | None = None  # rank and exit code of the first to fail
 
@@ -107,7 +107,7 @@ class _Agent(LocalElasticAgent):
         if code in FINAL_STATUSES:
             self._remaining_restarts = 0
         elif self._remaining_restarts > 0:
-            self.tell(
+            self.report(
                 f"{_how(rank, code)}; all start again from the last checkpoint "
                 f"({self._remaining_restarts} restart"
                 f"{'s' if self._remaining_restarts > 1 else ''} left)"

@@ -14,7 +14,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from ultrathink.core.shards import TensorShard
 
 
-def placed_like(value: Tensor | TensorShard, reference: Tensor, *, is_for_host: bool = False) -> Tensor:
+def placed_like(
+    value: Tensor | TensorShard, reference: Tensor, *, is_for_host: bool = False
+) -> Tensor:
     """``value`` sharded like ``reference``, on the device of ``reference`` or on the host.
 
     ``value`` is a whole tensor, a shard, or sharded in the same way on any device. If ``reference``

@@ -59,7 +59,7 @@ def audit_run(
     decision: int | None = None,
     orders: int = 4,
     horizon: int | None = None,
-    tell: Told = lambda text: None,
+    report: Told = lambda text: None,
 ) -> dict[int, Audit]:
     """Audit one decision of ``run``, or all whose states were kept; results go to their records.
 
@@ -74,8 +74,8 @@ def audit_run(
     try:
         results = {}
         for record in _chosen(run, decision):
-            tell(f"decision {record['id']}: {record['action']} at step {record['step']:,}")
-            audit = _audit(run, record, orders, horizon or 200, tell)
+            report(f"decision {record['id']}: {record['action']} at step {record['step']:,}")
+            audit = _audit(run, record, orders, horizon or 200, report)
             results[record["id"]] = audit
             add_to_decision(run.decisions, record["id"], audit=asdict(audit))
         return results
@@ -109,12 +109,14 @@ def _chosen(run: RunFolder, wanted: int | None) -> list[dict[str, Any]]:
     return [records[wanted]]
 
 
-def _audit(run: RunFolder, record: dict[str, Any], orders: int, horizon: int, tell: Told) -> Audit:
+def _audit(
+    run: RunFolder, record: dict[str, Any], orders: int, horizon: int, report: Told
+) -> Audit:
     differences = []
     for order in range(orders):
         losses = [_replay(run, record, order, horizon, acts=acts) for acts in (True, False)]
         differences.append(losses[0] - losses[1])
-        tell(f"  order {order + 1} of {orders}: {losses[0]:.4f} with it, {losses[1]:.4f} without")
+        report(f"  order {order + 1} of {orders}: {losses[0]:.4f} with it, {losses[1]:.4f} without")
     mean = statistics.fmean(differences)
     freedom = len(differences) - 1
     quantile = _T95[freedom - 1] if freedom <= len(_T95) else 1.96

@@ -18,7 +18,7 @@ from ultrathink.checkpoint.format import (
     tensor_shapes,
     weights,
 )
-from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
+from ultrathink.checkpoint.snapshots import embedded_steps, snapshot_path
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import new_folder
 from ultrathink.runs.folder import RunFolder
@@ -56,7 +56,7 @@ class Contents:
     files: dict[str, int]  # and their bytes
     tensors: tuple[TensorInfo, ...]
     optimizer: str
-    snapshots: dict[int, int]  # that it carries, by step, and their bytes
+    snapshots: dict[int, int]  # embedded ones: bytes by step
 
     @property
     def num_parameters(self) -> int:
@@ -93,7 +93,7 @@ def inspect_checkpoint(folder: Path) -> Contents:
         tensors=tensors,
         optimizer=state["config"]["training"]["optimizer"]["type"],
         snapshots={
-            step: size_on_disk(snapshot_path(folder, step)) for step in carried_steps(state)
+            step: size_on_disk(snapshot_path(folder, step)) for step in embedded_steps(state)
         },
     )
 

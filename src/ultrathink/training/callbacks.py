@@ -30,7 +30,7 @@ from pathlib import Path
 
 from ultrathink.core.protocols import State
 from ultrathink.monitoring.experts import ExpertRecord, ExpertStatistics
-from ultrathink.monitoring.records import Level, MetricRecord, RunInfo, Sink, Tell
+from ultrathink.monitoring.records import Level, MetricRecord, Reporter, RunInfo, Sink
 from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.training.control import TrainerControl
 from ultrathink.training.endings import Ending
@@ -147,7 +147,7 @@ def is_logged(step: int, log_every: int, total_steps: int) -> bool:
 class MetricsCallback(Callback):
     """Turns reports into records and hands each to every sink.
 
-    ``sinks`` is what to hand anything else to, such as samples. ``tell`` is how the run hears of a
+    ``sinks`` is what to hand anything else to, such as samples. ``report`` is how the run hears of a
     sink that fails; without it only the other sinks do.
     """
 
@@ -158,9 +158,9 @@ class MetricsCallback(Callback):
         log_every: int,
         flops_per_token: float,
         peak_flops: float,
-        tell: Tell | None = None,
+        report: Reporter | None = None,
     ) -> None:
-        self.sinks = SinkGroup(sinks, tell)
+        self.sinks = SinkGroup(sinks, report)
         self.log_every = log_every
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ultrathink.core.shards import TensorShard
 from ultrathink.core.protocols import State
+from ultrathink.core.shards import TensorShard
 from ultrathink.parallel.placement import on_host
 
 _SMALL_BYTES = 1 << 20
@@ -138,27 +138,27 @@ class HostStates(MutableMapping[int, State]):
 
 @dataclass
 class Snapshots:
-    """The states behind handles, by their keys."""
+    """The states of snapshots, by key."""
 
     states: HostStates = field(default_factory=HostStates)
-    carried: set[int] = field(default_factory=set)  # keys of those that checkpoints hold too
+    embedded: set[int] = field(default_factory=set)  # keys of those that checkpoints include
 
     def take(self, key: int, state: State, *, in_checkpoints: bool) -> None:
         """Copy ``state`` to the memory of the host, while training goes on where there is a GPU."""
         self.states.take(key, state)
         if in_checkpoints:
-            self.carried.add(key)
+            self.embedded.add(key)
 
     def keep(self, key: int, state: State, *, in_checkpoints: bool) -> None:
         """Hold ``state``, which nobody changes any more."""
         self.states[key] = state
         if in_checkpoints:
-            self.carried.add(key)
+            self.embedded.add(key)
 
     def forget(self, key: int) -> None:
         """Nobody can ask for it any more."""
         self.states.pop(key, None)
-        self.carried.discard(key)
+        self.embedded.discard(key)
 
 
 def copied_to_host(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ultrathink.config.optimizer import OPTIMIZERS, AdamWConfig, MuonConfig, OptimizerConfig
 from ultrathink.core.errors import CheckpointError, ConfigError, suggestion
-from ultrathink.core.shards import TensorShard
 from ultrathink.core.protocols import State
+from ultrathink.core.shards import TensorShard
 from ultrathink.model.experts.layer import Experts
 from ultrathink.model.linear import Linear
 from ultrathink.parallel.placement import placed_like

@@ -10,7 +10,7 @@ from pathlib import Path
 from ultrathink.monitoring.appending import ResilientAppender
 from ultrathink.monitoring.health import Health
 from ultrathink.monitoring.jsonl import line_appender
-from ultrathink.monitoring.records import Level, Note, RunInfo, Tell
+from ultrathink.monitoring.records import Level, Note, Reporter, RunInfo
 from ultrathink.runs.decisions import BY_HAND, Decision, fold_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, StepReport
@@ -21,13 +21,13 @@ from ultrathink.training.records import ChangeRecord
 class RunLog(Callback):
     """Appends changes to ``decisions.jsonl``, messages and checkpoints to ``logs/run.log``.
 
-    Lines that cannot be written wait until they can. ``tell`` is how the run hears of that; without
+    Lines that cannot be written wait until they can. ``report`` is how the run hears of that; without
     it only the log itself does.
     """
 
-    def __init__(self, run: RunFolder, tell: Tell | None = None) -> None:
+    def __init__(self, run: RunFolder, report: Reporter | None = None) -> None:
         self.run = run
-        self._tell = tell if tell is not None else self.on_message
+        self._report = report if report is not None else self.on_message
         self._log = WatchedFile(line_appender(run.logs / "run.log"), "logs/run.log")
         self._decisions = WatchedFile(line_appender(run.decisions), "decisions.jsonl")
 
@@ -53,7 +53,7 @@ class RunLog(Callback):
 
     def fold_decisions(self) -> None:
         """Leave the last record of each decision; for the end of the run."""
-        self._tell_of(self._decisions.do(lambda _: fold_decisions(self.run.decisions)))
+        self._report_all(self._decisions.do(lambda _: fold_decisions(self.run.decisions)))
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         self.on_message(f"checkpoint of step {step} written", "info")
@@ -66,14 +66,14 @@ class RunLog(Callback):
             self._do(file, ResilientAppender.close)
 
     def _append(self, file: WatchedFile, line: str) -> None:
-        self._tell_of(file.write(line))
+        self._report_all(file.write(line))
 
     def _do(self, file: WatchedFile, action: Callable[[ResilientAppender], None]) -> None:
-        self._tell_of(file.do(action))
+        self._report_all(file.do(action))
 
-    def _tell_of(self, notes: Sequence[Note]) -> None:
+    def _report_all(self, notes: Sequence[Note]) -> None:
         for text, level in notes:
-            self._tell(text, level)
+            self._report(text, level)
 
 
 def _decision(change: ChangeRecord) -> Decision:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from ultrathink.core.errors import OutOfMemoryError
-from ultrathink.monitoring.records import Tell
+from ultrathink.monitoring.records import Reporter
 from ultrathink.parallel.world import World
 from ultrathink.training.objectives.base import Objective
 from ultrathink.training.out_of_memory import smaller_until_it_fits
@@ -21,12 +21,12 @@ class Scorer:
         batch_size: int,
         *,
         world: World,
-        tell: Tell,
+        report: Reporter,
     ) -> None:
         self.batch_size = batch_size
         self._objective = objective
         self._world = world
-        self._tell = tell
+        self._report = report
 
     def score(self, max_batches: int | None = None) -> Scores:
         """Score what the objective validates on, or its first batches."""
@@ -47,7 +47,7 @@ class Scorer:
         scores, fit = smaller_until_it_fits(attempt, before, smaller)
         if fit.size != before:
             self.batch_size = fit.size
-            self._tell(
+            self._report(
                 f"validation takes {fit.size} sequences at a time, no longer {before}: "
                 f"{fit.problem}",
                 "warning",

@@ -19,7 +19,7 @@ from ultrathink.training.settings import LiveSettings
 class Shortages:
     """What a run does about memory that did not suffice, beside the step itself.
 
-    ``share`` is how many sequences of a batch this process has; ``tell`` gets each record.
+    ``share`` is how many sequences of a batch this process has; ``report`` gets each record.
     """
 
     run: RunFolder
@@ -27,7 +27,7 @@ class Shortages:
     settings: LiveSettings
     progress: Progress
     share: int
-    tell: Callable[[ChangeRecord], None]
+    report: Callable[[ChangeRecord], None]
 
     def went_on(self, before: int, fit: Fit) -> None:
         """Record that the run goes on in smaller micro-batches; of several processes, will."""
@@ -53,4 +53,4 @@ class Shortages:
 
     def _record(self, before: int, after: int, reason: str) -> None:
         step, rule = self.progress.step, "out_of_memory"
-        self.tell(ChangeRecord(step, "micro_batch_size", before, after, reason, rule=rule))
+        self.report(ChangeRecord(step, "micro_batch_size", before, after, reason, rule=rule))

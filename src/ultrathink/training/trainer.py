@@ -93,7 +93,7 @@ class Trainer:
             self.training.checkpoint,
             on_written=lambda step, path: self.notify("on_checkpoint", step, path),
             on_restored=self._renew_lock,
-            tell=self._tell,
+            report=self._report,
             world=self.world,
             snapshots=self.snapshots.states,
             header=self.objective.header,
@@ -102,15 +102,15 @@ class Trainer:
             self.objective,
             self.training.eval.batch_size,
             world=self.world,
-            tell=self._tell,
+            report=self._report,
         )
         self.evaluations = Evaluations(
             self.evaluators,
             self.model,
             seed=self.loader.seed,
             before_each=lambda: self._feed_watchdog(FIRST_STEP_FACTOR),
-            report=lambda report: self.notify("on_evaluation", report),
-            tell=self._tell,
+            on_report=lambda report: self.notify("on_evaluation", report),
+            report=self._report,
         )
         self.boundary = Boundary()
         self._all_have_written = True  # the last checkpoint, as far as all processes know
@@ -236,9 +236,9 @@ class Trainer:
             ),
         )
         for text, level in self.remarks:
-            self._tell(text, level)
+            self._report(text, level)
         if self.training.compile:
-            self._tell("compiling the model; the first step takes longer", "info")
+            self._report("compiling the model; the first step takes longer", "info")
         self._shortages.take_last()
         budget = self.length.budget
         if budget is None:
@@ -279,7 +279,7 @@ class Trainer:
         batch = self.loader.next_batch()
         data_wait = time.perf_counter() - began
         for note in self.loader.take_notes():
-            self._tell(note, "warning")
+            self._report(note, "warning")
         lr_factor, is_told = self.length.lr_factor(step), self._is_logged(step)
         self.objective.before_step(step)
         batch = self.objective.prepare(batch, step)
@@ -294,9 +294,9 @@ class Trainer:
         is_logged_now = self.progress.is_due(self.training.log_every)
         timing, stragglers = self._times.of_step(step, seconds, is_due=is_logged_now)
         for sentence in stragglers:
-            self._tell(sentence, "warning")
+            self._report(sentence, "warning")
         if result.skipped:
-            self._tell(
+            self._report(
                 f"step {step} was skipped: loss {result.loss}, gradient norm "
                 f"{result.grad_norm}, {result.num_tokens} trained tokens",
                 "warning",
@@ -454,7 +454,7 @@ class Trainer:
             self._failures.add(text)
             self.notify("on_message", text, "warning")
 
-    def _tell(self, text: str, level: Level) -> None:
+    def _report(self, text: str, level: Level) -> None:
         self.notify("on_message", text, level)
 
     def _renew_lock(self) -> None:
@@ -480,7 +480,7 @@ class Trainer:
             self.progress.step,
             self.state_dict(),
             is_best=self.boundary.is_best,
-            carried=sorted(self.snapshots.carried),
+            embedded=sorted(self.snapshots.embedded),
         )
         self.boundary.is_best = self.boundary.save = False
         self._all_have_written = self.world.size == 1

@@ -199,7 +199,7 @@ def test_a_vanished_run_folder_is_made_anew_and_reported(run: RunFolder) -> None
 # -- giving up ------------------------------------------------------------------------------------
 
 
-def test_a_save_that_is_given_up_ends_in_a_moment_and_leaves_nothing(
+def test_an_abandoned_save_ends_in_a_moment_and_leaves_nothing(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ultrathink.checkpoint.saver._EXIT_S", 0.01)

@@ -22,7 +22,7 @@ from tests.unit.training.observers import At, Recorder
 from ultrathink.config.optimizer import AdamWConfig
 from ultrathink.config.orchestrator import SnapshotsConfig
 from ultrathink.parallel import placement
-from ultrathink.parallel.placement import host_mesh, shard_of, placed_like
+from ultrathink.parallel.placement import host_mesh, placed_like, shard_of
 from ultrathink.parallel.world import World
 from ultrathink.recipes.parts import steering
 from ultrathink.training import host_states

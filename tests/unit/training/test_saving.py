@@ -121,7 +121,7 @@ def test_a_full_disk_warns_keeps_training_and_tries_again(
     assert trainer.fit().name == "finished"
     told = [text for text in recorder.messages if "could not be written" in text]
     assert told[0].startswith("the checkpoint of step 4 could not be written: No space left on")
-    assert "training goes on, and it is tried again every 0.001 s" in told[0]
+    assert "training continues, with a retry every 0.001 s" in told[0]
     assert len(told) == 1, "told once, not at every try"
     assert written[0] == 2
     assert written[-1] == 12
@@ -184,7 +184,7 @@ def test_a_best_state_that_waits_for_room_is_outlived_by_a_better_one_alone(
         CheckpointConfig(keep=1, retry_s=0.001),
         on_written=lambda step, path: written.append(step),
         on_restored=lambda: None,
-        tell=lambda text, level: None,
+        report=lambda text, level: None,
     )
     disks.fill(small_disk)
     saving.save(4, state(4), is_best=True)

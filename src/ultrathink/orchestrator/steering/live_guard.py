@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ultrathink.monitoring.records import Tell
+from ultrathink.monitoring.records import Reporter
 from ultrathink.orchestrator.steering.guard import OutlierGuard
 from ultrathink.training.stepping import Verdict
 
@@ -10,9 +10,9 @@ from ultrathink.training.stepping import Verdict
 class Guard(OutlierGuard):
     """Speaks to the trainer for ``OutlierGuard``; once that fails, every update passes."""
 
-    def __init__(self, *, most: float, tell: Tell) -> None:
+    def __init__(self, *, most: float, report: Reporter) -> None:
         super().__init__(most=most)
-        self._tell = tell
+        self._report = report
         self._has_failed = False
 
     def judge(self, step_loss: float, grad_norm: float) -> Verdict:
@@ -23,7 +23,7 @@ class Guard(OutlierGuard):
             return Verdict(skip=self.leaves_out(step_loss, grad_norm))
         except Exception as error:
             self._has_failed, self.streak = True, 0
-            self._tell(
+            self._report(
                 f"the guard failed and leaves out nothing more; training goes on: "
                 f"{type(error).__name__}: {error}",
                 "warning",

@@ -14,7 +14,7 @@ from ultrathink.config.orchestrator import OrchestratorConfig
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.protocols import State
 from ultrathink.monitoring.experts import ExpertStatistics
-from ultrathink.monitoring.records import RunInfo, Tell
+from ultrathink.monitoring.records import Reporter, RunInfo
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.live import LiveWatch, step_signals
 from ultrathink.orchestrator.remembering import Remembers
@@ -81,7 +81,7 @@ class Steering(Remembers, Controller):
         best_checkpoint: Callable[[], int | None],
         log: RunLog,
         show: Callable[[int, str, str], None],
-        tell: Tell,
+        report: Reporter,
     ) -> None:
         self.config = config
         self.watch = watch
@@ -98,7 +98,7 @@ class Steering(Remembers, Controller):
         self._best_checkpoint = best_checkpoint
         self._log = log
         self._show = show
-        self._tell = tell
+        self._report = report
         self._step = 0
         self._open: Decision | None = None  # carried out now, and not yet written
         self._followed: list[int] = []  # numbers of decisions whose outcome is not known yet
@@ -107,7 +107,7 @@ class Steering(Remembers, Controller):
         self._since_rollback: int | None = None
         self._is_new_best = False
         self._has_failed = False
-        self._report: StepReport | None = None
+        self._last_report: StepReport | None = None
 
     # -- a step boundary -----------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class Steering(Remembers, Controller):
             act(control)
         except Exception as error:
             self._has_failed = True
-            self._tell(
+            self._report(
                 f"the orchestrator failed at step {self._step} and steers no more; training goes "
                 f"on: {type(error).__name__}: {error}",
                 "warning",
@@ -137,7 +137,7 @@ class Steering(Remembers, Controller):
 
     def _steer(self, report: StepReport, control: ControlQueue) -> None:
         assert self.snapshots is not None
-        self._report = report
+        self._last_report = report
         events = self.watch.take_events()
         self._count(report)
         self._note_skips(report, control)
@@ -170,7 +170,7 @@ class Steering(Remembers, Controller):
         elif net.has_text and self._best_checkpoint() == step:
             self._carry_out(net.returning(control.recall(step)), control)
         else:
-            self._tell(f"the best weights, of step {step:,}, are kept nowhere", "warning")
+            self._report(f"the best weights, of step {step:,}, are kept nowhere", "warning")
 
     def _begin_ring(self, control: ControlQueue) -> SnapshotRing:
         """The snapshots that the run was resumed with, or none yet."""
@@ -178,7 +178,7 @@ class Steering(Remembers, Controller):
         before: dict[str, Any] = dict(self._ring_state or {})
         most = self._most_snapshots(before.get("most"))
         if not most:
-            self._tell("there is no memory for snapshots: the run cannot go back", "warning")
+            self._report("there is no memory for snapshots: the run cannot go back", "warning")
         ring = SnapshotRing(
             partial(control.snapshot, in_checkpoints=rule.in_checkpoints),
             every=rule.every_steps,
@@ -412,15 +412,15 @@ class Steering(Remembers, Controller):
 
     def get_current_metrics(self) -> dict[str, float]:
         """The signals of the last step, under the names of ``Signals``."""
-        return {} if self._report is None else dict(step_signals(self._report).values)
+        return {} if self._last_report is None else dict(step_signals(self._last_report).values)
 
     def get_expert_statistics(self) -> ExpertStatistics | None:
         """What experts did in the last step, where that was logged and the model has some."""
-        return self._report.experts if self._report is not None else None
+        return self._last_report.experts if self._last_report is not None else None
 
     def throughput(self) -> float:
         """Trained tokens a second in the last step."""
-        report = self._report
+        report = self._last_report
         return report.num_tokens / report.seconds if report is not None and report.seconds else 0.0
 
     def get_adaptive_status(self) -> dict[str, Any]:

@@ -64,16 +64,16 @@ def assemble(
     tokens_per_step = training.batch_size * config.data.seq_len
     world, dims = choices.world, choices.dims
 
-    def tell(text: str, level: Level) -> None:
+    def report(text: str, level: Level) -> None:
         trainer.notify("on_message", text, level)
 
-    log = RunLog(run, tell)
+    log = RunLog(run, report)
     metrics = MetricsCallback(
         [SINKS.load(name)() for name in config.monitoring.sinks if world.is_main],
         log_every=training.log_every,
         flops_per_token=flops_per_token(config.model, config.data.seq_len),
         peak_flops=choices.peak_flops * world.size,
-        tell=tell,
+        report=report,
     )
     watches = config.orchestrator.mode != "off" and world.is_main
     samples = SampleWriter(config, model, data.tokenizer, metrics.sinks, world)
@@ -90,7 +90,7 @@ def assemble(
     )
     objective = _objective(config, data, ready_models(config, model, frozen, choices), choices)
     without = objective.without_detectors
-    watch = LiveWatch(run, tell, metrics.sinks.phase, without=without) if watches else None
+    watch = LiveWatch(run, report, metrics.sinks.phase, without=without) if watches else None
     trainer = Trainer(
         objective=objective,
         loader=loader,
@@ -121,7 +121,7 @@ def assemble(
         heading=heading(config, choices),
     )
     if config.orchestrator.mode == "act":
-        steer(trainer, config.orchestrator, watch, log, metrics.sinks, tell)
+        steer(trainer, config.orchestrator, watch, log, metrics.sinks, report)
     remember_run(run.path, world)
     trainer.identity = _identity(data, trainer.loader, objective.models)
     warnings = [*choices.warnings, *_skipped(data), *data.notes]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrathink.checkpoint.format import DamagedCheckpointError, load_checkpoint
-from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
+from ultrathink.checkpoint.snapshots import embedded_steps, snapshot_path
 from ultrathink.config.orchestrator import OrchestratorConfig
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.recipes.parts.steering import room_for_snapshots
@@ -27,11 +27,11 @@ def bring_back_snapshots(
     changes: Sequence[ConfigChange],
     reset: Collection[str],
 ) -> list[str]:
-    """Give a run the snapshots that ``checkpoint`` carries; sentences on those it does not.
+    """Load the snapshots embedded in ``checkpoint``; returns a sentence on each missing one.
 
     All processes call it. ``plain`` is the checkpoint's state without tensors.
     """
-    steps = carried_steps(plain)
+    steps = embedded_steps(plain)
     if not steps or config.mode != "act" or not config.snapshots.in_checkpoints:
         return []
     if reset or any(change.felt for change in changes):

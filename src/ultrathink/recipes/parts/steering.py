@@ -6,7 +6,7 @@ from functools import partial
 
 from ultrathink.config.orchestrator import OrchestratorConfig, SnapshotsConfig
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.monitoring.records import Tell
+from ultrathink.monitoring.records import Reporter
 from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.orchestrator.live import LiveWatch
 from ultrathink.orchestrator.steering.live_guard import Guard
@@ -28,7 +28,7 @@ def steer(
     watch: LiveWatch | None,
     log: RunLog,
     sinks: SinkGroup,
-    tell: Tell,
+    report: Reporter,
 ) -> None:
     """Give ``trainer`` a guard, and on the first process, which has a ``watch``, the policy."""
 
@@ -36,7 +36,7 @@ def steer(
         sinks.decision(step, title, text)
         log.on_message(text, "info")
 
-    guard = Guard(most=config.limits.skipped_share, tell=tell)
+    guard = Guard(most=config.limits.skipped_share, report=report)
     if config.rules.skip_outliers and trainer.objective.is_guarded:
         trainer.set_guard(guard)
     if watch is None:
@@ -53,7 +53,7 @@ def steer(
         best_checkpoint=trainer.run.best_step,
         log=log,
         show=show,
-        tell=tell,
+        report=report,
     )
     trainer.add_callback(steering.ear)
     trainer.add_controller(steering)
@@ -83,5 +83,5 @@ def room_for_snapshots(parts: Parts, config: SnapshotsConfig, before: int | None
         return min(_MOST, int(config.max_gib // size))
     memory = host_memory_in_use(parts.world.local_size)
     free = memory.get("memory_limit", 2 * memory["memory"]) - memory["memory"]
-    room = _SHARE_OF_FREE * max(0.0, free + len(parts.snapshots.carried) * size) / size
+    room = _SHARE_OF_FREE * max(0.0, free + len(parts.snapshots.embedded) * size) / size
     return before if before is not None and before <= 2 * room else min(_MOST, int(room))

@@ -19,9 +19,9 @@ from ultrathink.core.random import seed_everything, step_seed
 from ultrathink.data.tokenizers.base import Tokenizer
 from ultrathink.data.validation import ValidationSet
 from ultrathink.model.transformer import Transformer
-from ultrathink.monitoring.records import Tell
-from ultrathink.parallel.store import new_store
+from ultrathink.monitoring.records import Reporter
 from ultrathink.parallel.sharding import is_divided
+from ultrathink.parallel.store import new_store
 from ultrathink.parallel.world import ALONE, Group, World, is_lost_connection
 from ultrathink.training.callbacks import EvaluationReport
 from ultrathink.training.model_set import inference_view
@@ -154,15 +154,15 @@ class Evaluations:
         *,
         seed: int,
         before_each: Callable[[], None],
-        report: Callable[[EvaluationReport], None],
-        tell: Tell,
+        on_report: Callable[[EvaluationReport], None],
+        report: Reporter,
     ) -> None:
         self._evaluators, self._agreement = evaluators
         self._model = model
         self._seed = seed
         self._before_each = before_each
+        self._on_report = on_report
         self._report = report
-        self._tell = tell
         self._seconds: dict[str, float] = {}  # that each took when it was run last
         self._failing: set[str] = set()
         self._done: tuple[int, set[str]] = (0, set())  # which evaluated the model of this step
@@ -183,7 +183,7 @@ class Evaluations:
         figures = {name: value for one in due for name, value in self._figures(one, step).items()}
         if figures:
             seconds = time.perf_counter() - began
-            self._report(EvaluationReport(step, progress.tokens, figures, seconds))
+            self._on_report(EvaluationReport(step, progress.tokens, figures, seconds))
 
     def seconds_a_step(self) -> float:
         """What evaluators cost, spread over the steps, on the clock of the first process."""
@@ -203,7 +203,7 @@ class Evaluations:
         except EvaluationError as error:
             if name not in self._failing:
                 self._failing.add(name)
-                self._tell(
+                self._report(
                     f"evaluator {name!r} failed at step {step}: {error}; training continues, and "
                     f"it is tried again when it is due",
                     "warning",

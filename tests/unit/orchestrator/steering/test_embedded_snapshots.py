@@ -24,7 +24,7 @@ from tests.unit.training.conftest import TINY, MakeTrainer, make_trainer
 from tests.unit.training.observers import At, asks, final_state, records
 from ultrathink import build_trainer, load_config
 from ultrathink.checkpoint.format import CHECKSUM_FILE, load_checkpoint, read_state
-from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
+from ultrathink.checkpoint.snapshots import embedded_steps, snapshot_path
 from ultrathink.cli.main import main
 from ultrathink.orchestrator.steering import find_rate
 from ultrathink.recipes.resume import resume_trainer
@@ -55,7 +55,7 @@ def stopped_once(shared: Shared) -> Path:
 def stopped(stopped_once: Path, tmp_path: Path) -> RunFolder:
     """A copy of a steered run that was stopped after step 106."""
     run = RunFolder(Path(shutil.copytree(stopped_once, tmp_path / "stopped", symlinks=True)))
-    assert len(carried_steps(read_state(run.checkpoint()))) > 3
+    assert len(embedded_steps(read_state(run.checkpoint()))) > 3
     return run
 
 
@@ -108,7 +108,7 @@ def test_it_goes_back_to_before_a_resume_as_if_there_had_been_none(
     assert without_clock(records(whole.run)) == without_clock(records(again.run))
     rings = [steering_of(one).state_dict()["snapshots"] for one in (whole, again)]
     assert rings[0] == rings[1]
-    held = [carried_steps(read_state(one.run.checkpoint())) for one in (whole, again)]
+    held = [embedded_steps(read_state(one.run.checkpoint())) for one in (whole, again)]
     assert held[0] == held[1]
     assert len(held[0]) > 3
     for step in held[0]:
@@ -126,7 +126,7 @@ def assert_shared_snapshots_are_written_once(run: RunFolder) -> None:
     names: dict[tuple[int, int], int] = {}
     for step in run.steps():
         folder = run.step_path(step)
-        for one in carried_steps(read_state(folder)):
+        for one in embedded_steps(read_state(folder)):
             inode = (snapshot_path(folder, one) / CHECKSUM_FILE).stat().st_ino
             names[inode, one] = names.get((inode, one), 0) + 1
     assert len(run.steps()) == 3
@@ -172,7 +172,7 @@ def test_without_them_a_resumed_run_goes_back_to_its_start(make_trainer: MakeTra
 
 
 def test_they_are_listed(stopped: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    held = carried_steps(read_state(stopped.checkpoint()))
+    held = embedded_steps(read_state(stopped.checkpoint()))
     assert main(["checkpoint", "info", str(stopped.path)]) == 0
     listed = ", ".join(map(str, held))
     assert f"which checkpoints share: the snapshots of step {listed}\n" in capsys.readouterr().out
@@ -226,7 +226,7 @@ def test_what_training_does_not_feel_changes_nothing_of_them(stopped: RunFolder)
 
 
 def test_where_memory_is_short_the_newest_are_brought_back(stopped: RunFolder) -> None:
-    held = carried_steps(read_state(stopped.checkpoint()))
+    held = embedded_steps(read_state(stopped.checkpoint()))
     one = sum(f.stat().st_size for f in snapshot_path(stopped.checkpoint(), 101).iterdir()) / 2**30
     again = resume_trainer(stopped, overrides=[f"orchestrator.snapshots.max_gib={2.5 * one}"])
     [told] = [text for text, _ in again.remarks if "memory" in text]

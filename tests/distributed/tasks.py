@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 import ultrathink.training.trainer as trainer_module
 from tests.unit.training.conftest import TINY as ALONE
 from tests.unit.training.late_copies import LateCopier
-from tests.unit.training.shortage import Scarcity
+from tests.unit.training.limited_memory import LimitedMemory
 from ultrathink.checkpoint.format import load_checkpoint, weights
 from ultrathink.config import load_config
 from ultrathink.core.errors import UltrathinkError
@@ -354,23 +354,23 @@ def train_out_of_memory(place: str) -> tuple[str, str, list[int]]:
         place, "training.max_steps=6", "training.checkpoint={every_steps: 2, keep: 9}"
     )
     assert trainer.settings.micro_batch_size == 2
-    Scarcity(trainer, fits=1, after=3)
+    LimitedMemory(trainer, fits=1, after=3)
     with pytest.raises(SmallerStartError) as caught:
         trainer.fit()
     return str(trainer.run.path), str(caught.value), trainer.run.steps()
 
 
-def resume_in_scarcity(path: str, *overrides: str) -> tuple[list[int], int, list[str]]:
+def resume_with_little_memory(path: str, *overrides: str) -> tuple[list[int], int, list[str]]:
     """Go on where two sequences do not fit; sizes of the passes, the last size, what was told."""
     os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
     told: list[str] = []
     trainer = resume_trainer(RunFolder(Path(path)), overrides=overrides, callbacks=[_Told(told)])
-    scarcity = Scarcity(trainer, fits=1)
+    memory = LimitedMemory(trainer, fits=1)
     try:
         trainer.fit()
     except SmallerStartError:
         told.append("failed")
-    return scarcity.tried, trainer.settings.micro_batch_size, told
+    return memory.tried, trainer.settings.micro_batch_size, told
 
 
 class _Told(Callback):

@@ -19,7 +19,7 @@ def test_the_next_start_takes_smaller_micro_batches(two: Pool, tmp_path: Path) -
     left = json.loads((Path(path) / "out_of_memory.json").read_text())
     assert (left["step"], left["before"], left["after"]) == (4, 2, 1)
 
-    results = two.run(tasks.resume_in_scarcity, path)
+    results = two.run(tasks.resume_with_little_memory, path)
     for rank, (tried, size, told) in enumerate(results):
         assert tried == [1] * 2 * 4  # steps 3 to 6
         assert size == 1
@@ -38,10 +38,12 @@ def test_a_run_without_a_checkpoint_heeds_it_and_a_given_size_is_tried_again(
     two: Pool, tmp_path: Path
 ) -> None:
     path = two.run(tasks.train_out_of_memory, str(tmp_path))[0][0]
-    for tried, size, told in two.run(tasks.resume_in_scarcity, path, "training.micro_batch_size=2"):
+    for tried, size, told in two.run(
+        tasks.resume_with_little_memory, path, "training.micro_batch_size=2"
+    ):
         assert (tried, size) == ([2], 2)
         assert told in (["failed"], [])  # the second process has other callbacks
-    for tried, size, _ in two.run(tasks.resume_in_scarcity, path):
+    for tried, size, _ in two.run(tasks.resume_with_little_memory, path):
         assert tried == [1] * 2 * 4
         assert size == 1
 

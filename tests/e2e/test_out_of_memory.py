@@ -86,7 +86,7 @@ def test_a_run_with_little_memory_reaches_what_it_would_have(tmp_path: Path) -> 
     state = json.loads((runs / "small" / "checkpoints" / "last" / "state.json").read_text())
     size = _setting(state, "micro_batch_size")
     assert size in (8, 4, 2)
-    assert f" -> {size} (step " in small.stderr  # after one shortage, or a later one
+    assert f" -> {size} (step " in small.stderr  # after one failure, or a later one
 
 
 def _setting(state: dict[str, object], name: str) -> object:

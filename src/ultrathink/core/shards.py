@@ -17,7 +17,7 @@ Region: TypeAlias = Callable[[str, tuple[int, ...]], tuple[tuple[int, ...], tupl
 
 @dataclass(frozen=True)
 class TensorShard:
-    """``local`` at ``offset`` in a tensor of ``shape``; None where other processes hold all of it."""
+    """``local`` at ``offset`` in a tensor of ``shape``; None if other processes write all of it."""
 
     local: Tensor | None
     offset: tuple[int, ...]

@@ -17,7 +17,7 @@ _POLL_S = 0.02
 
 
 class DistributedStore:
-    """The ``SharedStore`` of several processes; its own connection makes it usable on any thread."""
+    """The ``SharedStore`` of several processes; its own connection is safe on any thread."""
 
     def __init__(self, world: World, prefix: str) -> None:
         self.rank, self.size = world.rank, world.size

@@ -32,7 +32,6 @@ from ultrathink.training.model_state import placed_state
 from ultrathink.training.parts import Parts
 from ultrathink.training.trainer import Trainer
 
-Told = Callable[[str], None]
 _LEFT_OUT = (
     "checkpoints",
     "states",
@@ -59,7 +58,7 @@ def audit_run(
     decision: int | None = None,
     orders: int = 4,
     horizon: int | None = None,
-    report: Told = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> dict[int, Audit]:
     """Audit one decision of ``run``, or all whose states were kept; results go to their records.
 
@@ -110,7 +109,7 @@ def _chosen(run: RunFolder, wanted: int | None) -> list[dict[str, Any]]:
 
 
 def _audit(
-    run: RunFolder, record: dict[str, Any], orders: int, horizon: int, report: Told
+    run: RunFolder, record: dict[str, Any], orders: int, horizon: int, report: Callable[[str], None]
 ) -> Audit:
     differences = []
     for order in range(orders):

@@ -24,8 +24,8 @@ from ultrathink.recipes.parts.surroundings import environment, other_surrounding
 from ultrathink.recipes.train import restart_trainer
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.loading import check_loads
+from ultrathink.runs.out_of_memory import remove_out_of_memory
 from ultrathink.runs.segments import Segment, append_segment, differences
-from ultrathink.runs.shortage import forget_shortage
 from ultrathink.training.callbacks import Callback, Controller
 from ultrathink.training.choices import choose_together
 from ultrathink.training.model_state import region_needed
@@ -126,7 +126,7 @@ def _resume(
         return trainer
     run.remove_after(trainer.progress.step)
     if "training.micro_batch_size" in plan.given:
-        forget_shortage(run)  # it is to be tried again
+        remove_out_of_memory(run)  # it is to be tried again
     # The segment first: a start that dies right here is resumed with it.
     append_segment(
         run.segments,

@@ -147,8 +147,8 @@ def is_logged(step: int, log_every: int, total_steps: int) -> bool:
 class MetricsCallback(Callback):
     """Turns reports into records and hands each to every sink.
 
-    ``sinks`` is what to hand anything else to, such as samples. ``report`` is how the run hears of a
-    sink that fails; without it only the other sinks do.
+    ``sinks`` takes everything else, such as samples. A sink that fails is reported through
+    ``report``, by default to the other sinks only.
     """
 
     def __init__(

@@ -21,8 +21,8 @@ from ultrathink.training.records import ChangeRecord
 class RunLog(Callback):
     """Appends changes to ``decisions.jsonl``, messages and checkpoints to ``logs/run.log``.
 
-    Lines that cannot be written wait until they can. ``report`` is how the run hears of that; without
-    it only the log itself does.
+    Lines that cannot be written wait until they can. That is reported through ``report``, by
+    default to the log only.
     """
 
     def __init__(self, run: RunFolder, report: Reporter | None = None) -> None:

@@ -41,13 +41,13 @@ from ultrathink.training.host_states import Snapshots
 from ultrathink.training.length import Length, seconds_per_step
 from ultrathink.training.memory import memory_share
 from ultrathink.training.objectives.base import Objective
+from ultrathink.training.out_of_memory_log import OutOfMemoryLog
 from ultrathink.training.parts import Boundary, Parts
 from ultrathink.training.records import ChangeRecord
 from ultrathink.training.run_state import Progress, RunState
 from ultrathink.training.saving import Saving
 from ultrathink.training.scoring import Scorer
 from ultrathink.training.settings import LiveSettings
-from ultrathink.training.shortages import Shortages
 from ultrathink.training.stepping import Step, UpdateGuard
 from ultrathink.training.validation import Scores
 
@@ -146,11 +146,11 @@ class Trainer:
             self.state.register_one_of("callback", callback)
         for controller in self.controllers:
             self.state.register_one_of("controller", controller)
-        self._shortages = Shortages(
+        self._out_of_memory = OutOfMemoryLog(
             *(self.run, self.world, self.settings, self.progress, share),
             lambda record: self.notify("on_change", record),
         )
-        self.stepper.on_smaller = self._shortages.went_on
+        self.stepper.on_smaller = self._out_of_memory.on_smaller
 
     @property
     def model(self) -> Transformer:
@@ -239,7 +239,7 @@ class Trainer:
             self._report(text, level)
         if self.training.compile:
             self._report("compiling the model; the first step takes longer", "info")
-        self._shortages.take_last()
+        self._out_of_memory.apply_last()
         budget = self.length.budget
         if budget is None:
             budget = resolve_budget(

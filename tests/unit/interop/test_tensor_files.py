@@ -68,9 +68,7 @@ def holding(name: str, value: torch.Tensor) -> Callable[[Path], Any]:
         (without("model.layers.1.mlp.up_proj.weight"), ["has no weight model.layers.1.mlp.up_pro"]),
         (
             holding("model.layers.0.self_attn.q_proj.bias", torch.ones(48)),
-            [
-                "holds model.layers.0.self_attn.q_proj.bias, which is not part of the model in its config.json"
-            ],
+            ["holds model.layers.0.self_attn.q_proj.bias, which is not part of the model"],
         ),
         (
             holding("lm_head.weight", torch.ones(8, 48)),

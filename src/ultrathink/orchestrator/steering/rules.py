@@ -12,7 +12,7 @@ from ultrathink.config.orchestrator import LimitsConfig
 from ultrathink.monitoring.experts import ExpertStatistics
 from ultrathink.orchestrator.detectors.rate import FAR_OFF, OFF
 from ultrathink.orchestrator.events import Event, is_alarm
-from ultrathink.orchestrator.steering.guard import OutlierGuard
+from ultrathink.orchestrator.steering.outliers import OutlierFilter
 from ultrathink.orchestrator.steering.proposals import (
     CRITICAL,
     HARD,
@@ -58,7 +58,7 @@ class Situation:
     step: int
     values: Mapping[str, float]  # of this step, under the names of ``Signals``
     events: Sequence[Event]  # new, or graver than before, at this step
-    guard: OutlierGuard
+    outliers: OutlierFilter
     non_finite: int  # steps in a row whose loss or norm was no number
     snapshots: SnapshotRing
     decisions: Sequence[Decision]
@@ -149,7 +149,7 @@ class RollBack(Rule):
             return None
         if attempt and trouble.may_be_data and not now.since_rollback:
             # The weights are those of the snapshot: they, or the data, are bad. Once, go further.
-            if max(now.guard.streak, now.non_finite) < 3 * LEFT_OUT or attempt > 1:
+            if max(now.outliers.streak, now.non_finite) < 3 * LEFT_OUT or attempt > 1:
                 return None
             tried = [one.after for one in now.decisions if one.rule == self.name]
             before = min(before, tried[-1] - 1) if tried[-1] is not None else before
@@ -187,7 +187,7 @@ class RollBack(Rule):
                 {"non_finite_steps": now.non_finite},
                 may_be_data=True,
             )
-        streak, seen = now.guard.streak, now.guard.last
+        streak, seen = now.outliers.streak, now.outliers.last
         if streak >= LEFT_OUT and streak % LEFT_OUT == 0 and seen is not None:
             return _Trouble(
                 now.step - streak + 1,

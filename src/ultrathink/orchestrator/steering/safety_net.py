@@ -211,7 +211,7 @@ class SafetyNet(Rule, Remembers):
         return True
 
     def _note(self, now: Situation) -> None:
-        is_trouble = bool(now.guard.streak or now.non_finite) or any(
+        is_trouble = bool(now.outliers.streak or now.non_finite) or any(
             is_alarm(one.severity) and one.kind in (*LOSS_KINDS, *WEIGHT_KINDS)
             for one in now.events
         )

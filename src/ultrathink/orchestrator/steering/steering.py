@@ -18,7 +18,7 @@ from ultrathink.monitoring.records import Reporter, RunInfo
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.live import LiveWatch, step_signals
 from ultrathink.orchestrator.remembering import Remembers
-from ultrathink.orchestrator.steering.guard import OutlierGuard
+from ultrathink.orchestrator.steering.outliers import OutlierFilter
 from ultrathink.orchestrator.steering.policy import Policy
 from ultrathink.orchestrator.steering.proposals import (
     SKIP_BATCH,
@@ -49,7 +49,7 @@ _TROUBLE = (*LOSS_KINDS, *WEIGHT_KINDS, "non_finite", "lr_off_schedule", "overfi
 
 
 class Steering(Remembers, Controller):
-    """Watches with ``watch`` and ``guard``, decides with its policy, and keeps every decision.
+    """Watches with ``watch`` and ``outliers``, decides with its policy, and keeps every decision.
 
     ``log`` has them in ``decisions.jsonl``, ``show(step, title, text)`` tells of each. What it has
     decided outlives a rollback, which takes back all else; checkpoints hold it.
@@ -72,7 +72,7 @@ class Steering(Remembers, Controller):
         config: OrchestratorConfig,
         *,
         watch: LiveWatch,
-        guard: OutlierGuard,
+        outliers: OutlierFilter,
         settings: LiveSettings,
         position: Callable[[], int],
         most_snapshots: Callable[[int | None], int],
@@ -85,7 +85,7 @@ class Steering(Remembers, Controller):
     ) -> None:
         self.config = config
         self.watch = watch
-        self.guard = guard
+        self.outliers = outliers
         self.policy = Policy(config.rules, config.limits, has_held_out=has_held_out)
         self.decisions: list[Decision] = []
         self.ear = _Ear(self)
@@ -153,7 +153,7 @@ class Steering(Remembers, Controller):
                 control.request(ScoreHeldOut(), "")
         elif self.policy.busy is None and self.policy.net.wants_score(self._step):
             control.request(ScoreHeldOut(), "")
-        elif not (self.guard.streak or self._non_finite or control.is_requested(Rollback)):
+        elif not (self.outliers.streak or self._non_finite or control.is_requested(Rollback)):
             self._take_snapshot(self.snapshots)
         self.policy.net.hold_best(self.snapshots, self._step, self._position())
         self._is_new_best = False
@@ -192,7 +192,7 @@ class Steering(Remembers, Controller):
         is_due = snapshots.is_due(self._step)
         is_best = self._is_new_best or (is_due and self.policy.net.is_best_level(self._step))
         if is_best or is_due:
-            loss = self.guard.loss_level
+            loss = self.outliers.loss_level
             snapshots.take(self._position(), is_best=is_best, loss=loss)
 
     def _situation(
@@ -202,7 +202,7 @@ class Steering(Remembers, Controller):
             step=report.step,
             values=step_signals(report).values,
             events=events,
-            guard=self.guard,
+            outliers=self.outliers,
             non_finite=self._non_finite,
             snapshots=snapshots,
             decisions=self.decisions,
@@ -329,8 +329,8 @@ class Steering(Remembers, Controller):
 
     def _note_skips(self, report: StepReport, control: TrainerControl) -> None:
         """Batches that the guard left out one after another are one decision."""
-        seen = self.guard.last
-        if self.guard.streak and seen is not None:
+        seen = self.outliers.last
+        if self.outliers.streak and seen is not None:
             if self._num_skipped == 0:
                 self._open = self._decision(
                     Proposal(

@@ -9,7 +9,7 @@ from ultrathink.core.errors import UltrathinkError
 from ultrathink.monitoring.records import Reporter
 from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.orchestrator.live import LiveWatch
-from ultrathink.orchestrator.steering.live_guard import Guard
+from ultrathink.orchestrator.steering.guard import OutlierGuard
 from ultrathink.orchestrator.steering.steering import Steering
 from ultrathink.training.host_states import host_bytes
 from ultrathink.training.memory import host_memory_in_use
@@ -36,7 +36,7 @@ def steer(
         sinks.decision(step, title, text)
         log.on_message(text, "info")
 
-    guard = Guard(most=config.limits.skipped_share, report=report)
+    guard = OutlierGuard(most=config.limits.skipped_share, report=report)
     if config.rules.skip_outliers and trainer.objective.is_guarded:
         trainer.set_guard(guard)
     if watch is None:
@@ -44,7 +44,7 @@ def steer(
     steering = Steering(
         config,
         watch=watch,
-        guard=guard,
+        outliers=guard,
         settings=trainer.settings,
         position=lambda: trainer.loader.samples_seen + trainer.loader.samples_skipped,
         most_snapshots=partial(room_for_snapshots, trainer.parts, config.snapshots),

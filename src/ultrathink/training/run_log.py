@@ -1,4 +1,4 @@
-"""What a run writes down about itself besides metrics: every change, message and checkpoint."""
+"""Writes every change, message and checkpoint of a run to its log files."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ class RunLog(Callback):
                 self._do(file, ResilientAppender.flush)
 
     def on_change(self, change: ChangeRecord) -> None:
-        if change.decision is None:  # else who decided it writes it down
+        if change.decision is None:  # the orchestrator writes its own decisions
             self.write_decision(_decision(change))
 
     def write_decision(self, decision: Decision) -> None:
-        """Append it to ``decisions.jsonl``; a later one of the same number replaces it."""
+        """Append ``decision`` to ``decisions.jsonl``; it replaces earlier ones of its number."""
         self._append(self._decisions, json.dumps(decision.to_json(), ensure_ascii=False))
 
     def fold_decisions(self) -> None:
-        """Leave the last record of each decision; for the end of the run."""
+        """At the end of the run, keep only the last record of each decision."""
         self._report_all(self._decisions.do(lambda _: fold_decisions(self.run.decisions)))
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         self.on_message(f"checkpoint of step {step} written", "info")
 
     def on_message(self, text: str, level: Level) -> None:
-        self._append(self._log, _told(text, level))
+        self._append(self._log, _line(text, level))
 
     def on_end(self, ending: Ending | None) -> None:
         for file in (self._decisions, self._log):
@@ -77,13 +77,13 @@ class RunLog(Callback):
 
 
 def _decision(change: ChangeRecord) -> Decision:
-    """A change that the policy did not decide."""
+    """The record of a change that the policy did not decide."""
     is_by_hand = change.rule == BY_HAND
     return Decision(
         id=None,
         step=change.step,
         rule=change.rule,
-        level=None if is_by_hand else 4,  # the run could not have gone on otherwise
+        level=None if is_by_hand else 4,  # the run could not continue without it
         confidence=None if is_by_hand else 1.0,
         signals={},
         action=change.setting,
@@ -93,24 +93,24 @@ def _decision(change: ChangeRecord) -> Decision:
     )
 
 
-def _told(text: str, level: Level) -> str:
+def _line(text: str, level: Level) -> str:
     return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level}: {text}"
 
 
 class WatchedFile:
-    """A file of lines that outlives failures, and what was told of them."""
+    """A file of lines that survives write failures, and reports them once."""
 
     def __init__(self, appender: ResilientAppender, name: str) -> None:
         self.appender = appender
-        self.health = Health(name, "training goes on, and its lines wait until there is room")
+        self.health = Health(name, "training continues, and its lines wait until there is room")
 
     def write(self, line: str) -> list[Note]:
-        """Append ``line``; what is to be told of how that went."""
+        """Append ``line``; returns what to report about failures."""
         entry = f"{line}\n".encode(errors="backslashreplace")
         return self.do(lambda appender: appender.append(entry))
 
     def do(self, action: Callable[[ResilientAppender], None]) -> list[Note]:
-        """Do something with the file; what is to be told of how that went."""
+        """Run ``action`` on the file; returns what to report about failures."""
         try:
             action(self.appender)
         except OSError as error:
@@ -121,18 +121,18 @@ class WatchedFile:
 
 
 class RankLog(Callback):
-    """What a process beside the first has to tell, in ``logs/rank-N.log``."""
+    """Writes the messages of a process other than the first to ``logs/rank-N.log``."""
 
     def __init__(self, run: RunFolder, rank: int) -> None:
         name = f"rank-{rank}.log"
         self._log = WatchedFile(line_appender(run.logs / name), f"logs/{name}")
 
     def on_message(self, text: str, level: Level) -> None:
-        self._log.write(_told(text, level))
+        self._log.write(_line(text, level))
 
     def on_change(self, change: ChangeRecord) -> None:
         self.on_message(f"{change.setting}: {change.before} -> {change.after}", "info")
 
     def on_end(self, ending: Ending | None) -> None:
-        self.on_message(f"the end: {ending or 'an exception'}", "info")
+        self.on_message(f"ended: {ending or 'an exception'}", "info")
         self._log.do(ResilientAppender.close)

@@ -1,4 +1,4 @@
-"""The bridge from the guard, which decides within a step on each process, to the trainer."""
+"""The guard of updates: skips those of outliers, within the step, on each process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ultrathink.training.stepping import Verdict
 
 
 class OutlierGuard(OutlierFilter):
-    """Speaks to the trainer for ``OutlierFilter``; once that fails, every update passes."""
+    """Applies ``OutlierFilter`` as the trainer's guard; if it fails, all further updates pass."""
 
     def __init__(self, *, most: float, report: Reporter) -> None:
         super().__init__(most=most)
@@ -20,11 +20,11 @@ class OutlierGuard(OutlierFilter):
         if self._has_failed:
             return Verdict()
         try:
-            return Verdict(skip=self.leaves_out(step_loss, grad_norm))
+            return Verdict(skip=self.skips(step_loss, grad_norm))
         except Exception as error:
             self._has_failed, self.streak = True, 0
             self._report(
-                f"the guard failed and leaves out nothing more; training goes on: "
+                f"the guard failed and skips no more updates; training continues: "
                 f"{type(error).__name__}: {error}",
                 "warning",
             )

@@ -1,6 +1,6 @@
-"""Leaves out updates of batches that are unlike all before: the one thing decided within a step.
+"""Finds steps whose loss or gradient norm is an outlier, before their update is applied.
 
-All processes ask their own guard about the same numbers and come to the same verdict.
+Each process has its own filter, which sees the same numbers and so decides the same.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from ultrathink.orchestrator.signals import SMALL
 from ultrathink.orchestrator.windows import Window
 
 FAR_LOSS = (8.0, math.log(1.3))  # standard deviations, and rise in the logarithm
-FAR_BELOW = (-8.0, -math.log(1.5))  # the same batch again, or targets that the inputs hold
+FAR_BELOW = (-8.0, -math.log(1.5))  # a repeated batch, or targets that leak into the inputs
 FAR_NORM = (10.0, math.log(8.0))
 ENOUGH = 64  # accepted steps before anything is judged
-PATIENCE = 48  # steps left out in a row; then this is how the run is now
+PATIENCE = 48  # skipped steps in a row, after which the new level is accepted
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What was seen of the update that was judged last."""
+    """The figures of the last judged update."""
 
     loss: float
     loss_level: float
@@ -33,11 +33,11 @@ class Judgement:
 
     @property
     def score(self) -> float:
-        """The larger of the two scores, whichever way the loss is off."""
+        """The larger of the two scores; for the loss in either direction."""
         return max(abs(self.loss_score), self.norm_score)
 
     def values(self) -> dict[str, float]:
-        """The figures that a decision rests on."""
+        """The figures behind a decision."""
         return {
             "loss": self.loss,
             "loss_level": self.loss_level,
@@ -49,21 +49,21 @@ class Judgement:
 
 
 class OutlierFilter(Remembers):
-    """Leaves out a step whose loss or gradient norm lies far from the steps that were accepted.
+    """Skips steps whose loss or gradient norm is far from those of accepted steps.
 
-    Robust scores (median, median deviation) of accepted steps only, so that what is left out does
-    not become usual. ``most`` is the largest share of the last 256 steps that may be left out.
+    Robust scores (median, median deviation) use accepted steps only, so that outliers do not become
+    usual. ``most`` is the largest share of the last 256 steps that may be skipped.
     """
 
     remembered = ("_losses", "_norms", "_recent", "streak")
 
     def __init__(self, *, most: float = 0.25) -> None:
         self.most = most
-        self.streak = 0  # steps left out in a row, this one included
+        self.streak = 0  # skipped steps in a row, including this one
         self.last: Judgement | None = None
         self._losses = Baseline()
         self._norms = Baseline(level=64, floor=0.05)
-        self._recent = Window(256)  # 1 for each step that was left out, 0 for the others
+        self._recent = Window(256)  # 1 for each skipped step, 0 for the others
 
     @property
     def loss_level(self) -> float | None:
@@ -71,8 +71,8 @@ class OutlierFilter(Remembers):
         level = self._losses.level
         return None if math.isnan(level) else math.exp(level) - SMALL
 
-    def leaves_out(self, step_loss: float, grad_norm: float) -> bool:
-        """Whether to leave out an update of this loss (nats) and norm."""
+    def skips(self, step_loss: float, grad_norm: float) -> bool:
+        """Whether to skip an update of this loss (nats) and norm."""
         loss = math.log(step_loss + SMALL) if step_loss > -SMALL else math.log(SMALL)
         norm = math.log(max(grad_norm, 1e-30))
         self.last = seen = Judgement(

@@ -55,7 +55,7 @@ def steer(
         show=show,
         report=report,
     )
-    trainer.add_callback(steering.ear)
+    trainer.add_callback(steering.observer)
     trainer.add_controller(steering)
 
 

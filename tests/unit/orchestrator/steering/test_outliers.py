@@ -20,14 +20,14 @@ def healthy(count: int, seed: int = 0) -> list[tuple[float, float]]:
 def accustomed(count: int = 200) -> OutlierFilter:
     outliers = OutlierFilter()
     for loss, norm in healthy(count):
-        assert not outliers.leaves_out(loss, norm)
+        assert not outliers.skips(loss, norm)
     return outliers
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_healthy_is_left_out(seed: int) -> None:
     outliers = OutlierFilter()
-    assert not any(outliers.leaves_out(loss, norm) for loss, norm in healthy(5000, seed))
+    assert not any(outliers.skips(loss, norm) for loss, norm in healthy(5000, seed))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_nothing_healthy_is_left_out(seed: int) -> None:
 )
 def test_what_is_left_out(loss: float, norm: float, is_out: bool) -> None:
     outliers = accustomed()
-    assert outliers.leaves_out(loss, norm) is is_out
+    assert outliers.skips(loss, norm) is is_out
     assert outliers.streak == int(is_out)
     assert outliers.last is not None
     assert outliers.last.values()["loss"] == loss
@@ -52,14 +52,14 @@ def test_what_is_left_out(loss: float, norm: float, is_out: bool) -> None:
 
 def test_the_first_steps_are_not_judged() -> None:
     outliers = accustomed(ENOUGH // 2)
-    assert not outliers.leaves_out(50.0, 1e4)
+    assert not outliers.skips(50.0, 1e4)
 
 
 def test_what_was_left_out_does_not_become_usual() -> None:
     """Also half of the steps for a while."""
     outliers = accustomed(300)
     level = outliers.last.loss_level if outliers.last is not None else math.nan
-    left_out = [outliers.leaves_out(9.0 if n % 2 else 2.0, 1.0) for n in range(60)]
+    left_out = [outliers.skips(9.0 if n % 2 else 2.0, 1.0) for n in range(60)]
     assert left_out == [bool(n % 2) for n in range(60)]
     assert outliers.last is not None
     assert outliers.last.loss_level == pytest.approx(level, rel=0.1)
@@ -67,7 +67,7 @@ def test_what_was_left_out_does_not_become_usual() -> None:
 
 def test_a_new_level_is_accepted_in_the_end() -> None:
     outliers = accustomed(300)
-    left_out = [outliers.leaves_out(9.0, 1.0) for _ in range(PATIENCE + 50)]
+    left_out = [outliers.skips(9.0, 1.0) for _ in range(PATIENCE + 50)]
     assert left_out == [True] * PATIENCE + [False] * 50
     assert outliers.streak == 0
 
@@ -75,20 +75,20 @@ def test_a_new_level_is_accepted_in_the_end() -> None:
 def test_no_more_than_its_share_is_left_out() -> None:
     outliers = OutlierFilter(most=0.1)
     for loss, norm in healthy(300):
-        outliers.leaves_out(loss, norm)
-    left_out = [outliers.leaves_out(9.0 if n % 2 else 2.0, 1.0) for n in range(100)]
+        outliers.skips(loss, norm)
+    left_out = [outliers.skips(9.0 if n % 2 else 2.0, 1.0) for n in range(100)]
     assert sum(left_out) == math.ceil(0.1 * 256)
 
 
 def test_its_state_goes_on_where_it_stopped() -> None:
     one, other = accustomed(), OutlierFilter()
-    one.leaves_out(9.0, 1.0)
+    one.skips(9.0, 1.0)
     other.load_state_dict(one.state_dict())
     rest = [(9.0, 1.0), *healthy(100, seed=4), (2.0, 500.0)]
-    assert [one.leaves_out(*step) for step in rest] == [other.leaves_out(*step) for step in rest]
+    assert [one.skips(*step) for step in rest] == [other.skips(*step) for step in rest]
     assert one.state_dict() == other.state_dict()
 
 
 def test_negative_losses_do_not_stop_it() -> None:
     outliers = OutlierFilter()
-    assert not any(outliers.leaves_out(-1.0, 1.0) for _ in range(200))
+    assert not any(outliers.skips(-1.0, 1.0) for _ in range(200))

@@ -294,7 +294,7 @@ def test_its_own_failure_does_not_end_the_run(make_trainer: MakeTrainer) -> None
         raise ZeroDivisionError("test")
 
     steering.policy.decide = fail  # type: ignore[method-assign, assignment]
-    steering.outliers.leaves_out = fail  # type: ignore[method-assign, assignment]
+    steering.outliers.skips = fail  # type: ignore[method-assign, assignment]
     assert trainer.fit().name == "finished"
     for who in ("the orchestrator failed at step 1", "the guard failed"):
         [told] = [text for text in recorder.messages if who in text]

@@ -70,9 +70,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if is_launched():
-        from ultrathink.parallel.restarts import run_to_go_on_with
+        from ultrathink.parallel.restarts import run_to_resume
 
-        path = run_to_go_on_with()
+        path = run_to_resume()
         if path is not None:
             return _go_on(str(path), [], [], args.json)
     source, overrides = split_config_and_overrides(args.positionals)

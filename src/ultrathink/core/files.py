@@ -1,4 +1,4 @@
-"""Writing and removing files so that a crash leaves the old ones or the new, never half of one."""
+"""Writes and removes files such that a crash leaves the old or the new ones, never half of one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write ``data`` beside ``path``, flush it to the disk, and rename it into place."""
+    """Write ``data`` to a temporary file, flush it to the disk, and rename it to ``path``."""
     payload = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -25,9 +25,9 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` to fill; in the end it is flushed to the disk and renamed there.
+    """A temporary folder to fill, which is then flushed to the disk and renamed to ``folder``.
 
-    Nothing of it is left where that fails.
+    After an error nothing of it is left.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}.tmp")
@@ -46,9 +46,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Rename ``new`` to ``folder``; one that stands there steps aside first and is deleted last.
+    """Rename ``new`` to ``folder``; an existing one is first renamed and finally deleted.
 
-    A crash in between leaves the former as ``.NAME.old`` beside where it stood.
+    A crash in between leaves the old one as ``.NAME.old``.
     """
     aside = folder.with_name(f".{folder.name}.old")
     if folder.exists():
@@ -67,7 +67,7 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder that vanishes at once: a crash in between leaves ``.NAME.deleted`` only."""
+    """Delete a folder by renaming it first: a crash in between leaves only ``.NAME.deleted``."""
     hidden = folder.with_name(f".{folder.name}.deleted")
     if hidden.exists():
         shutil.rmtree(hidden)
@@ -85,7 +85,7 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's own entries, so that a rename in it survives a power cut."""
+    """Flush the entries of a folder, so that a rename in it survives a power failure."""
     if os.name == "nt":  # Windows cannot open a folder for this
         return
     sync_file(folder)

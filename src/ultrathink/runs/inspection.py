@@ -1,4 +1,4 @@
-"""What is inside a checkpoint, and all its weights in one file."""
+"""Lists the content of a checkpoint, and consolidates its weights into one file."""
 
 from __future__ import annotations
 
@@ -43,29 +43,29 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     folder: Path
     kind: Kind
-    base: str | None  # hash of the model that it adds to
+    base: str | None  # hash of the model that an adapter belongs to
     step: int
     tokens: int
     minutes: float
     num_processes: int  # that wrote it
     size_bytes: int
-    files: dict[str, int]  # and their bytes
+    files: dict[str, int]  # bytes by name
     tensors: tuple[TensorInfo, ...]
     optimizer: str
     snapshots: dict[int, int]  # embedded ones: bytes by step
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in the model's tensors."""
+        """The number of elements in the model's tensors."""
         return sum(math.prod(t.shape) for t in self.tensors if weights(t.name))
 
 
 def inspect_checkpoint(folder: Path) -> Contents:
-    """Look into a checkpoint without reading its tensors; raises CheckpointError."""
+    """The content of a checkpoint, without reading its tensors; raises CheckpointError."""
     state, header = read_state(folder), read_header(folder)
     shards = holding(folder)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
@@ -114,9 +114,9 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
 def consolidate(run: RunFolder, checkpoint: str, output: Path | None = None) -> tuple[Path, str]:
     """Write the weights of a run's checkpoint as one file, with configuration and tokenizer.
 
-    Returns the folder, ``RUN/consolidated/STEP`` unless given, and a remark where another
-    checkpoint had to stand in ("" else). It appears whole or not at all. Raises CheckpointError
-    where it exists already.
+    Returns the folder, by default ``RUN/consolidated/STEP``, and a remark if another checkpoint
+    had to be used (else ""). The folder is complete or absent. Raises CheckpointError if it exists
+    already.
     """
     from safetensors.torch import save_file
 

@@ -139,8 +139,8 @@ def check_groups(moe: MoeConfig | None, folder: Path) -> None:
     if _group_sizes(theirs) != _group_sizes(moe):
         raise CheckpointError(
             f"{folder} holds another model: it has {_groups_text(theirs)}, but this one has "
-            f"{_groups_text(moe)}. Set model.moe.groups to that of the checkpoint's run (ultrathink "
-            f"config show RUN)."
+            f"{_groups_text(moe)}. Set model.moe.groups to that of the checkpoint's run "
+            f"(ultrathink config show RUN)."
         )
 
 

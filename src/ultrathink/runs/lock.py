@@ -50,8 +50,8 @@ class Owner:
 class RunLock:
     """Keeps other processes, and other trainers of this one, out of a run folder.
 
-    Created by ``acquire``. It ends with ``release()``, with its ``with`` block, when it is no longer
-    referenced, or with the process.
+    Created by ``acquire``. It ends with ``release()``, with its ``with`` block, when nothing refers
+    to it any more, or with the process.
     """
 
     def __init__(self, run: RunFolder, lock: BaseFileLock) -> None:

@@ -1,4 +1,4 @@
-"""The parts of a run, made for this machine and put together."""
+"""Builds the parts of a run for this machine, and connects them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from ultrathink.training.trainer import Trainer
 
 
 def build_model(config: Config) -> Transformer:
-    """The bare network of ``config`` on the CPU in fp32, its weights drawn from ``run.seed``."""
+    """The network of ``config`` on the CPU in fp32, with weights initialized from ``run.seed``."""
     seed_everything(config.run.seed)
     return Transformer(config.model)
 
@@ -59,7 +59,7 @@ def assemble(
     frozen: Sequence[FoundModel] = (),
     evaluators: EvaluatorSet = NO_EVALUATORS,
 ) -> Trainer:
-    """The parts of a run, made for this machine and wired; nothing is loaded or trained yet."""
+    """The connected parts of a run for this machine; nothing is loaded or trained yet."""
     training = config.training
     tokens_per_step = training.batch_size * config.data.seq_len
     world, dims = choices.world, choices.dims
@@ -77,7 +77,7 @@ def assemble(
     )
     watches = config.orchestrator.mode != "off" and world.is_main
     samples = SampleWriter(config, model, data.tokenizer, metrics.sinks, world)
-    # Before models are made ready, from where on freed memory is kept.
+    # Before models are made ready: from then on freed memory is kept.
     loader = TrainLoader(
         data.train_stores,
         data.train_weights,
@@ -142,7 +142,7 @@ def _settings(training: TrainingConfig, dims: ParallelDims) -> LiveSettings:
 
 
 def _identity(data: PreparedData, loader: Batches, models: ModelSet) -> dict[str, Any]:
-    """Hashes of the data and of frozen models, which must be the same for a run to go on."""
+    """Hashes of the data and of frozen models, which must not change when a run is resumed."""
     return {
         "frozen_hash": models.frozen_hash,
         "data_hash": data.data_hash,
@@ -155,7 +155,7 @@ def _identity(data: PreparedData, loader: Batches, models: ModelSet) -> dict[str
 def _objective(
     config: Config, data: PreparedData, ready: tuple[ModelSet, Compilation], choices: Choices
 ) -> Objective:
-    """What the run learns."""
+    """The objective of the run."""
     training, packing = config.training, config.data.packing
     models, compilation = ready
     parts = Parts(
@@ -178,7 +178,7 @@ def _objective(
 
 
 def _stepper(config: Config, objective: Objective, choices: Choices) -> Stepper:
-    """What takes steps towards ``objective``."""
+    """The stepper for ``objective``."""
     models = objective.models
     optimizers = [
         optimizer

@@ -1,4 +1,4 @@
-"""The snapshots of a steered run, brought back from the checkpoint that it is resumed with."""
+"""Loads the snapshots of a steered run from the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def bring_back_snapshots(
         return []
     if reset or any(change.felt for change in changes):
         return [
-            f"the run goes on with changes, so it cannot go back to before step "
-            f"{plain['progress']['step']}: the snapshots of the checkpoint are left out"
+            f"the run resumes with changes, so it cannot roll back to before step "
+            f"{plain['progress']['step']}: the snapshots of the checkpoint are not loaded"
         ]
     remarks = []
     most = room_for_snapshots(parts, config.snapshots, len(steps))
@@ -45,7 +45,7 @@ def bring_back_snapshots(
     if room < len(steps):
         remarks.append(
             f"there is memory for {room} of the {len(steps)} snapshots of the checkpoint: the run "
-            f"goes back no farther than those (orchestrator.snapshots.max_gib)"
+            f"can roll back only to those (orchestrator.snapshots.max_gib)"
         )
     lost: list[tuple[int, str]] = []
     for step in steps[len(steps) - room :]:
@@ -55,18 +55,18 @@ def bring_back_snapshots(
     if lost:
         numbers = ", ".join(str(step) for step, _ in lost)
         remarks.append(
-            f"the run cannot go back to the snapshot{'s' * (len(lost) > 1)} of step {numbers}, "
-            f"which {checkpoint.name} no longer holds as written ({lost[0][1]})"
+            f"the run cannot roll back to the snapshot{'s' * (len(lost) > 1)} of step {numbers}, "
+            f"damaged or missing in {checkpoint.name} ({lost[0][1]})"
         )
     return remarks
 
 
 def _bring_back(parts: Parts, control: ControlQueue, folder: Path, step: int) -> str | None:
-    """Read one snapshot, each process its part; what was wrong, where one could not."""
+    """Read one snapshot, each process its part; returns the problem, if any."""
     problem = None
     try:
         state: dict[str, Any] = load_checkpoint(folder, region=partial(region_needed, parts.models))
-        state["settings"]["eval_every"] = parts.settings.eval_every  # as configured since
+        state["settings"]["eval_every"] = parts.settings.eval_every  # as configured now
         state = placed_state(state, parts.models, parts.stepper.host_names)
     except DamagedCheckpointError as error:
         problem = error.problem if folder.is_dir() else f"{folder.name} is missing"

@@ -19,7 +19,7 @@ from ultrathink.training.trainer import Trainer
 
 _SHARE_OF_FREE = 0.2
 _GIB = 2**30
-_MOST = 8  # snapshots; more would lie too far back to be of use
+_MOST = 8  # snapshots; further ones would be too old to be useful
 
 
 def steer(
@@ -30,7 +30,7 @@ def steer(
     sinks: SinkGroup,
     report: Reporter,
 ) -> None:
-    """Give ``trainer`` a guard, and on the first process, which has a ``watch``, the policy."""
+    """Add a guard to ``trainer``, and on the first process, which has a ``watch``, the policy."""
 
     def show(step: int, title: str, text: str) -> None:
         sinks.decision(step, title, text)
@@ -60,10 +60,10 @@ def steer(
 
 
 def orchestrator_of(trainer: Trainer) -> Steering:
-    """What steers ``trainer``; UltrathinkError where nothing does.
+    """The orchestrator that steers ``trainer``; UltrathinkError if there is none.
 
-    Its ``get_adaptive_status()`` tells what was decided, its ``best_snapshot(last_steps)`` is one
-    to go back to by hand.
+    ``get_adaptive_status()`` returns its decisions, ``best_snapshot(last_steps)`` a snapshot for a
+    manual rollback.
     """
     for controller in trainer.controllers:
         if isinstance(controller, Steering):
@@ -72,11 +72,11 @@ def orchestrator_of(trainer: Trainer) -> Steering:
 
 
 def room_for_snapshots(parts: Parts, config: SnapshotsConfig, before: int | None = None) -> int:
-    """How many snapshots of a run fit, those that it holds among them.
+    """The number of snapshots of a run that fit into host memory, including existing ones.
 
-    A run that had room for ``before`` and was resumed has it again, so that it goes the same way,
-    unless that would take twice the share of the free memory. They lie in the memory of the host,
-    which the processes of one machine divide equally.
+    A resumed run that had room for ``before`` gets the same number, so that it behaves the same,
+    unless that would take twice the share of the free memory. The processes of one machine share
+    the host memory equally.
     """
     size = max(1, host_bytes(parts.state.state_dict())) / _GIB
     if config.max_gib is not None:

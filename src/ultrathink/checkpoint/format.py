@@ -24,14 +24,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from ultrathink.core.errors import CheckpointError
-from ultrathink.core.files import replace_folder, sync_file, sync_folder, write_atomic
+from ultrathink.core.files import clean_up, replace_folder, sync_file, sync_folder, write_atomic
 from ultrathink.core.protocols import State
 from ultrathink.core.shards import Region, TensorShard
 from ultrathink.core.store import LocalStore, SharedStore
@@ -134,7 +133,7 @@ def save_checkpoint(
             return
         has_begun = False
         try:
-            shutil.rmtree(beside, ignore_errors=True)
+            clean_up(beside)
             beside.mkdir(parents=True)
             has_begun = True
             store.put("begun", True)
@@ -144,7 +143,7 @@ def save_checkpoint(
             replace_folder(beside, folder)
             once_whole()
         except BaseException as error:
-            shutil.rmtree(beside, ignore_errors=True)
+            clean_up(beside)
             if not has_begun:
                 store.put("begun", False)
             store.put("end", _plainly(error))

@@ -8,7 +8,6 @@ holds is hard-linked into the new one and takes no further space.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from ultrathink.checkpoint.format import (
     save_checkpoint,
     verify_checkpoint,
 )
-from ultrathink.core.files import sync_folder
+from ultrathink.core.files import clean_up, sync_folder
 from ultrathink.core.protocols import State
 from ultrathink.core.store import PrefixStore, SharedStore
 
@@ -116,7 +115,7 @@ class SnapshotWriter:
                 sync_folder(target)
                 sync_folder(target.parent)
             except OSError:  # a file system without hard links
-                shutil.rmtree(target, ignore_errors=True)
+                clean_up(target)
                 return False
             return True
         return False

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from ultrathink.core.files import temporary_folder
 from ultrathink.parallel import watchdog
 from ultrathink.parallel.world import RENDEZVOUS_VARIABLE, RUN_POINTER_VARIABLE
 
@@ -63,13 +63,14 @@ class LaunchResult:
 def launch(what: Launch, report: Callable[[str], None]) -> LaunchResult:
     """Start the processes, supervise them until they end, and return how they ended."""
     _TORCH_LOG.setLevel(logging.CRITICAL)
-    with (
-        tempfile.TemporaryDirectory(prefix="ultrathink-") as folder,
-        _environment(_variables(what, Path(folder))),
-    ):
-        agent = _Agent(_spec(what, Path(folder)), _logs(what), report)
+    with temporary_folder() as folder, _environment(_variables(what, folder)):
+        spec = _spec(what, folder)
+        agent = _Agent(spec, _logs(what), report)
         with _forwarding_signals(agent) as received:
             result = agent.run()
+        if what.endpoint is None:
+            with suppress(Exception):  # ends the heartbeats, which write to a file in the folder
+                spec.rdzv_handler.shutdown()
     if received and not result.is_failed():
         return LaunchResult(128 + received[0])
     if not result.is_failed():

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from ultrathink.checkpoint.format import load_checkpoint
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.core.files import temporary_folder
 from ultrathink.data.loader import Batches
 from ultrathink.orchestrator.steering.proposals import SKIP_BATCH
 from ultrathink.recipes.resume import resume_trainer
@@ -127,9 +127,9 @@ def _replay(
     run: RunFolder, record: dict[str, Any], order: int, horizon: int, *, acts: bool
 ) -> float:
     """The validation loss of one branch, ``horizon`` steps after the decision."""
-    with tempfile.TemporaryDirectory(prefix="ultrathink-audit-") as scratch:
+    with temporary_folder("ultrathink-audit-") as scratch:
         end = _StopAt(record["step"] + horizon)
-        trainer = branch(run, record, Path(scratch) / "run", acts=acts, controllers=[end])
+        trainer = branch(run, record, scratch / "run", acts=acts, controllers=[end])
         # The data of an order follows after that of all earlier orders.
         trainer.loader.skip(order * (horizon + _FARTHEST) * trainer.loader.batch_size)
         if trainer.ending is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from ultrathink.config.docs import to_yaml
 from ultrathink.config.loading import CONFIG_FILE, ORIGINS_FILE, load_config
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError, suggestion
-from ultrathink.core.files import remove_folder, write_atomic
+from ultrathink.core.files import clean_up, remove_folder, write_atomic
 from ultrathink.core.protocols import State
 from ultrathink.core.store import SharedStore
 from ultrathink.monitoring.jsonl import EXPERTS_FILE, METRICS_FILE, SAMPLES_FILE
@@ -34,7 +33,7 @@ from ultrathink.monitoring.jsonl import EXPERTS_FILE, METRICS_FILE, SAMPLES_FILE
 _STEP_FOLDER = re.compile(r"^step_(\d{8,})$")
 # Left by a killed process: see write_atomic, save_checkpoint, remove_folder.
 _UNFINISHED_FILE = re.compile(r"^\..+\.\d+\.tmp$")
-_UNFINISHED_FOLDER = re.compile(r"^\.(step_\d{8,})\.(tmp|old|deleted)$")
+_UNFINISHED_FOLDER = re.compile(r"^\.+(step_\d{8,})\.(?:\w+\.)*(tmp|old|deleted)$")
 
 NAME_IN_USE = "chosen at run time: name in use"
 
@@ -77,7 +76,7 @@ class RunFolder:
             folder.logs.mkdir()
             folder.write_config(config)
         except BaseException:
-            shutil.rmtree(folder.path, ignore_errors=True)
+            clean_up(folder.path)
             raise
         return folder, config
 
@@ -148,7 +147,7 @@ class RunFolder:
         for folder in (self.path, self.tokenizer):
             for path in folder.glob(".*.tmp"):
                 if _UNFINISHED_FILE.match(path.name):
-                    path.unlink()
+                    clean_up(path)
         if not self.checkpoints.is_dir():
             return
         for path in list(self.checkpoints.iterdir()):
@@ -159,7 +158,7 @@ class RunFolder:
             if match[2] == "old" and not visible.exists():
                 os.rename(path, visible)
             else:
-                shutil.rmtree(path)
+                clean_up(path)
         for name in ("best", "last"):
             coming = self._coming(name)
             if coming.exists():
@@ -297,10 +296,10 @@ class RunFolder:
             write(path, state, once_whole=lambda: self._set_links(names))
         except BaseException:
             for name in names:
-                with suppress(OSError):
-                    self._coming(name).unlink(missing_ok=True)
+                clean_up(self._coming(name))
             raise
-        self.prune(keep, path)
+        with suppress(OSError):  # the checkpoint is written: pruning is retried after the next
+            self.prune(keep, path)
         return path
 
     def remove_after(self, step: int) -> None:
@@ -357,7 +356,7 @@ class RunFolder:
                 kept.add(self.checkpoints / link.resolve().name)
         for path in found:
             if path not in kept:
-                with suppress(OSError):  # retried after the next checkpoint
+                with suppress(OSError):  # the others may succeed
                     remove_folder(path)
 
 

@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ultrathink.core.files import temporary_folder
 from ultrathink.training.compiling import compile_cache_folder, compiler_problem, find_cpp_compiler
 
 # Python's headers and OpenMP are what compiled steps need beside the compiler itself.
@@ -79,8 +79,8 @@ def _version(compiler: str) -> str | None:
 
 
 def _trial(compiler: str) -> str | None:
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "trial.cpp"
+    with temporary_folder() as folder:
+        source = folder / "trial.cpp"
         source.write_text(_PROGRAM, encoding="utf-8")
         command = [compiler, str(source), "-c", "-fPIC", "-std=c++20", "-o", f"{source}.o"]
         command += [f"-I{sysconfig.get_path('include')}"]

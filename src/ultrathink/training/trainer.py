@@ -42,6 +42,7 @@ from ultrathink.training.length import Length, seconds_per_step
 from ultrathink.training.memory import memory_share
 from ultrathink.training.objectives.base import Objective
 from ultrathink.training.out_of_memory_log import OutOfMemoryLog
+from ultrathink.training.pace import Pace
 from ultrathink.training.parts import Boundary, Parts
 from ultrathink.training.records import ChangeRecord
 from ultrathink.training.run_state import Progress, RunState
@@ -99,10 +100,7 @@ class Trainer:
             header=self.objective.header,
         )
         self.scorer = Scorer(
-            self.objective,
-            self.training.eval.batch_size,
-            world=self.world,
-            report=self._report,
+            self.objective, self.training.eval.batch_size, world=self.world, report=self._report
         )
         self.evaluations = Evaluations(
             self.evaluators,
@@ -117,6 +115,7 @@ class Trainer:
         self._failures: set[str] = set()
         self._memory_share = 0.0  # the largest of all processes
         self._times = StepTimes(self.world, self.stepper.clock)
+        self._pace = Pace(self.world.local_size)
         share = self.dims.share(self.training.batch_size)
         self.state = RunState()
         self.parts = Parts(
@@ -293,7 +292,7 @@ class Trainer:
         self.clock.count_step(seconds)
         is_due = self.progress.is_due(self.training.log_every)
         timing, stragglers = self._times.of_step(step, seconds, is_due=is_due)
-        for sentence in stragglers:
+        for sentence in (*stragglers, *self._pace.of_step(seconds, is_logged=with_figures)):
             self._report(sentence, "warning")
         if result.skipped:
             self._report(

@@ -62,7 +62,9 @@ def test_copies_of_the_model_are_written_once(two: Pool, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_a_resumed_run_of_two_is_the_run_that_went_on(two: Pool, tmp_path: Path, kind: str) -> None:
+def test_a_resumed_run_of_two_is_the_run_that_continued(
+    two: Pool, tmp_path: Path, kind: str
+) -> None:
     """Dropout included: what is drawn depends on the step, not on what came before."""
     words = ("training.max_steps=6", "model.dropout=0.3", "training.checkpoint={every_steps: 3}")
     words = (*words, *EXPERTS[kind], *(() if kind == "dense" else (NOISE,)))

@@ -177,7 +177,7 @@ BREAKAGES = (
         ("unit/training/test_control.py",),
     ),
     Breakage(
-        "a state that is being written goes on changing",
+        "a state changes while it is written",
         "training/saving.py",
         "return copied_to_host(own_shards(state))",
         "return own_shards(state)",
@@ -205,7 +205,7 @@ BREAKAGES = (
         ("unit/checkpoint/test_damaged_checkpoint.py",),
     ),
     Breakage(
-        "a save that was given up is reported",
+        "an abandoned save is reported",
         "checkpoint/saver.py",
         "if not isinstance(error, SaveAbandonedError):",
         "if True:",
@@ -289,7 +289,7 @@ BREAKAGES = (
         ("unit/orchestrator/test_loss_detectors.py", "unit/orchestrator/test_watcher.py"),
     ),
     Breakage(
-        "the level of before a divergence goes on counting after it",
+        "the level before a divergence still counts after it",
         "orchestrator/detectors/loss.py",
         "self.baseline.restart()",
         "pass",

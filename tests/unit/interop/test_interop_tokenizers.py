@@ -123,7 +123,7 @@ def test_a_saved_one_comes_back_with_its_companions(tmp_path: Path) -> None:
     assert other.fingerprint != tokenizer.fingerprint
 
 
-def test_a_damaged_one_is_told(tmp_path: Path) -> None:
+def test_a_damaged_one_is_reported(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "there")
     read_tokenizer(tmp_path / "there", {}).save(tmp_path)
     path = tmp_path / "tokenizer.json"

@@ -14,7 +14,7 @@ def pointer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_who_is_started_again_goes_on_with_the_same_run(
+def test_who_is_started_again_continues_with_the_same_run(
     pointer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "runs" / "demo"

@@ -63,7 +63,7 @@ def load(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mixtral"])
-def test_training_goes_on_from_the_weights_and_they_go_back(
+def test_training_continues_from_the_weights_and_they_go_back(
     load: Load, folder: Path, request: pytest.FixtureRequest, family: str
 ) -> None:
     if family == "mixtral":
@@ -141,7 +141,7 @@ def test_what_the_user_says_of_the_model_must_agree(
     assert "model.hidden_size is 64 (override model.hidden_size=64), the checkpoint's 48" in message
     assert "model.num_layers is 3 (override model.num_layers=3), the checkpoint's 2" in message
     assert "tokenizer is byte (override tokenizer=byte), the checkpoint has its own" in message
-    assert "Leave these keys out" in message
+    assert "Remove these keys" in message
     file = tmp_path / "mine.yaml"
     file.write_text(
         "model: {hidden_size: 48, rope_theta: 10000.0, rope_scaling: null}\n"

@@ -158,5 +158,5 @@ def test_its_checkpoints_say_of_what_kind_they_are(make_trainer: MakeTrainer) ->
     longer = resume_trainer(run, overrides=["training.max_steps=3"])
     longer.fit()
     assert longer.progress.step == 3
-    with pytest.raises(CheckpointError, match=r"'probe', made for .* needs one of kind 'model'"):
+    with pytest.raises(CheckpointError, match=r"'probe', made for .* needs kind 'model'"):
         resume_trainer(run, overrides=["training.max_steps=4", "training.objective=pretrain"])

@@ -81,7 +81,7 @@ def test_other_errors_are_not(error: Exception) -> None:
     assert not is_out_of_memory(error)
 
 
-def test_an_empty_error_is_told_by_its_kind() -> None:
+def test_an_empty_error_is_reported_by_its_kind() -> None:
     assert problem_of(MemoryError()) == "MemoryError"
 
 
@@ -317,7 +317,7 @@ def test_advice_that_was_followed_is_not_given_again(make_trainer: MakeTrainer) 
     assert "data.seq_len" in str(caught_.value)
 
 
-def test_optimizer_state_that_does_not_fit_is_told_before_the_first_batch(
+def test_optimizer_state_that_does_not_fit_is_reported_before_the_first_batch(
     make_trainer: MakeTrainer,
 ) -> None:
     trainer = make_trainer()
@@ -372,5 +372,5 @@ def test_validation_takes_smaller_batches(make_trainer: MakeTrainer) -> None:
     for one, other in zip(whole.validations, halved.validations, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-6)
         assert one.num_tokens == other.num_tokens
-    [told] = [text for text in halved.messages if text.startswith("validation")]
-    assert told.startswith("validation takes 1 sequences at a time, no longer 3: ")
+    [reported] = [text for text in halved.messages if text.startswith("validation")]
+    assert reported.startswith("validation now takes 1 sequences at a time instead of 3: ")

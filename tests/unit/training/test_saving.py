@@ -1,4 +1,4 @@
-"""Checkpoints while training goes on: off its thread, and on disks that will not take them."""
+"""Checkpoints while training continues: off its thread, and on disks that will not take them."""
 
 import os
 import shutil
@@ -119,10 +119,10 @@ def test_a_full_disk_warns_keeps_training_and_tries_again(
         ],
     )
     assert trainer.fit().name == "finished"
-    told = [text for text in recorder.messages if "could not be written" in text]
-    assert told[0].startswith("the checkpoint of step 4 could not be written: No space left on")
-    assert "training continues, with a retry every 0.001 s" in told[0]
-    assert len(told) == 1, "told once, not at every try"
+    reported = [text for text in recorder.messages if "could not be written" in text]
+    assert reported[0].startswith("the checkpoint of step 4 could not be written: No space left on")
+    assert "training continues, with a retry every 0.001 s" in reported[0]
+    assert len(reported) == 1, "reported once, not at every try"
     assert written[0] == 2
     assert written[-1] == 12
     assert 4 not in trainer.run.steps()

@@ -286,8 +286,8 @@ def test_another_objective_takes_the_model_along_and_needs_its_own_modules(
     with pytest.raises(CheckpointError) as caught:
         resume_trainer(plain.run, overrides=["training.objective=critic", "training.max_steps=4"])
     assert str(caught.value) == (
-        "training.objective trains 'value' beside the model, and the checkpoint has no 'value'; "
-        "resume with the objective and the options it was made with, or start a new run with its "
+        "training.objective trains 'value' beside the model, but the checkpoint has no 'value'; "
+        "resume with the objective and options of the checkpoint, or start a new run with its "
         "weights: training.init_from=RUN."
     )
 

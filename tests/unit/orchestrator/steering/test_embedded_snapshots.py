@@ -177,9 +177,9 @@ def test_they_are_listed(stopped: RunFolder, capsys: pytest.CaptureFixture[str])
     listed = ", ".join(map(str, held))
     assert f"which checkpoints share: the snapshots of step {listed}\n" in capsys.readouterr().out
     assert main(["checkpoint", "info", str(stopped.path), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)["snapshots"]
-    assert [one["step"] for one in told] == held
-    assert min(one["size_bytes"] for one in told) > 10_000
+    reported = json.loads(capsys.readouterr().out)["snapshots"]
+    assert [one["step"] for one in reported] == held
+    assert min(one["size_bytes"] for one in reported) > 10_000
 
 
 def damage_of(run: RunFolder, kind: str) -> str:
@@ -195,7 +195,9 @@ def damage_of(run: RunFolder, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["missing", "damaged"])
-def test_a_snapshot_that_is_lost_is_told_and_done_without(stopped: RunFolder, kind: str) -> None:
+def test_a_snapshot_that_is_lost_is_reported_and_done_without(
+    stopped: RunFolder, kind: str
+) -> None:
     problem = damage_of(stopped, kind)
     check = check_run(stopped)
     assert [f.item for f in check.findings if f.status == "damaged"] == [
@@ -203,17 +205,17 @@ def test_a_snapshot_that_is_lost_is_told_and_done_without(stopped: RunFolder, ki
     ]
     assert check.can_resume
     again = resumed_and_broken(stopped)
-    [told] = [text for text, _ in again.remarks if "snapshot" in text]
-    assert told.startswith("the run cannot go back to the snapshot of step 101")
-    assert problem in told
+    [reported] = [text for text, _ in again.remarks if "snapshot" in text]
+    assert reported.startswith("the run cannot roll back to the snapshot of step 101")
+    assert problem in reported
     [rollback] = decisions(again, "roll_back")
     assert rollback["after"] in (81, 107)  # the one before it, or one taken since
 
 
-def test_a_run_that_goes_on_with_changes_begins_with_none(stopped: RunFolder) -> None:
+def test_a_run_that_continues_with_changes_begins_with_none(stopped: RunFolder) -> None:
     again = resumed_and_broken(stopped, "training.optimizer.lr=0.002")
-    [told] = [text for text, _ in again.remarks if "snapshots" in text]
-    assert "goes on with changes, so it cannot go back to before step 106" in told
+    [reported] = [text for text, _ in again.remarks if "snapshots" in text]
+    assert "resumes with changes, so it cannot roll back to before step 106" in reported
     [rollback] = decisions(again, "roll_back")
     assert rollback["after"] == 107
 
@@ -229,8 +231,8 @@ def test_where_memory_is_short_the_newest_are_brought_back(stopped: RunFolder) -
     held = embedded_steps(read_state(stopped.checkpoint()))
     one = sum(f.stat().st_size for f in snapshot_path(stopped.checkpoint(), 101).iterdir()) / 2**30
     again = resume_trainer(stopped, overrides=[f"orchestrator.snapshots.max_gib={2.5 * one}"])
-    [told] = [text for text, _ in again.remarks if "memory" in text]
-    assert told.startswith(f"there is memory for 2 of the {len(held)} snapshots")
+    [reported] = [text for text, _ in again.remarks if "memory" in text]
+    assert reported.startswith(f"there is memory for 2 of the {len(held)} snapshots")
     again.fit()
     assert len(steering_of(again).snapshots.steps) <= 2  # type: ignore[union-attr]
 
@@ -269,7 +271,7 @@ def test_a_finished_run_that_was_steered_leaves_no_memory_behind(
     assert gone() is None
 
 
-def test_a_trial_of_rates_goes_on_after_a_resume(
+def test_a_trial_of_rates_continues_after_a_resume(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it goes back to is in the checkpoint: its beginning, and the best rate's end."""

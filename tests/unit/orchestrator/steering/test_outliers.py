@@ -80,7 +80,7 @@ def test_no_more_than_its_share_is_left_out() -> None:
     assert sum(left_out) == math.ceil(0.1 * 256)
 
 
-def test_its_state_goes_on_where_it_stopped() -> None:
+def test_its_state_continues_where_it_stopped() -> None:
     one, other = accustomed(), OutlierFilter()
     one.skips(9.0, 1.0)
     other.load_state_dict(one.state_dict())

@@ -81,7 +81,7 @@ def setting() -> dict[str, Any]:
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
 
 
-def ratio_interval(ratios: Sequence[float]) -> dict[str, float]:
+def ratio_interval(ratios: Sequence[float]) -> dict[str, Any]:
     """The geometric mean of paired ratios and its 95% interval, by Student's t of their logs."""
     logs = [math.log(ratio) for ratio in ratios]
     mean, freedom = statistics.fmean(logs), len(logs) - 1
@@ -91,6 +91,7 @@ def ratio_interval(ratios: Sequence[float]) -> dict[str, float]:
         "mean": math.exp(mean),
         "low_95": math.exp(mean - half),
         "high_95": math.exp(min(700.0, mean + half)),
+        "measured": list(ratios),
     }
 
 

@@ -54,9 +54,8 @@ def core_use() -> CoreUse | None:
 
 
 def _cores() -> set[int]:
-    if sys.platform == "linux":
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
+    everything = range(os.cpu_count() or 1)
+    return set(os.sched_getaffinity(0) if sys.platform == "linux" else everything)
 
 
 class Pace:

@@ -124,7 +124,7 @@ while os.path.exists(sys.argv[2]):
         os.makedirs(f"part-{number % 7}", exist_ok=True)
         open(f"part-{number % 7}/{number % 97}", "w").close()
         open(f"file-{number % 97}", "w").close()
-    except FileNotFoundError:
+    except OSError:
         pass
 """
     go = tmp_path / "go"

@@ -192,7 +192,7 @@ class RunFolder:
         steps = self.steps()
         if not steps:
             raise CheckpointError(
-                f"run {self.path} has no checkpoint; it ended before the first was written. "
+                f"run {self.path} has no checkpoint yet; it ended before the first was written. "
                 f"Restart it: ultrathink train --resume {self.path}"
             )
         if which == "last":

@@ -66,9 +66,9 @@ class RunReader:
         lines = {True: "line is", False: "lines are"}
         return [
             *(f"{problem}." for problem in dict.fromkeys(self.problems)),
-            *(f"{name}: the last line is incomplete and skipped." for name in sorted(self._torn)),
+            *(f"{name}: the last line is torn and left out." for name in sorted(self._torn)),
             *(
-                f"{name}: {count:,} {lines[count == 1]} damaged and skipped."
+                f"{name}: {count:,} {lines[count == 1]} damaged and left out."
                 for name, count in self.num_damaged.items()
                 if count
             ),

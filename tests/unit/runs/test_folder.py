@@ -103,7 +103,7 @@ def test_going_back_hides_before_it_deletes(
         save(run, step, keep=9)
     (run.step_path(2) / "checksums.json").unlink()  # partial ones go as well
 
-    def killed(path: Path) -> None:
+    def killed(path: Path, ignore_errors: bool) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

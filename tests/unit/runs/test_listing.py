@@ -81,10 +81,10 @@ LAST = "checkpoints/step_00000010"
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        (f"{LAST}/*.safetensors", "cut", f"{LAST} is not whole"),
+        (f"{LAST}/*.safetensors", "cut", f"{LAST} is incomplete"),
         (f"{LAST}/state.json", "{", f"{LAST} is damaged: state.json cannot be read"),
         (f"{LAST}/state.json", None, f"{LAST} is not a checkpoint: it has no state.json"),
-        (f"{LAST}/checksums.json", None, f"{LAST} is not whole"),
+        (f"{LAST}/checksums.json", None, f"{LAST} is incomplete"),
         ("config.yaml", None, "config.yaml is missing"),
         ("config.yaml", "training: [", "config.yaml is damaged"),
         ("config.yaml", "model: {}\n", "config.yaml has no section training"),

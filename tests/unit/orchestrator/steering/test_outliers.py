@@ -1,4 +1,4 @@
-"""What the outliers leaves out, and that it learns from nothing that it left out."""
+"""What the outlier filter skips, and that it learns nothing from what it skipped."""
 
 import math
 

@@ -206,7 +206,7 @@ def test_a_snapshot_that_is_bad_itself_is_passed_over_once_that_is_clear(
 
 
 def test_losses_too_good_to_be_true_take_the_run_back_once() -> None:
-    """After that they may be how the data is, and the outliers gets used to them."""
+    """After that they may be how the data is, and the filter gets used to them."""
     outliers = OutlierFilter()
     outliers.streak = 8
     outliers.last = Judgement(0.5, 2.0, -12.0, 1.0, 1.0, 0.0)

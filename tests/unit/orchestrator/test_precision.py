@@ -28,7 +28,7 @@ def test_the_search_at_the_beginning_is_information() -> None:
     falling = [2.0 ** max(32 - step, 12) for step in range(300)]
     (event,) = found({"loss_scale": falling}, "fp16_overflow")
     assert event.severity == "info"
-    assert "first search" in event.message
+    assert "initial search" in event.message
 
 
 def test_a_scale_far_below_its_usual_value_is_an_alarm() -> None:

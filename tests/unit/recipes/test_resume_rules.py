@@ -66,8 +66,8 @@ def test_every_option_is_refused_or_applied_as_declared(run: RunFolder) -> None:
             with pytest.raises(UltrathinkError) as caught:
                 plan(run, override)
             said = str(caught.value)
-            assert said.startswith(f"{key} cannot change to {wanted} in a run that is "), key
-            assert f": {rule.because}; begin a new run with it: " in said, key
+            assert said.startswith(f"{key} cannot change to {wanted} in a "), key
+            assert f": {rule.because}; start a new run with it: " in said, key
             assert f"train CONFIG {override} (training.init_from={run.path} takes" in said, key
             continue
         made = plan(run, override, *(("optimizer",) if key == "training.optimizer" else ()))

@@ -323,7 +323,7 @@ def test_optimizer_state_that_does_not_fit_is_reported_before_the_first_batch(
     trainer = make_trainer()
     huge = torch.nn.Parameter(torch.zeros(1).expand(MORE_THAN_ANY))  # takes four bytes, as it is
     trainer.stepper.optimizers[0].add_param_group({"params": [huge], "peak_lr": 0, "decayed": 0})
-    with pytest.raises(OutOfMemoryError, match="what the optimizer remembers") as caught_:
+    with pytest.raises(OutOfMemoryError, match="for the optimizer state") as caught_:
         trainer.fit()
     for advice in ("parallel.offload", "parallel.zero_stage", "model.hidden_size", "type=muon"):
         assert advice in str(caught_.value)
@@ -343,7 +343,7 @@ def test_an_update_that_fails_is_never_saved(make_trainer: MakeTrainer) -> None:
             run_out_of_memory()
 
     adamw.register_step_pre_hook(fail)  # when Muon has moved its weights already
-    with pytest.raises(OutOfMemoryError, match="go on from the last one") as caught_:
+    with pytest.raises(OutOfMemoryError, match="resume from the last one") as caught_:
         trainer.fit()
     assert "not saved" in str(caught_.value)
     assert trainer.run.steps() == [1, 2]

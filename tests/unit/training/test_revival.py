@@ -179,7 +179,7 @@ def complaints(make: MakeTrainer, change: Change, *overrides: str) -> list[str]:
     [
         ((0, "a", 1), "expert 1 of group 'a' in layer 0 .* layers with experts: 1, 2"),
         ((7, "a", 1), "in layer 7 cannot be revived: .* layers with experts: 1, 2"),
-        ((1, "c", 1), "of group 'c' in layer 1 cannot be revived: .* there are a, b"),
+        ((1, "c", 1), "of group 'c' in layer 1 cannot be revived: .* groups: a, b"),
         ((1, "a", 6), "expert 6 of group 'a' .* the group has 0 to 5"),
         ((1, "b", -1), "expert -1 of group 'b' .* the group has 0 to 2"),
     ],

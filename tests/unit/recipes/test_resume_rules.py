@@ -66,9 +66,9 @@ def test_every_option_is_refused_or_applied_as_declared(run: RunFolder) -> None:
             with pytest.raises(UltrathinkError) as caught:
                 plan(run, override)
             said = str(caught.value)
-            assert said.startswith(f"{key} cannot change to {wanted} in a "), key
+            assert said.startswith(f"{key} cannot change to {wanted} in a resumed run: "), key
             assert f": {rule.because}; start a new run with it: " in said, key
-            assert f"train CONFIG {override} (training.init_from={run.path} takes" in said, key
+            assert f"train CONFIG {override} (with training.init_from={run.path} " in said, key
             continue
         made = plan(run, override, *(("optimizer",) if key == "training.optimizer" else ()))
         changes = [one for one in made.changes if f"{key}.".startswith(f"{one.key}.")]

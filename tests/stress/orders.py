@@ -15,6 +15,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +28,16 @@ PASSED, NONE_FOUND = 0, 5  # pytest's exit statuses
 def run(name: str, arguments: Sequence[str]) -> bool:
     """Run pytest with ``arguments``, and say under ``name`` how it ended; whether all passed."""
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--tb=short", *arguments],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    # pytest processes that share a folder for temporary files delete each other's old ones, and
+    # one that lists the folder meanwhile fails with a warning.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "--tb=short", f"--basetemp={folder}/t", *arguments],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
     is_good = done.returncode in (PASSED, NONE_FOUND)
     verdict = "passed" if is_good else "FAILED"
     print(f"{verdict}  {time.monotonic() - began:6.0f} s  {name}", flush=True)

@@ -237,7 +237,7 @@ def test_learned_routing_is_not_warmed_up_again(
 def test_weights_of_other_groups_are_refused_though_their_shapes_agree(
     make_trainer: MakeTrainer, two_of_8: RunFolder
 ) -> None:
-    reported = "it has the expert groups knowledge 8 + skill 8, but this one"
+    reported = "it has the expert groups knowledge 8 + skill 8, but this one has"
     renamed = TWO_OF_8.replace("skill", "talent")
     for source in (two_of_8.path, consolidate(two_of_8, "last")[0]):
         with pytest.raises(

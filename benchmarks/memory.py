@@ -19,7 +19,7 @@ from train_speed import SHAPES
 
 from ultrathink.training.hardware import choose_device
 
-CHECKPOINTING = ("none", "selective", "full")
+CHECKPOINTING = ("none", "full")  # compiled runs refuse selective
 WHOLE_LOGITS = "all logits at once"
 CHUNKED = "logits in chunks"
 

@@ -81,7 +81,7 @@ def test_a_reader_that_leaves_changes_neither_the_run_nor_its_status(
     assert done.returncode == 0, done.stderr
     assert losses(place, "headless") == undisturbed
     (told,) = told_gone(place, "headless")
-    assert "(BrokenPipeError: [Errno 32] Broken pipe); training goes on" in told
+    assert "(BrokenPipeError: [Errno 32] Broken pipe); training continues" in told
 
 
 def train_until_the_terminal_closes(place: Path, name: str, hangup: str, *options: str) -> int:
@@ -123,7 +123,7 @@ def test_a_run_that_ignores_hangups_goes_on_without_its_terminal(
     assert train_until_the_terminal_closes(place, "nohup", "ignored") == 0
     assert losses(place, "nohup") == undisturbed
     (told,) = told_gone(place, "nohup")
-    assert "(OSError: [Errno 5] Input/output error); training goes on" in told
+    assert "(OSError: [Errno 5] Input/output error); training continues" in told
 
 
 def test_a_hangup_saves_and_ends_the_run_with_its_own_status(place: Path) -> None:

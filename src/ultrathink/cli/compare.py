@@ -35,9 +35,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the comparison; runs that are alike are no fault, so the status is 0."""
+    from pydantic_core import to_jsonable_python
+
     from ultrathink.cli.compare_view import print_comparison
     from ultrathink.insight.comparison import compare, read_side
-    from ultrathink.insight.plain import without_nan
     from ultrathink.runs.folder import find_run
 
     if len(args.runs) < 2:
@@ -51,9 +52,11 @@ def run(args: argparse.Namespace) -> int:
     sides = [read_side(run, label) for run, label in zip(runs, labels, strict=True)]
     comparison = compare(sides)
     if args.json:
-        plain = without_nan(_to_json(comparison))
-        # What a run lacks is null.
-        print(json.dumps(plain, ensure_ascii=False, allow_nan=False, default=lambda absent: None))
+        # A value that a run lacks is null.
+        plain = to_jsonable_python(
+            _to_json(comparison), inf_nan_mode="null", fallback=lambda absent: None
+        )
+        print(json.dumps(plain, ensure_ascii=False))
     else:
         print_comparison(comparison)
     return 0

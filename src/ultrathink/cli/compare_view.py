@@ -1,4 +1,4 @@
-"""A comparison of runs as a person reads it: tables, a plot, and sentences."""
+"""A comparison of runs for people: tables, a plot, and sentences."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _FIGURES = {
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Print all of a comparison on standard output, for a person."""
+    """Print a comparison on standard output, for people."""
     report = Report()
     _print_config(report, comparison)
     _print_manifest(report, comparison)
@@ -91,8 +91,8 @@ def _print_segments(report: Report, comparison: Comparison) -> None:
     report.line()
     _title(report, "Changed on resuming")
     for side, segment in changed:
-        said = "; ".join(map(str, segment.felt))
-        report.line(f"  {side.label} after step {segment.from_step:,}: {said}")
+        changes = "; ".join(map(str, segment.felt))
+        report.line(f"  {side.label} after step {segment.from_step:,}: {changes}")
 
 
 def _print_curves(report: Report, comparison: Comparison) -> None:
@@ -122,13 +122,13 @@ def _print_curves(report: Report, comparison: Comparison) -> None:
 
 
 def _print_remarks(report: Report, comparison: Comparison) -> None:
-    """Where curves are the same, and what only some runs measured."""
+    """Where curves are equal, and metrics that only some runs have."""
     remarks = []
     for side, agreements in zip(comparison.sides[1:], comparison.agreements, strict=True):
-        words = [said for agreement in agreements if (said := _agreement_in_words(agreement))]
+        words = [text for agreement in agreements if (text := _agreement_in_words(agreement))]
         if words:
             remarks.append(f"{comparison.sides[0].label} and {side.label}: {'; '.join(words)}")
-    remarks += dict.fromkeys(  # of a family of metrics, such as experts/skill/gini, one line
+    remarks += dict.fromkeys(  # one line for a family of metrics, such as experts/skill/gini
         f"only {' and '.join(having)} {_has(having)} the "
         + (f"metrics {name.rpartition('/')[0]}/*" if "/" in name else f"metric {name}")
         for name, having in comparison.lone_metrics.items()
@@ -155,7 +155,7 @@ def _print_plot(report: Report, comparison: Comparison) -> None:
     report.line()
     view = PlotView(report, scale, end=end, max_width=_MAX_PLOT_WIDTH)
     unit = "steps" if comparison.axis == "step" else "tokens"
-    if not report.is_styled:
+    if not report.has_colors:  # dots of several runs could not be distinguished
         wide = max(len(side.label) for side in comparison.sides)
         report.line(
             f"  train loss over {end:,} {unit}, from {view.low} (low) to {view.high} (high)"
@@ -207,7 +207,7 @@ def _figure_in_words(figure: Figure, number: int, form: str) -> str:
 
 
 def _agreement_in_words(agreement: Agreement) -> str:
-    """Where two runs' losses are the same; nothing where they never are."""
+    """Where the losses of two runs are equal; empty where they never are."""
     if agreement.num_common == 0 or agreement.last_equal is None:
         return ""
     kind = "logged" if agreement.split == "train" else "validation"
@@ -245,7 +245,7 @@ def _colors(comparison: Comparison) -> list[str]:
 
 
 def _shown(key: str, value: Any) -> str:
-    """A value as YAML has it; hashes as short as git shows them, bytes in GiB."""
+    """A value as YAML, with short hashes, and bytes in GiB."""
     if value is ABSENT:
         return _MISSING
     if isinstance(value, str) and (match := _HASH.match(value)):

@@ -1,4 +1,4 @@
-"""``ultrathink doctor``: is this machine fine, how fast is it, what will ``auto`` take, and why."""
+"""``ultrathink doctor``: what the machine has, how fast it is, and what ``auto`` chooses on it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from ultrathink.insight.doctor.report import Diagnosis
 
 _EPILOG = """examples:
-  ultrathink doctor                                  this machine, with the preset demo in mind
-  ultrathink doctor --quick                          without measuring more than auto needs
-  ultrathink doctor my.yaml training.device=cpu      what a configuration of yours would take
-  ultrathink doctor --json > machine.json            all of it, for a bug report or a program
+  ultrathink doctor                                  this machine, for a run of the preset demo
+  ultrathink doctor --quick                          measure only what auto needs
+  ultrathink doctor my.yaml training.device=cpu      this machine, for a run of your own
+  ultrathink doctor --json > machine.json            for a bug report or a program
 
 status: 0 where training works (warnings included), 1 where something makes it impossible
 """
@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look, and say what was found; 1 where something makes training impossible."""
+    """Print the findings; 1 where something makes training impossible."""
     load_plugins(args)
     source, overrides = split_config_and_overrides(args.positionals)
     config = load_config(source, overrides)
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    """Say on a terminal what is being done, in one line that is gone in the end."""
+    """Show the current stage on a terminal, in one line that disappears at the end."""
     stream = error_stream()
     if not is_interactive(stream):
         yield lambda doing: None

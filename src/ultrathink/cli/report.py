@@ -11,13 +11,13 @@ from ultrathink.core.errors import UltrathinkError
 
 DEFAULT_FILE = "report.html"
 _EPILOG = """The page is one file that needs no network: figures, curves with phases, decisions
-and alarms, the decision table with reasons and audited gains, the forecast beside what came,
+and alarms, the decision table with reasons and audited gains, forecasts and the actual loss,
 the load of experts, samples, configuration and environment.
 
 examples:
   ultrathink report demo                      writes runs/demo/report.html
   ultrathink report runs/demo --out demo.html
-  ultrathink report demo --json               what the page says, for a program
+  ultrathink report demo --json               the content as JSON, for a program
 """
 
 
@@ -29,7 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="FILE.html", help=f"where to write it (default: {DEFAULT_FILE} in the run)"
     )
     parser.add_argument(
-        "--json", action="store_true", help="print what it says as one JSON object as well"
+        "--json", action="store_true", help="also print the content as one JSON object"
     )
 
 

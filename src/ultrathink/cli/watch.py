@@ -15,7 +15,7 @@ from ultrathink.core.streams import tell
 
 if TYPE_CHECKING:
     from ultrathink.cli.watch_view import FollowView
-    from ultrathink.insight.watching import Watching
+    from ultrathink.insight.log_analysis import LogAnalysis
 
 POLL_S = 0.5
 PICTURES = (".png", ".svg", ".pdf")
@@ -68,21 +68,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _watch(file: str, columns: Mapping[str, str], picture: Path | None, *, as_json: bool) -> None:
-    from ultrathink.cli.watch_view import print_watching
+    from ultrathink.cli.watch_view import print_analysis
+    from ultrathink.insight.log_analysis import LogAnalysis
     from ultrathink.insight.logs.opening import open_log
-    from ultrathink.insight.watching import Watching
 
     log = open_log(file, columns)
-    watching = Watching(log)
+    analysis = LogAnalysis(log)
     for signals in log.signals():
-        watching.observe(signals)
-    watching.finish()
+        analysis.observe(signals)
+    analysis.finish()
     if picture is not None:
-        _draw(watching, picture)
+        _draw(analysis, picture)
     if as_json:
-        print(json.dumps(watching.report(), ensure_ascii=False))
+        print(json.dumps(analysis.report(), ensure_ascii=False))
     else:
-        print_watching(watching)
+        print_analysis(analysis)
         if picture is not None:
             print(f"\nThe curve with events and phases: {picture}")
 
@@ -97,7 +97,7 @@ class _Follower:
         self._columns = columns
         self._picture = picture
         self._as_json = as_json
-        self._watching: Watching | None = None
+        self._analysis: LogAnalysis | None = None
         self._view: FollowView | None = None
         self._waits_for = ""
 
@@ -108,15 +108,15 @@ class _Follower:
                 self._look()
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
-            if self._picture is not None and self._watching is not None:
-                _draw(self._watching, self._picture)
+            if self._picture is not None and self._analysis is not None:
+                _draw(self._analysis, self._picture)
             raise
 
     def _look(self) -> None:
         from ultrathink.insight.logs.log import NotYetError
 
         try:
-            if self._watching is None:
+            if self._analysis is None:
                 self._begin()
             self._read()
         except FileNotFoundError:  # it may come again, as another file
@@ -126,27 +126,27 @@ class _Follower:
 
     def _begin(self) -> None:
         from ultrathink.cli.watch_view import FollowView
+        from ultrathink.insight.log_analysis import LogAnalysis
         from ultrathink.insight.logs.opening import open_log
-        from ultrathink.insight.watching import Watching
 
         log = open_log(self._file, self._columns)
-        self._watching = Watching(log)
+        self._analysis = LogAnalysis(log)
         self._waits_for = ""
         if self._view is None:
             self._view = FollowView(as_json=self._as_json)
         self._view.begin(log)
 
     def _read(self) -> None:
-        assert self._watching is not None
+        assert self._analysis is not None
         assert self._view is not None
-        news = self._watching.log.poll()
-        if news.is_anew:
+        news = self._analysis.log.poll()
+        if news.is_replaced:
             tell(f"{self._file} was cut or replaced; it is read from its beginning")
-            self._watching = None
+            self._analysis = None
             return self._look()
         for signals in news.signals:
-            events = self._watching.observe(signals)
-            self._view.show(self._watching, events)
+            events = self._analysis.observe(signals)
+            self._view.show(self._analysis, events)
         return None
 
     def _wait(self, reason: str) -> None:
@@ -171,7 +171,7 @@ def _picture_path(text: str | None) -> Path | None:
     return path
 
 
-def _draw(watching: Watching, path: Path) -> None:
+def _draw(analysis: LogAnalysis, path: Path) -> None:
     from ultrathink.insight.picture import draw_picture
 
-    draw_picture(watching, path)
+    draw_picture(analysis, path)

@@ -1,4 +1,4 @@
-"""What was found in a log, as a person reads it."""
+"""The findings of a log, for people."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 import math
 from collections.abc import Sequence
 
-from ultrathink.insight.events import gravest
+from ultrathink.insight.events import most_severe
+from ultrathink.insight.log_analysis import Course, LogAnalysis, without_start
 from ultrathink.insight.logs.log import Log
 from ultrathink.insight.plain import without_nan
-from ultrathink.insight.watching import Course, Watching, without_start
 from ultrathink.monitoring.plot import Scale
 from ultrathink.monitoring.plot_view import PlotView
 from ultrathink.monitoring.report import Cell, Column, Report
@@ -44,18 +44,18 @@ _MAX_SIGNALS = 10
 _FAMILIES = ("experts/", "grad_norm/")
 
 
-def print_watching(watching: Watching) -> None:
-    """Print all that was found on standard output, for a person."""
+def print_analysis(analysis: LogAnalysis) -> None:
+    """Print all findings on standard output, for people."""
     report = Report()
-    _print_log(report, watching)
-    for course in watching.courses:
+    _print_log(report, analysis)
+    for course in analysis.courses:
         report.line()
-        if watching.has_several:
+        if analysis.has_several:
             report.line(Cell(course.name, "bold"))
         _print_curve(report, course)
         _print_events(report, course.watcher.events)
         _print_phases(report, course.watcher.phases)
-    _print_forecast(report, watching)
+    _print_forecast(report, analysis)
 
 
 class FollowView:
@@ -64,31 +64,31 @@ class FollowView:
     def __init__(self, *, as_json: bool) -> None:
         self._as_json = as_json
         self._report = Report()
-        self._told: set[tuple[str, int, str, str, str]] = set()
+        self._shown: set[tuple[str, int, str, str, str]] = set()
         self._phase: str | None = None
 
     def begin(self, log: Log) -> None:
-        """A log was recognized."""
+        """Print the name and format of a log."""
         if not self._as_json:
             self._line(Cell(str(log.path), "bold"), f"  {log.format}")
 
-    def show(self, watching: Watching, events: Sequence[Event]) -> None:
-        """Print what is new at this step; what was told before a restart is not told again."""
-        course = watching.courses[-1]
+    def show(self, analysis: LogAnalysis, events: Sequence[Event]) -> None:
+        """Print the new events of this step; those shown before a restart are not repeated."""
+        course = analysis.courses[-1]
         for event in events:
             key = (course.name, event.step, event.kind, event.subject, event.severity)
-            if key not in self._told:
-                self._told.add(key)
-                self._show_event(watching, course, event)
+            if key not in self._shown:
+                self._shown.add(key)
+                self._show_event(analysis, course, event)
         phase = course.watcher.phase
         if phase != self._phase and phase is not None and not self._as_json:
             last = course.watcher.phases[-1]
             self._line(f"{last.to_step:>10,}  ", Cell(f"phase {phase}", PHASE_STYLES[phase]))
         self._phase = phase
 
-    def _show_event(self, watching: Watching, course: Course, event: Event) -> None:
+    def _show_event(self, analysis: LogAnalysis, course: Course, event: Event) -> None:
         if self._as_json:
-            named = {"run": course.name} if watching.has_several else {}
+            named = {"run": course.name} if analysis.has_several else {}
             text = json.dumps(without_nan({**named, **event.to_json()}), ensure_ascii=False)
             print(text, flush=True)
             return
@@ -103,15 +103,15 @@ class FollowView:
         print(end="", flush=True)
 
 
-def _print_log(report: Report, watching: Watching) -> None:
-    summary = watching.summary()
+def _print_log(report: Report, analysis: LogAnalysis) -> None:
+    summary = analysis.summary()
     report.line(Cell(summary["path"], "bold"), f"  {summary['format']}")
     first, last, total = (summary[name] for name in ("first_step", "last_step", "total_steps"))
     if first is None:
         report.line("  nothing was recorded")
         return
     of = f" of {total:,}" if total and total > last else ""
-    runs = f" in {len(watching.courses)} runs" if watching.has_several else ""
+    runs = f" in {len(analysis.courses)} runs" if analysis.has_several else ""
     report.line(f"  {summary['num_steps']:,} steps logged, {first:,} to {last:,}{of}{runs}")
     # Of a family, as experts/skill/gini, one name.
     names = list(
@@ -137,13 +137,6 @@ def _print_curve(report: Report, course: Course) -> None:
     shifted = [(step - begin, min(max(loss, scale.low), scale.high)) for step, loss in curve]
     view = PlotView(report, scale, end=span, max_width=_MAX_WIDTH)
     marks = _marks(course.watcher.events, begin, span, view.width)
-    if not report.is_styled:
-        below = "; alarms are marked below" if any(marks) else ""
-        report.line(f"  loss from {view.low} (low) to {view.high} (high){below}")
-        report.line(f"  {view.bars(shifted)}")
-        if any(marks):
-            report.line("  " + "".join("▲" if severity else " " for severity in marks))
-        return
     view.print_dots([shifted], ["cyan"])
     view.print_foot(
         [
@@ -157,7 +150,7 @@ def _print_curve(report: Report, course: Course) -> None:
 
 
 def _marks(events: Sequence[Event], begin: float, span: float, width: int) -> list[str]:
-    """For each column the gravest alarm that began there; an empty text where none did."""
+    """For each column the highest severity of an alarm that began there; else an empty text."""
     marks = [""] * width
     for event in events:
         if event.is_alarm and begin <= event.step <= begin + span:
@@ -174,12 +167,12 @@ def _print_events(report: Report, events: Sequence[Event]) -> None:
     alarms = sum(event.is_alarm for event in events)
     report.line()
     if not events:
-        report.line(Cell("Nothing was found.", "green"))
+        report.line(Cell("No events in the logged steps.", "green"))
         return
-    told = f"{alarms} alarm{'' if alarms == 1 else 's'}" if alarms else "no alarm"
-    title = f"{len(events)} event{'' if len(events) == 1 else 's'}, {told}"
+    counted = f"{alarms} alarm{'' if alarms == 1 else 's'}" if alarms else "no alarm"
+    title = f"{len(events)} event{'' if len(events) == 1 else 's'}, {counted}"
     report.line(Cell(title, "bold" if alarms else "green"))
-    shown = gravest(events, _MAX_EVENTS)
+    shown = most_severe(events, _MAX_EVENTS)
     rows: list[list[str | Cell]] = [
         [
             _steps(event),
@@ -193,7 +186,7 @@ def _print_events(report: Report, events: Sequence[Event]) -> None:
     report.table(columns, rows, indent=2, heading=False)
     if len(events) > len(shown):
         hidden = len(events) - len(shown)
-        report.line(Cell(f"  and {hidden} more, none graver; --json has all", "dim"))
+        report.line(Cell(f"  and {hidden} more, none more severe; --json has all", "dim"))
 
 
 def _steps(event: Event) -> str:
@@ -216,8 +209,8 @@ def _print_phases(report: Report, phases: Sequence[Phase]) -> None:
     report.line(*parts)
 
 
-def _print_forecast(report: Report, watching: Watching) -> None:
-    ahead = watching.forecast()
+def _print_forecast(report: Report, analysis: LogAnalysis) -> None:
+    ahead = analysis.forecast()
     if ahead is None or ahead.step <= ahead.at_step or not math.isfinite(ahead.loss):
         return
     report.line(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from ultrathink.config.base import Section, one_of
 from ultrathink.config.options import free
@@ -19,4 +19,9 @@ class MonitoringConfig(Section):
 
     sinks: tuple[Annotated[str, one_of(SINKS)], ...] = free(
         ("console", "jsonl", "tensorboard"), description="Registered sinks that get every record."
+    )
+    log_level: Literal["info", "warning", "error"] = free(
+        "info",
+        description="Least severe messages that the console shows, as the level of Python's logger "
+        "ultrathink. logs/run.log has all of them.",
     )

@@ -125,7 +125,7 @@ class TrainingConfig(Section):
     activation_checkpointing: Checkpointing = free(
         "none",
         description="Recompute activations in the backward pass: full (all of a block), "
-        "selective (all but the products), none.",
+        "selective (all but the products; not in compiled runs), none.",
     )
     clip: float | None = felt(
         1.0, gt=0, description="Largest global gradient norm; larger ones are scaled down."

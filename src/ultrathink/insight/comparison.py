@@ -1,8 +1,9 @@
-"""Runs side by side: what was configured, what they were made with, and how they learned."""
+"""Runs side by side: configurations, manifests and curves."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,9 +20,9 @@ from ultrathink.runs.segments import Segment
 
 MAX_ROWS = 12
 MIN_ROWS = 4
-# Where a run is kept and what it is called; of no account for what it learns.
+# The place and name of a run, which do not affect training.
 PLACE_KEYS = frozenset(key for key, rule in options_of(Config).items() if rule.is_place)
-# Of the manifest, what differs between any two runs.
+# Entries of the manifest that differ between any two runs.
 _OCCASION_KEYS = frozenset({"created", "command"})
 _ROUND = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
 
@@ -31,7 +32,7 @@ Values = tuple[Any, ...]  # one for each run, in their order
 
 @dataclass(frozen=True)
 class Side:
-    """One run of a comparison: its files, read."""
+    """One run of a comparison."""
 
     label: str
     path: Path
@@ -47,7 +48,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Difference:
-    """A key whose values are not the same in all runs; ``ABSENT`` where a run lacks it."""
+    """A key whose values differ between runs; ``ABSENT`` where a run lacks it."""
 
     key: str
     values: Values
@@ -65,10 +66,10 @@ ABSENT = _Absent()
 
 @dataclass(frozen=True)
 class Stretch:
-    """A part of the course that all runs have taken, beyond ``begin`` up to ``end``.
+    """A part of the steps that all runs have reached, after ``begin`` up to ``end``.
 
-    ``train_loss`` is the mean of the losses logged in it, ``bits_per_byte`` the last validation's
-    in it; None where there was none, and not-a-number where one was.
+    ``train_loss`` is the mean of its logged losses, ``bits_per_byte`` that of its last validation;
+    None where there was none, NaN where none was finite.
     """
 
     begin: int
@@ -79,12 +80,12 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a run's losses are those of the first run, bit for bit."""
+    """How many of a run's losses equal those of the first run, bit for bit."""
 
     split: Split
-    num_common: int  # steps that both noted
+    num_common: int  # steps that both logged
     num_equal: int
-    same_steps: bool  # neither noted a step that the other did not
+    same_steps: bool  # both logged the same steps
     last_equal: int | None  # the last step before the first difference
     first_difference: int | None  # step
 
@@ -95,7 +96,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of each run as a whole."""
+    """A figure of each run."""
 
     name: str
     values: Values  # None where a run has none
@@ -112,7 +113,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that ``ultrathink compare`` tells."""
+    """The content of ``ultrathink compare``."""
 
     sides: tuple[Side, ...]
     config: tuple[Difference, ...]
@@ -127,10 +128,10 @@ class Comparison:
 
 
 def read_side(run: RunFolder, label: str) -> Side:
-    """Read what there is of a run; CheckpointError where its configuration cannot be read."""
+    """Read a run; CheckpointError where its configuration cannot be read."""
     reader = RunReader(run)
     records = reader.history()
-    manifest = reader.attempt(reader.manifest) or {}  # a comparison says so, and has the rest
+    manifest = reader.attempt(reader.manifest) or {}  # the rest can be compared without it
     return Side(
         label=label,
         path=run.path,
@@ -147,7 +148,7 @@ def read_side(run: RunFolder, label: str) -> Side:
 
 
 def compare(sides: Sequence[Side]) -> Comparison:
-    """Set two or more runs against each other; the first is what the others are measured by."""
+    """Compare two or more runs with the first one."""
     config = _differences([side.config for side in sides])
     axis = common_axis(sides)
     first, *others = sides
@@ -168,7 +169,7 @@ def compare(sides: Sequence[Side]) -> Comparison:
 
 
 def common_axis(sides: Sequence[Side]) -> Axis:
-    """Steps, where they mean the same number of tokens in all runs; else tokens."""
+    """Steps, where a step has the same number of tokens in all runs; else tokens."""
     first, *others = [{r.step: r.values.get("tokens") for r in side.train} for side in sides]
     is_same = all(
         first[step] == other[step] for other in others for step in first.keys() & other.keys()
@@ -177,7 +178,7 @@ def common_axis(sides: Sequence[Side]) -> Axis:
 
 
 def agreement(first: Side, other: Side, split: Split) -> Agreement:
-    """Compare the losses that two runs noted at the same steps, bit for bit."""
+    """Compare the losses that two runs logged at the same steps, bit for bit."""
     here = {record.step: record.values.get("loss") for record in first.records(split)}
     there = {record.step: record.values.get("loss") for record in other.records(split)}
     common = sorted(here.keys() & there.keys())
@@ -195,7 +196,7 @@ def agreement(first: Side, other: Side, split: Split) -> Agreement:
 
 
 def position(record: MetricRecord, axis: Axis) -> int:
-    """Where a record stands on the axis that the runs are compared along."""
+    """The step or token count of a record."""
     return record.step if axis == "step" else int(record.values.get("tokens", 0))
 
 
@@ -206,14 +207,14 @@ def round_ends(end: int) -> list[int]:
         int(r * scale) for r in _ROUND if r * scale * MAX_ROWS >= end and r * scale % 1 == 0
     )
     ends = list(range(stride, end, stride))
-    # A last stretch that is hardly one belongs to the one before.
+    # A short last stretch is part of the one before.
     if ends and end - ends[-1] < stride / 4:
         ends.pop()
     return [*ends, end]
 
 
 def _differences(trees: Sequence[dict[str, Any]]) -> list[Difference]:
-    """The keys whose values differ, in the order in which they stand in the trees."""
+    """The keys whose values differ, in the order of the trees."""
     found = [
         Difference(key, tuple(tree.get(key, ABSENT) for tree in trees))
         for key in _merged_keys(trees)
@@ -222,7 +223,7 @@ def _differences(trees: Sequence[dict[str, Any]]) -> list[Difference]:
 
 
 def _merged_keys(trees: Sequence[dict[str, Any]]) -> list[str]:
-    """All keys, each where it stands in its tree: what only a later tree has is not at the end."""
+    """All keys, each next to its neighbours in its tree, also those of later trees only."""
     merged: list[str] = []
     for tree in trees:
         place = 0
@@ -251,7 +252,7 @@ def _stretches(sides: Sequence[Side], axis: Axis) -> list[Stretch]:
 
 
 def _stretch_ends(sides: Sequence[Side], axis: Axis) -> list[int]:
-    """Where all runs were validated, if that was often enough; else round numbers."""
+    """Places at which all runs were validated, if there are enough; else round numbers."""
     end = min(position(side.train[-1], axis) if side.train else 0 for side in sides)
     if end <= 0:
         return []
@@ -283,7 +284,7 @@ def _within(
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """The mean of the finite values; not-a-number where none is, None where ``values`` is empty."""
+    """The mean of the finite values; NaN where none is, None where ``values`` is empty."""
     finite = [value for value in values if math.isfinite(value)]
     if finite:
         return math.fsum(finite) / len(finite)
@@ -302,13 +303,13 @@ def _figures(sides: Sequence[Side]) -> list[Figure]:
 
 
 def finite(records: Sequence[MetricRecord], name: str) -> list[tuple[int, float]]:
-    """The steps and values of a figure, where it is a finite number."""
+    """The steps and values of a figure where it is finite."""
     values = [(record.step, record.values.get(name, math.nan)) for record in records]
     return [(step, value) for step, value in values if math.isfinite(value)]
 
 
 def loss_of_last_tenth(train: Sequence[MetricRecord]) -> float | None:
-    """The mean loss of the last tenth of the steps; not-a-number where none was finite."""
+    """The mean loss of the last tenth of the steps; NaN where none was finite."""
     if not train:
         return None
     begin = 0.9 * train[-1].step
@@ -317,8 +318,8 @@ def loss_of_last_tenth(train: Sequence[MetricRecord]) -> float | None:
 
 def median_speed(train: Sequence[MetricRecord]) -> float | None:
     """Tokens a second, the median of the logged steps."""
-    speeds = sorted(speed for _, speed in finite(train, "tokens_per_sec"))
-    return speeds[len(speeds) // 2] if speeds else None
+    speeds = [speed for _, speed in finite(train, "tokens_per_sec")]
+    return statistics.median_high(speeds) if speeds else None
 
 
 def _last(records: Sequence[MetricRecord], name: str) -> float | None:
@@ -342,7 +343,7 @@ _BEST = {"best_val_loss": "loss", "best_bits_per_byte": "bits_per_byte"}
 
 
 def _lone_metrics(sides: Sequence[Side]) -> dict[str, tuple[str, ...]]:
-    """Figures that some of the runs note and others do not, where those note any of the split."""
+    """Figures that only some of the runs with records of the split have."""
     lone = {}
     splits: tuple[Split, ...] = ("train", "val")
     for split in splits:

@@ -1,4 +1,4 @@
-"""The events that a run found as it trained, from its ``events.jsonl``."""
+"""The events that detectors reported during training, from ``events.jsonl``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ultrathink.runs.reading import RunReader, has_step
 def read_events(reader: RunReader) -> list[Event]:
     """The events in the order of their steps.
 
-    Of an event that grew graver, which has a line for each time, the last is taken.
+    An event whose severity rose has several lines; the last one counts.
     """
     found: dict[tuple[Any, ...], Event] = {}
     for row in reader.rows(reader.run.events, _is_event):
@@ -22,8 +22,8 @@ def read_events(reader: RunReader) -> list[Event]:
     return sorted(found.values(), key=lambda event: (event.step, event.kind))
 
 
-def gravest(events: Sequence[Event], most: int) -> list[Event]:
-    """At most so many events, none graver left out, in their order."""
+def most_severe(events: Sequence[Event], most: int) -> list[Event]:
+    """The ``most`` most severe events, in their order."""
     places = sorted(range(len(events)), key=lambda n: -SEVERITIES.index(events[n].severity))
     return [events[place] for place in sorted(places[:most])]
 

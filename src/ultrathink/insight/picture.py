@@ -1,17 +1,17 @@
-"""A picture of a log: the loss with events and phases, and the gradient norm below it.
+"""A plot of a log by matplotlib: the loss with events and phases, and the gradient norm below it.
 
-Needs matplotlib, which is in the extra ``plot``.
+matplotlib is in the extra ``plot``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ultrathink.core.errors import MissingDependencyError
+from ultrathink.insight.log_analysis import LogAnalysis, Point, without_start
 from ultrathink.insight.report.curves import Series, smoothed
-from ultrathink.insight.watching import Course, Point, Watching, without_start
 from ultrathink.orchestrator.events import SEVERITIES, Event
 from ultrathink.orchestrator.phases import (
     CONVERGING,
@@ -24,7 +24,6 @@ from ultrathink.orchestrator.phases import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 PHASE_COLORS = {
     INITIALIZATION: "#e4e4e4",
@@ -43,7 +42,7 @@ SEVERITY_COLORS = {
 _LINE_COLORS = ("#1f4e79", "#7a4b94", "#2b7a5b", "#a0522d", "#555555", "#b03060")
 _MAX_LABELS = 6
 _EDGE = 0.06  # of the width, beyond the last step
-_MANY = 256  # points, of which a smoothed line is drawn
+_MANY = 256  # points above which a smoothed line is drawn over the raw one
 _MAX_MARKS = 400
 
 
@@ -58,69 +57,72 @@ def require_matplotlib() -> None:
         ) from None
 
 
-def draw_picture(watching: Watching, path: Path) -> None:
-    """Write the picture of what was found to ``path``; its suffix says the kind."""
+def draw_picture(analysis: LogAnalysis, path: Path) -> None:
+    """Write the plot of a log to ``path``; the suffix decides the format."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    has_norm = any("grad_norm" in course.curves for course in watching.courses)
-    # A figure of its own, without pyplot, needs no screen.
+    has_norm = any("grad_norm" in course.curves for course in analysis.courses)
+    # A Figure without pyplot needs no display.
     figure = Figure(figsize=(12, 6.8 if has_norm else 5.2), dpi=130, layout="constrained")
     heights = [3.2, 1] if has_norm else [1]
     grid = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)
     axes: list[Axes] = list(grid[:, 0])
-    _draw_losses(axes[0], watching)
+    events = [event for _, event in analysis.events()]
+    _draw_losses(axes[0], analysis)
+    _draw_events(axes[0], events)
     if has_norm:
-        _draw_norms(axes[1], watching)
+        _draw_norms(axes[1], analysis)
     for axis in axes:
-        if not watching.has_several:  # bands of several runs would lie on each other
-            _draw_phases(axis, [phase for _, phase in watching.phases()])
-    events = [event for _, event in watching.events()]
-    _draw_events(axes[0], events, watching.courses)
-    _finish(figure, axes, watching, events)
+        if not analysis.has_several:  # bands of several runs would overlap
+            _draw_phases(axis, [phase for _, phase in analysis.phases()])
+        axis.grid(alpha=0.25, lw=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(x=0.01)
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_formatter("{x:,.0f}")
+    alarms = sum(event.is_alarm for event in events)
+    name, steps = "/".join(analysis.log.path.parts[-2:]), analysis.summary()["num_steps"]
+    title = f"{name}: {steps:,} steps logged, {len(events)} events, {alarms} alarms"
+    axes[0].set_title(title, fontsize=10, loc="left")
+    handles, labels = axes[0].get_legend_handles_labels()
+    legend = dict(zip(labels, handles, strict=True))  # one entry for each label
+    columns = 3 if analysis.has_several else 6
+    figure.legend(
+        list(legend.values()), list(legend), loc="outside lower center", ncols=columns, fontsize=8,
+        frameon=False,
+    )  # fmt: skip
     figure.savefig(path)
 
 
-def _draw_losses(axis: Axes, watching: Watching) -> None:
-    for number, course in enumerate(watching.courses):
+def _draw_losses(axis: Axes, analysis: LogAnalysis) -> None:
+    shown = _draw_forecast(axis, analysis)
+    for number, course in enumerate(analysis.courses):
         color = _LINE_COLORS[number % len(_LINE_COLORS)]
-        name = f"{course.name}: " if watching.has_several else ""
+        name = f"{course.name}: " if analysis.has_several else ""
         for undone in course.undone:
-            axis.plot(*_xy(undone), color="#999999", lw=0.8, ls=":")
+            axis.plot(*_xy(undone), color="#999999", lw=0.8, ls=":", label="undone by a resume")
         losses = course.curves.get("loss", [])
-        steps, values = _xy(losses)
         if len(losses) > _MANY:
+            axis.plot(*_xy(losses), color=color, lw=0.6, alpha=0.45)
             smooth = smoothed(Series.of(losses))
-            axis.plot(steps, values, color=color, lw=0.6, alpha=0.45)
-            axis.plot(
-                smooth.steps, smooth.values, color=color, lw=1.6, label=f"{name}training loss"
-            )
-        elif losses:
-            axis.plot(
-                steps, values, color=color, lw=1.3, marker=_marker(values), ms=3,
-                label=f"{name}training loss",
-            )  # fmt: skip
-        if course.curves.get("val_loss"):
-            steps, values = _xy(course.curves["val_loss"])
-            axis.plot(
-                steps, values, color="#c0392b", lw=1.2, marker="o", ms=2.5,
-                label=f"{name}validation loss",
-            )  # fmt: skip
-    shown = _draw_forecast(axis, watching)
-    for course in watching.courses:
-        for name in ("loss", "val_loss"):
-            shown += [loss for _, loss in without_start(course.curves.get(name, []))]
+            points = list(zip(smooth.steps, smooth.values, strict=True))
+            _line(axis, points, color=color, lw=1.6, label=f"{name}training loss")
+        else:
+            _line(axis, losses, color=color, lw=1.3, label=f"{name}training loss")
+        val = course.curves.get("val_loss", [])
+        _line(axis, val, color="#c0392b", lw=1.2, label=f"{name}validation loss")
+        shown += [loss for curve in (losses, val) for _, loss in without_start(curve)]
     _scale(axis, shown)
     axis.set_ylabel("loss (nats)")
 
 
-def _draw_forecast(axis: Axes, watching: Watching) -> list[float]:
-    """Draw what is predicted, at the edge where its step lies far beyond; the losses drawn."""
-    ahead = watching.forecast()
+def _draw_forecast(axis: Axes, analysis: LogAnalysis) -> list[float]:
+    """Draw the forecast, at the right edge where its step is far away; its interval."""
+    ahead = analysis.forecast()
     if ahead is None or ahead.step <= ahead.at_step:
         return []
-    first = min(watching.courses[-1].steps)
-    last = max(watching.courses[-1].steps)
+    first, last = min(analysis.courses[-1].steps), max(analysis.courses[-1].steps)
     place = min(float(ahead.step), last + _EDGE * (last - first))
     spread = [[max(0.0, ahead.loss - ahead.low)], [max(0.0, ahead.high - ahead.loss)]]
     axis.errorbar(
@@ -130,47 +132,40 @@ def _draw_forecast(axis: Axes, watching: Watching) -> list[float]:
     return [ahead.low, ahead.high]
 
 
-def _draw_norms(axis: Axes, watching: Watching) -> None:
+def _draw_norms(axis: Axes, analysis: LogAnalysis) -> None:
     norms: list[float] = []
-    for number, course in enumerate(watching.courses):
-        steps, values = _xy(course.curves.get("grad_norm", []))
-        color = _LINE_COLORS[number % len(_LINE_COLORS)]
-        axis.plot(steps, values, color=color, lw=0.7, marker=_marker(values), ms=3)
-        norms += list(values)
+    for number, course in enumerate(analysis.courses):
+        points = course.curves.get("grad_norm", [])
+        _line(axis, points, color=_LINE_COLORS[number % len(_LINE_COLORS)], lw=0.7)
+        norms += [norm for _, norm in points]
     _scale(axis, norms)
     axis.set_ylabel("gradient norm")
 
 
 def _draw_phases(axis: Axes, phases: Sequence[Phase]) -> None:
+    starts = [phase.from_step for phase in phases]
     for number, phase in enumerate(phases):
-        end = phase.to_step
-        if number + 1 < len(phases):  # bands touch
-            end = max(end, phases[number + 1].from_step)
+        end = max([phase.to_step, *starts[number + 1 : number + 2]])  # bands touch
         axis.axvspan(
-            phase.from_step, end, color=PHASE_COLORS[phase.phase], lw=0, alpha=0.75, zorder=0
-        )
+            phase.from_step, end, color=PHASE_COLORS[phase.phase], lw=0, alpha=0.75, zorder=0,
+            label=phase.phase,
+        )  # fmt: skip
 
 
-def _draw_events(axis: Axes, events: Sequence[Event], courses: Sequence[Course]) -> None:
-    """Alarms as lines with a mark at the top, the gravest with their kinds; others at the foot."""
-    gravest = sorted(events, key=lambda event: -SEVERITIES.index(event.severity))[:_MAX_MARKS]
-    for event in sorted(gravest, key=lambda event: SEVERITIES.index(event.severity)):
+def _draw_events(axis: Axes, events: Sequence[Event]) -> None:
+    """Alarms as lines, the most severe with their kinds; other events as marks at the foot."""
+    most_severe = sorted(events, key=lambda event: -SEVERITIES.index(event.severity))[:_MAX_MARKS]
+    for event in reversed(most_severe):
         color = SEVERITY_COLORS[event.severity]
-        place = axis.get_xaxis_transform()  # x in steps, y in shares of the height
-        if not event.is_alarm:
-            axis.plot([event.step], [0.015], "|", color=color, ms=7, transform=place, zorder=4)
-            continue
-        if event.to_step > event.step:
+        top = 1.0 if event.is_alarm else 0.03
+        axis.axvline(event.step, ymax=top, color=color, lw=0.9, zorder=2, label=event.severity)
+        if event.is_alarm and event.to_step > event.step:
             axis.axvspan(event.step, event.to_step, color=color, alpha=0.12, lw=0, zorder=1)
-        axis.axvline(event.step, color=color, lw=0.9, alpha=0.8, zorder=2)
-        axis.plot([event.step], [0.985], "v", color=color, ms=7, transform=place, zorder=5)
-    labelled = sorted(
-        [event for event in gravest if event.is_alarm][:_MAX_LABELS], key=lambda event: event.step
-    )
-    for number, event in enumerate(labelled):
+    labelled = [event for event in most_severe if event.is_alarm][:_MAX_LABELS]
+    for number, event in enumerate(sorted(labelled, key=lambda event: event.step)):
         axis.annotate(
             f"{event.kind.replace('_', ' ')}\nstep {event.step:,}",
-            (event.step, 0.94 - 0.09 * number),
+            (event.step, 0.97 - 0.09 * number),
             xycoords=("data", "axes fraction"),
             xytext=(5, 0),
             textcoords="offset points",
@@ -182,67 +177,29 @@ def _draw_events(axis: Axes, events: Sequence[Event], courses: Sequence[Course])
         )
 
 
-def _finish(
-    figure: Figure, axes: Sequence[Axes], watching: Watching, events: Sequence[Event]
-) -> None:
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    handles: list[Any] = list(axes[0].get_legend_handles_labels()[0])
-    handles += [
-        Line2D([], [], color=SEVERITY_COLORS[s], marker="v" if number >= 2 else "|", ls="", label=s)
-        for number, s in enumerate(SEVERITIES)
-        if any(event.severity == s for event in events)
-    ]
-    shown = [] if watching.has_several else watching.phases()
-    present = {phase.phase for _, phase in shown}
-    handles += [
-        Patch(color=color, label=phase) for phase, color in PHASE_COLORS.items() if phase in present
-    ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=3 if watching.has_several else 6,
-        fontsize=8, frameon=False,
-    )  # fmt: skip
-    alarms = sum(event.is_alarm for event in events)
-    name = "/".join(watching.log.path.parts[-2:])
-    steps = watching.summary()["num_steps"]
-    axes[0].set_title(
-        f"{name}: {steps:,} steps logged, {len(events)} events, {alarms} alarms",
-        fontsize=10,
-        loc="left",
-    )
-    axes[-1].set_xlabel("step")
-    axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    for axis in axes:
-        axis.grid(alpha=0.25, lw=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.01)
-
-
 def _scale(axis: Axes, values: Sequence[float]) -> None:
     """Limits around ``values``, and a logarithmic axis where they are above zero and span much."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    if not values:
-        return
-    low, high = min(values), max(values)
+    low, high = min(values, default=0.0), max(values, default=0.0)
     if low > 0 and high > 1.5 * low:
         axis.set_yscale("log")
-        margin = (high / low) ** 0.06
-        axis.set_ylim(low / margin, high * margin)
-        subs = [1.0, 3.0] if high < 300 * low else [1.0]
-        if high < 20 * low:
-            subs = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0]
+        ratio = high / low
+        axis.set_ylim(low / ratio**0.06, high * ratio**0.06)
+        # Labels by which a reader finds values, also within one decade.
+        subs = (1, 1.5, 2, 3, 4, 5, 7) if ratio < 20 else (1, 3) if ratio < 300 else (1,)
         axis.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
         axis.yaxis.set_minor_formatter(NullFormatter())
     elif high > low:
         axis.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
 
 
-def _marker(points: Sequence[object]) -> str | None:
-    """Few points are seen one by one."""
-    return "o" if len(points) < 40 else None
+def _line(axis: Axes, points: Sequence[Point], *, color: str, lw: float, label: str = "") -> None:
+    if not points:  # it would stand in the legend
+        return
+    marker = "o" if len(points) < 40 else None
+    axis.plot(*_xy(points), color=color, lw=lw, marker=marker, ms=3, label=label)
 
 
 def _xy(points: Sequence[Point]) -> tuple[list[float], list[float]]:

@@ -1,17 +1,10 @@
-"""Values as JSON has them."""
+"""Values for JSON."""
 
-from __future__ import annotations
-
-import math
 from typing import Any
+
+from pydantic_core import to_jsonable_python
 
 
 def without_nan(value: Any) -> Any:
-    """``value`` with null for every number that JSON does not have."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: without_nan(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(entry) for entry in value]
-    return value
+    """``value`` as plain JSON values, with None for NaN and infinities, which JSON lacks."""
+    return to_jsonable_python(value, inf_nan_mode="null")

@@ -1,4 +1,4 @@
-"""Where figures go: metric records, and the sinks that show or keep them."""
+"""Metric records, and the sinks that show or store them."""
 
 from ultrathink.monitoring.records import Level, MetricRecord, RunInfo, Sink, Split
 

@@ -1,4 +1,4 @@
-"""Appending to files that may vanish, on disks that may be full, while a run goes on."""
+"""Appending to files that may be deleted, on disks that may be full, during a run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ MAX_WAITING = 10_000
 
 
 class ResilientAppender:
-    """Appends entries to a file in their order; those that cannot be written wait in memory.
+    """Appends entries to a file in their order; entries that cannot be written wait in memory.
 
-    The file is opened for every entry and never held, so nothing goes to a file that was deleted,
-    moved or replaced: its folder is made again and a new file begun. An entry that the disk has no
-    room for leaves no part of itself behind. ``append`` and ``flush`` raise OSError while entries
-    wait; each call tries again, oldest first.
+    The file is opened for every entry, so nothing is written to a file that was deleted, moved or
+    replaced: its folder and file are created again. An entry that does not fit on the disk is
+    removed as a whole. ``append`` and ``flush`` raise OSError while entries wait; each call tries
+    again, oldest first.
 
-    ``place`` gives the path, anew whenever another file must be begun; every file opens with
-    ``header``. ``prepare`` is done once, before the first entry. ``end`` is what every entry ends
-    with, so that one left torn by a crash is not continued; b"" where entries know their length.
+    ``place`` returns the path whenever a new file starts; every file starts with ``header``.
+    ``prepare`` is called once, before the first entry. ``end`` closes every entry, so that nothing
+    is appended to one that a crash left incomplete; b"" for entries that store their length.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ResilientAppender:
         return bool(self._waiting)
 
     def append(self, entry: bytes) -> None:
-        """Write ``entry`` after all that wait; OSError where it has to wait itself."""
+        """Write ``entry`` after those that wait; OSError where it has to wait too."""
         self._waiting.append(entry)
         if len(self._waiting) > self._max_waiting:
             self._waiting.popleft()
@@ -63,8 +63,8 @@ class ResilientAppender:
         self.flush()
 
     def flush(self) -> None:
-        """Write what waits; OSError where that is still not possible."""
-        if self._is_flushing:  # called by a signal's handler in the midst: the outer call goes on
+        """Write the waiting entries; OSError where that is still impossible."""
+        if self._is_flushing:  # called by a signal handler meanwhile: the outer call continues
             return
         self._is_flushing = True
         try:
@@ -84,7 +84,7 @@ class ResilientAppender:
         self._note_recovery()
 
     def close(self) -> None:
-        """Try once more to write what waits, and give up the rest; OSError where there is some."""
+        """Try once more to write the waiting entries; OSError where some are lost."""
         try:
             self.flush()
         finally:
@@ -94,7 +94,7 @@ class ResilientAppender:
             self._num_delayed = self._num_dropped = 0
 
     def take_notes(self) -> list[Note]:
-        """What happened to the file since the last call that a person should know of."""
+        """Messages about the file since the last call."""
         notes, self._notes = self._notes, []
         return notes
 
@@ -110,7 +110,7 @@ class ResilientAppender:
             try:
                 _write_whole(file, entry)
             except BaseException:
-                self._take_back(file, size)
+                self._remove_torn(file, size)
                 raise
         self._size = size + len(entry)
         self._num_written += 1
@@ -126,10 +126,10 @@ class ResilientAppender:
             what = "was deleted or moved"
         text = f"{self._path} {what} while the run wrote to it"
         lost = _entries(self._num_written)
-        self._begin_anew()
-        self._note(f"{text}, and up to {lost} with it; what follows goes to {self._path}")
+        self._start_file()
+        self._note(f"{text}, with up to {lost}; later entries are written to {self._path}")
 
-    def _begin_anew(self) -> None:
+    def _start_file(self) -> None:
         self._path = self._place()
         self._size = None
         self._num_written = 0
@@ -140,17 +140,17 @@ class ResilientAppender:
         file.seek(-len(self._end), os.SEEK_END)
         return file.read(len(self._end)) != self._end
 
-    def _take_back(self, file: FileIO, size: int) -> None:
+    def _remove_torn(self, file: FileIO, size: int) -> None:
         try:
             file.truncate(size)
-        except OSError:  # the torn entry stays: what follows must not be glued to it
-            self._begin_anew()
+        except OSError:  # the torn entry stays: later entries need another file
+            self._start_file()
 
     def _note_recovery(self) -> None:
         if self._num_delayed:
-            text = f"{self._path} has caught up with {_entries(self._num_delayed)} that had to wait"
+            text = f"{self._path} now has the {_entries(self._num_delayed)} that had to wait"
             if self._num_dropped:
-                text += f"; {self._num_dropped:,} before them are lost"
+                text += f"; {self._num_dropped:,} older ones are lost"
             self._notes.append((text, "warning" if self._num_dropped else "info"))
             self._num_delayed = self._num_dropped = 0
 

@@ -1,10 +1,11 @@
-"""What a person sees of a run: a live bar on a terminal, plain lines anywhere else.
+"""The console of a run: a live progress bar on a terminal, plain lines elsewhere.
 
-All of it goes to standard error, so that standard output stays free for results.
+It writes to standard error; standard output is for results.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from ultrathink.monitoring.terminal import (
 )
 from ultrathink.monitoring.wording import short_number, short_time
 
+LOGGER = logging.getLogger("ultrathink")  # its level is monitoring.log_level
 REFRESH_S = 0.2
 PLAIN_INTERVAL_S = 2.0
 MAX_WIDTH = 100
@@ -38,7 +40,7 @@ LABEL = "dim"
 
 
 class ConsoleSink(Sink):
-    """Shows the run on ``stream`` (standard error), in the way that fits it."""
+    """Shows the run on ``stream``, by default standard error."""
 
     def __init__(
         self, stream: IO[str] | None = None, clock: Callable[[], float] = time.monotonic
@@ -47,10 +49,10 @@ class ConsoleSink(Sink):
         self._clock = clock
         self._display: _LiveDisplay | _PlainDisplay | None = None
         self._stream: SafeStream | None = None
-        self._is_told_gone = False
+        self._reported_failure = False
 
     def open(self, info: RunInfo) -> None:
-        """Print the heading, and on a terminal begin the bar."""
+        """Print the heading, and on a terminal start the bar."""
         self._stream = stream = error_stream(self._given_stream)
         status = _Status(info, self._clock)
         if is_interactive(stream):
@@ -60,7 +62,7 @@ class ConsoleSink(Sink):
         self._display.heading(info)
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Set the length that the bar and the time left are measured by."""
+        """Set the length of the bar, from which the time left follows."""
         if self._display is not None:
             self._display.status.total_steps = total_steps
 
@@ -77,8 +79,9 @@ class ConsoleSink(Sink):
             self._display.record(record)
 
     def message(self, text: str, level: Level) -> None:
-        """Print a line above the bar."""
-        if self._display is not None:
+        """Print a line above the bar, if its level is high enough."""
+        severity = logging.getLevelNamesMapping()[level.upper()]
+        if self._display is not None and severity >= LOGGER.level:
             self._display.message(clean_text(text), level)
 
     def phase(self, name: str) -> None:
@@ -90,23 +93,23 @@ class ConsoleSink(Sink):
         """Print the decision, and show it in the line of progress until the next."""
         if self._display is not None:
             self._display.status.decision = f"{title} at {step:,}"
-            self._display.message(clean_text(text), "warning")
+        self.message(text, "warning")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Print a text that the model wrote, set apart from everything else."""
+        """Print a text that the model wrote, in a frame."""
         if self._display is not None:
             self._display.sample(step, clean_text(prompt), clean_text(text))
 
     def take_notes(self) -> list[Note]:
-        """Whether the console can no longer be written to, or can again."""
+        """That writing to the console fails, or works again."""
         failure = self._stream.failure if self._stream is not None else None
-        if self._is_told_gone == (failure is not None):
+        if self._reported_failure == (failure is not None):
             return []
-        self._is_told_gone = failure is not None
+        self._reported_failure = failure is not None
         if failure is None:
             return [("the console can be written to again", "info")]
-        told = f"the console cannot be written to ({failure}); training goes on"
-        return [(f"{told}, and logs/run.log has its messages", "warning")]
+        text = f"the console cannot be written to ({failure}); training continues"
+        return [(f"{text}, and messages are in logs/run.log", "warning")]
 
     def close(self) -> None:
         """Leave the terminal as it was, the last figures in view."""
@@ -118,7 +121,7 @@ class ConsoleSink(Sink):
 
 
 class _Status:
-    """Where the run stands: what both displays show."""
+    """The state of the run that both displays show."""
 
     def __init__(self, info: RunInfo, clock: Callable[[], float]) -> None:
         self.total_steps = info.total_steps
@@ -129,7 +132,7 @@ class _Status:
         self.decision = ""  # the last one
         self.closed = False
         self._clock = clock
-        self._began = clock()
+        self._started = clock()
         self._pace = Pace(clock)
 
     def advance(self, step: int) -> None:
@@ -153,30 +156,35 @@ class _Status:
 
     def time_left(self) -> str:
         if self.closed or self.is_done():
-            return f"took {short_time(self._clock() - self._began)}"
+            return f"took {short_time(self._clock() - self._started)}"
         seconds = self._pace.seconds_left(self.total_steps) if self.total_steps > 0 else None
         if seconds is not None:
             return f"{short_time(seconds)} left"
         return "starting" if self.step == 0 else ""
 
     def figures(self, split: Split) -> list[tuple[str, str]]:
-        """Label and value of what a logged step, or the last validation, has to say."""
+        """Labels and values of the last logged step, or of the last validation."""
         values = self.train if split == "train" else self.val
         return [
             (label, show(values[name])) for name, label, show in _FIGURES[split] if name in values
         ]
 
     def situation(self) -> list[tuple[str, str]]:
-        """Label and value of the phase and of the last decision."""
+        """Labels and values of the phase and of the last decision."""
         shown = [("phase", self.phase), ("decision", self.decision)]
         return [(label, value) for label, value in shown if value]
 
     def beside(self, record: MetricRecord) -> list[tuple[str, str]]:
-        """Label and value of a validation, or of what evaluators found."""
+        """Labels and values of a validation or of evaluators."""
         if record.split == "val":
             return self.figures("val")
         figures = {name: value for name, value in record.values.items() if name != "tokens"}
         return [(name, f"{value:.4g}") for name, value in figures.items()]
+
+
+def _place(info: RunInfo) -> str:
+    resumed = f", resumed after step {info.start_step:,}" if info.start_step else ""
+    return f"saved in {info.folder}{resumed}"
 
 
 def _loss(value: float) -> str:
@@ -187,7 +195,7 @@ def _perplexity(value: float) -> str:
     return f"{value:,.4g}" if value < 1e5 else f"{value:.2e}"
 
 
-# Of each split the figures that are shown, the most telling first: name, label, wording.
+# Figures to show for each split, the most important first: name, label, format.
 _FIGURES: dict[Split, list[tuple[str, str, Callable[[float], str]]]] = {
     "train": [
         ("loss", "loss", _loss),
@@ -203,7 +211,7 @@ _FIGURES: dict[Split, list[tuple[str, str, Callable[[float], str]]]] = {
 
 
 class _PlainDisplay:
-    """Lines of text without any control sequence, few enough for a log file."""
+    """Lines of text without control sequences, few enough for a log file."""
 
     def __init__(
         self, status: _Status, write: Callable[[str], int], clock: Callable[[], float]
@@ -215,8 +223,7 @@ class _PlainDisplay:
 
     def heading(self, info: RunInfo) -> None:
         self._line(f"{info.name}: {clean_text(info.heading)}")
-        resumed = f", going on after step {info.start_step:,}" if info.start_step else ""
-        self._line(f"kept in {info.folder}{resumed}")
+        self._line(_place(info))
 
     def refresh(self) -> None:
         """Nothing moves here."""
@@ -242,7 +249,7 @@ class _PlainDisplay:
             self._line(f"    {line}".rstrip())
 
     def close(self) -> None:
-        """Nothing to put back."""
+        """Nothing to restore."""
 
     def _line(self, text: str) -> None:
         self._write(f"{text}\n")
@@ -257,7 +264,7 @@ def _joined(parts: list[str]) -> str:
 
 
 class _LiveDisplay:
-    """Two lines at the bottom that follow the run; everything else scrolls by above them."""
+    """Two lines at the bottom that follow the run; everything else scrolls above them."""
 
     def __init__(self, status: _Status, console: Console, clock: Callable[[], float]) -> None:
         self.status = status
@@ -274,8 +281,7 @@ class _LiveDisplay:
     def heading(self, info: RunInfo) -> None:
         lines = [Text(info.name, style="bold cyan")]
         lines += [Text(clean_text(line)) for line in info.heading.splitlines()]
-        resumed = f", going on after step {info.start_step:,}" if info.start_step else ""
-        lines.append(Text(f"kept in {info.folder}{resumed}", style=LABEL))
+        lines.append(Text(_place(info), style=LABEL))
         self._console.print(Group("", *lines, ""))
         self._live.start(refresh=True)
 
@@ -345,7 +351,7 @@ def _styled(figures: list[tuple[str, str]]) -> list[Text]:
 
 
 def _fitted(parts: list[Text], width: int) -> Text:
-    """As many parts as one line of ``width`` holds."""
+    """The parts that fit on one line of ``width`` columns."""
     line = Text(no_wrap=True, overflow="ellipsis")
     for part in parts:
         gap = "   " if len(line) else ""

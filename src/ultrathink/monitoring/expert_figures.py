@@ -1,4 +1,4 @@
-"""The lines of ``experts.jsonl`` as figures of a run: one for each group, over its layers."""
+"""Lines of ``experts.jsonl`` as figures of a run: one for each group, over its layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _mean(values: Iterable[float]) -> float:
     return sum(given) / len(given)
 
 
-# How the layers of a group become one figure: the worst of them, and sums of counts.
+# How the layers of a group become one figure: the worst layer, sums for counts.
 _OVER_LAYERS: dict[str, _Summary] = {
     "entropy": min,
     "entropy_normalized": min,

@@ -1,9 +1,9 @@
-"""How evenly a router spreads tokens over the experts of a group, in figures.
+"""How evenly a router distributes tokens over the experts of a group.
 
-In a group of N experts, top-k, of T tokens: ``n_i`` tokens chose expert i, ``m_i`` of them it took
-(the others were dropped for want of capacity), and ``p_t`` is the router's distribution for token
-t, with entropy ``H_t``. For even routing every load is ``k·T / N``. Without tokens a ratio is 0.
-Empty slots for experts are no experts here.
+In a group of N experts with top-k routing of T tokens, ``n_i`` tokens chose expert i, which
+processed ``m_i`` of them (the others exceeded its capacity and were dropped); ``p_t`` is the
+router's distribution for token t, with entropy ``H_t``. Even routing has loads of ``k·T / N``.
+Without tokens a ratio is 0. Empty expert slots do not count.
 
 Shapes: L layers with experts, E slots of all groups, G groups, N experts of one group.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 COUNTS = frozenset({"dropped", "dead"})  # figures that are whole numbers
 
-# What a line of metrics.jsonl tells of a group, and how layers become one figure.
+# The figures of a group in metrics.jsonl, and how layers become one figure.
 _SUMMARY: dict[str, Callable[[Floats], Any]] = {
     "entropy_normalized": np.mean,
     "confidence": np.mean,
@@ -54,14 +54,14 @@ class GroupSlots:
 
 @dataclass(frozen=True, eq=False)
 class ExpertStatistics:
-    """What the routers of a model did with the tokens of one step, as sums over tokens."""
+    """Routing statistics of one step, as sums over tokens."""
 
     groups: tuple[GroupSlots, ...]
     layers: tuple[int, ...]  # indices of those with experts
     num_tokens: int
     active: npt.NDArray[np.bool_]  # [L, E]: false for empty slots
     load: Floats  # [L, E]: tokens that chose each expert
-    dropped: Floats  # [L, E]: those of them that it had no capacity for
+    dropped: Floats  # [L, E]: those of them beyond its capacity
     probability: Floats  # [L, E]: the router's probabilities
     entropy: Floats  # [L, G]: of each token's distribution, nats
     confidence: Floats  # [L, G]: each token's largest probability
@@ -80,7 +80,7 @@ class ExpertStatistics:
         parts = [values[:, group.slots] for values in (self.load, self.dropped, self.probability)]
         counts = active.sum(1)
         figures: Figures = {}
-        # As a rule all layers have equally many experts of a group, and one pass does for all.
+        # Layers with equally many experts of a group, usually all, are computed together.
         for count in np.unique(counts[counts > 0]):
             rows = counts == count
             load, dropped, probability = (
@@ -100,7 +100,7 @@ class ExpertStatistics:
         return figures
 
     def summary(self) -> dict[str, float | int]:
-        """A few figures a group, over all layers, as ``experts/<group>/<figure>``.
+        """A few figures of each group over all layers, as ``experts/<group>/<figure>``.
 
         Means of ``entropy_normalized``, ``confidence`` and ``utilization``, the largest ``gini``
         and ``max_exp_multi`` of any layer, sums of ``dead`` and ``dropped``.
@@ -147,7 +147,7 @@ class ExpertRecord:
 
 
 def _short(name: str, value: float) -> float | int:
-    """A figure for a file: six digits tell all there is to tell."""
+    """A figure for a file, to six digits."""
     if name in COUNTS:
         return round(value)
     return float(f"{value:.6g}")
@@ -167,7 +167,7 @@ def figures_of_group(
     num_tokens: int,
     top_k: int,
 ) -> Figures:
-    """Every figure of a group, by name, ``[L]`` each, in layers with equally many experts of it.
+    """Every figure of a group by name, ``[L]`` each; all layers have equally many experts of it.
 
     ``load``, ``dropped`` and ``probability`` are ``[L, N]``, ``entropy`` and ``confidence``
     ``[L]``, all summed over tokens.
@@ -201,8 +201,8 @@ def figures_of_group(
         "balance_score": 1 - _ratio(load.std(-1), mean),
         # The largest load over the smallest: over 1 where none came.
         "max_min": load.max(-1) / np.maximum(load.min(-1), 1.0),
-        # How many of the places that even loads fill are filled, Σ min(m_i, k·T/N) / (k·T): so much
-        # of the work a capacity of the even load would keep, over the whole batch.
+        # Σ min(m_i, k·T/N) / (k·T): the share of the work within a capacity of the even load, over
+        # the whole batch.
         "capacity_utilization": np.minimum(taken, k * num_tokens / N).sum(-1) / (k * T),
         # Σ m_i / T, which is k unless some drop it.
         "experts_per_token": taken.sum(-1) / T,
@@ -213,15 +213,15 @@ def figures_of_group(
 
 
 def gini_of_noise(num_experts: int, top_k: int, num_tokens: int) -> float:
-    """What ``gini`` is if every token draws its experts evenly and at random, in the mean, nearly.
+    """The expected ``gini`` if every token draws its experts uniformly at random, approximately.
 
-    A load is then nearly normal with variance ``s² = T·q·(1 - q)``, ``q = k / N``. The loads' sum
-    is fixed, so two of them differ with variance ``2·s²·N / (N - 1)``, by ``√(2/π)`` times its root
-    in the mean: Gini = ``√(1 - 1/N)·s / (T·q·√π)``.
+    A load is then nearly normal with variance ``s² = T·q·(1 - q)``, ``q = k / N``. The sum of the
+    loads is fixed, so the difference of two has variance ``2·s²·N / (N - 1)``, and a mean absolute
+    value of ``√(2/π)`` times its root: Gini = ``√(1 - 1/N)·s / (T·q·√π)``.
     """
     N, T, q = num_experts, max(1, num_tokens), top_k / num_experts
     deviation = math.sqrt(T * q * (1 - q))
-    largest = 1 - 1 / N  # few tokens are not normal
+    largest = 1 - 1 / N  # of few tokens, whose loads are not normal
     return min(largest, math.sqrt(largest) * deviation / (T * q * math.sqrt(math.pi)))
 
 

@@ -1,9 +1,9 @@
 """The load of a group of experts as a picture: a row for each layer, a column for each expert.
 
-A cell's colour is its load over the even one, on a logarithmic scale: white at 1, ever darker blue
-down to 1/4 and below, ever darker red up to 4 and above; black for an expert without any token,
-grey for an empty slot. Steps of colour are even in lightness (Oklab), so that a darker cell is one
-further from even in print and to the colour-blind, too.
+A cell's colour is its load relative to an even share, on a logarithmic scale: white at 1, darker
+blue down to 1/4 and below, darker red up to 4 and above; black for an expert without tokens, grey
+for an empty slot. The steps of colour are even in lightness (Oklab), so that darker means further
+from even in print and for colour-blind readers too.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     Pixels = npt.NDArray[np.uint8]
 
 DESCRIPTION = (
-    "Load of each expert over the even one. Rows: layers, the first on top. Columns: experts. "
-    "White: 1. Blue: less, the darkest a quarter or below. Red: more, the darkest four times or "
-    "above. Black: no token. Grey: an empty slot."
+    "Load of each expert relative to an even share. Rows: layers, the first on top. Columns: "
+    "experts. White: 1. Blue: less, the darkest a quarter or below. Red: more, the darkest four "
+    "times or above. Black: no token. Grey: an empty slot."
 )
 # From white on, in equal steps of lightness.
 _BLUES = ("ffffff", "c6dcfe", "8ab9ff", "4c94fd", "1a6fe1", "0050af")
 _REDS = ("ffffff", "ffcec3", "fe9783", "ec654d", "cc371e", "9e1800")
 _SPAN = 2.0  # of log2(load / even load), to either side
-_EVEN = 100  # colours of the palette from the darkest blue to white, and on to the darkest red
+_EVEN = 100  # colours from the darkest blue to white, and from white to the darkest red
 _DEAD, _EMPTY = 2 * _EVEN + 1, 2 * _EVEN + 2
 _WIDTH, _MIN_CELL, _MAX_CELL = 512, 4, 24  # pixels
 
@@ -77,7 +77,7 @@ def _palette() -> Pixels:
 
 def _picture(pixels: Pixels) -> Picture:
     """A PNG file of numbers in the palette ``[height, width]``."""
-    from PIL import Image  # a run without pictures need not wait for it
+    from PIL import Image  # slow to import, and not needed by every run
 
     image = Image.fromarray(pixels)
     image.putpalette(_palette().tobytes())

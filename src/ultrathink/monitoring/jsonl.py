@@ -1,4 +1,4 @@
-"""The lasting record of a run, one JSON object a line.
+"""The permanent record of a run, one JSON object a line.
 
 ``metrics.jsonl`` has the figures, ``experts.jsonl`` those of experts, ``samples.jsonl`` texts.
 """
@@ -26,16 +26,16 @@ SAMPLES_FILE = "samples.jsonl"
 
 
 class JsonlSink(Sink):
-    """Appends every record to the file of its kind, which is made when the first one comes.
+    """Appends every record to the file of its kind, created with the first record.
 
-    What cannot be written waits until it can; the method that tried raises OSError.
+    Lines that cannot be written wait until they can; the method that tried raises OSError.
     """
 
     def __init__(self) -> None:
         self._files: dict[str, ResilientAppender] = {}
 
     def open(self, info: RunInfo) -> None:
-        """Drop what lies beyond the step that the run continues from, and begin to append."""
+        """Drop lines after the step that the run resumes from."""
         for name in (METRICS_FILE, EXPERTS_FILE, SAMPLES_FILE):
             self._files[name] = line_appender(info.folder / name, cut_beyond=info.start_step)
         self._each(ResilientAppender.flush)
@@ -49,21 +49,21 @@ class JsonlSink(Sink):
         self._append(EXPERTS_FILE, record.to_json())
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Append one line with the prompt and what the model wrote after it."""
+        """Append one line with the prompt and the continuation."""
         self._append(SAMPLES_FILE, {"step": step, "prompt": prompt, "text": text})
 
     def take_notes(self) -> list[Note]:
-        """What befell the files."""
+        """Messages about the files."""
         return [note for file in self._files.values() for note in file.take_notes()]
 
     def close(self) -> None:
-        """Write what still waits."""
+        """Write the waiting lines."""
         self._each(ResilientAppender.close)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         assert self._files, "the sink was not opened"
         line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-        # Half of a surrogate pair, which a byte-level model can write, has no UTF-8 form.
+        # A byte-level model can write half a surrogate pair, which UTF-8 cannot encode.
         self._files[name].append(f"{line}\n".encode(errors="backslashreplace"))
 
     def _each(self, action: Callable[[ResilientAppender], None]) -> None:
@@ -78,16 +78,15 @@ class JsonlSink(Sink):
 
 
 def line_appender(path: Path, *, cut_beyond: int | None = None) -> ResilientAppender:
-    """An appender for lines, which may first drop those that lie ``cut_beyond`` a step."""
+    """An appender for lines, which may first drop those after the step ``cut_beyond``."""
     cut = partial(cut_after, path, cut_beyond) if cut_beyond is not None else None
     return ResilientAppender(lambda: path, prepare=cut)
 
 
 def cut_after(path: Path, step: int) -> int:
-    """Drop the lines whose ``step`` exceeds ``step``, and torn ones; returns how many went.
+    """Drop the lines whose ``step`` exceeds ``step``, and torn ones; returns their number.
 
-    A file that does not exist, or has nothing to drop, is left alone. Works for any file of one
-    JSON object a line; an object without ``step`` stays.
+    A missing file is left alone, and an object without ``step`` stays.
     """
     if not path.is_file():
         return 0
@@ -99,14 +98,14 @@ def cut_after(path: Path, step: int) -> int:
 
 
 def read_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each line of a file with its end, and the object that it holds; no file, no lines."""
+    """Each line of a file, and the object in it; nothing for a missing file."""
     with suppress(FileNotFoundError), path.open("rb") as file:
         for line in file:
             yield line, parse_object(line)
 
 
 def parse_object(line: bytes | str) -> dict[str, Any] | None:
-    """The object on a line; None where a crash left half of one, or it holds another thing."""
+    """The object in a line; None for a torn line or another value."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):  # not JSON, or not UTF-8
@@ -120,7 +119,7 @@ def finite_number(value: Any) -> float | None:
         return None
     try:
         return value if math.isfinite(value) else None
-    except OverflowError:  # a whole number beyond all floats
+    except OverflowError:  # an integer larger than any float
         return None
 
 

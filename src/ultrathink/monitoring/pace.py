@@ -1,4 +1,4 @@
-"""How fast a run goes, and how long it will still take."""
+"""The speed of a run, and the time that is left."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ POINTS = 200
 
 
 class Pace:
-    """The time a step takes lately, with all that lies between steps.
+    """The recent time per step, everything between steps included.
 
-    Counted from the end of the first step, which compiles; over the last minute or the last third
-    of the run, whichever is longer, so that a validation moves the estimate but does not rule it.
+    It is measured from the end of the first step, which compiles, over the last minute or the last
+    third of the run, whichever is longer, so that one validation does not dominate it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -29,7 +29,7 @@ class Pace:
         if self._start is None:
             self._start = now
         window = max(MIN_WINDOW_S, (now - self._start) / 3)
-        # The newest point always moves along; older ones are thinned to keep this cheap.
+        # The newest point is always kept; older ones are thinned to keep this cheap.
         if len(self._points) >= 2 and now - self._points[-2][0] < window / POINTS:
             self._points.pop()
         self._points.append((now, step))
@@ -37,7 +37,7 @@ class Pace:
             self._points.popleft()
 
     def seconds_per_step(self) -> float | None:
-        """Seconds from one step to the next; None before there is anything to judge by."""
+        """Seconds from one step to the next; None while too few are measured."""
         if len(self._points) < 2:
             return None
         (first_time, first_step), (last_time, last_step) = self._points[0], self._points[-1]
@@ -46,7 +46,7 @@ class Pace:
         return (last_time - first_time) / (last_step - first_step)
 
     def seconds_left(self, total_steps: int) -> float | None:
-        """Seconds until ``total_steps`` are done; None before there is anything to judge by."""
+        """Seconds until ``total_steps`` are done; None while too few are measured."""
         pace = self.seconds_per_step()
         if pace is None:
             return None

@@ -1,4 +1,4 @@
-"""Curves drawn with characters: lines of dots for a terminal, a row of bars for plain text."""
+"""Curves drawn with characters: lines of dots where there is colour, else a row of bars."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Dots:
-    """A drawn character, and the number of the curve that it belongs to (the last drawn)."""
+    """A drawn character, and the number of its curve (the last drawn)."""
 
     character: str
     curve: int | None
@@ -52,7 +52,7 @@ def draw(
 ) -> list[list[Dots]]:
     """``height`` rows of ``width`` characters with all curves, ``x`` from 0 to ``end``.
 
-    Of the points that fall on the same column of dots, the mean is drawn.
+    Points in the same column of dots are averaged.
     """
     bits = [[0] * width for _ in range(height)]
     owners: list[list[int | None]] = [[None] * width for _ in range(height)]

@@ -1,4 +1,4 @@
-"""What a run tells its sinks, and the interface that every sink has."""
+"""The records that a run sends to its sinks, and the interface of a sink."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class MetricRecord:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> MetricRecord | None:
-        """The record that ``to_json`` gave, null read back as not-a-number.
+        """The record of a line that ``to_json`` returned, with NaN for null.
 
-        None where ``record`` is none; what is no number is left out of its figures.
+        None for another object; values that are no numbers are left out.
         """
         step, split, at = (record.get(name) for name in RESERVED)
         if split not in ("train", "val", "eval") or not _is_number(step) or not _is_number(at):
@@ -61,7 +61,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _plain(value: SupportsFloat) -> JsonScalar:
-    """A NumPy number as Python's own, since JSON knows no other."""
+    """A number as Python's own type, for JSON."""
     if isinstance(value, Integral):
         return int(value)
     number = float(value)
@@ -70,51 +70,51 @@ def _plain(value: SupportsFloat) -> JsonScalar:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a sink learns before the first step; ``total_steps`` is 0 while it is not known."""
+    """The facts that a sink gets before the first step; ``total_steps`` is 0 while unknown."""
 
     name: str
     folder: Path
     total_steps: int
-    start_step: int  # the last step that is done already; 0 for a new run
-    heading: str  # the run in a line or two: size of the model, device, length
+    start_step: int  # the last completed step; 0 for a new run
+    heading: str  # the run in a line or two: model size, device, length
 
 
 class Sink:
-    """Something that shows or keeps the figures of a run; this one does nothing.
+    """Shows or stores the figures of a run; this base class does nothing.
 
-    A method may raise: that is reported, training goes on, and the sink is still offered all that
-    follows, even where ``open`` was what failed.
+    A method may raise: that is reported, training continues, and the sink is still called, even
+    after ``open`` failed.
     """
 
     def open(self, info: RunInfo) -> None:
-        """Begin, forgetting whatever an earlier process noted beyond ``info.start_step``."""
+        """Start, and discard what an earlier process wrote after ``info.start_step``."""
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Learn the run's length, where it was fixed only after the first steps were timed."""
+        """Set the length of a run that was known only after the first steps were timed."""
 
     def progress(self, step: int) -> None:
-        """Hear of every finished step; must be cheap."""
+        """Note a finished step; must be cheap."""
 
     def write(self, record: MetricRecord) -> None:
-        """Take the figures of a logged step or of a validation."""
+        """Write the figures of a logged step or of a validation."""
 
     def experts(self, record: ExpertRecord) -> None:
-        """Take what the experts of a logged step did, of a model that has some."""
+        """Write the expert statistics of a logged step."""
 
     def message(self, text: str, level: Level) -> None:
-        """Take something worth a person's attention."""
+        """Show a message."""
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Take a text that the model wrote, ``text`` being what follows ``prompt``."""
+        """Write a text that the model wrote; ``text`` follows ``prompt``."""
 
     def phase(self, name: str) -> None:
-        """Hear that training is in another phase, such as CONVERGING."""
+        """Note that training entered a phase, such as CONVERGING."""
 
     def decision(self, step: int, title: str, text: str) -> None:
-        """Take what the orchestrator decided: ``title`` in few words, ``text`` with its reason."""
+        """Write a decision of the orchestrator: a short ``title``, and ``text`` with its reason."""
 
     def take_notes(self) -> list[Note]:
-        """Give what befell the sink itself since the last call; asked after each other call."""
+        """Messages about the sink itself since the last call; called after every other method."""
         return []
 
     def close(self) -> None:

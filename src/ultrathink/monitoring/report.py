@@ -15,7 +15,7 @@ from rich.text import Text
 from ultrathink.monitoring.terminal import SafeStream, clean_text, is_interactive, make_console
 
 _GAP = 2
-_ENDLESS = 100_000  # columns of what is no terminal: nothing folds
+_ENDLESS = 100_000  # columns where the output is not a terminal: nothing folds
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell with a style of its own."""
+    """A cell with its style."""
 
     text: str
     style: str = ""
@@ -39,8 +39,8 @@ class Cell:
 class Report:
     """Writes lines and tables to ``stream`` (standard output).
 
-    On a terminal an error of writing is passed over; in a pipe it is raised, so that a reader that
-    leaves ends the program.
+    Errors of writing are ignored on a terminal and raised in a pipe, so that the program ends when
+    its reader has gone.
     """
 
     def __init__(self, stream: IO[str] | None = None) -> None:
@@ -50,9 +50,10 @@ class Report:
         self._console = make_console(safe) if is_interactive(safe) else None
 
     @property
-    def is_styled(self) -> bool:
-        """Whether colours are seen; where not, words have to say what they would."""
-        return self._console is not None
+    def has_colors(self) -> bool:
+        """Whether colours are shown: not in a pipe, and not under NO_COLOR."""
+        console = self._console
+        return console is not None and console.color_system is not None and not console.no_color
 
     @property
     def can_draw(self) -> bool:
@@ -61,18 +62,16 @@ class Report:
 
     @property
     def width(self) -> int:
-        """Columns of the terminal; of a file, what is read well."""
+        """Columns of the terminal; 100 for a file."""
         return self._console.width if self._console is not None else 100
 
     def line(self, *parts: str | Cell) -> None:
-        """Print ``parts`` joined to one line."""
+        """Print ``parts`` joined to one line, which a terminal wraps between words."""
         cells = [_cell(part) for part in parts]
         if self._console is None:
             self._stream.write("".join(cell.text for cell in cells).rstrip() + "\n")
         else:
-            self._console.print(
-                Text.assemble(*((cell.text, cell.style) for cell in cells)), soft_wrap=True
-            )
+            self._console.print(Text.assemble(*((cell.text, cell.style) for cell in cells)))
 
     def table(
         self,

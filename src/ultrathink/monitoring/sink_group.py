@@ -1,4 +1,4 @@
-"""Several sinks as one, of which none can take down another, or the run."""
+"""Several sinks as one; a failing sink affects neither the others nor the run."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ from ultrathink.monitoring.records import Note, Reporter, Sink
 
 
 class SinkGroup(Sink):
-    """Hands everything to each of ``sinks``; what one raises is reported, and the next is asked.
+    """Passes every call to each of ``sinks``; an error of one is reported, and the next is called.
 
-    Every method of a sink calls that of each one. A sink that failed is offered all that follows,
-    for it may recover. ``tell`` speaks to the whole run (its sinks, its log); without it only the
-    sinks hear of a failure.
+    A sink that failed is still called, for it may recover. Failures are reported through
+    ``report``, by default to the sinks only.
     """
 
     def __init__(
         self,
         sinks: Sequence[Sink],
-        tell: Reporter | None = None,
+        report: Reporter | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._members = [(sink, _health(sink, clock)) for sink in sinks]
-        self._tell = tell if tell is not None else self.message
-        self._telling_depth = 0
+        self._report = report if report is not None else self.message
+        self._depth = 0
 
     def take_notes(self) -> list[Note]:
-        """Nothing: notes of the sinks are told as they arise."""
+        """Nothing: notes of the sinks are reported at once."""
         return []
 
     def close(self) -> None:
-        """Close every sink, the first last: the console, as a rule, can tell of the others."""
+        """Close every sink, the first last: it is usually the console, which reports the others."""
         while self._members:
             self._attempt(*self._members[-1], "close", lambda sink: sink.close())
             self._members.pop()
@@ -52,26 +51,26 @@ class SinkGroup(Sink):
             finally:
                 notes = sink.take_notes()
         except Exception as error:
-            # What fails may be the message that tells of a message that failed: it ends there.
-            if self._telling_depth < 2:
+            # The message about a failed message may fail too: it is not reported.
+            if self._depth < 2:
                 notes = [*health.failed(what, error), *notes]
         else:
             notes = [*health.worked(what), *notes]
         if notes:
-            self._tell_all(notes)
+            self._report_all(notes)
 
-    def _tell_all(self, notes: list[Note]) -> None:
-        self._telling_depth += 1
+    def _report_all(self, notes: list[Note]) -> None:
+        self._depth += 1
         try:
             for text, level in notes:
-                self._tell(text, level)
+                self._report(text, level)
         finally:
-            self._telling_depth -= 1
+            self._depth -= 1
 
 
 def _health(sink: Sink, clock: Callable[[], float]) -> Health:
     name = type(sink).__name__.removesuffix("Sink").lower()
-    advice = "training goes on, and the sink is tried again with what comes next"
+    advice = "training continues, and the sink is tried again with the next record"
     return Health(f"the {name} sink", advice, clock)
 
 

@@ -1,9 +1,9 @@
 """The run as TensorBoard shows it: ``tensorboard --logdir runs``.
 
-Event files are written here rather than by a ``SummaryWriter``: its thread dies of the first write
-that fails, with a stack trace on the console, and every later call raises, ``close`` included. In
-an event file stand records one after the other, each with its length and checksum, so appending
-to it is like appending a line (format: ``tensorboard/summary/writer/record_writer.py``).
+This module writes event files itself: the thread of a ``SummaryWriter`` dies with the first failed
+write, prints a stack trace, and every later call raises, ``close`` included. An event file is a
+sequence of records, each with its length and checksum, so appending to it is like appending a line
+(format: ``tensorboard/summary/writer/record_writer.py``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FOLDER = "tensorboard"
 _FILE_VERSION = "brain.Event:2"
 
-_number = itertools.count()  # event files that begin in one second differ by it
+_number = itertools.count()  # distinguishes event files of one second
 
 
 class TensorBoardSink(Sink):
@@ -41,7 +41,7 @@ class TensorBoardSink(Sink):
     Each group of experts has scalars ``experts/<group>/<figure>/layer_<i>``, and a picture of its
     load, ``experts/<group>/load``.
 
-    What cannot be written waits until it can; the method that tried raises OSError.
+    Events that cannot be written wait until they can; the method that tried raises OSError.
     """
 
     def __init__(self) -> None:
@@ -49,14 +49,14 @@ class TensorBoardSink(Sink):
         self._tags: dict[str, str] = {}
 
     def open(self, info: RunInfo) -> None:
-        """Plan an event file; what earlier ones hold beyond the start step is not shown."""
+        """Prepare an event file that hides later steps of earlier files."""
         with _quiet():
             header = _session_start(info.start_step + 1)
         folder = info.folder / FOLDER
         self._file = ResilientAppender(lambda: folder / _file_name(), header=header, end=b"")
 
     def write(self, record: MetricRecord) -> None:
-        """Write each figure as the scalar ``split/name``, all of them or none."""
+        """Write each figure as the scalar ``split/name``, all or none."""
         self._append(_scalars, record)
 
     def experts(self, record: ExpertRecord) -> None:
@@ -64,9 +64,9 @@ class TensorBoardSink(Sink):
         self._append(_of_experts, record)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Write a sample; every prompt has a tag of its own, so that its texts line up."""
+        """Write a sample; each prompt has its tag, so that its texts are listed together."""
         tag = self._tags.setdefault(prompt, f"samples/{len(self._tags) + 1}")
-        # Four spaces make Markdown show the text as it is.
+        # Four spaces make Markdown show the text verbatim.
         verbatim = "\n".join(f"    {line}" for line in f"{prompt}{text}".splitlines())
         self._append(_text, tag, verbatim, step)
 
@@ -75,11 +75,11 @@ class TensorBoardSink(Sink):
         self._append(_text, "decisions", text, step)
 
     def take_notes(self) -> list[Note]:
-        """What befell the event file."""
+        """Messages about the event file."""
         return self._file.take_notes() if self._file is not None else []
 
     def close(self) -> None:
-        """Write what still waits."""
+        """Write the waiting events."""
         if self._file is not None:
             self._file.close()
 
@@ -96,11 +96,11 @@ def _file_name() -> str:
     return f"events.out.tfevents.{int(time.time()):010d}.{host}.{os.getpid()}.{number:03d}"
 
 
-# The packages are imported where they are used: a run without this sink need not wait for them.
+# The packages are imported in functions: they are slow, and not every run has this sink.
 
 
 def _session_start(purge_step: int) -> bytes:
-    """What opens an event file: the version, and the step from which earlier files are hidden."""
+    """The start of an event file: the version, and the step from which earlier files are hidden."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
     now = time.time()
@@ -153,7 +153,7 @@ def _text(tag: str, text: str, step: int) -> bytes:
 
 
 def _framed(event: Event) -> bytes:
-    """An event as it stands in a file: its length, its bytes, and a checksum of each."""
+    """An event in a file: its length, its bytes, and a checksum of each."""
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     buffer = io.BytesIO()
@@ -164,7 +164,7 @@ def _framed(event: Event) -> bytes:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """TensorBoard's dependencies warn of each other; a user of ours can do nothing about it."""
+    """Hide warnings of TensorBoard's dependencies about each other."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

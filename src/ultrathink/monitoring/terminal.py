@@ -1,4 +1,4 @@
-"""Writing for a person: is anyone watching, figures in short, and output that cannot end a run."""
+"""Terminals: whether output is interactive, and streams that cannot end a run."""
 
 from __future__ import annotations
 
@@ -14,21 +14,19 @@ from ultrathink.core.streams import discard, why_discarded
 from ultrathink.monitoring.health import described
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-# A disk that is full may have room again; whatever else fails has failed for good.
+# A full disk may have room again; other errors are permanent.
 _PASSING = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class SafeStream:
-    """A text stream that loses text when writing to it fails, instead of ending the run.
+    """A text stream that drops text where writing fails, instead of ending the run.
 
-    Where that is for good, because the reader is gone, it is silent from then on. ``failure`` says
-    why the last text did not arrive, and is None where it did.
+    After a permanent failure, as of a closed pipe, it stays silent. ``failure`` is why the last
+    text was not written; None where it was.
     """
 
     def __init__(self, stream: IO[str] | None) -> None:
-        # rich puts a proxy in the place of sys.stderr while a bar is shown.
+        # rich replaces sys.stderr by a proxy while a bar is shown.
         self._stream: IO[str] | None = getattr(stream, "rich_proxied_file", stream)
         self.encoding: str = getattr(self._stream, "encoding", None) or "utf-8"
         self.failure: str | None = None
@@ -54,7 +52,7 @@ class SafeStream:
                 self._note(error)
 
     def finish(self) -> None:
-        """Give up what cannot be written by now: it would fail again when Python exits."""
+        """Drop text that cannot be written: it would fail again when Python exits."""
         if self._stream is not None:
             try:
                 self._stream.flush()
@@ -72,7 +70,7 @@ class SafeStream:
         return self._stream.fileno() if self._stream is not None else -1
 
     def _note(self, error: OSError | ValueError) -> None:
-        if isinstance(error, BlockingIOError):  # the reader is slow, or sleeps
+        if isinstance(error, BlockingIOError):  # the reader is slow
             return
         self.failure = described(error)
         if getattr(error, "errno", None) not in _PASSING:
@@ -85,13 +83,13 @@ class SafeStream:
 
 
 def is_interactive(stream: SafeStream) -> bool:
-    """Whether a person watches ``stream`` on a terminal that can redraw lines."""
+    """Whether ``stream`` is a terminal that can redraw lines, outside of CI."""
     dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
     return stream.isatty() and not dumb and not os.environ.get("CI")
 
 
 def make_console(stream: SafeStream) -> Console:
-    """A rich console for a terminal, which prints text as it is: no markup, no emoji."""
+    """A rich console for a terminal that prints text verbatim: no markup, no emoji."""
     return Console(
         file=cast(TextIO, stream), force_terminal=True, markup=False, emoji=False, highlight=False
     )
@@ -103,5 +101,5 @@ def error_stream(stream: IO[str] | None = None) -> SafeStream:
 
 
 def clean_text(text: str) -> str:
-    """``text`` with control characters replaced, so that no model can steer a terminal."""
+    """``text`` with control characters replaced, so that no model can control a terminal."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n")).expandtabs(4)

@@ -1,4 +1,4 @@
-"""Figures as a person reads them, in short."""
+"""Short numbers and times for people."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@
 ``memory``                memory in use, GiB; ``memory_reserved``, ``memory_peak``,
                           ``memory_limit`` likewise
 ``skipped_steps``         number of skipped steps so far
+``nan_steps``             steps so far whose loss was NaN, where a log only counts them
 ``loss_scale``            factor of an fp16 loss
 ``update_ratio``          norm of the update over norm of the weights
 ``grad_norm/<layer>``     norm of the gradient of one layer

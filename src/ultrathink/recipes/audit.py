@@ -24,6 +24,7 @@ from ultrathink.recipes.resume import resume_trainer
 from ultrathink.runs.decisions import Audit, add_to_decision, read_decisions, state_name
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
+from ultrathink.runs.reading import RunReader
 from ultrathink.training.callbacks import Controller, StepReport
 from ultrathink.training.change import Change
 from ultrathink.training.changes import Stop, change_from
@@ -88,9 +89,11 @@ def _chosen(run: RunFolder, wanted: int | None) -> list[dict[str, Any]]:
     kept = set(run.kept_states())
     at_hand = [number for number in records if state_name(number) in kept]
     if not records:
+        mode = RunReader(run).orchestrator_mode()
+        why = "it had no reason to change the run" if mode == "act" else "only act makes decisions"
         raise UltrathinkError(
-            f"run {run.path} has no decisions to audit: the orchestrator decides only with "
-            f"orchestrator.mode=act, and only if something goes wrong."
+            f"run {run.path} has no decisions to audit: it trained with orchestrator.mode={mode}, "
+            f"and {why}."
         )
     if wanted is None and at_hand:
         return [records[number] for number in at_hand]

@@ -91,6 +91,12 @@ class RunReader:
             self._config = _whole(path, lambda data: parse_yaml(data.decode("utf-8")), "sections")
         return self._config
 
+    def orchestrator_mode(self) -> str:
+        """``orchestrator.mode``; ``off`` where the configuration does not have it."""
+        section = self.config().get("orchestrator")
+        mode = section.get("mode") if isinstance(section, dict) else None
+        return mode if isinstance(mode, str) else "off"
+
     def config_text(self) -> str:
         """The text of the configuration."""
         return (self.run.path / CONFIG_FILE).read_text(encoding="utf-8")

@@ -101,6 +101,12 @@ def choose(
     compiled, compile_reason, is_warning = should_compile(
         training, device, planned_flops=planned_flops, peak_flops=reckoned
     )
+    if compiled and training.activation_checkpointing == "selective":
+        raise ConfigError(
+            "training.activation_checkpointing = 'selective': a compiled step recomputes what is "
+            "cheap by itself, and would hold more than with none; use full, none, or "
+            "training.compile=false."
+        )
     chosen: dict[str, tuple[object, str]] = {}
     if training.device == "auto":
         chosen["training.device"] = (str(device), "the first available of cuda, mps, cpu")

@@ -165,7 +165,7 @@ def test_how_long_curves_are_equal(two: None, say: Say) -> None:
     assert "all 3 logged losses are equal at the steps that both have" in say("compare", "a", "d")
 
 
-def test_metrics_that_only_some_have_are_told_of_experts_group_by_group(
+def test_metrics_that_only_some_have_are_listed_of_experts_group_by_group(
     two: None, say: Say
 ) -> None:
     figures = {f"experts/{group}/{name}": 0.5 for group in ("skill", "meta")
@@ -181,7 +181,7 @@ def test_metrics_that_only_some_have_are_told_of_experts_group_by_group(
     assert answer["curves"]["lone_metrics"]["train experts/skill/gini"] == ["c", "d"]
 
 
-def test_what_was_changed_on_resuming_is_told(two: None, say: Say) -> None:
+def test_what_was_changed_on_resuming_is_reported(two: None, say: Say) -> None:
     change = ConfigChange("training.clip", 1.0, 0.5)
     other = ConfigChange("training.log_every", 10, 1, felt=False)
     append_segment(Path("runs/b/segments.jsonl"), Segment(2, changes=(change, other)))
@@ -194,7 +194,7 @@ def test_what_was_changed_on_resuming_is_told(two: None, say: Say) -> None:
     ]
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(two: None, say: Say) -> None:
+def test_runs_of_one_name_are_distinguished_by_their_folders(two: None, say: Say) -> None:
     with_course(make_run(Path("other"), "a"), 3.0)
     found = json.loads(say("compare", "a", "other/a/", "--json"))
     assert [run["name"] for run in found["runs"]] == ["a", "other/a"]

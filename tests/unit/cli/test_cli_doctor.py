@@ -36,13 +36,13 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_it_says_what_auto_would_take_and_leaves_nothing_behind(say: Say) -> None:
+def test_it_says_what_auto_would_choose_and_leaves_nothing_behind(say: Say) -> None:
     said = say("doctor", *SAME)
-    for title in ("Versions", "Machine", "Folders", "What debug would take here", "Packages"):
+    for title in ("Versions", "Machine", "Folders", "What auto chooses here for debug", "Packages"):
         assert f"\n{title}\n" in f"\n{said}"
     assert "  precision         fp32: set by: preset debug" in said
     assert "\x1b" not in said
-    assert said.splitlines()[-1].startswith(("All is fine", "Training works here"))
+    assert said.splitlines()[-1].startswith(("No problems found", "Training works here"))
     assert list(Path.cwd().iterdir()) == []
 
 
@@ -100,7 +100,9 @@ def test_a_torch_that_cannot_be_imported(tmp_path: Path) -> None:
     [problem] = [p for p in report["problems"] if p["level"] == "error"]
     assert problem["text"].endswith("libtorch_cpu.so: cannot open shared object file")
     assert problem["fix"] == 'pip install --force-reinstall "torch~=2.13.0"'
-    assert report["processor"]["logical_cores"] == os.cpu_count()  # the rest is told all the same
+    assert (
+        report["processor"]["logical_cores"] == os.cpu_count()
+    )  # the rest is reported all the same
 
 
 # Not /proc/cpuinfo nor all of /sys: torch itself reads those, and dies of a product without them.
@@ -111,7 +113,7 @@ HIDE = (
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="hides files of Linux")
-def test_a_system_that_tells_nothing_is_no_error() -> None:
+def test_a_system_that_reports_nothing_is_no_error() -> None:
     wrapper = ("unshare", "-rm", "sh", "-c", HIDE, "sh")
     if subprocess.run([*wrapper, "true"], capture_output=True).returncode != 0:
         pytest.skip("mounting is not permitted here")

@@ -37,10 +37,10 @@ def test_what_a_person_sees(log: Path, say: Say) -> None:
     assert lines[0] == "log.csv  CSV"
     assert lines[1] == "  600 steps logged, 1 to 600"
     assert lines[2] == "  signals: loss"
-    bars, marks = lines[5], lines[6]
-    assert "█" in bars
-    # The mark stands below the bar of its step.
-    assert marks.index("▲") == pytest.approx(2 + 399 / 600 * (len(bars) - 2), abs=1.5)
+    # The mark stands on the axis below the dots of its step.
+    place, _, marks = next(line for line in lines if "▲" in line).partition("└")
+    assert marks.index("▲") == pytest.approx(399 / 600 * len(marks), abs=1.5)
+    assert any(dots[len(place) + 1 :].strip() for dots in lines if "│" in dots)
     spikes = [line.split()[0] for line in lines if "loss_spike" in line]
     assert spikes[0] == "400"
     assert "phases: INITIALIZATION" in out
@@ -68,7 +68,7 @@ def test_what_a_program_sees(log: Path, say: Say) -> None:
 
 def test_nothing_found_is_said(place: Path, say: Say) -> None:
     (place / "log").write_text("step,loss\n1,2\n2,1.5\n")
-    assert "Nothing was found." in say("watch", "log")
+    assert "No events in the logged steps." in say("watch", "log")
 
 
 def test_a_picture(log: Path, place: Path, say: Say) -> None:
@@ -104,7 +104,7 @@ def interrupted(session: Session) -> bool:
     return session.process.returncode == 130 and "interrupted" in session.stderr
 
 
-def test_events_are_told_as_they_come(place: Path, follow: Follow) -> None:
+def test_events_are_shown_as_the_log_grows(place: Path, follow: Follow) -> None:
     def events() -> list[dict[str, Any]]:
         return [json.loads(line) for line in session.stdout.splitlines()]
 
@@ -118,20 +118,20 @@ def test_events_are_told_as_they_come(place: Path, follow: Follow) -> None:
     assert session.wait_until(lambda: '"loss_spike"' in session.stdout)
     assert next(e for e in events() if e["kind"] == "loss_spike")["step"] == 400
 
-    log.write_text("step,loss\n" + rows(1, 300))  # cut: what was told is not told again
+    log.write_text("step,loss\n" + rows(1, 300))  # cut: shown events are not repeated
     assert session.wait_until(lambda: "was cut or replaced" in session.stderr)
     with log.open("a") as file:
         file.write(rows(300, 700, 400, 620))
     assert session.wait_until(lambda: '"step": 620' in session.stdout)
-    told = [(event["step"], event["kind"], event["severity"]) for event in events()]
-    assert len(told) == len(set(told))
+    shown = [(event["step"], event["kind"], event["severity"]) for event in events()]
+    assert len(shown) == len(set(shown))
     assert interrupted(session)
 
 
-def test_a_person_is_told_of_phases_too(log: Path, follow: Follow) -> None:
+def test_phases_are_shown_to_people(log: Path, follow: Follow) -> None:
     session = follow("log.csv")
-    for told in ("loss_spike: ", "phase CONVERGING"):
-        assert session.wait_until(lambda told=told: told in session.stdout)
+    for text in ("loss_spike: ", "phase CONVERGING"):
+        assert session.wait_until(lambda text=text: text in session.stdout)
     log.unlink()
     assert session.wait_until(lambda: "waiting: log.csv is gone" in session.stderr)
     log.write_text("step,loss\n" + rows(1, 10))

@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to by its DevTools protocol over two pipes: no driver is needed."""
+"""A headless Chromium, controlled through its DevTools protocol over two pipes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def find_browser() -> str | None:
 
 
 class Browser:
-    """One page of a headless browser; ``messages`` are all that it told, in order."""
+    """One page of a headless browser; ``messages`` has all that it reported, in order."""
 
     def __init__(self, program: str, profile: Path) -> None:
         self.messages: list[dict[str, Any]] = []

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -16,11 +17,11 @@ from ultrathink.insight.doctor import speed as speed_module
 from ultrathink.insight.doctor.diagnose import diagnose
 from ultrathink.insight.doctor.machine import (
     Memory,
+    attempt,
     cpu_quota,
     memory_limit,
     read_memory,
     read_processor,
-    told,
     try_folder,
 )
 from ultrathink.insight.doctor.packages import read_packages
@@ -37,8 +38,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads files of Linux
 @linux
 def test_this_machine_is_read() -> None:
     processor, memory = read_processor(), read_memory()
-    assert processor.name
     assert processor.logical_cores == os.cpu_count()
+    assert 1 <= (processor.physical_cores or 0) <= (os.cpu_count() or 1)
     assert processor.allowed_cores == len(os.sched_getaffinity(0))
     assert 1 <= processor.usable_cores <= (os.cpu_count() or 1)
     assert memory.total is not None
@@ -104,9 +105,9 @@ def test_limits_of_control_groups(
 
 
 def test_a_fact_that_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
-    assert told(lambda: cpu_quota(tmp_path, tmp_path / "missing")) is None
+    assert attempt(lambda: cpu_quota(tmp_path, tmp_path / "missing")) is None
     (tmp_path / "odd").write_text("0::/\n3:cpu")
-    assert told(lambda: cpu_quota(tmp_path, tmp_path / "odd")) is None
+    assert attempt(lambda: cpu_quota(tmp_path, tmp_path / "odd")) is None
 
 
 # -- folders and disks -----------------------------------------------------------------------------
@@ -188,24 +189,28 @@ def test_what_others_do_with_the_cores_is_seen() -> None:
 
 
 @linux
-def test_what_this_process_does_itself_is_not_counted(tmp_path: Path) -> None:
-    stat = tmp_path / "stat"
-    tick = os.sysconf("SC_CLK_TCK")
-    first = f"cpu{min(os.sched_getaffinity(0))}"
+def test_what_this_process_does_itself_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tick, core = os.sysconf("SC_CLK_TCK"), min(os.sched_getaffinity(0))
 
     def write(user: float, steal: float) -> None:
         ticks = [round(user * tick), 0, 0, 10**6, 0, 0, 0, round(steal * tick), 0, 0]
-        other = f"cpu{os.cpu_count()} {10**6 * user} 0 0 0 0 0 0 0 0 0"  # not one of ours
-        stat.write_text(f"cpu 1 1 1\n{first} {' '.join(map(str, ticks))}\n{other}\n")
+        ours = f"cpu{core} {' '.join(map(str, ticks))}"
+        others = [f"cpu{number} {10**6 * user} 0 0 0 0 0 0 0 0 0" for number in range(core + 2)]
+        others[core] = ours
+        (tmp_path / "stat").write_text("\n".join(["cpu 1 1 1 1 1 1 1 1 1 1", *others, ""]))
 
-    assert CoreWatch(stat).result() is None  # a system without such figures
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {core})
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    assert CoreWatch().result() is None  # a system without such figures
     write(100.0, 5.0)
-    watch = CoreWatch(stat)
-    assert watch.result() is None  # too soon to tell
-    began = time.process_time()
-    while time.process_time() - began < 0.5:
+    watch = CoreWatch()
+    assert watch.result() is None  # too early
+    start = time.process_time()
+    while time.process_time() - start < 0.5:
         pass
-    own = time.process_time() - began
+    own = time.process_time() - start
     write(100.0 + own + 2.0, 6.0)
     seen = watch.result()
     assert seen is not None
@@ -227,7 +232,7 @@ def test_packages_are_those_of_the_metadata() -> None:
     assert read_packages("a-package-that-nobody-has-installed") is None
 
 
-def test_versions_and_extras_are_told_apart(
+def test_versions_and_extras_are_distinguished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "made_up-1.0.dist-info"

@@ -38,7 +38,7 @@ def test_a_trainer_state(path: Path) -> None:
         assert (log.format, log.total_steps) == ("Hugging Face trainer_state.json", 90)
         assert [(s.step, s.values) for s in log.signals()] == [
             (10, {"loss": 3.0, "lr": 1e-4, "grad_norm": 2.0}),
-            (10, {"val_loss": 2.9, "eval_runtime": 4.5}),
+            (10, {"val_loss": 2.9}),
             (20, {"loss": 2.5, "lr": 1e-4}),  # the summary of the run at its end is no step
         ]
 
@@ -130,11 +130,11 @@ def test_other_documents_are_no_log(path: Path, text: str, message: str) -> None
         open_log(path)
 
 
-def test_only_what_is_new_is_told_and_another_document_from_its_beginning(path: Path) -> None:
+def test_new_records_are_returned_and_another_document_from_its_beginning(path: Path) -> None:
     def news(document: Any) -> tuple[list[int], bool]:
         path.write_text(document if isinstance(document, str) else json.dumps(document))
         new = log.poll()
-        return [s.step for s in new.signals], new.is_anew
+        return [s.step for s in new.signals], new.is_replaced
 
     path.write_text(json.dumps(STATE))
     log = open_log(path)
@@ -156,12 +156,19 @@ trees = st.recursive(
 
 
 @given(st.lists(trees, min_size=1), st.data())
-def test_what_is_read_of_a_cut_document_was_in_it(document: list[Any], data: st.DataObject) -> None:
+def test_what_is_read_of_a_cut_document_was_in_it(
+    tmp_path_factory: pytest.TempPathFactory, document: list[Any], data: st.DataObject
+) -> None:
     """All elements but the last are as they were, and the last is not an invention."""
     text = json.dumps(document)
-    cut = data.draw(st.integers(1, len(text) - 1))
-    found, is_whole = read_document(text[:cut])
+    path = tmp_path_factory.mktemp("cut") / "log"
+    path.write_text(text[: data.draw(st.integers(1, len(text) - 1))])
+    try:
+        found, is_whole = read_document(path)
+    except LogError:
+        return
     assert not is_whole
-    if found is not None:
-        assert found[:-1] == document[: max(0, len(found) - 1)]
-        assert len(found) <= len(document)
+    assert found[:-1] == document[: max(0, len(found) - 1)]
+    assert len(found) <= len(document)
+    if found and not isinstance(found[-1], list | dict):
+        assert found[-1] == document[len(found) - 1]

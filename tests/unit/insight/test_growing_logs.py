@@ -30,19 +30,19 @@ def append(path: Path, text: str) -> None:
 
 
 @given(st.lists(st.text(alphabet="abc\nä", max_size=12), max_size=8))
-def test_pieces_that_are_appended_make_the_whole(
-    tmp_path_factory: pytest.TempPathFactory, pieces: list[str]
+def test_parts_that_are_appended_make_the_whole(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[str]
 ) -> None:
     path = tmp_path_factory.mktemp("tail") / "log"
     path.write_text("")
     tail = Tail(path)
     lines: list[str] = []
-    for piece in pieces:
-        append(path, piece)
+    for part in parts:
+        append(path, part)
         new = tail.read()
-        assert not new.is_anew
+        assert not new.is_replaced
         lines += new.lines
-    assert lines == "".join(pieces).split("\n")[:-1]
+    assert lines == "".join(parts).split("\n")[:-1]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_another_file_is_read_from_its_beginning(path: Path, text: str, is_repla
     other = path.with_name("other") if is_replaced else path
     other.write_text(text)
     other.replace(path)
-    assert tail.read() == NewLines(text.splitlines(), is_anew=True)
+    assert tail.read() == NewLines(text.splitlines(), is_replaced=True)
     assert tail.read() == NewLines([])
 
 
@@ -72,7 +72,7 @@ def test_a_growing_table(path: Path) -> None:
     assert log.poll().signals == [LogSignals(2, {"loss": 2.5}), LogSignals(3, {"loss": 2.0})]
     path.write_text("step,loss\n1,9\n")
     news = log.poll()
-    assert (news.is_anew, news.signals) == (True, [LogSignals(1, {"loss": 9.0})])
+    assert (news.is_replaced, news.signals) == (True, [LogSignals(1, {"loss": 9.0})])
 
 
 # -- our own runs ----------------------------------------------------------------------------------
@@ -153,16 +153,21 @@ def test_a_run_that_grows_and_is_cut_by_a_resume(demo: Path) -> None:
     assert log.poll().signals == [LogSignals(3, WORST)]
     write_lines(demo / "metrics.jsonl", [train_line(1, 3.0)])
     news = log.poll()
-    assert (news.is_anew, [s.step for s in news.signals]) == (True, [1])
+    assert (news.is_replaced, [s.step for s in news.signals]) == (True, [1])
 
 
 # -- the order of steps ----------------------------------------------------------------------------
 
 
 def order_of(*records: tuple[int, str]) -> list[tuple[int | None, int]]:
+    """What each record undid, and its step; its value is another one each time."""
     order = StepOrder()
-    taken = [order.take(LogSignals(step, {name: 1.0})) for step, name in records]
-    return [(undone, signals.step) for undone, signals in taken]
+    taken = []
+    for number, (step, name) in enumerate(records):
+        found = order.take(step, {name: float(number)})
+        assert found is not None
+        taken.append((order.undone, found))
+    return taken
 
 
 T, V = "loss", "val_loss"
@@ -178,7 +183,7 @@ T, V = "loss", "val_loss"
             [(1, T), (5, T), (5, V), (3, T), (5, T), (5, V)],
             [(None, 1), (None, 5), (None, 5), (2, 3), (None, 5), (None, 5)],
         ),
-        # a step that is taken again was undone,
+        # a step that is repeated was undone,
         ([(2, T), (2, T)], [(None, 2), (1, 2)]),
         # and a validation that is late is no resume.
         ([(1, V), (9, T), (5, V), (10, T)], [(None, 1), (None, 9), (None, 9), (None, 10)]),
@@ -191,14 +196,40 @@ def test_which_steps_were_undone(
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), st.sampled_from(["loss", "val_loss", "lr"]))))
-def test_steps_only_go_back_where_it_is_said(records: list[tuple[int, str]]) -> None:
-    last = 0
-    for undone, step in order_of(*records):
-        if undone is not None:
-            assert step <= last
-            last = min(last, undone)
-        assert step >= last
-        last = step
+def test_steps_of_a_run_only_go_back_where_they_were_undone(records: list[tuple[int, str]]) -> None:
+    order, run, last = StepOrder(), 1, 0
+    for number, (step, name) in enumerate(records):
+        try:
+            found = order.take(step, {name: float(number)})
+        except LogError:  # several writers
+            return
+        assert found is not None
+        if order.run > run:
+            run, last = order.run, found
+        if order.undone is not None:
+            assert found <= last
+            last = min(last, order.undone)
+        assert found >= last
+        last = found
+
+
+def test_a_log_that_goes_back_to_its_first_step_holds_another_run() -> None:
+    order = StepOrder()
+    runs = []
+    for number, step in enumerate([0, 10, 20, 10, 20, 0, 10]):  # a resume, then another run
+        order.take(step, {"loss": float(number)})
+        runs.append((order.run, order.undone))
+    assert runs == [(1, None)] * 3 + [(1, 9), (1, None), (2, None), (2, None)]
+
+
+def test_several_writers_are_refused_and_several_resumes_are_not() -> None:
+    order = StepOrder()
+    for number, step in enumerate([10, 20, 30, 20, 30, 40, 50, 60, 70, 70, 80]):
+        order.take(step, {"loss": float(number)})
+    for number, step in enumerate([90, 90, 100]):
+        order.take(step, {"loss": float(-number)})
+    with pytest.raises(LogError, match=r"several processes.*--columns run=COLUMN.*: 70, 90, 100"):
+        order.take(100, {"loss": 0.5})
 
 
 # -- what cannot be opened -------------------------------------------------------------------------

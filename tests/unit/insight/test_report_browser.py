@@ -1,4 +1,4 @@
-"""The page in a real browser: it draws, it is quiet, it asks nobody, and the pointer reads it."""
+"""The page in a browser: it draws without messages or requests, and the pointer reads values."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +49,7 @@ def write_page(run: RunFolder, stride: int) -> Path:
 @pytest.mark.parametrize(
     ("width", "dark"), [(1280, False), (390, False), (1280, True)], ids=["desk", "phone", "dark"]
 )
-def test_all_is_drawn_without_a_word_or_a_request(
+def test_all_is_drawn_without_messages_or_requests(
     browser: Browser, page: Path, width: int, dark: bool
 ) -> None:
     browser.messages.clear()
@@ -112,13 +112,13 @@ def test_the_pointer_reads_values(browser: Browser, page: Path) -> None:
     })()""")
     assert browser.evaluate("document.getElementById('tip').hidden")
     browser.point(box[0] + 0.5 * box[2], box[1] + 0.7 * box[3])
-    told = browser.evaluate("document.getElementById('tip').innerText")
-    assert "step 30" in told  # 300 or 301
-    assert "learning rate\t0.001" in told
-    assert "validation loss" in told
+    shown = browser.evaluate("document.getElementById('tip').innerText")
+    assert "step 30" in shown  # 300 or 301
+    assert "learning rate\t0.001" in shown
+    assert "validation loss" in shown
     losses = {line["step"]: line["loss"] for line in metrics(range(295, 306))}
-    step = int(told.split("step ")[1].split()[0])
-    assert f"{losses[step]:.4g}" in told
+    step = int(shown.split("step ")[1].split()[0])
+    assert f"{losses[step]:.4g}" in shown
     browser.point(2, 2)
     assert browser.evaluate("document.getElementById('tip').hidden")
 

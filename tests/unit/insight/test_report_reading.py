@@ -21,9 +21,9 @@ def test_damaged_lines_are_counted_and_left_out(run: RunFolder) -> None:
     assert story.notes == ["decisions.jsonl: 4 lines are damaged and left out."]
 
 
-def test_an_event_that_grew_graver_is_one(run: RunFolder) -> None:
-    graver = event(12, "high", began=10, to_step=12, message="worse")
-    write_lines(run.events, [event(10, "medium"), graver, event(40, "low"), "torn"])
+def test_an_event_whose_severity_rose_is_one(run: RunFolder) -> None:
+    worse = event(12, "high", began=10, to_step=12, message="worse")
+    write_lines(run.events, [event(10, "medium"), worse, event(40, "low"), "torn"])
     reader = RunReader(run)
     found = read_events(reader)
     assert [(one.step, one.to_step, one.severity) for one in found] == [
@@ -39,7 +39,7 @@ def test_without_events_of_its_own_a_run_is_judged_by_its_log(run: RunFolder) ->
         line["loss"] *= 3
     write_lines(run.metrics, lines)
     run.events.unlink(missing_ok=True)
-    assert gather(run).saw_every_step  # somebody watched, and had nothing to tell
+    assert gather(run).saw_every_step  # detectors watched and found nothing
     assert not gather(run).events
     config = run.path / "config.yaml"
     config.write_text(config.read_text().replace("mode: advise", "mode: 'off'"))
@@ -77,7 +77,7 @@ def test_loads_with_empty_slots_and_of_steps_that_were_undone(run: RunFolder) ->
     assert (group.num_dead, group.num_experts, group.gini) == (1, 3, None)
 
 
-def test_forecasts_know_only_what_came_before(run: RunFolder) -> None:
+def test_forecasts_use_only_earlier_steps(run: RunFolder) -> None:
     make_longer(run, 1000)
     write_lines(run.metrics, metrics(range(1, 1001)))
     healthy = gather(run).replay
@@ -86,7 +86,7 @@ def test_forecasts_know_only_what_came_before(run: RunFolder) -> None:
     for one in healthy.predicted:
         assert 0.9 * one.share * 1000 < one.forecast.at_step <= one.share * 1000
         assert one.forecast.step == 1000
-    # Another end changes what came, and no forecast that was made before it.
+    # Another end changes the actual loss, and no earlier forecast.
     write_lines(run.metrics, [*metrics(range(1, 801)), *metrics(range(801, 1001), loss=9.0)])
     broken = gather(run).replay
     assert [one.forecast for one in broken.predicted] == [one.forecast for one in healthy.predicted]
@@ -111,7 +111,7 @@ def test_what_a_rollback_undid_is_kept_apart(run: RunFolder) -> None:
     assert (undone[0][0], undone[-1]) == (200, (240, 8.0))
 
 
-def test_settings_are_those_that_somebody_set(run: RunFolder) -> None:
+def test_settings_are_those_that_were_set(run: RunFolder) -> None:
     found = {one.key: one for one in gather(run).changed}
     assert (found["training.max_steps"].value, found["training.max_steps"].origin) == (
         60,

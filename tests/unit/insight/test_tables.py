@@ -73,11 +73,11 @@ def test_no_alias_stands_for_two_signals() -> None:
 
 TABLES: dict[str, tuple[str, dict[str, str], Read]] = {
     "the surer name wins": (
-        "loss,epoch,step,total_loss\n3.0,0,7,9.0\n", {}, [(7, {"loss": 3.0})],
+        "loss,epoch,step,total_loss\n3.0,0,7,9.0\n", {}, [(7, {"loss": 3.0, "total_loss": 9.0})],
     ),
     "a split in a name is known": (
         "step,test_loss,loss_train,eval_loss,val_lr\n1,9,3,2,4\n", {},
-        [(1, {"val_loss": 2.0, "loss": 3.0, "val_lr": 4.0})],
+        [(1, {"test_loss": 9.0, "loss": 3.0, "val_loss": 2.0, "val_lr": 4.0})],
     ),
     "minima and maxima beside a column are left out": (
         '"Step","a - loss","a - loss__MIN","a - loss__MAX"\n"5","2.5","2.0","3.0"\n', {},
@@ -92,7 +92,8 @@ TABLES: dict[str, tuple[str, dict[str, str], Read]] = {
     ),
     "rows of training and validation": (
         "step,kind,loss,lr,time_ms\n0,val,9.5,,3\n1,train,9.0,0.1,4\n1,val,8.5,0.1,5\n", {},
-        [(0, {"val_loss": 9.5}), (1, {"loss": 9.0, "lr": 0.1}), (1, {"val_loss": 8.5})],
+        [(0, {"val_loss": 9.5}), (1, {"loss": 9.0, "lr": 0.1}),
+         (1, {"val_loss": 8.5, "val_lr": 0.1})],
     ),
     "sources that take turns are no runs": (
         "source,step,loss\nweb,1,3\ncode,1,2\nweb,2,2.5\ncode,2,1.5\n", {},
@@ -148,7 +149,8 @@ def test_damaged_lines_are_left_out_with_a_note(path: Path) -> None:
     log = open_log(path)
     assert [s.step for s in log.signals()] == [1, 3]
     torn = "The last line is torn and was left out."
-    assert log.notes == [torn, "2 lines are damaged and left out."]
+    unread = "2 lines or cells were not understood and left out, the first: 2,"
+    assert log.notes == [torn, unread]
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     log = open_log(path)
     assert [s.step for s in log.signals()] == [1]
@@ -222,25 +224,30 @@ def test_our_own_lines(path: Path) -> None:
 # -- properties ------------------------------------------------------------------------------------
 
 numbers = st.floats(allow_nan=True, allow_infinity=True, width=32)
-tables = st.lists(
+rows_of_tables = st.lists(
     st.tuples(st.integers(0, 10**9), numbers, st.one_of(st.none(), numbers)),
     min_size=1,
     max_size=30,
+    unique_by=lambda row: row[0],
 )
 
 
 @settings(max_examples=60)
-@given(tables, st.sampled_from([",", "\t", ";"]), st.booleans())
+@given(rows_of_tables, st.sampled_from([",", "\t", ";"]), st.booleans())
 def test_every_loss_of_a_table_is_read(
     tmp_path_factory: pytest.TempPathFactory, rows: Any, delimiter: str, has_end: bool
 ) -> None:
-    """What Python writes as text is read back, in the order of the file, whatever the steps do."""
+    """What Python writes as text is read back, but for losses of which most are NaN."""
+    rows = sorted(rows)
     lines = [["step", "loss", "memory_gib"]]
     lines += [[str(a), str(b), "" if c is None else str(c)] for a, b, c in rows]
     path = tmp_path_factory.mktemp("tables") / "log"
     path.write_text("\n".join(delimiter.join(line) for line in lines) + "\n" * has_end)
     found = list(open_log(path).signals())
-    assert [s.step for s in found] == [step for step, _, _ in rows]
-    assert [repr(s.values["loss"]) for s in found] == [repr(float(loss)) for _, loss, _ in rows]
+    losses = [(step, loss) for step, loss, _ in rows]
+    if 2 * sum(math.isnan(loss) for _, loss in losses) > len(losses):
+        return  # they may be gaps
+    assert [s.step for s in found] == [step for step, _ in losses]
+    assert [repr(s.values["loss"]) for s in found] == [repr(float(loss)) for _, loss in losses]
     kept = [memory for _, _, memory in rows if memory is not None and math.isfinite(memory)]
     assert [s.values["memory"] for s in found if "memory" in s.values] == kept

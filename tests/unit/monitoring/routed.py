@@ -34,7 +34,7 @@ def routed(
 
 
 def statistics(*layers: dict[str, Routed], **options: float) -> ExpertStatistics:
-    """What is told of a model with these groups in each of its layers, which are 1, 3, 5, ..."""
+    """The statistics of a model with these groups in each of its layers, which are 1, 3, 5, ..."""
     groups, start = [], 0
     for name, tokens in layers[0].items():
         num_experts = tokens.chosen.shape[1]

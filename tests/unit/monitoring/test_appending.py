@@ -54,10 +54,10 @@ def test_a_full_disk_tears_nothing_and_loses_nothing(tmp_path: Path) -> None:
         assert len(written) == len(lines)
         recovered = texts(file)
         assert len(recovered) == 5
-        assert all(text.startswith(f"{path} has caught up with ") for text in recovered)
+        assert all(text.startswith(f"{path} now has the ") for text in recovered)
 
 
-def test_only_the_last_entries_wait_and_the_loss_is_told(tmp_path: Path) -> None:
+def test_only_the_last_entries_wait_and_the_loss_is_reported(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk") as disk:
         filler = fill(disk)
         file = appender(disk / "log", max_waiting=3)
@@ -69,7 +69,7 @@ def test_only_the_last_entries_wait_and_the_loss_is_told(tmp_path: Path) -> None
         file.flush()
         assert (disk / "log").read_text() == "c\nd\ne\n"
         (note,) = texts(file)
-        assert "caught up with 3 entries that had to wait; 2 before them are lost" in note
+        assert "now has the 3 entries that had to wait; 2 older ones are lost" in note
 
 
 def test_what_is_given_up_at_the_end_is_counted(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_an_entry_that_cannot_be_taken_back_is_not_continued(tmp_path: Path) -> 
     assert (tmp_path / "second").read_bytes() == b"abc"
 
 
-# -- files that somebody else touches -------------------------------------------------------------
+# -- files that other programs touch --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("victim", ["log", "logs", "run"])
@@ -109,7 +109,7 @@ def test_a_file_or_folder_that_vanished_is_made_again(victim: str, tmp_path: Pat
     assert path.read_text() == "header\nc\nd\n"
     (note,) = texts(file)
     assert note.startswith(f"{path} was deleted or moved while the run wrote to it")
-    assert "and up to 2 entries with it" in note
+    assert "with up to 2 entries; later entries are written to" in note
 
 
 def test_a_new_file_may_have_another_name(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_new_file_may_have_another_name(tmp_path: Path) -> None:
     file.append(b"b")
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["second"]
     assert (tmp_path / "logs" / "second").read_bytes() == b"*b"
-    assert texts(file)[0].endswith(f"what follows goes to {tmp_path / 'logs' / 'second'}")
+    assert texts(file)[0].endswith(f"are written to {tmp_path / 'logs' / 'second'}")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The console: lines for a file, a bar for a person, and nothing that can end a run."""
 
 import io
+import logging
 import math
 import os
 import pty
@@ -18,6 +19,7 @@ import pytest
 
 from tests.unit.monitoring.disks import fill, small_disk
 from tests.unit.monitoring.screens import Clock, Terminal
+from ultrathink import build_trainer, load_config
 from ultrathink.monitoring import MetricRecord, RunInfo
 from ultrathink.monitoring.console import ConsoleSink
 from ultrathink.monitoring.preparation import PreparationDisplay
@@ -96,7 +98,7 @@ def test_a_file_gets_plain_lines() -> None:
         '''\
         demo: 4M parameters
         on a cpu
-        kept in runs/demo
+        saved in runs/demo
         step 1/100  loss 3.0000  lr 1.00e-02  tokens/s 18.2k
         step 10/100  loss 3.0000  lr 1.00e-02  tokens/s 18.2k  45s left
         step 20/100  loss 3.0000  lr 1.00e-02  tokens/s 18.2k  40s left
@@ -149,9 +151,26 @@ def test_a_resumed_run_says_from_where_and_a_loss_may_be_no_number() -> None:
         sink = opened(stream, start_step=1200)
         sink.write(train(1, loss=math.nan, tokens_per_sec=math.inf))
         sink.close()
-        assert "kept in runs/demo, going on after step 1,200" in stream.getvalue()
+        assert "saved in runs/demo, resumed after step 1,200" in stream.getvalue()
         text = stream.text() if isinstance(stream, Terminal) else stream.getvalue()
         assert re.search(r"loss nan +lr 1.00e-02 +tokens/s inf", text)
+
+
+def test_messages_below_the_configured_level_are_hidden(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level("INFO", "ultrathink")  # restored at the end
+    words = ["monitoring.log_level=error", f"run.dir={tmp_path}"]
+    build_trainer(load_config("debug", words)).close()
+    assert logging.getLogger("ultrathink").level == logging.ERROR
+    stream = io.StringIO()
+    sink = opened(stream)
+    for level, shown in (("INFO", {"news", "trouble"}), ("WARNING", {"trouble"}), ("ERROR", set())):
+        caplog.set_level(level, "ultrathink")
+        begin = stream.tell()
+        sink.message("news", "info")
+        sink.message("trouble", "warning")
+        assert {line.rpartition(" ")[2] for line in stream.getvalue()[begin:].splitlines()} == shown
 
 
 # -- the bar ----------------------------------------------------------------------------------
@@ -229,8 +248,8 @@ def test_a_reader_that_is_gone_is_reported_once_and_does_not_end_the_run(termina
     sink = opened(stream)
     ((note, level),) = sink.take_notes()
     assert note == (
-        "the console cannot be written to (BrokenPipeError: ); training goes on, and logs/run.log "
-        "has its messages"
+        "the console cannot be written to (BrokenPipeError: ); training continues, and messages "
+        "are in logs/run.log"
     )
     assert level == "warning"
     sink.progress(1)
@@ -242,7 +261,7 @@ def test_a_reader_that_is_gone_is_reported_once_and_does_not_end_the_run(termina
     assert sink.take_notes() == []
 
 
-def test_a_console_that_fails_for_a_while_is_told_to_be_back(tmp_path: Path) -> None:
+def test_a_console_that_works_again_is_reported(tmp_path: Path) -> None:
     with (
         small_disk(tmp_path / "disk") as disk,
         io.TextIOWrapper((disk / "log").open("wb"), line_buffering=True) as file,

@@ -202,11 +202,11 @@ def test_a_record_as_json_has_everything(two_layers: ExpertStatistics) -> None:
     }  # fmt: skip
     assert list(line["groups"]) == ["knowledge", "safety"]
     for group in given.groups:
-        told = line["groups"][group.name]
-        assert told.pop("load") == given.load[:, group.slots].tolist()
+        shown = line["groups"][group.name]
+        assert shown.pop("load") == given.load[:, group.slots].tolist()
         for name, values in given.figures[group.name].items():
-            assert told.pop(name) == pytest.approx(values.tolist(), rel=1e-5)
-        assert told == {}
+            assert shown.pop(name) == pytest.approx(values.tolist(), rel=1e-5)
+        assert shown == {}
 
 
 def test_what_is_not_finite_becomes_null_and_counts_stay_whole() -> None:

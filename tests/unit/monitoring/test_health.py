@@ -1,4 +1,4 @@
-"""What is told of failures: each kind once, the recovery, and little of what comes and goes."""
+"""Which failures are reported: each kind once, the recovery, and few that alternate."""
 
 import errno
 
@@ -10,12 +10,12 @@ FULL_ELSEWHERE = OSError(errno.ENOSPC, "No space left on device", "runs/a/sample
 READ_ONLY = OSError(errno.EROFS, "Read-only file system")
 
 
-def test_each_kind_of_failure_is_told_once() -> None:
-    health = Health("the jsonl sink", "training goes on")
+def test_each_kind_of_failure_is_reported_once() -> None:
+    health = Health("the jsonl sink", "training continues")
     assert health.failed("write", FULL) == [
         (
             "the jsonl sink failed: OSError: [Errno 28] No space left on device: "
-            "'runs/a/metrics.jsonl'; training goes on",
+            "'runs/a/metrics.jsonl'; training continues",
             "warning",
         )
     ]
@@ -37,19 +37,19 @@ def test_it_works_again_when_all_that_failed_does() -> None:
     assert health.worked("sample") == []
 
 
-def test_a_failure_that_comes_back_is_told_again_but_not_every_time() -> None:
+def test_a_failure_that_comes_back_is_reported_again_but_not_every_time() -> None:
     clock = Clock()
     health = Health("it", "so what", clock)
-    told = 0
-    for _ in range(1000):  # fails and works by turns, every second
+    count = 0
+    for _ in range(1000):  # alternates every second
         clock.now += 1
-        told += len(health.failed("write", FULL))
+        count += len(health.failed("write", FULL))
         clock.now += 1
-        told += len(health.worked("write"))
-    assert told == 2 * (1 + 2000 // REPEAT_S)
+        count += len(health.worked("write"))
+    assert count == 2 * (1 + 2000 // REPEAT_S)
 
 
-def test_a_long_failure_is_told_even_where_a_short_one_was_just_before() -> None:
+def test_a_long_failure_is_reported_even_where_a_short_one_was_just_before() -> None:
     clock = Clock()
     health = Health("it", "so what", clock)
     health.failed("write", FULL)

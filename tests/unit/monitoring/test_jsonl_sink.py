@@ -161,7 +161,7 @@ def test_a_resume_on_a_full_disk_cuts_and_writes_when_there_is_room(tmp_path: Pa
         assert [r.step for r in read_records(path)] == list(range(1, 153))
 
 
-def test_both_files_are_tried_whatever_happens_to_one(tmp_path: Path) -> None:
+def test_both_files_are_tried_though_one_fails(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "metrics.jsonl").mkdir(parents=True)
     (folder / "samples.jsonl").mkdir()
@@ -176,4 +176,4 @@ def test_both_files_are_tried_whatever_happens_to_one(tmp_path: Path) -> None:
     assert json.loads((folder / "samples.jsonl").read_text())["text"] == "b"
     caught_up, lacking = (note for note, _ in sink.take_notes())
     assert "metrics.jsonl lacks 1 entry" in lacking + caught_up
-    assert "samples.jsonl has caught up with 1 entry" in lacking + caught_up
+    assert "samples.jsonl now has the 1 entry" in lacking + caught_up

@@ -1,6 +1,7 @@
 """Lines and tables for a person, on a terminal and in a pipe."""
 
 import io
+import re
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_a_pipe_gets_aligned_text_and_nothing_else() -> None:
     assert stream.getvalue() == (
         "title and more\n  name   loss\n  a       1.5  ok\n  名前  12.25\n"
     )
-    assert not report.is_styled
+    assert not report.has_colors
 
 
 def test_a_terminal_gets_colours_and_the_same_columns() -> None:
@@ -34,8 +35,17 @@ def test_a_terminal_gets_colours_and_the_same_columns() -> None:
     report.table(COLUMNS, ROWS, indent=2)
     text = stream.getvalue()
     assert "\x1b[32mok" in text
-    assert report.is_styled
+    assert report.has_colors
     assert report.width == 40
+
+
+def test_no_color_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    stream = Terminal()
+    report = Report(stream)
+    report.table(COLUMNS, ROWS)
+    assert not report.has_colors
+    assert not re.search(r"\x1b\[[0-9;]*3\d", stream.getvalue())
 
 
 def test_a_table_without_heading_has_rows_only() -> None:
@@ -71,7 +81,7 @@ def test_what_an_encoding_can_draw(encoding: str, can: bool) -> None:
     assert Report(stream).can_draw is can
 
 
-def test_a_reader_that_leaves_is_told_of() -> None:
+def test_a_reader_that_leaves_raises_an_error() -> None:
     class Gone(io.StringIO):
         def write(self, text: str) -> int:
             raise BrokenPipeError

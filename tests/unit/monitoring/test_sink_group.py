@@ -58,27 +58,27 @@ class TroubledSink(Keeping):
 
 
 @pytest.mark.parametrize("method", CALLS)
-def test_whatever_fails_in_one_the_others_get_everything(method: str) -> None:
+def test_an_error_in_one_leaves_the_others_complete(method: str) -> None:
     first, broken, last = Keeping(), TroubledSink(method), Keeping()
-    told: list[tuple[str, Level]] = []
-    group = SinkGroup([first, broken, Sink(), last], lambda *note: told.append(note))
+    reported: list[tuple[str, Level]] = []
+    group = SinkGroup([first, broken, Sink(), last], lambda *note: reported.append(note))
     for name, details in CALLS.items():
         getattr(group, name)(*details)
     everything = [(name, *details) for name, details in CALLS.items()]
     assert first.heard == last.heard == everything
     assert broken.heard == [call for call in everything if call[0] != method]
-    assert told == [
+    assert reported == [
         (
-            f"the troubled sink failed: OSError: [Errno 5] {method} is broken; training goes on, "
-            "and the sink is tried again with what comes next",
+            f"the troubled sink failed: OSError: [Errno 5] {method} is broken; training continues, "
+            "and the sink is tried again with the next record",
             "warning",
         )
     ]
 
 
-def test_a_sink_that_recovers_is_told_and_gets_what_follows() -> None:
+def test_a_sink_that_recovers_is_reported_and_gets_what_follows() -> None:
     broken, well = TroubledSink("write"), Keeping()
-    group = SinkGroup([broken, well])  # no other way to tell: the sinks hear it
+    group = SinkGroup([broken, well])  # without another way, the sinks report it
     group.write(RECORD)
     group.write(RECORD)
     assert len(well.messages()) == 1
@@ -102,13 +102,13 @@ def test_a_sink_that_cannot_take_messages_does_not_go_round_in_circles() -> None
     group = SinkGroup([changing, well])
     group.message("hello", "info")
     assert changing.count == 3  # the message, its failure, and the failure of that
-    told = well.messages()
-    assert len(told) == 3
-    assert "hello" in told
-    assert len([text for text in told if text.startswith("the changing sink failed")]) == 2
+    reported = well.messages()
+    assert len(reported) == 3
+    assert "hello" in reported
+    assert len([text for text in reported if text.startswith("the changing sink failed")]) == 2
 
 
-def test_what_befell_a_sink_is_told_whether_the_call_failed_or_not() -> None:
+def test_notes_of_a_sink_are_reported_whether_the_call_failed_or_not() -> None:
     for failing in ((), ("write",)):
         sink, well = TroubledSink(*failing), Keeping()
         group = SinkGroup([well, sink])

@@ -11,7 +11,7 @@ from ultrathink.config.size import sizes
 from ultrathink.core.errors import ConfigError
 from ultrathink.training import attention_choice, hardware
 from ultrathink.training.choices import _micro_batch_size, choose
-from ultrathink.training.compiling import should_compile
+from ultrathink.training.compiling import compiler_problem, should_compile
 from ultrathink.training.hardware import choose_device, choose_precision, measured_rate, peak_flops
 
 CPU = torch.device("cpu")
@@ -39,6 +39,15 @@ def test_what_is_configured_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_precision("fp64", CPU)[0] == "fp64"
     with pytest.raises(ConfigError, match="MPS has no fp64; use fp32 or bf16"):
         choose_precision("fp64", torch.device("mps"))
+
+
+@pytest.mark.skipif(compiler_problem() is not None, reason="nothing can be compiled here")
+def test_a_compiled_run_refuses_selective_checkpointing() -> None:
+    words = ["training.activation_checkpointing=selective", "training.device=cpu"]
+    with pytest.raises(ConfigError, match=r"use full, none, or training\.compile=false"):
+        choose(load_config("debug", [*words, "training.compile=true"]), 1000)
+    config, _ = choose(load_config("debug", words), 1000)
+    assert config.training.activation_checkpointing == "selective"
 
 
 def test_rates_are_plausible() -> None:

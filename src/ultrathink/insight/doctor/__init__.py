@@ -1,1 +1,1 @@
-"""Is this machine fine, how fast is it, what will ``auto`` take here, and what is missing."""
+"""What the machine has, how fast it is, what ``auto`` chooses on it, and what is missing."""

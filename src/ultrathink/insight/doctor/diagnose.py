@@ -1,23 +1,31 @@
-"""Looking at the machine: what is read, what is measured, and in which order."""
+"""Reads and measures the machine, in this order: without torch, with torch, under load."""
 
 from __future__ import annotations
 
-import os
+import operator
 import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import psutil
 
 import ultrathink
 from ultrathink.config.schema import Config
 from ultrathink.config.size import sizes
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.data.cache import cache_folder
-from ultrathink.insight.doctor import machine
 from ultrathink.insight.doctor.findings import find_problems
+from ultrathink.insight.doctor.machine import (
+    attempt,
+    read_environment,
+    read_memory,
+    read_processor,
+    try_folder,
+)
 from ultrathink.insight.doctor.report import Choice, Diagnosis, Run, Versions
 
 if TYPE_CHECKING:
@@ -27,7 +35,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str], None]
 
-# What `auto` decides, in the order in which one hangs on another.
+# What `auto` decides; each may depend on those before it.
 _CHOSEN_KEYS = (
     "training.device",
     "training.precision",
@@ -41,9 +49,9 @@ _CHOSEN = "chosen at run time: "
 def diagnose(
     config: Config, name: str, *, quick: bool = False, progress: Progress = lambda doing: None
 ) -> Diagnosis:
-    """Look at this machine with the eyes of ``config``, which was called ``name``.
+    """Examine this machine for a run of ``config``, which the report calls ``name``.
 
-    ``quick`` measures only what ``auto`` needs. ``progress`` is told what is being done. What
+    ``quick`` measures only what ``auto`` needs. ``progress`` gets the name of each stage. What
     cannot be read is None in the report, never an error.
     """
     report = _without_torch(config, name)
@@ -65,27 +73,26 @@ def _without_torch(config: Config, name: str) -> Diagnosis:
             platform=platform.platform(),
         ),
         run=_run(config, name),
-        processor=machine.read_processor(),
-        memory=machine.read_memory(),
-        environment=machine.read_environment(),
-        run_folder=machine.try_folder(Path(config.run.dir)),
-        cache_folder=machine.try_folder(cache_folder(config.data.cache_dir)),
-        packages=machine.told(_packages),
-        load_average=machine.told(lambda: os.getloadavg()[0]),
+        processor=read_processor(),
+        memory=read_memory(),
+        environment=read_environment(),
+        run_folder=try_folder(Path(config.run.dir)),
+        cache_folder=try_folder(cache_folder(config.data.cache_dir)),
+        packages=attempt(_packages),
+        load_average=attempt(lambda: psutil.getloadavg()[0]),
     )
 
 
 def _packages() -> tuple[Package, ...] | None:
-    from ultrathink.insight.doctor.packages import read_packages
+    from ultrathink.insight.doctor.packages import read_packages  # may lack the package packaging
 
-    packages = read_packages()
-    return None if packages is None else tuple(packages)
+    return read_packages()
 
 
 def _run(config: Config, name: str) -> Run:
     parameters = sizes(config.model).total
     itemsize = 8 if config.training.precision == "fp64" else 4
-    # The weights and, of most optimizers, two moments of each; while training a gradient as well.
+    # Weights and, with most optimizers, two moments of each; in training a gradient as well.
     checkpoint_bytes = 3 * itemsize * parameters
     return Run(
         config=name,
@@ -103,7 +110,7 @@ def _import_error() -> str | None:
         import torch
 
         torch.ones(2).sum().item()
-    except Exception as error:  # whatever a broken installation does
+    except Exception as error:  # a broken installation may raise anything
         lines = str(error).splitlines() or [""]
         return f"{type(error).__name__}: {lines[0]}"
     return None
@@ -116,64 +123,47 @@ def _with_torch(report: Diagnosis, config: Config, quick: bool, progress: Progre
     from ultrathink.insight.doctor.speed import CoreWatch, disk_rate, measure_speed
     from ultrathink.insight.doctor.toolchain import read_toolchain
 
-    report = replace(
-        report,
-        torch=machine.told(read_torch),
-        accelerators=machine.told(read_accelerators),
-        processor=_completed(report.processor),
-    )
+    report = replace(report, torch=attempt(read_torch), accelerators=attempt(read_accelerators))
     watch = CoreWatch()
     if not quick:
         progress("measuring products and memory")
-        usable = report.processor.usable_cores
-        threads = sorted({1, usable, torch.get_num_threads()})
-        cpu_speed = machine.told(lambda: measure_speed(torch.device("cpu"), threads))
+        threads = sorted({1, report.processor.usable_cores, torch.get_num_threads()})
+        cpu_speed = attempt(lambda: measure_speed(torch.device("cpu"), threads))
         report = replace(report, cpu_speed=cpu_speed)
-    progress("trying what auto takes")
+    progress("trying what auto chooses")
     report, device = _with_choices(report, config)
     watch.wait()
-    report = replace(report, sharing=watch.result())  # before other processes work for us
+    report = replace(report, sharing=watch.result())  # before this command starts a compiler
     if not quick and device is not None and device.type != "cpu":
         progress(f"measuring {device}")
-        device_speed = machine.told(lambda: measure_speed(device, ()))
+        device_speed = attempt(lambda: measure_speed(device, ()))
         report = replace(report, device_speed=device_speed)
     if not quick:
         progress("measuring the disk")
-        rate = machine.told(lambda: disk_rate(Path(config.run.dir)))
+        rate = attempt(lambda: disk_rate(Path(config.run.dir)))
         report = replace(report, disk_rate=rate)
     progress("trying the compiler")
-    toolchain = machine.told(lambda: read_toolchain(try_out=not quick))
-    return replace(report, toolchain=toolchain)
-
-
-def _completed(processor: machine.Processor) -> machine.Processor:
-    """What this system's files do not tell of the processor, torch may know."""
-    from ultrathink.training.hardware import cpu_capabilities
-
-    facts = machine.told(cpu_capabilities) or {}
-    return replace(
-        processor,
-        name=processor.name or facts.get("cpu_name"),
-        physical_cores=processor.physical_cores or facts.get("num_physical_cores"),
-    )
+    return replace(report, toolchain=attempt(lambda: read_toolchain(try_out=not quick)))
 
 
 def _with_choices(report: Diagnosis, config: Config) -> tuple[Diagnosis, torch.device | None]:
-    """What a trainer of ``config`` would choose here, by the function that it would call."""
+    """What a trainer of ``config`` would choose here, from the function that it calls."""
     from ultrathink.training.choices import choose
 
     try:
-        with _switches_kept():
+        with _determinism_restored():
             chosen, choices = choose(config, samples_per_epoch=None)
     except UltrathinkError as error:
         return replace(report, choice_error=str(error)), None
-    found = tuple(Choice(key, _value_at(chosen, key), _reason(chosen, key)) for key in _CHOSEN_KEYS)
+    found = tuple(
+        Choice(key, operator.attrgetter(key)(chosen), _reason(chosen, key)) for key in _CHOSEN_KEYS
+    )
     return replace(report, choices=found), choices.device
 
 
 @contextmanager
-def _switches_kept() -> Iterator[None]:
-    """``choose`` may make this process deterministic, for a trainer that is never built."""
+def _determinism_restored() -> Iterator[None]:
+    """``choose`` may make this process deterministic."""
     import torch
 
     from ultrathink.training.determinism import set_deterministic
@@ -182,13 +172,6 @@ def _switches_kept() -> Iterator[None]:
         yield
     finally:
         set_deterministic(False, torch.device("cpu"))
-
-
-def _value_at(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _reason(config: Config, key: str) -> str:

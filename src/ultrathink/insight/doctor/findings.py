@@ -1,9 +1,11 @@
-"""What follows from a report: problems, each with the way out."""
+"""The problems that follow from a diagnosis, each with its fix."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+
+from rich.filesize import decimal
 
 from ultrathink.insight.doctor.machine import Folder
 from ultrathink.insight.doctor.report import Diagnosis, Problem
@@ -11,10 +13,10 @@ from ultrathink.insight.doctor.report import Diagnosis, Problem
 if TYPE_CHECKING:
     from ultrathink.insight.doctor.accelerators import Gpu
 
-# Others may use so much of a core before threads that wait for each other suffer.
+# Cores' worth of other load above which the threads of an operation wait for each other.
 _OTHERS_MAY = 0.25
-# With n cores, n threads should reach at least this share of n times the rate of one: below, they
-# wait for each other. Clocks and caches that cores share cost some of it on any machine.
+# n threads on n cores should reach at least this share of n times the rate of one; below it, they
+# wait for each other. Shared clocks and caches cost some of it on any machine.
 _SCALING = 0.5
 _WORTH_MORE_THREADS = 1.3
 _COMPILER_FIX = (
@@ -24,13 +26,13 @@ _COMPILER_FIX = (
 
 
 def find_problems(report: Diagnosis) -> tuple[Problem, ...]:
-    """All that is wrong or could be better, the worst first."""
+    """All problems, the most severe first."""
     found = [problem for rule in _RULES for problem in rule(report)]
     order = ("error", "warning", "note")
     return tuple(sorted(found, key=lambda problem: order.index(problem.level)))
 
 
-# -- what makes training impossible ----------------------------------------------------------------
+# -- errors: training is impossible ----------------------------------------------------------------
 
 
 def _torch_works(report: Diagnosis) -> Iterator[Problem]:
@@ -52,7 +54,7 @@ def _folders_can_be_written(report: Diagnosis) -> Iterator[Problem]:
     ):
         if folder.problem is not None:
             text = f"nothing can be written to {folder.path} ({what}): {folder.problem}"
-            yield Problem("error", text, f"{fix}, or mend this one")
+            yield Problem("error", text, f"{fix}, or repair this one")
 
 
 def _choices_can_be_made(report: Diagnosis) -> Iterator[Problem]:
@@ -69,17 +71,17 @@ def _memory_suffices(report: Diagnosis) -> Iterator[Problem]:
     what = "the memory here" if gpu is None else f"the memory of {gpu.name}"
     words = (
         f"weights, gradients and optimizer state of {report.run.config} take "
-        f"{short_bytes(need)} before a single activation"
+        f"{decimal(need)} before a single activation"
     )
     fix = "a smaller model (model.hidden_size, model.num_layers), or a machine with more memory"
     if total is not None and need > total:
-        yield Problem("error", f"{words}, more than {what} ({short_bytes(total)})", fix)
+        yield Problem("error", f"{words}, more than {what} ({decimal(total)})", fix)
     elif free is not None and need > free:
-        text = f"{words}; {what} has {short_bytes(free)} free"
-        yield Problem("warning", text, f"end what uses the memory, or take {fix}")
+        text = f"{words}; {what} has {decimal(free)} free"
+        yield Problem("warning", text, f"close programs that use the memory, or choose {fix}")
 
 
-# -- what slows it ---------------------------------------------------------------------------------
+# -- warnings and notes ----------------------------------------------------------------------------
 
 
 def _cores_are_free(report: Diagnosis) -> Iterator[Problem]:
@@ -90,7 +92,7 @@ def _cores_are_free(report: Diagnosis) -> Iterator[Problem]:
     seen = []
     busy = report.sharing.others + report.sharing.stolen if report.sharing else 0.0
     if busy > _OTHERS_MAY and threads + busy > shared + _OTHERS_MAY:
-        seen.append(f"others kept {busy:.1f} of {cores(shared)} busy while this was measured")
+        seen.append(f"other processes used {busy:.1f} of {cores(shared)} during the measurement")
     scaling = _scaling(report, threads)
     at_once = min(threads, usable, processor.physical_cores or usable)
     if scaling is not None and at_once > 1 and scaling < _SCALING * at_once:
@@ -99,9 +101,9 @@ def _cores_are_free(report: Diagnosis) -> Iterator[Problem]:
         fewer = max(1, min(threads - 1, usable, int(shared - busy)))
         yield Problem(
             "warning",
-            f"{', and '.join(seen)}; threads wait for each other, and training can fall to a tenth "
-            f"of its speed",
-            f"wait until this machine is quieter, or train with fewer threads: "
+            f"{', and '.join(seen)}; threads wait for each other, which can make training ten "
+            f"times slower",
+            f"stop the other processes, or train with fewer threads: "
             f"OMP_NUM_THREADS={fewer} ultrathink train",
         )
 
@@ -139,15 +141,16 @@ def _gpus_are_used(report: Diagnosis) -> Iterator[Problem]:
     found = report.accelerators
     if found is None:
         return
-    if found.unused is not None:
-        text = f"there is an NVIDIA driver here, but no GPU is used: {found.unused}"
-        fix = "install a torch that fits the driver: https://pytorch.org/get-started/locally/"
-        yield Problem("warning", text, fix)
-    for gpu in found.gpus:
-        if not gpu.supported:
-            text = f"this torch has no kernels for {gpu.name} (compute capability {gpu.capability})"
-            fix = "install another torch: https://pytorch.org/get-started/locally/"
-            yield Problem("warning", text, f"{fix}, or train on the CPU: training.device=cpu")
+    texts = [f"torch warns: {text}" for text in found.warnings]
+    if found.driver is not None and not found.gpus and not texts:
+        texts = [f"this machine has an NVIDIA driver ({found.driver}), but torch finds no GPU"]
+    for text in texts:
+        yield Problem(
+            "warning",
+            text,
+            "install a torch that fits the GPU and its driver: "
+            "https://pytorch.org/get-started/locally/, or train on the CPU: training.device=cpu",
+        )
 
 
 def _disk_has_room(report: Diagnosis) -> Iterator[Problem]:
@@ -156,8 +159,8 @@ def _disk_has_room(report: Diagnosis) -> Iterator[Problem]:
     if folder.problem is None and folder.free is not None and folder.free < need:
         yield Problem(
             "warning",
-            f"{run.checkpoints_kept} checkpoints of {run.config} take up to {short_bytes(need)}, "
-            f"and the disk of {folder.path} has {short_bytes(folder.free)} free",
+            f"{run.checkpoints_kept} checkpoints of {run.config} take up to {decimal(need)}, "
+            f"and the disk of {folder.path} has {decimal(folder.free)} free",
             "free some space, keep fewer (training.checkpoint.keep=1), or choose another disk: "
             "run.dir=FOLDER",
         )
@@ -166,7 +169,7 @@ def _disk_has_room(report: Diagnosis) -> Iterator[Problem]:
 def _packages_fit(report: Diagnosis) -> Iterator[Problem]:
     if report.packages is None:
         text = "the metadata of ultrathink cannot be read, so its packages were not checked"
-        yield Problem("note", text, "in the folder of its source: pip install -e .")
+        yield Problem("note", text, "in its source folder: pip install -e .")
         return
     for package in report.packages:
         if package.fits or (package.extra is not None and package.installed is None):
@@ -200,7 +203,7 @@ def _device(report: Diagnosis) -> str:
 
 
 def _gpu(report: Diagnosis) -> Gpu | None:
-    """The GPU that training would take, None where it takes none."""
+    """The GPU that training would use, if any."""
     kind, _, number = _device(report).partition(":")
     gpus = report.accelerators.gpus if report.accelerators else ()
     return gpus[int(number or 0)] if kind == "cuda" and gpus else None
@@ -211,7 +214,7 @@ def _rate(report: Diagnosis, threads: int) -> float | None:
 
 
 def _scaling(report: Diagnosis, threads: int) -> float | None:
-    """How many times the rate of one thread so many reach."""
+    """The speed of ``threads`` threads over that of one."""
     one, many = _rate(report, 1), _rate(report, threads)
     return many / one if one and many else None
 
@@ -221,16 +224,8 @@ def cores(count: int) -> str:
     return f"{count} core{'' if count == 1 else 's'}"
 
 
-def short_bytes(count: float) -> str:
-    """Bytes in three digits: ``68 MB``, ``1.2 GB``."""
-    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if count >= 0.9995 * scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count / 1e3:.3g} kB"
-
-
 def describe_folder(folder: Folder) -> str:
-    """A folder, whether it is there, and the room on its disk."""
-    room = "unknown" if folder.free is None else short_bytes(folder.free)
-    state = folder.problem or ("" if folder.exists else "made when needed")
+    """A folder, whether it exists, and the room on its disk."""
+    room = "unknown" if folder.free is None else decimal(folder.free)
+    state = folder.problem or ("" if folder.exists else "created when needed")
     return f"{folder.path}: {room} free" + (f"; {state}" if state else "")

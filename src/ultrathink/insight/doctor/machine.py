@@ -1,23 +1,23 @@
-"""What this machine has, as its files tell it: cores, memory, disks. Without torch.
+"""Cores, memory and disks of this machine, from psutil and Linux's control groups. Without torch.
 
-What cannot be read on a system is None.
+A fact that the system does not report is None.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import platform
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import psutil
+
 Value = TypeVar("Value")
 
-# Settings of the surroundings that change what training does.
+# Environment variables that change what training does.
 _VARIABLES = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -31,23 +31,22 @@ _VARIABLES = (
     "TORCHINDUCTOR_CACHE_DIR",
     "ULTRATHINK_CACHE",
 )
-_NO_LIMIT = 2**60  # control groups without a limit show a number beyond all memory
+_NO_LIMIT = 2**60  # version 1 control groups without a limit show a number beyond all memory
 
 
 @dataclass(frozen=True)
 class Processor:
-    """The cores, and how many of them this process gets."""
+    """The cores, and how many of them this process may use."""
 
-    name: str | None
     physical_cores: int | None
     logical_cores: int | None
-    allowed_cores: int | None  # logical cores that the scheduler may put this process on
+    allowed_cores: int | None  # logical cores in the affinity mask of this process
     quota: float | None
-    """Cores' worth of time that its control group may use; None where nothing limits it."""
+    """CPU limit of the control group, in cores; None for no limit."""
 
     @property
     def shared_cores(self) -> int:
-        """Cores that this process finds itself on, maybe with others; at least 1."""
+        """Cores that this process runs on, perhaps with other processes; at least 1."""
         return self.allowed_cores or self.logical_cores or 1
 
     @property
@@ -64,13 +63,13 @@ class Memory:
 
     total: int | None
     available: int | None
-    limit: int | None  # what the control group may use; None where nothing limits it
-    limit_free: int | None  # what of the limit is left
-    shared: int | None  # free space of /dev/shm, through which data workers are told what to do
+    limit: int | None  # of the control group; None for no limit
+    limit_free: int | None  # what is left of the limit
+    shared: int | None  # free space of /dev/shm, which data workers use
 
     @property
     def usable(self) -> int | None:
-        """Bytes that a program may still take, as far as it is known."""
+        """Bytes that a program may still allocate."""
         known = [value for value in (self.available, self.limit_free) if value is not None]
         return min(known, default=None)
 
@@ -86,44 +85,44 @@ class Folder:
     problem: str | None  # why nothing can be written there; None where a trial succeeded
 
 
-def told(read: Callable[[], Value]) -> Value | None:
-    """What ``read`` returns, None where this system does not tell it."""
+def attempt(read: Callable[[], Value]) -> Value | None:
+    """The result of ``read``; None where it raises."""
     try:
         return read()
-    except Exception:  # a fact that is missing must not hide the others
+    except Exception:  # one missing fact must not hide the others
         return None
 
 
 def read_processor() -> Processor:
-    """The processor, from /proc, /sys and the scheduler."""
+    """The cores, from psutil, the scheduler and the control group."""
     return Processor(
-        name=told(_processor_name),
-        physical_cores=told(_physical_cores),
-        logical_cores=os.cpu_count(),
-        allowed_cores=told(lambda: len(os.sched_getaffinity(0))),
-        quota=told(cpu_quota),
+        physical_cores=attempt(lambda: psutil.cpu_count(logical=False)),
+        logical_cores=attempt(psutil.cpu_count),
+        allowed_cores=attempt(lambda: len(os.sched_getaffinity(0))),
+        quota=attempt(cpu_quota),
     )
 
 
 def read_memory() -> Memory:
     """Main memory, its limit for this process, and shared memory."""
-    limit, used = told(memory_limit) or (None, None)
+    memory = attempt(psutil.virtual_memory)
+    limit, used = attempt(memory_limit) or (None, None)
     return Memory(
-        total=told(lambda: os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
-        available=told(_available_memory),
+        total=memory.total if memory else None,
+        available=memory.available if memory else None,
         limit=limit,
         limit_free=None if limit is None or used is None else max(0, limit - used),
-        shared=told(lambda: shutil.disk_usage("/dev/shm").free),
+        shared=attempt(lambda: psutil.disk_usage("/dev/shm").free),
     )
 
 
 def read_environment() -> dict[str, str]:
-    """The variables that are set, of those that change what training does."""
+    """The environment variables that are set and change what training does."""
     return {name: os.environ[name] for name in _VARIABLES if name in os.environ}
 
 
 def try_folder(path: Path) -> Folder:
-    """Write a file where ``path`` is or would be made, and look at its disk; nothing stays."""
+    """Write and delete a file where ``path`` is or would be created, and measure its disk."""
     place = nearest_folder(path)
     problem = None
     try:
@@ -133,7 +132,7 @@ def try_folder(path: Path) -> Folder:
             os.fsync(file.fileno())
     except OSError as error:
         problem = (error.strerror or str(error)).lower()
-    usage = told(lambda: shutil.disk_usage(place))
+    usage = attempt(lambda: psutil.disk_usage(str(place)))
     return Folder(
         path=str(path.absolute()),
         exists=path.is_dir(),
@@ -144,7 +143,7 @@ def try_folder(path: Path) -> Folder:
 
 
 def nearest_folder(path: Path) -> Path:
-    """``path``, or what of it exists: where its folders would be made."""
+    """``path``, or its closest parent that exists."""
     path = path.absolute()
     return next((place for place in (path, *path.parents) if place.exists()), path)
 
@@ -155,19 +154,17 @@ def nearest_folder(path: Path) -> Path:
 def cpu_quota(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> float | None:
-    """Cores' worth of time that this process may use; None where nothing limits it.
+    """CPU limit of this process's control groups, in cores; None for no limit.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html (cpu.max), and cpu.cfs_quota_us of version 1.
     """
     quotas = []
     for folder in _groups(root, membership, "cpu"):
-        words = _words(folder / "cpu.max")
-        if words is None:
-            words = [
-                *(_words(folder / "cpu.cfs_quota_us") or ["-1"]),
-                *(_words(folder / "cpu.cfs_period_us") or ["100000"]),
-            ]
-        if words[0] not in ("max", "-1"):
+        words = _words(folder / "cpu.max") or [
+            *_words(folder / "cpu.cfs_quota_us"),
+            *(_words(folder / "cpu.cfs_period_us") or ["100000"]),
+        ]
+        if len(words) > 1 and words[0] not in ("max", "-1"):
             quotas.append(int(words[0]) / int(words[1]))
     return min(quotas, default=None)
 
@@ -175,7 +172,7 @@ def cpu_quota(
 def memory_limit(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> tuple[int, int | None] | None:
-    """Bytes that this process's control group may use, and uses; None where nothing limits it."""
+    """Bytes that this process's control groups may use, and do use; None for no limit."""
     limits: list[tuple[int, int | None]] = []
     for folder in _groups(root, membership, "memory"):
         for limit_name, use_name in (
@@ -183,13 +180,13 @@ def memory_limit(
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),
         ):
             limit, used = _words(folder / limit_name), _words(folder / use_name)
-            if limit is not None and limit[0] != "max" and int(limit[0]) < _NO_LIMIT:
+            if limit and limit[0] != "max" and int(limit[0]) < _NO_LIMIT:
                 limits.append((int(limit[0]), int(used[0]) if used else None))
     return min(limits, key=lambda pair: pair[0], default=None)
 
 
 def _groups(root: Path, membership: Path, controller: str) -> Iterator[Path]:
-    """Folders of the control groups that this process is in, each with those around it."""
+    """Folders of the control groups of this process, each followed by its parents."""
     for line in membership.read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # version 2
@@ -203,32 +200,8 @@ def _groups(root: Path, membership: Path, controller: str) -> Iterator[Path]:
             yield from (top / part for part in (inside, *inside.parents))
 
 
-def _words(path: Path) -> list[str] | None:
+def _words(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").split() or None
+        return path.read_text(encoding="utf-8").split()
     except OSError:
-        return None
-
-
-# -- facts of one system or another ----------------------------------------------------------------
-
-
-def _processor_name() -> str | None:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model", "cpu model") and value.strip():
-            return value.strip()
-    return platform.processor() or None
-
-
-def _physical_cores() -> int | None:
-    """Different sets of sibling threads, over all cores of the machine."""
-    files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")
-    return len({file.read_text(encoding="utf-8").strip() for file in files}) or None
-
-
-def _available_memory() -> int | None:
-    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+        return []

@@ -1,6 +1,6 @@
-"""Which packages are installed, against what this package's own metadata asks for. Without torch.
+"""Installed packages against the requirements in this package's metadata. Without torch.
 
-The metadata lists requirements as pip reads them: https://packaging.python.org/specifications/.
+https://packaging.python.org/specifications/core-metadata/
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ NAME = "ultrathink"
 
 @dataclass(frozen=True)
 class Package:
-    """A package that is asked for."""
+    """A required package."""
 
-    requirement: str  # with its versions, as pip takes it: torch~=2.13.0
+    requirement: str  # with its versions, as pip reads it: torch~=2.13.0
     name: str
     installed: str | None  # its version; None where it is missing
-    fits: bool  # whether that version is one that is asked for
-    extra: str | None  # the extra that it belongs to; None for what is always needed
+    fits: bool  # whether the installed version meets the requirement
+    extra: str | None  # the extra that requires it; None for a core dependency
 
     @property
     def fix(self) -> str:
@@ -32,8 +32,8 @@ class Package:
         return f'pip install "{self.requirement}"'
 
 
-def read_packages(distribution: str = NAME) -> list[Package] | None:
-    """All that ``distribution`` asks for, by extra; None where it is not installed by pip."""
+def read_packages(distribution: str = NAME) -> tuple[Package, ...] | None:
+    """All requirements of ``distribution``; None where it was not installed by pip."""
     try:
         found = metadata.distribution(distribution)
     except metadata.PackageNotFoundError:
@@ -46,15 +46,7 @@ def read_packages(distribution: str = NAME) -> list[Package] | None:
             for r in requirements
             if _applies(r, extra) and not _applies(r, "") and r.name != distribution
         ]
-    return packages
-
-
-def installed_version(name: str) -> str | None:
-    """The version of a package, None where it is missing."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    return tuple(packages)
 
 
 def _applies(requirement: Requirement, extra: str) -> bool:
@@ -62,7 +54,10 @@ def _applies(requirement: Requirement, extra: str) -> bool:
 
 
 def _package(requirement: Requirement, extra: str | None) -> Package:
-    version = installed_version(requirement.name)
+    try:
+        version = metadata.version(requirement.name)
+    except metadata.PackageNotFoundError:
+        version = None
     return Package(
         requirement=f"{requirement.name}{requirement.specifier}",
         name=canonicalize_name(requirement.name),

@@ -1,4 +1,4 @@
-"""What ``ultrathink doctor`` found out, as data."""
+"""The findings of ``ultrathink doctor`` as data."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Level = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that stands in the way of training (error), slows it, or could be better (note)."""
+    """Something that prevents training (error), slows it (warning), or could be better (note)."""
 
     level: Level
     text: str
-    fix: str | None  # None where the text tells it
+    fix: str | None  # None where the text has it
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,20 @@ class Choice:
 
 @dataclass(frozen=True)
 class Run:
-    """What of the configuration the verdict hangs on."""
+    """What the findings need to know of the configuration."""
 
-    config: str  # what it was called on the command line
+    config: str  # as named on the command line
     parameters: int
-    state_bytes: int  # weights, gradients and what the optimizer remembers, without activations
-    checkpoint_bytes: int  # one checkpoint, at most
+    state_bytes: int  # weights, gradients and optimizer state, without activations
+    checkpoint_bytes: int  # of one checkpoint, at most
     checkpoints_kept: int
-    """At the same time on the disk, the one being written and the best included."""
-    may_compile: bool  # whether compiling is asked for, or left to the machine
+    """On the disk at the same time, the one being written and the best included."""
+    may_compile: bool
 
 
 @dataclass(frozen=True)
 class Versions:
-    """What runs here."""
+    """Software versions."""
 
     ultrathink: str
     python: str
@@ -59,7 +59,7 @@ class Versions:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that was found; None stands for what could not be read or was not measured."""
+    """All findings; None for what could not be read or was not measured."""
 
     versions: Versions
     run: Run
@@ -70,13 +70,13 @@ class Diagnosis:
     cache_folder: Folder
     packages: tuple[Package, ...] | None
     load_average: float | None = None
-    disk_rate: float | None = None  # bytes a second that reach the disk of the run folder
+    disk_rate: float | None = None  # bytes a second written to the disk of the run folder
     torch: TorchBuild | None = None
     torch_error: str | None = None
     accelerators: Accelerators | None = None
     toolchain: Toolchain | None = None
     cpu_speed: Speed | None = None
-    device_speed: Speed | None = None  # of the GPU that ``auto`` takes, where it takes one
+    device_speed: Speed | None = None  # of the GPU that ``auto`` chooses, if any
     sharing: Sharing | None = None
     choices: tuple[Choice, ...] = ()
     choice_error: str | None = None
@@ -84,7 +84,7 @@ class Diagnosis:
 
     @property
     def can_train(self) -> bool:
-        """Whether nothing was found that makes training impossible."""
+        """Whether no problem prevents training."""
         return not any(problem.level == "error" for problem in self.problems)
 
     def to_json(self) -> dict[str, Any]:

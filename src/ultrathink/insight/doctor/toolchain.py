@@ -1,19 +1,21 @@
-"""What compiling needs, and where compiled code is kept."""
+"""The C++ compiler that compiled steps need, and the cache of compiled code."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch.utils import collect_env
+
 from ultrathink.core.files import temporary_folder
+from ultrathink.insight.doctor.machine import attempt
 from ultrathink.training.compiling import compile_cache_folder, compiler_problem, find_cpp_compiler
 
-# Python's headers and OpenMP are what compiled steps need beside the compiler itself.
+# Beside the compiler itself, compiled steps need Python's headers and OpenMP.
 _PROGRAM = """\
 #include <Python.h>
 #include <cmath>
@@ -22,13 +24,12 @@ _PROGRAM = """\
 #endif
 extern "C" int trial() { return (int) std::ceil(0.5); }
 """
-_TIMEOUT_S = 30
 _COUNTING_S = 1.0
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """The C++ compiler for the CPU, and the cache of what it made."""
+    """The C++ compiler for the CPU, and the cache of compiled code."""
 
     compiler: str | None  # its path
     version: str | None
@@ -38,23 +39,20 @@ class Toolchain:
 
 
 def read_toolchain(*, try_out: bool) -> Toolchain:
-    """Find the compiler and, to ``try_out``, compile a few lines as torch would."""
+    """Find the compiler and, to ``try_out``, compile a few lines with torch's options."""
     compiler = find_cpp_compiler()
-    problem = compiler_problem()
-    if compiler is not None and problem is None and try_out:
-        problem = _trial(compiler)
+    problem, version = compiler_problem(), None
+    if compiler is not None:
+        command = [compiler, "--version"]
+        version = attempt(lambda: collect_env.run_and_return_first_line(collect_env.run, command))
+        if problem is None and try_out:
+            problem = _trial(compiler)
     folder = compile_cache_folder()
-    return Toolchain(
-        compiler=compiler,
-        version=_version(compiler) if compiler is not None else None,
-        problem=problem,
-        cache=str(folder),
-        cache_bytes=folder_bytes(folder),
-    )
+    return Toolchain(compiler, version, problem, str(folder), folder_bytes(folder))
 
 
 def folder_bytes(folder: Path, seconds: float = _COUNTING_S) -> int | None:
-    """The size of all files below ``folder``, 0 where it is missing; None where it takes longer."""
+    """The size of all files in ``folder``, 0 where it is missing; None where it takes longer."""
     total, end = 0, time.perf_counter() + seconds
     for place, _, names in os.walk(folder):
         for name in names:
@@ -67,30 +65,19 @@ def folder_bytes(folder: Path, seconds: float = _COUNTING_S) -> int | None:
     return total
 
 
-def _version(compiler: str) -> str | None:
-    try:
-        done = subprocess.run(
-            [compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    lines = done.stdout.splitlines()
-    return lines[0] if done.returncode == 0 and lines else None
-
-
 def _trial(compiler: str) -> str | None:
     with temporary_folder() as folder:
         source = folder / "trial.cpp"
         source.write_text(_PROGRAM, encoding="utf-8")
         command = [compiler, str(source), "-c", "-fPIC", "-std=c++20", "-o", f"{source}.o"]
-        command += [f"-I{sysconfig.get_path('include')}"]
-        if sys.platform == "linux":  # elsewhere OpenMP comes with torch
+        command.append(f"-I{sysconfig.get_path('include')}")
+        if sys.platform == "linux":  # on other systems torch ships OpenMP
             command.append("-fopenmp")
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
-        except (OSError, subprocess.SubprocessError) as error:
+            status, _, errors = collect_env.run(command)
+        except OSError as error:
             return f"the C++ compiler {compiler} does not run ({error})"
-    if done.returncode == 0:
+    if status == 0:
         return None
-    lines = [line for line in done.stderr.splitlines() if "error" in line] or ["no reason given"]
+    lines = [line for line in errors.splitlines() if "error" in line] or ["no reason given"]
     return f"the C++ compiler {compiler} cannot compile a trial ({lines[0].strip()})"

@@ -1,41 +1,41 @@
-"""A report in words: sections of labelled lines, the same for a terminal and for a file."""
+"""A diagnosis in words: sections of labelled lines."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
 
-from ultrathink.insight.doctor.findings import cores, describe_folder, short_bytes
+from rich.filesize import decimal
+
+from ultrathink.insight.doctor.findings import cores, describe_folder
 from ultrathink.insight.doctor.report import Diagnosis
 
 UNKNOWN = "unknown"
-_GIGABYTE = 1e9
-
 
 Lines = list[tuple[str, str]]  # each a label and a text
 
 
 def sections(report: Diagnosis) -> dict[str, Lines]:
-    """Everything but the problems, which come last and stand out, by heading."""
+    """Everything but the problems, by heading."""
     found = {
         "Versions": _versions(report),
         "Machine": _machine(report),
         "Folders": _folders(report),
         "Speed": _speed(report),
-        f"What {report.run.config} would take here": _choices(report),
+        f"What auto chooses here for {report.run.config}": _choices(report),
         "Packages": _packages(report),
     }
-    return {title: lines for title, told in found.items() if (lines := list(told))}
+    return {title: lines for title, each in found.items() if (lines := list(each))}
 
 
 def verdict(report: Diagnosis) -> str:
     """The last line."""
     if not report.can_train:
-        return "Training is not possible here before the errors above are mended."
+        return "Training is not possible here until the errors above are fixed."
     count = sum(problem.level == "warning" for problem in report.problems)
     if count:
         return f"Training works here; {count} warning{'s' if count > 1 else ''} above."
-    return "All is fine: ultrathink train"
+    return "No problems found. Start with: ultrathink train"
 
 
 def _versions(report: Diagnosis) -> Iterator[tuple[str, str]]:
@@ -53,10 +53,10 @@ def _versions(report: Diagnosis) -> Iterator[tuple[str, str]]:
 
 def _machine(report: Diagnosis) -> Iterator[tuple[str, str]]:
     processor, memory = report.processor, report.memory
-    yield "processor", processor.name or UNKNOWN
+    yield "processor", (report.torch and report.torch.processor) or UNKNOWN
     usable = f"this process may use {processor.usable_cores}"
     if processor.quota is not None:
-        usable += f" (its control group allows {processor.quota:g})"
+        usable += f" (CPU limit of its control group: {processor.quota:g})"
     counts = [
         f"{count if count is not None else UNKNOWN} {what}"
         for count, what in (
@@ -70,7 +70,7 @@ def _machine(report: Diagnosis) -> Iterator[tuple[str, str]]:
         bf16 = report.torch.bf16
         products = f"bf16 products by {bf16}" if bf16 else "no bf16 products"
         yield "instructions", f"{report.torch.instructions}; {products}"
-    limit = f"; its control group allows {_size(memory.limit)}" if memory.limit else ""
+    limit = f"; limit of the control group {_size(memory.limit)}" if memory.limit else ""
     yield "memory", f"{_size(memory.total)}, {_size(memory.available)} available{limit}"
     yield "/dev/shm", f"{_size(memory.shared)} free"
     if report.accelerators is not None:
@@ -97,11 +97,10 @@ def _accelerators(report: Diagnosis) -> Iterator[tuple[str, str]]:
 def _folders(report: Diagnosis) -> Iterator[tuple[str, str]]:
     yield "runs", describe_folder(report.run_folder)
     if report.disk_rate is not None:
-        seconds = _GIGABYTE / report.disk_rate
+        rate, seconds = _size(report.disk_rate), 1e9 / report.disk_rate
         yield (
-            "its disk",
-            f"{short_bytes(report.disk_rate)}/s written and flushed; a checkpoint of 1 GB takes "
-            f"{seconds:.1f} s",
+            "disk of runs",
+            f"{rate}/s written and flushed; a checkpoint of 1 GB takes {seconds:.1f} s",
         )
     yield "cache", describe_folder(report.cache_folder)
     tools = report.toolchain
@@ -117,8 +116,7 @@ def _speed(report: Diagnosis) -> Iterator[tuple[str, str]]:
             continue
         for precision, rates in groupby(speed.products, key=lambda rate: rate.precision):
             yield f"{place}{precision} products", _rates([(r.threads, r.flops) for r in rates])
-        memory = UNKNOWN if speed.memory is None else f"{short_bytes(speed.memory)}/s"
-        yield f"{place}memory", f"{memory} read and written by copying"
+        yield f"{place}memory", f"{_size(speed.memory)}/s read and written by copying"
     sharing = report.sharing
     if sharing is not None:
         stolen = f", the host took {sharing.stolen:.2f}" if sharing.stolen >= 0.01 else ""
@@ -161,9 +159,9 @@ def _packages(report: Diagnosis) -> Iterator[tuple[str, str]]:
         if not package.fits:
             fixes[package.extra] = package.fix
     for extra, listed in groups.items():
-        fix = f". Get them: {fixes[extra]}" if extra is not None and extra in fixes else ""
-        yield ("needed" if extra is None else f"extra {extra}"), ", ".join(listed) + fix
+        fix = f". Install: {fixes[extra]}" if extra is not None and extra in fixes else ""
+        yield ("required" if extra is None else f"extra {extra}"), ", ".join(listed) + fix
 
 
-def _size(count: int | None) -> str:
-    return UNKNOWN if count is None else short_bytes(count)
+def _size(count: float | None) -> str:
+    return UNKNOWN if count is None else decimal(int(count))

@@ -1,14 +1,18 @@
-"""A training log: what it is, its signals from the beginning, and what has come since."""
+"""A training log: what it is, its signals from the beginning, and what was appended since."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ultrathink.core.errors import DataError
 from ultrathink.orchestrator.signals import Signals
+
+SAMPLE_ROWS = 400  # by which it is decided what a log is, and what its columns are
+Row = Mapping[str, Any]  # a value for each name
 
 
 class LogError(DataError):
@@ -21,20 +25,29 @@ class NotYetError(LogError):
 
 @dataclass(frozen=True)
 class LogSignals(Signals):
-    """Signals of a log that may hold several runs; ``run`` is empty where it holds one."""
+    """Signals of a log that may hold several runs.
+
+    ``run`` is empty where it holds one, and of the first of several that have no names. ``undone``
+    is the step beyond which a resume undid all steps before this record; None where none did.
+    """
 
     run: str = ""
+    undone: int | None = None
+
+
+# What a line says: an empty row where that is nothing, None where it cannot be read.
+Parse = Callable[[str], Row | LogSignals | None]
 
 
 @dataclass(frozen=True)
 class News:
-    """What was appended to a log since it was last asked for.
+    """What was appended to a log since the last call.
 
-    ``is_anew`` says that the file was cut or replaced: these are its signals from the beginning.
+    ``is_replaced`` says that the file was cut or replaced: these are all signals of the file.
     """
 
     signals: Sequence[LogSignals] = ()
-    is_anew: bool = False
+    is_replaced: bool = False
 
 
 @dataclass
@@ -43,8 +56,8 @@ class Log(ABC):
 
     path: Path
     format: str  # in words
-    total_steps: int | None = None  # that the run is to take, once the log has told
-    notes: list[str] = field(default_factory=list)  # what could not be read, in sentences
+    total_steps: int | None = None  # that the run is to take, once the log says so
+    notes: list[str] = field(default_factory=list)  # what was not read, in sentences
 
     @abstractmethod
     def signals(self) -> Iterator[LogSignals]:
@@ -52,4 +65,4 @@ class Log(ABC):
 
     @abstractmethod
     def poll(self) -> News:
-        """What has come since the last call, or since the beginning; LogError where it is gone."""
+        """What was appended since the last call; LogError or OSError where the file is gone."""

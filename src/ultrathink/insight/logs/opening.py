@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
+from functools import partial
 from pathlib import Path
 
 from ultrathink.core.errors import suggestion
-from ultrathink.insight.logs.documents import DocumentLog
-from ultrathink.insight.logs.json_lines import open_json_lines
+from ultrathink.insight.logs.files import DocumentLog, open_lines, our_log
+from ultrathink.insight.logs.formats import line_format, parse_line, prefix_of
 from ultrathink.insight.logs.log import Log, LogError, NotYetError
 from ultrathink.insight.logs.run_folder import RunFolderLog
-from ultrathink.insight.logs.tables import open_table, table_shape
+from ultrathink.insight.logs.tables import NAMES, find_table
 from ultrathink.insight.logs.tail import all_lines, beginning, decoded
-from ultrathink.insight.logs.text import open_text, text_format
 from ultrathink.monitoring.jsonl import METRICS_FILE, parse_object
 from ultrathink.runs.folder import RunFolder
 
-_PACKED = {
-    b"\x1f\x8b": "gzip",
-    b"PK\x03\x04": "zip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"(\xb5/\xfd": "zstd",
-}
+_PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2"}
+_PACKED |= {b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
 _WIDE = (b"\xff\xfe", b"\xfe\xff")
 _KINDS = (
     "a run folder, metrics.jsonl, trainer_state.json, CSV, Megatron's JSON, lines of JSON, or what "
@@ -48,7 +44,7 @@ def open_log(path: str | Path, columns: Mapping[str, str] | None = None) -> Log:
     if not data.strip():
         raise NotYetError(f"{place} is empty: there is nothing to watch yet.")
     _refuse_binary(place, data)
-    lines = decoded(data).splitlines()
+    lines = decoded(data).replace("\r\n", "\n").split("\n")
     if len(data) < place.stat().st_size:
         lines = lines[:-1]  # cut off by the limit
     return _recognized(place, lines, given)
@@ -56,21 +52,29 @@ def open_log(path: str | Path, columns: Mapping[str, str] | None = None) -> Log:
 
 def _recognized(path: Path, lines: list[str], columns: dict[str, str]) -> Log:
     first = next(line for line in lines if line.strip()).strip()
-    if first[0] in "{[":
-        row = parse_object(first)
-        if row is not None and not _is_document(row):
-            return open_json_lines(path, [line for line in lines if line.strip()], columns)
-        if row is not None or first in ("{", "[") or not _is_text(path, columns):
-            return DocumentLog(path, columns)
-    shape = table_shape(lines)
-    if shape is not None and (columns or shape.is_known):
-        return open_table(path, shape, lines, columns)
-    known = text_format((line for line, _ in all_lines(path)), columns)
-    if known is None and shape is not None:  # whose columns are unknown, which is said there
-        return open_table(path, shape, lines, columns)
-    if known is None:
-        raise NotYetError(f"{path} is no training log that is known here; known are {_KINDS}.")
-    return open_text(path, known, columns)
+    row = parse_object(first) if first[0] == "{" else None
+    if row is not None and not columns and _is_ours(row):
+        return our_log(path)
+    if row is not None and _is_document(row):
+        return DocumentLog(path, columns)
+    if first in ("{", "["):
+        return DocumentLog(path, columns)
+    table = find_table(lines) if first[0] != "{" else None
+    known = None
+    if table is None or not (columns or table.is_known):
+        known = line_format((line for line, _ in all_lines(path)), columns)
+    if known is not None:
+        parse, joins = partial(parse_line, known), not known.is_object
+        return open_lines(path, known.name, lambda: parse, columns, known.names, joins=joins)
+    if table is not None:
+        return open_lines(path, NAMES[table.delimiter], partial(copy, table), columns)
+    if first[0] in "{[" and not prefix_of(first):
+        return DocumentLog(path, columns)
+    raise NotYetError(f"{path} is no training log that is known here; known are {_KINDS}.")
+
+
+def _is_ours(row: dict[str, object]) -> bool:
+    return {"step", "split", "time"} <= row.keys() and row["split"] in ("train", "val")
 
 
 def _is_document(row: dict[str, object]) -> bool:
@@ -79,11 +83,6 @@ def _is_document(row: dict[str, object]) -> bool:
     series = [v for v in nested if isinstance(v, dict | list)]
     lists = [v for v in row.values() if isinstance(v, list) and len(v) > 1]
     return "log_history" in row or bool(series) or (len(lists) > 1 and len(lists) == len(row))
-
-
-def _is_text(path: Path, columns: dict[str, str]) -> bool:
-    """Whether lines that begin with a bracket, as ``[2023-04-18 01:46]``, are a trainer's."""
-    return text_format((line for line, _ in all_lines(path)), columns) is not None
 
 
 def _open_folder(folder: Path, columns: dict[str, str]) -> Log:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from ultrathink.insight.events import read_events
-from ultrathink.insight.logs.json_lines import our_log
+from ultrathink.insight.logs.files import our_log
 from ultrathink.insight.logs.log import Log, LogSignals, News
 from ultrathink.insight.logs.tail import Tail
 from ultrathink.monitoring.expert_figures import figures_of
@@ -40,19 +41,20 @@ class RunFolderLog(Log):
         new = self._metrics.poll()
         with suppress(FileNotFoundError):
             self._waiting |= _figures_by_step(map(parse_object, self._experts.read().lines))
-        if new.is_anew:
+        if new.is_replaced:
             self._last_step = 0
         signals = [_joined(found, self._waiting) for found in new.signals]
         if signals:
             self._last_step = max(found.step for found in signals)
         late = sorted(step for step in self._waiting if step <= self._last_step)
         return News(
-            [*signals, *(LogSignals(step, self._waiting.pop(step)) for step in late)], new.is_anew
+            [*signals, *(LogSignals(step, self._waiting.pop(step)) for step in late)],
+            new.is_replaced,
         )
 
 
 def _alarms_while_training(reader: RunReader) -> list[str]:
-    """How many alarms the run itself raised: it saw the steps between the logged ones too."""
+    """The number of alarms that the run raised: it saw the steps between the logged ones too."""
     count = sum(event.is_alarm for event in read_events(reader))
     alarms = f"{count:,} alarm{'' if count == 1 else 's'}"
     name = reader.run.events.name
@@ -71,4 +73,4 @@ def _joined(signals: LogSignals, experts: dict[int, dict[str, float]]) -> LogSig
     """Signals of a training line with the figures of its experts, which are taken out."""
     if "loss" not in signals.values or signals.step not in experts:
         return signals
-    return LogSignals(signals.step, {**signals.values, **experts.pop(signals.step)})
+    return replace(signals, values={**signals.values, **experts.pop(signals.step)})

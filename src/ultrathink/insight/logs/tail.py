@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 _BLOCK_BYTES = 2**20
-_REMEMBERED_BYTES = 256  # before the place that was read to: what tells another file of that size
+_COLOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_REMEMBERED_BYTES = 256  # before the position of the reader: by these a replaced file is known
 
 
 @dataclass(frozen=True)
 class NewLines:
-    """Whole lines that were appended; from the beginning where ``is_anew``."""
+    """Whole lines that were appended; all lines of the file where ``is_replaced``."""
 
     lines: list[str]
-    is_anew: bool = False
+    is_replaced: bool = False
 
 
 class Tail:
-    """Reads a text file line by line, again and again, from where it stopped.
+    """Reads a text file line by line, each time from where it stopped.
 
-    A line without its end is left for the next time. That a file is another one is seen by its
-    inode, or by other bytes, or none, before the place that was read to.
+    A line without its end is left for the next time. A progress bar that is redrawn has its end in
+    a carriage return, which stays in the text. A replaced file is known by its inode, or by other
+    bytes, or none, before the position of the reader.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,17 +38,18 @@ class Tail:
     def read(self) -> NewLines:
         """The lines since the last call. Raises OSError where the file is gone."""
         with self.path.open("rb") as file:
-            is_anew = self._is_another(file.fileno())
-            if is_anew:
+            is_replaced = self._is_replaced(file.fileno())
+            if is_replaced:
                 self._position, self._before = 0, b""
             file.seek(self._position)
             data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
+        whole = data[: max(data.rfind(b"\n"), data.rfind(b"\r", 0, len(data) - 1)) + 1]
         self._position += len(whole)
         self._before = (self._before + whole)[-_REMEMBERED_BYTES:]
-        return NewLines(decoded(whole).split("\n")[:-1], is_anew)
+        lines = decoded(whole).replace("\r\n", "\n").split("\n")
+        return NewLines(lines if lines[-1] else lines[:-1], is_replaced)
 
-    def _is_another(self, descriptor: int) -> bool:
+    def _is_replaced(self, descriptor: int) -> bool:
         status = os.fstat(descriptor)
         known, self._inode = self._inode, status.st_ino
         if known is None or self._position == 0:
@@ -60,12 +64,12 @@ def all_lines(path: Path) -> Iterator[tuple[str, bool]]:
     """Every line of a file, and whether it has its end."""
     with path.open("rb") as file:
         for line in file:
-            yield decoded(line).rstrip("\n"), line.endswith(b"\n")
+            yield decoded(line).rstrip("\r\n"), line.endswith(b"\n")
 
 
 def decoded(data: bytes) -> str:
-    """Text, whatever else is in it: bytes that are no UTF-8 are replaced."""
-    return data.decode("utf-8", "replace").removeprefix("\ufeff")
+    """Text of any bytes: those that are no UTF-8 are replaced, colors of a terminal left out."""
+    return _COLOR.sub("", data.decode("utf-8", "replace").removeprefix("\ufeff"))
 
 
 def beginning(path: Path, size: int = _BLOCK_BYTES) -> bytes:

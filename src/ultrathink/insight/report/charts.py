@@ -1,8 +1,7 @@
-"""Charts as SVG that stretches, with its text beside it in HTML, so that it stays legible.
+"""Coordinates of charts; ``page.html`` draws them as SVG that stretches, with its text in HTML.
 
-A plot's coordinates run from 0 to ``SIZE`` both ways, however wide it is on the screen: lines keep
-their width by ``vector-effect``, and everything that must not be stretched is placed by per cents.
-Here they are computed; ``page.html`` draws them.
+A plot is 1000 units wide and high at any size on the screen. ``vector-effect`` keeps the width of
+lines; text and marks, which must not stretch, are placed by per cents.
 """
 
 from __future__ import annotations
@@ -24,6 +23,8 @@ from ultrathink.insight.report.markup import figure, units
 from ultrathink.monitoring.plot import Scale
 from ultrathink.monitoring.wording import short_number
 
+Shape = Literal["line", "joined dots", "dots"]
+
 
 @dataclass(frozen=True)
 class Line:
@@ -32,9 +33,9 @@ class Line:
     key: str
     label: str
     curve: Series
-    shape: Literal["line", "joined dots", "dots"] = "line"
-    is_raw: bool = False  # its farthest values need not be inside
-    is_aside: bool = False  # on the linear scale, none of it need be
+    shape: Shape = "line"
+    is_raw: bool = False  # outliers may lie outside the linear scale
+    is_aside: bool = False  # all of it may lie outside the linear scale
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,13 @@ def _layer(
 
 def _paths(line: Line, span: Span, scale: Scale) -> list[tuple[str, str]]:
     curve = thinned(line.curve)
-    # What lies far outside is cut at an edge beyond the plot: coordinates stay small.
+    # Coordinates far outside the plot are clipped, to keep them short.
     heights = np.clip([scale.share(value) for value in curve.values.tolist()], -2.0, 3.0)
     places = [
         f"{units(span.share(step))} {units(1 - height)}" if np.isfinite(height) else None
         for step, height in zip(curve.steps, heights, strict=True)
     ]
-    # A value between two that are none is a line without length, which its round ends show.
+    # A value between two gaps is a line without length, visible by its round ends.
     joined = "".join(
         f"{'L' if number and places[number - 1] else 'M'}{place}"
         for number, place in enumerate(places)
@@ -145,7 +146,7 @@ def _label(value: float, digits: int) -> str:
 
 
 def _digits(ticks: Sequence[float]) -> int:
-    """Decimals that tell all ticks apart."""
+    """Decimals that distinguish all ticks."""
     for digits in range(6):
         if all(abs(round(tick, digits) - tick) <= 1e-9 * max(1.0, abs(tick)) for tick in ticks):
             return digits

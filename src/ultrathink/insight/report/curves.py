@@ -1,4 +1,4 @@
-"""Curves for a page: thinned with their extremes kept, smoothed, and set on a scale."""
+"""Curves: thinned with their extremes kept, smoothed, and placed on a scale."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ultrathink.monitoring.plot import Scale
 Floats = npt.NDArray[np.float64]
 
 MOST_POINTS = 2000
-_BLOCKS = 400  # medians that a smoothed curve rests on, ...
-_SPAN = 4  # ... each the mean of so many to either side
-_FEWEST = 24  # points that are worth smoothing
-_START = 40  # of so many points one belongs to the first fall, which would take most of the height
-_OUTLYING = 0.4  # per cent of raw values on either side that need not be inside
+_BLOCKS = 400  # medians of a smoothed curve
+_SPAN = 4  # medians to either side in a running mean; fewer where there are few medians
+_FEWEST = 24  # points below which a curve is not smoothed
+_START = 40  # the first 1/40 of the points is the first fall, which would take most of the height
+_OUTLYING = 0.4  # per cent of raw values on either side that may lie outside
 
 
 @dataclass(frozen=True)
 class Series:
-    """Values over steps, ``[N]`` each; a value may be NaN, where none was or it was not finite."""
+    """Values over steps, ``[N]`` each; NaN for a value that is missing or not finite."""
 
     steps: Floats
     values: Floats
@@ -40,7 +40,7 @@ class Series:
 
     @property
     def finite(self) -> Series:
-        """Its points that have a number."""
+        """Its points with a finite value."""
         kept = np.isfinite(self.values)
         return Series(self.steps[kept], self.values[kept])
 
@@ -71,11 +71,12 @@ def smoothed(curve: Series) -> Series:
     blocks = np.array_split(np.arange(len(curve)), min(_BLOCKS, len(curve) // 2))
     steps = np.array([curve.steps[block].mean() for block in blocks])
     levels = np.array([np.median(curve.values[block]) for block in blocks])
-    # At the start, where the loss falls steeply, as many to either side as there are before it.
+    # The span is smaller at both ends, so that the steep start is not flattened.
     sums = np.concatenate([[0.0], np.cumsum(levels)])
     places = np.arange(len(levels))
-    begin = places - np.minimum(places, _SPAN)
-    end = np.minimum(places + np.minimum(places, _SPAN), len(levels) - 1) + 1
+    span = min(_SPAN, max(1, len(levels) // 16))
+    begin = places - np.minimum(places, span)
+    end = np.minimum(places + np.minimum(places, span), len(levels) - 1) + 1
     means = (sums[end] - sums[begin]) / (end - begin)
     return Series(steps, means)
 
@@ -102,8 +103,8 @@ def scale_of(
 ) -> Scale | None:
     """The scale that curves are drawn on; None where there is nothing to draw.
 
-    Linear: without the first fall and the few farthest values of each ``raw`` curve; all of the
-    ``whole`` ones past it. Logarithmic: everything; None where values are not above zero.
+    Linear: ``raw`` curves without their first fall and outliers, ``whole`` curves without their
+    first fall. Logarithmic: everything; None where a value is not above zero.
     """
     if is_log:
         values = np.concatenate([c.finite.values for c in (*raw, *whole)] or [np.empty(0)])
@@ -123,8 +124,9 @@ def scale_of(
     if not ends:
         return None
     low, high = min(ends), max(ends)
-    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return Scale(0.0 if from_zero and low >= 0 else low - margin, high + margin)
+    is_from_zero = from_zero and low >= 0
+    margin = 0.05 * (high - (0.0 if is_from_zero else low)) or 0.05 * abs(high) or 1.0
+    return Scale(0.0 if is_from_zero else low - margin, high + margin)
 
 
 def round_values(low: float, high: float, most: int) -> list[float]:
@@ -135,7 +137,7 @@ def round_values(low: float, high: float, most: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(span / most))
     stride = next(m * power for m in (1, 2, 2.5, 5, 10, 20) if span / (m * power) <= most)
     first, last = math.ceil(low / stride - 1e-9), math.floor(high / stride + 1e-9)
-    # Twelve digits hide what a product adds; where they tell no two apart, it is one value.
+    # Twelve digits hide rounding errors; ticks that are equal then are one.
     ticks = (float(f"{number * stride:.12g}") for number in range(first, last + 1))
     return list(dict.fromkeys(ticks)) or [low]
 

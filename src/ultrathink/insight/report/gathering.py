@@ -1,4 +1,4 @@
-"""All that the page says, as plain data, read from a run's folder."""
+"""The content of a report as plain data, read from a run's folder."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ultrathink.insight.report.loads import GroupCourse, read_loads
 from ultrathink.insight.report.settings import Setting, changed_settings
 from ultrathink.monitoring.records import MetricRecord
 from ultrathink.orchestrator.events import Event
+from ultrathink.orchestrator.phases import INITIALIZATION
 from ultrathink.runs.decisions import DecisionRecord
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.listing import RunSummary, summarize
@@ -31,7 +32,7 @@ CURVES = ("loss", "lr", "grad_norm", "tokens_per_sec")
 
 @dataclass(frozen=True)
 class Story:
-    """A run as the page tells it. ``notes`` are what could not be read, in sentences."""
+    """The content of a report; ``notes`` say what could not be read, in sentences."""
 
     name: str
     path: Path
@@ -44,7 +45,8 @@ class Story:
     evaluated: dict[str, list[tuple[int, float]]]  # step and value, by evaluator and figure
     replay: Replay
     events: Sequence[Event]
-    saw_every_step: bool  # the events are those told while it trained
+    mode: str | None  # orchestrator.mode; None where the configuration cannot be read
+    saw_every_step: bool  # the events are those that detectors reported during training
     decisions: Sequence[DecisionRecord]
     groups: Sequence[GroupCourse]
     samples: Sequence[Sample]
@@ -61,9 +63,14 @@ class Story:
         """The last logged step; 0 where there is none."""
         return max((records[-1].step for records in (self.train, self.val) if records), default=0)
 
+    @property
+    def is_short(self) -> bool:
+        """Whether too few steps were logged to judge how the loss develops."""
+        return all(phase.phase == INITIALIZATION for phase in self.replay.phases)
+
 
 def gather(run: RunFolder) -> Story:
-    """Read a run; what is missing is left out, and what is damaged is named in ``notes``."""
+    """Read a run; what is missing is left out, and ``notes`` name what is damaged."""
     reader = RunReader(run)
     summary = summarize(run, is_over)
     records = reader.attempt(reader.history) or []
@@ -73,9 +80,11 @@ def gather(run: RunFolder) -> Story:
         name: Series.of([(r.step, r.values[name]) for r in train if name in r.values])
         for name in CURVES
     }
-    found, saw_every_step = _events(reader)
-    seen = _replay(run, train)
+    replayed = _replay(run, train)
     config = reader.attempt(reader.config) or {}
+    mode = reader.orchestrator_mode() if config else None
+    saw_every_step = run.events.is_file() or mode not in ("off", None)
+    found = reader.attempt(lambda: read_events(reader)) or []
     story = Story(
         name=run.name,
         path=run.path,
@@ -86,8 +95,9 @@ def gather(run: RunFolder) -> Story:
         curves=curves,
         val_loss=Series.of([(r.step, r.values.get("loss", math.nan)) for r in val]),
         evaluated=_evaluated(records),
-        replay=seen,
-        events=found if saw_every_step else seen.events,
+        replay=replayed,
+        events=found if saw_every_step else replayed.events,
+        mode=mode,
         saw_every_step=saw_every_step,
         decisions=reader.attempt(reader.decisions) or [],
         groups=reader.attempt(lambda: read_loads(reader)) or [],
@@ -119,18 +129,8 @@ def _replay(run: RunFolder, train: Sequence[MetricRecord]) -> Replay:
     return replay(RunFolderLog(run), losses=losses)
 
 
-def _events(reader: RunReader) -> tuple[list[Event], bool]:
-    """What was found while it trained, and whether somebody watched then."""
-    events = reader.attempt(lambda: read_events(reader)) or []
-    if reader.run.events.is_file():
-        return events, True
-    orchestrator = (reader.attempt(reader.config) or {}).get("orchestrator")
-    mode = orchestrator.get("mode", "off") if isinstance(orchestrator, dict) else "off"
-    return [], mode not in ("off", False)
-
-
 def _elapsed(reader: RunReader, records: Sequence[MetricRecord]) -> float | None:
-    """Seconds of training: what the last checkpoint says, and what was logged since."""
+    """Seconds of training up to the last checkpoint, and those logged since."""
     try:
         progress = reader.last_state()["progress"]
         saved, elapsed = int(progress["step"]), float(progress["elapsed_s"])
@@ -141,7 +141,7 @@ def _elapsed(reader: RunReader, records: Sequence[MetricRecord]) -> float | None
 
 
 def _logged_time(records: Sequence[MetricRecord]) -> float | None:
-    """The time between records, without the pauses that are far longer than any other."""
+    """The time between records, without pauses far longer than the others."""
     gaps = [max(0.0, b.time - a.time) for a, b in pairwise(records)]
     if not gaps:
         return None

@@ -1,4 +1,4 @@
-"""The head of the page: what the run is, and what it came to."""
+"""The head of the page: what the run is, and its main results."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from ultrathink.insight.comparison import finite, loss_of_last_tenth, median_speed
 from ultrathink.insight.report.gathering import Story
-from ultrathink.insight.report.markup import duration, figure, moment, plural
-from ultrathink.monitoring.wording import short_number
+from ultrathink.insight.report.markup import figure, moment, plural
+from ultrathink.monitoring.wording import short_number, short_time
 
 Tile = tuple[str, str, str]  # a title, its figure, and a remark
 
@@ -18,7 +18,7 @@ def state_of(story: Story) -> str:
     total, last = story.summary.total_steps, story.summary.step or story.last_step
     at = f"step {last:,}" + (f" of {total:,}" if total else "")
     return {
-        "running": f"still training, at {at} when this page was made",
+        "running": f"training, at {at} when this page was written",
         "finished": f"finished at {at}",
         "stopped": f"stopped at {at}; it can be resumed",
         "empty": f"at {at}, without a checkpoint yet" if last else "without a checkpoint yet",
@@ -27,7 +27,7 @@ def state_of(story: Story) -> str:
 
 
 def describe(story: Story) -> str:
-    """The run in a line: its size, where it was trained, and where it stands."""
+    """The run in a line: its size, its hardware and its state."""
     parts = []
     parameters = story.manifest.get("num_parameters")
     if isinstance(parameters, int):
@@ -43,7 +43,7 @@ def describe(story: Story) -> str:
         precision = story.segments[-1].environment.get("precision")
         if device:
             parts.append(f"{precision} on {device}" if precision else str(device))
-        parts.append(f"begun {moment(story.segments[0].time)}")
+        parts.append(f"started {moment(story.segments[0].time)}")
         if len(story.segments) > 1:
             parts.append(f"resumed {plural(len(story.segments) - 1, 'time')}")
     parts.append(state_of(story))
@@ -51,7 +51,7 @@ def describe(story: Story) -> str:
 
 
 def tiles(story: Story) -> Iterator[Tile]:
-    """The figures that everybody asks for first."""
+    """The main figures."""
     last = story.last_step
     if found := finite(story.val, "bits_per_byte"):
         (step, value), (best_step, best) = found[-1], min(found, key=lambda point: point[1])
@@ -75,7 +75,7 @@ def tiles(story: Story) -> Iterator[Tile]:
     if story.elapsed_s is not None:
         speed = median_speed(story.train)
         remark = f"{short_number(speed)} tokens/s, median" if speed is not None else ""
-        yield "Training time", duration(story.elapsed_s), remark
+        yield "Training time", short_time(story.elapsed_s), remark
     alarms = sum(event.is_alarm for event in story.events)
     proven = sum(one.audit is not None and one.audit.verdict == "helped" for one in story.decisions)
     words = plural(alarms, "alarm") if alarms else "no alarm"

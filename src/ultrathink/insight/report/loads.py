@@ -15,7 +15,7 @@ from ultrathink.monitoring.jsonl import finite_number
 from ultrathink.runs.reading import RunReader, has_step
 
 MOST_COLUMNS = 240
-_LATE = 0.1  # of the logged steps, that the picture of layers is of
+_LATE = 0.1  # share of the logged steps in the picture of layers
 
 Floats = npt.NDArray[np.float64]
 Booleans = npt.NDArray[np.bool_]
@@ -23,7 +23,7 @@ Booleans = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class GroupCourse:
-    """One group of experts: its load over steps, in every layer at the end, and its worst."""
+    """One group of experts: its load over steps, and in every layer at the end."""
 
     name: str
     steps: Floats  # [S]
@@ -42,7 +42,7 @@ class GroupCourse:
 
 
 def read_loads(reader: RunReader) -> list[GroupCourse]:
-    """Every group of experts; where steps go back, what lay beyond was undone and is left out."""
+    """Every group of experts, without the steps that a resume or a rollback undid."""
     rows: list[dict[str, Any]] = []
     for row in reader.rows(reader.run.experts, lambda row: has_step(row) and bool(_groups(row))):
         while rows and rows[-1]["step"] >= row["step"]:
@@ -65,7 +65,7 @@ def _is_grid(group: dict[str, Any]) -> bool:
 
 
 def _slim(row: dict[str, Any]) -> dict[str, Any]:
-    """What is drawn of a line: a long run has many of them."""
+    """The parts of a line that are drawn: a long run has many lines."""
     groups = _groups(row)
     layers = row.get("layers")
     return {

@@ -1,4 +1,4 @@
-"""What lies on the loss curve: phases as bands, decisions as numbered marks, alarms below."""
+"""Marks on the loss curve: phases as bands, decisions as numbered marks, alarms below."""
 
 from __future__ import annotations
 
@@ -6,32 +6,36 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ultrathink.insight.report.charts import Span
+from ultrathink.orchestrator.curve import FIRST_BLOCK
 from ultrathink.orchestrator.events import SEVERITIES, Event
 from ultrathink.orchestrator.phases import (
     CONVERGING,
     DIVERGING,
     INITIALIZATION,
     PLATEAU,
+    SHAKEN,
+    START,
     VOLATILE,
     Phase,
 )
 from ultrathink.runs.decisions import DecisionRecord
 
+STEPS_TO_JUDGE = START * FIRST_BLOCK  # logged steps before the first trend
 PHASES = {
-    INITIALIZATION: "too little is known",
-    VOLATILE: "an alarm a moment ago",
+    INITIALIZATION: f"the first {STEPS_TO_JUDGE} logged steps",
+    VOLATILE: f"{SHAKEN} logged steps after an alarm",
     CONVERGING: "the loss falls",
-    PLATEAU: "it stands still",
-    DIVERGING: "it rises",
+    PLATEAU: "the loss stays level",
+    DIVERGING: "the loss rises",
 }
 LEVELS = {1: "soft", 2: "medium", 3: "hard", 4: "critical"}
 _MAX_MARKS = 150  # of events, next to each other
 _MAX_LANES = 4
 _NUMBER_SHARE = 0.07  # of the width that a number takes on a phone
 _LETTER_SHARE = 0.0068  # and a letter of its name on a wide screen
-_TO_THE_LEFT = 0.8  # of the width: from here on a mark stands to the left of its line
+_TO_THE_LEFT = 0.8  # of the width: marks beyond it stand to the left of their lines
 _FEW = 12  # decisions whose names are written out
-MANY = 24  # from here on several share a mark, and their lines are faint
+MANY = 24  # decisions above which several share a mark, and their lines are faint
 _MANY_SHARE = 0.17  # of the width that such a mark takes on a phone
 
 
@@ -47,7 +51,7 @@ def bands(phases: Sequence[Phase], span: Span) -> Iterator[tuple[str, float, flo
 
 @dataclass(frozen=True)
 class Badge:
-    """One mark above the plot, of one decision or of several that stand too close."""
+    """A mark above the plot, of one decision or of several close to each other."""
 
     share: float
     lane: int
@@ -61,7 +65,7 @@ class Badge:
 
 
 def badges(decisions: Sequence[DecisionRecord], span: Span) -> list[Badge]:
-    """Each decision in the first lane that has room; where none has, it joins the one before."""
+    """Each decision in the first lane with room; where no lane has, it joins the mark before."""
     is_named = len(decisions) <= _FEW
     ends: list[float] = []
     placed: list[Badge] = []
@@ -82,7 +86,7 @@ def badges(decisions: Sequence[DecisionRecord], span: Span) -> list[Badge]:
 
 
 def rail(events: Sequence[Event], span: Span) -> list[tuple[Event, int]]:
-    """The gravest of events that would lie on each other, and how many others there are."""
+    """The most severe of the events in one place, and the number of the others there."""
     nearby: dict[int, list[Event]] = {}
     for event in events:
         nearby.setdefault(int(span.share(event.step) * _MAX_MARKS), []).append(event)
@@ -93,6 +97,6 @@ def rail(events: Sequence[Event], span: Span) -> list[tuple[Event, int]]:
 
 
 def severities(events: Sequence[Event]) -> list[tuple[str, int]]:
-    """How many events there are of each severity, the gravest first."""
+    """The number of events of each severity, the most severe first."""
     counts = [(s, sum(event.severity == s for event in events)) for s in reversed(SEVERITIES)]
     return [(severity, count) for severity, count in counts if count]

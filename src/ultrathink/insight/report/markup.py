@@ -1,4 +1,4 @@
-"""Templates whose text is escaped by construction, and figures as a person reads them."""
+"""Templates that escape all text, and numbers for people."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOTHING = "\u2013"  # a dash, where there is no value
 
 
 def environment() -> Environment:
-    """The templates of this package; what they do not name is an error."""
+    """The templates of this package; an undefined name is an error."""
     made = Environment(
         loader=PackageLoader("ultrathink.insight.report", "."),
         autoescape=True,
@@ -39,14 +39,14 @@ def environment() -> Environment:
 
 
 def _shown(value: Any) -> Any:
-    """What stands for a value in markup: text without what HTML may not hold, nothing for None."""
+    """A value as markup: text that HTML may hold, nothing for None."""
     if isinstance(value, Markup):
         return value
     return "" if value is None else clean(str(value))
 
 
 def clean(text: str) -> str:
-    """``text`` without what an HTML page may not hold: control characters, lone surrogates."""
+    """``text`` without what HTML may not hold: control characters, lone surrogates."""
     shown = text.replace("\r\n", "\n").translate(_PICTURES)
     if shown.isascii():
         return shown
@@ -95,21 +95,6 @@ def signed(value: float, decimals: int) -> str:
     if not text.strip("0.,"):
         return text
     return f"{'−' if value < 0 else '+'}{text}"  # noqa: RUF001
-
-
-def duration(seconds: float) -> str:
-    """A time in the two largest units that fit: ``42 s``, ``3 min 49 s``, ``5 h 12 min``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        minutes, rest = divmod(whole, 60)
-        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
-    if whole < 86_400:
-        hours, rest = divmod(round(whole / 60), 60)
-        return f"{hours} h {rest} min" if rest else f"{hours} h"
-    days, rest = divmod(round(whole / 3600), 24)
-    return f"{days} d {rest} h" if rest else f"{days} d"
 
 
 def moment(seconds: float) -> str:

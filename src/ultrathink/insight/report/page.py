@@ -1,4 +1,4 @@
-"""The page: one HTML file with its styles and its script inside, which asks nobody for anything."""
+"""The page: one HTML file with its styles and script embedded, which loads nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ultrathink.insight.events import gravest
+from ultrathink.insight.events import most_severe
 from ultrathink.insight.report import marks, tables
-from ultrathink.insight.report.charts import Chart, Line, Span, chart
+from ultrathink.insight.report.charts import Chart, Line, Shape, Span, chart
 from ultrathink.insight.report.curves import Series, at, smoothed, thinned
 from ultrathink.insight.report.gathering import Story
 from ultrathink.insight.report.headline import describe, state_of, tiles
@@ -23,6 +23,7 @@ from ultrathink.monitoring.jsonl import finite_number
 from ultrathink.orchestrator.events import is_alarm
 
 _POINTED = 1200  # points of a curve that the pointer can read
+_FEW = 24  # points of a curve that are drawn one by one
 _SMALL_CHARTS = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
@@ -58,7 +59,7 @@ def render(story: Story) -> str:
             course_map=course_map,
             data_url=data_url,
             finite_number=finite_number,
-            gravest=gravest,
+            most_severe=most_severe,
             is_alarm=is_alarm,
             load_map=load_map,
             **_course(story),
@@ -72,12 +73,12 @@ def _part(name: str) -> str:
 
 
 def data_url(picture: Picture) -> str:
-    """The picture as the source of an ``img``: the page is one file and fetches nothing."""
+    """The picture as the source of an ``img``: the page is one file and loads nothing."""
     return f"data:image/png;base64,{base64.b64encode(picture.png).decode()}"
 
 
 def _reach(*values: float) -> Span | None:
-    """The axis of intervals between ``values``, with room to either side; None for none."""
+    """The axis of intervals between ``values``, with a margin; None for none."""
     if not values:
         return None
     low, high = min(values), max(values)
@@ -89,7 +90,7 @@ def _reach(*values: float) -> Span | None:
 
 
 def _course(story: Story) -> dict[str, Any]:
-    """What is drawn of the course; ``span`` is None where nothing was logged."""
+    """Charts and marks; ``span`` is None where nothing was logged."""
     if not story.last_step:
         return {"span": None}
     span = span_of(story)
@@ -101,7 +102,7 @@ def _course(story: Story) -> dict[str, Any]:
             for key, title in _SMALL_CHARTS.items()
             if (drawn := _small_chart(key, title, story.curves[key], span)) is not None
         ],
-        "bands": list(marks.bands(story.replay.phases, span)),
+        "bands": [] if story.is_short else list(marks.bands(story.replay.phases, span)),
         "badges": marks.badges(story.decisions, span),
         "rail": marks.rail(story.events, span),
         "severities": marks.severities(story.events),
@@ -115,16 +116,20 @@ def span_of(story: Story) -> Span:
 
 
 def _small_chart(key: str, title: str, curve: Series, span: Span) -> Chart | None:
-    drawn = [Line(key, "", curve, is_raw=key != "lr")]
+    drawn = [Line(key, "", curve, _shape(curve), is_raw=key != "lr")]
     if key != "lr" and len(smooth := smoothed(curve)):
         drawn = [Line(f"{key} faint", "", curve, is_raw=True), Line(key, "", smooth)]
     return chart(key, title, drawn, span, from_zero=True)
 
 
+def _shape(curve: Series) -> Shape:
+    return "joined dots" if len(curve) < _FEW else "line"
+
+
 def _loss_chart(story: Story, span: Span) -> Chart | None:
     loss, val = story.curves["loss"], story.val_loss
     smooth = smoothed(loss)
-    lines = [Line("raw", "training, each logged step", loss, is_raw=True)]
+    lines = [Line("raw", "training, each logged step", loss, _shape(loss), is_raw=True)]
     if len(smooth):
         lines.append(Line("smooth", "training, smoothed", smooth))
     if len(val.finite):
@@ -144,7 +149,7 @@ def _loss_chart(story: Story, span: Span) -> Chart | None:
 
 
 def _pointer_data(story: Story) -> dict[str, Any]:
-    """What the script shows where the pointer is."""
+    """The values that the script shows under the pointer."""
     if not story.last_step:
         return {"span": [0, 0], "series": [], "phases": [], "marks": []}
     span = span_of(story)
@@ -157,13 +162,13 @@ def _pointer_data(story: Story) -> dict[str, Any]:
         _series("grad_norm", "gradient norm", story.curves["grad_norm"]),
         _series("tokens_per_sec", "tokens/s", story.curves["tokens_per_sec"]),
     ]
-    told = [[d.step, f"{d.number}. {d.action} ({d.rule})"] for d in story.decisions]
-    told += [[e.step, f"{e.kind}, {e.severity}"] for e in story.events if e.is_alarm]
+    named = [[d.step, f"{d.number}. {d.action} ({d.rule})"] for d in story.decisions]
+    named += [[e.step, f"{e.kind}, {e.severity}"] for e in story.events if e.is_alarm]
     return {
         "span": [span.first, span.last],
         "series": [one for one in series if one["steps"]],
         "phases": [[p.phase, p.from_step, p.to_step] for p in story.replay.phases],
-        "marks": told[:2000],
+        "marks": named[:2000],
     }
 
 

@@ -1,4 +1,4 @@
-"""What the page says as one JSON object, without the curves, which metrics.jsonl has."""
+"""The report as one JSON object, without the curves, which are in metrics.jsonl."""
 
 from __future__ import annotations
 

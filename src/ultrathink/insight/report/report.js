@@ -48,7 +48,7 @@
     const table = document.createElement("table");
     for (const one of data.series) {
       const at = nearest(one.steps, step);
-      // A value that lies far off, as of another validation, is told with its step.
+      // A distant value, as of the nearest validation, has its step beside it.
       const far = Math.abs(one.steps[at] - step) > 0.02 * width;
       const where = far ? ` (step ${Math.round(one.steps[at]).toLocaleString("en")})` : "";
       row(table, one.label + where, shown(one.values[at]));

@@ -1,4 +1,4 @@
-"""Which values of a run's configuration are not the defaults, and where they came from."""
+"""The values of a run's configuration that are not the defaults, and where they came from."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ultrathink.config.schema import Config
 
 _NOT_SET_BY_ANYBODY = (DEFAULT, "derived", "chosen at run time")
 _LONGEST_ORIGIN = 40
-NONE = "none"  # what is said of a value without a default
+NONE = "none"  # stands for a value without a default
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value that somebody set; ``default`` is what it would be otherwise, ``NONE`` if nothing."""
+    """A value that was set, and its default (``NONE`` if it has none)."""
 
     key: str
     value: Any
@@ -29,10 +29,9 @@ class Setting:
 
 
 def changed_settings(tree: Mapping[str, Any], origins: Mapping[str, str] | None) -> list[Setting]:
-    """The values of a configuration that were set and are not the defaults; a list is one value.
+    """The values that were set and differ from their defaults; a list is one value.
 
-    Without ``origins`` every value that differs from its default counts, what was derived or chosen
-    at run time included.
+    Without ``origins`` this includes values that were derived or chosen at run time.
     """
     found = []
     for key, value in _leaves(tree):
@@ -56,7 +55,7 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _origin(key: str, origins: Mapping[str, str]) -> str:
-    """The origin of a value, or of what it is in, or of what is in it."""
+    """The origin of a value, of the part that it belongs to, or of a value in it."""
     place = key
     while place:
         if place in origins:
@@ -67,21 +66,21 @@ def _origin(key: str, origins: Mapping[str, str]) -> str:
 
 
 def _short(origin: str) -> str:
-    """An override is told by its value; the rest of a long origin says nothing new."""
+    """The text of an override repeats the value; a long origin is cut."""
     if origin.startswith("override "):
         return "override"
     return origin if len(origin) <= _LONGEST_ORIGIN else f"{origin[: _LONGEST_ORIGIN - 1]}…"
 
 
 def _default(key: str, tree: Mapping[str, Any]) -> Any:
-    """What a value is by default, as plain data; ``NONE`` where that is nothing in particular."""
+    """The default of a value as plain data; ``NONE`` where it has none."""
     path = key.split(".")
     try:
-        if path[-1] == "type":  # of a part: the one that is chosen where none is named
+        if path[-1] == "type":  # of a registered part
             found = field_at(Config, path[:-1], tree)
             return getattr(found[1].default, "type", NONE) if found else NONE
         found = field_at(Config, path, tree)
-    except (KeyError, TypeError, AttributeError):  # a part of a plugin that is not loaded
+    except (KeyError, TypeError, AttributeError):  # the part of a plugin that is not loaded
         return NONE
     if found is None or found[1].default is PydanticUndefined:
         return NONE

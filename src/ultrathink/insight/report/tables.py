@@ -1,4 +1,4 @@
-"""What the cells of the page's tables say: decisions, configuration, environment."""
+"""Texts in the page's tables: decisions, configuration, environment."""
 
 from __future__ import annotations
 
@@ -20,23 +20,34 @@ _LONGEST = 400  # characters of one value
 
 
 def reason(one: DecisionRecord) -> str:
-    """By whom or what a decision was taken."""
-    told = ["by hand" if one.is_by_hand else f"rule {one.rule}"]
+    """The rule, level and confidence of a decision."""
+    parts = ["by hand" if one.is_by_hand else f"rule {one.rule}"]
     if one.level is not None:
-        told.append(f"level {one.level}, {LEVELS.get(one.level, 'unknown')}")
+        parts.append(f"level {one.level}, {LEVELS.get(one.level, 'unknown')}")
     if one.confidence is not None:
-        told.append(f"confidence {one.confidence:.0%}")
-    return " · ".join(told)
+        parts.append(f"confidence {one.confidence:.0%}")
+    return " · ".join(parts)
+
+
+def no_decisions(mode: str | None) -> str:
+    """Why a run with this ``orchestrator.mode`` has no decisions."""
+    return {
+        "advise": "The orchestrator watched this run and changed nothing: orchestrator.mode is "
+        "advise, the default. With orchestrator.mode=act it reacts to alarms, and each decision "
+        "is listed here.",
+        "act": "The orchestrator could change this run (orchestrator.mode=act) and had no reason.",
+        "off": "The orchestrator was off (orchestrator.mode=off).",
+    }.get(mode or "", "No decisions are recorded.")
 
 
 def audit_decimals(audit: Audit) -> int:
-    """Decimals by which the ends of its interval are told to a few per cent of its width."""
+    """Decimals that show the ends of its interval to a few per cent of its width."""
     width = max(audit.high - audit.low, 1e-9)
     return int(min(9, max(2, math.ceil(1.3 - math.log10(width)))))
 
 
 def audit_basis(audit: Audit) -> str:
-    """How many replays of what length an audit rests on."""
+    """The number and length of the replays of an audit."""
     orders, horizon = audit.orders, audit.horizon
     how = [
         plural(orders, "data order") if orders else "",
@@ -46,20 +57,21 @@ def audit_basis(audit: Audit) -> str:
 
 
 def audit_summary(decisions: Sequence[DecisionRecord]) -> str:
-    """What all audits come to, in a sentence; nothing where there is none."""
+    """All audits in a sentence; empty for none."""
     verdicts = [one.audit.verdict for one in decisions if one.audit is not None]
     if not verdicts:
         return ""
     helped, hurt = verdicts.count("helped"), verdicts.count("hurt")
     return (
         f"{plural(len(verdicts), 'decision')} audited: {helped} helped, {hurt} did harm, "
-        f"{verdicts.count('unproven')} not proven either way. Negative is better: validation loss "
-        f"with the decision less that without it, the mean of paired replays and its 95% interval."
+        f"{verdicts.count('unproven')} not proven either way. The gain is validation loss with the "
+        f"decision minus without it, so negative is better: the mean of paired replays and its 95% "
+        f"interval."
     )
 
 
 def value(found: Any) -> str:
-    """A value of a decision or a setting in a few characters."""
+    """A value of a decision in a few characters."""
     if found is None:
         return "none"
     if isinstance(found, bool):
@@ -76,12 +88,12 @@ def value(found: Any) -> str:
 
 
 def cut(text: str) -> str:
-    """A text, or the beginning of a long one."""
+    """``text``, cut where it is long."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def setting(found: Any) -> str:
-    """A value of the configuration as YAML has it, without what is null in the parts of a list."""
+    """A value of the configuration as YAML, without null values in the parts of a list."""
     if found is None:
         return "unset"
     if isinstance(found, str):
@@ -95,7 +107,7 @@ def setting(found: Any) -> str:
 
 
 def facts(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The facts of the machine and the code, with their names."""
+    """Names and values of the manifest: machine, packages, code, data."""
     for key, found in flatten(manifest).items():
         text = " ".join(map(str, found)) if isinstance(found, list) else found
         if key.endswith("memory_bytes") and isinstance(found, int):
@@ -107,7 +119,7 @@ def facts(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def place(segment: Segment) -> str:
-    """Where a start of the run ran."""
+    """Device, precision and processes of a start of the run."""
     facts = segment.environment
     where = [facts.get("device"), facts.get("precision")]
     processes = facts.get("processes")
@@ -117,6 +129,6 @@ def place(segment: Segment) -> str:
 
 
 def changes(segment: Segment) -> list[str]:
-    """What a start of the run changed."""
+    """Changes of a start of the run."""
     reset = (f"{part} was reset" for part in segment.reset)
     return [*map(str, segment.changes), *reset, *segment.notes]

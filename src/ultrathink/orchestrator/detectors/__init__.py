@@ -6,7 +6,13 @@ from ultrathink.orchestrator.detectors.base import Detector
 from ultrathink.orchestrator.detectors.experts import Experts
 from ultrathink.orchestrator.detectors.gradient import GradientNorm, GradientTrend
 from ultrathink.orchestrator.detectors.layers import LayerGradients
-from ultrathink.orchestrator.detectors.loss import AboveStart, Divergence, LossSpike, NonFinite
+from ultrathink.orchestrator.detectors.loss import (
+    AboveStart,
+    Divergence,
+    LossSpike,
+    NonFinite,
+    ZeroLoss,
+)
 from ultrathink.orchestrator.detectors.precision import LossScale, SkippedSteps
 from ultrathink.orchestrator.detectors.rate import OffSchedule
 from ultrathink.orchestrator.detectors.resources import Memory, Throughput
@@ -15,6 +21,7 @@ from ultrathink.orchestrator.detectors.validation import AccuracyDrop, Forgettin
 
 DETECTORS: tuple[type[Detector], ...] = (
     NonFinite,
+    ZeroLoss,
     LossSpike,
     AboveStart,
     Divergence,

@@ -287,17 +287,25 @@ class Divergence(Detector):
 
 
 class NonFinite(Detector):
-    """Finds losses and gradient norms that are NaN or infinite."""
+    """Finds losses and gradient norms that are NaN or infinite, or that a log counts as NaN."""
 
-    remembered = ("_in_a_row",)
+    remembered = ("_in_a_row", "_counted")
 
     SIGNALS = (("loss", "the loss"), ("val_loss", "the validation loss"), ("grad_norm", "the norm"))
 
     def __init__(self) -> None:
         self._in_a_row: dict[str, int] = {}
+        self._counted = 0.0  # steps whose loss was NaN, as the log counts them
 
     def observe(self, signals: Signals) -> list[Finding]:
         findings = []
+        counted = signals.finite("nan_steps")
+        if counted is not None and counted > self._counted:
+            text = f"{counted - self._counted:.0f} more steps with a loss of NaN, as the log counts"
+            figures = {"nan_steps": counted}
+            what = (signals.step, "non_finite", "high", text)
+            findings.append(Finding(*what, subject="nan_steps", values=figures))
+        self._counted = self._counted if counted is None else counted
         for name, words in self.SIGNALS:
             value = signals.values.get(name)
             if value is None:
@@ -317,6 +325,45 @@ class NonFinite(Detector):
             findings.append(
                 Finding(signals.step, "non_finite", severity, text, subject=name, values=figures)
             )
+        return findings
+
+    def rewind(self, step: int) -> None:
+        self._in_a_row = {}
+
+
+class ZeroLoss(Detector):
+    """Finds losses of exactly 0, which no cross-entropy is.
+
+    They come from masked batches, or from gradients that are NaN. After losses near 0 it is one
+    that was rounded; the first of a log may be one of a policy gradient.
+    """
+
+    remembered = ("_before", "_in_a_row")
+
+    def __init__(self) -> None:
+        self._before: dict[str, float] = {}  # the last loss that was not 0
+        self._in_a_row: dict[str, int] = {}
+
+    def observe(self, signals: Signals) -> list[Finding]:
+        findings = []
+        for name in ("loss", "val_loss"):
+            value = signals.finite(name)
+            if value is None:
+                continue
+            if value != 0:
+                self._before[name], self._in_a_row[name] = value, 0
+                continue
+            count = self._in_a_row[name] = self._in_a_row.get(name, 0) + 1
+            before = self._before.get(name)
+            if (before is None and count > 1) or (before is not None and before > SMALL):
+                words = "the loss" if name == "loss" else "the validation loss"
+                text = (
+                    f"{words} is exactly 0, which is impossible: masked labels, or lost gradients"
+                )
+                figures = {"in_a_row": float(count)}
+                findings.append(
+                    Finding(signals.step, "zero_loss", "high", text, subject=name, values=figures)
+                )
         return findings
 
     def rewind(self, step: int) -> None:

@@ -100,8 +100,11 @@ class SkippedSteps(Detector):
         severity = "info"
         if num_skipped >= 3 and share > MANY and not is_early:
             severity = "high" if share > 0.5 else "medium"
-        elif "loss_scale" in signals.values:
-            return []  # an overflow of the loss scale, reported already
+        scale = signals.finite("loss_scale")
+        if scale is not None and scale <= LOWEST and severity == "info":
+            severity = "medium"  # no scale was too high: the gradients were not finite
+        elif scale is not None and severity == "info":
+            return []  # the scale was tried too high, which LossScale reports
         message = f"{num_skipped:.0f} of the last {num_steps:.0f} steps were skipped"
         figures = {"skipped": num_skipped, "steps": num_steps}
         return [Finding(signals.step, "skipped_steps", severity, message, values=figures)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,12 +62,12 @@ def assemble(
 ) -> Trainer:
     """The connected parts of a run for this machine; nothing is loaded or trained yet."""
     training = config.training
-    tokens_per_step = training.batch_size * config.data.seq_len
     world, dims = choices.world, choices.dims
 
     def report(text: str, level: Level) -> None:
         trainer.notify("on_message", text, level)
 
+    logging.getLogger("ultrathink").setLevel(config.monitoring.log_level.upper())
     log = RunLog(run, report)
     metrics = MetricsCallback(
         [SINKS.load(name)() for name in config.monitoring.sinks if world.is_main],
@@ -116,7 +117,7 @@ def assemble(
         watchdog=Watchdog(60 * config.parallel.hang_minutes, run.logs / f"stacks-{world.rank}.txt")
         if world.size > 1
         else None,
-        tokens_per_step=tokens_per_step,
+        tokens_per_step=training.batch_size * config.data.seq_len,
         config=config.model_dump(mode="json"),
         heading=heading(config, choices),
     )

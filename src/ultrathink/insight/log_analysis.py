@@ -1,4 +1,4 @@
-"""Watching a whole log: a watcher for each run in it, their curves, and one report of all."""
+"""The analysis of a whole log: its runs, their curves and events, and one report of all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from ultrathink.insight.logs.log import Log, LogSignals
 from ultrathink.insight.logs.names import ALIASES
-from ultrathink.insight.logs.order import StepOrder
 from ultrathink.insight.plain import without_nan
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.forecast import Forecast
@@ -21,14 +20,13 @@ CURVES = ("loss", "val_loss", "grad_norm")
 
 @dataclass
 class Course:
-    """One run of a log as it went: its watcher, its curves by signal, and what was undone."""
+    """One run of a log: its watcher, its curves by signal, and the losses that were undone."""
 
     name: str
     watcher: Watcher
     curves: dict[str, list[Point]] = field(default_factory=dict)
     undone: list[list[Point]] = field(default_factory=list)  # training losses that a resume cut
     steps: set[int] = field(default_factory=set)
-    order: StepOrder = field(default_factory=StepOrder)
 
     @property
     def losses(self) -> list[Point]:
@@ -37,11 +35,10 @@ class Course:
 
     def observe(self, signals: LogSignals) -> list[Event]:
         """Take the next record; the events that are new, or graver than before."""
-        undone, signals = self.order.take(signals)
         events = []
-        if undone is not None:
-            self._cut(undone)
-            events = self.watcher.rewind(undone)
+        if signals.undone is not None:
+            self._cut(signals.undone)
+            events = self.watcher.rewind(signals.undone)
         self.steps.add(signals.step)
         for name in CURVES:
             value = signals.finite(name)
@@ -59,35 +56,39 @@ class Course:
             del curve[kept:]
 
 
-class Watching:
-    """Everything that is found in one log. A log may hold several runs, one after the other."""
+class LogAnalysis:
+    """Everything that is found in one log, which may hold several runs."""
 
     def __init__(self, log: Log) -> None:
         self.log = log
-        self.courses: list[Course] = []
         self.signals: dict[str, int] = {}  # how often each was recorded
+        self._courses: dict[str, Course] = {}
+
+    @property
+    def courses(self) -> list[Course]:
+        """The runs of the log, in the order in which they begin."""
+        return list(self._courses.values())
 
     @property
     def has_several(self) -> bool:
         """Whether the log holds more than one run."""
-        return len(self.courses) > 1
+        return len(self._courses) > 1
 
     def observe(self, signals: LogSignals) -> list[Event]:
         """Take the next record; the events that are new, or graver than before."""
-        if not self.courses or self.courses[-1].name != signals.run:
-            told = self.finish()
-            self.courses.append(Course(signals.run, Watcher()))
-        else:
-            told = []
-        course = self.courses[-1]
+        if signals.run not in self._courses:
+            self._courses[signals.run] = Course(signals.run, Watcher())
+            if self.has_several and "" in self._courses:  # it was the only one so far
+                self._courses[""].name = "run 1"
+        course = self._courses[signals.run]
         course.watcher.total_steps = self.log.total_steps
         for name in signals.values:
             self.signals[name] = self.signals.get(name, 0) + 1
-        return told + course.observe(signals)
+        return course.observe(signals)
 
     def finish(self) -> list[Event]:
         """The log is over: judge what waits for later steps; the events that are new."""
-        return self.courses[-1].watcher.finish() if self.courses else []
+        return [event for course in self.courses for event in course.watcher.finish()]
 
     def events(self) -> list[tuple[str, Event]]:
         """All events with the names of their runs, in order."""
@@ -98,7 +99,7 @@ class Watching:
         return [(course.name, phase) for course in self.courses for phase in course.watcher.phases]
 
     def forecast(self) -> Forecast | None:
-        """What the last run should come to."""
+        """The predicted loss of the last run."""
         return self.courses[-1].watcher.forecast() if self.courses else None
 
     def report(self) -> dict[str, Any]:
@@ -127,7 +128,7 @@ class Watching:
             "notes": list(self.log.notes),
         }
         if self.has_several:
-            summary["runs"] = list(dict.fromkeys(course.name for course in self.courses))
+            summary["runs"] = [course.name for course in self.courses]
         return summary
 
     def _named(self, run: str, found: dict[str, Any]) -> dict[str, Any]:

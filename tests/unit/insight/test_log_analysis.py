@@ -1,4 +1,4 @@
-"""Whole logs through the watcher: real ones, logs of several runs, resumes, and the picture."""
+"""The analysis of whole logs: real ones, several runs, resumes, impossible losses, the picture."""
 
 import builtins
 import json
@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from ultrathink.core.errors import MissingDependencyError
+from ultrathink.insight.log_analysis import LogAnalysis, without_start
 from ultrathink.insight.logs.opening import open_log
 from ultrathink.insight.picture import draw_picture, require_matplotlib
 from ultrathink.insight.plain import without_nan
-from ultrathink.insight.watching import Watching, without_start
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.phases import CONVERGING
 from ultrathink.orchestrator.watcher import Watcher
@@ -36,7 +36,7 @@ REAL: dict[str, tuple[str, int, tuple[int, int], int | None, dict[str, int]]] = 
     "deepspeed_7b_baseline_loss.csv": ("CSV", 1000, (0, 999), None, {"loss": 1000}),
     "deepspeed_7b_bf16_loss.csv": ("CSV", 1000, (0, 999), None, {"loss": 1000}),
     "deepspeed_fp16_overflow.log": (
-        "DeepSpeed", 809, (10, 7360), None,
+        "DeepSpeed", 736, (10, 7360), None,
         {"lr": 736, "skipped_steps": 736, "tokens_per_sec": 736, "memory": 736, "val_loss": 16},
     ),
     "megatron_gpt3_15b_h100.json": (
@@ -73,20 +73,20 @@ def test_real_logs_are_read(real_log: RealLog, name: str) -> None:
     assert all(math.isfinite(value) for s in signals for value in s.values.values())
 
 
-def watch(path: Path) -> Watching:
+def analyze(path: Path) -> LogAnalysis:
     log = open_log(path)
-    watching = Watching(log)
+    analysis = LogAnalysis(log)
     for signals in log.signals():
-        watching.observe(signals)
-    watching.finish()
-    return watching
+        analysis.observe(signals)
+    analysis.finish()
+    return analysis
 
 
 # -- what is found in public logs ------------------------------------------------------------------
 
 
 def watched(path: Path) -> Watcher:
-    (course,) = watch(path).courses
+    (course,) = analyze(path).courses
     return course.watcher
 
 
@@ -128,7 +128,7 @@ def test_the_spike_of_mixtral_is_found_at_once(real_log: RealLog) -> None:
 
 def test_gradient_spikes_above_ten_times_the_median_are_found(real_log: RealLog) -> None:
     path = real_log("star_spec_decode.json")
-    (course,) = watch(path).courses
+    (course,) = analyze(path).courses
     before: list[float] = []
     spikes = []
     for step, norm in course.curves["grad_norm"]:
@@ -182,9 +182,9 @@ def test_the_divergences_of_bloom_are_seen_in_a_few_lines(
 # -- runs, resumes, reports ------------------------------------------------------------------------
 
 
-def test_runs_of_one_log_are_watched_apart(real_log: RealLog) -> None:
-    watching = watch(real_log("bloom_iteration_lines.csv"))
-    report = watching.report()
+def test_runs_of_one_log_are_judged_separately(real_log: RealLog) -> None:
+    analysis = analyze(real_log("bloom_iteration_lines.csv"))
+    report = analysis.report()
     assert len(report["log"]["runs"]) == 5
     assert all("run" in event for event in report["events"])
     # From step 43,680 of one run to 7,000 of the next is no resume.
@@ -208,22 +208,22 @@ def falling(step: int) -> float:
     return 3.0 + 2.0 * math.exp(-step / 300) + 0.02 * math.sin(12.9898 * step)
 
 
-def test_a_resume_cuts_the_curve_and_is_told(tmp_path: Path) -> None:
+def test_a_resume_cuts_the_curve_and_is_an_event(tmp_path: Path) -> None:
     steps = [*range(1, 301), *range(251, 401)]
-    watching = watch(course(tmp_path / "log", steps, falling))
-    (run,) = watching.courses
+    analysis = analyze(course(tmp_path / "log", steps, falling))
+    (run,) = analysis.courses
     assert [step for step, _ in run.curves["loss"]] == list(range(1, 401))
     assert [[step for step, _ in part] for part in run.undone] == [list(range(250, 301))]
-    (resumed,) = [event for _, event in watching.events() if event.kind == "resumed"]
+    (resumed,) = [event for _, event in analysis.events() if event.kind == "resumed"]
     assert resumed.step == 251
-    assert watching.summary()["num_steps"] == 400
+    assert analysis.summary()["num_steps"] == 400
 
 
 def test_a_report_is_strict_json(tmp_path: Path) -> None:
     def loss(step: int) -> float:
         return math.nan if step > 290 else falling(step)
 
-    report = watch(course(tmp_path / "log", list(range(1, 301)), loss)).report()
+    report = analyze(course(tmp_path / "log", list(range(1, 301)), loss)).report()
     text = json.dumps(report, allow_nan=False)
     assert set(json.loads(text)) == {"log", "events", "phases", "forecast"}
     assert any(event["kind"] == "non_finite" for event in report["events"])
@@ -237,6 +237,50 @@ def test_the_first_fall_is_left_out_of_a_plot() -> None:
     assert len(without_start(curve[:30])) == 30
 
 
+@pytest.mark.parametrize(
+    ("text", "kind", "step"),
+    [
+        # A loss of exactly 0, which no cross-entropy is,
+        ("step,loss\n10,2.5\n20,0\n30,2.4\n", "zero_loss", 20),
+        ("step,loss\n10,0.0\n20,0.0\n", "zero_loss", 20),
+        # and what the log itself counts as bad.
+        (
+            "".join(
+                f" iteration {step}/ 90 | lm loss: 2.5E+00 | loss scale: 1.0 | number of skipped "
+                f"iterations: {int(step == 50)} | number of nan iterations: {int(step == 70)} |\n"
+                for step in range(10, 100, 10)
+            ),
+            "skipped_steps non_finite",
+            50,
+        ),
+        (
+            "".join(
+                f"[INFO] [deepspeed] OVERFLOW! Rank 0 Skipping step. Attempted loss scale: "
+                f"{2 ** (20 - step)}, reducing to {2 ** (19 - step)}\n"
+                f"[INFO] [Rank 0] step={step}, skipped={step}, lr=[1e-4], mom=[0.9]\n"
+                for step in range(1, 20)
+            ),
+            "fp16_underflow skipped_steps",
+            19,
+        ),
+    ],
+)
+def test_what_is_impossible_or_counted_as_bad_is_an_alarm(
+    tmp_path: Path, text: str, kind: str, step: int
+) -> None:
+    path = tmp_path / "log"
+    path.write_text(text)
+    alarms = alarms_of(path)
+    assert [event.kind for event in alarms] == kind.split()
+    assert alarms[0].step == step
+
+
+def test_losses_that_are_rounded_to_zero_are_no_alarm(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("step,loss\n1,0.5\n2,0.05\n3,0.004\n4,0.0\n5,0.001\n6,0\n")
+    assert alarms_of(path) == []
+
+
 # -- the picture -----------------------------------------------------------------------------------
 
 
@@ -247,15 +291,15 @@ def test_a_picture_has_the_curve_and_what_was_found(tmp_path: Path) -> None:
     def loss(step: int) -> float:
         return falling(step) + (4.0 if 400 <= step < 420 else 0.0)
 
-    watching = watch(course(tmp_path / "log", list(range(1, 601)), loss))
-    assert any(event.is_alarm for _, event in watching.events())
-    draw_picture(watching, tmp_path / "course.png")
+    analysis = analyze(course(tmp_path / "log", list(range(1, 601)), loss))
+    assert any(event.is_alarm for _, event in analysis.events())
+    draw_picture(analysis, tmp_path / "course.png")
     with image.open(tmp_path / "course.png") as picture:
         assert picture.width > 1000
         colors = {color for _, color in picture.convert("RGB").getcolors(2**24)}
     red = tuple(round(255 * part) for part in matplotlib.colors.to_rgb("#1f4e79"))
     assert red in colors  # the line of the loss
-    draw_picture(watching, tmp_path / "course.svg")
+    draw_picture(analysis, tmp_path / "course.svg")
     # The texts of an SVG: matplotlib leaves each as a comment beside its outlines.
     assert "loss (nats)" in (tmp_path / "course.svg").read_text()
 
@@ -275,7 +319,7 @@ def test_little_is_drawn_too(tmp_path: Path, text: str) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "log"
     path.write_text(text)
-    draw_picture(watch(path), tmp_path / "course.png")
+    draw_picture(analyze(path), tmp_path / "course.png")
     assert (tmp_path / "course.png").stat().st_size > 5000
 
 

@@ -71,7 +71,7 @@ class Timed(Controller, Callback):
     def on_checkpoint(self, step: int, path: Path) -> None:
         if not self._is_writing:
             return
-        # It is told at the boundary after the step in which it was written; that one counts too.
+        # It is reported at the boundary after the step that it was written in, which counts too.
         self.write_s.append(time.perf_counter() - self._asked)
         files = [file.stat() for file in path.rglob("*") if file.is_file()]
         self.in_all_mb.append(sum(file.st_size for file in files) / 1e6)

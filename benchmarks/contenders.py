@@ -21,7 +21,7 @@ class Turns:
     def __init__(self, shape: dict[str, Any]) -> None:
         self._tokens_per_step = shape["batch_size"] * shape["seq_len"]
         self._is_cuda = shape["device"].startswith("cuda")
-        # Standard output is for answers only; whatever else prints goes to standard error.
+        # Standard output is for answers only; everything else goes to standard error.
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self.beside: dict[str, float] = {}  # what else is to be answered

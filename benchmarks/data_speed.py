@@ -5,7 +5,7 @@
 
 Tokenizing is everything between an empty cache and the first batch: reading the text of `stdlib`,
 learning the vocabulary, encoding, writing the store. Beside the loader stand two ways that others
-go over the same tokens, by turns: random crops out of a memory map (nanoGPT's), and a `DataLoader`
+go over the same tokens, alternately: random crops of a memory map (nanoGPT's), and a `DataLoader`
 over windows.
 """
 

@@ -1,6 +1,6 @@
 """How a fault gets into a training run: the hook that faults are written for, and what calls it.
 
-A fault is a class derived from ``Fault`` in a file of its own that names it: ``FAULT = MyFault``.
+A fault is a class derived from ``Fault`` in a file that names it: ``FAULT = MyFault``.
 In each step in which it is active its methods are called in this order: ``on_batch``,
 ``on_forward``, ``on_loss`` and ``on_gradient`` (for each micro-batch), ``before_update``. What
 they were given they give back, changed or not. docs/faults.md shows one.
@@ -39,10 +39,10 @@ class Moment:
 
 
 class Fault:
-    """Something that goes wrong in training; made anew for each run.
+    """Something that goes wrong in training; created again for each run.
 
     ``follows`` says what a fault comes back with after a rollback. One of ``time`` happens once,
-    whatever is trained then; one of ``data`` lies in the samples, and is met again with them.
+    independently of the training; one of ``data`` lies in the samples, and is met again with them.
     """
 
     name = ""

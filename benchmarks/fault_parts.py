@@ -112,7 +112,7 @@ def _named_in(file: Path, name: str, example: str) -> Any:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UltrathinkError(
-            f"{file} cannot be run: {type(error).__name__}: {error}. Mend it, and start again."
+            f"{file} cannot be run: {type(error).__name__}: {error}. Mend it, and restart."
         ) from error
     if not hasattr(module, name):
         raise UltrathinkError(f"{file} does not say what its {name} is. Write in it: {example}.")

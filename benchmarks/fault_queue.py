@@ -1,4 +1,4 @@
-"""Doing many runs, some at a time, each in a process of its own; what is done is not done again."""
+"""Doing many runs, some at a time, each in a separate process; finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _run_side_by_side(
                 process.join()
                 result = _result_of(job, process.exitcode, out)
                 results.append((job, result))
-                progress.tell(job, result, time.monotonic() - began)
+                progress.report(job, result, time.monotonic() - began)
     finally:
         for _, process, _ in at_work.values():
             process.terminate()
@@ -120,7 +120,7 @@ def _result_of(job: Job, exitcode: int | None, out: Path) -> dict[str, Any]:
 
 @dataclass
 class _Progress:
-    """Tells of each run on its end, and when all will be over."""
+    """Reports each run at its end, and the expected end of all."""
 
     total: int
     done: int
@@ -129,7 +129,7 @@ class _Progress:
     seconds: float = 0.0  # of the runs of this start
     finished: int = 0
 
-    def tell(self, job: Job, result: dict[str, Any], seconds: float) -> None:
+    def report(self, job: Job, result: dict[str, Any], seconds: float) -> None:
         self.done += 1
         self.finished += 1
         self.seconds += seconds

@@ -1,4 +1,4 @@
-"""One run of the benchmark, in a process of its own: train, record signals, score."""
+"""One run of the benchmark, in a separate process: train, record signals, score."""
 
 from __future__ import annotations
 

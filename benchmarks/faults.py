@@ -76,7 +76,7 @@ def _parsed() -> argparse.Namespace:
     options.add_argument("--fault", action="append", default=[], type=Path, metavar="FILE")
     options.add_argument("--controller", action="append", default=[], type=Path, metavar="FILE")
     options.add_argument("--processes", type=int, default=1, help="runs at a time")
-    options.add_argument("--quiet", action="store_true", help="do not tell of each run on its end")
+    options.add_argument("--quiet", action="store_true", help="do not report each run at its end")
     options.add_argument(
         "--steps", nargs=2, type=int, metavar=("SNAPSHOT", "END"), help="length of each run"
     )
@@ -181,8 +181,8 @@ def describe(result: dict[str, Any]) -> str:
             f"\nfewer than {ENOUGH_HEALTHY:,} healthy steps: too few to say that there is no false "
             f"alarm in 10,000"
         )
-    told = result["detectors"]["alarms_in_healthy_runs"]
-    kinds = ", ".join(f"{count} {kind}" for kind, count in told.items()) or "none"
+    reported = result["detectors"]["alarms_in_healthy_runs"]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in reported.items()) or "none"
     table = f"{text}\n{rows(header, lines)}\nalarms in healthy runs: {kinds}"
     tables = [table, _faults(result), _resources(result)]
     return "\n\n".join(table for table in tables if table)
@@ -198,8 +198,8 @@ def _faults(result: dict[str, Any]) -> str:
         seen = result["detectors"]["faults"][fault]
         endings = [_ending(figures["controllers"][name]) for name in names]
         harmful = _percent(figures["harmful_share"])
-        told = _percent(seen["found_share"]), _number(seen["delay_steps_median"])
-        lines.append((fault, figures["group"], harmful, *endings, *told))
+        reported = _percent(seen["found_share"]), _number(seen["delay_steps_median"])
+        lines.append((fault, figures["group"], harmful, *endings, *reported))
     header = ("", "group", "harmful", *names, "detected", "delay")
     return rows(header, lines) if lines else ""
 

@@ -22,7 +22,7 @@ from ultrathink.runs.manifest import hardware
 
 
 def start(main: Callable[[], None]) -> None:
-    """Run a benchmark; a mistake in its arguments is told in a sentence."""
+    """Run a benchmark; a mistake in its arguments is reported in a sentence."""
     try:
         main()
     except UltrathinkError as error:
@@ -41,7 +41,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def add_turns(options: argparse.ArgumentParser) -> None:
-    """The options of a benchmark whose contenders train by turns."""
+    """The options of a benchmark whose contenders train alternately."""
     options.add_argument("--device", default="auto")
     options.add_argument("--rounds", type=int, default=8)
     options.add_argument("--seconds", type=float, default=4.0, help="of training in each turn")
@@ -124,7 +124,7 @@ def rows(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
 
 
 class Contender:
-    """A process of ``contenders.py``: it works for a turn when told to, and waits otherwise.
+    """A process of ``contenders.py``: it works for a turn on request, and waits otherwise.
 
     Its standard error is a terminal, so that a console shows what it would show a person.
     ``BENCHMARK_DEBUG=1`` passes on what it says there. ``checkout`` is the source tree whose code

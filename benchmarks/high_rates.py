@@ -29,7 +29,7 @@ def main() -> None:
     options.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     options.add_argument("--steps", type=int, default=FULL.end_step)
     options.add_argument("--processes", type=int, default=1, help="runs at a time")
-    options.add_argument("--quiet", action="store_true", help="do not tell of each run on its end")
+    options.add_argument("--quiet", action="store_true", help="do not report each run at its end")
     args = options.parse_args()
     wanted = [(times, mode) for times in args.times for mode in MODES]
     runs = {
@@ -93,8 +93,8 @@ def describe(result: dict[str, Any]) -> str:
         for one in result["rates"]
     ]
     header = ("", "loss beside tuned", "worst seed", "rate at the end / tuned", "steps")
-    told = f"{result['steps']} steps, seeds {result['seeds']}"
-    return f"{told}\n{rows(header, lines)}"
+    reported = f"{result['steps']} steps, seeds {result['seeds']}"
+    return f"{reported}\n{rows(header, lines)}"
 
 
 if __name__ == "__main__":

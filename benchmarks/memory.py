@@ -4,7 +4,7 @@
     python benchmarks/memory.py --shape M --json
 
 The real trainer at every setting of `training.activation_checkpointing`, and the same step with a
-loss that computes all logits at once, by turns. Memory is the most that each process held, its
+loss that computes all logits at once, alternating. Memory is the most that each process held, its
 libraries included; `saved` is what the setting spares of it, `cost` what it adds to a step.
 """
 

@@ -6,7 +6,7 @@
 Each rule is given a run in which it has something to do (weights that break, a rate ten times too
 high, a text that is too short). Then `ultrathink audit` replays the first
 decision of that rule with and without it, over several data orders: the mean paired difference of
-the validation loss, in nats a token, and its 95% interval. Negative is a gain. What goes on from
+the validation loss, in nats a token, and its 95% interval. Negative is a gain. What continues from
 outside is in neither branch, so rules about such faults (`skip_outliers`, `correct_rate`) are
 judged by `faults.py` alone.
 """
@@ -149,8 +149,8 @@ def describe(result: dict[str, Any]) -> str:
         figures = (one["decisions"], one["step"], f"{one['mean']:+.4f}", interval, one["verdict"])
         lines.append((one["rule"], one["seed"], *figures))
     header = ("", "seed", "decisions", "step of the first", "difference", "95% interval", "")
-    told = f"{result['orders']} data orders, {result['horizon']} steps after the decision"
-    return f"{told}\n{rows(header, lines)}"
+    reported = f"{result['orders']} data orders, {result['horizon']} steps after the decision"
+    return f"{reported}\n{rows(header, lines)}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 The same global batch is trained by one process, by several through our whole trainer, and by as
 many in a bare loop that a person would write with FSDP2: the same model, compiled block by block,
 `fully_shard` on each block and on the model, bf16 with gradients summed in fp32, fused AdamW. Each
-process computes with its part of the cores (of a CPU) or with a GPU of its own. All work by turns,
+process computes with its part of the cores (of a CPU) or with its own GPU. All alternate,
 in the same minutes. Communication is what our trainer counts: where it blocks a process of a CPU.
 """
 

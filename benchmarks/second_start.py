@@ -39,7 +39,7 @@ WORDS = ("the", "of", "a", "step", "model", "data", "learns", "from", "text", "a
 
 
 def main() -> None:
-    """Prepare both sizes, start again on them, and print what came out."""
+    """Prepare both sizes, restart on them, and print what came out."""
     options = parser(__doc__)
     options.add_argument("--size-gb", type=float, default=2.0)
     options.add_argument("--files", type=int, default=20)

@@ -48,7 +48,7 @@ def main() -> None:
     options.add_argument("--preset", default="demo-moe")
     options.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for all runs")
     options.add_argument("--processes", type=int, default=1, help="runs at a time")
-    options.add_argument("--quiet", action="store_true", help="do not tell of each run on its end")
+    options.add_argument("--quiet", action="store_true", help="do not report each run at its end")
     args = options.parse_args()
     for way in args.only:
         if way not in WAYS:
@@ -123,8 +123,10 @@ def describe(result: dict[str, Any]) -> str:
                 )
             )
     header = ("", "loss", "change", "group", "Gini", "by chance", "utilization", "dead")
-    told = f"{result['steps']} steps, seeds {result['seeds']}, {result['scored_tokens']:,} tokens"
-    return f"{told}\n{rows(header, lines)}"
+    reported = (
+        f"{result['steps']} steps, seeds {result['seeds']}, {result['scored_tokens']:,} tokens"
+    )
+    return f"{reported}\n{rows(header, lines)}"
 
 
 if __name__ == "__main__":

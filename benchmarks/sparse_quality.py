@@ -61,7 +61,7 @@ def main() -> None:
     options.add_argument("--minutes", type=float, default=3, help="in equal time; 0 leaves it out")
     options.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="for all runs")
     options.add_argument("--processes", type=int, default=1, help="runs at a time")
-    options.add_argument("--quiet", action="store_true", help="do not tell of each run on its end")
+    options.add_argument("--quiet", action="store_true", help="do not report each run at its end")
     args = options.parse_args()
     for name in args.only:
         if name not in MODELS:

@@ -143,8 +143,8 @@ def describe(result: dict[str, Any]) -> str:
         for name, figures in result["groups"].items()
     ]
     header = ("group", "information", "by chance", "highest", "deviations above")
-    told = f"{result['files']} files of {len(result['packages'])} packages, "
-    return f"{told}{result['tokens']:,} assignments of tokens\n{rows(header, lines)}"
+    reported = f"{result['files']} files of {len(result['packages'])} packages, "
+    return f"{reported}{result['tokens']:,} assignments of tokens\n{rows(header, lines)}"
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def main() -> None:
     options.add_argument("--only", nargs="*", default=["demo", "plain"], metavar="NAME")
     options.add_argument("--all", action="store_true", help="every contender of speedrun.yaml")
     options.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    options.add_argument("--verbose", action="store_true", help="tell of each run on its end")
+    options.add_argument("--verbose", action="store_true", help="report each run at its end")
     args = options.parse_args()
     contenders: dict[str, list[str]] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
     names = list(contenders) if args.all else args.only
@@ -104,8 +104,10 @@ class Runner:
             self._done[steps, seed] = result
             if self.verbose:
                 score, minutes = result["bits_per_byte"], result["minutes"]
-                told = f"{self.name}, {steps} steps, seed {seed}: {score:.4f} in {minutes:.2f} min"
-                print(told, file=sys.stderr, flush=True)
+                reported = (
+                    f"{self.name}, {steps} steps, seed {seed}: {score:.4f} in {minutes:.2f} min"
+                )
+                print(reported, file=sys.stderr, flush=True)
         return self._done[steps, seed]
 
     def fewest_steps(self, target: float, seed: int) -> int:

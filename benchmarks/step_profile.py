@@ -3,8 +3,8 @@
     python benchmarks/step_profile.py --shape S
     python benchmarks/step_profile.py --shape M --top 40 --json
 
-On a CPU the compiler is asked to name each kernel to the profiler. Kinds are told by the operations
-in a kernel's name; what belongs to none is `other`.
+On a CPU the compiler names each kernel for the profiler. The kind of a kernel follows from the
+operations in its name; all others are `other`.
 """
 
 from __future__ import annotations

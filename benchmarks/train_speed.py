@@ -1,4 +1,4 @@
-"""Whole training steps beside a peer: the same shape, the same minutes, by turns.
+"""Whole training steps beside a peer: the same shape, the same minutes, alternating.
 
     python benchmarks/train_speed.py --shape S --against hf
     python benchmarks/train_speed.py --shape M --against hf --json
@@ -6,7 +6,7 @@
     python benchmarks/train_speed.py --shape 760M --device cuda
     python benchmarks/train_speed.py --shape S --checkout ../parent --rounds 8 --launches 7
 
-Each contender is a process of its own. Ours is the real trainer with `auto` for what a user leaves
+Each contender is a separate process. Ours is the real trainer with `auto` for what a user leaves
 out, with its loader, and with console (on a terminal), JSONL and TensorBoard; a peer gets a bare
 loop of forward, backward, clipping and fused AdamW over batches that lie ready. Printed are medians
 over the rounds with the lowest and highest, and the median of the ratios within a round. With

@@ -35,8 +35,8 @@ def train_all(
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         if verbose:
             figures = f"{result['loss']:.4f} nats, {result['bits_per_byte']:.4f} bits per byte"
-            told = f"{label}: {figures}, {result['step']} steps, {result['minutes']:.2f} min"
-            print(told, file=sys.stderr, flush=True)
+            reported = f"{label}: {figures}, {result['step']} steps, {result['minutes']:.2f} min"
+            print(reported, file=sys.stderr, flush=True)
         return result
 
     with ThreadPoolExecutor(processes) as pool:

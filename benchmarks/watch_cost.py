@@ -68,7 +68,7 @@ def measure(preset: str, num_steps: int, overrides: list[str]) -> dict[str, Any]
         copying: list[float] = []
         steering = orchestrator_of(trainer)
         steering.at_boundary = timed(steering.at_boundary, acting)  # type: ignore[method-assign]
-        steering.guard.judge = timed(steering.guard.judge, acting)  # type: ignore[method-assign]
+        steering.outliers.judge = timed(steering.outliers.judge, acting)  # type: ignore[method-assign]
         states = trainer.snapshots.states
         states.take = timed(states.take, copying)  # type: ignore[method-assign]
         observe, layers = watch.on_step, trainer.stepper.layer_norms

@@ -9,7 +9,7 @@ SEQUENCES = 8  # a need that no smaller micro-batch makes smaller
 
 
 class OutOfMemoryInStep(OutOfMemoryFault):
-    """The optimizer's step needs more than there is, whatever the micro-batch."""
+    """The optimizer's step needs more than there is, for any micro-batch."""
 
     name = "out_of_memory_step"
 

@@ -1,4 +1,4 @@
-"""Training goes on with a handful of documents."""
+"""Training continues with a handful of documents."""
 
 from __future__ import annotations
 

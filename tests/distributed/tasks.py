@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 import ultrathink.training.trainer as trainer_module
 from tests.unit.training.conftest import TINY as ALONE
 from tests.unit.training.late_copies import LateCopier
-from tests.unit.training.shortage import Scarcity
+from tests.unit.training.limited_memory import LimitedMemory
 from ultrathink.checkpoint.format import load_checkpoint, weights
 from ultrathink.config import load_config
 from ultrathink.core.errors import UltrathinkError
@@ -132,7 +132,7 @@ def train_with_an_evaluator_that_fails_on_process_1(place: str, *overrides: str)
 
 
 def resume(path: str, *overrides: str) -> list[str]:
-    """Go on with a run to its end; what was remarked on the way."""
+    """Continue with a run to its end; what was remarked on the way."""
     os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
     trainer = resume_trainer(RunFolder(Path(path)), overrides=overrides)
     trainer.fit()
@@ -140,7 +140,7 @@ def resume(path: str, *overrides: str) -> list[str]:
 
 
 def loaded_state(path: str, checkpoint: str = "last", *overrides: str) -> dict[str, Any]:
-    """All tensors of a trainer that goes on from a checkpoint, whole."""
+    """All tensors of a trainer that continues from a checkpoint, whole."""
     os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
     trainer = resume_trainer(RunFolder(Path(path)), checkpoint, overrides=overrides)
     try:
@@ -163,8 +163,8 @@ def numbers_read(path: str) -> tuple[int, int]:
         state: Any = load_checkpoint(
             run.checkpoint("last"), weights, partial(region_needed, trainer.objective.models)
         )
-        mine = [piece.local.numel() for piece in state["model"].values()]
-        whole = [torch.Size(piece.shape).numel() for piece in state["model"].values()]
+        mine = [shard.local.numel() for shard in state["model"].values()]
+        whole = [torch.Size(shard.shape).numel() for shard in state["model"].values()]
         return sum(mine), sum(whole)
     finally:
         trainer.close()
@@ -281,7 +281,7 @@ def train_and_stop(place: str, *overrides: str) -> str:
 
 
 def resume_and_break(path: str, *overrides: str) -> tuple[str, list[Any], int]:
-    """Go on with a stopped run, and break its weights as ``train_and_break`` does."""
+    """Continue with a stopped run, and break its weights as ``train_and_break`` does."""
     os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
     return _broken(resume_trainer(RunFolder(Path(path)), overrides=overrides))
 
@@ -323,7 +323,7 @@ def status_that_is_heard() -> int | None:
     else:
         status = status_of_first(world)
     world.barrier()
-    if world.rank == 0:  # the pool goes on, and nothing failed
+    if world.rank == 0:  # the pool continues, and nothing failed
         dist.distributed_c10d._get_default_store().delete_key("ultrathink/status")
     return status
 
@@ -354,31 +354,35 @@ def train_out_of_memory(place: str) -> tuple[str, str, list[int]]:
         place, "training.max_steps=6", "training.checkpoint={every_steps: 2, keep: 9}"
     )
     assert trainer.settings.micro_batch_size == 2
-    Scarcity(trainer, fits=1, after=3)
+    LimitedMemory(trainer, fits=1, after=3)
     with pytest.raises(SmallerStartError) as caught:
         trainer.fit()
     return str(trainer.run.path), str(caught.value), trainer.run.steps()
 
 
-def resume_in_scarcity(path: str, *overrides: str) -> tuple[list[int], int, list[str]]:
-    """Go on where two sequences do not fit; sizes of the passes, the last size, what was told."""
+def resume_with_little_memory(path: str, *overrides: str) -> tuple[list[int], int, list[str]]:
+    """Resume where two sequences do not fit: sizes of the passes, the last size, changes."""
     os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
-    told: list[str] = []
-    trainer = resume_trainer(RunFolder(Path(path)), overrides=overrides, callbacks=[_Told(told)])
-    scarcity = Scarcity(trainer, fits=1)
+    reported: list[str] = []
+    trainer = resume_trainer(
+        RunFolder(Path(path)), overrides=overrides, callbacks=[_Reported(reported)]
+    )
+    memory = LimitedMemory(trainer, fits=1)
     try:
         trainer.fit()
     except SmallerStartError:
-        told.append("failed")
-    return scarcity.tried, trainer.settings.micro_batch_size, told
+        reported.append("failed")
+    return memory.tried, trainer.settings.micro_batch_size, reported
 
 
-class _Told(Callback):
-    def __init__(self, told: list[str]) -> None:
-        self.told = told
+class _Reported(Callback):
+    def __init__(self, reported: list[str]) -> None:
+        self.reported = reported
 
     def on_change(self, change: ChangeRecord) -> None:
-        self.told.append(f"{change.setting}: {change.before} -> {change.after} ({change.reason})")
+        self.reported.append(
+            f"{change.setting}: {change.before} -> {change.after} ({change.reason})"
+        )
 
 
 def optimizer_state_before_and_after(place: str, *overrides: str) -> list[dict[str, list[Any]]]:
@@ -427,7 +431,7 @@ def gathered(values: list[Any]) -> list[Any]:
 
 
 class _Reviving(Controller):
-    """Validates, which leaves weights whole, and begins experts anew after step 3."""
+    """Validates, which leaves weights whole, and re-initializes experts after step 3."""
 
     def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
         if report.step == 3:
@@ -440,7 +444,7 @@ class _Reviving(Controller):
 
 
 def train_and_revive(place: str, *overrides: str) -> tuple[str, list[Any], str]:
-    """Begin experts anew in a run; its folder, what each copied, and a hash of the weights that
+    """Re-initialize experts in a run; its folder, what each copied, and a hash of the weights that
     this process sees."""
     trainer = new_trainer(
         place,

@@ -11,7 +11,7 @@ from tests.distributed import tasks
 from tests.distributed.pool import Pool
 from tests.distributed.test_parity import assert_equal
 from ultrathink.checkpoint.format import load_checkpoint, read_state
-from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
+from ultrathink.checkpoint.snapshots import embedded_steps, snapshot_path
 from ultrathink.runs.checking import check_run
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.inspection import consolidate, inspect_checkpoint
@@ -58,11 +58,13 @@ def test_saved_by_two_it_loads_on_one_and_on_two(
 def test_copies_of_the_model_are_written_once(two: Pool, tmp_path: Path) -> None:
     run, _ = two.run(tasks.train, str(tmp_path), *HALF, STAGES["ddp"])
     contents = inspect_checkpoint(RunFolder(Path(run)).checkpoint("last"))
-    assert {tensor.num_pieces for tensor in contents.tensors} == {1}
+    assert {tensor.num_shards for tensor in contents.tensors} == {1}
 
 
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_a_resumed_run_of_two_is_the_run_that_went_on(two: Pool, tmp_path: Path, kind: str) -> None:
+def test_a_resumed_run_of_two_is_the_run_that_continued(
+    two: Pool, tmp_path: Path, kind: str
+) -> None:
     """Dropout included: what is drawn depends on the step, not on what came before."""
     words = ("training.max_steps=6", "model.dropout=0.3", "training.checkpoint={every_steps: 3}")
     words = (*words, *EXPERTS[kind], *(() if kind == "dense" else (NOISE,)))
@@ -110,7 +112,7 @@ def test_two_go_back_to_before_a_resume(two: Pool, tmp_path: Path) -> None:
     [after] = [after for rule, _, after in decided if rule == "roll_back"]
     assert after == 101  # the checkpoint was of step 106
     assert_same_bits(saved(whole), saved(path))
-    for step in carried_steps(read_state(Path(path) / "checkpoints" / "last")):
+    for step in embedded_steps(read_state(Path(path) / "checkpoints" / "last")):
         snapshots = [
             snapshot_path(Path(one) / "checkpoints" / "last", step) for one in (whole, path)
         ]
@@ -150,8 +152,8 @@ def test_what_two_wrote_is_listed_and_made_one_file(two: Pool, tmp_path: Path) -
     folder = RunFolder(Path(run))
     contents = inspect_checkpoint(folder.checkpoint("last"))
     assert contents.num_processes == 2
-    pieces = {tensor.name: tensor.num_pieces for tensor in contents.tensors}
-    assert pieces["model/embedding.weight"] == 2
+    shards = {tensor.name: tensor.num_shards for tensor in contents.tensors}
+    assert shards["model/embedding.weight"] == 2
     target, remark = consolidate(folder, "last")
     assert (remark, sorted(path.name for path in target.iterdir())) == (
         "",
@@ -163,7 +165,7 @@ def test_what_two_wrote_is_listed_and_made_one_file(two: Pool, tmp_path: Path) -
         assert (weight == whole.state_dict()[name]).all(), name
 
 
-def test_a_piece_that_is_missing_is_named(two: Pool, tmp_path: Path) -> None:
+def test_a_missing_shard_is_named(two: Pool, tmp_path: Path) -> None:
     run, _ = two.run(tasks.train, str(tmp_path), "training.max_steps=2")
     last = (Path(run) / "checkpoints" / "last").resolve()
     (last / "shard-00002-model-00001-of-00002.safetensors").unlink()

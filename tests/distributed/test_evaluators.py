@@ -47,5 +47,7 @@ def test_what_one_process_fails_at_is_left_out_on_all(
     run, _ = two.run(tasks.train_with_an_evaluator_that_fails_on_process_1, str(tmp_path), *words)
     assert [sorted(row) for row in evaluated(run)] == [sorted(row) for row in evaluated(alone)[1:]]
     log = (Path(run) / "logs" / "run.log").read_text()
-    told = "evaluator 'words' failed at step 2: OSError: its disk is gone (on process 1); training"
-    assert log.count(told) == 1
+    reported = (
+        "evaluator 'words' failed at step 2: OSError: its disk is gone (on process 1); training"
+    )
+    assert log.count(reported) == 1

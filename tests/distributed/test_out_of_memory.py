@@ -14,17 +14,17 @@ def test_the_next_start_takes_smaller_micro_batches(two: Pool, tmp_path: Path) -
     (path, first, steps), (_, second, _) = two.run(tasks.train_out_of_memory, str(tmp_path / "hit"))
     assert first.startswith("process 0 ran out of memory with micro-batches of 2 (")
     assert second.startswith("process 1 ran out of memory")
-    assert "From the last checkpoint all go on with 1" in first
+    assert "resume from the last checkpoint with 1" in first
     assert steps == [2]
     left = json.loads((Path(path) / "out_of_memory.json").read_text())
     assert (left["step"], left["before"], left["after"]) == (4, 2, 1)
 
-    results = two.run(tasks.resume_in_scarcity, path)
-    for rank, (tried, size, told) in enumerate(results):
+    results = two.run(tasks.resume_with_little_memory, path)
+    for rank, (tried, size, reported) in enumerate(results):
         assert tried == [1] * 2 * 4  # steps 3 to 6
         assert size == 1
         if rank == 0:
-            [change] = told
+            [change] = reported
             assert change.startswith("micro_batch_size: 2 -> 1 (step 4 ran out of memory on proc")
     assert "micro_batch_size: 2 -> 1" in (Path(path) / "logs" / "rank-1.log").read_text()
     [line] = (Path(path) / "decisions.jsonl").read_text().splitlines()
@@ -34,14 +34,16 @@ def test_the_next_start_takes_smaller_micro_batches(two: Pool, tmp_path: Path) -
     assert_equal(whole, path, 1e-5)
 
 
-def test_a_run_without_a_checkpoint_heeds_it_and_a_given_size_is_tried_again(
+def test_a_run_without_a_checkpoint_applies_it_and_a_given_size_is_tried_again(
     two: Pool, tmp_path: Path
 ) -> None:
     path = two.run(tasks.train_out_of_memory, str(tmp_path))[0][0]
-    for tried, size, told in two.run(tasks.resume_in_scarcity, path, "training.micro_batch_size=2"):
+    for tried, size, reported in two.run(
+        tasks.resume_with_little_memory, path, "training.micro_batch_size=2"
+    ):
         assert (tried, size) == ([2], 2)
-        assert told in (["failed"], [])  # the second process has other callbacks
-    for tried, size, _ in two.run(tasks.resume_in_scarcity, path):
+        assert reported in (["failed"], [])  # the second process has other callbacks
+    for tried, size, _ in two.run(tasks.resume_with_little_memory, path):
         assert tried == [1] * 2 * 4
         assert size == 1
 

@@ -24,8 +24,8 @@ def test_not_a_number_on_one_process_is_skipped_by_all(two: Pool, tmp_path: Path
     assert weights[0] == weights[1]
     assert weights[1] != weights[2]
     for log in ("run.log", "rank-1.log"):
-        told = (tmp_path / "runs" / "debug" / "logs" / log).read_text()
-        assert "warning: step 2 was skipped: loss nan" in told
+        reported = (tmp_path / "runs" / "debug" / "logs" / log).read_text()
+        assert "warning: step 2 was skipped: loss nan" in reported
 
 
 def test_each_draws_its_own_numbers_and_scores_its_own_part(two: Pool, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_a_guard_is_shown_the_whole_batch_on_each_process(two: Pool, tmp_path: P
         (
             [["training.optimizer.lr=0.01"], ["training.optimizer.lr=0.02"]],
             [
-                "process 1 was started with another configuration than process 0",
+                "process 1 was started with a different configuration than process 0",
                 "training.optimizer.lr is 0.02 there and 0.01 here",
             ],
         ),
@@ -73,7 +73,7 @@ def test_a_guard_is_shown_the_whole_batch_on_each_process(two: Pool, tmp_path: P
         ),
     ],
 )
-def test_a_mistake_is_told_by_the_first_process(
+def test_a_mistake_is_reported_by_the_first_process(
     two: Pool, tmp_path: Path, words: list[list[str]], said: list[str]
 ) -> None:
     first, second = two.run(tasks.message_of_a_mistake, str(tmp_path), words)
@@ -111,7 +111,9 @@ def test_all_return_to_their_best_together(two: Pool, tmp_path: Path, holds: str
         ("training.optimizer={type: adamw, lr: 0.003}", "parallel.offload=optimizer"),
     ],
 )
-def test_experts_are_begun_anew_alike(two: Pool, tmp_path: Path, words: tuple[str, ...]) -> None:
+def test_experts_are_re_initialized_alike(
+    two: Pool, tmp_path: Path, words: tuple[str, ...]
+) -> None:
     """Where weights are divided an expert and its source may lie on different processes."""
     alone, copied, _ = tasks.train_and_revive(
         str(tmp_path / "one"), "training.precision=fp64", words[0]
@@ -136,5 +138,5 @@ def test_all_save_memory_where_one_is_short_of_it(two: Pool, tmp_path: Path) -> 
 
 
 def test_who_ends_in_silence_ends_with_the_status_of_the_first_to_fail(two: Pool) -> None:
-    """Else a launcher that sees it end sooner starts again what was a mistake of the user's."""
+    """Else a launcher that sees it end sooner restarts what was a mistake of the user's."""
     assert two.run(tasks.status_that_is_heard) == [2, 2]

@@ -59,7 +59,7 @@ def speedrun(module: Callable[[str], Any]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "told"),
+    ("script", "arguments", "reported"),
     [
         ("train_speed", ["--device", "cuda:77"], "training.device = 'cuda:77'"),
         ("memory", ["--device", "gpu"], "no such kind of device; use auto, cpu"),
@@ -75,14 +75,14 @@ def speedrun(module: Callable[[str], Any]) -> Any:
         ("faults", ["--out", "{here}"], "{here} is not empty and holds no results; give another"),
     ],
 )
-def test_a_wrong_argument_is_told_in_a_sentence(
+def test_a_wrong_argument_is_reported_in_a_sentence(
     module: Callable[[str], Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     script: str,
     arguments: list[str],
-    told: str,
+    reported: str,
 ) -> None:
     (tmp_path / "x.py").write_text("x = 1")
     words = [argument.format(here=tmp_path) for argument in arguments]
@@ -91,7 +91,7 @@ def test_a_wrong_argument_is_told_in_a_sentence(
     with pytest.raises(SystemExit) as ended:
         found.start(found.main)
     assert str(ended.value).startswith("error: ")
-    assert told.format(here=tmp_path) in str(ended.value)
+    assert reported.format(here=tmp_path) in str(ended.value)
     assert capsys.readouterr().out == ""
 
 

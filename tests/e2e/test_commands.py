@@ -63,15 +63,15 @@ def run(place: Path) -> Path:
 
 
 def test_train_tells_its_course_and_what_to_do_next(place: Path) -> None:
-    done = command(place, "train", "debug", "training.max_steps=3", "run.name=told")
+    done = command(place, "train", "debug", "training.max_steps=3", "run.name=reported")
     assert done.stdout == ""
     said = done.stderr
     for part in (
         "step 3/3",
         "bits/byte",
         "sample after step 3",
-        "Run folder: runs/told",
-        "ultrathink generate runs/told",
+        "Run folder: runs/reported",
+        "ultrathink generate runs/reported",
     ):
         assert part in said
     assert "\x1b[" not in said  # no colour codes where nobody sees colours
@@ -106,9 +106,9 @@ def test_a_file_and_overrides(place: Path) -> None:
 
 
 def test_resuming_a_finished_run_says_so(said: Said, run: Path) -> None:
-    status, out, told = said("train", "--resume", "debug")
+    status, out, reported = said("train", "--resume", "debug")
     assert (status, out) == (0, "")
-    assert "is finished: step 6 was its last" in told
+    assert "is finished: step 6 was its last" in reported
     assert json.loads(said("train", "--resume", "debug", "--json")[1])["step"] == 6
 
 
@@ -135,7 +135,7 @@ def test_resume_takes_changes_but_not_of_the_shape(said: Said, place: Path) -> N
     assert said("train", "debug", "run.name=longer", "training.max_steps=2")[0] == 0
     status, _, errors = said("train", "--resume", "longer", "model.num_layers=9")
     assert status == 2
-    assert "model.num_layers cannot change to 9 in a run that is resumed" in errors
+    assert "model.num_layers cannot change to 9 in a resumed run" in errors
     done = command(place, "train", "--resume", "longer", "training.max_steps=4")
     assert "changed after step 2: training.max_steps: 2 -> 4" in done.stderr
     assert "Finished after step 4" in done.stderr

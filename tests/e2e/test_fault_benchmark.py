@@ -1,4 +1,4 @@
-"""The fault benchmark runs, and goes on where it was stopped."""
+"""The fault benchmark runs, and continues where it was stopped."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 def run(*arguments: str) -> tuple[Any, str]:
     """The JSON object that the benchmark prints, and what it tells meanwhile."""
     process = start(*arguments, "--json")
-    out, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told
-    return json.loads(out), told
+    out, reported = process.communicate(timeout=300)
+    assert process.returncode == 0, reported
+    return json.loads(out), reported
 
 
 def write_examples_of_documentation(folder: Path) -> None:
@@ -99,10 +99,10 @@ def test_faults_and_controllers_meet(tmp_path: Path) -> None:
         *("--fault", str(tmp_path / "my_fault.py"), "--fault", str(tmp_path / "zeroed.py")),
         *("--set", *SMALL),
     ]
-    result, told = run(*arguments)
+    result, reported = run(*arguments)
     total = 2 + 3 * (2 + 7 + 3)  # snapshots; clean, struck and healthy runs of each controller
-    assert f"[{total}/{total}]" in told
-    assert "about 0 min to go" in told
+    assert f"[{total}/{total}]" in reported
+    assert "about 0 min to go" in reported
     assert set(result["controllers"]) == {"none", "my_controller", "steady"}
     keys = {
         *("recall", "delay_steps_median", "false_alarms_per_10k", "failed_share"),
@@ -131,18 +131,18 @@ def test_faults_and_controllers_meet(tmp_path: Path) -> None:
     assert result["detectors"]["healthy_steps"] == 2 * 24 + 20
     check_signals(out)
     before = {file: file.stat().st_mtime_ns for file in out.rglob("result.json")}
-    again, told = run(*arguments)
-    assert told == ""  # nothing was left to do
+    again, reported = run(*arguments)
+    assert reported == ""  # nothing was left to do
     assert before == {file: file.stat().st_mtime_ns for file in out.rglob("result.json")}
     for key in ("controllers", "faults", "detectors"):
         assert again[key] == result[key]
     (tmp_path / "zeroed.py").write_text(ZEROED + "# now another file")
-    told = run(*arguments)[1]
-    assert told.count("zeroed, ") == len(told.splitlines()) == 3
+    reported = run(*arguments)[1]
+    assert reported.count("zeroed, ") == len(reported.splitlines()) == 3
 
 
 def check_signals(out: Path) -> None:
-    """What a run records goes on where the snapshot's ends, under the standard names."""
+    """What a run records continues where the snapshot's ends, under the standard names."""
     first, then = (
         [json.loads(line) for line in (out / folder / "signals.jsonl").read_text().splitlines()]
         for folder in ("snapshots/moe-seed0", "runs/clean-moe/none-seed0")
@@ -156,7 +156,7 @@ def check_signals(out: Path) -> None:
     assert "val_loss" in then[-1]
 
 
-def test_a_stopped_benchmark_goes_on_and_its_twin_is_the_uncut_run(tmp_path: Path) -> None:
+def test_a_stopped_benchmark_continues_and_its_twin_is_the_uncut_run(tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["--out", str(out), "--seeds", "0", *SIZE, "--only", "lr_x30", "tiny_lr"]
     arguments += ["--controllers", "none", "--set", *SMALL]
@@ -169,8 +169,8 @@ def test_a_stopped_benchmark_goes_on_and_its_twin_is_the_uncut_run(tmp_path: Pat
     assert process.returncode == 130
     done = {file: file.stat().st_mtime_ns for file in out.rglob("result.json")}
     assert 2 <= len(done) < 7
-    result, told = run(*arguments)
-    assert len(told.splitlines()) == 7 - len(done)
+    result, reported = run(*arguments)
+    assert len(reported.splitlines()) == 7 - len(done)
     assert {file: file.stat().st_mtime_ns for file in done} == done
     assert set(result["faults"]) == {"lr_x30", "tiny_lr"}
     # The clean run from the snapshot is, bit for bit, the one that was never stopped.

@@ -93,7 +93,7 @@ def test_a_second_ctrl_c_ends_at_once_and_does_no_harm(tmp_path: Path) -> None:
         assert wait(lambda: session.survivors() == [])
         assert evidence.unsound(session.run) == []
 
-    def told(session: Session) -> bool:
+    def reported(session: Session) -> bool:
         return "once more ends it at once" in session.stderr
 
     sessions = [train("whole", "debug", *LONG_STEPS, "run.name=whole")]
@@ -105,7 +105,7 @@ def test_a_second_ctrl_c_ends_at_once_and_does_no_harm(tmp_path: Path) -> None:
         assert begun.wait_until(lambda: begun.step() >= 3 and newest(begun) >= 2)
         step = begun.step()
         interrupt(begun)
-        assert begun.wait_until(lambda: told(begun)), begun.complaint()
+        assert begun.wait_until(lambda: reported(begun)), begun.complaint()
         interrupt(begun)
         ends_without_harm(begun)
         assert begun.step() == step

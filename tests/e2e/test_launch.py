@@ -47,7 +47,7 @@ def test_a_killed_process_is_started_again_and_the_run_is_the_same(start: Start)
     hit.wait_for_step(12)
     os.kill(hit.workers()[1], signal.SIGKILL)
     assert hit.status() == 0, hit.stderr
-    assert "process 1 was killed by SIGKILL; all start again from the last checkpoint" in hit.stderr
+    assert "process 1 was killed by SIGKILL; all restart from the last checkpoint" in hit.stderr
     assert "Traceback" not in hit.stderr
     assert row_differences(rows(whole.run), rows(hit.run)) == []
     assert hit.stderr.count("Finished after step 40") == 1
@@ -72,15 +72,17 @@ def test_a_process_that_hangs_is_ended_with_its_stacks(start: Start, tmp_path: P
     words = ("debug", *TINY, "training.max_steps=12", CHECKPOINTS, "parallel.hang_minutes=0.05")
     run = start(plugin(tmp_path, hang), *words)
     assert run.status() == 0, run.stderr
-    told = r"process [01] took no step for too long \(RUN/logs/stacks-[01]\.txt says where\); all"
-    assert re.search(told, run.stderr)
+    reported = (
+        r"process [01] took no step for too long \(RUN/logs/stacks-[01]\.txt says where\); all"
+    )
+    assert re.search(reported, run.stderr)
     stacks = [(run.run / "logs" / f"stacks-{rank}.txt").read_text() for rank in (0, 1)]
     assert "harm.py" in stacks[1]
     assert any("all_reduce" in text or "train_step" in text for text in stacks[:1])
     assert run.step() == 12
 
 
-def test_an_exception_on_one_process_is_told_once(start: Start, tmp_path: Path) -> None:
+def test_an_exception_on_one_process_is_reported_once(start: Start, tmp_path: Path) -> None:
     fail = "if trainer.progress.step == 3 and trainer.world.rank == 1: raise KeyError('broken')"
     run = start(plugin(tmp_path, fail), "debug", *TINY)
     assert run.status() == 70
@@ -89,7 +91,7 @@ def test_an_exception_on_one_process_is_told_once(start: Start, tmp_path: Path) 
     assert "KeyError: 'broken'" in run.stderr
 
 
-def test_a_mistake_is_told_once(start: Start) -> None:
+def test_a_mistake_is_reported_once(start: Start) -> None:
     run = start("debug", *TINY, "parallel.dp_replicate=3")
     assert run.status() == 2
     assert run.stderr.count("error:") == 1

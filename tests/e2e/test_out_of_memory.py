@@ -86,7 +86,7 @@ def test_a_run_with_little_memory_reaches_what_it_would_have(tmp_path: Path) -> 
     state = json.loads((runs / "small" / "checkpoints" / "last" / "state.json").read_text())
     size = _setting(state, "micro_batch_size")
     assert size in (8, 4, 2)
-    assert f" -> {size} (step " in small.stderr  # after one shortage, or a later one
+    assert f" -> {size} (step " in small.stderr  # after one failure, or a later one
 
 
 def _setting(state: dict[str, object], name: str) -> object:
@@ -96,24 +96,24 @@ def _setting(state: dict[str, object], name: str) -> object:
 
 
 @pytest.mark.parametrize(
-    ("method", "headroom", "words", "told"),
+    ("method", "headroom", "words", "reported"),
     [
         ("take_step", 8, (), "training ran out of memory with micro-batches of a single sequence"),
         (
             "allocate_state",
             20,
             ("model.hidden_size=512",),
-            "memory does not suffice for what the optimizer remembers of each weight",
+            "there is not enough memory for the optimizer state",
         ),
     ],
 )
-def test_what_does_not_fit_is_told_in_one_message(
-    tmp_path: Path, method: str, headroom: int, words: tuple[str, ...], told: str
+def test_what_does_not_fit_is_reported_in_one_message(
+    tmp_path: Path, method: str, headroom: int, words: tuple[str, ...], reported: str
 ) -> None:
     done = train(tmp_path, *words, method=method, headroom=headroom)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("error:") == 1
-    assert f"error: {told}" in done.stderr
+    assert f"error: {reported}" in done.stderr
     assert "MiB could not be allocated" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -148,8 +148,8 @@ def test_when_one_process_runs_out_all_start_again_smaller(
     assert run.status() == 0, run.stderr
     assert run.stderr.count("error:") == 1
     assert "error: process 1 ran out of memory with micro-batches of 2 (" in run.stderr
-    told = "process 1 ran out of memory; all start again from the last checkpoint (3 restarts left)"
-    assert told in run.stderr
+    reported = "process 1 ran out of memory; all restart from the last checkpoint (3 restarts left)"
+    assert reported in run.stderr
     assert "micro_batch_size: 2 -> 1 (step 8 ran out of memory on process 1: " in run.stderr
     assert "Traceback" not in run.stderr
     steps = [row["step"] for row in rows(run.run) if row["split"] == "train"]

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ultrathink.config.model import ModelConfig, RopeScalingConfig
 from ultrathink.interop.families import write_family
-from ultrathink.interop.weights import pieces
+from ultrathink.interop.weights import row_slices
 from ultrathink.model.rope import attention_factor, inverse_frequencies
 from ultrathink.model.transformer import Transformer
 
@@ -49,8 +49,8 @@ def theirs_like(config: ModelConfig) -> Any:
 def copy_weights(theirs: Any, ours: Transformer) -> None:
     """Give our model the weights of theirs, every tensor exactly once."""
     weights, parameters = dict(theirs.named_parameters()), dict(ours.named_parameters())
-    for piece in pieces(ours.config):
-        piece.of(parameters[piece.ours]).copy_(weights.pop(piece.theirs))
+    for entry in row_slices(ours.config):
+        entry.of(parameters[entry.ours]).copy_(weights.pop(entry.theirs))
     assert not weights, f"not mapped: {list(weights)}"
 
 

@@ -146,7 +146,7 @@ def test_routing_is_as_it_was_after_an_import(tmp_path: Path) -> None:
 def test_experts_that_do_not_fit_the_description_are_named(tmp_path: Path) -> None:
     save_theirs(tmp_path, "mixtral")
     change_config(tmp_path, num_local_experts=7)
-    with pytest.raises(CheckpointError, match=r"experts\.7\.w1\.weight, which no model of its"):
+    with pytest.raises(CheckpointError, match=r"experts\.7\.w1\.weight, which is not part of the"):
         load_pretrained(f"hf:{tmp_path}")
     change_config(tmp_path, num_local_experts=8)
     rename(tmp_path, "layers.1.block_sparse_moe.experts.7.w3", "layers.1.gone")

@@ -177,10 +177,10 @@ BREAKAGES = (
         ("unit/training/test_control.py",),
     ),
     Breakage(
-        "a state that is being written goes on changing",
+        "a state changes while it is written",
         "training/saving.py",
-        "return copied_to_host(own_pieces(state))",
-        "return own_pieces(state)",
+        "return copied_to_host(own_shards(state))",
+        "return own_shards(state)",
         ("unit/training/test_saving.py",),
     ),
     Breakage(
@@ -205,9 +205,9 @@ BREAKAGES = (
         ("unit/checkpoint/test_damaged_checkpoint.py",),
     ),
     Breakage(
-        "a save that was given up is reported",
+        "an abandoned save is reported",
         "checkpoint/saver.py",
-        "if not isinstance(error, SaveGivenUpError):",
+        "if not isinstance(error, SaveAbandonedError):",
         "if True:",
         ("unit/checkpoint/test_checkpoint_saver.py",),
     ),
@@ -289,7 +289,7 @@ BREAKAGES = (
         ("unit/orchestrator/test_loss_detectors.py", "unit/orchestrator/test_watcher.py"),
     ),
     Breakage(
-        "the level of before a divergence goes on counting after it",
+        "the level before a divergence still counts after it",
         "orchestrator/detectors/loss.py",
         "self.baseline.restart()",
         "pass",
@@ -303,11 +303,11 @@ BREAKAGES = (
         ("unit/orchestrator/steering/test_policy.py",),
     ),
     Breakage(
-        "the guard may leave out every step",
-        "orchestrator/steering/guard.py",
+        "the guard may skip every step",
+        "orchestrator/steering/outliers.py",
         "skip = is_far and self._share() < self.most",
         "skip = is_far",
-        ("unit/orchestrator/steering/test_guard.py",),
+        ("unit/orchestrator/steering/test_outliers.py",),
     ),
     Breakage(
         "snapshots of an undone history are kept",
@@ -361,10 +361,10 @@ BREAKAGES = (
     Breakage(
         "gate and up projections change places",
         "interop/weights.py",
-        'yield Piece(f"{theirs}gate_proj.weight", gate_up, 0, width, (hidden,))\n'
-        '    yield Piece(f"{theirs}up_proj.weight", gate_up, width, 2 * width, (hidden,))',
-        'yield Piece(f"{theirs}up_proj.weight", gate_up, 0, width, (hidden,))\n'
-        '    yield Piece(f"{theirs}gate_proj.weight", gate_up, width, 2 * width, (hidden,))',
+        'yield RowSlice(f"{theirs}gate_proj.weight", gate_up, 0, width, (hidden,))\n'
+        '    yield RowSlice(f"{theirs}up_proj.weight", gate_up, width, 2 * width, (hidden,))',
+        'yield RowSlice(f"{theirs}up_proj.weight", gate_up, 0, width, (hidden,))\n'
+        '    yield RowSlice(f"{theirs}gate_proj.weight", gate_up, width, 2 * width, (hidden,))',
         ("numerics/test_interop.py", "numerics/test_llama_parity.py"),
     ),
     Breakage(

@@ -4,7 +4,7 @@
     python -m tests.stress.determinism --full     all of them, each three times
 
 The second process of a kind finds the compiled code of the first; the third (``--full``) compiles
-anew while other processes keep the cores busy.
+again while other processes keep the cores busy.
 """
 
 from __future__ import annotations

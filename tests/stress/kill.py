@@ -164,15 +164,15 @@ class KilledRun:
 
     @property
     def run(self) -> Path:
-        """The folder; another one each time that the run had to be started again."""
+        """The folder; another one each time that the run had to be restarted."""
         return self.place / "runs" / f"killed-{len(self.outcome.started_again) + 1}"
 
     def kill_at(self, moment: Moment) -> Kill | None:
-        """Go on with the run, kill it at ``moment``, and look at what is left.
+        """Continue with the run, kill it at ``moment``, and look at what is left.
 
         None where the process ended before, because there was nothing to do or to go on with.
         """
-        session = self._go_on()
+        session = self._resume()
         best = evidence.best_step(self.run, self._newest())
         if not self._wait_for(moment, session):
             self._accept(session)
@@ -188,7 +188,7 @@ class KilledRun:
 
     def finish(self) -> None:
         """Let the run come to its end, and wait until no process of it is left."""
-        while not self._accept(session := self._go_on()):
+        while not self._accept(session := self._resume()):
             pass
         result = json.loads(session.finish())  # and nothing else stands there
         if (result["ending"], result["step"]) != ("finished", self.outcome.steps):
@@ -202,7 +202,7 @@ class KilledRun:
             if session in self._killed_at or not session.has_ended:
                 session.kill()
 
-    def _go_on(self) -> Session:
+    def _resume(self) -> Session:
         """A process that begins the run, or resumes it."""
         self._orphans_are_left()
         words = ["--resume", str(self.run)]
@@ -347,9 +347,9 @@ def summary(outcome: Outcome) -> str:
         else "between"
         for kill in kills
     )
-    told = ", ".join(f"{count} {where}" for where, count in hit.most_common())
+    reported = ", ".join(f"{count} {where}" for where, count in hit.most_common())
     lines = [
-        f"{len(kills)} kills (seed {outcome.seed}): {told}",
+        f"{len(kills)} kills (seed {outcome.seed}): {reported}",
         f"{sum(kill.alone for kill in kills)} of them hit the trainer and not its loader workers",
         f"{outcome.num_steps_redone} of {outcome.steps} steps were lost and done again; "
         f"{len(outcome.started_again)} times there was nothing to resume yet",
@@ -371,7 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m tests.stress.kill", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--kills", type=int, default=50, help="how many (default: 50)")
-    parser.add_argument("--seed", type=int, help="of the moments; drawn and told when left out")
+    parser.add_argument("--seed", type=int, help="of the moments; drawn and reported when left out")
     parser.add_argument("--compile", action="store_true", help="with the compiled model")
     parser.add_argument("--config", default="debug", help="preset or YAML file (default: debug)")
     parser.add_argument("--keep-folder", action="store_true", help="do not delete the runs")

@@ -71,9 +71,9 @@ def main() -> int:
             finally:
                 run.kill()
             failures += bool(problems)
-            told = "; ".join(problems) if problems else "went on, the same weights"
+            reported = "; ".join(problems) if problems else "continued, the same weights"
             print(
-                f"{number + 1:>3}  process {rank} killed behind step {step:>2}: {told} "
+                f"{number + 1:>3}  process {rank} killed behind step {step:>2}: {reported} "
                 f"({time.monotonic() - began:.1f} s)",
                 flush=True,
             )

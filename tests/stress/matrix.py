@@ -1,4 +1,4 @@
-"""Kill and resume a run of every combination of what changes how a run goes on.
+"""Kill and resume a run of every combination of what changes how a run continues.
 
     python -m tests.stress.matrix                32 combinations: about ten minutes
     python -m tests.stress.matrix --compiled     the same with the compiled model as well

@@ -129,9 +129,9 @@ def main() -> int:
                     worst = largest_difference(reference, run)
                     holds = worst <= LIMITS[precision]
                     failures += not holds
-                    told = "" if holds else f"  FAILED: above {LIMITS[precision]:g}"
+                    reported = "" if holds else f"  FAILED: above {LIMITS[precision]:g}"
                     print(
-                        f"{precision}  {variant:<13}  {mesh.name:<20}  {worst:.1e}{told}",
+                        f"{precision}  {variant:<13}  {mesh.name:<20}  {worst:.1e}{reported}",
                         flush=True,
                     )
     return int(failures > 0)

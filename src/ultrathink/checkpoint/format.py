@@ -5,18 +5,18 @@ A checkpoint is a folder; nothing in it is pickled:
     model-00001-of-00002.safetensors   the model's tensors
     model-00002-of-00002.safetensors   all others: optimizer, random states
     model.safetensors.index.json       which tensor is in which file
-    state.json                         what kind it is of, and everything that is not a tensor
-    checksums.json                     size and SHA-256 of all these, written last
-    snapshots/step_00000600/           what a steered run may go back to: a folder of the same kind
+    state.json                         the kind of checkpoint, and everything that is not a tensor
+    checksums.json                     size and SHA-256 of all these files, written last
+    snapshots/step_00000600/           embedded snapshot, for a steered run to roll back to
 
-It is written beside its final name and renamed, so a crash never leaves half of one there.
+It is written under a temporary name and renamed, so a crash never leaves half of one.
 
-Several processes write files of their own, at the same time, of what each holds:
+With several processes each writes its own shards, all at the same time:
 
-    shard-00001-model-00001-of-00002.safetensors   the first one's part of the model's tensors
+    shard-00001-model-00001-of-00002.safetensors   the first process's shards of the model's tensors
 
-Where a part belongs stands in the head of its file, which files hold a tensor in the index
-(``pieces``). Any number of processes may read it.
+The header of a file says where its shards belong, the index (``shards``) which files hold a
+tensor. Any number of processes can read it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from ultrathink.core.errors import CheckpointError
-from ultrathink.core.files import replace_folder, sync_file, sync_folder, write_atomic
-from ultrathink.core.pieces import Piece, Region
+from ultrathink.core.files import clean_up, replace_folder, sync_file, sync_folder, write_atomic
 from ultrathink.core.protocols import State
-from ultrathink.core.team import Alone, Team
+from ultrathink.core.shards import Region, TensorShard
+from ultrathink.core.store import LocalStore, SharedStore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,23 +43,23 @@ if TYPE_CHECKING:
 STATE_FILE = "state.json"
 INDEX_FILE = "model.safetensors.index.json"
 CHECKSUM_FILE = "checksums.json"
-MODEL = "model/"  # how the names of the model's tensors begin
-# A reader that does not know of pieces would take the first one for the whole.
-FORMAT, FORMAT_IN_PIECES = 3, 4
-_EARLIER_FORMATS = (1, 2)  # do not say what kind they are of
-_TENSOR = "__tensor__"  # in state.json, stands where a tensor was, with the tensor's name
+MODEL = "model/"  # prefix of the model's tensors
+# Two numbers, because a reader that does not know shards would take the first for the whole tensor.
+FORMAT, FORMAT_SHARDED = 3, 5
+_EARLIER_FORMATS = (1, 2, 4)  # 1 and 2 do not record their kind; 4 named the shards differently
+_TENSOR = "__tensor__"  # in state.json, marks the place of a tensor, with its name
 
 Wanted: TypeAlias = Callable[[str], bool]  # chooses tensors by name
 Check: TypeAlias = Callable[[], None]
-# Writes more into the folder that is to become a checkpoint, on each process of the team.
-Addition: TypeAlias = Callable[[Path, Check, Team], None]
+# Writes more into the folder that will become a checkpoint; every process calls it.
+Addition: TypeAlias = Callable[[Path, Check, SharedStore], None]
 
 
 Kind: TypeAlias = Literal["model", "adapter", "reward", "probe"]
 
 
 class Header(NamedTuple):
-    """What a checkpoint is: its kind, and for one that adds to a model the hash of that."""
+    """The kind of a checkpoint; ``base`` is the hash of the model that an adapter belongs to."""
 
     kind: Kind = "model"
     base: str | None = None
@@ -78,7 +77,7 @@ class Write(Protocol):
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint that is not as it was written: ``folder``, and what its ``problem`` is."""
+    """The checkpoint ``folder`` differs from what was written; ``problem`` says how."""
 
     def __init__(self, folder: Path, problem: str, advice: str | None = None) -> None:
         super().__init__(
@@ -90,12 +89,12 @@ class DamagedCheckpointError(CheckpointError):
 
 
 def everything(name: str) -> bool:
-    """Wants every tensor."""
+    """Selects every tensor."""
     return True
 
 
 def weights(name: str) -> bool:
-    """Wants the model's tensors only."""
+    """Selects the model's tensors."""
     return name.startswith(MODEL)
 
 
@@ -106,77 +105,77 @@ def save_checkpoint(
     folder: Path,
     state: State,
     check: Check = lambda: None,
-    team: Team | None = None,
+    store: SharedStore | None = None,
     once_whole: Callable[[], None] = lambda: None,
-    add: Addition = lambda beside, check, team: None,
+    add: Addition = lambda beside, check, store: None,
     header: Header = WHOLE_MODEL,
 ) -> None:
-    """Write nested ``state`` (plain values, tensors, pieces) to ``folder``, whole or not at all.
+    """Write nested ``state`` (plain values, tensors, shards) to ``folder``, all of it or nothing.
 
-    ``check`` is called often; what it raises ends the save. Raises OSError with its number and file
-    where the disk does not take it. Any thread may call it. Each process of ``team`` calls it with
-    its own pieces; what is no piece is the first one's, which also calls ``once_whole``. All of
-    them call ``add``, which writes what has checksums of its own.
+    ``check`` is called often; an exception that it raises ends the save. Raises OSError, with its
+    number and file, when the disk fails. Any thread may call it. All processes that share ``store``
+    call it, each with its own shards; the first also writes everything that is not divided and
+    calls ``once_whole``. Every process calls ``add``, which writes files with their own checksums.
     """
-    team = team or Alone()
-    tensors: dict[str, Tensor | Piece] = {}
+    store = store or LocalStore()
+    tensors: dict[str, Tensor | TensorShard] = {}
     plain = _take_tensors(state, "", tensors)
     beside = folder.with_name(f".{folder.name}.tmp")
     with _disk_errors_named(folder):
-        if team.rank > 0:
-            [has_begun] = team.wait_for(["begun"], check)
+        if store.rank > 0:
+            [has_begun] = store.wait_for(["begun"], check)
             if has_begun:
-                add(beside, check, team)
-                _write_my_files(beside, tensors, check, team)
-            [failure] = team.wait_for(["end"], check)
+                add(beside, check, store)
+                _write_my_files(beside, tensors, check, store)
+            [failure] = store.wait_for(["end"], check)
             if failure is not None:
                 raise OSError(*failure)
             return
         has_begun = False
         try:
-            shutil.rmtree(beside, ignore_errors=True)
+            clean_up(beside)
             beside.mkdir(parents=True)
             has_begun = True
-            team.put("begun", True)
-            add(beside, check, team)
-            _write_my_files(beside, tensors, check, team)
-            _complete(beside, plain, check, team, header)
+            store.put("begun", True)
+            add(beside, check, store)
+            _write_my_files(beside, tensors, check, store)
+            _complete(beside, plain, check, store, header)
             replace_folder(beside, folder)
             once_whole()
         except BaseException as error:
-            shutil.rmtree(beside, ignore_errors=True)
+            clean_up(beside)
             if not has_begun:
-                team.put("begun", False)
-            team.put("end", _plainly(error))
+                store.put("begun", False)
+            store.put("end", _plainly(error))
             raise
-        team.put("end", None)
+        store.put("end", None)
 
 
 def _write_my_files(
-    beside: Path, tensors: dict[str, Tensor | Piece], check: Check, team: Team
+    beside: Path, tensors: dict[str, Tensor | TensorShard], check: Check, store: SharedStore
 ) -> None:
-    """Write this process's tensors, and tell the first what is in which file, with checksums."""
+    """Write this process's tensors; report to the first what each file holds, with checksums."""
     from ultrathink.checkpoint.tensor_files import write_tensors  # a second to import
 
-    shard = team.rank + 1 if team.size > 1 else None
+    process = store.rank + 1 if store.size > 1 else None
     try:
-        names = write_tensors(beside, tensors, _file_numbers(tensors), check, shard)
+        names = write_tensors(beside, tensors, _file_numbers(tensors), check, process)
         sums = {}
         for name in names:
             check()
             sync_file(beside / name)
             sums[name] = _checksum(beside / name)
     except BaseException as error:
-        team.put(f"written/{team.rank}", {"failure": _plainly(error)})
+        store.put(f"written/{store.rank}", {"failure": _plainly(error)})
         raise
-    team.put(f"written/{team.rank}", {"names": names, "sums": sums})
+    store.put(f"written/{store.rank}", {"names": names, "sums": sums})
 
 
-def _complete(beside: Path, plain: Any, check: Check, team: Team, header: Header) -> None:
-    """Write what is beside the tensors, once all processes have written theirs."""
-    written = [f"written/{rank}" for rank in range(team.size)]
-    everyones = team.wait_for(written, check)
-    team.forget(written)
+def _complete(beside: Path, plain: Any, check: Check, store: SharedStore, header: Header) -> None:
+    """Write the other files, once all processes have written their tensors."""
+    written = [f"written/{rank}" for rank in range(store.size)]
+    everyones = store.wait_for(written, check)
+    store.forget(written)
     for one in everyones:
         if "failure" in one:
             raise OSError(*one["failure"])
@@ -190,9 +189,9 @@ def _complete(beside: Path, plain: Any, check: Check, team: Team, header: Header
         "metadata": {"total_size": sum(entry["size"] for entry in sums.values())},
         "weight_map": {name: files[0] for name, files in files_of_name.items()},
     }
-    if team.size > 1:
-        index["pieces"] = files_of_name
-    form = FORMAT if team.size == 1 else FORMAT_IN_PIECES
+    if store.size > 1:
+        index["shards"] = files_of_name
+    form = FORMAT if store.size == 1 else FORMAT_SHARDED
     content = {"format": form, **header._asdict(), "state": plain}
     text = json.dumps(content, allow_nan=True)
     (beside / STATE_FILE).write_text(text, encoding="utf-8")
@@ -207,7 +206,7 @@ def _complete(beside: Path, plain: Any, check: Check, team: Team, header: Header
 
 
 def _plainly(error: BaseException) -> tuple[int, str]:
-    """An error as its number and words, to be raised again by another process."""
+    """An error as number and text, for another process to raise."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno, error.strerror or str(error)
     return errno.EIO, f"{type(error).__name__}: {error}"
@@ -219,11 +218,11 @@ def load_checkpoint(
     region: Region | None = None,
     kind: Kind = "model",
 ) -> State:
-    """Read a checkpoint back as it was saved, on the CPU, after comparing it with its checksums.
+    """Verify the checksums of a checkpoint and read it back as it was saved, on the CPU.
 
-    ``wanted`` chooses tensors by their slash-separated name ("model/layers.0…"); in place of the
-    others stands None, and files with none that is wanted are not touched. ``region`` chooses
-    pieces of tensors. Raises DamagedCheckpointError, and CheckpointError for another ``kind``.
+    ``wanted`` selects tensors by their slash-separated name ("model/layers.0…"); the others are
+    None, and files without a wanted tensor are not read. ``region`` selects parts of tensors.
+    Raises DamagedCheckpointError, and CheckpointError for another ``kind``.
     """
     from ultrathink.checkpoint.tensor_files import read_tensors
 
@@ -236,25 +235,25 @@ def load_checkpoint(
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The part of a checkpoint that is not tensors, where each tensor is named only."""
+    """The state of a checkpoint, with the names of tensors in place of the tensors."""
     state = _read_content(folder)["state"]
     assert isinstance(state, dict)
     return state
 
 
 def read_header(folder: Path) -> Header:
-    """What kind of checkpoint ``folder`` is."""
+    """The kind of the checkpoint ``folder``."""
     content = _read_content(folder)
     return Header(content["kind"], content["base"])
 
 
 def check_kind(folder: Path, wanted: Kind) -> None:
-    """CheckpointError where a checkpoint is of another kind than ``wanted``."""
+    """Raise CheckpointError unless the checkpoint is of the ``wanted`` kind."""
     kind, base = read_header(folder)
     if kind != wanted:
         adds_to = f", made for the model {base[:12]}" if base is not None else ""
         raise CheckpointError(
-            f"checkpoint {folder} is of kind {kind!r}{adds_to}, and this command needs one of kind "
+            f"checkpoint {folder} is of kind {kind!r}{adds_to}, but this command needs kind "
             f"{wanted!r}; name a run that trained one."
         )
 
@@ -275,12 +274,12 @@ def _read_content(folder: Path) -> dict[str, Any]:
         ) from None
     if form in _EARLIER_FORMATS:
         raise CheckpointError(
-            f"{folder} was written by an earlier version of ultrathink, whose checkpoints this one "
-            f"does not read; use that version (the run's manifest.json names it) or a new run."
+            f"{folder} was written by an earlier version of ultrathink, which this version cannot "
+            f"read; use that version (the run's manifest.json names it) or start a new run."
         )
-    if form not in (FORMAT, FORMAT_IN_PIECES):
+    if form not in (FORMAT, FORMAT_SHARDED):
         raise CheckpointError(
-            f"{path} has format {form!r}, this version reads {FORMAT} and {FORMAT_IN_PIECES}; "
+            f"{path} has format {form!r}, this version reads {FORMAT} and {FORMAT_SHARDED}; "
             f"use the version of ultrathink that wrote it."
         )
     checked: dict[str, Any] = content
@@ -294,7 +293,7 @@ def tensor_shapes(folder: Path) -> Shapes:
     files = _holding(folder, everything)
     try:
         return read_shapes(folder, files)
-    except Exception as error:  # whatever the parser met
+    except Exception as error:  # the parser raises many kinds
         raise DamagedCheckpointError(
             folder, f"its tensors cannot be read ({_reason(error)})"
         ) from error
@@ -304,9 +303,9 @@ def tensor_shapes(folder: Path) -> Shapes:
 
 
 def verify_checkpoint(folder: Path, names: Iterable[str] | None = None) -> None:
-    """Compare files of a checkpoint, all unless named, with the size and SHA-256 kept of them.
+    """Compare files of a checkpoint (by default all) with their recorded size and SHA-256.
 
-    Raises DamagedCheckpointError with the first that differs.
+    Raises DamagedCheckpointError for the first that differs.
     """
     sums = _read_checksums(folder)
     for name in sorted({STATE_FILE, INDEX_FILE, *sums} if names is None else names):
@@ -322,13 +321,13 @@ def verify_checkpoint(folder: Path, names: Iterable[str] | None = None) -> None:
 
 
 def files_of(folder: Path, wanted: Wanted) -> list[str]:
-    """The files that loading the ``wanted`` tensors reads."""
+    """The files that must be read for the ``wanted`` tensors."""
     verify_checkpoint(folder, [INDEX_FILE])
     return [STATE_FILE, INDEX_FILE, *sorted(_holding(folder, wanted))]
 
 
 def has_its_sizes(folder: Path) -> bool:
-    """Whether every file is there in its recorded size; says nothing of its content."""
+    """Whether every file exists and has its recorded size; the content is not checked."""
     try:
         sums = _read_checksums(folder)
         for name in {STATE_FILE, INDEX_FILE, *sums}:
@@ -351,7 +350,7 @@ def _read_checksums(folder: Path) -> dict[str, dict[str, Any]]:
             raise ValueError("not a list of sizes and checksums")
     except FileNotFoundError:
         raise DamagedCheckpointError(
-            folder, f"{CHECKSUM_FILE} is missing, so it was not written to its end"
+            folder, f"{CHECKSUM_FILE} is missing, so the write did not finish"
         ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise DamagedCheckpointError(
@@ -383,7 +382,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _disk_errors_named(folder: Path) -> Iterator[None]:
-    """A write that fails does not say where; here it does."""
+    """Add the folder to an OSError of a write, which lacks it."""
     try:
         yield
     except OSError as error:
@@ -395,12 +394,12 @@ def _disk_errors_named(folder: Path) -> Iterator[None]:
 # -- the state without its tensors ----------------------------------------------------------------
 
 
-def _take_tensors(node: Any, path: str, tensors: dict[str, Tensor | Piece]) -> Any:
-    """A copy of ``node`` with each tensor moved to ``tensors`` and named in its place."""
-    from torch import Tensor  # only here: who reads no tensors need not wait for torch
+def _take_tensors(node: Any, path: str, tensors: dict[str, Tensor | TensorShard]) -> Any:
+    """A copy of ``node`` with each tensor moved to ``tensors`` and its name in its place."""
+    from torch import Tensor  # not at the top: reading state.json needs no torch
 
-    if isinstance(node, Tensor | Piece):
-        # safetensors takes no tensor that is not contiguous
+    if isinstance(node, Tensor | TensorShard):
+        # safetensors accepts contiguous tensors only
         tensors[path] = node.detach().contiguous() if isinstance(node, Tensor) else node
         return {_TENSOR: path}
     if isinstance(node, Mapping):
@@ -415,8 +414,8 @@ def _take_tensors(node: Any, path: str, tensors: dict[str, Tensor | Piece]) -> A
     raise TypeError(f"a checkpoint cannot hold {type(node).__name__} (at {path})")
 
 
-def _put_tensors(node: Any, tensors: Mapping[str, Tensor | Piece]) -> Any:
-    """``node`` with each named tensor in its place, None where it was not wanted."""
+def _put_tensors(node: Any, tensors: Mapping[str, Tensor | TensorShard]) -> Any:
+    """``node`` with the tensors back in their places, None for those that were not wanted."""
     if isinstance(node, dict):
         if _TENSOR in node:
             return tensors.get(node[_TENSOR])
@@ -430,17 +429,17 @@ def _put_tensors(node: Any, tensors: Mapping[str, Tensor | Piece]) -> Any:
 
 
 def _file_numbers(names: Iterable[str]) -> dict[str, int]:
-    """The model's tensors in the first file, all others in the second; no file is empty."""
+    """The model's tensors go to file 1, all others to file 2; no file is empty."""
     has_weights = any(weights(name) for name in names)
     return {name: 1 if weights(name) or not has_weights else 2 for name in names}
 
 
 def holding(folder: Path) -> dict[str, list[str]]:
-    """The files that hold each tensor: one, or several with a piece each."""
+    """The files of each tensor: one, or several with a shard each."""
     try:
         content = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
         files: dict[str, list[str]] = {name: [file] for name, file in content["weight_map"].items()}
-        files.update(content.get("pieces", {}))
+        files.update(content.get("shards", {}))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DamagedCheckpointError(
             folder, f"{INDEX_FILE} cannot be read ({_reason(error)})"

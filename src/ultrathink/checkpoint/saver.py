@@ -1,4 +1,4 @@
-"""Writing checkpoints beside the training thread."""
+"""Writes checkpoints in a thread beside the training thread."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import Protocol
 
 from ultrathink.checkpoint.format import WHOLE_MODEL, Header, Write, save_checkpoint
-from ultrathink.checkpoint.snapshots import Carried, SnapshotWriter
+from ultrathink.checkpoint.snapshots import EmbeddedSnapshot, SnapshotWriter
 from ultrathink.core.protocols import State
-from ultrathink.core.team import Alone, Team
+from ultrathink.core.store import LocalStore, SharedStore
 
-_LOOK_S = 0.1  # between looks at a save that is waited for; a signal is heard in each
-# Of the writing thread: a thirtieth of a core beside training. At 10 training lost a ninth of the
-# time that writing took, at 19 a checkpoint takes twice as long and costs no less.
+_POLL_S = 0.1  # while waiting for a save; signals are handled between polls
+# Of the writing thread: it takes about 1/30 of a core beside training. At 10 training lost 1/9 of
+# the time that writing took; at 19 a checkpoint takes twice as long and costs no less.
 _NICENESS = 15
-_EXIT_S = 10.0  # a save that was given up may take so long to notice, before the process ends
+_EXIT_S = 10.0  # at exit, how long an abandoned save may take to notice
 
 
 class CheckpointFolder(Protocol):
-    """Where checkpoints go; ``RunFolder`` is one."""
+    """The folder of a run's checkpoints, such as ``RunFolder``."""
 
     @property
     def checkpoints(self) -> Path: ...
@@ -37,10 +37,10 @@ class CheckpointFolder(Protocol):
     def step_path(self, step: int) -> Path: ...
 
     def founding(self) -> dict[str, bytes]:
-        """The files without which a checkpoint is of no use."""
+        """The files that a checkpoint is useless without."""
 
     def restore_founding(self, files: dict[str, bytes]) -> bool:
-        """Write those that are gone again; whether there were any."""
+        """Rewrite the missing ones; returns whether there were any."""
 
     def save(
         self,
@@ -49,21 +49,21 @@ class CheckpointFolder(Protocol):
         *,
         is_best: bool,
         keep: int,
-        team: Team | None,
+        store: SharedStore | None,
         write: Write,
     ) -> Path: ...
 
 
-class SaveGivenUpError(Exception):
-    """A save that was not to be finished."""
+class SaveAbandonedError(Exception):
+    """The save was abandoned."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended: ``path`` is whole where ``error`` is None.
+    """How a save ended: ``path`` is complete if ``error`` is None.
 
-    ``restored`` tells that the run folder, or files without which its checkpoints are of no use,
-    had vanished and were written again.
+    ``restored``: the run folder, or files that its checkpoints need, had vanished and were
+    rewritten.
     """
 
     step: int
@@ -79,24 +79,24 @@ class _Save:
     step: int
     state: State
     is_best: bool
-    team: Team
-    carried: Sequence[Carried]
-    given_up: threading.Event = field(default_factory=threading.Event)
+    store: SharedStore
+    embedded: Sequence[EmbeddedSnapshot]
+    abandoned: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
 
     def check(self) -> None:
-        if self.given_up.is_set():
-            raise SaveGivenUpError(f"the save of step {self.step} was given up")
+        if self.abandoned.is_set():
+            raise SaveAbandonedError(f"the save of step {self.step} was abandoned")
 
     def wait(self) -> None:
-        while not self.done.wait(_LOOK_S):
+        while not self.done.wait(_POLL_S):
             pass
 
 
 class CheckpointSaver:
-    """Writes one checkpoint at a time, each in a thread that ends with it; ``header`` is theirs.
+    """Writes one checkpoint at a time, with ``header``, each in its own thread.
 
-    Its methods are for one thread, the training one. What goes wrong is an outcome, never raised.
+    Only the training thread may call its methods. Errors are reported as outcomes, never raised.
     """
 
     def __init__(self, run: CheckpointFolder, keep: int, header: Header = WHOLE_MODEL) -> None:
@@ -111,9 +111,9 @@ class CheckpointSaver:
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way that was not given up."""
+        """Whether a save is running that was not abandoned."""
         save = self._newest
-        return save is not None and not save.done.is_set() and not save.given_up.is_set()
+        return save is not None and not save.done.is_set() and not save.abandoned.is_set()
 
     def submit(
         self,
@@ -121,17 +121,17 @@ class CheckpointSaver:
         state: State,
         *,
         is_best: bool,
-        team: Team | None = None,
-        carried: Sequence[Carried] = (),
+        store: SharedStore | None = None,
+        embedded: Sequence[EmbeddedSnapshot] = (),
     ) -> None:
-        """Write ``state``, which nobody else may change, after the save under way has ended.
+        """Write ``state``, which must not change any more, after the current save has ended.
 
-        With ``team``, whose processes all do this, each with what it holds. ``carried`` are the
-        snapshots that the checkpoint is to hold.
+        All processes that share ``store`` call it, each with its own shards. The snapshots
+        ``embedded`` go into the checkpoint.
         """
         if self._newest is not None:
             self._newest.wait()
-        save = _Save(step, state, is_best, team or Alone(), carried)
+        save = _Save(step, state, is_best, store or LocalStore(), embedded)
         self._newest = save
         _WRITING.add(save)
         thread = threading.Thread(
@@ -139,63 +139,63 @@ class CheckpointSaver:
         )
         try:
             thread.start()
-        except RuntimeError as error:  # no more threads are to be had
+        except RuntimeError as error:  # the system has no more threads
             self._end(save, time.perf_counter(), error, restored=False)
 
     def outcomes(self) -> list[Outcome]:
-        """The saves that ended since the last call, in order; none of one that was given up."""
+        """The saves that ended since the last call, in order, without abandoned ones."""
         with self._outcomes_lock:
             taken, self._outcomes = self._outcomes, []
         return taken
 
     def wait(self) -> None:
-        """Return when no save is under way."""
+        """Return when no save is running."""
         if self._newest is not None and self.busy:
             self._newest.wait()
 
     def close(self, wait: bool = True) -> None:
-        """Wait for the save under way; or give it up, which takes it a moment to notice.
+        """Wait for the running save, or abandon it and wait until it notices.
 
-        Only then may another process use the run folder.
+        Another process may use the run folder only after this.
         """
         if wait:
             self.wait()
         elif self._newest is not None:
-            self._newest.given_up.set()
+            self._newest.abandoned.set()
             self._newest.done.wait(_EXIT_S)
 
     def _write(self, save: _Save) -> None:
         began, restored = time.perf_counter(), False
         error: Exception | None = None
-        _step_back()
+        _lower_priority()
         try:
-            if save.team.rank == 0:
+            if save.store.rank == 0:
                 restored = self._run.restore_founding(self._founding)
-                with suppress(OSError):  # they change: what length was chosen, segments
+                with suppress(OSError):  # they change: the chosen length, the segments
                     self._founding.update(self._run.founding())
             self._run.save(
                 save.step,
                 save.state,
                 is_best=save.is_best,
                 keep=self._keep,
-                team=save.team,
+                store=save.store,
                 write=partial(
                     save_checkpoint,
                     check=save.check,
-                    team=save.team,
-                    add=partial(self.snapshots.write, save.carried),
+                    store=save.store,
+                    add=partial(self.snapshots.write, save.embedded),
                     header=self._header,
                 ),
             )
-        except BaseException as caught:  # nobody else would hear of it, and all would wait
+        except BaseException as caught:  # else it is lost, and all processes wait for ever
             _forget_locals(caught)
             error = caught if isinstance(caught, Exception) else RuntimeError(repr(caught))
         finally:
             self._end(save, began, error, restored)
 
     def _end(self, save: _Save, began: float, error: Exception | None, restored: bool) -> None:
-        save.state, save.carried = {}, ()
-        if not isinstance(error, SaveGivenUpError):
+        save.state, save.embedded = {}, ()
+        if not isinstance(error, SaveAbandonedError):
             outcome = Outcome(
                 step=save.step,
                 path=self._run.step_path(save.step),
@@ -209,11 +209,11 @@ class CheckpointSaver:
         save.done.set()
 
 
-def _step_back() -> None:
-    """Let other threads have the cores first, where the system knows priorities of threads.
+def _lower_priority() -> None:
+    """Lower the priority of this thread, on systems that have priorities of threads.
 
-    Training on a CPU computes with all cores and waits for the slowest: a writer with equal rights
-    holds it up by twice its own work.
+    Training on a CPU uses all cores and waits for the slowest: a writer of equal priority delays
+    it by twice its own work.
     """
     if sys.platform == "linux":
         with suppress(OSError):
@@ -225,19 +225,19 @@ _WRITING: weakref.WeakSet[_Save] = weakref.WeakSet()
 
 @atexit.register
 def _end_writing() -> None:
-    """Let no thread write while the interpreter falls apart: that would abort the process.
+    """Finish running saves before the interpreter shuts down, which would abort the process.
 
-    What is being written is finished, unless it was given up.
+    Abandoned saves only get time to notice.
     """
     for save in _WRITING.copy():
-        if save.given_up.is_set():
+        if save.abandoned.is_set():
             save.done.wait(_EXIT_S)
         else:
             save.wait()
 
 
 def _forget_locals(error: BaseException | None) -> None:
-    """Let an error keep the lines where it arose but not what was there: a whole state."""
+    """Keep the traceback of an error, but not its local variables, which hold a whole state."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__

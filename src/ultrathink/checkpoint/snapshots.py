@@ -1,14 +1,13 @@
-"""The snapshots that a checkpoint carries, so that a resumed run can go back beyond its start.
+"""Snapshots embedded in a checkpoint, so that a resumed run can roll back to before its start.
 
-Each is a folder below ``snapshots`` in the same form as a checkpoint, with checksums of its own:
-one that is damaged is lost, and the checkpoint is not. They never change, so one that an earlier
-checkpoint holds is given a second name in the new one (a hard link) and takes no space again.
+Each is a folder below ``snapshots`` in the format of a checkpoint, with its own checksums: if one
+is damaged, only that snapshot is lost. Snapshots never change, so one that an earlier checkpoint
+holds is hard-linked into the new one and takes no further space.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,37 +21,37 @@ from ultrathink.checkpoint.format import (
     save_checkpoint,
     verify_checkpoint,
 )
-from ultrathink.core.files import sync_folder
+from ultrathink.core.files import clean_up, sync_folder
 from ultrathink.core.protocols import State
-from ultrathink.core.team import PartOfWork, Team
+from ultrathink.core.store import PrefixStore, SharedStore
 
-SNAPSHOTS = "snapshots"  # the folder in a checkpoint, and in its state the steps of what it holds
-_TO_WRITE = "snapshots to write"  # on the team's board
+SNAPSHOTS = "snapshots"  # the folder in a checkpoint, and the list of their steps in its state
+_TO_WRITE = "snapshots to write"  # key in the shared store
 
 
 @dataclass(frozen=True)
-class Carried:
-    """A snapshot to write; ``key`` stands for it as long as the process lives."""
+class EmbeddedSnapshot:
+    """A snapshot to write into a checkpoint; ``key`` identifies it within this process."""
 
     key: int
     step: int
-    state: State  # nobody changes it any more
+    state: State  # never modified
 
 
 def snapshot_path(checkpoint: Path, step: int) -> Path:
-    """Where a checkpoint holds the snapshot of ``step``."""
+    """The folder of the snapshot of ``step`` in a checkpoint."""
     return checkpoint / SNAPSHOTS / f"step_{step:08d}"
 
 
-def carried_steps(state: Mapping[str, Any]) -> list[int]:
-    """The steps of the snapshots that a checkpoint with this state was written with."""
+def embedded_steps(state: Mapping[str, Any]) -> list[int]:
+    """The steps of the snapshots embedded in a checkpoint with this state."""
     return [int(step) for step in state.get(SNAPSHOTS, ())]
 
 
 def problems_of_snapshots(checkpoint: Path, state: Mapping[str, Any]) -> dict[int, str]:
-    """What is wrong with each snapshot that is not as it was written, by its step."""
+    """The problem of each damaged or missing snapshot, by step."""
     problems = {}
-    for step in carried_steps(state):
+    for step in embedded_steps(state):
         try:
             verify_checkpoint(snapshot_path(checkpoint, step))
         except DamagedCheckpointError as error:
@@ -62,42 +61,44 @@ def problems_of_snapshots(checkpoint: Path, state: Mapping[str, Any]) -> dict[in
 
 
 class SnapshotWriter:
-    """Writes snapshots into the coming checkpoints below ``checkpoints``."""
+    """Writes snapshots into new checkpoints below ``checkpoints``."""
 
     def __init__(self, checkpoints: Path) -> None:
         self._checkpoints = checkpoints
-        # Of each that is on the disk, by its key: a step alone may stand for a history undone.
+        # Of each on the disk, by key: after a rollback two snapshots may have the same step.
         self._checksums: dict[int, bytes] = {}
 
     def note(self, key: int, folder: Path) -> None:
-        """``folder`` holds the snapshot ``key``."""
+        """Record that ``folder`` holds the snapshot ``key``."""
         self._checksums[key] = (folder / CHECKSUM_FILE).read_bytes()
 
-    def write(self, carried: Sequence[Carried], beside: Path, check: Check, team: Team) -> None:
-        """Bring ``carried`` into the unfinished checkpoint ``beside``; all of ``team`` call it."""
-        if not carried:
+    def write(
+        self, embedded: Sequence[EmbeddedSnapshot], beside: Path, check: Check, store: SharedStore
+    ) -> None:
+        """Add ``embedded`` to the unfinished checkpoint ``beside``; every process calls it."""
+        if not embedded:
             return
-        if team.rank == 0:
+        if store.rank == 0:
             to_write: list[int] = []
             try:
-                self._forget_all_but({one.key for one in carried})
-                to_write = [one.key for one in carried if not self._link(one, beside, check)]
+                self._forget_all_but({one.key for one in embedded})
+                to_write = [one.key for one in embedded if not self._link(one, beside, check)]
             finally:
-                team.put(_TO_WRITE, to_write)
+                store.put(_TO_WRITE, to_write)
         else:
-            [to_write] = team.wait_for([_TO_WRITE], check)
-        for one in carried:
+            [to_write] = store.wait_for([_TO_WRITE], check)
+        for one in embedded:
             if one.key in to_write:
                 target = snapshot_path(beside, one.step)
-                save_checkpoint(target, one.state, check, PartOfWork(team, target.name))
-                if team.rank == 0:
+                save_checkpoint(target, one.state, check, PrefixStore(store, target.name))
+                if store.rank == 0:
                     self.note(one.key, target)
 
     def _forget_all_but(self, keys: set[int]) -> None:
         self._checksums = {key: sums for key, sums in self._checksums.items() if key in keys}
 
-    def _link(self, one: Carried, beside: Path, check: Check) -> bool:
-        """Give files of an earlier checkpoint a second name; whether that could be done."""
+    def _link(self, one: EmbeddedSnapshot, beside: Path, check: Check) -> bool:
+        """Hard-link the files from an earlier checkpoint; returns whether that succeeded."""
         sums = self._checksums.get(one.key)
         if sums is None:
             return False
@@ -113,15 +114,15 @@ class SnapshotWriter:
                     os.link(file, target / file.name)
                 sync_folder(target)
                 sync_folder(target.parent)
-            except OSError:  # a file system that knows no such links
-                shutil.rmtree(target, ignore_errors=True)
+            except OSError:  # a file system without hard links
+                clean_up(target)
                 return False
             return True
         return False
 
 
 def _holds(folder: Path, sums: bytes) -> bool:
-    """Whether ``folder`` is the one with these checksums, as far as sizes tell."""
+    """Whether ``folder`` has these checksums and files of the recorded sizes."""
     try:
         return (folder / CHECKSUM_FILE).read_bytes() == sums and has_its_sizes(folder)
     except OSError:

@@ -1,9 +1,9 @@
 """The tensors of a checkpoint: safetensors through torch's distributed checkpoint.
 
-These are the steps of ``dcp.save`` and ``dcp.load``, taken one by one: those functions warn where
-no process group is there, and a thread cannot silence a warning without silencing those of others
-meanwhile; where one is there they exchange plans, for which the training thread would have to wait.
-Each process knows what it holds, and the heads of its files say where that belongs.
+These are the steps of ``dcp.save`` and ``dcp.load``, called one by one. Without a process group
+those two functions warn, and a thread cannot silence a warning without silencing those of other
+threads; with one they exchange plans, and the training thread would have to wait for that.
+Here each process writes its own shards, and the header of each file records their offsets.
 """
 
 from __future__ import annotations
@@ -43,35 +43,35 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from ultrathink.core.pieces import Piece, Region
+from ultrathink.core.shards import Region, TensorShard
 
 Shapes: TypeAlias = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
-_PIECE_BYTES = 1 << 22
+_BLOCK_BYTES = 1 << 22
 
 
 def write_tensors(
     folder: Path,
-    tensors: Mapping[str, Tensor | Piece],
+    tensors: Mapping[str, Tensor | TensorShard],
     file_numbers: Mapping[str, int],
     check: Callable[[], None],
-    shard: int | None = None,
+    process: int | None = None,
 ) -> dict[str, list[str]]:
-    """Write each tensor, or this process's piece of it, to the file of its number (from 1 on).
+    """Write each tensor, or this process's shard of it, to the file of its number (from 1).
 
-    ``shard`` counts the processes from 1 where there are several; each has files of its own, a
-    tensor that is no piece is written by the first. Returns the names in each file. ``check`` is
-    called every few megabytes.
+    ``process`` counts from 1, and is None for a run of one process. Each process has its own
+    files; a tensor that is not divided is written by the first. Returns the tensor names in each
+    file. ``check`` is called every few megabytes.
     """
-    pieces = {name: _as_piece(value, shard) for name, value in tensors.items()}
-    local = {name: piece.local for name, piece in pieces.items() if piece.local is not None}
+    shards = {name: _as_shard(value, process) for name, value in tensors.items()}
+    local = {name: shard.local for name, shard in shards.items() if shard.local is not None}
     writer = HuggingFaceStorageWriter(path=str(folder), fqn_to_index_mapping=dict(file_numbers))
-    writer.per_thread_copy_ahead = 0  # else it waits for the work of the default CUDA stream
+    writer.per_thread_copy_ahead = 0  # above 0 it would wait for the default CUDA stream
     writer.fs = _CheckedFiles(check)
     writer.set_up_storage_writer(is_coordinator=True)
     plan = SavePlan(
-        [_write_item(name, pieces[name], tensor) for name, tensor in local.items()],
-        storage_data={"fqn_to_index_mapping": dict(file_numbers), "shard_index": shard},
+        [_write_item(name, shards[name], tensor) for name, tensor in local.items()],
+        storage_data={"fqn_to_index_mapping": dict(file_numbers), "shard_index": process},
     )
     writes = writer.write_data(plan, _Resolver(local))
     writes.wait()
@@ -81,22 +81,22 @@ def write_tensors(
     return files
 
 
-def _as_piece(value: Tensor | Piece, shard: int | None) -> Piece:
-    if isinstance(value, Piece):
+def _as_shard(value: Tensor | TensorShard, process: int | None) -> TensorShard:
+    if isinstance(value, TensorShard):
         return value
-    local = value if shard in (None, 1) else None
-    return Piece(local, (0,) * value.ndim, tuple(value.shape), value.dtype)
+    local = value if process in (None, 1) else None
+    return TensorShard(local, (0,) * value.ndim, tuple(value.shape), value.dtype)
 
 
-def _write_item(name: str, piece: Piece, local: Tensor) -> WriteItem:
-    offset = torch.Size(piece.offset)
+def _write_item(name: str, shard: TensorShard, local: Tensor) -> WriteItem:
+    offset = torch.Size(shard.offset)
     return WriteItem(
         index=MetadataIndex(name, offset),
         type=WriteItemType.SHARD,
         tensor_data=TensorWriteData(
             chunk=ChunkStorageMetadata(offsets=offset, sizes=local.shape),
             properties=TensorProperties.create_from_tensor(local),
-            size=torch.Size(piece.shape),
+            size=torch.Size(shard.shape),
         ),
     )
 
@@ -117,15 +117,15 @@ def read_tensors(
     files: Collection[str],
     wanted: Callable[[str], bool],
     region: Region | None = None,
-) -> dict[str, Tensor | Piece]:
-    """The ``wanted`` tensors that are in ``files`` of ``folder``.
+) -> dict[str, Tensor | TensorShard]:
+    """The ``wanted`` tensors in ``files`` of ``folder``.
 
-    Of a tensor for which ``region(name, shape)`` gives an offset and a size, only that piece.
+    Where ``region(name, shape)`` gives an offset and a size, only that part is read.
     """
     reader = _reader(folder, files)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
-    found: dict[str, Tensor | Piece] = {}
+    found: dict[str, Tensor | TensorShard] = {}
     targets: dict[str, Tensor] = {}
     items: list[ReadItem] = []
     for name, (shape, dtype) in _shapes(metadata).items():
@@ -134,7 +134,9 @@ def read_tensors(
         part = region(name, shape) if region is not None else None
         offset, size = part or ((0,) * len(shape), shape)
         targets[name] = torch.empty(size, dtype=dtype)
-        found[name] = targets[name] if part is None else Piece(targets[name], offset, shape, dtype)
+        found[name] = (
+            targets[name] if part is None else TensorShard(targets[name], offset, shape, dtype)
+        )
         chunk = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(size))
         if 0 not in size:
             entry = metadata.state_dict_metadata[name]
@@ -145,7 +147,7 @@ def read_tensors(
 
 
 class _Filler(DefaultLoadPlanner):
-    """Gives the reader the place of each item."""
+    """Gives the reader the target of each item."""
 
     def __init__(self, targets: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -160,11 +162,11 @@ class _Filler(DefaultLoadPlanner):
         return target
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Nothing is left to do: the tensor is a view of its target."""
+        """Nothing to do: the tensor is a view of its target."""
 
 
 def read_shapes(folder: Path, files: Collection[str]) -> Shapes:
-    """Shape and type of every tensor in ``files`` of ``folder``, from their heads only."""
+    """Shape and type of every tensor in ``files`` of ``folder``, from the file headers only."""
     return _shapes(_reader(folder, files).read_metadata())
 
 
@@ -178,12 +180,12 @@ def _shapes(metadata: Metadata) -> Shapes:
     return {
         name: (tuple(entry.size), entry.properties.dtype)
         for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)  # the only kind that is written here
+        if isinstance(entry, TensorStorageMetadata)  # the only kind written here
     }
 
 
 class _NamedFiles(FileSystem):
-    """Lists the named files only, so that damage to others does not matter."""
+    """Lists only the named files, so that damage to the others does not matter."""
 
     def __init__(self, names: Collection[str]) -> None:
         self.names = sorted(names)
@@ -193,7 +195,7 @@ class _NamedFiles(FileSystem):
 
 
 class _CheckedFiles(FileSystem):
-    """Writes files piece by piece, with a check before each."""
+    """Writes files in blocks of a few megabytes, with a check before each."""
 
     def __init__(self, check: Callable[[], None]) -> None:
         self.check = check
@@ -218,5 +220,5 @@ class _CheckedFile(io.FileIO):
         left = memoryview(data).cast("B")
         while left:
             self.check()
-            left = left[super().write(left[:_PIECE_BYTES]) :]
+            left = left[super().write(left[:_BLOCK_BYTES]) :]
         return memoryview(data).nbytes

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ultrathink.cli.arguments import add_plugin_argument, load_plugins
-from ultrathink.core.streams import tell
+from ultrathink.core.streams import print_stderr
 
 if TYPE_CHECKING:
     from ultrathink.runs.decisions import Audit
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         decision=args.decision,
         orders=args.orders,
         horizon=args.horizon,
-        tell=tell,
+        report=print_stderr,
     )
     if args.json:
         print(json.dumps({number: asdict(audit) for number, audit in results.items()}))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ultrathink.cli.arguments import generate_command
 from ultrathink.core.errors import UltrathinkError, closest
-from ultrathink.core.streams import tell
+from ultrathink.core.streams import print_stderr
 
 if TYPE_CHECKING:
     from ultrathink.runs.inspection import Contents
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     folder, remark = consolidate(found, which, args.output)
     if remark:
-        tell(f"warning: {remark}")
+        print_stderr(f"warning: {remark}")
     if args.json:
         print(json.dumps({"folder": str(folder)}))
     else:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 def _show(contents: Contents, *, with_tensors: bool, as_json: bool) -> None:
     if as_json:
         tensors = [
-            {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "shards": t.num_pieces}
+            {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "shards": t.num_shards}
             for t in contents.tensors
         ]
         plain = {
@@ -111,5 +111,5 @@ def _show(contents: Contents, *, with_tensors: bool, as_json: bool) -> None:
     if with_tensors:
         print(f"  {len(contents.tensors)} tensors:")
         for tensor in contents.tensors:
-            shards = f"  in {tensor.num_pieces} shards" if tensor.num_pieces > 1 else ""
+            shards = f"  in {tensor.num_shards} shards" if tensor.num_shards > 1 else ""
             print(f"    {tensor.dtype:<9} {list(tensor.shape)!s:<14} {tensor.name}{shards}")

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 
-from ultrathink.core.streams import tell
+from ultrathink.core.streams import print_stderr
 
 _EPILOG = """examples:
   ultrathink generate demo "def main():"
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     config, given = find_run(name).read_config(), len(tokenizer.encode(prompt))
     trained = max(config.data.seq_len, config.model.max_positions or 0)
     if given > trained:
-        tell(
+        print_stderr(
             f"note: the prompt has {given:,} tokens, and the model was trained on sequences of "
             f"{trained:,}: it reads them all, but what it writes may be poor. Shorten the prompt, "
             f"or train with a larger data.seq_len."

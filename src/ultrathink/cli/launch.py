@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ultrathink.cli import train
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.core.streams import tell
+from ultrathink.core.streams import print_stderr
 
 _EPILOG = """examples:
   ultrathink launch --nproc 2 debug     two processes on this machine
@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
             max_restarts=args.max_restarts,
             log_folder=args.log_dir,
         ),
-        tell=tell,
+        report=print_stderr,
     )
     if result.reason and result.status not in (2, 70):
-        tell(f"error: {result.reason}.")
+        print_stderr(f"error: {result.reason}.")
     return result.status
 
 

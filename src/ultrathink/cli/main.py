@@ -14,7 +14,7 @@ from typing import NoReturn, cast
 from ultrathink import __version__
 from ultrathink.cli.arguments import takes_config
 from ultrathink.core.errors import UltrathinkError, closest, suggestion
-from ultrathink.core.streams import discard, tell
+from ultrathink.core.streams import discard, print_stderr
 
 # Name -> its one line of help. The module of that name in this package is imported only when its
 # command is used, and offers `configure(parser)` and `run(args) -> exit status`.
@@ -117,7 +117,7 @@ def report(error: UltrathinkError | KeyboardInterrupt | OSError) -> int:
         _complain(str(error))
         return USER_ERROR
     if isinstance(error, KeyboardInterrupt):
-        tell("interrupted")
+        print_stderr("interrupted")
         return INTERRUPTED
     if isinstance(error, BrokenPipeError):
         discard(sys.stdout)
@@ -184,7 +184,7 @@ examples:
 
 def _complain(message: str) -> None:
     """Print a message; the lines of a longer one stand below each other."""
-    tell("error: " + message.replace("\n", "\n       "))
+    print_stderr("error: " + message.replace("\n", "\n       "))
 
 
 def _system_message(error: OSError) -> str:

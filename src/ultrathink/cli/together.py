@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.core.streams import tell
+from ultrathink.core.streams import print_stderr
 
 
 def is_launched() -> bool:
@@ -52,7 +52,7 @@ def run_together(act: Callable[[], int]) -> NoReturn:
             status = report(known)
             status = OUT_OF_MEMORY if isinstance(known, SmallerStartError) else status
         else:
-            tell(f"error: process {world.rank} failed:")
+            print_stderr(f"error: process {world.rank} failed:")
             traceback.print_exc()
             status = EXCEPTION
         leave_status(world, status)

@@ -22,7 +22,7 @@ from ultrathink.cli.arguments import (
 from ultrathink.cli.together import is_launched, run_together
 from ultrathink.config import load_config
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.core.streams import tell
+from ultrathink.core.streams import print_stderr
 from ultrathink.training.changes import Stop
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     if is_launched():
-        from ultrathink.parallel.restarts import run_to_go_on_with
+        from ultrathink.parallel.restarts import run_to_resume
 
-        path = run_to_go_on_with()
+        path = run_to_resume()
         if path is not None:
             return _resume(str(path), [], [], args.json)
     source, overrides = split_config_and_overrides(args.positionals)
@@ -141,10 +141,10 @@ def _audit_if_asked(trainer: Trainer) -> None:
     from ultrathink.recipes.audit import audit_run
 
     if trainer.world.size > 1:
-        tell(f"audit the decisions with one process: ultrathink audit {trainer.run.path}")
+        print_stderr(f"audit the decisions with one process: ultrathink audit {trainer.run.path}")
         return
-    for number, audit in audit_run(trainer.run, tell=tell).items():
-        tell(described(number, audit))
+    for number, audit in audit_run(trainer.run, report=print_stderr).items():
+        print_stderr(described(number, audit))
 
 
 def _is_main() -> bool:
@@ -232,7 +232,7 @@ def _report_finished(run: Path, step: int, as_json: bool) -> int:
 
         print(json.dumps({"run": str(run), "ending": FINISHED.name, "step": step}))
     else:
-        tell(
+        print_stderr(
             f"Run {run} is finished: step {step:,} was its last. To train it longer: "
             f"ultrathink train --resume {run} training.max_steps={2 * step}"
         )

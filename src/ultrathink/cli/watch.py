@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ultrathink.cli.arguments import file_to_write
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.core.streams import tell
+from ultrathink.core.streams import print_stderr
 
 if TYPE_CHECKING:
     from ultrathink.cli.watch_view import FollowView
@@ -142,7 +142,7 @@ class _Follower:
         assert self._view is not None
         news = self._analysis.log.poll()
         if news.is_replaced:
-            tell(f"{self._file} was cut or replaced; it is read from its beginning")
+            print_stderr(f"{self._file} was cut or replaced; it is read from its beginning")
             self._analysis = None
             return self._look()
         for signals in news.signals:
@@ -153,7 +153,7 @@ class _Follower:
     def _wait(self, reason: str) -> None:
         if reason != self._waits_for:
             self._waits_for = reason
-            tell(f"waiting: {reason}")
+            print_stderr(f"waiting: {reason}")
 
 
 def _picture_path(text: str | None) -> Path | None:

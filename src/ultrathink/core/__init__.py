@@ -1,1 +1,1 @@
-"""What every other package may lean on: errors, registries, durations, files, random state."""
+"""The foundation of all packages: errors, registries, durations, files, random state."""

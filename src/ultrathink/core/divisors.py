@@ -1,8 +1,8 @@
-"""Whole numbers that divide others."""
+"""Divisors of whole numbers."""
 
 from __future__ import annotations
 
 
 def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of ``number`` that is not above ``most``; 1 where that is below 1."""
+    """The largest divisor of ``number`` that is not above ``most``, at least 1."""
     return max(d for d in range(1, number + 1) if number % d == 0 and d <= max(1, most))

@@ -65,7 +65,7 @@ class Duration:
     @classmethod
     def _ratio(cls, share: float) -> Duration:
         if not 0 <= share <= 1:
-            raise ValueError(f"a share of the run lies between 0 and 1 (0% and 100%), not {share}")
+            raise ValueError(f"a share of the run is between 0 and 1 (0% and 100%), not {share}")
         return cls(share, "ratio")
 
     def to_steps(self, *, total_steps: int, tokens_per_step: int, seconds_per_step: float) -> int:
@@ -79,7 +79,7 @@ class Duration:
         return round(self.value * 60 / max(seconds_per_step, 1e-9))
 
     def __str__(self) -> str:
-        """What ``parse`` reads back as the same length."""
+        """The text that ``parse`` reads as the same length."""
         amount = format(Decimal(repr(float(self.value))), "f")  # never with an exponent
         if self.unit == "ratio":
             return amount if "." in amount else f"{amount}.0"

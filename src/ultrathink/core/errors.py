@@ -1,4 +1,4 @@
-"""The errors a user can cause, each naming the field, the value and the fix."""
+"""Errors caused by users; each message names the field, the value and the fix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UltrathinkError(ValueError):
-    """A mistake the user can mend; the command line prints its message without a stack trace."""
+    """An error that the user can fix; the command line prints it without a stack trace."""
 
 
 class ConfigError(UltrathinkError):
@@ -23,21 +23,21 @@ class CheckpointError(UltrathinkError):
 
 
 class OutOfMemoryError(UltrathinkError):
-    """What is to be trained does not fit into memory; the message says what to change."""
+    """The training does not fit into memory; the message says what to change."""
 
 
 class MissingDependencyError(UltrathinkError):
-    """An optional package is absent; the message names the extra that installs it."""
+    """An optional package is missing; the message names the extra that installs it."""
 
 
 def closest(name: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The candidate most like ``name``, or None when nothing comes near."""
+    """The candidate most similar to ``name``, or None if none is similar."""
     matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
     return matches[0] if matches else None
 
 
 def suggestion(name: str, candidates: Iterable[str]) -> str:
-    """A sentence to end a message with: the nearest candidate, or the list of them."""
+    """A last sentence for a message: the nearest candidate, or all of them."""
     known = sorted(set(candidates))
     # Stricter than for keys: gelu is not a misspelt relu2. But bep is bpe with letters swapped.
     swapped = next((other for other in known if sorted(other) == sorted(name)), None)

@@ -6,14 +6,14 @@ from ultrathink.core.errors import ConfigError
 
 
 def layer_index(layer: int | float, num_layers: int, where: str) -> int:
-    """The index that ``layer`` names among ``num_layers``.
+    """The index of ``layer`` among ``num_layers``.
 
-    An index is itself; a fraction names the layer that begins there: 0.0 the first, 0.5 of 8 layers
-    index 4, 1.0 the last. Raises ConfigError, beginning with ``where``, for one that is not there.
+    A fraction names the layer that starts there: 0.0 the first, 0.5 of 8 layers index 4, 1.0 the
+    last. Raises ConfigError, starting with ``where``, for a layer that does not exist.
     """
     if isinstance(layer, bool) or not isinstance(layer, int | float):
         raise ConfigError(
-            f"{where}: {layer!r} is no layer; write an index (3) or a fraction (0.5)."
+            f"{where}: {layer!r} is not a layer; write an index (3) or a fraction (0.5)."
         )
     if isinstance(layer, float):
         if not 0.0 <= layer <= 1.0:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    # Nested lists and dicts of plain values, or tensors: all that a checkpoint can hold.
+    # What a checkpoint can hold: nested lists and dicts of plain values and tensors.
     StateValue: TypeAlias = Tensor | dict[str, Any] | list[Any] | str | int | float | bool | None
     State: TypeAlias = dict[str, StateValue]
 else:
@@ -16,7 +16,7 @@ else:
 
 @runtime_checkable
 class Stateful(Protocol):
-    """Something that remembers: what it returns is in every checkpoint, and comes back."""
+    """An object with a state, which every checkpoint contains."""
 
     def state_dict(self) -> State: ...
 

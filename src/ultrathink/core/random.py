@@ -1,4 +1,4 @@
-"""Random state: seeding every generator in use, and carrying their state through a checkpoint."""
+"""Random state: seeds every generator in use, and saves and restores their states."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def seed_everything(seed: int) -> None:
 
 
 def step_seed(seed: int, step: int, *whose: int) -> int:
-    """A seed for one user in one step: far from those of its neighbours, the same every time.
+    """A reproducible seed for one purpose in one step, independent of neighbouring ones.
 
     ``whose`` is the rank of a process, or the bytes of a name.
     """
@@ -47,7 +47,7 @@ def random_state() -> State:
 
 
 def set_random_state(state: State) -> None:
-    """Put every global generator back to ``state`` as ``random_state`` returned it."""
+    """Restore every global generator from what ``random_state`` returned."""
     values: dict[str, Any] = dict(state)
     version, keys, gauss = values["python"]
     random.setstate((version, tuple(keys), gauss))
@@ -57,7 +57,7 @@ def set_random_state(state: State) -> None:
 
 
 def torch_random_state() -> dict[str, Tensor]:
-    """The state of torch's own generators, which are all that a model draws from; quickly had."""
+    """The state of torch's generators, the only ones that a model uses; cheap to get."""
     state = {"torch": torch.get_rng_state()}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         state[f"cuda_{index}"] = torch.cuda.get_rng_state(index)
@@ -65,7 +65,7 @@ def torch_random_state() -> dict[str, Tensor]:
 
 
 def set_torch_random_state(state: Mapping[str, Tensor]) -> None:
-    """Put torch's generators back to ``state`` as ``torch_random_state`` returned it."""
+    """Restore torch's generators from what ``torch_random_state`` returned."""
     torch.set_rng_state(state["torch"].cpu())
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"cuda_{index}" in state:

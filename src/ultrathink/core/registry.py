@@ -1,4 +1,4 @@
-"""One registry for every kind of part: YAML names a part, the code behind it loads when used."""
+"""The registry of parts: YAML names a part, and its code is imported on first use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _loaded_entry_points = False
 
 @dataclass(frozen=True)
 class Entry(Generic[Part]):
-    """One registered name: its code (or where to import it from) and the class of its options."""
+    """A registered name: its code, or where to import it from, and the class of its options."""
 
     name: str
     target: Part | str  # "package.module:attribute" until first used
@@ -34,10 +34,10 @@ class Entry(Generic[Part]):
 
 
 class Registry(Generic[Part]):
-    """Maps names to parts of one kind, importing a part only when it is asked for.
+    """Maps names to parts of one kind, and imports a part on first use.
 
-    ``kind`` is what messages call a member ("optimizer"). A part is registered as the string
-    ``"package.module:attribute"``, or as the object itself with the ``register`` decorator.
+    ``kind`` is the name of a part in messages ("optimizer"). A part is registered as the string
+    ``"package.module:attribute"``, or as the object itself with the decorator ``register``.
     """
 
     def __init__(self, kind: str) -> None:
@@ -52,13 +52,13 @@ class Registry(Generic[Part]):
         options: type[Any] | None = None,
         extra: str | None = None,
     ) -> None:
-        """Register ``target`` under ``name``; a name is taken only once."""
+        """Register ``target`` under ``name``, which must be new."""
         if name in self._entries:
             raise ConfigError(f"{self.kind} {name!r} is registered already; choose another name.")
         self._entries[name] = Entry(name, target, options, extra)
 
     def register(self, name: str, *, options: type[Any] | None = None) -> Callable[[Part], Part]:
-        """Decorator form of ``add``, for parts that live in a user's own file."""
+        """Decorator form of ``add``, for parts in a user's file."""
 
         def decorate(part: Part) -> Part:
             self.add(name, part, options=options)
@@ -67,18 +67,18 @@ class Registry(Generic[Part]):
         return decorate
 
     def entry(self, name: str) -> Entry[Part]:
-        """The entry called ``name``; ConfigError suggests the nearest one where there is none."""
+        """The entry of ``name``; otherwise ConfigError suggests the nearest one."""
         if name not in self._entries:
             load_entry_points()
         if name not in self._entries:
             raise ConfigError(
                 f"there is no {self.kind} called {name!r}. {suggestion(name, self._entries)} "
-                f"A part of your own is loaded with --plugin FILE.py."
+                f"To load your own parts use --plugin FILE.py."
             )
         return self._entries[name]
 
     def load(self, name: str) -> Part:
-        """The part called ``name``, imported now if it was not yet."""
+        """The part of ``name``, imported if necessary."""
         entry = self.entry(name)
         if not isinstance(entry.target, str):
             return entry.target
@@ -107,7 +107,7 @@ class Registry(Generic[Part]):
 
 
 def load_plugin(path: str | Path) -> None:
-    """Run a user's Python file so that the parts it registers can be named in a config."""
+    """Run a user's Python file, so that a configuration can name the parts it registers."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"--plugin {path}: there is no such file.")
@@ -128,7 +128,7 @@ def load_plugin(path: str | Path) -> None:
 
 
 def load_entry_points() -> None:
-    """Import the parts of installed packages that declare themselves as plugins, once."""
+    """Import the plugins of installed packages, once."""
     global _loaded_entry_points
     if _loaded_entry_points:
         return

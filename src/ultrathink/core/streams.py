@@ -1,4 +1,4 @@
-"""Standard streams, whose reader may be gone."""
+"""Standard streams whose reader may have closed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 import sys
 from typing import IO, Any
 
-_discarded: dict[int, str] = {}  # descriptor -> why nothing written to it arrives any more
+_discarded: dict[int, str] = {}  # descriptor -> why its output is discarded
 
 
-def tell(text: str) -> None:
-    """Print to standard error at once; where nobody listens any more, that is no further error."""
+def print_stderr(text: str) -> None:
+    """Print to standard error and flush it; if its reader is gone, discard the output."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -18,11 +18,11 @@ def tell(text: str) -> None:
 
 
 def discard(stream: IO[Any], reason: str = "its reader is gone") -> None:
-    """Let a standard stream lead nowhere from now on; other streams are left alone.
+    """Redirect a standard stream to the null device from now on; other streams are unchanged.
 
-    What is still in its buffer would otherwise fail again when Python exits, and turn the exit
-    status of a program that did its work into 120. Since writing to it succeeds from then on,
-    ``reason`` is kept for ``why_discarded``.
+    Otherwise the rest of its buffer would fail again when Python exits, and change the exit status
+    of a successful program to 120. Because writing succeeds from then on, ``why_discarded`` keeps
+    the ``reason``.
     """
     try:
         descriptor = stream.fileno()
@@ -32,11 +32,11 @@ def discard(stream: IO[Any], reason: str = "its reader is gone") -> None:
             os.close(nowhere)
             _discarded[descriptor] = reason
     except (AttributeError, OSError, ValueError):
-        pass  # no file behind it, or closed already
+        pass  # not a file, or already closed
 
 
 def why_discarded(stream: IO[Any]) -> str | None:
-    """The reason for which ``discard`` was called on a standard stream; None where it was not."""
+    """The reason given to ``discard`` for a standard stream; None if it was not discarded."""
     try:
         return _discarded.get(stream.fileno())
     except (AttributeError, OSError, ValueError):

@@ -104,4 +104,4 @@ def wait_for_tick(folder: Path, stats: Iterable[Stat]) -> None:
         if probe.stat().st_ctime_ns > last_ns:
             break
         time.sleep(0.001)
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another process may use the same file

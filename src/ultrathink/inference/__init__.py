@@ -1,1 +1,1 @@
-"""Text from a model: sampling, streaming, stop texts."""
+"""Text generation: sampling, streaming, stop texts."""

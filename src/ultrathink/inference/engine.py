@@ -1,4 +1,4 @@
-"""Continuing texts with a model.
+"""Generates text with a model.
 
 Shapes: B prompts, T tokens, V vocabulary.
 """
@@ -31,22 +31,22 @@ FinishReason = Literal["stop", "length", "end_of_text"]
 
 @dataclass(frozen=True)
 class Generation:
-    """A continuation: its text without the prompt, and how it came to an end."""
+    """A continuation: its text without the prompt, and why it ended."""
 
     text: str
     prompt_tokens: int
-    """Tokens the model read before the first new one."""
+    """Tokens read before the first new one."""
     new_tokens: int
-    """Tokens drawn, those of a stop text and the end-of-text token included."""
+    """Sampled tokens, including those of a stop text and the end-of-text token."""
     finish_reason: FinishReason
 
 
 class Engine:
     """Generates text from a model and its tokenizer, for one prompt or a batch of them.
 
-    The model stays as it was: its weights, and the training or evaluation mode of each module. With
-    ``in_training`` it may be one that training goes on with: weights that its passes gather from
-    other processes are not tensors of inference mode, which training could not use.
+    The model is not changed: neither its weights nor the mode of any module. With ``in_training``
+    training can continue with the model afterwards: weights gathered from other processes are then
+    not inference-mode tensors, which training could not use.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class Engine:
     def generate(
         self, prompts: str | list[str], params: SamplingParams | None = None
     ) -> Generation | list[Generation]:
-        """Continue one prompt, or several of any lengths in one batch, each as it would be alone.
+        """Continue one prompt, or several of any lengths in one batch, each as if it were alone.
 
-        An empty prompt starts from the end-of-text token. With a seed every prompt draws the random
+        An empty prompt starts from the end-of-text token. With a seed, every prompt uses the random
         numbers of that seed.
         """
         if isinstance(prompts, str):
@@ -80,20 +80,20 @@ class Engine:
         return [text.generation() for text in texts]
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
-        """The text of ``generate`` in pieces, each as soon as it is certain.
+        """The text of ``generate`` in chunks, each as soon as it is certain.
 
-        A piece ends between characters, and nothing of a stop text appears in one. The model is in
-        evaluation mode until the iterator is exhausted or closed.
+        Chunks contain whole characters, and nothing of a stop text. The model is in evaluation mode
+        until the iterator is exhausted or closed.
         """
         text = _Continuation(self.tokenizer, prompt, params)
         num_shown = 0
         with closing(self._decode([text])) as steps:
             for _ in steps:
-                yield from text.pieces[num_shown:]
-                num_shown = len(text.pieces)
+                yield from text.chunks[num_shown:]
+                num_shown = len(text.chunks)
 
     def _decode(self, texts: list[_Continuation]) -> Generator[None, None, None]:
-        """Add a token to each unfinished text, again and again, until all are finished."""
+        """Add a token to each unfinished text until all are finished, yielding after each round."""
         if not texts:
             return
         with _evaluation_mode(self.model):
@@ -110,9 +110,9 @@ class Engine:
                     texts = [texts[row] for row in rows]
 
     def _next_logits(self, texts: list[_Continuation], cache: CacheView) -> Tensor:
-        """Logits ``[B, V]`` of the token after what is unread of each text; the cache reads it now.
+        """Logits ``[B, V]`` of the token after the unread tokens of each text, which it reads now.
 
-        Inference mode lasts for this call only: around a ``yield`` it would reach the caller.
+        Inference mode is limited to this call: around a ``yield`` it would affect the caller.
         """
         lengths = [len(text.unread) for text in texts]
         rows = [text.unread + [0] * (max(lengths) - len(text.unread)) for text in texts]
@@ -124,7 +124,7 @@ class Engine:
 
 
 class _Continuation:
-    """One prompt and what was generated after it so far."""
+    """One prompt and the text generated so far."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: str, params: SamplingParams | None) -> None:
         self.tokenizer = tokenizer
@@ -132,18 +132,18 @@ class _Continuation:
         self.unread = tokenizer.encode(prompt) or [tokenizer.eot_id]
         self.prompt_tokens = len(self.unread)
         self.new_tokens = 0
-        self.pieces: list[str] = []
+        self.chunks: list[str] = []
         self.finish_reason: FinishReason | None = None
         self._generator = new_generator(self.params.seed)
         self._stream = TextStream(self.params.stop)
 
     @property
     def max_length(self) -> int:
-        """Tokens of the prompt and of the longest text that may follow."""
+        """Tokens of the prompt and of the longest possible text."""
         return self.prompt_tokens + self.params.max_new_tokens
 
     def draw(self, logits: Tensor) -> None:
-        """Draw the next token from its logits ``[V]``, and see whether it is the last."""
+        """Sample the next token from its logits ``[V]``, and check whether it is the last."""
         token = sample(logits, self.params, self._generator)
         self.unread = [token]
         self.new_tokens += 1
@@ -161,17 +161,17 @@ class _Continuation:
     def generation(self) -> Generation:
         """The finished text."""
         assert self.finish_reason is not None, "the text is finished"
-        text = "".join(self.pieces)
+        text = "".join(self.chunks)
         return Generation(text, self.prompt_tokens, self.new_tokens, self.finish_reason)
 
-    def _add(self, piece: str) -> None:
-        if piece:
-            self.pieces.append(piece)
+    def _add(self, chunk: str) -> None:
+        if chunk:
+            self.chunks.append(chunk)
 
 
 @contextmanager
 def _evaluation_mode(model: Transformer) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode again afterwards."""
+    """Evaluation mode inside; afterwards each module's own mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Choosing the next token from its logits.
+"""Samples the next token from its logits.
 
 Top-k https://arxiv.org/abs/1805.04833, top-p (nucleus) https://arxiv.org/abs/1904.09751.
 
@@ -27,13 +27,13 @@ class SamplingParams:
     """Divides the logits; 0 always takes the most likely token."""
 
     top_k: int | None = None
-    """Only this many of the most likely tokens can be drawn; None sets no limit."""
+    """Only this many of the most likely tokens can be sampled; None: no limit."""
 
     top_p: float | None = None
-    """Only the most likely tokens that together reach this probability can be drawn."""
+    """Only the most likely tokens that together reach this probability can be sampled."""
 
     seed: int | None = None
-    """Makes the drawing repeatable; None draws differently each time."""
+    """Makes sampling reproducible; None: different each time."""
 
     stop: tuple[str, ...] = ()
     """Texts before which generation ends; they are not part of the result."""
@@ -56,7 +56,7 @@ class SamplingParams:
 
 
 def new_generator(seed: int | None) -> torch.Generator:
-    """Random numbers of one generation's own, so that the global state stays as it is."""
+    """A generator for one generation, so that the global random state is unchanged."""
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -66,7 +66,7 @@ def new_generator(seed: int | None) -> torch.Generator:
 
 
 def limit_vocabulary(logits: Tensor, vocab_size: int) -> Tensor:
-    """``[..., V]`` with the ids from ``vocab_size`` on made impossible.
+    """``[..., V]`` with the ids from ``vocab_size`` on at minus infinity.
 
     A model's embedding may have more rows than its tokenizer has tokens.
     """
@@ -103,7 +103,7 @@ def next_token_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
     if params.temperature == 0:
         chosen = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits).scatter(-1, chosen, 1.0)
-    # The largest is taken off first, so that a small temperature cannot overflow.
+    # The largest is subtracted first, so that a small temperature cannot overflow.
     logits = (logits - logits.amax(-1, keepdim=True)) / params.temperature
     if params.top_k is not None:
         logits = keep_top_k(logits, params.top_k)

@@ -1,4 +1,4 @@
-"""From tokens to text that can be shown at once: whole characters, nothing of a stop text."""
+"""Turns tokens into text that can be shown at once: whole characters, nothing of a stop text."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import codecs
 
 
 class TextStream:
-    """Turns the bytes of tokens into text as early as it is certain.
+    """Turns the bytes of tokens into text as soon as it is certain.
 
-    A character whose bytes are not all there, and text that may yet become one of ``stop``, are
-    held back. ``stopped`` is true once a stop text was read; nothing of it, and nothing after it,
-    is ever given out.
+    An incomplete character, and text that may become one of ``stop``, are held back. ``stopped`` is
+    true after a stop text; neither that nor anything after it is returned.
     """
 
     def __init__(self, stop: tuple[str, ...] = ()) -> None:
@@ -20,7 +19,7 @@ class TextStream:
         self._held = ""
 
     def push(self, data: bytes) -> str:
-        """Take the bytes of the next token; return the text that is certain now."""
+        """Add the bytes of the next token; returns the text that is now certain."""
         if self.stopped:
             return ""
         self._held += self._decoder.decode(data)
@@ -35,13 +34,13 @@ class TextStream:
         return certain
 
     def finish(self) -> str:
-        """The text still held back when no more tokens come; half a character is dropped."""
+        """The text that was held back, at the end; an incomplete character is dropped."""
         certain, self._held = self._held, ""
         return certain
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of ``text`` with which ``stop`` begins."""
+    """The number of characters at the end of ``text`` that ``stop`` starts with."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

@@ -1,1 +1,1 @@
-"""Models and tokenizers of others: Hugging Face folders read and written."""
+"""Import and export of models and tokenizers as Hugging Face folders."""

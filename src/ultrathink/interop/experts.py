@@ -1,11 +1,11 @@
-"""Experts as the ``config.json`` of a Mixtral tells them, and which of ours are the same.
+"""Experts in the ``config.json`` of a Mixtral, and which of our configurations match them.
 
 Mixtral has one group of experts in every layer. A token's gates are the router's probabilities of
 the experts that it chose, divided by their sum: for top-1 too, whose gate is then 1.
 https://arxiv.org/abs/2401.04088
 
-What it is trained with (``router_jitter_noise``, ``router_aux_loss_coef``) is neither read nor
-written: both mean something else here.
+Training options (``router_jitter_noise``, ``router_aux_loss_coef``) are neither read nor written:
+here they have other meanings.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ GROUP = "experts"  # what its only group is called here
 
 
 def read_mixtral(config: Values) -> dict[str, Any]:
-    """The section ``model.moe`` of a Mixtral; CheckpointError for one that computes otherwise.
+    """The section ``model.moe`` of a Mixtral; CheckpointError for one that cannot be expressed.
 
-    It trains on with its routing as it is, and without the bias that Mixtral does not have.
+    Its routing is unchanged, and balanced without the bias, which Mixtral lacks.
     """
     num_experts = config.count("num_local_experts", 8)
     top_k = config.count("num_experts_per_tok", 2)
@@ -43,7 +43,7 @@ def read_mixtral(config: Values) -> dict[str, Any]:
 
 
 def write_mixtral(moe: MoeConfig) -> dict[str, Any]:
-    """The keys of a ``config.json`` for experts that ``check_mixtral`` lets pass."""
+    """The keys of a ``config.json`` for experts that ``check_mixtral`` accepts."""
     (group,) = moe.groups
     return {
         "intermediate_size": moe.intermediate_size,
@@ -54,9 +54,9 @@ def write_mixtral(moe: MoeConfig) -> dict[str, Any]:
 
 
 def check_mixtral(config: ModelConfig) -> None:
-    """Raise ConfigError naming the first value with which no Mixtral computes the same.
+    """Raise ConfigError naming the first value that Mixtral cannot express.
 
-    Slots without an expert change nothing that is computed, so they may be there.
+    Slots without an expert are allowed: they do not change the result.
     """
     for problem, remedy in _problems(config):
         raise cannot_export(f"{problem}.", remedy)
@@ -67,7 +67,7 @@ def _problems(config: ModelConfig) -> Iterator[tuple[str, str]]:
     assert moe is not None, "a model with experts"
     for name in ("qk_norm", "qkv_bias"):
         if getattr(config, name):
-            what = f"model.{name} is true, which Mixtral, the family with experts, has not"
+            what = f"model.{name} is true, which Mixtral, the family with experts, lacks"
             yield what, f"model.{name}=false, or without experts"
     if len(moe.groups) > 1:
         names = ", ".join(group.name for group in moe.groups)

@@ -1,4 +1,4 @@
-"""From a run's checkpoint to a folder that ``transformers`` loads."""
+"""Exports a run's checkpoint to a folder that ``transformers`` loads."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ultrathink.interop.families import write_family
 from ultrathink.interop.routing import fold_routing
 from ultrathink.interop.tensors import WEIGHTS_FILE, split
 from ultrathink.interop.tokenizers import special_ids, tokenizer_files
-from ultrathink.interop.weights import pieces
+from ultrathink.interop.weights import row_slices
 from ultrathink.runs.folder import RunFolder, find_run
 from ultrathink.runs.loading import check_loads
 
 WeightType: TypeAlias = Literal["fp32", "bf16"]
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
-# transformers 5 does not heed the tokenizer_class of a folder whose model_type is qwen2.
+# transformers 5 ignores the tokenizer_class of a folder whose model_type is qwen2.
 _QWEN2_TOKENIZER = (
     "AutoTokenizer takes the tokenizer of any Qwen2 for Qwen's own and cuts text as that does; "
     "load this one with PreTrainedTokenizerFast.from_pretrained"
@@ -35,20 +35,20 @@ _QWEN2_TOKENIZER = (
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and where."""
+    """What an export wrote, and where."""
 
     folder: Path
     run: Path
     checkpoint: Path
     step: int
     model_type: str
-    """The family of Hugging Face that the model became one of."""
+    """The family of Hugging Face that the model was exported as."""
     dtype: str
     """The type of the weights as ``torch`` calls it: float32."""
     tokenizer_class: str | None
-    """The class of ``transformers`` that reads the tokenizer; None where there is none."""
+    """The class of ``transformers`` that reads the tokenizer; None if no tokenizer was written."""
     remarks: tuple[str, ...]
-    """What a user should know of it, each a sentence."""
+    """Remarks for the user, one sentence each."""
 
 
 def export_run(
@@ -60,10 +60,10 @@ def export_run(
 ) -> Export:
     """Write the model of a run's checkpoint and its tokenizer as a Hugging Face folder.
 
-    ``output`` is ``RUN/export/NAME`` when None; a folder that is there is never overwritten. The
-    weights keep their type when ``dtype`` is None. The folder is written beside its place, flushed
-    and renamed. Raises ConfigError where no family of Hugging Face has such models, and
-    CheckpointError where the run or the checkpoint is missing or damaged.
+    ``output`` is by default ``RUN/export/NAME``; an existing folder is never overwritten. With
+    ``dtype`` None the weights keep their type. The folder is written under a temporary name,
+    flushed and renamed. Raises ConfigError if no family of Hugging Face has such models, and
+    CheckpointError if the run or the checkpoint is missing or damaged.
     """
     found = find_run(run)
     config = found.read_config()
@@ -73,13 +73,13 @@ def export_run(
     folder = Path(output) if output is not None else _usual_place(found, source, dtype)
     if folder.exists():
         raise ConfigError(
-            f"{folder} is there already, and an export overwrites nothing; name another folder "
+            f"{folder} exists already, and an export overwrites nothing; name another folder "
             f"with --output FOLDER, or remove it."
         )
     state: Any = load_checkpoint(source, weights)
     plain, folded = fold_routing(state["model"], config.model, source)
     remarks = [*remarks, *folded]
-    tensors = split(plain, pieces(config.model), None if dtype is None else _DTYPES[dtype])
+    tensors = split(plain, row_slices(config.model), None if dtype is None else _DTYPES[dtype])
     name = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     tokenizer = load_tokenizer(found.tokenizer)
     files = _texts(description | {"torch_dtype": name}, tokenizer)
@@ -113,7 +113,7 @@ def _usual_place(run: RunFolder, checkpoint: Path, dtype: WeightType | None) -> 
 
 
 def _texts(description: dict[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
-    """The files beside the weights, by name."""
+    """The text files of the folder, by name."""
     ids = special_ids(tokenizer)
     writing = {name: value for name, value in ids.items() if value is not None}
     return {
@@ -132,5 +132,5 @@ def _write(folder: Path, texts: dict[str, str], tensors: dict[str, torch.Tensor]
     with new_folder(folder) as beside:
         for name, text in texts.items():
             (beside / name).write_bytes(text.encode())
-        # transformers wants to be told which library's tensors these are.
+        # transformers requires the name of the library that the tensors are for.
         save_file(tensors, beside / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""Which models of Hugging Face are ours under another name, and which of ours are theirs.
+"""Which Hugging Face models match a configuration of ours, and the reverse.
 
 The decoders of Llama, Mistral, Qwen2 and Qwen3 differ in few things: Qwen2 has biases on queries,
 keys and values, Qwen3 normalizes queries and keys, Mistral and Qwen may look back a window only.
@@ -21,7 +21,7 @@ from ultrathink.interop.experts import check_mixtral, read_mixtral, write_mixtra
 from ultrathink.interop.rope import read_rope, write_rope
 from ultrathink.interop.values import Values, cannot_export
 
-# What a checkpoint decides of the section ``model``; the rest is how it is trained and computed.
+# Keys of the section ``model`` that a checkpoint fixes; the others are free.
 SHAPE = (
     "hidden_size",
     "num_layers",
@@ -39,7 +39,7 @@ SHAPE = (
     "qkv_bias",
     "norm_eps",
 )
-# The same of the section ``model.moe``: what its experts are, not how tokens are spread over them.
+# The same for ``model.moe``: the experts themselves, not how tokens are balanced over them.
 EXPERTS_SHAPE = (
     "groups",
     "intermediate_size",
@@ -84,17 +84,17 @@ FAMILIES: Mapping[str, Family] = {
 
 @dataclass(frozen=True)
 class Described:
-    """What a ``config.json`` describes: our configuration of it, and how far tokens look back."""
+    """The model of a ``config.json``: our configuration, and its attention window."""
 
     model: ModelConfig
     window: int | None
-    """Tokens within which attention is what it is here; None: at any distance."""
+    """Longest text, in tokens, for which full attention gives the same result; None: no limit."""
 
 
 def read_family(values: Mapping[str, Any], path: Path) -> Described:
     """Our configuration of the model that a ``config.json`` (``path``, in messages) describes.
 
-    Raises CheckpointError naming the field where it is one that cannot be expressed here.
+    Raises CheckpointError naming the first field that cannot be expressed here.
     """
     config = Values(values, path)
     kind = config.get("model_type")
@@ -137,7 +137,7 @@ def read_family(values: Mapping[str, Any], path: Path) -> Described:
 
 
 def _count_or_null(config: Values, name: str, default: int | None) -> int | None:
-    """A whole number; ``default`` where there is none, None where null is written."""
+    """A whole number; ``default`` if the key is absent, None if it is null."""
     if name not in config.values:
         return default
     return None if config.values[name] is None else config.count(name)
@@ -150,7 +150,7 @@ def _refuse_the_inexpressible(config: Values) -> None:
             "quantized weights cannot be trained on; take the checkpoint they were made from",
         )
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise config.unfit("hidden_act", "the feed-forward of these families here has silu only")
+        raise config.unfit("hidden_act", "only silu is supported")
     for name in ("attention_bias", "mlp_bias"):
         if config.get(name, False):
             raise config.unfit(
@@ -174,20 +174,20 @@ def _window(config: Values, kind: str, family: Family) -> int | None:
 
 
 def check_length(described: Described, seq_len: int, path: Path) -> None:
-    """Raise CheckpointError where texts of ``seq_len`` tokens reach beyond the model's window."""
+    """Raise CheckpointError if ``seq_len`` exceeds the model's attention window."""
     if described.window is not None and seq_len > described.window:
         raise CheckpointError(
-            f"{path}: sliding_window is {described.window}, and attention here sees all of "
-            f"data.seq_len ({seq_len}) tokens, which this model was not made for; set "
+            f"{path}: sliding_window is {described.window}, but attention here spans all of "
+            f"data.seq_len ({seq_len}) tokens, which this model was not trained for; set "
             f"data.seq_len={described.window} or less, or take a checkpoint whose sliding_window "
             f"is null."
         )
 
 
 def choose_family(config: ModelConfig) -> str:
-    """The ``model_type`` whose models compute what those of ``config`` do.
+    """The ``model_type`` whose models compute the same as those of ``config``.
 
-    Raises ConfigError naming what no family has, and the alternatives.
+    Raises ConfigError naming the value that no family has, and the alternatives.
     """
     if config.feed_forward != "swiglu":
         raise cannot_export(
@@ -208,7 +208,7 @@ def choose_family(config: ModelConfig) -> str:
         return "qwen3"
     if config.qkv_bias:
         return "qwen2"
-    # transformers refuses a Llama whose width its heads do not divide, and reads it as a Mistral.
+    # transformers refuses a Llama whose heads do not divide its width, but accepts it as a Mistral.
     return "llama" if config.hidden_size % config.num_heads == 0 else "mistral"
 
 
@@ -252,7 +252,7 @@ def write_family(config: ModelConfig, seq_len: int) -> dict[str, Any]:
 
 
 def _max_positions(config: ModelConfig, seq_len: int) -> int:
-    """The context length to tell: what was set, or reached by training or by stretching."""
+    """The context length to write: the configured one, or that of training or RoPE scaling."""
     if config.max_positions is not None:
         return max(config.max_positions, seq_len)
     scaling = config.rope_scaling

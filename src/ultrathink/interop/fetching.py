@@ -1,4 +1,4 @@
-"""The folder that ``hf:PATH_OR_NAME`` stands for: a local one, or a download's."""
+"""Finds the folder of ``hf:PATH_OR_NAME``: a local one, or a download."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def is_pretrained(init_from: str | None) -> bool:
 def find_folder(text: str, *, with_weights: bool) -> Path:
     """The folder of ``hf:PATH``, or of the download that ``hf:NAME[@REVISION]`` names.
 
-    A download is kept where ``huggingface_hub`` keeps its own, and only what is missing there is
-    fetched; without ``with_weights`` that is a few small files. Nothing that is pickled is fetched.
-    Raises CheckpointError, or MissingDependencyError where a download needs the extra ``hf``.
+    A download goes to the cache of ``huggingface_hub``, and only missing files are fetched;
+    without ``with_weights`` these are a few small ones. Pickled files are never fetched.
+    Raises CheckpointError, or MissingDependencyError if a download needs the extra ``hf``.
     """
     place = text.removeprefix(PREFIX)
     path = Path(place).expanduser()
@@ -59,7 +59,7 @@ def _download(text: str, name: str, revision: str | None, with_weights: bool) ->
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError:
         problem = (
-            f"its owner wants to be asked first: ask at https://huggingface.co/{name}, then log in "
+            f"access is restricted: request it at https://huggingface.co/{name}, then log in "
             f"with: hf auth login"
         )
     except errors.RepositoryNotFoundError:

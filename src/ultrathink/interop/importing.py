@@ -1,4 +1,4 @@
-"""From a checkpoint of Hugging Face to a model and its tokenizer."""
+"""Imports a model and its tokenizer from a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ultrathink.data.tokenizers.huggingface import HuggingFaceTokenizer
 from ultrathink.interop.families import Described, check_length, read_family
 from ultrathink.interop.fetching import find_folder
 from ultrathink.interop.tokenizers import check_size, read_model_file, read_tokenizer
-from ultrathink.interop.weights import expert_names, pieces
+from ultrathink.interop.weights import expert_names, row_slices
 
 if TYPE_CHECKING:
     from ultrathink.model.transformer import Transformer
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A checkpoint of Hugging Face that was read, but for its weights."""
+    """A Hugging Face checkpoint of which everything but the weights was read."""
 
     source: str
     folder: Path
@@ -28,23 +28,23 @@ class Pretrained:
 
     @property
     def model(self) -> ModelConfig:
-        """Our configuration of it, with every size set."""
+        """Our configuration of the model, with every size set."""
         return self.described.model
 
     def check_length(self, seq_len: int) -> None:
-        """Raise CheckpointError where texts of ``seq_len`` tokens are too long for it."""
+        """Raise CheckpointError if ``seq_len`` is too long for the model."""
         check_length(self.described, seq_len, self.folder / "config.json")
 
     def load_into(self, model: Transformer) -> None:
-        """Fill ``model``, of this shape, with the weights; CheckpointError where they do not fit.
+        """Load the weights into ``model``; CheckpointError if they do not fit.
 
-        Weights are converted to the type that the model has. Positions may be stretched otherwise.
+        Weights are converted to the model's type. Its RoPE scaling may differ.
         """
         from ultrathink.interop.tensors import check_tensors, fill, find_tensors
 
-        assert pieces(self.model) == pieces(model.config), "it was made for this checkpoint"
+        assert row_slices(self.model) == row_slices(model.config), "it was made for this checkpoint"
         files = find_tensors(self.folder)
-        wanted = pieces(self.model, expert_names(files))
+        wanted = row_slices(self.model, expert_names(files))
         check_tensors(files, wanted, self.folder)
         fill(model, files, wanted)
 
@@ -52,8 +52,8 @@ class Pretrained:
 def open_pretrained(text: str, *, with_weights: bool = True) -> Pretrained:
     """The checkpoint that ``hf:PATH`` or ``hf:NAME[@REVISION]`` names, its weights not yet read.
 
-    Without ``with_weights`` a download leaves them out. Raises CheckpointError where it is missing,
-    damaged or not expressible here.
+    Without ``with_weights`` a download skips them. Raises CheckpointError if the checkpoint is
+    missing, damaged or not supported.
     """
     folder = find_folder(text, with_weights=with_weights)
     values = read_model_file(folder)
@@ -65,7 +65,7 @@ def open_pretrained(text: str, *, with_weights: bool = True) -> Pretrained:
 
 
 def load_pretrained(text: str) -> tuple[Transformer, HuggingFaceTokenizer]:
-    """The model of ``hf:PATH_OR_NAME`` on the CPU in fp32, in evaluation mode, and its tokenizer.
+    """The model of ``hf:PATH_OR_NAME``, on the CPU in fp32 and evaluation mode, and its tokenizer.
 
     Raises CheckpointError.
     """

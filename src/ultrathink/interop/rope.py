@@ -1,4 +1,4 @@
-"""Rotary positions: what a ``config.json`` of Hugging Face says of them, and back.
+"""Reads and writes rotary positions (RoPE) in a Hugging Face ``config.json``.
 
 Two layouts are read: ``rope_theta`` with ``rope_scaling`` (written by transformers before 5, read
 by all), and ``rope_parameters`` (written by transformers 5). The older one is written.
@@ -22,12 +22,12 @@ _KNOWN = ("default", "linear", "llama3", "yarn")
 def read_rope(
     config: Values, max_positions: int, default_theta: float
 ) -> tuple[float, RopeScalingConfig | None]:
-    """The base of the frequencies and how they are stretched; CheckpointError for other rules.
+    """The base of the frequencies and their scaling; CheckpointError for unsupported scaling.
 
-    ``max_positions`` is the context length, in tokens, that ``config`` or its family says, and
-    ``default_theta`` the base where ``config`` says none.
+    ``max_positions`` is the context length, in tokens, of ``config`` or its family, and
+    ``default_theta`` the base if ``config`` has none.
     """
-    # Where both layouts stand in one file, transformers follows the older.
+    # If a file has both layouts, transformers follows the older one.
     section = next((n for n in ("rope_scaling", "rope_parameters") if config.get(n)), None)
     values = config.get(section, {}) if section else {}
     if not isinstance(values, Mapping):
@@ -59,8 +59,8 @@ def _advice(kind: Any, section: str, max_positions: int) -> str:
     known = f"supported are {', '.join(_KNOWN)}"
     if kind == "dynamic":
         return (
-            f"its stretching follows the length of each text; {known}. Up to {max_positions} "
-            f"tokens it changes nothing: for texts up to there, set {section} to null"
+            f"its scaling depends on the length of each text; {known}. Up to {max_positions} "
+            f"tokens it changes nothing: for texts up to that length, set {section} to null"
         )
     return known
 
@@ -89,7 +89,7 @@ def _scaling(kind: str, rope: Values, config: Values, max_positions: int) -> dic
 
 
 def _attention_factor(rope: Values, factor: float) -> float | None:
-    """What cos and sin are multiplied by; None where it follows from ``factor``."""
+    """The factor of cos and sin; None if it follows from ``factor``."""
     if rope.get("attention_factor") is not None:
         return rope.number("attention_factor")
     above, below = rope.number("mscale", 0.0), rope.number("mscale_all_dim", 0.0)
@@ -103,7 +103,7 @@ def _attention_factor(rope: Values, factor: float) -> float | None:
 
 
 def write_rope(theta: float, scaling: RopeScalingConfig | None) -> dict[str, Any]:
-    """The keys of a ``config.json`` that say the same."""
+    """The keys of a ``config.json`` for these positions."""
     return {"rope_theta": theta, "rope_scaling": _write_scaling(scaling) if scaling else None}
 
 

@@ -1,7 +1,7 @@
-"""Live routing of a checkpoint, worked into weights where that changes no result.
+"""Folds the live routing controls of a checkpoint into its weights, if that is exact.
 
-In evaluation the router's logits are multiplied by warm-up over temperature, which its weights can
-hold. A bias that is added where experts are chosen, and not in what they count, has no place there.
+In evaluation the router's logits are multiplied by warm-up / temperature, which its weights can
+absorb. A bias that selects experts without weighting them cannot be absorbed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from ultrathink.interop.values import cannot_export
 def fold_routing(
     state: Mapping[str, Tensor], config: ModelConfig, source: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights ``state`` of ``source`` for a plain router, and what was done, in sentences.
+    """The weights ``state`` of ``source`` for a plain router, and a remark for each change.
 
-    Raises ConfigError where experts are chosen with a bias, CheckpointError where other experts
-    are in use than ``config`` says.
+    Raises ConfigError if a bias selects experts, and CheckpointError if the experts in use are not
+    those of ``config``.
     """
     folded = dict(state)
     if config.moe is None:
@@ -44,7 +44,7 @@ def fold_routing(
         if largest > 0:
             raise cannot_export(
                 f"{source}: {router}.selection_bias is up to {largest:.3g}, and Mixtral has no "
-                f"bias with which experts are chosen: without it, tokens would go to others.",
+                f"selection bias: without it, tokens would go to other experts.",
                 "model.moe.balance.bias_rate=0 from its first step",
             )
         if scale != 1:
@@ -55,7 +55,7 @@ def fold_routing(
 
 def _remarks(state: Mapping[str, Tensor]) -> list[str]:
     return [
-        f"routing has a {name} of {state[f'routing.{name}'].item():.3g}, which Mixtral has not; "
+        f"routing has a {name} of {state[f'routing.{name}'].item():.3g}, which Mixtral lacks; "
         f"the router's weights are {verb} by it"
         for name, verb in (("temperature", "divided"), ("warmup", "multiplied"))
         if state[f"routing.{name}"] != 1

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from ultrathink.core.errors import CheckpointError
 from ultrathink.interop.values import read_json
-from ultrathink.interop.weights import EMBEDDING, HEAD, Piece
+from ultrathink.interop.weights import EMBEDDING, HEAD, RowSlice
 from ultrathink.model.transformer import Transformer
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_COMPUTED = ".rotary_emb.inv_freq"  # old checkpoints hold what follows from the configuration
+_COMPUTED = ".rotary_emb.inv_freq"  # stored by old checkpoints, follows from the configuration
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:
-    """The file of each tensor; CheckpointError where there are none, or files are missing."""
+    """The file of each tensor; CheckpointError if there are none or files are missing."""
     if (folder / WEIGHTS_FILE).is_file():
         with _opened(folder / WEIGHTS_FILE) as file:
             return dict.fromkeys(file.keys(), folder / WEIGHTS_FILE)
@@ -51,9 +51,9 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     return {tensor: folder / name for tensor, name in names.items()}
 
 
-def check_tensors(files: Mapping[str, Path], wanted: Sequence[Piece], folder: Path) -> None:
-    """Raise CheckpointError naming the first tensor that is missing, too much or unfit."""
-    expected = {piece.theirs: piece for piece in wanted}
+def check_tensors(files: Mapping[str, Path], wanted: Sequence[RowSlice], folder: Path) -> None:
+    """Raise CheckpointError naming the first tensor that is missing, unknown or misshapen."""
+    expected = {entry.theirs: entry for entry in wanted}
     for name in expected:
         if name not in files:
             raise CheckpointError(
@@ -65,32 +65,32 @@ def check_tensors(files: Mapping[str, Path], wanted: Sequence[Piece], folder: Pa
             for name in sorted(name for name, place in files.items() if place == path):
                 if name in expected:
                     _check_tensor(file, name, expected[name].shape, path)
-                elif name == HEAD:  # the head is said to be shared
+                elif name == HEAD:  # the configuration says that the head is tied
                     _check_shared(files, folder)
                 elif not name.endswith(_COMPUTED):
                     raise CheckpointError(
-                        f"{path} holds {name}, which no model of its config.json has; what it is "
-                        f"for would be lost. Save the model with transformers, adapters merged."
+                        f"{path} holds {name}, which is not part of the model in its config.json "
+                        f"and would be lost. Save the model with transformers, adapters merged."
                     )
 
 
 def _check_tensor(file: Any, name: str, shape: tuple[int, ...], path: Path) -> None:
-    piece = file.get_slice(name)
-    found = tuple(piece.get_shape())
+    stored = file.get_slice(name)
+    found = tuple(stored.get_shape())
     if found != shape:
         raise CheckpointError(
-            f"{path}: {name} is {list(found)}, and its config.json makes it {list(shape)}; one of "
+            f"{path}: {name} is {list(found)}, but its config.json makes it {list(shape)}; one of "
             f"the two belongs to another model."
         )
-    if piece.get_dtype() not in _FLOATS:
+    if stored.get_dtype() not in _FLOATS:
         raise CheckpointError(
-            f"{path}: {name} holds numbers of type {piece.get_dtype()}; only {', '.join(_FLOATS)} "
+            f"{path}: {name} holds numbers of type {stored.get_dtype()}; only {', '.join(_FLOATS)} "
             f"can be trained on. Take the checkpoint it was quantized from."
         )
 
 
 def _check_shared(files: Mapping[str, Path], folder: Path) -> None:
-    """CheckpointError where a head is stored that is not the embedding it is said to share."""
+    """Raise CheckpointError if a head declared as tied differs from the embedding."""
     pair = []
     for name in (EMBEDDING, HEAD):
         with _opened(files[name]) as file:
@@ -103,24 +103,24 @@ def _check_shared(files: Mapping[str, Path], folder: Path) -> None:
 
 
 @torch.no_grad()
-def fill(model: Transformer, files: Mapping[str, Path], wanted: Sequence[Piece]) -> None:
-    """Copy each tensor to its place in ``model``, one at a time; all were checked before."""
+def fill(model: Transformer, files: Mapping[str, Path], wanted: Sequence[RowSlice]) -> None:
+    """Copy each tensor, checked before, to its place in ``model``, one at a time."""
     parameters = dict(model.named_parameters())
     for path in sorted(set(files.values())):
         with _opened(path) as file:
-            for piece in wanted:
-                if files[piece.theirs] == path:
-                    piece.of(parameters[piece.ours]).copy_(file.get_tensor(piece.theirs))
+            for entry in wanted:
+                if files[entry.theirs] == path:
+                    entry.of(parameters[entry.ours]).copy_(file.get_tensor(entry.theirs))
 
 
 def split(
-    state: Mapping[str, Tensor], wanted: Iterable[Piece], dtype: torch.dtype | None
+    state: Mapping[str, Tensor], wanted: Iterable[RowSlice], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """A copy of our weights under their names, converted to ``dtype`` unless that is None."""
+    """A copy of our weights under Hugging Face's names, converted to ``dtype`` unless None."""
     theirs: dict[str, Tensor] = {}
-    for piece in wanted:
-        part = piece.of(state[piece.ours])
-        theirs[piece.theirs] = part.to(dtype or part.dtype, copy=True)
+    for entry in wanted:
+        part = entry.of(state[entry.ours])
+        theirs[entry.theirs] = part.to(dtype or part.dtype, copy=True)
     return theirs
 
 

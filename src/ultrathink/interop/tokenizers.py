@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders, and ours as they are written there."""
+"""Reads tokenizers from Hugging Face folders, and writes ours there."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _CONFIG = "tokenizer_config.json"
 def read_tokenizer(folder: Path, model: Mapping[str, Any]) -> HuggingFaceTokenizer:
     """The tokenizer of a Hugging Face folder whose ``config.json`` holds ``model``.
 
-    Its end-of-text token is the ``eos_token`` of its own files, else the model's ``eos_token_id``.
-    Raises CheckpointError where there is none that can be read.
+    Its end-of-text token is the ``eos_token`` of its files, else the model's ``eos_token_id``.
+    Raises CheckpointError if there is no readable tokenizer.
     """
     path = folder / TOKENIZER_FILE
     if not path.is_file():
@@ -40,8 +40,8 @@ def read_tokenizer(folder: Path, model: Mapping[str, Any]) -> HuggingFaceTokeniz
     except (OSError, ValueError, LookupError, TypeError) as error:
         reason = str(error) or repr(error)
         raise CheckpointError(
-            f"{path} cannot be used: {reason}; supported are tokenizers over bytes, as Llama, "
-            f"Mistral and Qwen have them. Copy the file again, or take another checkpoint."
+            f"{path} cannot be used: {reason}; supported are byte-level tokenizers such as those "
+            f"of Llama, Mistral and Qwen. Copy the file again, or take another checkpoint."
         ) from None
     name = special_token(tokenizer, "eos_token")
     eot_id = tokenizer.token_id(name) if name is not None else _eos_of(model)
@@ -59,7 +59,7 @@ def read_tokenizer(folder: Path, model: Mapping[str, Any]) -> HuggingFaceTokeniz
 
 
 def special_token(tokenizer: HuggingFaceTokenizer, role: str) -> str | None:
-    """The token that the files beside a tokenizer name for ``role`` ("eos_token")."""
+    """The token for ``role`` ("eos_token") that the configuration files of a tokenizer name."""
     for file in (_CONFIG, "special_tokens_map.json"):
         try:
             value = json.loads(tokenizer.companions.get(file, "{}")).get(role)
@@ -80,7 +80,7 @@ def _eos_of(model: Mapping[str, Any]) -> int | None:
 
 
 def tokenizer_files(tokenizer: Tokenizer, max_positions: int) -> dict[str, str] | None:
-    """The files, by name, that make ``transformers`` give the same ids; None where none can."""
+    """The files, by name, with which ``transformers`` gives the same ids; None if none can."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return {TOKENIZER_FILE: tokenizer.definition, **tokenizer.companions}
     if isinstance(tokenizer, BpeTokenizer):
@@ -99,7 +99,7 @@ def tokenizer_files(tokenizer: Tokenizer, max_positions: int) -> dict[str, str] 
 
 
 def _bytes_as_pairs(tokenizer: ByteTokenizer) -> str:
-    """A byte-pair encoding without a single pair: each byte stays one token."""
+    """A byte-pair encoding without merges: each byte is one token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {**BYTE_OF_NAME, END_OF_TEXT: tokenizer.eot_id}
@@ -111,7 +111,7 @@ def _bytes_as_pairs(tokenizer: ByteTokenizer) -> str:
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The ids that ``config.json`` names: where a text begins, if anywhere, and where it ends."""
+    """The ids for ``config.json``: end of text and, if the tokenizer has one, begin of text."""
     begin = None
     if isinstance(tokenizer, HuggingFaceTokenizer):
         name = special_token(tokenizer, "bos_token")
@@ -120,7 +120,7 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def check_size(tokenizer: HuggingFaceTokenizer, vocab_size: int, folder: Path) -> None:
-    """Raise CheckpointError where ``tokenizer`` gives ids that the model has no row for."""
+    """Raise CheckpointError if ``tokenizer`` gives ids without a row in the embedding."""
     if tokenizer.vocab_size > vocab_size:
         raise CheckpointError(
             f"{folder / TOKENIZER_FILE} has {tokenizer.vocab_size} ids, and vocab_size in "
@@ -130,7 +130,7 @@ def check_size(tokenizer: HuggingFaceTokenizer, vocab_size: int, folder: Path) -
 
 
 def read_model_file(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a Hugging Face folder; CheckpointError where there is none."""
+    """The ``config.json`` of a Hugging Face folder; CheckpointError if there is none."""
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Reading a ``config.json`` that others wrote, with messages that name field and file."""
+"""Reads a ``config.json`` of another program; errors name the field and the file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ultrathink.core.errors import CheckpointError, ConfigError
 
 
 class Values:
-    """The values of a JSON object in ``path``; ``prefix`` begins the names in messages."""
+    """The values of a JSON object in ``path``; ``prefix`` comes before names in messages."""
 
     def __init__(self, values: Mapping[str, Any], path: Path, prefix: str = "") -> None:
         self.values = values
@@ -19,26 +19,26 @@ class Values:
         self.prefix = prefix
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A number; CheckpointError where there is none and no ``default``."""
+        """A number; CheckpointError if it is absent and there is no ``default``."""
         value = self._given(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.unfit(name, "must be a number")
         return value
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A whole number above 0; CheckpointError where there is none and no ``default``."""
+        """A whole number above 0; CheckpointError if it is absent and there is no ``default``."""
         value = self._given(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise self.unfit(name, "must be a whole number above 0")
         return value
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Whatever stands there; ``default`` where nothing or null does."""
+        """The value of any type; ``default`` if it is absent or null."""
         value = self.values.get(name)
         return default if value is None else value
 
     def unfit(self, name: str, problem: str) -> CheckpointError:
-        """The error for a value that cannot be used; ``problem`` goes on after it."""
+        """The error for a value that cannot be used; ``problem`` ends the sentence."""
         value = json.dumps(self.values.get(name))
         return CheckpointError(f"{self.path}: {self.prefix}{name} is {value}; {problem}.")
 
@@ -53,15 +53,15 @@ class Values:
 
 
 def cannot_export(problem: str, remedy: str) -> ConfigError:
-    """The error for a model that has no form elsewhere; ``remedy`` is what to train it with."""
+    """The error for a model that cannot be exported; ``remedy`` is a setting that can."""
     return ConfigError(
-        f"{problem} A model that is to be exported is trained with {remedy}. ultrathink generate "
-        f"and load_model read this run as it is."
+        f"{problem} To export a model, train it with {remedy}. ultrathink generate and load_model "
+        f"read this run as it is."
     )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; CheckpointError where it cannot be read."""
+    """The JSON object in ``path``; CheckpointError if it cannot be read."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Trading computation for memory: what a block saves for the backward pass.
+"""Activation checkpointing: trades computation for memory in the backward pass.
 
 https://pytorch.org/blog/activation-checkpointing-techniques/
 """
@@ -21,7 +21,7 @@ MODES: tuple[str, ...] = ("none", "selective", "full")
 Result = TypeVar("Result")
 
 _aten = torch.ops.aten
-# What "selective" keeps: the products, which are dear to compute again.
+# "selective" keeps the matrix products, which are expensive to recompute.
 PRODUCTS = [
     _aten.mm.default,
     _aten.addmm.default,
@@ -34,12 +34,12 @@ PRODUCTS = [
     torch.ops.ultrathink.grouped_product.default,
 ]
 _KEEPING_PRODUCTS = partial(create_selective_checkpoint_contexts, PRODUCTS)
-# By this the compiler's cache knows the function, which it cannot read.
+# Identifies the function in the compiler's cache, which cannot hash it.
 _KEEPING_PRODUCTS.cache_hash = "products: " + ", ".join(map(str, PRODUCTS))  # type: ignore[attr-defined]
 
 
 def check_mode(mode: str) -> CheckpointingMode:
-    """``mode`` itself; ConfigError for one that does not exist."""
+    """Return ``mode``; ConfigError if it does not exist."""
     if mode not in MODES:
         raise ConfigError(
             f"there is no activation checkpointing called {mode!r}. {suggestion(mode, MODES)}"
@@ -48,9 +48,9 @@ def check_mode(mode: str) -> CheckpointingMode:
 
 
 def run_checkpointed(mode: CheckpointingMode, block: Callable[..., Result], *args: Any) -> Result:
-    """``block(*args)``, of which the backward pass computes again what ``mode`` does not keep.
+    """``block(*args)``; the backward pass recomputes what ``mode`` does not keep.
 
-    ``full`` keeps the block's input alone, ``selective`` its products too.
+    ``full`` keeps only the block's input, ``selective`` its products too.
     """
     if mode == "none":
         return block(*args)

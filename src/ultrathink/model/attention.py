@@ -19,9 +19,8 @@ from ultrathink.model.rope import apply_rotary
 class Attention(nn.Module):
     """Causal self-attention; queries, keys and values come from one product.
 
-    Rows of ``qkv.weight`` (and of ``qkv.bias``, where the configuration asks for one) are H·D of
-    the queries, K·D of the keys, K·D of the values, each head by head. ``layer`` is the layer's
-    index, under which a cache keeps its keys and values.
+    Rows of ``qkv.weight`` (and of ``qkv.bias``, if configured) are H·D of the queries, K·D of the
+    keys, K·D of the values, each head by head. ``layer`` is the layer's index in a cache.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -51,7 +50,7 @@ class Attention(nn.Module):
         backend: AttentionBackend,
         cache: CacheView | None,
     ) -> Tensor:
-        """Map ``[B, T, C]`` to ``[B, T, C]``; without a ``mask`` the cache says what is visible."""
+        """Map ``[B, T, C]`` to ``[B, T, C]``; without a ``mask`` the cache provides one."""
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         query, key, value = heads.split(

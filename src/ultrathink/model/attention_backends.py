@@ -19,7 +19,7 @@ from ultrathink.model.block_attention import block_attention
 
 AttentionBackend: TypeAlias = Callable[[Tensor, Tensor, Tensor, AttentionMask | None], Tensor]
 
-# Backends that take `AttentionMask.document_ids` as they are; others are given a dense mask.
+# Backends that use `AttentionMask.document_ids` directly; others get a dense mask.
 READS_DOCUMENTS = frozenset({"blocks"})
 LONGEST_FOR_BLOCKS = {  # in tokens, by (compiled, dtype)
     (True, torch.bfloat16): 1024,
@@ -54,7 +54,7 @@ def sdpa_attention(
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
     assert mask.dense is not None, "only READS_DOCUMENTS backends get a mask that is not dense"
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # fused kernels that take a mask do not take grouped heads on every device
+    if groups > 1:  # not every device has a fused kernel with both a mask and grouped heads
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.dense)
     return _blank(out, mask)
@@ -63,7 +63,7 @@ def sdpa_attention(
 def eager_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None = None
 ) -> Tensor:
-    """Attention written out, every score in memory: the one to compare the others with."""
+    """Attention written out, with all scores in memory: the reference for the others."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2)
@@ -94,7 +94,7 @@ def block_causal_attention(
 
 
 def _blank(out: Tensor, mask: AttentionMask) -> Tensor:
-    """Zero the rows that may see nothing, in the result and in its gradients."""
+    """Zero the rows that see nothing, in the result and in its gradients."""
     return out if mask.blank_rows is None else out.masked_fill(mask.blank_rows, 0.0)
 
 

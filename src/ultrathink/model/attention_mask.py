@@ -1,4 +1,4 @@
-"""Who may attend to whom, prepared once in a forward pass for all layers.
+"""The attention mask, built once per forward pass for all layers.
 
 Shapes: B batch, H heads, T queries, S keys (S - T of them from a cache).
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class AttentionMask(NamedTuple):
-    """What limits attention beyond plain causality; each part is None where it limits nothing."""
+    """Limits of attention in addition to causality; each part is None if it has no effect."""
 
     document_ids: Tensor | None = None
     """``[B, T]`` int32: positions see only their own document (S equals T)."""
@@ -39,13 +39,12 @@ def build_mask(
     dense_documents: bool,
     starts: Sequence[int] | None = None,
 ) -> AttentionMask | None:
-    """Combine causality with a mask of the caller's and with documents.
+    """Combine causality with the caller's mask and with documents.
 
     ``attention_mask`` is boolean (True = attend) or additive, ``[B, S]`` or broadcastable to
-    ``[B, H, T, S]``. The first query of each row stands at the key ``starts[b]``; without
-    ``starts`` the last query stands at the last key. None is returned where plain causality of
-    T = S, or a single query that sees everything, says it all. Raises ValueError for a mask of
-    another shape or dtype.
+    ``[B, H, T, S]``. The first query of each row is at the key ``starts[b]``; without ``starts``
+    the last query is at the last key. Returns None if causality with T = S, or a single query that
+    sees everything, is sufficient. Raises ValueError for a mask of another shape or dtype.
     """
     if attention_mask is None and document_ids is not None and not dense_documents:
         return AttentionMask(document_ids=document_ids.to(torch.int32))
@@ -73,9 +72,9 @@ def build_mask(
 def causal_mask(
     starts: Sequence[int], num_queries: int, num_keys: int, device: torch.device
 ) -> Tensor:
-    """Boolean ``[B, 1, T, S]``, True where a key stands at or before the query.
+    """Boolean ``[B, 1, T, S]``, True where a key is at or before the query.
 
-    The first query of row ``b`` stands at the key ``starts[b]``. Rows that start alike may be one.
+    The first query of row ``b`` is at the key ``starts[b]``. Rows with equal starts may be merged.
     """
     queries = torch.arange(num_queries, device=device)[:, None]
     keys = torch.arange(num_keys, device=device)

@@ -1,9 +1,9 @@
 """Causal attention as explicit products in blocks of queries, for training on the CPU.
 
-A block of queries sees only the keys up to its own end, so that most of the upper triangle is never
+A block of queries sees only the keys up to its end, so most of the upper triangle is never
 computed; the queries of a group are rows of one product. As in https://arxiv.org/abs/2205.14135,
-softmax is divided by its sum only after the product with the values, and the backward pass takes
-the row sums of P·dP from the output: that leaves each pass over the scores one read and one write.
+softmax is normalized only after the product with the values, and the backward pass takes the row
+sums of P·dP from the output: each pass over the scores then has one read and one write.
 
 Shapes: N batch times key/value heads, G queries of a group, T tokens, R = T · G rows of queries,
 those of one token side by side, D head dimension; n rows of a block, S the keys that it sees.
@@ -24,12 +24,12 @@ MIN_BLOCK_TOKENS = 16
 def block_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None) -> Tensor:
     """Map query ``[B, H, T, D]``, key and value ``[B, K, T, D]`` to ``[B, H, T, D]``.
 
-    With ``documents`` ``[B, T]`` a token sees only those of its own document. The result lies in
-    memory token by token, as the product that follows reads it.
+    With ``documents`` ``[B, T]`` a token sees only its own document. The memory layout of the
+    result is token by token, as the next product reads it.
     """
     B, H, T, D = query.shape
     K = key.shape[1]
-    # Rows of one token lie together, so that a block is one slice.
+    # Rows of one token are adjacent, so that a block is one slice.
     rows = query.view(B, K, H // K, T, D).transpose(2, 3).reshape(B * K, T * (H // K), D)
     keys, values = key.reshape(B * K, T, D), value.reshape(B * K, T, D)
     out: Tensor = _BlockAttention.apply(rows, keys, values, documents, B)  # type: ignore[no-untyped-call]
@@ -39,8 +39,8 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor
 class _BlockAttention(torch.autograd.Function):
     """``[N, R, D]`` and twice ``[N, T, D]`` to ``[B, T, H, D]``.
 
-    What is kept for the backward pass is the result in the layout that the next product keeps too,
-    so that memory holds it once.
+    The result is kept for the backward pass in the layout that the next product keeps too, so that
+    memory holds it only once.
     """
 
     @staticmethod
@@ -55,7 +55,7 @@ class _BlockAttention(torch.autograd.Function):
             scores = torch.bmm(block, keys_first[..., :stop])  # [N, n, S]
             allowed = _allowed(start, stop, documents, scores.device)
             weight = _unnormalized_softmax(scores, allowed, groups, rows.shape[-1])
-            # The sum is that of the rounded weights, so that what is used adds up to one.
+            # Sum of the rounded weights, so that the weights used add up to one.
             sums.append(weight.to(_precise(rows)).sum(-1, keepdim=True))
             outputs.append(torch.bmm(weight, values[:, :stop]))
             weights.append(weight)
@@ -69,7 +69,7 @@ class _BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         rows, keys, values, out, total, *weights = ctx.saved_tensors
         groups, scale = rows.shape[1] // keys.shape[1], rows.shape[-1] ** -0.5
-        # What the division made of the gradient.
+        # The gradient of the division.
         precise = _by_row(grad_outputs[0], keys.shape).to(total.dtype) / total  # [N, R, D]
         out = _by_row(out, keys.shape).to(total.dtype)
         row_sums = (precise * out).sum(-1, keepdim=True)  # [N, R, 1]
@@ -79,7 +79,7 @@ class _BlockAttention(torch.autograd.Function):
         for (start, stop), weight in zip(cuts, weights, strict=True):
             of_block = slice(start * groups, stop * groups)
             grad = grad_out[:, of_block]
-            # Both [N, D, S]: products with the wide side last run half again as fast.
+            # Both [N, D, S]: products with the long side last are 1.5 times as fast.
             grad_values.append(torch.bmm(_turned(grad), weight))
             grad_weight = torch.bmm(grad, values[:, :stop].transpose(1, 2)).to(total.dtype)
             grad_score = weight.to(total.dtype) * (grad_weight - row_sums[:, of_block]) * scale
@@ -116,7 +116,7 @@ def blocks(num_tokens: int) -> list[tuple[int, int]]:
 
 def _allowed(start: int, stop: int, documents: Tensor | None, device: torch.device) -> Tensor:
     """Which keys a token sees, ``[1 or B, 1, stop - start, 1, stop]``."""
-    # 32 bits, because a vector of the processor compares twice as many of them as of 64.
+    # 32 bits, because SIMD compares twice as many of them as of 64.
     at = torch.arange(stop, dtype=torch.int32, device=device)
     allowed = at <= at[start:, None]
     if documents is None:

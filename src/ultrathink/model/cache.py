@@ -1,4 +1,4 @@
-"""Keys and values of the tokens read so far, so that decoding computes only the new ones.
+"""The KV cache: keys and values of the tokens read so far, so that decoding computes only new ones.
 
 Shapes: B sequences, K key/value heads, S positions that fit, T tokens of a row of the input, of
 which the first ones are real and the rest is padding, D head dimension.
@@ -18,16 +18,16 @@ from ultrathink.model.compute_path import ComputePath
 
 
 class CacheFullError(UltrathinkError):
-    """More tokens than the cache was made for."""
+    """More tokens than the cache has room for."""
 
 
 class CacheView(Protocol):
-    """All that a model knows of a cache, however that stores keys and values.
+    """A model's interface to a cache, independent of its storage.
 
-    A forward pass calls ``begin`` once, ``update`` and ``visible`` in each of its layers, and
-    ``commit`` at its end. A pass that fails before ``commit`` leaves no trace. Sequences have
-    lengths of their own, and so have layers: a layer that did not run holds nothing. What is
-    visible is asked layer by layer, so that one may hold fewer tokens than another.
+    A forward pass calls ``begin`` once, ``update`` and ``visible`` in each layer, and ``commit`` at
+    the end. A pass that fails before ``commit`` changes nothing. Lengths differ between sequences
+    and between layers: a layer that did not run holds nothing. Visibility is asked for each layer,
+    because one may hold fewer tokens than another.
     """
 
     batch_size: int
@@ -38,22 +38,22 @@ class CacheView(Protocol):
     def begin(self, path: ComputePath, lengths: Sequence[int], num_tokens: int) -> tuple[int, ...]:
         """Make room for the first ``lengths[b]`` of ``num_tokens`` tokens of each row ``b``.
 
-        Returns the position of each row's first new token. Raises CacheFullError where they do
-        not fit, UltrathinkError for another number of rows or another path than before.
+        Returns the position of each row's first new token. Raises CacheFullError if they do not
+        fit, UltrathinkError for another number of rows or another path than before.
         """
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``[B, K, T, D]`` after what is there; return all that ``layer`` holds now.
+        """Append ``[B, K, T, D]``; returns all keys and values of ``layer``.
 
-        What is returned may have places that hold nothing: ``visible`` excludes them.
+        They may have empty places, which ``visible`` excludes.
         """
 
     def visible(self, layer: int) -> AttentionMask | None:
-        """What each new token may see of that; None where causality from T = S, or a single
-        query that sees everything, says it all."""
+        """What each new token may see of that; None if causality with T = S, or a single query that
+        sees everything, is sufficient."""
 
     def commit(self) -> None:
-        """Count the tokens of this pass as read, once every layer has stored them."""
+        """Count the tokens of this pass as read, after every layer has stored them."""
 
     def truncate(self, lengths: Sequence[int]) -> None:
         """Forget what each sequence holds beyond its first ``lengths[b]`` tokens, in all layers."""
@@ -64,7 +64,7 @@ class _Pass(NamedTuple):
 
     layers: tuple[int, ...]
     after: tuple[int, ...]
-    """The length of each sequence once the pass is done."""
+    """The length of each sequence after the pass."""
     stop: int
     """The length of the longest."""
     places: tuple[Tensor, Tensor, Tensor] | None
@@ -75,8 +75,8 @@ class _Pass(NamedTuple):
 class ContiguousCache:
     """A ``CacheView`` on preallocated keys and values, one pair ``[B, K, S, D]`` for each layer.
 
-    The token at position p of a sequence lies at index p. Where all rows are of equal length,
-    which is one slice of the tensors, attention needs no mask beyond causality.
+    The token at position p of a sequence is at index p. If all rows have equal length, the cache is
+    one slice of the tensors, and attention needs only the causal mask.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class ContiguousCache:
         self.batch_size = batch_size
         self.max_length = max_length
         self._lengths = [(0,) * batch_size] * num_layers
-        self._layers: tuple[int, ...] = ()  # those of the path that filled it
+        self._layers: tuple[int, ...] = ()  # of the path that filled it
         self._pass: _Pass | None = None
 
     def lengths(self, layer: int) -> tuple[int, ...]:
@@ -139,7 +139,7 @@ class ContiguousCache:
         return before
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``[B, K, T, D]`` after what is there; return all ``[B, K, stop, D]``."""
+        """Append ``[B, K, T, D]``; returns all ``[B, K, stop, D]``."""
         now = self._running(layer)
         keys, values = self.keys[layer][:, :, : now.stop], self.values[layer][:, :, : now.stop]
         if now.places is None:
@@ -179,7 +179,7 @@ class ContiguousCache:
         self._lengths = [tuple(map(min, lengths, layer)) for layer in self._lengths]
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep these sequences, in this order; a row that is named twice is copied."""
+        """Keep these sequences, in this order; a row listed twice is copied."""
         if not rows or not all(0 <= row < self.batch_size for row in rows):
             raise UltrathinkError(
                 f"the cache has the sequences 0 to {self.batch_size - 1} and cannot keep "

@@ -1,4 +1,4 @@
-"""Which part of a model one forward pass may use."""
+"""The part of a model that a forward pass uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ultrathink.core.layers import layer_index
 class ComputePath:
     """The layers of a forward pass, by index (``3``) or by fraction of the depth (``0.5``).
 
-    A fraction names the layer that begins there: 0.0 the first, 0.5 of 8 layers index 4, 1.0 the
+    A fraction names the layer that starts there: 0.0 the first, 0.5 of 8 layers index 4, 1.0 the
     last. ``None`` is every layer. Layers always run in order, each once.
     """
 

@@ -1,4 +1,4 @@
-"""Tokens to vectors.
+"""The token embedding.
 
 Shapes: B batch, T tokens, V vocabulary, C hidden size.
 """
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 
 class Embedding(nn.Module):
-    """A table ``[V, C]``; unlike torch's it starts without values, which ``init.py`` sets.
+    """A table ``[V, C]``; unlike torch's it is uninitialized until ``init.py`` sets it.
 
-    Its gradient has the same bits in every run, compiled or not.
+    Its gradient is bit-identical in every run, compiled or not.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
@@ -44,8 +44,8 @@ class _Lookup(torch.autograd.Function):
         return None, _gradient(grad, input_ids, ctx.num_rows)
 
 
-# An operator of its own, because the compiler would turn torch's into atomic additions, whose
-# order, and with it the last bits of the sum, differs from run to run.
+# A custom operator, because the compiler would turn torch's into atomic additions, whose order,
+# and with it the last bits of the sum, differs from run to run.
 @torch.library.custom_op("ultrathink::embedding_gradient", mutates_args=())
 def _gradient(grad: Tensor, input_ids: Tensor, num_rows: int) -> Tensor:
     result: Tensor = torch.ops.aten.embedding_dense_backward(grad, input_ids, num_rows, -1, False)

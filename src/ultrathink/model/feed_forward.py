@@ -1,4 +1,4 @@
-"""Feed-forward layers, applied to each token by itself.
+"""Feed-forward layers, applied to each token separately.
 
 SwiGLU https://arxiv.org/abs/2002.05202, squared ReLU https://arxiv.org/abs/2109.08668.
 

@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how much arithmetic a token costs.
+"""The number of parameters of a model, and of floating point operations per token.
 
 The count of https://arxiv.org/abs/2204.02311, appendix B, with causal attention counted once.
 """
@@ -18,8 +18,8 @@ class ParameterCounts(NamedTuple):
 
     total: int
     matrices: int
-    """Those a token is multiplied with: all matrices and the head, not the embedding lookup, and of
-    experts those that it is sent to."""
+    """Parameters used in products for a token: all matrices and the head, without the embedding
+    lookup, and of experts only those that the token is sent to."""
 
 
 def count_parameters(model: nn.Module) -> ParameterCounts:
@@ -44,9 +44,9 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
     ``6 * M + 6 * num_layers * num_heads * head_dim * (seq_len + 1)``: M parameters in matrices
     (head included, embedding lookup not; of experts those that a token is sent to) take 2
-    operations forward and 4 backward each; a query meets (seq_len + 1) / 2 keys on average, twice
-    (scores and values). Nothing is counted for recomputation, norms and softmax. The
-    vocabulary must be set.
+    operations forward and 4 backward each; a query has (seq_len + 1) / 2 keys on average, used
+    twice (scores and values). Recomputation, norms and softmax are not counted. The vocabulary
+    must be set.
     """
     config = config.resolved()
     assert config.vocab_size is not None, "the vocabulary is set before training"

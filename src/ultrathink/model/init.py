@@ -1,4 +1,4 @@
-"""How weights start: a truncated normal, smaller where a layer writes to the residual stream.
+"""Weight initialization: a truncated normal, smaller for layers that write to the residual stream.
 
 After GPT-2 (https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf,
 section 2.3): 2 * num_layers projections add up in the residual stream, so each starts at
@@ -28,7 +28,7 @@ def init_parameters(
 ) -> None:
     """Set every parameter of ``model``: norms one, biases zero, matrices by ``config.init``.
 
-    Slots without an expert are zero, so that no optimizer moves them.
+    Slots without an expert are zero, so that no optimizer changes them.
     """
     std = config.init.std
     residual_std = 0.0 if config.init.residual == "zero" else std / (2 * config.num_layers) ** 0.5

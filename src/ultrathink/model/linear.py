@@ -13,9 +13,9 @@ from torch import Tensor, nn
 class Linear(nn.Module):
     """A product with a weight ``[O, I]``, in the precision of its input; a bias ``[O]`` if asked.
 
-    The weight may be kept in float32 while activations are bfloat16: it is cast here, explicitly,
-    so that its gradient arrives in the weight's own precision. ``row_splits`` counts the outputs
-    of each matrix where several are fused into one product: an optimizer may treat them apart.
+    The weight may be float32 while activations are bfloat16: it is cast here, explicitly, so that
+    its gradient has the weight's precision. ``row_splits`` are the numbers of outputs of matrices
+    fused into one product, which an optimizer may treat separately.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Cross-entropy of a linear head that never holds the logits of a whole batch.
 
-The gradients with respect to the hidden states and the head are computed chunk by chunk, in the
-forward pass, while a chunk's logits are at hand; the backward pass only scales them. After
+The gradients with respect to the hidden states and the head are computed chunk by chunk in the
+forward pass, while a chunk's logits exist; the backward pass only scales them. After
 https://arxiv.org/abs/2411.09009 and https://arxiv.org/abs/2410.10989. The z-loss is that of
 https://arxiv.org/abs/2204.02311.
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 IGNORED_LABEL = -100
-# Logits of a chunk: 16 MiB in bf16 on a CPU, whose caches they should not outgrow by far; more on a
-# GPU, whose products want to be large.
+# Logits of a chunk: 16 MiB in bf16 on a CPU, not far above the size of its caches; more on a GPU,
+# which needs large products.
 CHUNK_LOGITS = 1 << 23
 CHUNK_LOGITS_ON_GPU = 1 << 26
 MAX_CHUNKS = 16
@@ -33,7 +33,7 @@ class HeadLoss(NamedTuple):
     """``weight * log_partition²``, at least float32; None when the weight is zero."""
 
     num_correct: Tensor | None
-    """Tokens whose most likely prediction is the label; None unless asked for."""
+    """Tokens whose most likely prediction is the label; None unless requested."""
 
 
 def linear_cross_entropy(
@@ -48,8 +48,8 @@ def linear_cross_entropy(
     """Summed cross-entropy of ``hidden @ weight.T`` against ``labels``.
 
     ``hidden`` is ``[N, C]``, ``weight`` ``[V, C]`` (cast to the dtype of ``hidden``), ``labels``
-    ``[N]`` with ``IGNORED_LABEL`` where nothing is trained. ``loss_weights`` ``[N]`` multiply each
-    token's cross-entropy, and not its z-loss. Softmax runs in at least float32. Where gradients are
+    ``[N]`` with ``IGNORED_LABEL`` for untrained tokens. ``loss_weights`` ``[N]`` multiply each
+    token's cross-entropy, but not its z-loss. Softmax runs in at least float32. With gradients
     disabled none are computed.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -87,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, *of_z_loss = ctx.saved_tensors
-        scale = grad_outputs[0]  # at least float32: rounding it would scale every gradient alike
+        scale = grad_outputs[0]  # at least float32: its rounding error would scale all gradients
         grad_hidden, grad_weight = hidden.to(scale.dtype) * scale, weight.to(scale.dtype) * scale
         if of_z_loss:
             scale = grad_outputs[1]
@@ -106,7 +106,7 @@ def _forward(
     *,
     with_grad: bool,
 ) -> _Sums:
-    """Sums over all chunks and, where asked for, their gradients."""
+    """Sums over all chunks and, if requested, their gradients."""
     precise = torch.promote_types(hidden.dtype, torch.float32)
     head = weight.to(hidden.dtype)
     cross_entropy = torch.zeros((), dtype=precise, device=hidden.device)
@@ -145,7 +145,7 @@ def _forward(
     gradients: list[Tensor] = []
     for parts, total in zip(grad_hidden, grad_weight, strict=True):
         gradients.append(torch.cat(parts) if parts else torch.zeros_like(hidden))
-        # Kept for the backward pass as any other product is, in the precision of products.
+        # Kept for the backward pass in the precision of products, like any other product.
         gradients.append(torch.zeros_like(head) if total is None else total.to(head.dtype))
     return _Sums(cross_entropy, z_loss, num_correct, gradients)
 
@@ -165,6 +165,6 @@ def _logit_gradients(
 
 
 def chunk_tokens(num_tokens: int, vocab_size: int, device_type: str) -> int:
-    """Tokens of a chunk: ``CHUNK_LOGITS`` of them, or more where there would be too many chunks."""
+    """Tokens of a chunk: for ``CHUNK_LOGITS`` logits, or more if there would be too many chunks."""
     logits = CHUNK_LOGITS if device_type == "cpu" else CHUNK_LOGITS_ON_GPU
     return max(1, logits // vocab_size, -(-num_tokens // MAX_CHUNKS))

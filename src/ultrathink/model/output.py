@@ -1,4 +1,4 @@
-"""What a forward pass returns."""
+"""The output of a forward pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ModelOutput(NamedTuple):
     """Weighted auxiliary losses by name, summed over trained tokens; add them to the loss."""
 
     stats: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
-    """Observations that carry no gradient, summed over trained tokens (all without labels).
+    """Observations without gradient, summed over trained tokens (all tokens without labels).
 
     ``num_correct`` in evaluation mode; of L layers with experts in E slots and G groups
     ``expert_load``, ``expert_dropped``, ``expert_probability`` ``[L, E]``, ``expert_entropy`` and
@@ -35,7 +35,7 @@ class ModelOutput(NamedTuple):
     """
 
     head: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
-    """What the function ``head`` returned, where one took the place of logits and loss."""
+    """The result of the function ``head``, if one replaced logits and loss."""
 
     tapped: dict[int, Tensor] = {}  # noqa: RUF012 - never written to
-    """Residual states ``[B, T, C]`` behind the layers that were named, by index."""
+    """Residual states ``[B, T, C]`` after the tapped layers, by index."""

@@ -34,7 +34,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScalingConfig 
 
 
 def attention_factor(scaling: RopeScalingConfig | None) -> float:
-    """What cos and sin are multiplied by: 1 except with yarn."""
+    """The factor of cos and sin: 1 except with yarn."""
     if scaling is None or scaling.type != "yarn":
         return 1.0
     if scaling.attention_factor is not None:
@@ -43,7 +43,7 @@ def attention_factor(scaling: RopeScalingConfig | None) -> float:
 
 
 def _yarn(inverse: Tensor, head_dim: int, theta: float, scaling: RopeScalingConfig) -> Tensor:
-    """Blend stretched and untouched frequencies by the turns they make in the old context."""
+    """Blend scaled and unscaled frequencies by their number of turns in the old context."""
 
     def dimension_of(turns: float) -> float:
         wavelengths = scaling.original_max_positions / (turns * 2 * math.pi)
@@ -58,7 +58,7 @@ def _yarn(inverse: Tensor, head_dim: int, theta: float, scaling: RopeScalingConf
 
 
 def _llama3(inverse: Tensor, scaling: RopeScalingConfig) -> Tensor:
-    """Stretch long wavelengths, keep short ones, and blend smoothly between the two."""
+    """Scale long wavelengths, keep short ones, and blend smoothly in between."""
     turns = scaling.original_max_positions * inverse / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -69,8 +69,8 @@ class RotaryEmbedding(nn.Module):
     """Cosines and sines of positions, from tables that keep their precision.
 
     The tables are ``[P, D / 2]``, computed in float64 and stored in float32 (float64 in a float64
-    model) whatever ``.half()`` or ``.bfloat16()`` does to the rest of the model. They are not part
-    of a checkpoint.
+    model), also after ``.half()`` or ``.bfloat16()`` on the model. They are not part of a
+    checkpoint.
     """
 
     cos: Tensor
@@ -89,9 +89,9 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: Tensor | None, num_tokens: int, offset: int = 0) -> Tensor:
         """Cosines and sines, ``[2, 1 or B, 1, T, D / 2]``, broadcastable over heads.
 
-        ``positions`` is ``[T]`` or ``[B, T]``; None counts from ``offset``. The tables grow to
-        ``offset + T`` by themselves, and to any position given on the CPU; on other devices, and
-        in compiled code, call ``reserve`` first where a position lies beyond both.
+        ``positions`` is ``[T]`` or ``[B, T]``; None counts from ``offset``. The tables grow
+        automatically to ``offset + T``, and to any position on the CPU; on other devices, and in
+        compiled code, call ``reserve`` before using larger positions.
         """
         length = offset + num_tokens
         if positions is not None and positions.device.type == "cpu" and not _is_traced():
@@ -106,7 +106,7 @@ class RotaryEmbedding(nn.Module):
         return torch.stack((cos, sin)).unsqueeze(2)
 
     def reserve(self, num_positions: int) -> None:
-        """Make the tables reach at least ``num_positions``."""
+        """Extend the tables to at least ``num_positions``."""
         if num_positions > self.cos.shape[0]:
             length = 1 << (num_positions - 1).bit_length()
             self._set_tables(length, self.cos.device, self.cos.dtype)
@@ -118,7 +118,7 @@ class RotaryEmbedding(nn.Module):
     def _tables_up_to(self, length: int) -> tuple[Tensor, Tensor]:
         if length <= self.cos.shape[0]:
             return self.cos, self.sin
-        if _is_traced():  # a compiled graph computes them itself, rather than change the module
+        if _is_traced():  # a compiled graph computes them without changing the module
             return self._compute(length, self.cos.device, self.cos.dtype)
         self.reserve(length)
         return self.cos, self.sin
@@ -142,7 +142,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
-        """Follow the model to a device, but to float64 as the only other precision."""
+        """Move the tables with the model, but convert them to no other precision than float64."""
         moved = fn(torch.zeros(1, dtype=self.cos.dtype, device=self.cos.device))
         dtype = torch.promote_types(moved.dtype, torch.float32)
         if (moved.device, dtype) != (self.cos.device, self.cos.dtype):
@@ -160,8 +160,8 @@ def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 
 class _Rotation(torch.autograd.Function):
-    """A gradient is turned back by the same angle, in one pass; autograd's own would be
-    scattered over the halves, which compiles to code without vectors."""
+    """Rotates gradients back by the same angle in one pass; autograd's version scatters over the
+    halves, which compiles to code without SIMD."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

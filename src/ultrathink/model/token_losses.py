@@ -1,7 +1,7 @@
 """Log-probabilities and divergences of linear heads that never hold the logits of a whole batch.
 
-Logits are those of ``hidden @ weight.T``, divided by a temperature where one is given. It is a
-zero-dimensional tensor, so that a compiled step is not compiled again for another value.
+Logits are ``hidden @ weight.T``, divided by an optional temperature. That is a zero-dimensional
+tensor, so that another value does not recompile the step.
 
 Shapes: N tokens (all of a batch), C hidden size, V vocabulary, n tokens of a chunk.
 """
@@ -19,10 +19,10 @@ from ultrathink.model.loss import IGNORED_LABEL, chunk_tokens
 def linear_log_probabilities(
     hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Tensor | None = None
 ) -> Tensor:
-    """The log-probability of each label, ``[N]`` in at least float32; 0 where nothing is trained.
+    """The log-probability of each label, ``[N]`` in at least float32; 0 for untrained tokens.
 
     ``hidden`` is ``[N, C]``, ``weight`` ``[V, C]``, ``labels`` ``[N]`` with ``IGNORED_LABEL``. The
-    backward pass computes each chunk's logits again.
+    backward pass recomputes each chunk's logits.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         values: Tensor = _LogProbabilities.apply(hidden, weight, labels, temperature)  # type: ignore[no-untyped-call]
@@ -44,8 +44,8 @@ def linear_kl(
     """The divergence from a reference, summed over trained tokens, in nats.
 
     KL(reference ‖ model), or with ``reverse`` KL(model ‖ reference), at ``temperature``. The
-    reference ``[N, C']``, ``[V, C']`` is a constant; its width and precision may be others.
-    ``labels`` only say which tokens count, ``loss_weights`` ``[N]`` how much. Gradients are
+    reference ``[N, C']``, ``[V, C']`` is a constant; its width and precision may differ.
+    ``labels`` say only which tokens count, ``loss_weights`` ``[N]`` how much. Gradients are
     computed chunk by chunk in the forward pass, as for the cross-entropy
     (https://arxiv.org/abs/2410.10989).
     """
@@ -96,7 +96,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
-        scale = grad_outputs[0]  # at least float32: rounding it would scale every gradient alike
+        scale = grad_outputs[0]  # at least float32: its rounding error would scale all gradients
         grad_hidden = (hidden.to(scale.dtype) * scale).to(hidden.dtype)
         grad_weight = (weight.to(scale.dtype) * scale).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, *[None] * 6
@@ -131,7 +131,7 @@ def _divergence(
     *,
     with_grad: bool,
 ) -> tuple[Tensor, ...]:
-    """The sum over all chunks and, where asked for, its gradients by hidden states and head."""
+    """The sum over all chunks and, if requested, its gradients by hidden states and head."""
     head, reference_head = weight.to(hidden.dtype), reference_weight.to(reference_hidden.dtype)
     precise = _precise(hidden)
     total = torch.zeros((), dtype=precise, device=hidden.device)
@@ -159,7 +159,7 @@ def _divergence(
         grad_weight = grad_weight + (slopes.T @ states).to(precise)
     if not with_grad:
         return (total,)
-    # Kept for the backward pass as any other product is, in the precision of products.
+    # Kept for the backward pass in the precision of products, like any other product.
     return total, torch.cat(grad_hidden), grad_weight.to(head.dtype)
 
 

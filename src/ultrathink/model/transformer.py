@@ -37,13 +37,13 @@ from ultrathink.model.norm import RMSNorm
 from ultrathink.model.output import ModelOutput
 from ultrathink.model.rope import RotaryEmbedding
 
-# What takes the place of the logits or the loss: given the normalized states [B, T, C], the output
-# projection [V, C] and the labels [B, T], if any, it returns tensors by name.
+# A replacement of logits and loss: from the normalized states [B, T, C], the output projection
+# [V, C] and the labels [B, T], if any, it computes tensors by name.
 Head = Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]]
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer, each normalized before and added to its input."""
+    """Attention and a feed-forward layer, each with a norm before and a residual connection."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -67,15 +67,15 @@ class Block(nn.Module):
         cache: CacheView | None,
         routed: tuple[Sequences, Controls] | None = None,
     ) -> tuple[Tensor, LayerRouting | None]:
-        """Map the residual stream ``[B, T, C]`` to ``[B, T, C]``, and tell of its experts.
+        """Map the residual stream ``[B, T, C]`` to ``[B, T, C]``; also returns routing statistics.
 
-        A block with experts needs ``routed``: which tokens belong together, and the live controls.
+        A block with experts needs ``routed``: the sequences, and the live controls.
         """
         attended = self.attention(self.attention_norm(x), cos_sin, mask, backend, cache)
         x = x + F.dropout(attended, self.dropout, self.training)
         fed, routing = self.feed_forward_norm(x), None
         if self.has_experts:
-            assert routed is not None, "experts are told of sequences and controls"
+            assert routed is not None, "experts need sequences and controls"
             fed, routing = self.feed_forward(fed, *routed)
         else:
             fed = self.feed_forward(fed)
@@ -86,7 +86,7 @@ class Transformer(nn.Module):
     """A Llama-class decoder built from a configuration with a vocabulary.
 
     ``compute_dtype`` is the precision of activations and products; None is that of the weights.
-    Raises ConfigError where ``vocab_size`` is unset.
+    Raises ConfigError if ``vocab_size`` is not set.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -119,7 +119,7 @@ class Transformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that activations have."""
+        """The precision of activations."""
         return self.compute_dtype or self.embedding.weight.dtype
 
     @property
@@ -142,19 +142,19 @@ class Transformer(nn.Module):
         head: Head | None = None,
         tap: Sequence[int | float] = (),
     ) -> ModelOutput:
-        """Logits ``[B, T, V]``, or with ``labels`` the summed loss without ever holding them.
+        """Logits ``[B, T, V]``, or with ``labels`` the summed loss without storing the logits.
 
-        ``input_ids``, ``labels`` (the target of each position, -100 where nothing is trained),
+        ``input_ids``, ``labels`` (the target of each position, -100 for untrained ones),
         ``loss_weights`` (of each target; None: 1) and ``document_ids`` are ``[B, T]``. The first
         ``lengths[b]`` tokens of a row are real (None: all), the rest is padding: a cache does not
-        keep it, and its logits mean nothing.
+        keep it, and its logits are meaningless.
         ``positions`` is ``[T]`` or ``[B, T]`` and counts from each sequence's length in the cache
         when None. ``attention_mask`` is boolean (True = attend) or additive, ``[B, S]`` or
         broadcastable to ``[B, H, T, S]``. ``last_only`` gives the logits ``[B, 1, V]`` of each
-        row's last real token. ``head`` takes the place of logits and loss; it runs inside this
-        pass, where weights that are divided among processes are whole. ``tap`` names layers, by
-        index or by fraction, whose residual states ``[B, T, C]`` are returned too. Raises
-        ValueError for shapes that do not fit, and for layers that do not exist.
+        row's last real token. ``head`` replaces logits and loss; it runs inside this pass, where
+        sharded weights are gathered. ``tap`` names layers, by index or by fraction, whose residual
+        states ``[B, T, C]`` are returned too. Raises ValueError for shapes that do not fit, and for
+        layers that do not exist.
         """
         of_tokens = {"labels": labels, "loss_weights": loss_weights, "document_ids": document_ids}
         _check_shapes(input_ids, of_tokens, positions, lengths, cache)
@@ -201,7 +201,7 @@ class Transformer(nn.Module):
         head: Head | None,
         beside: ModelOutput,
     ) -> ModelOutput:
-        """``beside`` with what the output projection makes of the normalized states ``x``."""
+        """``beside`` with logits or loss, computed from the normalized states ``x``."""
         if head is not None:
             return beside._replace(head=head(x, self.head_weight, labels))
         if labels is None:
@@ -224,7 +224,7 @@ class Transformer(nn.Module):
         cache: CacheView | None,
         path: ComputePath,
     ) -> tuple[AttentionMask | None, Tensor]:
-        """What limits attention (None: causality, or what a cache says) and the rotary angles."""
+        """The attention mask (None: causality, or that of the cache) and the rotary angles."""
         B, T = input_ids.shape
         device, num_keys = input_ids.device, T
         starts: tuple[int, ...] = (0,)
@@ -257,7 +257,7 @@ class Transformer(nn.Module):
     def head_loss(
         self, x: Tensor, labels: Tensor, loss_weights: Tensor | None = None
     ) -> ModelOutput:
-        """The summed loss of ``labels`` ``[B*T]``, each weighed if asked, at the normalized states
+        """The summed loss of ``labels`` ``[B*T]``, optionally weighted, at the normalized states
         ``x`` ``[B, T, C]``."""
         sums = linear_cross_entropy(
             x.flatten(0, 1),
@@ -275,12 +275,12 @@ class Transformer(nn.Module):
         )
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Start every weight anew by ``config.init``, and every buffer as configured."""
+        """Initialize every weight by ``config.init``, and every buffer as configured."""
         self.reset_buffers()
         init_parameters(self, self.config, generator)
 
     def reset_buffers(self) -> None:
-        """Compute again what follows from the configuration alone (after ``to_empty``)."""
+        """Recompute buffers that follow from the configuration (after ``to_empty``)."""
         self.rope.reset_tables()
         if self.routing is not None:
             self.routing.reset()
@@ -297,9 +297,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def move_selection_biases(self, load: Tensor) -> None:
-        """Even out the experts' load by their biases, once after each optimizer step.
+        """Adjust the biases to balance the experts' load, once after each optimizer step.
 
-        ``load`` ``[L, E]`` is what ``stats["expert_load"]`` told of the whole step.
+        ``load`` ``[L, E]`` is ``stats["expert_load"]`` of the whole step.
         """
         assert self.routing is not None, "a model with experts"
         rate = self.routing.now().bias_rate
@@ -315,7 +315,7 @@ class Transformer(nn.Module):
 
     def set_activation_checkpointing(self, mode: str) -> None:
         """Keep every activation (``none``), the products (``selective``) or each block's input
-        (``full``) for the backward pass; without effect where no gradient is taken."""
+        (``full``) for the backward pass; no effect without gradients."""
         self.activation_checkpointing = check_mode(mode)
 
     def new_cache(self, batch_size: int, max_length: int) -> ContiguousCache:
@@ -335,7 +335,7 @@ class Transformer(nn.Module):
 
 
 def transformers_in(module: nn.Module) -> list[Transformer]:
-    """``module`` itself, or those that it is made of."""
+    """``module`` itself, or the Transformers inside it."""
     return [each for each in module.modules() if isinstance(each, Transformer)]
 
 
@@ -348,7 +348,7 @@ def _last(x: Tensor, lengths: Sequence[int] | None) -> Tensor:
 
 
 def _stacked(routings: list[LayerRouting]) -> dict[str, Tensor]:
-    """What layers tell of their routing, ``[L, E]`` or ``[L, G]`` each; L layers with experts."""
+    """Routing statistics of all L layers with experts, ``[L, E]`` or ``[L, G]`` each."""
     if not routings:
         return {}
     return {
@@ -363,7 +363,7 @@ def _expert_losses(routings: list[LayerRouting]) -> dict[str, Tensor]:
     if not routings:
         return {}
     total = torch.stack([routing.losses for routing in routings]).sum(0)
-    # Copies, because FSDP warns of an output that is a view.
+    # Copies, because FSDP warns if an output is a view.
     return {f"moe_{name}": total[index].clone() for index, name in enumerate(LOSSES)}
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # it needs NumPy, which takes a while to import
 Split = Literal["train", "val", "eval"]
 Level = Literal["info", "warning"]
 Note: TypeAlias = tuple[str, Level]  # a message, and how much it matters
-Tell: TypeAlias = Callable[[str, Level], None]  # a way to send messages
+Reporter: TypeAlias = Callable[[str, Level], None]  # shows a message to the user
 JsonScalar: TypeAlias = str | int | float | None
 RESERVED = ("step", "split", "time")
 

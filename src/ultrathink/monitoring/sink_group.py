@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ultrathink.monitoring.health import Health
-from ultrathink.monitoring.records import Note, Sink, Tell
+from ultrathink.monitoring.records import Note, Reporter, Sink
 
 
 class SinkGroup(Sink):
@@ -20,7 +20,7 @@ class SinkGroup(Sink):
     def __init__(
         self,
         sinks: Sequence[Sink],
-        report: Tell | None = None,
+        report: Reporter | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._members = [(sink, _health(sink, clock)) for sink in sinks]

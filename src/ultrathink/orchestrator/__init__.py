@@ -1,1 +1,1 @@
-"""Watching a run: signals, detectors, phases and a forecast, in plain Python and NumPy."""
+"""Watches and steers a run: signals, detectors, phases, forecast, policy, in Python and NumPy."""

@@ -1,4 +1,4 @@
-"""A whole loss curve in a few hundred points, however long the run."""
+"""The whole loss curve in a few hundred points, for runs of any length."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.windows import deviation, median
 
 MOST_POINTS = 512
-FIRST_BLOCK = 8  # observed steps a point; twice as many whenever there are too many points
+FIRST_BLOCK = 8  # observed steps per point; doubled whenever there are too many points
 
 Floats = npt.NDArray[np.float64]
 
 
 class Curve(Remembers):
-    """Medians of blocks of steps, all blocks of one size, which doubles as the run grows."""
+    """Medians of blocks of steps; the common size of the blocks doubles as the run grows."""
 
     remembered = ("block_size", "_steps", "_levels", "_spreads", "_block")
 
@@ -41,11 +41,11 @@ class Curve(Remembers):
 
     @property
     def spread(self) -> float:
-        """The robust standard deviation of single values around their point, over the last."""
+        """The robust standard deviation of single values around their last points."""
         return median(np.array(self._spreads[-32:]))
 
     def add(self, step: int, value: float) -> bool:
-        """Add a value; whether it completed a point."""
+        """Add a value; returns whether it completed a point."""
         self._block.append([float(step), value])
         if len(self._block) < self.block_size:
             return False
@@ -53,7 +53,7 @@ class Curve(Remembers):
         self._block = []
         self._steps.append(float(steps.mean()))
         self._levels.append(median(values))
-        # Neighbours differ by the noise of two; a trend within a block hardly matters then.
+        # Differences of neighbours have twice the variance, and hardly depend on a trend.
         self._spreads.append(deviation(np.diff(values)) / np.sqrt(2))
         if len(self._levels) > MOST_POINTS:
             self._merge()
@@ -69,7 +69,7 @@ class Curve(Remembers):
         def paired(values: list[float]) -> list[float]:
             return [sum(pair) / 2 for pair in zip(values[::2], values[1::2], strict=False)]
 
-        if len(self._levels) % 2:  # the odd one out goes back: its middle stands for all
+        if len(self._levels) % 2:  # the odd block is reopened, with its median for all its values
             self._block = [[self._steps[-1], self._levels[-1]]] * self.block_size
         self._steps, self._levels = paired(self._steps), paired(self._levels)
         self._spreads = paired(self._spreads)

@@ -1,4 +1,4 @@
-"""What detectors find, and how findings at consecutive steps become one event."""
+"""Findings of detectors, and how findings at consecutive steps become one event."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, ClassVar
 from ultrathink.orchestrator.remembering import Remembers
 
 SEVERITIES = ("info", "low", "medium", "high", "critical")
-ALARM = SEVERITIES.index("medium")  # from here on, somebody should look
+ALARM = SEVERITIES.index("medium")  # from this severity on, a person should look
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that a detector sees at one step.
+    """A detector's finding at one step.
 
-    ``since`` is the step at which it began, where that was seen only later; ``subject`` is what it
-    is about where there are several (a source, a group of experts). ``pause`` is how many observed
-    steps may pass before the next finding of the same incident: a detector that judges blocks of
-    steps does not speak at every one. Of ``values`` those are kept that are finite.
+    ``since`` is the step at which the problem began, if it was found later; ``subject`` is the
+    source or the group of experts concerned. ``pause`` is the largest number of observed steps
+    until the next finding of the same incident: a detector that judges blocks of steps does not
+    report at every step. Only finite ``values`` are kept.
     """
 
     step: int
@@ -29,7 +29,7 @@ class Finding:
     message: str
     since: int | None = None
     subject: str = ""
-    values: dict[str, float] = field(default_factory=dict)  # the figures it rests on
+    values: dict[str, float] = field(default_factory=dict)  # the figures behind it
     pause: int = 8
 
     def __post_init__(self) -> None:
@@ -40,20 +40,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class Event:
-    """One incident: from ``step`` to ``to_step``, told by its gravest finding."""
+    """One incident, from ``step`` to ``to_step``, described by its most severe finding."""
 
     step: int
     kind: str
     severity: str
     message: str
     to_step: int
-    found_at: int  # the step at which it was first seen
+    found_at: int  # the step at which it was first found
     subject: str = ""
     values: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_alarm(self) -> bool:
-        """Whether somebody should look: ``medium`` or above."""
+        """Whether a person should look: ``medium`` or above."""
         return is_alarm(self.severity)
 
     def to_json(self) -> dict[str, Any]:
@@ -62,18 +62,18 @@ class Event:
 
 
 def is_alarm(severity: str) -> bool:
-    """Whether somebody should look: ``medium`` or above."""
+    """Whether a person should look: ``medium`` or above."""
     return SEVERITIES.index(severity) >= ALARM
 
 
 @dataclass(frozen=True)
 class _Open:
     number: int  # of the event
-    until: int  # observed steps: later findings are another incident
+    until: int  # count of observed steps: later findings are another incident
 
 
 class Incidents(Remembers):
-    """Joins findings of one kind and subject into an event, as long as pauses are short."""
+    """Joins findings of one kind and subject into events, if the pauses between them are short."""
 
     remembered = ("events", "_open", "_count")
     records: ClassVar[Mapping[str, type]] = {"events": Event, "_open": _Open}
@@ -84,7 +84,7 @@ class Incidents(Remembers):
         self._count = 0  # observed steps
 
     def add(self, findings: Iterable[Finding]) -> list[Event]:
-        """Take the findings of one observed step; the events that are new, or graver now."""
+        """Add the findings of an observed step; returns events that are new or more severe."""
         self._count += 1
         changed = []
         for finding in findings:
@@ -103,11 +103,11 @@ class Incidents(Remembers):
         return changed
 
     def close(self) -> None:
-        """What comes is no part of the incidents so far, as after steps were undone."""
+        """End all incidents, as after steps were undone."""
         self._open.clear()
 
     def current(self, findings: Iterable[Finding]) -> list[Event]:
-        """The events that ``findings`` of the last observed step belong to."""
+        """The events of the ``findings`` of the last observed step."""
         keys = dict.fromkeys(_key(finding) for finding in findings)
         return [self.events[self._open[key].number] for key in keys]
 
@@ -118,7 +118,7 @@ def _key(finding: Finding) -> str:
 
 def _begun(finding: Finding, before: Event | None) -> Event:
     begin = finding.step if finding.since is None else min(finding.since, finding.step)
-    if before is not None:  # what was told already is not told again
+    if before is not None:  # steps that were reported already do not count again
         begin = min(max(begin, before.to_step + 1), finding.step)
     return Event(
         begin,
@@ -133,7 +133,7 @@ def _begun(finding: Finding, before: Event | None) -> Event:
 
 
 def _joined(event: Event, finding: Finding) -> Event:
-    """The event with one more finding; the gravest says what it was, the first of equals."""
+    """The event with one more finding; it is described by the first of the most severe ones."""
     longer = replace(event, to_step=finding.step)
     if SEVERITIES.index(finding.severity) <= SEVERITIES.index(event.severity):
         return longer
@@ -143,5 +143,5 @@ def _joined(event: Event, finding: Finding) -> Event:
 
 
 def in_order(events: Sequence[Event]) -> list[Event]:
-    """Events by the steps at which they began."""
+    """Events ordered by their first steps."""
     return sorted(events, key=lambda event: (event.step, event.kind))

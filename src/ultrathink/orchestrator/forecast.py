@@ -1,11 +1,10 @@
 """The loss at the end of the budget, with an interval.
 
 A power law above a floor, ``L(t) = E + A t^-a`` (Kaplan et al., 2020, arXiv 2001.08361; Hoffmann et
-al., 2022, arXiv 2203.15556), is fitted to the curve without its beginning: for each of a number of
-exponents the rest is a linear problem of least squares. The interval comes from how far such
-forecasts were off on earlier parts of the same curve, from how much fall is still predicted, and
-from how much of the run is to come: what a schedule does to the rate at the end is not in the
-curve yet.
+al., 2022, arXiv 2203.15556), is fitted to the curve without its start: for each of a number of
+exponents the rest is a linear least-squares problem. The interval combines the errors of such
+forecasts on earlier parts of the same curve, the fall that is still predicted, and the share of the
+run that is left: the effect of the schedule's last part is not in the curve yet.
 """
 
 from __future__ import annotations
@@ -18,29 +17,29 @@ import numpy as np
 
 from ultrathink.orchestrator.curve import Curve, Floats
 
-LEVEL = 0.9  # 77 of 80 on ten real logs held (benchmarks/watch_logs.py)
+LEVEL = 0.9  # on ten real logs 77 of 80 intervals held (benchmarks/watch_logs.py)
 FEWEST_POINTS = 16
-SKIPPED = 0.1  # of the points, where warm-up and the first fall are
+SKIPPED = 0.1  # first share of the points, with warm-up and the first fall
 EXPONENTS = np.geomspace(0.03, 1.5, 64)
-# By how much of the predicted fall, and of the noise of a step, the interval is wider than the
-# forecasts on earlier parts of the curve were off; chosen on real logs (docs/watching.md).
+# Shares of the predicted fall and of the noise of a step that are added to the errors of earlier
+# forecasts; chosen on real logs (docs/watching.md).
 BELOW, ABOVE = 1.0, 0.5
 NOISE = 0.5
-SCHEDULE = 0.03  # that the loss may fall by as the rate is lowered, of what is to come
+SCHEDULE = 0.03  # possible fall of the loss as the rate is lowered, times the share left
 LEAST = 0.001  # on either side, in the logarithm
-LARGEST = 100.0  # logarithm of a loss that is forecast
+LARGEST = 100.0  # logarithm of the largest loss that is forecast
 PAST_ERRORS = 1.0
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the smoothed training loss should be at ``step``, and between which values."""
+    """The expected smoothed training loss at ``step``, with an interval."""
 
     step: int
     loss: float
     low: float
     high: float
-    level: float  # how often the interval should hold the loss
+    level: float  # the intended share of intervals that contain the loss
     at_step: int  # when it was made
 
     def to_json(self) -> dict[str, Any]:
@@ -54,7 +53,7 @@ def forecast(curve: Curve, step: int) -> Forecast | None:
     if len(levels) < FEWEST_POINTS or step <= 0:
         return None
     now = float(steps[-1])
-    unit = float(levels[-1])  # the law is fitted to losses of about one
+    unit = float(levels[-1])  # scale: the law is fitted to losses near one
     levels = np.clip(levels - unit, -LARGEST, LARGEST)
     value = _extrapolated(steps, levels, step)
     fall = max(0.0, float(np.median(levels[-8:])) - value)
@@ -68,7 +67,7 @@ def forecast(curve: Curve, step: int) -> Forecast | None:
 
 
 def _extrapolated(steps: Floats, levels: Floats, step: float) -> float:
-    """The fitted law at ``step``, in the logarithm, moved to pass through the last points."""
+    """The logarithm of the fitted law at ``step``, shifted to pass through the last points."""
     begin = int(SKIPPED * len(steps))
     times, losses = steps[begin:] / steps[-1], np.exp(levels[begin:])
     exponent, floor, factor = _fitted(times, losses)
@@ -82,8 +81,8 @@ def _extrapolated(steps: Floats, levels: Floats, step: float) -> float:
 
 
 def _fitted(times: Floats, losses: Floats) -> tuple[float, float, float]:
-    """Exponent, floor and factor with the least squares; floor and factor are not negative."""
-    # Later points matter more: points lie evenly in steps, the law lives in their logarithm.
+    """The least-squares exponent, floor and factor; floor and factor are not negative."""
+    # Later points weigh more: points are spaced evenly in steps, the law is in their logarithm.
     weights = times / times[-1]
     powers = times ** -EXPONENTS[:, None]  # [exponents, points]
     total, of_losses = weights.sum(), weights @ losses
@@ -92,7 +91,7 @@ def _fitted(times: Floats, losses: Floats) -> tuple[float, float, float]:
     spread = np.maximum(total * of_squares - of_powers**2, 1e-12)
     factor = (total * of_both - of_powers * of_losses) / spread
     floor = (of_losses - factor * of_powers) / total
-    # Where the best has a sign wrong, a law without a floor, or a constant.
+    # If the best has a negative floor or factor, use a law without a floor, or a constant.
     free = (floor >= 0) & (factor >= 0)
     candidates = (
         (np.where(free, floor, of_losses / total), np.where(free, factor, 0.0)),
@@ -108,7 +107,7 @@ def _fitted(times: Floats, losses: Floats) -> tuple[float, float, float]:
 
 
 def _past_error(steps: Floats, levels: Floats, ratio: float) -> float:
-    """How far forecasts as many times ahead were off on earlier parts of the curve."""
+    """The error of forecasts over the same ratio of steps, on earlier parts of the curve."""
     errors = []
     for share in (0.35, 0.5, 0.65, 0.8):
         end = int(share * len(levels))

@@ -1,4 +1,4 @@
-"""How far forecasts of the loss were off, once what they were made for has come."""
+"""Measures the error of loss forecasts, once their step is reached."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from ultrathink.orchestrator.curve import Curve
 from ultrathink.orchestrator.forecast import forecast
 from ultrathink.orchestrator.remembering import Remembers
 
-AHEAD = 1.25  # times as many steps as there were: some twenty forecasts in a run of 10,000
+AHEAD = 1.25  # times the current step: about twenty forecasts in a run of 10,000 steps
 
 
 class ForecastCheck(Remembers):
-    """Makes one forecast at a time, for a step not far ahead, and compares it when that is there.
+    """Makes one forecast at a time, for a step not far ahead, and compares it at that step.
 
-    The forecast of the end of a run comes due once, when nobody needs it any more; these are made
-    in the same way.
+    The forecast of the end of a run can be checked only at the end; these are made in the same way.
     """
 
     remembered = ("_due", "_made_at", "_loss", "_sum", "_count")
@@ -29,11 +28,11 @@ class ForecastCheck(Remembers):
 
     @property
     def error(self) -> float | None:
-        """Mean of ``|forecast / loss - 1|`` over those that came due; None before the first."""
+        """Mean of ``|forecast / loss - 1|`` over the forecasts checked; None before the first."""
         return self._sum / self._count if self._count else None
 
     def observe(self, curve: Curve) -> None:
-        """Look at a curve of log losses that has a new point, whose median is what came."""
+        """Check a curve of log losses with a new point, whose median is the actual value."""
         step = round(float(curve.steps[-1]))
         if self._due is not None and step >= self._due:
             came = math.exp(min(max(float(curve.levels[-1]), -700.0), 700.0))
@@ -47,6 +46,6 @@ class ForecastCheck(Remembers):
                 self._due, self._made_at, self._loss = ahead.step, step, ahead.loss
 
     def rewind(self, step: int) -> None:
-        """The steps beyond ``step`` were undone: so is what was predicted from them."""
+        """Drop forecasts made from steps after ``step``, which were undone."""
         if self._made_at > step:
             self._due = None

@@ -1,4 +1,4 @@
-"""The bridge to the trainer: what it reports becomes signals, what is found is told and kept."""
+"""Connects the watcher to the trainer: reports become signals, events are reported and written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ultrathink.monitoring.appending import ResilientAppender
 from ultrathink.monitoring.expert_figures import figures_of
 from ultrathink.monitoring.experts import ExpertRecord
 from ultrathink.monitoring.jsonl import line_appender
-from ultrathink.monitoring.records import Note, RunInfo, Tell
+from ultrathink.monitoring.records import Note, Reporter, RunInfo
 from ultrathink.orchestrator.detectors import DETECTORS
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.signals import Signals
@@ -29,16 +29,16 @@ from ultrathink.training.run_log import WatchedFile
 
 
 class LiveWatch(Callback):
-    """Watches a run as it trains: alarms are told, all events are kept in ``events.jsonl``.
+    """Watches a run while it trains: reports alarms, and writes all events to ``events.jsonl``.
 
-    It never changes the run. ``show_phase`` hears of each new phase. ``without`` names detectors,
-    by class, that do not apply.
+    It never changes the run. ``show_phase`` is called with each new phase. ``without`` names the
+    classes of detectors that do not apply.
     """
 
     def __init__(
         self,
         run: RunFolder,
-        tell: Tell,
+        report: Reporter,
         show_phase: Callable[[str], None] = lambda phase: None,
         *,
         without: Collection[str] = (),
@@ -47,10 +47,10 @@ class LiveWatch(Callback):
         self.watcher = Watcher(
             detectors=[make() for make in DETECTORS if make.__name__ not in without]
         )
-        self._tell = tell
+        self._report = report
         self._show_phase = show_phase
         self._shown = ""  # the phase that was shown last
-        self._fresh: list[Event] = []  # since they were last taken
+        self._fresh: list[Event] = []  # since ``take_events``
         self._file = WatchedFile(line_appender(run.events), run.events.name)
 
     def on_start(self, info: RunInfo) -> None:
@@ -91,31 +91,31 @@ class LiveWatch(Callback):
         self.watcher.load_state_dict(state)
 
     def take_events(self) -> list[Event]:
-        """The events that are new, or graver than before, since the last call."""
+        """The events that are new or more severe since the last call."""
         fresh, self._fresh = self._fresh, []
         return fresh
 
     def _keep(self, step: int, events: Sequence[Event]) -> None:
         self._fresh += events
         for event in events:
-            # `step` is that of the line, by which a resume cuts the file; `began` the event's.
+            # A resume cuts the file by `step`; `began` is the step of the event.
             record = {**event.to_json(), "step": step, "began": event.step, "time": time.time()}
             self._notes(self._file.write(json.dumps(record, ensure_ascii=False)))
             if event.is_alarm:
-                self._tell(described(event), "warning")
+                self._report(described(event), "warning")
 
     def _notes(self, notes: Sequence[Note]) -> None:
         for text, level in notes:
-            self._tell(text, level)
+            self._report(text, level)
 
 
 def described(event: Event) -> str:
-    """An event in a line of the console."""
+    """An event as a line for the console."""
     return f"{event.kind} at step {event.step:,} ({event.severity}): {event.message}"
 
 
 def step_signals(report: StepReport) -> Signals:
-    """What a step's report tells, under standard names."""
+    """The figures of a step's report, under standard names."""
     values: dict[str, float] = {
         "loss": report.loss,
         "grad_norm": report.grad_norm,
@@ -128,7 +128,7 @@ def step_signals(report: StepReport) -> Signals:
         **report.norms,
     }
     if report.skipped and report.num_tokens == 0:
-        values.pop("loss")  # nothing to learn is no loss of zero
+        values.pop("loss")  # with nothing to learn there is no loss, rather than zero
         values.pop("grad_norm")
     if report.skipped:
         values.pop("lr_scheduled", None)  # no rate was used

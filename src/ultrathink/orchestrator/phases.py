@@ -1,4 +1,4 @@
-"""Where a run stands: starting, restless, learning, standing still or falling apart."""
+"""The phase of a run: initialization, volatile, converging, plateau or diverging."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from ultrathink.orchestrator.curve import Curve
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.remembering import Remembers
 
-INITIALIZATION = "INITIALIZATION"  # too little is known
-VOLATILE = "VOLATILE"  # an alarm about the loss or the gradient was raised a moment ago
+INITIALIZATION = "INITIALIZATION"  # too few points
+VOLATILE = "VOLATILE"  # a recent alarm about the loss or the gradient
 CONVERGING = "CONVERGING"  # the loss falls
-PLATEAU = "PLATEAU"  # it does not
+PLATEAU = "PLATEAU"  # it stays
 DIVERGING = "DIVERGING"  # it rises
 
 START = 4  # points of the curve
 LOOKED_BACK = (24, 0.33)  # points, or this share of the run
 CLEAR = 2.5  # standard errors
-RESUMED = 4.0  # standard errors, of a fall after a plateau: one of many looks shows some by chance
-PATIENCE = {PLATEAU: 8, DIVERGING: 2}  # points that must agree before the trend is that
+RESUMED = 4.0  # standard errors of a fall after a plateau: in many checks some occur by chance
+PATIENCE = {PLATEAU: 8, DIVERGING: 2}  # points that must agree before the trend changes to that
 SHAKEN = 32  # observed steps after an alarm
 _UNREST = ("loss_spike", "gradient_explosion", "oscillation", "non_finite")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of a run, both steps included."""
+    """A phase of a run, both steps included."""
 
     phase: str
     from_step: int
@@ -58,7 +58,7 @@ class Phases(Remembers):
         self._since_divergence = SHAKEN
 
     def observe(self, step: int, curve: Curve, is_new_point: bool, events: Sequence[Event]) -> None:
-        """Take a step, with the events that its findings belong to."""
+        """Observe a step, with the events of its findings."""
         self._since_unrest += 1
         self._since_divergence += 1
         for event in events:
@@ -75,7 +75,7 @@ class Phases(Remembers):
             phase = VOLATILE
         last = self.list[-1] if self.list else None
         if last is not None and last.to_step == step and last.phase != phase:
-            self.list.pop()  # a step that came in two parts has the phase of the later one
+            self.list.pop()  # if a step comes in two parts, the later one decides its phase
             if last.from_step < step:
                 self.list.append(replace(last, to_step=step - 1))
         if self.list and self.list[-1].phase == phase:
@@ -84,28 +84,28 @@ class Phases(Remembers):
             self.list.append(Phase(phase, step, step))
 
     def _turn(self, trend: str) -> None:
-        """Change the trend once enough points agree on another."""
+        """Change the trend once enough points agree."""
         other, count = self._next
         self._next = [trend, count + 1 if trend == other else 1]
         if self._next[1] >= PATIENCE.get(trend, 1) or self._trend == INITIALIZATION:
             self._trend = trend
 
     def rewind(self, step: int) -> None:
-        """Forget what lies beyond ``step``."""
+        """Forget everything after ``step``."""
         kept = [phase for phase in self.list if phase.from_step <= step]
         self.list = [replace(phase, to_step=min(phase.to_step, step)) for phase in kept]
         self._since_unrest = self._since_divergence = SHAKEN
 
 
 def _trend(curve: Curve, clear: float) -> str:
-    """The direction of the last points: the mean of their later half against the earlier."""
+    """The direction of the last points: the mean of their later half less that of the earlier."""
     if len(curve) < START:
         return INITIALIZATION
     count = max(LOOKED_BACK[0], int(LOOKED_BACK[1] * len(curve)))
     levels = curve.levels[-count:]
     half = len(levels) // 2
     fall = float(levels[:half].mean() - levels[half:].mean())
-    # Points next to each other differ by noise alone, or nearly, unless the loss falls steeply.
+    # Neighbouring points differ almost only by noise, unless the loss falls steeply.
     noise = float(np.median(np.abs(np.diff(levels)))) * 1.4826 / math.sqrt(2)
     noise = min(noise, 2 * 1.2533 * curve.spread / math.sqrt(curve.block_size))
     error = max(noise * math.sqrt(4 / len(levels)), 1e-9)

@@ -1,4 +1,4 @@
-"""State that is named in one place: what is written to a checkpoint is what is read from it."""
+"""State declared in one place, so that writing and reading a checkpoint always agree."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ Kept = TypeVar("Kept", bound=Stateful)
 
 
 class Remembers:
-    """Something whose state is the attributes that ``remembered`` names.
+    """A base class whose state is the attributes listed in ``remembered``.
 
-    They are numbers, texts, None, lists and dictionaries of those, or objects with a state of their
-    own, also as the values of a dictionary that is there from the beginning: one that a state lacks
-    stays as it is, and the state of one that is not there is kept. ``records`` names the class of
-    those that are dataclasses, alone, in a list or as the values of a dictionary.
+    They are numbers, texts, None, lists and dictionaries of those, or objects with ``state_dict``,
+    also as values of an existing dictionary: an object without a saved state is unchanged, and the
+    state of a missing object is kept. ``records`` gives the class of attributes that are
+    dataclasses, single, in a list or as values of a dictionary.
     """
 
     remembered: ClassVar[tuple[str, ...]]
     records: ClassVar[Mapping[str, type]] = {}
 
     def state_dict(self) -> State:
-        """What to remember over a restart."""
+        """The state to keep in checkpoints."""
         return {name.lstrip("_"): _saved(getattr(self, name)) for name in self.remembered}
 
     def load_state_dict(self, state: State) -> None:
-        """Go back to what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned."""
         for name in self.remembered:
             kept = state[name.lstrip("_")]
             setattr(self, name, _restored(getattr(self, name), kept, self.records.get(name)))
 
 
 class PerName(dict[str, Kept]):
-    """Objects with a state, made when a name is first asked for."""
+    """Objects with a state, created when their name is first used."""
 
     def __init__(self, make: Callable[[], Kept]) -> None:
         super().__init__()
@@ -47,11 +47,11 @@ class PerName(dict[str, Kept]):
         return made
 
     def state_dict(self) -> State:
-        """What to remember over a restart."""
+        """The state to keep in checkpoints."""
         return {name: value.state_dict() for name, value in self.items()}
 
     def load_state_dict(self, state: State) -> None:
-        """Go back to what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned."""
         values: dict[str, Any] = dict(state)
         self.clear()
         for name, kept in values.items():

@@ -1,4 +1,4 @@
-"""What is known of a step: plain numbers under standard names, wherever the log came from.
+"""The figures of a step: numbers under standard names, for logs of any origin.
 
 ========================  =====================================================================
 ``loss``                  training loss, nats (mean over the step's tokens)
@@ -6,15 +6,15 @@
 ``loss/<source>``         training loss of one source; ``val_loss/<source>`` likewise
 ``accuracy``              training accuracy, 0 to 1; ``val_accuracy`` likewise
 ``grad_norm``             norm of the whole gradient before clipping
-``lr``                    learning rate; ``lr_scheduled`` is the one that the schedule asks for
-``step_time``             seconds a step
-``data_wait``             seconds a step waits for its batch
-``tokens_per_sec``        speed; samples a second where a log has no tokens
+``lr``                    learning rate; ``lr_scheduled`` is that of the schedule
+``step_time``             seconds per step
+``data_wait``             seconds that a step waits for its batch
+``tokens_per_sec``        speed; samples per second if a log has no tokens
 ``memory``                memory in use, GiB; ``memory_reserved``, ``memory_peak``,
                           ``memory_limit`` likewise
-``skipped_steps``         steps that were left out so far
+``skipped_steps``         number of skipped steps so far
 ``nan_steps``             steps so far whose loss was NaN, where a log only counts them
-``loss_scale``            by which an fp16 loss is multiplied
+``loss_scale``            factor of an fp16 loss
 ``update_ratio``          norm of the update over norm of the weights
 ``grad_norm/<layer>``     norm of the gradient of one layer
 ``eval/<name>/<f>``       figures of an evaluator (``training.evaluators``)
@@ -29,26 +29,26 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-SMALL = 0.01  # nats: what a loss of zero and one of this differ by is no matter
+SMALL = 0.01  # nats: smaller losses need not be distinguished from zero
 
 
 @dataclass(frozen=True)
 class Signals:
-    """The figures of one step, by name; what a log does not tell is absent.
+    """The figures of one step, by name; those that a log lacks are absent.
 
-    A value that was logged and is no number (NaN, infinity) stays in ``values`` as such.
+    Logged values of NaN and infinity stay in ``values``.
     """
 
     step: int
     values: Mapping[str, float] = field(default_factory=dict)
 
     def finite(self, name: str) -> float | None:
-        """The value called ``name``; None where it is absent or not finite."""
+        """The value of ``name``; None if it is absent or not finite."""
         value = self.values.get(name)
         return value if value is not None and math.isfinite(value) else None
 
     def having(self, prefix: str) -> dict[str, float]:
-        """All finite values whose names begin with ``prefix``, without it."""
+        """All finite values whose names start with ``prefix``, which is removed."""
         return {
             name.removeprefix(prefix): value
             for name, value in self.values.items()

@@ -1,4 +1,4 @@
-"""Watches one run: gives every step to all detectors and keeps events, phases and the curve."""
+"""Watches one run: passes every step to all detectors and keeps events, phases and the curve."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ultrathink.orchestrator.signals import Signals
 
 
 class Watcher(Remembers):
-    """Sees the signals of a run in order and says what an expert would say about them.
+    """Observes the signals of a run in order, and finds events, phases and a forecast.
 
-    ``total_steps`` is the budget that the forecast is made for; without one it looks ahead to twice
-    the steps so far. Signals of one step may come in several parts.
+    The forecast is for ``total_steps``, without a budget for twice the steps so far. The signals
+    of one step may come in several parts.
     """
 
     remembered = (
@@ -48,31 +48,31 @@ class Watcher(Remembers):
         self._curve = Curve()
         self._forecast_check = ForecastCheck()
         self._last_step: int | None = None
-        self._is_log = True  # the curve is of logarithms, until a loss is negative
+        self._is_log = True  # the curve has logarithms, until a loss is negative
 
     @property
     def events(self) -> list[Event]:
-        """All events so far, by the steps at which they began."""
+        """All events so far, by their first steps."""
         return in_order(self._incidents.events)
 
     @property
     def phases(self) -> list[Phase]:
-        """The phases so far; the last one goes on."""
+        """The phases so far; the last one is the current one."""
         return list(self._phases.list)
 
     @property
     def phase(self) -> str | None:
-        """The phase that the run is in; None before the first step."""
+        """The current phase; None before the first step."""
         return self._phases.list[-1].phase if self._phases.list else None
 
     def observe(self, signals: Signals) -> list[Event]:
-        """Take the figures of the next step; the events that are new, or graver than before.
+        """Observe the figures of the next step; returns events that are new or more severe.
 
-        A step that lies before the last one means that the steps since were undone.
+        A step before the last one means that the steps since then were undone.
         """
-        told: list[Event] = []
+        found: list[Event] = []
         if self._last_step is not None and signals.step < self._last_step:
-            told += self.rewind(signals.step - 1)
+            found += self.rewind(signals.step - 1)
         self._last_step = signals.step
         findings = [one for detector in self.detectors for one in detector.observe(signals)]
         changed = self._incidents.add(findings)
@@ -83,10 +83,10 @@ class Watcher(Remembers):
                 self._forecast_check.observe(self._curve)
             current = self._incidents.current(findings)
             self._phases.observe(signals.step, self._curve, is_new, current)
-        return told + changed
+        return found + changed
 
     def _extend(self, step: int, loss: float) -> bool:
-        """Add a loss to the curve; whether that has a new point."""
+        """Add a loss to the curve; returns whether it has a new point."""
         if loss < 0 and self._is_log:
             self._curve, self._is_log = Curve(), False
         if not self._is_log:
@@ -95,17 +95,17 @@ class Watcher(Remembers):
 
     @property
     def forecast_error(self) -> float | None:
-        """By what share of the loss forecasts were off that came due; None before the first."""
+        """The mean relative error of the forecasts checked so far; None before the first."""
         return self._forecast_check.error
 
     def finish(self) -> list[Event]:
-        """The log is over: judge what waits for later steps; the events that are new."""
+        """The log has ended: judge what was waiting for later steps; returns new events."""
         return self._incidents.add(
             [one for detector in self.detectors for one in detector.finish()]
         )
 
     def rewind(self, step: int) -> list[Event]:
-        """The steps beyond ``step`` were undone, by a rollback or a resume."""
+        """Forget the steps after ``step``, undone by a rollback or a resume."""
         before, self._last_step = self._last_step, step
         for detector in self.detectors:
             detector.rewind(step)
@@ -119,10 +119,10 @@ class Watcher(Remembers):
         return self._incidents.add([Finding(step + 1, "resumed", "info", text)])
 
     def forecast(self) -> Forecast | None:
-        """What the loss should be at the end of the budget.
+        """The expected loss at the end of the budget.
 
-        None while too little is known, and for losses of which some are negative: the law that is
-        fitted is one of losses above a floor.
+        None while the curve is too short, and if a loss was negative: the fitted law is for losses
+        above a floor.
         """
         if self._last_step is None or not self._is_log:
             return None

@@ -1,1 +1,1 @@
-"""Several processes, one run: who takes part, and what each holds of the model."""
+"""Runs of several processes: their groups, and how they share the model."""

@@ -1,8 +1,8 @@
-"""Starting the processes of a run on this machine, and starting them again when one dies.
+"""Starts the processes of a run on this machine, and restarts them when one dies.
 
-The work is done by PyTorch's elastic agent. What is different here: on one machine nothing listens
-beyond loopback (processes meet at a file); signals reach the processes, which save and stop by
-themselves; when one dies the others, which wait for it in vain, are ended at once.
+PyTorch's elastic agent does the work, with these differences: on a single machine nothing listens
+beyond loopback (processes rendezvous through a file); signals are forwarded to the processes, which
+save and stop by themselves; when one process dies, the others, which wait for it, are killed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,15 +24,16 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from ultrathink.core.files import temporary_folder
 from ultrathink.parallel import watchdog
 from ultrathink.parallel.world import RENDEZVOUS_VARIABLE, RUN_POINTER_VARIABLE
 
-# A process that ends with one of these made up its mind: starting it again would end the same way.
+# After these exit statuses a restart would end in the same way.
 USER_ERROR, EXCEPTION = 2, 70
 FINAL_STATUSES = (USER_ERROR, EXCEPTION)
-OUT_OF_MEMORY = 71  # the next start takes less, as the process has written down
-PEER_GONE = 75  # a process could not go on without another, which knows why
-# These are told by what is printed here.
+OUT_OF_MEMORY = 71  # the restart uses smaller micro-batches, as the process has recorded
+PEER_GONE = 75  # another process is gone, and has the reason
+# Silenced: its messages repeat what is printed here.
 _TORCH_LOG = logging.getLogger("torch.distributed.elastic")
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _MONITOR_S = 0.1
@@ -46,30 +46,31 @@ class Launch:
     command: Sequence[str]
     num_processes: int
     num_nodes: int = 1
-    endpoint: str | None = None  # where several machines meet, host:port
+    endpoint: str | None = None  # rendezvous of several machines, host:port
     run_id: str = "ultrathink"
     max_restarts: int = 3
-    log_folder: Path | None = None  # what each process prints, in a file of its own
+    log_folder: Path | None = None  # for the output of each process, in separate files
 
 
 @dataclass(frozen=True)
 class LaunchResult:
-    """How the processes ended: the exit status, and what went wrong where something did."""
+    """How the processes ended: the exit status, and the reason of a failure."""
 
     status: int
     reason: str = ""
 
 
-def launch(what: Launch, tell: Callable[[str], None]) -> LaunchResult:
-    """Start the processes, watch over them until they end, and say how."""
+def launch(what: Launch, report: Callable[[str], None]) -> LaunchResult:
+    """Start the processes, supervise them until they end, and return how they ended."""
     _TORCH_LOG.setLevel(logging.CRITICAL)
-    with (
-        tempfile.TemporaryDirectory(prefix="ultrathink-") as folder,
-        _environment(_variables(what, Path(folder))),
-    ):
-        agent = _Agent(_spec(what, Path(folder)), _logs(what), tell)
+    with temporary_folder() as folder, _environment(_variables(what, folder)):
+        spec = _spec(what, folder)
+        agent = _Agent(spec, _logs(what), report)
         with _forwarding_signals(agent) as received:
             result = agent.run()
+        if what.endpoint is None:
+            with suppress(Exception):  # ends the heartbeats, which write to a file in the folder
+                spec.rdzv_handler.shutdown()
     if received and not result.is_failed():
         return LaunchResult(128 + received[0])
     if not result.is_failed():
@@ -79,11 +80,11 @@ def launch(what: Launch, tell: Callable[[str], None]) -> LaunchResult:
 
 
 class _Agent(LocalElasticAgent):
-    """The elastic agent, which knows its processes and when it is no use to start them again."""
+    """The elastic agent, which knows its processes and when a restart is useless."""
 
-    def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, tell: Callable[[str], None]):
+    def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, report: Callable[[str], None]):
         super().__init__(spec, logs)
-        self.tell = tell
+        self.report = report
         self.pids: list[int] = []
         self.failure: tuple[int, int] | None = None  # rank and exit code of the first to fail
 
@@ -94,7 +95,7 @@ class _Agent(LocalElasticAgent):
         return started
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        # They wait for one that is gone, or are of no use without it.
+        # They wait for a process that is gone, so they could not stop by themselves.
         self._shutdown(signal.SIGKILL)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -107,15 +108,15 @@ class _Agent(LocalElasticAgent):
         if code in FINAL_STATUSES:
             self._remaining_restarts = 0
         elif self._remaining_restarts > 0:
-            self.tell(
-                f"{_how(rank, code)}; all start again from the last checkpoint "
+            self.report(
+                f"{_how(rank, code)}; all restart from the last checkpoint "
                 f"({self._remaining_restarts} restart"
                 f"{'s' if self._remaining_restarts > 1 else ''} left)"
             )
         return result
 
     def _end_the_rest(self, worker_group: WorkerGroup) -> None:
-        """Once a process has failed, end the others, which may wait for it forever."""
+        """Once a process has failed, kill the others, which may wait for it forever."""
         processes = {
             worker.global_rank: handler.proc
             for worker in worker_group.workers
@@ -133,7 +134,7 @@ class _Agent(LocalElasticAgent):
 
 
 def _first_failure(result: RunResult) -> tuple[int, int]:
-    """The rank and exit code of the process with which the trouble began."""
+    """The rank and exit code of the process that failed first."""
     failures = result.failures.items()
     rank, failure = min(
         failures, key=lambda item: (item[1].exitcode == PEER_GONE, item[1].timestamp)
@@ -142,7 +143,7 @@ def _first_failure(result: RunResult) -> tuple[int, int]:
 
 
 def _how(rank: int, exit_code: int) -> str:
-    """How the process of ``rank`` ended, in words."""
+    """How the process of ``rank`` ended, as text."""
     if exit_code < 0:
         return f"process {rank} was killed by {signal.Signals(-exit_code).name}"
     if exit_code == PEER_GONE:
@@ -194,12 +195,12 @@ def _logs(what: Launch) -> DefaultLogsSpecs:
 
 
 def _variables(what: Launch, folder: Path) -> dict[str, str]:
-    """What the processes are told by their environment."""
+    """The environment variables of the processes."""
     variables = {
-        # With a store that outlives a restart, every third restart hung.
+        # With a store that survives a restart, every third restart hung.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         RUN_POINTER_VARIABLE: str(folder / "run"),
-        # Others are for the processes (see _forwarding_signals).
+        # The other signals are for the processes (see _forwarding_signals).
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",
     }
     if "OMP_NUM_THREADS" not in os.environ:
@@ -226,7 +227,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _forwarding_signals(agent: _Agent) -> Iterator[list[int]]:
-    """Hand signals on to the processes, each of which stops by itself; list what came."""
+    """Forward signals to the processes, which stop by themselves; yields those received."""
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -236,8 +237,9 @@ def _forwarding_signals(agent: _Agent) -> Iterator[list[int]]:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    heard = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, forward) for number in heard}  # not SIGHUP under nohup
+    # Ignored signals stay ignored, such as SIGHUP under nohup.
+    handled = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in handled}
     try:
         yield received
     finally:

@@ -1,4 +1,4 @@
-"""Degrees of parallelism, the groups of processes that they make, and the mesh of devices."""
+"""Degrees of parallelism, their groups of processes, and the mesh of devices."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ultrathink.core.errors import ConfigError
 from ultrathink.parallel.world import Group, World
 
 REPLICATE, SHARD = "dp_replicate", "dp_shard"
-# Ranks count along these axes, along the last one fastest, so that neighbors communicate most.
+# Ranks count along these axes, the last one fastest, so that neighbors communicate most.
 AXES = ("pp", REPLICATE, SHARD, "cp", "tp")
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """The degree of each kind of parallelism, and the place of the process ``rank`` among them.
+    """The degree of each kind of parallelism, and the position of the process ``rank``.
 
-    Every share of a batch, and every group of processes but the world itself, comes from here.
-    ``ep`` is no axis: experts are divided among processes that the axes count already.
+    All shares of a batch, and all groups of processes except the world, are defined here.
+    ``ep`` is not an axis: experts are sharded over processes of the other axes.
     """
 
     rank: int = 0
@@ -34,7 +34,7 @@ class ParallelDims:
 
     @classmethod
     def resolve(cls, parallel: ParallelConfig, world: World) -> ParallelDims:
-        """The degrees of ``world``; ConfigError where they do not fit its processes."""
+        """The degrees of ``world``; ConfigError if they do not fit its processes."""
         shard = parallel.dp_shard
         if shard == -1:
             shard = _what_is_left(parallel.dp_replicate, world.size)
@@ -53,28 +53,28 @@ class ParallelDims:
                 f"parallel.dp_replicate x parallel.dp_shard = {dims.dp_replicate} x {shard} = "
                 f"{wanted}, but there {'are' if world.size != 1 else 'is'} "
                 f"{_processes(world.size)}; start {wanted} (ultrathink launch --nproc {wanted}), "
-                f"or set parallel.dp_shard=-1 to take what is there."
+                f"or set parallel.dp_shard=-1 to use all processes."
             )
         return dims
 
     @property
     def num_processes(self) -> int:
-        """How many processes the axes make."""
+        """The number of processes over all axes."""
         return math.prod(self._sizes)
 
     @property
     def dp_group(self) -> Group:
-        """The processes that hold different parts of a batch, over which its sums are taken."""
+        """The processes that hold different parts of a batch, and sum over it."""
         replicate, shard = (self.coordinate(axis) for axis in (REPLICATE, SHARD))
         return Group(replicate * self.dp_shard + shard, self.dp_replicate * self.dp_shard)
 
     def coordinate(self, axis: str) -> int:
-        """Where this process lies along ``axis``."""
+        """The coordinate of this process along ``axis``."""
         place = AXES.index(axis)
         return self.rank // math.prod(self._sizes[place + 1 :]) % self._sizes[place]
 
     def share(self, batch_size: int) -> int:
-        """Sequences that this process takes of a batch; ConfigError where shares differ."""
+        """The number of sequences of a batch on each process; ConfigError if it is not whole."""
         size = self.dp_group.size
         if batch_size % size:
             below = batch_size // size * size
@@ -86,7 +86,7 @@ class ParallelDims:
         return batch_size // size
 
     def dp_mesh(self, device_type: str) -> DeviceMesh:
-        """The devices that hold the model, by copy of it and by share of a copy."""
+        """The mesh of devices that hold the model, by replica and by shard."""
         shape = (self.dp_replicate, self.dp_shard)
         return init_device_mesh(device_type, shape, mesh_dim_names=(REPLICATE, SHARD))
 

@@ -1,4 +1,4 @@
-"""Whole tensors and each process's part of them."""
+"""Moves between whole tensors and the shards that each process holds."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ultrathink.core.pieces import Piece
+from ultrathink.core.shards import TensorShard
 
 
-def placed_like(value: Tensor | Piece, reference: Tensor, *, is_for_host: bool = False) -> Tensor:
-    """``value`` divided as ``reference`` is: this process's part, on its device or on the host.
+def placed_like(
+    value: Tensor | TensorShard, reference: Tensor, *, is_for_host: bool = False
+) -> Tensor:
+    """``value`` sharded like ``reference``, on the device of ``reference`` or on the host.
 
-    ``value`` is whole, a piece, or divided likewise on any device. Where ``reference`` is whole
-    that is ``value`` itself, wherever it lies.
+    ``value`` is a whole tensor, a shard, or sharded in the same way on any device. If ``reference``
+    is not sharded, ``value`` itself is returned, on whichever device it is.
     """
     if not isinstance(reference, DTensor):
-        assert isinstance(value, Tensor), "pieces are read for what is divided only"
+        assert isinstance(value, Tensor), "shards are read only for sharded tensors"
         return value
     mesh = host_mesh(reference.device_mesh) if is_for_host else reference.device_mesh
     if isinstance(value, DTensor):
         if value.device_mesh == mesh:
             return value
-        assert value.placements == reference.placements, "it is a copy of what is divided likewise"
+        assert value.placements == reference.placements, "both are sharded in the same way"
         part = value.to_local()
     else:
         part = _part_of(value, reference)
@@ -35,22 +37,22 @@ def placed_like(value: Tensor | Piece, reference: Tensor, *, is_for_host: bool =
     return _joined(part.to(device).contiguous(), mesh, reference)
 
 
-def _part_of(value: Tensor | Piece, reference: DTensor) -> Tensor:
+def _part_of(value: Tensor | TensorShard, reference: DTensor) -> Tensor:
     offset, size = region_of(reference)
     if isinstance(value, Tensor):
         return value[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
-    assert value.local is not None, "it was read"
-    assert value.offset == offset, "it was read for this process"
+    assert value.local is not None, "the shard was read"
+    assert value.offset == offset, "the shard was read for this process"
     return value.local
 
 
 def on_host(local: Tensor, reference: DTensor) -> DTensor:
-    """``local``, in the memory of the host, as this process's part of a copy of ``reference``."""
+    """A copy of ``reference`` on the host, of which ``local`` is this process's shard."""
     return _joined(local, host_mesh(reference.device_mesh), reference)
 
 
 def host_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The processes of ``mesh``, for tensors in the memory of their hosts; all of them call it."""
+    """A CPU mesh of the processes of ``mesh``; all of them call it."""
     return mesh if mesh.device_type == "cpu" else _host_mesh(mesh)
 
 
@@ -71,15 +73,15 @@ def _joined(local: Tensor, mesh: DeviceMesh, reference: DTensor) -> DTensor:
 
 
 def region_of(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Offset and size of what this process holds of ``tensor``."""
+    """Offset and size of this process's shard of ``tensor``."""
     size, offset = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
     return tuple(offset), tuple(size)
 
 
-def piece_of(tensor: DTensor) -> Piece:
-    """What this process holds of ``tensor``; nothing where another one holds the same."""
+def shard_of(tensor: DTensor) -> TensorShard:
+    """The shard of ``tensor`` that this process writes: none if it holds only a replica."""
     mesh, placements = tensor.device_mesh, tensor.placements
     offset, size = region_of(tensor)
     position = mesh.get_coordinate()
@@ -89,11 +91,11 @@ def piece_of(tensor: DTensor) -> Piece:
         for placement, coordinate in zip(placements, position, strict=True)
     )
     local = None if is_copy or 0 in size else tensor.to_local()
-    return Piece(local, offset, tuple(tensor.shape), tensor.dtype)
+    return TensorShard(local, offset, tuple(tensor.shape), tensor.dtype)
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every weight of ``model`` whole, on the CPU of the first process; nothing on the others.
+    """Every weight of ``model``, gathered on the CPU of the first process; empty on the others.
 
     All processes call it.
     """

@@ -1,4 +1,4 @@
-"""What a process that was started again must know of the run that it belongs to."""
+"""Lets restarted processes find the run that they belong to."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ultrathink.parallel.world import RUN_POINTER_VARIABLE, World
 
 
 def restart_count() -> int:
-    """How often the launcher (ours, or torchrun) has started all processes again."""
+    """How often the launcher (ours, or torchrun) has restarted all processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def remember_run(path: Path, world: World) -> None:
-    """Leave a word for who is started in this process's place: the run that it trains."""
+    """Record the run for a process that is restarted in place of this one."""
     is_launched = "TORCHELASTIC_RUN_ID" in os.environ
     if is_launched and world.local_rank == 0:
         pointer = _pointer()
@@ -25,16 +25,16 @@ def remember_run(path: Path, world: World) -> None:
         write_atomic(pointer, str(path.resolve()))
 
 
-def run_to_go_on_with() -> Path | None:
-    """The run that was trained when the processes were last started; None at the first start."""
+def run_to_resume() -> Path | None:
+    """The run of the processes before a restart; None at the first start."""
     if restart_count() == 0:
-        with suppress(OSError):  # of another launcher with the same process number, long ago
+        with suppress(OSError):  # left by an earlier launcher with the same process id
             _pointer().unlink()
         return None
     try:
         return Path(_pointer().read_text(encoding="utf-8"))
     except OSError:
-        return None  # it ended before there was a run folder
+        return None  # it ended before it had a run folder
 
 
 def _pointer() -> Path:

@@ -1,15 +1,15 @@
-"""Modules over several processes, by PyTorch's FSDP2.
+"""Shards modules over several processes with PyTorch's FSDP2.
 
-Every stage of ZeRO (https://arxiv.org/abs/1910.02054) is the same module with other habits. At rest
-each process holds its share of every weight, and the optimizer sees shares only:
+All stages of ZeRO (https://arxiv.org/abs/1910.02054) use the same sharded module. Between steps
+each process holds its shard of every weight, and the optimizer sees only shards:
 
     stage   parameters gathered   gradients summed over processes
-    1       once a step           once a step, after the last micro-batch
-    2       once a step           after each micro-batch
+    1       once per step         once per step, after the last micro-batch
+    2       once per step         after each micro-batch
     3       for each use          after each micro-batch
 
-"Gathered once a step" means that they stay whole from the first forward pass that needs them to
-the last backward pass; between steps nothing is whole.
+"Gathered once per step" means that weights stay gathered from the first forward pass that needs
+them to the last backward pass of the step.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from ultrathink.parallel.timing import CommunicationClock, TimedAllGather, Timed
 
 @dataclass(frozen=True)
 class Accumulation:
-    """What a module over several processes must be told before each micro-batch of a step."""
+    """Controls when a sharded module sums gradients over the micro-batches of a step."""
 
     module: FSDPModule
     zero_stage: int
     clock: CommunicationClock
 
     def before_micro_batch(self, is_last: bool) -> None:
-        """Say whether the gradients of this micro-batch complete those of the step."""
+        """Announce a micro-batch, and whether it is the last of the step."""
         self.module.set_requires_all_reduce(is_last)
         if self.zero_stage == 1:
             self.module.set_requires_gradient_sync(is_last)
@@ -54,14 +54,14 @@ class Accumulation:
 def shard_module(
     module: nn.Module, mesh: DeviceMesh, parallel: ParallelConfig, clock: CommunicationClock
 ) -> Accumulation:
-    """Divide ``module``, which lies whole and alike on every process, over ``mesh``, in place.
+    """Shard ``module``, which is unsharded and equal on every process, over ``mesh``, in place.
 
     Blocks of a Transformer are gathered one by one, in the precision of their products; embedding,
-    last norm and head together and in that of the weights, because the embedding's gradient is a
-    sum of many. What is no Transformer is gathered as one.
-    Gradients are summed, not averaged: the loss is divided by the tokens of all processes already.
+    last norm and head together, in the precision of the weights, because the embedding's gradient
+    is a sum of many terms. Other modules are gathered as a whole.
+    Gradients are summed, not averaged: the loss is already divided by the tokens of all processes.
     A frozen model, which has no backward pass, gathers a block for each use; its embedding and head
-    stay whole until ``release``. ``clock`` counts the time of exchanges.
+    stay gathered until ``release``. ``clock`` counts the time of communication.
     """
     is_frozen = not any(parameter.requires_grad for parameter in module.parameters())
     weight_dtype = next(module.parameters()).dtype
@@ -95,7 +95,7 @@ def shard_module(
 
 
 def is_divided(module: nn.Module) -> bool:
-    """Whether processes hold parts of a ``module``'s weights, which its passes gather."""
+    """Whether the weights of ``module`` are sharded, so that its passes gather them."""
     return any(
         isinstance(weight, DTensor) and weight.to_local().numel() < weight.numel()
         for weight in module.parameters()
@@ -103,7 +103,7 @@ def is_divided(module: nn.Module) -> bool:
 
 
 def release(module: nn.Module) -> None:
-    """Free what passes of a ``module`` without backward passes have left gathered, if anything."""
+    """Free weights that forward passes without backward passes have left gathered."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

@@ -1,8 +1,8 @@
-"""How long each process computes and how long it waits for others; who holds all of them up.
+"""Measures how long each process computes and waits for others, and finds stragglers.
 
-Communication is timed where it blocks the process: on CPUs all of it but the sums of gradients
-between copies of the model (``dp_replicate``). On GPUs it runs beside computing and is not told
-apart here; a profiler shows it.
+Communication is timed if it blocks the process: on CPUs everything except the gradient sums between
+replicas of the model (``dp_replicate``). On GPUs it overlaps with computation and is not measured
+here; use a profiler.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import (
 
 from ultrathink.parallel.world import World
 
-# A process that computes so much longer than the one in the middle holds all of them up.
+# A straggler computes longer than the median process by this factor ...
 STRAGGLING = 1.3
-# ... if it does so over so many steps: single ones differ by chance.
+# ... over this many steps: single steps differ by chance.
 JUDGED_STEPS = 50
 
 
@@ -36,7 +36,7 @@ class CommunicationClock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count what happens within."""
+        """Count the time inside."""
         began = time.perf_counter()
         try:
             yield
@@ -44,13 +44,13 @@ class CommunicationClock:
             self._seconds += time.perf_counter() - began
 
     def take(self) -> float:
-        """The seconds counted since this was last asked."""
+        """The seconds counted since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
 
 class TimedAllGather(DefaultAllGather):
-    """FSDP's gathering of weights, timed."""
+    """FSDP's all-gather of weights, timed."""
 
     def __init__(self, clock: CommunicationClock) -> None:
         self.clock = clock
@@ -61,7 +61,7 @@ class TimedAllGather(DefaultAllGather):
 
 
 class TimedReduceScatter(DefaultReduceScatter):
-    """FSDP's summing of gradients, timed."""
+    """FSDP's reduce-scatter of gradients, timed."""
 
     def __init__(self, clock: CommunicationClock) -> None:
         self.clock = clock
@@ -73,7 +73,7 @@ class TimedReduceScatter(DefaultReduceScatter):
 
 @dataclass(frozen=True)
 class Timing:
-    """Mean seconds of a step over the last few, by rank."""
+    """Mean seconds per step over the last steps, by rank."""
 
     computing: tuple[float, ...]
     communicating: tuple[float, ...]
@@ -81,12 +81,12 @@ class Timing:
 
     @property
     def communication_share(self) -> float:
-        """The part of all processes' time that went to communication and waiting."""
+        """The share of all processes' time spent on communication and waiting."""
         total = sum(self.computing) + sum(self.communicating)
         return sum(self.communicating) / total if total > 0 else 0.0
 
     def stragglers(self) -> dict[int, float]:
-        """The ranks that compute much longer than the median, and how many times as long."""
+        """The ranks that compute much longer than the median, and by which factor."""
         middle = statistics.median_low(self.computing)
         return {
             rank: seconds / middle
@@ -95,7 +95,7 @@ class Timing:
         }
 
     def metrics(self) -> dict[str, float]:
-        """What goes into metrics.jsonl."""
+        """The figures for metrics.jsonl."""
         return {
             "communication_share": self.communication_share,
             "compute_s_fastest": min(self.computing),
@@ -104,25 +104,25 @@ class Timing:
 
 
 class StepTimes:
-    """Collects the times of steps, and compares them between processes when asked."""
+    """Collects the times of steps, and compares them between processes."""
 
     def __init__(self, world: World, clock: CommunicationClock) -> None:
         self.world = world
         self.clock = clock
         self._steps = 0
         self._computing = self._communicating = 0.0
-        self._told: set[int] = set()
+        self._reported: set[int] = set()
         self._judged: list[Timing] = []
 
     def add(self, seconds: float) -> None:
-        """Count a step that took ``seconds`` in all."""
+        """Count a step of ``seconds``."""
         communicating = self.clock.take()
         self._steps += 1
         self._communicating += communicating
         self._computing += max(0.0, seconds - communicating)
 
     def compare(self) -> Timing:
-        """The times of all processes since this was last asked; all processes ask together."""
+        """The times of all processes since the last call; all processes call it together."""
         size, rank = self.world.size, self.world.rank
         mine = [0.0] * (2 * size)
         steps = max(1, self._steps)
@@ -134,21 +134,21 @@ class StepTimes:
     def of_step(
         self, step: int, seconds: float, *, is_due: bool
     ) -> tuple[Timing | None, list[str]]:
-        """Count ``step``; its timing beside other processes where that is due, and a sentence for
-        each that holds up the others. A run of one process has none."""
+        """Count ``step``; returns the timing of all processes if due, and a sentence on each new
+        straggler. A run of one process has neither."""
         if self.world.size == 1:
             return None, []
         self.add(seconds)
         if step != 1 and not is_due:
             return None, []
         timing = self.compare()
-        # The first step compiles, each process at its own pace.
+        # The first step compiles, at different speeds.
         return timing, self.new_stragglers(timing) if step > 1 else []
 
     def new_stragglers(self, timing: Timing) -> list[str]:
-        """A sentence for each process that has begun to hold up the others.
+        """A sentence for each process that has become a straggler.
 
-        Judged over ``JUDGED_STEPS`` steps, of which this is told by one ``timing`` after another.
+        They are judged over ``JUDGED_STEPS`` steps, collected from consecutive ``timing``s.
         """
         self._judged.append(timing)
         num_steps = sum(each.num_steps for each in self._judged)
@@ -163,7 +163,7 @@ class StepTimes:
         sentences = [
             f"process {rank} computes {factor:.1f} times as long as the others, which wait for it"
             for rank, factor in slow.items()
-            if rank not in self._told
+            if rank not in self._reported
         ]
-        self._told = set(slow)
+        self._reported = set(slow)
         return sentences

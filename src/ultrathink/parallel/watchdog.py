@@ -1,4 +1,4 @@
-"""Ends a process that hangs, and leaves the stacks of its threads."""
+"""Ends a process that hangs, and writes the stacks of its threads."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-# Compiling, and whatever else comes before the first step, may take so many times as long.
+# Factor of the time limit before the first step, for compilation and other preparations.
 FIRST_STEP_FACTOR = 10
-# Between the stacks and the end: the end of one process is that of all, and each has stacks to
-# leave.
+# Pause between writing the stacks and ending: the end of one process ends all of them, and each
+# must write its stacks.
 _GRACE_S = 2.0
-_LOOK_S = 0.25
+_POLL_S = 0.25
 STATUS = 74
 
 
 class Watchdog:
     """Ends this process with status 74 when ``feed`` is not called for ``seconds``.
 
-    The stacks of all threads go to ``path`` first. That is the work of a thread which needs no
-    lock of the interpreter, so that one who holds it in some library's code does not hinder it;
-    such a process is then ended by the launcher, when the others end, which wait for it.
+    First the stacks of all threads are written to ``path``, by a thread that does not need the
+    interpreter's lock, so it works even if a library holds that. Such a process is then ended by
+    the launcher, when the others end, which wait for it.
     """
 
     def __init__(self, seconds: float, path: Path) -> None:
@@ -34,7 +34,7 @@ class Watchdog:
         self._stopped = threading.Event()
 
     def feed(self, factor: float = 1.0) -> None:
-        """Begin to wait anew, for ``factor`` times as long as usual."""
+        """Restart the countdown, with ``factor`` times the usual limit."""
         seconds = self.seconds * factor
         self._deadline = time.monotonic() + seconds + _GRACE_S
         if self._file is None:
@@ -45,7 +45,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(seconds, file=self._file)
 
     def stop(self) -> None:
-        """Wait no more."""
+        """Stop the countdown."""
         if self._file is not None:
             self._stopped.set()
             faulthandler.cancel_dump_traceback_later()
@@ -53,6 +53,6 @@ class Watchdog:
             self._file = None
 
     def _watch(self) -> None:
-        while not self._stopped.wait(_LOOK_S):
+        while not self._stopped.wait(_POLL_S):
             if time.monotonic() >= self._deadline:
                 os._exit(STATUS)

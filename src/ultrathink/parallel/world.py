@@ -1,8 +1,7 @@
-"""The processes of a run, and the few words that they exchange beside gradients.
+"""The processes of a run, and what they exchange apart from gradients.
 
-Rank 0 decides and speaks; what it says is plain values as JSON, never pickled. A run of one process
-has a world of its own, in which every exchange is free and nothing of ``torch.distributed`` is
-touched.
+Rank 0 decides and prints; values are exchanged as JSON, never pickled. In a run of one process
+every exchange is trivial and ``torch.distributed`` is not used.
 """
 
 from __future__ import annotations
@@ -23,24 +22,24 @@ from ultrathink.core.errors import UltrathinkError
 
 T = TypeVar("T")
 
-# Where the launcher lets processes of one machine meet: a file, so that none of them listens for
-# it. Without it they meet as torchrun's do, by MASTER_ADDR.
+# The file at which the launcher lets the processes of one machine rendezvous, so that nothing
+# listens on the network. Without it they rendezvous like torchrun's, by MASTER_ADDR.
 RENDEZVOUS_VARIABLE = "ULTRATHINK_RENDEZVOUS"
-# Where a launcher lets the first process leave the path of its run, for a start after a crash.
+# The file in which the first process records the path of its run, for a restart after a crash.
 RUN_POINTER_VARIABLE = "ULTRATHINK_RUN_POINTER"
-# A collective that takes longer has failed; the watchdog of a hung process is quicker.
+# A collective that takes longer has failed; the watchdog of a hung process acts earlier.
 _COLLECTIVE_TIMEOUT = timedelta(hours=2)
 _FAILED, _STATUS = "ultrathink/failed", "ultrathink/status"
 _STATUS_WAIT = timedelta(seconds=5)
 
 
 class PeerFailedError(RuntimeError):
-    """Another process of the run failed; it tells why, this one only ends."""
+    """Another process of the run failed, and reports why; this one only ends."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Processes that add up what each has a part of; this one is ``rank`` of ``size``."""
+    """Processes that sum values; this one is ``rank`` of ``size``."""
 
     rank: int = 0
     size: int = 1
@@ -54,10 +53,10 @@ class Group:
         return summed
 
     def summed(self, values: Tensor) -> Tensor:
-        """``values``, of one shape on every process, summed over all of them, on their device."""
+        """``values``, of equal shape on every process, summed over all of them, on their device."""
         if self.size == 1:
             return values
-        assert self.size == dist.get_world_size(), "a part of the world has no channel of its own"
+        assert self.size == dist.get_world_size(), "there are no smaller process groups yet"
         total = values.clone()
         dist.all_reduce(total)
         return total
@@ -65,18 +64,18 @@ class Group:
 
 @dataclass(frozen=True)
 class World(Group):
-    """All processes of a run, whatever they divide among them (``ParallelDims`` says what)."""
+    """All processes of a run; ``ParallelDims`` says what they divide among them."""
 
-    local_rank: int = 0  # among those of this machine
-    local_size: int = 1  # how many those are
+    local_rank: int = 0  # on this machine
+    local_size: int = 1  # number of processes on this machine
 
     @property
     def is_main(self) -> bool:
-        """Whether this process decides and speaks."""
+        """Whether this process decides and prints."""
         return self.rank == 0
 
     def from_main(self, value: Any = None) -> Any:
-        """The ``value`` of rank 0, anything that JSON knows, on every process."""
+        """The ``value`` of rank 0, plain JSON, on every process."""
         return self.gathered(value if self.is_main else None)[0]
 
     def gathered(self, value: Any) -> list[Any]:
@@ -97,17 +96,17 @@ class World(Group):
         ]
 
     def of_main(self, figure: float) -> float:
-        """The ``figure`` of rank 0, where each process has measured another."""
+        """The ``figure`` of rank 0, on every process."""
         return self.sums([figure if self.is_main else 0.0])[0]
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait for every process."""
         self.sums([0.0])
 
     def main_first(self, act: Callable[[], T]) -> T:
         """``act()`` on the first process of each machine, then on all others.
 
-        For what fills a cache. Where it fails on one, that one raises, the others PeerFailedError.
+        For work that fills a cache. If it fails on one process, the others raise PeerFailedError.
         """
         if self.size == 1:
             return act()
@@ -124,9 +123,9 @@ class World(Group):
         return result
 
     def raise_together(self, error: Exception | None) -> None:
-        """Raise ``error`` where it arose, and PeerFailedError everywhere else.
+        """Raise ``error`` on its process, and PeerFailedError on all others.
 
-        Where several processes failed, the one of the lowest rank speaks.
+        If several processes failed, the one of the lowest rank raises its error.
         """
         failures = self.sums([float(error is not None)])[0]
         if not failures:
@@ -141,25 +140,25 @@ ALONE = World()
 
 
 def join_world() -> World:
-    """The world that this process was started in: as torchrun tells it, else of one process.
+    """The world of this process: from torchrun's environment, else a single process.
 
-    The first call meets the other processes.
+    The first call connects to the other processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return ALONE
     rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))  # not said: all on this machine
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))  # by default all on this machine
     if not dist.is_initialized():
-        meeting = os.environ.get(RENDEZVOUS_VARIABLE)
-        if meeting:  # each start meets at a file of its own
-            meeting += f"-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        rendezvous = os.environ.get(RENDEZVOUS_VARIABLE)
+        if rendezvous:  # a separate file for each restart
+            rendezvous += f"-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         has_gpus = torch.cuda.is_available()
         if has_gpus:
             torch.cuda.set_device(local_rank)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if has_gpus else "gloo",
-            init_method=f"file://{meeting}" if meeting else "env://",
+            init_method=f"file://{rendezvous}" if rendezvous else "env://",
             rank=rank,
             world_size=size,
             timeout=_COLLECTIVE_TIMEOUT,
@@ -168,36 +167,36 @@ def join_world() -> World:
 
 
 def leave_world() -> None:
-    """Part from the other processes, at the end of a command, once all are at its end."""
+    """Disconnect from the other processes, once all are at the end of their command."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def is_first_to_fail(world: World) -> bool:
-    """Whether this process, which fails, is the first of its world; the others end in silence."""
+    """Whether this process is the first to fail; the others then end without a message."""
     if world.size == 1 or not dist.is_initialized():
         return True
     store = dist.distributed_c10d._get_default_store()
     try:
         first = store.compare_set(_FAILED, "", str(world.rank))
-    except RuntimeError:  # its keeper is gone, so it failed before
+    except RuntimeError:  # the process that hosts the store is gone, so it failed before
         return False
     return first.decode() == str(world.rank)
 
 
 def leave_status(world: World, status: int) -> None:
-    """Tell the others what the first process to fail ends with."""
+    """Publish the exit status of the first process to fail."""
     if world.size > 1 and dist.is_initialized():
-        with suppress(RuntimeError):  # the keeper of such words is gone
+        with suppress(RuntimeError):  # the process that hosts the store is gone
             dist.distributed_c10d._get_default_store().set(_STATUS, str(status))
 
 
 def status_of_first(world: World) -> int | None:
-    """What the first process to fail ended with; None where it was not heard of in five seconds.
+    """The exit status of the first process to fail; None if it is not published in five seconds.
 
-    Whoever ends in silence ends with the same: a launcher that hears of this process sooner must
-    not take it for one that lost the others and starts again what was a mistake of the user's.
+    The other processes end with the same status: a launcher that notices them first must not
+    restart a run that failed by a mistake of the user.
     """
     if world.size == 1 or not dist.is_initialized():
         return None
@@ -210,14 +209,14 @@ def status_of_first(world: World) -> int | None:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether ``error`` says that another process did not answer any more."""
+    """Whether ``error`` means that another process no longer responds."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
 
 
 def check_same(world: World, what: str, values: dict[str, Any], advice: str) -> None:
-    """UltrathinkError on rank 0 where ``values`` (by name) are not the same on every process."""
+    """Raise UltrathinkError on rank 0 if ``values`` (by name) differ between processes."""
     everyones = world.gathered(values)
     error = None
     for rank, theirs in enumerate(everyones):
@@ -226,7 +225,7 @@ def check_same(world: World, what: str, values: dict[str, Any], advice: str) -> 
         if differing and error is None:
             key = differing[0]
             error = UltrathinkError(
-                f"process {rank} was started with another {what} than process 0: {key} is "
+                f"process {rank} was started with a different {what} than process 0: {key} is "
                 f"{theirs.get(key)!r} there and {everyones[0].get(key)!r} here"
                 f"{f', and {len(differing) - 1} more differ' if len(differing) > 1 else ''}. "
                 f"{advice}"

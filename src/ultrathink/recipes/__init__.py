@@ -1,1 +1,1 @@
-"""One file for each kind of job: how a run of that kind is put together."""
+"""Assembles runs, one file for each kind of job."""

@@ -1,8 +1,8 @@
-"""Replays a decision with and without it, over several data orders: did it help, and by how much?
+"""Replays a run with and without a decision, over several data orders, to measure its effect.
 
-Both branches of an order begin from the states that were kept when the decision was taken, train on
-the same data to the same step, and are scored on the same held-out text. The mean of the paired
-differences has Student's t-interval.
+Both branches start from the states kept at the decision, train on the same data to the same step,
+and are scored on the same held-out text. The mean of the paired differences has Student's
+t-interval.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from ultrathink.checkpoint.format import load_checkpoint
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.core.files import temporary_folder
 from ultrathink.data.loader import Batches
 from ultrathink.orchestrator.steering.proposals import SKIP_BATCH
 from ultrathink.recipes.resume import resume_trainer
@@ -33,14 +33,13 @@ from ultrathink.training.model_state import placed_state
 from ultrathink.training.parts import Parts
 from ultrathink.training.trainer import Trainer
 
-Told = Callable[[str], None]
 _LEFT_OUT = (
     "checkpoints",
     "states",
     "logs",
     "tensorboard",
-)  # of a run, what a replay does not need
-_FARTHEST = 1000  # steps that a decision may go back, for which a data order leaves room
+)  # parts of a run that a replay does not need
+_FARTHEST = 1000  # largest rollback of a decision, in steps, that data orders leave room for
 _QUIET = (
     "orchestrator.mode=off",
     "monitoring.sinks=[]",
@@ -50,7 +49,7 @@ _QUIET = (
     "training.checkpoint.every_steps=null",
     "training.checkpoint.every_minutes=null",
 )
-# Two-sided 95% quantiles of Student's t, by degrees of freedom; beyond, that of the normal.
+# Two-sided 95% quantiles of Student's t, by degrees of freedom; beyond, those of the normal.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
@@ -60,12 +59,12 @@ def audit_run(
     decision: int | None = None,
     orders: int = 4,
     horizon: int | None = None,
-    tell: Told = lambda text: None,
+    report: Callable[[str], None] = lambda text: None,
 ) -> dict[int, Audit]:
-    """Audit one decision of ``run``, or all whose states were kept; results go to their records.
+    """Audit one decision of ``run``, or all whose states were kept; writes results to the records.
 
-    ``horizon`` is in steps, as many as the run has left at most, 200 by default. UltrathinkError
-    where there is nothing to audit.
+    ``horizon`` is in steps, by default 200, and limited by the steps left in the run. Raises
+    UltrathinkError if there is nothing to audit.
     """
     if orders < 2:
         raise UltrathinkError(f"--orders {orders}: an interval needs 2 data orders or more.")
@@ -75,8 +74,8 @@ def audit_run(
     try:
         results = {}
         for record in _chosen(run, decision):
-            tell(f"decision {record['id']}: {record['action']} at step {record['step']:,}")
-            audit = _audit(run, record, orders, horizon or 200, tell)
+            report(f"decision {record['id']}: {record['action']} at step {record['step']:,}")
+            audit = _audit(run, record, orders, horizon or 200, report)
             results[record["id"]] = audit
             add_to_decision(run.decisions, record["id"], audit=asdict(audit))
         return results
@@ -107,17 +106,19 @@ def _chosen(run: RunFolder, wanted: int | None) -> list[dict[str, Any]]:
         which = f"decision {wanted}" if wanted is not None else "any decision"
         raise UltrathinkError(
             f"the state before {which} is gone, so it cannot be replayed (kept: {listed}); "
-            f"orchestrator.kept_states says of how many it is kept."
+            f"orchestrator.kept_states sets how many are kept."
         )
     return [records[wanted]]
 
 
-def _audit(run: RunFolder, record: dict[str, Any], orders: int, horizon: int, tell: Told) -> Audit:
+def _audit(
+    run: RunFolder, record: dict[str, Any], orders: int, horizon: int, report: Callable[[str], None]
+) -> Audit:
     differences = []
     for order in range(orders):
         losses = [_replay(run, record, order, horizon, acts=acts) for acts in (True, False)]
         differences.append(losses[0] - losses[1])
-        tell(f"  order {order + 1} of {orders}: {losses[0]:.4f} with it, {losses[1]:.4f} without")
+        report(f"  order {order + 1} of {orders}: {losses[0]:.4f} with it, {losses[1]:.4f} without")
     mean = statistics.fmean(differences)
     freedom = len(differences) - 1
     quantile = _T95[freedom - 1] if freedom <= len(_T95) else 1.96
@@ -129,10 +130,10 @@ def _replay(
     run: RunFolder, record: dict[str, Any], order: int, horizon: int, *, acts: bool
 ) -> float:
     """The validation loss of one branch, ``horizon`` steps after the decision."""
-    with tempfile.TemporaryDirectory(prefix="ultrathink-audit-") as scratch:
+    with temporary_folder("ultrathink-audit-") as scratch:
         end = _StopAt(record["step"] + horizon)
-        trainer = branch(run, record, Path(scratch) / "run", acts=acts, controllers=[end])
-        # What an order trains on begins behind all that the ones before it train on.
+        trainer = branch(run, record, scratch / "run", acts=acts, controllers=[end])
+        # The data of an order follows after that of all earlier orders.
         trainer.loader.skip(order * (horizon + _FARTHEST) * trainer.loader.batch_size)
         if trainer.ending is None:
             trainer.fit()
@@ -151,10 +152,10 @@ def branch(
     acts: bool,
     controllers: Sequence[Controller] = (),
 ) -> Trainer:
-    """A trainer in ``folder`` that stands where ``run`` did once it had decided, or had not."""
+    """A trainer in ``folder`` in the state of ``run`` after the decision, or without it."""
     copy = _copy(run, run.states / state_name(record["id"]), folder)
     trainer = resume_trainer(copy, overrides=_QUIET, controllers=controllers)
-    # A run that was limited in minutes is replayed in the steps that those came to.
+    # A run limited in minutes is replayed with the resulting number of steps.
     trainer.length.max_minutes = None
     if acts:
         for change in map(change_from, record["changes"]):
@@ -165,7 +166,7 @@ def branch(
 
 
 def _apply(parts: Parts, change: Change, run: RunFolder, number: int) -> None:
-    """Do again what decision ``number`` did, with the snapshots that were kept for it."""
+    """Repeat a change of decision ``number``, with the snapshots kept for it."""
     for one in change.needed:
         folder, kind = run.states / state_name(number, one.key), parts.stepper.objective.kind
         state = load_checkpoint(folder, kind=kind)
@@ -175,7 +176,7 @@ def _apply(parts: Parts, change: Change, run: RunFolder, number: int) -> None:
 
 
 def _take_back(loader: Batches) -> None:
-    """Let the batch that was left out come next."""
+    """Let the skipped batch come next."""
     state: dict[str, Any] = dict(loader.state_dict())
     state["samples_seen"] -= loader.batch_size
     loader.load_state_dict(state)
@@ -191,7 +192,7 @@ class _StopAt(Controller):
 
 
 def _copy(run: RunFolder, state: Path, to: Path) -> RunFolder:
-    """A run of its own that stands where ``state`` was taken."""
+    """A copy of the run at the time of ``state``."""
     shutil.copytree(run.path, to, ignore=lambda folder, names: _ignored(run, folder, names))
     copy = RunFolder(to)
     copy.lock_file.unlink(missing_ok=True)

@@ -54,7 +54,7 @@ def _weights(config: Config) -> Iterator[str]:
 def _require_run(source: str, config: Config) -> None:
     """Refuse weights that are missing, damaged or of another shape or vocabulary."""
     from ultrathink.data.tokenizers.base import load_tokenizer
-    from ultrathink.recipes.parts.beginning import check_vocabulary
+    from ultrathink.recipes.parts.initial_weights import check_vocabulary
     from ultrathink.runs.loading import check_loads, weights_from
 
     weights, run = weights_from(source, config.run.dir)
@@ -66,7 +66,7 @@ def _require_run(source: str, config: Config) -> None:
 
 def _best_by(config: Config) -> Iterator[str]:
     if config.training.checkpoint.best_by != CheckpointConfig().best_by:
-        from ultrathink.recipes.parts.beginning import check_best_by
+        from ultrathink.recipes.parts.initial_weights import check_best_by
 
         yield from _refused(lambda: check_best_by(config.training))
 

@@ -1,4 +1,4 @@
-"""Resuming a run: bit for bit as if it had not stopped, or with changes that are recorded."""
+"""Resumes a run: bit for bit as if it had not stopped, or with changes that are recorded."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ultrathink.data.prepare import PreparedData
 from ultrathink.data.tokenizers.base import load_tokenizer
 from ultrathink.parallel.world import join_world
 from ultrathink.recipes.parts.assembly import assemble, build_model
-from ultrathink.recipes.parts.beginning import check_vocabulary
+from ultrathink.recipes.parts.environment import environment, environment_changes
 from ultrathink.recipes.parts.evaluators import make_evaluators
+from ultrathink.recipes.parts.initial_weights import check_vocabulary
 from ultrathink.recipes.parts.models import find_frozen, models_beside
 from ultrathink.recipes.parts.resume_plan import FreshStart, ResumePlan, plan_resume
-from ultrathink.recipes.parts.resumed_data import data_to_go_on_with, keep_record
+from ultrathink.recipes.parts.resumed_data import data_to_resume_with, keep_record
 from ultrathink.recipes.parts.resumed_snapshots import bring_back_snapshots
 from ultrathink.recipes.parts.resumed_state import adapt_state, check_identity
-from ultrathink.recipes.parts.surroundings import environment, other_surroundings
 from ultrathink.recipes.train import restart_trainer
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.loading import check_loads
+from ultrathink.runs.out_of_memory import remove_out_of_memory
 from ultrathink.runs.segments import Segment, append_segment, differences
-from ultrathink.runs.shortage import forget_shortage
 from ultrathink.training.callbacks import Callback, Controller
 from ultrathink.training.choices import choose_together
 from ultrathink.training.model_state import region_needed
@@ -42,9 +42,9 @@ def resume_trainer(
     controllers: Sequence[Controller] = (),
     progress: DataProgress | None = None,
 ) -> Trainer:
-    """A trainer that resumes ``run`` from a checkpoint, bit for bit as if never stopped.
+    """A trainer that resumes ``run`` from a checkpoint, bit for bit as if it had not stopped.
 
-    ``overrides`` ("dotted.key=value") change the run from here on; ``reset`` restarts the
+    ``overrides`` ("dotted.key=value") change the run from now on; ``reset`` restarts the
     ``optimizer``, the ``schedule`` or the order of the ``data``. Both are recorded in the run's
     ``segments.jsonl``. Raises ConfigError, DataError or CheckpointError.
     """
@@ -59,7 +59,7 @@ def build_resumed(
     controllers: Sequence[Controller] = (),
     progress: DataProgress | None = None,
 ) -> Trainer:
-    """The trainer of ``plan``; the run's ``segments.jsonl`` records that it was resumed."""
+    """The trainer of ``plan``; the resume is recorded in the run's ``segments.jsonl``."""
     try:
         if isinstance(plan, FreshStart):
             return restart_trainer(
@@ -85,7 +85,7 @@ def _resume(
     tokenizer = load_tokenizer(run.tokenizer)
     data_hash = plan.plain["identity"]["data_hash"]
     found = world.main_first(
-        lambda: data_to_go_on_with(run, plan.config, plan.changes, data_hash, tokenizer, progress)
+        lambda: data_to_resume_with(run, plan.config, plan.changes, data_hash, tokenizer, progress)
     )
     data: PreparedData = found.data
     check_vocabulary(plan.config, data.tokenizer)
@@ -93,7 +93,7 @@ def _resume(
     beside = [each.checked(plan.config, data.tokenizer) for each in frozen]
     config, choices = choose_together(plan.config, data.num_samples, world, beside, models_beside)
     kind = OBJECTIVES.load(config.training.objective.type).kind
-    check_loads(plan.folder, config.model, kind)  # names what differs, where the model is another
+    check_loads(plan.folder, config.model, kind)  # for another model it names the difference
     evaluators = make_evaluators(config, data, world, choices.dims, progress)
     model = build_model(config)
     trainer = assemble(
@@ -119,15 +119,15 @@ def _resume(
         *trainer.remarks,
         *((text, "warning") for text in found.notes),
         *((text, "warning") for text in lost),
-        *((text, "warning") for text in other_surroundings(run, here)),
+        *((text, "warning") for text in environment_changes(run, here)),
     ]
-    world.barrier()  # all have read what is removed or written now
+    world.barrier()  # all have read the files that are removed or written now
     if not world.is_main:
         return trainer
     run.remove_after(trainer.progress.step)
     if "training.micro_batch_size" in plan.given:
-        forget_shortage(run)  # it is to be tried again
-    # The segment first: a start that dies right here is resumed with it.
+        remove_out_of_memory(run)  # the user wants to try this size
+    # The segment first: if this start dies right here, the next resume uses it.
     append_segment(
         run.segments,
         Segment(

@@ -1,4 +1,4 @@
-"""Building a trainer for a new run."""
+"""Builds a trainer for a new run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from ultrathink.data.documents import Progress
 from ultrathink.data.prepare import prepare_data
 from ultrathink.parallel.world import check_same, join_world
 from ultrathink.recipes.parts.assembly import assemble, build_model
-from ultrathink.recipes.parts.beginning import check_vocabulary, find_beginning, with_prompts
 from ultrathink.recipes.parts.evaluators import make_evaluators
 from ultrathink.recipes.parts.folder import start_folder
+from ultrathink.recipes.parts.initial_weights import (
+    check_vocabulary,
+    find_initial_weights,
+    with_prompts,
+)
 from ultrathink.recipes.parts.models import find_frozen, models_beside
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
@@ -20,7 +24,7 @@ from ultrathink.training.callbacks import Callback, Controller
 from ultrathink.training.choices import choose_together
 from ultrathink.training.trainer import Trainer
 
-_SAME_CONFIG = "Start all of them with the same file and the same changes."
+_SAME_CONFIG = "Start all of them with the same file and the same overrides."
 
 
 def build_trainer(
@@ -30,12 +34,12 @@ def build_trainer(
     controllers: Sequence[Controller] = (),
     progress: Progress | None = None,
 ) -> Trainer:
-    """A trainer for a new run, its folder made; ``trainer.fit()`` trains.
+    """A trainer for a new run, with its folder; ``trainer.fit()`` trains.
 
-    ``callbacks`` watch, ``controllers`` may steer; ``progress(label, done, total)``
+    ``callbacks`` observe, ``controllers`` may change the run; ``progress(label, done, total)``
     reports the preparation of data. Raises ConfigError, DataError or CheckpointError.
     """
-    return _begin(config, None, callbacks, controllers, progress)
+    return _build(config, None, callbacks, controllers, progress)
 
 
 def restart_trainer(
@@ -46,25 +50,25 @@ def restart_trainer(
     controllers: Sequence[Controller] = (),
     progress: Progress | None = None,
 ) -> Trainer:
-    """A trainer for a run that ended before its first checkpoint: the same run, from step 0."""
-    trainer = _begin(run.read_config(), run, callbacks, controllers, progress)
+    """A trainer that restarts a run which ended before its first checkpoint."""
+    trainer = _build(run.read_config(), run, callbacks, controllers, progress)
     trainer.lock = lock
     return trainer
 
 
-def _begin(
+def _build(
     config: Config,
     run: RunFolder | None,
     callbacks: Sequence[Callback],
     controllers: Sequence[Controller],
     progress: Progress | None,
 ) -> Trainer:
-    """A trainer at step 0, in ``run`` or in a folder made for it."""
+    """A trainer at step 0, in ``run`` or in a new folder."""
     world = join_world()
     check_same(world, "configuration", flatten(config.model_dump(mode="json")), _SAME_CONFIG)
-    config, beginning = world.main_first(lambda: find_beginning(config))
+    config, initial = world.main_first(lambda: find_initial_weights(config))
     frozen = world.main_first(lambda: find_frozen(config))
-    tokenizers = [beginning.tokenizer, *(found.tokenizer for found in frozen), config.tokenizer]
+    tokenizers = [initial.tokenizer, *(found.tokenizer for found in frozen), config.tokenizer]
     tokenizer = next(each for each in tokenizers if each is not None)
     data = world.main_first(lambda: prepare_data(config.data, tokenizer, progress=progress))
     check_vocabulary(config, data.tokenizer)
@@ -73,8 +77,8 @@ def _begin(
     config, choices = choose_together(config, data.num_samples, world, beside, models_beside)
     evaluators = make_evaluators(config, data, world, choices.dims, progress)
     model = build_model(config)
-    if beginning.fill is not None:
-        beginning.fill(model)
+    if initial.fill is not None:
+        initial.fill(model)
     run, config, lock = start_folder(run, config, data, model, choices)
     trainer = assemble(
         config, run, data, model, choices, callbacks, controllers, frozen, evaluators

@@ -1,4 +1,4 @@
-"""Whether all that a run folder holds is sound: reads everything, changes nothing."""
+"""Checks the whole content of a run folder: reads everything, changes nothing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _UNFINISHED = re.compile(r"^\..+\.(tmp|old|deleted)$")
 
 @dataclass(frozen=True)
 class CheckedItem:
-    """What one part of a run folder was found to be; ``note`` is worth knowing and no damage."""
+    """The result for one part of a run folder; a ``note`` is no damage."""
 
     item: str  # a path inside the run folder
     status: Status
@@ -41,7 +41,7 @@ class CheckedItem:
 
 @dataclass(frozen=True)
 class Check:
-    """What was found in a run folder, and the newest checkpoint that is sound."""
+    """The results for a run folder, and its newest sound checkpoint."""
 
     run: RunFolder
     owner: Owner | None
@@ -55,14 +55,14 @@ class Check:
 
     @property
     def can_resume(self) -> bool:
-        """Whether what every checkpoint needs is there: the configuration and the tokenizer."""
+        """Whether the configuration and the tokenizer, which every checkpoint needs, exist."""
         needed = (CONFIG_FILE, "tokenizer")
         damaged = [f.item for f in self.findings if f.status == "damaged"]
         return self.newest_sound is not None and not any(item in needed for item in damaged)
 
 
 def run_to_check(name: str) -> RunFolder:
-    """The run that ``name`` stands for, also where its configuration is gone."""
+    """The run called ``name``, even if its configuration is missing."""
     try:
         return find_run(name)
     except CheckpointError:
@@ -73,21 +73,23 @@ def run_to_check(name: str) -> RunFolder:
 
 
 def check_run(run: RunFolder, which: str | None = None, *, data: bool = False) -> Check:
-    """Read all that ``run`` holds, or only the checkpoint ``which`` and what it needs.
+    """Check all of ``run``, or only the checkpoint ``which`` and the files it needs.
 
-    With ``data`` its text and its part of the token cache are read as well.
+    With ``data`` also check its text and its part of the token cache.
     """
     owner, reader = holder(run), RunReader(run)
     findings: list[CheckedItem] = []
 
-    def read(item: str, part: Callable[[], Found], told: Callable[[Found], str]) -> Found | None:
-        """Note a part of the run as fine, with what is ``told`` of it, or as damaged."""
+    def read(
+        item: str, part: Callable[[], Found], described: Callable[[Found], str]
+    ) -> Found | None:
+        """Note a part of the run as ok, with a description, or as damaged."""
         try:
             found = part()
         except (UltrathinkError, OSError) as error:
             findings.append(CheckedItem(item, "damaged", in_run(run, error)))
             return None
-        findings.append(CheckedItem(item, "ok", told(found)))
+        findings.append(CheckedItem(item, "ok", described(found)))
         return found
 
     config = read(CONFIG_FILE, run.read_config, lambda config: "can be used")
@@ -114,7 +116,7 @@ def check_run(run: RunFolder, which: str | None = None, *, data: bool = False) -
             if finding is not None:
                 found[step] = finding
         if found or not steps:
-            break  # else a run that goes on dropped them all meanwhile, and has others
+            break  # otherwise a running training dropped them all meanwhile, and has new ones
     for step in sorted(found):
         findings.append(found[step])
         if found[step].status != "damaged":
@@ -128,34 +130,34 @@ def check_run(run: RunFolder, which: str | None = None, *, data: bool = False) -
             CheckedItem(run.metrics.name, status, detail)
             for status, detail in check_metrics(run, config, max(steps, default=0))
         ]
-        if owner is None:  # else they are being written
+        if owner is None:  # otherwise they are being written
             _note_leftovers(run, findings)
     return Check(run, owner, tuple(findings), max(sound, default=None), max(steps, default=None))
 
 
 def _own_tokenizer(run: RunFolder, wanted_hash: Any) -> Tokenizer:
-    """The run's tokenizer; CheckpointError where it is another than that of the manifest."""
+    """The run's tokenizer; CheckpointError if it differs from that of the manifest."""
     tokenizer = load_tokenizer(run.tokenizer)
     if wanted_hash not in (None, tokenizer.fingerprint):
         raise CheckpointError(
-            f"it is another than the run was made with (hash {tokenizer.fingerprint[:12]}, "
+            f"it is not the tokenizer of the run (hash {tokenizer.fingerprint[:12]}, "
             f"{run.manifest.name} has {str(wanted_hash)[:12]})"
         )
     return tokenizer
 
 
 def _felt_changes(segments: Sequence[Segment]) -> str:
-    """The changes that training felt, to follow what else is said of the segments."""
+    """The changes of the segments that affect training, as the end of a sentence."""
     felt = [
         f"after step {segment.from_step:,} {'; '.join(map(str, segment.felt))}"
         for segment in segments
         if segment.felt
     ]
-    return f"; training felt changes: {', '.join(felt)}" if felt else ""
+    return f"; changes that affect training: {', '.join(felt)}" if felt else ""
 
 
 def _check_data(run: RunFolder, config: Config, tokenizer: Tokenizer) -> list[CheckedItem]:
-    """Compare text and token stores with what the run was trained on."""
+    """Compare text and token stores with the run's training data."""
     try:
         record = DataRecord.read(run.data_record)
         found = check_data(config.data, tokenizer, record)
@@ -168,7 +170,7 @@ def _check_data(run: RunFolder, config: Config, tokenizer: Tokenizer) -> list[Ch
 
 
 def _step_named(run: RunFolder, which: str, steps: dict[int, Path]) -> int:
-    """The step of ``which``; CheckpointError lists what there is."""
+    """The step of ``which``; otherwise CheckpointError lists the steps."""
     if which.isdigit() and int(which) in steps:
         return int(which)
     name = run.checkpoint(which).name
@@ -178,7 +180,7 @@ def _step_named(run: RunFolder, which: str, steps: dict[int, Path]) -> int:
 def _check_checkpoint(
     run: RunFolder, step: int, folder: Path, config: Config | None, tokenizer_hash: str | None
 ) -> CheckedItem | None:
-    """Compare a checkpoint with its checksums, its run and its model; None where it vanished."""
+    """Compare a checkpoint with its checksums, its run and its model; None if it has vanished."""
     item = f"checkpoints/{folder.name}"
     try:
         verify_checkpoint(folder)
@@ -190,16 +192,16 @@ def _check_checkpoint(
         problem = error.problem
     except (CheckpointError, OSError) as error:
         problem = in_run(run, error)
-    if not folder.exists():  # a run that is going on dropped it meanwhile
+    if not folder.exists():  # a running training dropped it meanwhile
         return None
     if problem is not None:
         return CheckedItem(item, "damaged", problem)
     fits = "fits the model" if config is not None else "not compared with a model"
-    return CheckedItem(item, "ok", f"as it was written, {fits}, {size_on_disk(folder):,} bytes")
+    return CheckedItem(item, "ok", f"undamaged, {fits}, {size_on_disk(folder):,} bytes")
 
 
 def _check_snapshots(run: RunFolder, folder: Path) -> list[CheckedItem]:
-    """What is damaged of the snapshots in a checkpoint; it is of use without them."""
+    """The damaged snapshots of a checkpoint, which is usable without them."""
     try:
         problems = problems_of_snapshots(folder, read_state(folder))
     except (CheckpointError, OSError):  # it was dropped meanwhile
@@ -217,12 +219,12 @@ def _check_snapshots(run: RunFolder, folder: Path) -> list[CheckedItem]:
 
 
 def _contradiction(state: dict[str, Any], step: int, tokenizer_hash: str | None) -> str | None:
-    """What a checkpoint's state says that cannot be; None where nothing."""
+    """A contradiction in a checkpoint's state; None if there is none."""
     try:
         found = state["progress"]["step"]
         recorded = state["identity"].get("tokenizer_hash")
     except (LookupError, TypeError, AttributeError):
-        return "its state.json does not say of what step and what run it is"
+        return "its state.json does not name its step and run"
     if found != step:
         return f"it holds step {found}, not {step}"
     if None not in (recorded, tokenizer_hash) and recorded != tokenizer_hash:
@@ -266,6 +268,6 @@ def _note_leftovers(run: RunFolder, findings: list[CheckedItem]) -> None:
                     path.relative_to(run.path).as_posix(),
                     "note",
                     f"left by a process that was killed ({size:,} bytes); "
-                    f"the next resume puts it right",
+                    f"the next resume cleans it up",
                 )
             )

@@ -1,6 +1,6 @@
-"""``decisions.jsonl``: what was changed in a run, by whom and why, and what came of it.
+"""``decisions.jsonl``: the changes to a run, by whom and why, and their outcomes.
 
-A decision whose outcome became known is written again with it; the last line of a number counts.
+A decision is written again once its outcome is known; the last line of a number is valid.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ultrathink.core.files import write_atomic
 from ultrathink.monitoring.jsonl import finite_number, read_lines
 
 BY_HAND = "by_hand"
-ROLLBACK = "rollback"  # the action that takes a run back
+ROLLBACK = "rollback"  # the action that returns a run to an earlier step
 
 Verdict = Literal["helped", "hurt", "unproven"]
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What a decision was worth: validation loss with it minus without, nats a token."""
+    """The effect of a decision: validation loss with it minus without it, nats per token."""
 
     mean: float
     low: float  # of the 95% interval
@@ -34,7 +34,7 @@ class Audit:
 
     @classmethod
     def from_json(cls, found: Any) -> Audit | None:
-        """The audit in a record; None where it holds none that can be read."""
+        """The audit in a record; None if there is no readable one."""
         if not isinstance(found, Mapping):
             return None
         numbers = [finite_number(found.get(name)) for name in ("mean", "low", "high")]
@@ -46,7 +46,7 @@ class Audit:
 
     @property
     def verdict(self) -> Verdict:
-        """``helped``, ``hurt`` where the interval excludes zero, else ``unproven``."""
+        """``helped`` or ``hurt`` if the interval excludes zero, else ``unproven``."""
         if self.high < 0:
             return "helped"
         return "hurt" if self.low > 0 else "unproven"
@@ -56,20 +56,20 @@ class Audit:
         """The verdict in a sentence."""
         return {
             "helped": "It helped: the interval excludes 0.",
-            "hurt": "It did harm: the interval excludes 0.",
+            "hurt": "It hurt: the interval excludes 0.",
             "unproven": "Not proven either way: the interval includes 0.",
         }[self.verdict]
 
     def to_json(self) -> dict[str, Any]:
-        """The audit as a JSON object, its verdict included."""
+        """The audit as a JSON object, including its verdict."""
         return {**asdict(self), "verdict": self.verdict}
 
 
 @dataclass
 class Decision:
-    """What was changed in a run, by whom and why, as ``decisions.jsonl`` has it."""
+    """A change to a run, by whom and why, as in ``decisions.jsonl``."""
 
-    id: int | None  # None where no rule decided it
+    id: int | None  # None if no rule decided it
     step: int
     rule: str
     level: int | None  # 1 soft, 2 medium, 3 hard, 4 critical
@@ -94,14 +94,14 @@ class Decision:
 
 @dataclass
 class DecisionRecord(Decision):
-    """A decision as its last line has it; ``number`` is its place among those of the run."""
+    """A decision as in its last line; ``number`` counts the decisions of the run."""
 
     number: int = 0
     audit: Audit | None = None
 
     @classmethod
     def from_json(cls, number: int, row: Mapping[str, Any]) -> DecisionRecord:
-        """The decision in a row that ``is_decision``; what is garbled of the rest is left out."""
+        """The decision in a row that ``is_decision``; other invalid values are dropped."""
         level, identity = finite_number(row.get("level")), finite_number(row.get("id"))
         signals, outcome = row.get("signals"), row.get("outcome")
         return cls(
@@ -123,12 +123,12 @@ class DecisionRecord(Decision):
 
     @property
     def is_by_hand(self) -> bool:
-        """Whether a person or other code asked for it."""
+        """Whether a person or other code requested it."""
         return self.rule == BY_HAND
 
     @property
     def rollback(self) -> tuple[int, int] | None:
-        """The steps that it took the run back from and to; None where it did no such thing."""
+        """The steps that it rolled back from and to; None if it is not a rollback."""
         if self.action != ROLLBACK:
             return None
         ends = finite_number(self.before), finite_number(self.after)
@@ -136,12 +136,12 @@ class DecisionRecord(Decision):
 
 
 def is_decision(row: Mapping[str, Any]) -> bool:
-    """Whether an object says at which step what was done."""
+    """Whether an object has the step and the action of a decision."""
     return finite_number(row.get("step")) is not None and isinstance(row.get("action"), str)
 
 
 def last_of_each(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each decision as it was written last, where it was written first."""
+    """The last record of each decision, in the order of their first records."""
     found: dict[int | str, dict[str, Any]] = {}
     for place, row in enumerate(rows):
         number = row.get("id")
@@ -150,23 +150,23 @@ def last_of_each(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_decisions(path: Path) -> list[dict[str, Any]]:
-    """Every record, each decision as it was written last; lines that are torn are left out."""
+    """The last record of each decision; torn lines are skipped."""
     return last_of_each(row for _, row in read_lines(path) if row is not None)
 
 
 def state_name(number: int, key: int | None = None) -> str:
-    """The folder, below ``states``, of the run's state when decision ``number`` was taken, or of
-    the snapshot ``key`` that it needs."""
+    """The folder, below ``states``, of the run's state at decision ``number``, or of the snapshot
+    ``key`` that it needs."""
     return f"{number:05}" if key is None else f"{number:05}-{key:05}"
 
 
 def decision_of(name: str) -> int:
-    """The number of the decision that a folder of ``states`` belongs to."""
+    """The number of the decision of a folder in ``states``."""
     return int(name.partition("-")[0])
 
 
 def add_to_decision(path: Path, number: int, **values: Any) -> None:
-    """Write more into the record of a decision; the run must not be training."""
+    """Add values to the record of a decision; the run must not be training."""
     records = read_decisions(path)
     for record in records:
         if record.get("id") == number:
@@ -175,7 +175,7 @@ def add_to_decision(path: Path, number: int, **values: Any) -> None:
 
 
 def fold_decisions(path: Path) -> None:
-    """Leave one line for each decision."""
+    """Keep only the last line of each decision."""
     records = read_decisions(path)
     if records and len(records) < len(list(read_lines(path))):
         _write(path, records)

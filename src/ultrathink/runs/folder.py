@@ -1,10 +1,9 @@
-"""The run folder: everything that resumes, evaluates, generates from or explains a run."""
+"""The run folder: everything needed to resume, evaluate, generate from or explain a run."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,21 +25,21 @@ from ultrathink.config.docs import to_yaml
 from ultrathink.config.loading import CONFIG_FILE, ORIGINS_FILE, load_config
 from ultrathink.config.schema import Config
 from ultrathink.core.errors import CheckpointError, suggestion
-from ultrathink.core.files import remove_folder, write_atomic
+from ultrathink.core.files import clean_up, remove_folder, write_atomic
 from ultrathink.core.protocols import State
-from ultrathink.core.team import Team
+from ultrathink.core.store import SharedStore
 from ultrathink.monitoring.jsonl import EXPERTS_FILE, METRICS_FILE, SAMPLES_FILE
 
 _STEP_FOLDER = re.compile(r"^step_(\d{8,})$")
-# What a process that was killed leaves behind: see write_atomic, save_checkpoint, remove_folder.
+# Left by a killed process: see write_atomic, save_checkpoint, remove_folder.
 _UNFINISHED_FILE = re.compile(r"^\..+\.\d+\.tmp$")
-_UNFINISHED_FOLDER = re.compile(r"^\.(step_\d{8,})\.(tmp|old|deleted)$")
+_UNFINISHED_FOLDER = re.compile(r"^\.+(step_\d{8,})\.(?:\w+\.)*(tmp|old|deleted)$")
 
 NAME_IN_USE = "chosen at run time: name in use"
 
 
 class _Place:
-    """A file or folder of a run, by its name in the run's folder."""
+    """A file or folder of a run, by its name."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -57,7 +56,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, config: Config) -> tuple[RunFolder, Config]:
-        """Make a new folder for ``config``; a name in use gets a number (demo, demo-2)."""
+        """Create a folder for ``config``; a name in use gets a number (demo, demo-2)."""
         assert config.run.name is not None
         parent = Path(config.run.dir)
         parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +76,7 @@ class RunFolder:
             folder.logs.mkdir()
             folder.write_config(config)
         except BaseException:
-            shutil.rmtree(folder.path, ignore_errors=True)
+            clean_up(folder.path)
             raise
         return folder, config
 
@@ -100,13 +99,13 @@ class RunFolder:
     lock_file = _Place(".lock")
 
     def kept_states(self) -> list[str]:
-        """The names of the states that were kept for audits, the oldest first."""
+        """The names of the states kept for audits, the oldest first."""
         if not self.states.is_dir():
             return []
         return sorted(one.name for one in self.states.iterdir() if not one.name.startswith("."))
 
     def write_config(self, config: Config) -> None:
-        """Keep the resolved configuration, and where each value came from."""
+        """Write the resolved configuration, and the origin of each value."""
         import yaml
 
         write_atomic(self.path / CONFIG_FILE, to_yaml(config))
@@ -116,7 +115,7 @@ class RunFolder:
         return load_config(self.path)
 
     def founding(self) -> dict[str, bytes]:
-        """The small files that a run's checkpoints are of no use without, by relative path."""
+        """The small files that a run's checkpoints need, by relative path."""
         wanted = [
             self.path / CONFIG_FILE,
             self.path / ORIGINS_FILE,
@@ -132,7 +131,7 @@ class RunFolder:
         }
 
     def restore_founding(self, files: dict[str, bytes]) -> bool:
-        """Write what is missing of ``files`` and of the folders; whether anything was missing."""
+        """Write missing ``files`` and folders; returns whether anything was missing."""
         lost_folders = [path for path in (self.checkpoints, self.logs) if not path.is_dir()]
         for path in lost_folders:
             path.mkdir(parents=True, exist_ok=True)
@@ -144,11 +143,11 @@ class RunFolder:
         return bool(lost_folders or lost_files)
 
     def clean(self) -> None:
-        """Put right what a killed process left unfinished; only for who holds the run's lock."""
+        """Clean up what a killed process left unfinished; the caller must hold the run's lock."""
         for folder in (self.path, self.tokenizer):
             for path in folder.glob(".*.tmp"):
                 if _UNFINISHED_FILE.match(path.name):
-                    path.unlink()
+                    clean_up(path)
         if not self.checkpoints.is_dir():
             return
         for path in list(self.checkpoints.iterdir()):
@@ -159,7 +158,7 @@ class RunFolder:
             if match[2] == "old" and not visible.exists():
                 os.rename(path, visible)
             else:
-                shutil.rmtree(path)
+                clean_up(path)
         for name in ("best", "last"):
             coming = self._coming(name)
             if coming.exists():
@@ -171,11 +170,11 @@ class RunFolder:
     # -- checkpoints ---------------------------------------------------------------------------
 
     def step_path(self, step: int) -> Path:
-        """Where the checkpoint of ``step`` is, or would be."""
+        """The folder of the checkpoint of ``step``."""
         return self.checkpoints / f"step_{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first; what is in them is not looked at."""
+        """Steps that have a checkpoint, oldest first; their content is not checked."""
         return [
             step
             for step in self.step_folders()
@@ -184,17 +183,17 @@ class RunFolder:
         ]
 
     def best_step(self) -> int | None:
-        """The step of the best checkpoint; None where none is marked so."""
+        """The step of the best checkpoint; None if there is none."""
         best = self.checkpoints / "best"
         return _step_of(best.resolve().name.removeprefix("step_")) if best.exists() else None
 
     def checkpoint(self, which: str | int = "last") -> Path:
-        """The folder of ``"last"``, ``"best"`` or a step; CheckpointError lists what there is."""
+        """The folder of ``"last"``, ``"best"`` or a step; otherwise CheckpointError lists them."""
         steps = self.steps()
         if not steps:
             raise CheckpointError(
-                f"run {self.path} has no checkpoint yet; it ended before its first was written. "
-                f"Begin it again: ultrathink train --resume {self.path}"
+                f"run {self.path} has no checkpoint yet; it ended before the first was written. "
+                f"Restart it: ultrathink train --resume {self.path}"
             )
         if which == "last":
             return self.step_path(steps[-1])
@@ -217,17 +216,17 @@ class RunFolder:
     def sound_checkpoint(
         self, which: str | int = "last", wanted: Wanted = everything
     ) -> tuple[Path, list[str]]:
-        """A checkpoint that is as it was written, and a sentence for each damaged one passed over.
+        """An undamaged checkpoint, and a sentence on each damaged one that was skipped.
 
-        Where ``"last"`` or ``"best"`` is damaged, the newest sound one stands in for it; a step
-        that is named has to be sound itself. Only what loading the ``wanted`` tensors reads is
-        compared with its checksums. Raises DamagedCheckpointError where none is left.
+        If ``"last"`` or ``"best"`` is damaged, the newest sound one replaces it; a named step must
+        itself be sound. Only the files read for the ``wanted`` tensors are compared with their
+        checksums. Raises DamagedCheckpointError if no sound one is left.
         """
         step = _step_of(which)
         found = self.step_folders()
         is_known = which in ("last", "best") if step is None else step in found
         if not found or not is_known:
-            return self.checkpoint(which), []  # which says what is wrong
+            return self.checkpoint(which), []  # raises the right error
         if step is not None:
             return self._sound_step(step, wanted), []
         candidates = [self.step_path(number) for number in reversed(found)]
@@ -250,7 +249,7 @@ class RunFolder:
         raise DamagedCheckpointError(
             self.checkpoints,
             f"no checkpoint in it is sound ({problems})",
-            f"Begin a run like it: ultrathink train {self.path}",
+            f"Start a new run like it: ultrathink train {self.path}",
         )
 
     def _sound_step(self, step: int, wanted: Wanted) -> Path:
@@ -275,42 +274,43 @@ class RunFolder:
         *,
         is_best: bool,
         keep: int,
-        team: Team | None = None,
+        store: SharedStore | None = None,
         write: Write = save_checkpoint,
     ) -> Path:
-        """``write`` the checkpoint of ``step``, point ``last`` (and ``best``) to it, drop old ones.
+        """Write the checkpoint of ``step``, point ``last`` (and ``best``) to it, drop old ones.
 
-        Each process of ``team`` calls it; the first one sees to links and old checkpoints.
+        All processes that share ``store`` call it; the first updates links and removes old
+        checkpoints.
         """
         path = self.step_path(step)
-        if team is not None and team.rank > 0:
+        if store is not None and store.rank > 0:
             write(path, state)
             return path
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        # A step that was kept back while the disk was full may come after a newer one.
+        # A step that waited for a full disk may be written after a newer one.
         is_newest = step >= max(self.steps(), default=0)
         names = ["best"] * is_best + ["last"] * is_newest
         try:
-            for name in names:  # first, so that clean() knows of them after a crash
+            for name in names:  # first, so that clean() finds them after a crash
                 self._prepare_link(name, path)
             write(path, state, once_whole=lambda: self._set_links(names))
         except BaseException:
             for name in names:
-                with suppress(OSError):
-                    self._coming(name).unlink(missing_ok=True)
+                clean_up(self._coming(name))
             raise
-        self.prune(keep, path)
+        with suppress(OSError):  # the checkpoint is written: pruning is retried after the next
+            self.prune(keep, path)
         return path
 
     def remove_after(self, step: int) -> None:
-        """Drop the checkpoints beyond ``step``: a run that goes on from there writes its own."""
+        """Remove the checkpoints after ``step``: a run that resumes there writes new ones."""
         for later in self.step_folders():
             if later > step:
                 remove_folder(self.step_path(later))
         self._mend_links()
 
     def step_folders(self) -> list[int]:
-        """Steps that have a folder, whole or not, oldest first."""
+        """Steps that have a folder, complete or not, oldest first."""
         if not self.checkpoints.is_dir():
             return []
         matches = (
@@ -321,7 +321,7 @@ class RunFolder:
         return sorted(int(match[1]) for match in matches if match)
 
     def _coming(self, name: str) -> Path:
-        """Where the next link called ``name`` waits for its target."""
+        """The prepared link ``name``, before its target is complete."""
         return self.checkpoints / f".{name}.tmp"
 
     def _prepare_link(self, name: str, target: Path) -> None:
@@ -333,7 +333,7 @@ class RunFolder:
             os.replace(self._coming(name), self.checkpoints / name)
 
     def _mend_links(self) -> None:
-        """Let ``last`` name the newest checkpoint, and drop links to what is not there."""
+        """Point ``last`` to the newest checkpoint, and remove broken links."""
         for name in ("last", "best"):
             link = self.checkpoints / name
             if link.is_symlink() and not link.exists():
@@ -344,9 +344,9 @@ class RunFolder:
             self._set_links(["last"])
 
     def prune(self, keep: int, in_use: Path) -> None:
-        """Remove checkpoints but the newest ``keep``, those that links name, and ``in_use``.
+        """Remove checkpoints except the newest ``keep``, those named by links, and ``in_use``.
 
-        One that lacks bytes does not count among those kept, so it never displaces a good one.
+        Incomplete ones do not count among those kept, so they never displace a good one.
         """
         found = [self.step_path(step) for step in self.step_folders()]
         kept = {in_use, *[path for path in found if has_its_sizes(path)][-keep:]}
@@ -356,12 +356,12 @@ class RunFolder:
                 kept.add(self.checkpoints / link.resolve().name)
         for path in found:
             if path not in kept:
-                with suppress(OSError):  # it is tried again after the next
+                with suppress(OSError):  # the others may succeed
                     remove_folder(path)
 
 
 def find_run(name: str, runs_dir: str | Path = "runs") -> RunFolder:
-    """The run folder that a path, a run's name or ``auto`` (the newest run) stands for."""
+    """The run folder of a path, a run's name, or ``auto`` (the newest run)."""
     parent = Path(runs_dir)
     runs = _runs_below(parent)
     if name == "auto":
@@ -381,7 +381,7 @@ def find_run(name: str, runs_dir: str | Path = "runs") -> RunFolder:
 
 
 def split_run(text: str, unnamed: str = "last") -> tuple[str, str]:
-    """Split ``RUN@step`` into the run and its checkpoint, ``unnamed`` where it has none."""
+    """Split ``RUN@step`` into the run and its checkpoint, by default ``unnamed``."""
     run, at, which = text.rpartition("@")
     return (run, which) if at and run else (text, unnamed)
 
@@ -393,7 +393,7 @@ def _runs_below(parent: Path) -> list[Path]:
 
 
 def last_change(run: Path) -> float:
-    """When a run last wrote something, in unix seconds; 0 where nothing can be asked."""
+    """When a run last wrote something, in unix seconds; 0 if unknown."""
     times = [0.0]
     for path in (run / METRICS_FILE, run / "checkpoints", run / CONFIG_FILE):
         with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What is inside a checkpoint, and all its weights in one file."""
+"""Lists the content of a checkpoint, and consolidates its weights into one file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ultrathink.checkpoint.format import (
     tensor_shapes,
     weights,
 )
-from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
+from ultrathink.checkpoint.snapshots import embedded_steps, snapshot_path
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import new_folder
 from ultrathink.runs.folder import RunFolder
@@ -38,36 +38,36 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     size_bytes: int
-    num_pieces: int  # files that hold parts of it
+    num_shards: int  # files that hold shards of it
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint holds."""
+    """The content of a checkpoint."""
 
     folder: Path
     kind: Kind
-    base: str | None  # hash of the model that it adds to
+    base: str | None  # hash of the model that an adapter belongs to
     step: int
     tokens: int
     minutes: float
     num_processes: int  # that wrote it
     size_bytes: int
-    files: dict[str, int]  # and their bytes
+    files: dict[str, int]  # bytes by name
     tensors: tuple[TensorInfo, ...]
     optimizer: str
-    snapshots: dict[int, int]  # that it carries, by step, and their bytes
+    snapshots: dict[int, int]  # embedded ones: bytes by step
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in the model's tensors."""
+        """The number of elements in the model's tensors."""
         return sum(math.prod(t.shape) for t in self.tensors if weights(t.name))
 
 
 def inspect_checkpoint(folder: Path) -> Contents:
-    """Look into a checkpoint without reading its tensors; raises CheckpointError."""
+    """The content of a checkpoint, without reading its tensors; raises CheckpointError."""
     state, header = read_state(folder), read_header(folder)
-    pieces = holding(folder)
+    shards = holding(folder)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     tensors = tuple(
         TensorInfo(
@@ -75,7 +75,7 @@ def inspect_checkpoint(folder: Path) -> Contents:
             shape,
             str(dtype).removeprefix("torch."),
             math.prod(shape) * dtype.itemsize,
-            len(pieces[name]),
+            len(shards[name]),
         )
         for name, (shape, dtype) in sorted(tensor_shapes(folder).items())
     )
@@ -93,7 +93,7 @@ def inspect_checkpoint(folder: Path) -> Contents:
         tensors=tensors,
         optimizer=state["config"]["training"]["optimizer"]["type"],
         snapshots={
-            step: size_on_disk(snapshot_path(folder, step)) for step in carried_steps(state)
+            step: size_on_disk(snapshot_path(folder, step)) for step in embedded_steps(state)
         },
     )
 
@@ -114,9 +114,9 @@ def read_weights_file(path: Path) -> dict[str, Tensor]:
 def consolidate(run: RunFolder, checkpoint: str, output: Path | None = None) -> tuple[Path, str]:
     """Write the weights of a run's checkpoint as one file, with configuration and tokenizer.
 
-    Returns the folder, ``RUN/consolidated/STEP`` unless given, and a remark where another
-    checkpoint had to stand in ("" else). It appears whole or not at all. Raises CheckpointError
-    where it exists already.
+    Returns the folder, by default ``RUN/consolidated/STEP``, and a remark if another checkpoint
+    had to be used (else ""). The folder is complete or absent. Raises CheckpointError if it exists
+    already.
     """
     from safetensors.torch import save_file
 

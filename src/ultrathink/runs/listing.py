@@ -1,4 +1,4 @@
-"""Every run below a folder, in a line each: its state, how far it is and how well it does."""
+"""Lists the runs in a folder: state, progress and losses of each."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ultrathink.runs.lock import Owner, holder
 from ultrathink.runs.reading import RunReader
 
 State = Literal["running", "finished", "stopped", "empty", "damaged"]
-# Whether a run is over, given a checkpoint's state and the run's configuration.
+# Whether a run is finished, from a checkpoint's state and the run's configuration.
 IsOver = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run as its files tell of it; None where they do not.
+    """A run as described by its files; None for values they lack.
 
     ``state`` is ``running`` while a process holds the run's lock, ``finished`` at the end of its
-    budget, ``stopped`` where it can be resumed, ``empty`` without a checkpoint, and ``damaged``
-    where its configuration or last checkpoint cannot be used: ``problem`` says why.
+    budget, ``stopped`` if it can be resumed, ``empty`` without a checkpoint, and ``damaged`` if its
+    configuration or last checkpoint cannot be used: ``problem`` says why.
     """
 
     name: str
@@ -34,7 +34,7 @@ class RunSummary:
     state: State
     problem: str | None
     owner: Owner | None
-    step: int | None  # the last that was logged or saved
+    step: int | None  # the last one logged or saved
     total_steps: int | None
     checkpoints: tuple[int, ...]  # steps
     train_loss: float | None  # nats; of the last logged step
@@ -45,10 +45,10 @@ class RunSummary:
 
 
 def list_runs(folder: Path, is_over: IsOver) -> list[RunSummary]:
-    """The runs directly below ``folder``, newest change first."""
+    """The runs directly in ``folder``, last changed first."""
     if not folder.is_dir():
         raise UltrathinkError(
-            f"there is no folder {folder}. Runs are kept in runs/ unless run.dir says otherwise; "
+            f"there is no folder {folder}. Runs are in runs/ unless run.dir says otherwise; "
             f"name their folder: ultrathink runs DIR, or start a first one: ultrathink train"
         )
     if (folder / CONFIG_FILE).is_file():
@@ -63,7 +63,7 @@ def list_runs(folder: Path, is_over: IsOver) -> list[RunSummary]:
 
 
 def summarize(run: RunFolder, is_over: IsOver) -> RunSummary:
-    """Read what a run has come to; whatever is wrong with its files, it has a summary."""
+    """The summary of a run, even if its files are damaged."""
     owner, reader = holder(run), RunReader(run)
     config = reader.attempt(reader.config) or {}
     if config and not isinstance(config.get("training"), dict):
@@ -75,7 +75,7 @@ def summarize(run: RunFolder, is_over: IsOver) -> RunSummary:
         try:
             over = is_over(state, config)
         except (LookupError, TypeError, ValueError):
-            reader.problems.append("its last checkpoint does not say how far it is")
+            reader.problems.append("its last checkpoint has no progress")
     steps = tuple(run.steps())
     is_damaged = bool(reader.problems)
     records = reader.attempt(reader.last_records) or {}
@@ -100,9 +100,9 @@ def summarize(run: RunFolder, is_over: IsOver) -> RunSummary:
 
 
 def size_on_disk(folder: Path, counted: set[tuple[int, int]] | None = None) -> int:
-    """The bytes of all files below ``folder``, links not followed; what vanishes is passed over.
+    """The bytes of all files below ``folder``; links are not followed, vanished files skipped.
 
-    A file of several names counts once; ``counted`` are those that did already.
+    A file with several names counts once; ``counted`` are those already counted.
     """
     total, counted = 0, set() if counted is None else counted
     with suppress(OSError), os.scandir(folder) as entries:

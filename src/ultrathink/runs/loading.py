@@ -1,4 +1,4 @@
-"""From a run folder back to a model and its tokenizer."""
+"""Loads a model and its tokenizer from a run folder."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> tuple[Transformer, Tokenizer]:
-    """The model of a run's checkpoint, in evaluation mode, and the tokenizer it was trained with.
+    """The model of a run's checkpoint, in evaluation mode, and its tokenizer.
 
-    ``run`` may be a folder that ``ultrathink checkpoint consolidate`` wrote.
-    ``checkpoint`` is ``"best"``, ``"last"`` or a step; ``dtype`` converts the weights. Warns where
-    the best or last is damaged and an earlier one stands in. Raises CheckpointError where something
+    ``run`` may also be a folder written by ``ultrathink checkpoint consolidate``.
+    ``checkpoint`` is ``"best"``, ``"last"`` or a step; ``dtype`` converts the weights. Warns if the
+    best or last is damaged and an earlier one is used instead. Raises CheckpointError if something
     is missing, damaged or does not fit.
     """
     folder = find_run(str(run))
@@ -56,7 +56,7 @@ def load_model(
 
 
 def empty_model(config: ModelConfig) -> Transformer:
-    """A model on the CPU whose weights are yet to be filled."""
+    """A model on the CPU with uninitialized weights."""
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device="cpu")
@@ -65,9 +65,9 @@ def empty_model(config: ModelConfig) -> Transformer:
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Fill ``model`` with the weights of a checkpoint, or of a consolidated model.
+    """Load the weights of a checkpoint, or of a consolidated model, into ``model``.
 
-    CheckpointError where they do not fit.
+    Raises CheckpointError if they do not fit.
     """
     if (folder / WEIGHTS_FILE).is_file():
         found = read_weights_file(folder / WEIGHTS_FILE)
@@ -81,7 +81,10 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
 
 def check_loads(folder: Path, config: ModelConfig, kind: Kind = "model") -> None:
-    """CheckpointError unless a checkpoint is of ``kind`` and of such a model; reads no weights."""
+    """Raise CheckpointError unless a checkpoint is of ``kind`` and fits ``config``.
+
+    It reads no weights.
+    """
     check_kind(folder, kind)
     with torch.device("meta"):
         model = Transformer(config)
@@ -122,21 +125,22 @@ def check_fit(
 
 
 def check_groups(moe: MoeConfig | None, folder: Path) -> None:
-    """Raise CheckpointError where a checkpoint's groups of experts have other sizes than ``moe``'s.
+    """Raise CheckpointError if a checkpoint's groups of experts differ in size from ``moe``'s.
 
-    Their weights may have the same shapes all the same: two groups of 8 are no group of 16.
+    Their weights may still have the same shapes: two groups of 8 are not one group of 16.
     """
     if (folder / WEIGHTS_FILE).is_file():
-        is_told = (folder / "config.yaml").is_file()
-        theirs = RunFolder(folder).read_config().model.moe if is_told else moe
+        has_config = (folder / "config.yaml").is_file()
+        theirs = RunFolder(folder).read_config().model.moe if has_config else moe
     else:
         config = read_state(folder).get("config") or {}
         known = config.get("model", {}).get("moe", ...)
         theirs = moe if known is ... else known and MoeConfig.model_validate(known)
     if _group_sizes(theirs) != _group_sizes(moe):
         raise CheckpointError(
-            f"{folder} holds another model: it has {_told(theirs)}, and this one {_told(moe)}. Set "
-            f"model.moe.groups to that of the checkpoint's run (ultrathink config show RUN)."
+            f"{folder} holds another model: it has {_groups_text(theirs)}, but this one has "
+            f"{_groups_text(moe)}. Set model.moe.groups to that of the checkpoint's run "
+            f"(ultrathink config show RUN)."
         )
 
 
@@ -144,8 +148,8 @@ def _group_sizes(moe: MoeConfig | None) -> list[tuple[int, int]]:
     return [(group.num_experts, group.num_slots) for group in moe.groups] if moe else []
 
 
-def _told(moe: MoeConfig | None) -> str:
-    """The groups in words."""
+def _groups_text(moe: MoeConfig | None) -> str:
+    """The groups as text."""
     if moe is None:
         return "no experts"
     groups = [
@@ -157,10 +161,10 @@ def _told(moe: MoeConfig | None) -> str:
 
 
 def weights_from(text: str, runs_dir: str) -> tuple[Path, RunFolder | None]:
-    """The checkpoint that ``training.init_from`` names (RUN, RUN@step or a folder), and its run.
+    """The checkpoint of ``training.init_from`` (RUN, RUN@step or a folder), and its run.
 
-    Warns where the last or best is damaged and an earlier one stands in; CheckpointError where it
-    holds something else than a model.
+    Warns if the last or best is damaged and an earlier one is used; raises CheckpointError if it
+    is not a model.
     """
     path = Path(text)
     if (path / WEIGHTS_FILE).is_file():
@@ -176,9 +180,9 @@ def weights_from(text: str, runs_dir: str) -> tuple[Path, RunFolder | None]:
 
 
 def _sound_model(run: RunFolder, which: str | int) -> Path:
-    """A checkpoint of a model whose weights are as they were written."""
+    """A checkpoint of a model with undamaged weights."""
     path, notes = run.sound_checkpoint(which, weights)
     for note in notes:
-        warnings.warn(note, UserWarning, stacklevel=3)  # where the model was asked for
+        warnings.warn(note, UserWarning, stacklevel=3)  # at the caller that loads the model
     check_kind(path, "model")
     return path

@@ -1,7 +1,7 @@
-"""One process at a time in a run folder.
+"""Locks a run folder for one process at a time.
 
-The lock is the operating system's (``flock``, on Windows ``msvcrt``): it is free again the moment
-its holder ends, however that ends. Who holds it stands beside it in ``.owner.json``.
+The lock is the operating system's (``flock``, on Windows ``msvcrt``): it is released as soon as
+its holder ends, in any way. ``.owner.json`` beside it names the holder.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ultrathink.core.files import write_atomic
 from ultrathink.runs.folder import RunFolder
 
 OWNER_FILE = ".owner.json"
-# Who asks whether a run is held, holds it for a moment; others wait that long before they say so.
+# Asking whether a run is locked takes the lock for a moment; others wait this long.
 _PROBE_S = 0.25
 _POLL_S = 0.01
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that holds a run, since ``started`` (unix time); its ``pid`` is 0 if unknown."""
+    """A process that holds a run since ``started`` (unix time); ``pid`` is 0 if unknown."""
 
     pid: int = 0
     host: str = ""
@@ -50,8 +50,8 @@ class Owner:
 class RunLock:
     """Keeps other processes, and other trainers of this one, out of a run folder.
 
-    Made by ``acquire``. It ends with ``release()``, with its ``with`` block, when nothing refers to
-    it any more, or with the process.
+    Created by ``acquire``. It ends with ``release()``, with its ``with`` block, when nothing refers
+    to it any more, or with the process.
     """
 
     def __init__(self, run: RunFolder, lock: BaseFileLock) -> None:
@@ -60,13 +60,13 @@ class RunLock:
 
     @classmethod
     def acquire(cls, run: RunFolder, timeout_s: float = 2.0) -> RunLock:
-        """Hold ``run``; CheckpointError names who else does, or why its folder takes no lock."""
+        """Lock ``run``; CheckpointError names the holder, or why the folder cannot be locked."""
         return cls(run, _take_or_explain(run, timeout_s))
 
     def renew(self) -> None:
-        """Hold the run again where its folder vanished, the lock with it, and was made anew.
+        """Lock the run again after its folder, with the lock, vanished and was created again.
 
-        Raises CheckpointError where another process was quicker.
+        Raises CheckpointError if another process was faster.
         """
         if self._release.alive and _identity(self.run) != self._file:
             lock = _take_or_explain(self.run, _PROBE_S)
@@ -74,7 +74,7 @@ class RunLock:
             self._hold(lock)
 
     def release(self) -> None:
-        """Give the run free; a second time does nothing."""
+        """Release the run; a second call does nothing."""
         self._release()
 
     def __enter__(self) -> RunLock:
@@ -96,7 +96,7 @@ class RunLock:
 
 
 def holder(run: RunFolder) -> Owner | None:
-    """Who holds ``run`` now; None where nobody does, or where the folder cannot be asked."""
+    """The holder of ``run``; None if there is none or the folder cannot be locked."""
     if not run.lock_file.exists():
         return None
     try:
@@ -110,10 +110,10 @@ def holder(run: RunFolder) -> Owner | None:
 
 
 def _take(run: RunFolder, timeout_s: float) -> BaseFileLock | None:
-    """The lock of ``run``, or None where it is held; OSError where there can be none."""
-    if not run.path.is_dir():  # which filelock would make
+    """The lock of ``run``, or None if it is held; OSError if the folder cannot be locked."""
+    if not run.path.is_dir():  # filelock would create it
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(run.path))
-    # Not one a thread: whoever ends the run releases it.
+    # Not per thread: the thread that ends the run releases it.
     lock = FileLock(run.lock_file.absolute(), thread_local=False)
     try:
         lock.acquire(timeout=timeout_s, poll_interval=_POLL_S)
@@ -128,13 +128,13 @@ def _take_or_explain(run: RunFolder, timeout_s: float) -> BaseFileLock:
     except OSError as error:
         raise CheckpointError(
             f"run {run.path} cannot be locked, so it cannot be trained: {error.strerror or error} "
-            f"({run.lock_file}). Its folder must be there and take files."
+            f"({run.lock_file}). Its folder must exist and be writable."
         ) from None
     if lock is None:
         owner = _read_owner(run.path / OWNER_FILE)
         raise CheckpointError(
             f"run {run.path} is in use by {owner}; {_advice(owner)}. "
-            f"Two processes in one run folder would spoil it."
+            f"Two processes in one run folder would corrupt it."
         )
     return lock
 
@@ -148,7 +148,7 @@ def _advice(owner: Owner) -> str:
 
 
 def _release(lock: BaseFileLock, owner_file: Path, pid: int) -> None:
-    if os.getpid() != pid:  # a forked child ends; its parent still holds the run
+    if os.getpid() != pid:  # the end of a forked child; its parent still holds the run
         return
     with suppress(OSError):
         if _read_owner(owner_file).pid == pid:
@@ -157,7 +157,7 @@ def _release(lock: BaseFileLock, owner_file: Path, pid: int) -> None:
 
 
 def _identity(run: RunFolder) -> tuple[int, int] | None:
-    """Which file the lock file is: one that was made anew is another."""
+    """The identity of the lock file, which changes if it is created again."""
     try:
         found = run.lock_file.stat()
     except OSError:
@@ -168,9 +168,9 @@ def _identity(run: RunFolder) -> tuple[int, int] | None:
 def _write_owner(path: Path) -> None:
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     owner = Owner(os.getpid(), socket.gethostname(), time.time(), command)
-    with suppress(OSError):  # what a killed process left must not be taken for this one
+    with suppress(OSError):  # the file of a killed process must not be mistaken for this one's
         path.unlink(missing_ok=True)
-    with suppress(OSError):  # a full disk: the lock holds all the same
+    with suppress(OSError):  # on a full disk the lock still works
         write_atomic(path, json.dumps(asdict(owner)))
 
 

@@ -1,4 +1,4 @@
-"""The manifest: with what code, packages, hardware and data a run was made."""
+"""The manifest of a run: its code, packages, hardware and data."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ultrathink.runs.reading import RunReader
 _PACKAGES = ("torch", "numpy", "pydantic", "tokenizers", "tiktoken", "safetensors")
 
 
-Kind: TypeAlias = Literal["train"]  # of run: what job made it
+Kind: TypeAlias = Literal["train"]  # of run: the job that created it
 
 
 def build_manifest(
     kind: Kind, *, data_hash: str, tokenizer_hash: str, num_parameters: int
 ) -> dict[str, Any]:
-    """Facts about a run of ``kind``, this machine and process, ready for JSON."""
+    """Facts about a run of ``kind``, this machine and process, as plain JSON."""
     return {
         "kind": kind,
         **code_and_packages(),
@@ -43,25 +43,24 @@ def build_manifest(
 
 
 def check_run_kind(run: RunFolder, wanted: Kind) -> None:
-    """CheckpointError where a run is of another kind than ``wanted``; without a file it passes."""
+    """Raise CheckpointError unless a run is of the ``wanted`` kind or has no manifest."""
     if not run.manifest.is_file():
         return
     kind = RunReader(run).manifest().get("kind")
     if kind is None:
         raise CheckpointError(
-            f"run {run.path} was written by an earlier version of ultrathink, whose runs "
-            f"this one does not resume; use that version ({run.manifest.name} names it), or start "
-            f"a new run."
+            f"run {run.path} was written by an earlier version of ultrathink, which this version "
+            f"cannot resume; use that version ({run.manifest.name} names it), or start a new run."
         )
     if kind != wanted:
         raise CheckpointError(
-            f"run {run.path} is of kind {kind!r}, and this command needs one of kind "
+            f"run {run.path} is of kind {kind!r}, but this command needs kind "
             f"{wanted!r}; name another run."
         )
 
 
 def code_and_packages() -> dict[str, Any]:
-    """The versions of this code, of Python, and of the packages that figures depend on."""
+    """The versions of this code, of Python, and of the packages that affect results."""
     return {
         "ultrathink": ultrathink.__version__,
         "commit": _commit(Path(ultrathink.__file__).parent),
@@ -107,7 +106,7 @@ def _cpu_name() -> str:
 
 
 def _commit(folder: Path) -> str | None:
-    """The git commit of the code in use, with "+changes" where files differ from it."""
+    """The git commit of the code in use, with "+changes" if files differ from it."""
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -119,7 +118,7 @@ def _commit(folder: Path) -> str | None:
 
     try:
         if not git("ls-files", "--", str(folder / "__init__.py")):
-            return None  # installed inside somebody else's repository
+            return None  # installed inside another repository
         commit = git("rev-parse", "HEAD")
         return f"{commit}+changes" if git("status", "--porcelain", "--", str(folder)) else commit
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Whether a run's ``metrics.jsonl`` has every line that it should, once and in order."""
+"""Checks that a run's ``metrics.jsonl`` has every expected line, once and in order."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Status = Literal["ok", "note", "damaged"]
 def check_metrics(
     run: RunFolder, config: Config | None, saved_step: int
 ) -> list[tuple[Status, str]]:
-    """What is to be said of the metrics of a run whose newest checkpoint is of ``saved_step``.
+    """The findings on the metrics of a run whose newest checkpoint is of ``saved_step``.
 
-    A line that a crash tore at the end is no damage, a resume drops it; nor are steps that go back
-    where ``decisions.jsonl`` tells of a rollback.
+    A last line torn by a crash is no damage, since a resume drops it; nor are decreasing steps
+    where ``decisions.jsonl`` has a rollback.
     """
     if config is not None and "jsonl" not in config.monitoring.sinks:
         return []
@@ -38,7 +38,7 @@ def check_metrics(
         found.append(("damaged", f"{_lines(lines.torn)} cannot be read"))
     if lines.misplaced:
         number, step, before = lines.misplaced[0]
-        more = f", and so {len(lines.misplaced) - 1} more" if len(lines.misplaced) > 1 else ""
+        more = f", and {len(lines.misplaced) - 1} more like it" if len(lines.misplaced) > 1 else ""
         found.append(("damaged", f"line {number} (step {step}) follows step {before}{more}"))
     if config is not None:
         found += _gaps(lines.train_steps, saved_step, reader, config)
@@ -49,7 +49,7 @@ def check_metrics(
 
 @dataclass
 class _Lines:
-    """What reading a metrics file from its beginning gave."""
+    """The lines of a metrics file."""
 
     count: int = 0
     last_step: int = 0
@@ -91,8 +91,8 @@ def _is_rolled_back(before: int, step: int, rollbacks: Sequence[tuple[int, int]]
 def _gaps(
     logged: set[int], saved_step: int, reader: RunReader, config: Config
 ) -> list[tuple[Status, str]]:
-    """The steps that should have been logged and were not."""
-    segments = reader.attempt(reader.segments) or []  # damage to them is reported elsewhere
+    """The steps that should have been logged but were not."""
+    segments = reader.attempt(reader.segments) or []  # their damage is reported elsewhere
     end = max(logged | {saved_step})
     missing: list[list[int]] = []
     was_logged = True
@@ -116,11 +116,11 @@ def _gaps(
 
 
 def _logged_steps(end: int, log_every: int, segments: Sequence[Segment]) -> Iterator[int]:
-    """The steps up to ``end`` that a run logs: the first, and every so many in each stretch."""
+    """The steps up to ``end`` that a run logs: the first, and every n-th in each segment."""
     stretches = [(0, log_every)]
     is_known = False
     for segment in segments:
-        # What was noted beyond a point that the run went on from was dropped.
+        # A resume dropped what was logged after its step.
         stretches = [known for known in stretches if known[0] < segment.from_step] or stretches[:1]
         for change in segment.changes:
             if change.key == "training.log_every":

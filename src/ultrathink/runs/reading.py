@@ -1,4 +1,4 @@
-"""A run's files as they are found: perhaps torn, perhaps being written, and without torch."""
+"""Reads a run's files, which may be torn or being written, without torch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from ultrathink.runs.decisions import DecisionRecord, is_decision, last_of_each
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.segments import Segment, read_segments
 
-# From the end of a metrics file, so much is searched for the last validation: some ten thousand
-# lines. What lies further back is not worth the time of a list of many runs.
+# The last validation is searched in this part at the end of a metrics file, about ten thousand
+# lines. Searching further would make a list of many runs slow.
 SEARCHED_BYTES = 4 * 2**20
 _BLOCK_BYTES = 2**16
 _HEAD = re.compile(rb'\{"step": (\d+), "split": "(train|val)", .*\}\n$')  # as records are written
@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """A text that the model wrote after ``prompt``."""
+    """A text generated after ``prompt``."""
 
     step: int
     prompt: str
@@ -41,29 +41,28 @@ class Sample:
 
 
 def has_step(row: Mapping[str, Any]) -> bool:
-    """Whether an object says of which step it is."""
+    """Whether an object has a step."""
     return finite_number(row.get("step")) is not None
 
 
 class RunReader:
-    """Reads the files of a run, each when it is asked for.
+    """Reads the files of a run, each on demand.
 
-    Lines that are torn or hold another thing are left out and counted in ``num_damaged``, by the
-    name of their file; a file of lines that is missing has none. Other files raise CheckpointError
-    where they are missing or damaged, and all raise OSError where they cannot be read: ``attempt``
-    notes that in ``problems`` and goes on.
+    Torn or invalid lines are skipped and counted in ``num_damaged``, by file name; a missing file
+    of lines is empty. Other files raise CheckpointError if they are missing or damaged, and all
+    raise OSError if they cannot be read: ``attempt`` adds that to ``problems`` and returns None.
     """
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
         self.problems: list[str] = []
         self.num_damaged: dict[str, int] = {}
-        self._torn: set[str] = set()  # files whose last line has no end
+        self._torn: set[str] = set()  # files whose last line is incomplete
         self._config: dict[str, Any] | None = None
 
     @property
     def notes(self) -> list[str]:
-        """What could not be read until now, in sentences."""
+        """What could not be read so far, in sentences."""
         lines = {True: "line is", False: "lines are"}
         return [
             *(f"{problem}." for problem in dict.fromkeys(self.problems)),
@@ -76,7 +75,7 @@ class RunReader:
         ]
 
     def attempt(self, read: Callable[[], Found]) -> Found | None:
-        """What ``read`` returns; None where a file is missing, damaged or unreadable."""
+        """The result of ``read``; None if a file is missing, damaged or unreadable."""
         try:
             return read()
         except (CheckpointError, OSError) as error:
@@ -86,7 +85,7 @@ class RunReader:
     # -- files that hold one thing -----------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
-        """The configuration as nested mappings, unchecked: parts of plugins need not be known."""
+        """The configuration as nested mappings, not validated: plugins may be missing."""
         if self._config is None:
             path = self.run.path / CONFIG_FILE
             self._config = _whole(path, lambda data: parse_yaml(data.decode("utf-8")), "sections")
@@ -99,11 +98,11 @@ class RunReader:
         return mode if isinstance(mode, str) else "off"
 
     def config_text(self) -> str:
-        """The configuration as it is written."""
+        """The text of the configuration."""
         return (self.run.path / CONFIG_FILE).read_text(encoding="utf-8")
 
     def origins(self) -> dict[str, str] | None:
-        """Where each value of the configuration came from; None where that is not known."""
+        """The origin of each value of the configuration; None if unknown."""
         try:
             tree = parse_yaml((self.run.path / ORIGINS_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -111,17 +110,17 @@ class RunReader:
         return {str(k): str(v) for k, v in tree.items()} if isinstance(tree, dict) else None
 
     def manifest(self) -> dict[str, Any]:
-        """With what code, packages, hardware and data the run was made."""
+        """The code, packages, hardware and data of the run."""
         return _whole(self.run.manifest, json.loads, "object")
 
     def data_record(self) -> dict[str, Any]:
-        """The text that the run is trained on, as it was found."""
+        """The record of the run's training text."""
         return _whole(self.run.data_record, json.loads, "object")
 
     def planned_steps(self, state: Mapping[str, Any] | None = None) -> int | None:
         """The length of the run: the configuration's, else that of a checkpoint's ``state``.
 
-        None where neither says it. The configuration is newer where the run was made longer.
+        None if neither has it. The configuration is newer if the run was extended.
         """
         try:
             training = self.config().get("training")
@@ -133,10 +132,10 @@ class RunReader:
         return total if isinstance(total, int) else None
 
     def last_state(self) -> dict[str, Any]:
-        """What the newest checkpoint holds beside tensors; empty where there is no checkpoint.
+        """The state of the newest checkpoint without tensors; empty if there is no checkpoint.
 
-        Raises CheckpointError where it cannot be used; a file that is missing or has another size
-        becomes one of the ``problems``.
+        Raises CheckpointError if it cannot be used; a missing file or one of another size is added
+        to ``problems``.
         """
         steps = self.run.step_folders()
         if not steps:
@@ -145,14 +144,14 @@ class RunReader:
         state = read_state(folder)
         if not has_its_sizes(folder):
             self.problems.append(
-                f"checkpoints/{folder.name} is not whole: a file is missing or has another size"
+                f"checkpoints/{folder.name} is incomplete: a file is missing or has another size"
             )
         return state
 
     # -- files of lines ----------------------------------------------------------------------------
 
     def rows(self, path: Path, is_one: Callable[[Row], bool] = has_step) -> Iterator[Row]:
-        """The objects on the lines of a file that ``is_one`` accepts; the others are counted."""
+        """The objects in the lines of a file that ``is_one`` accepts; the others are counted."""
         self._begin(path)
         for line, row in read_lines(path):
             if row is not None and is_one(row):
@@ -161,7 +160,7 @@ class RunReader:
                 self._leave_out(path, line)
 
     def metric_lines(self) -> Iterator[tuple[bytes, MetricRecord | None]]:
-        """Each line of the metrics with its record, None where it is torn or holds none."""
+        """Each line of the metrics with its record, or None if it is torn or invalid."""
         self._begin(self.run.metrics)
         for line, row in read_lines(self.run.metrics):
             record = _record(line, row)
@@ -170,10 +169,10 @@ class RunReader:
             yield line, record
 
     def history(self) -> list[MetricRecord]:
-        """The metrics that count, in order.
+        """The valid metrics, in order.
 
-        Where the steps go back, as after a rollback, what was noted beyond that step was undone and
-        is left out.
+        If steps decrease, as after a rollback, the earlier records from that step on were undone
+        and are skipped.
         """
         records: list[MetricRecord] = []
         for _, record in self.metric_lines():
@@ -188,8 +187,8 @@ class RunReader:
     def last_records(self) -> dict[str, MetricRecord]:
         """The last record of training and of validation, read from the end of the metrics.
 
-        A split is left out where none of its lines is whole, or all lie further than
-        ``SEARCHED_BYTES`` from the end; what a rollback undid does not count.
+        A split is missing if none of its lines is complete, or all are further than
+        ``SEARCHED_BYTES`` from the end; steps undone by a rollback do not count.
         """
         found: dict[str, MetricRecord] = {}
         first = {"train": math.inf, "val": math.inf}  # the lowest step of each among later lines
@@ -210,12 +209,12 @@ class RunReader:
         return found
 
     def decisions(self) -> list[DecisionRecord]:
-        """What was changed in the run, each decision as it was written last."""
+        """The changes to the run, the last record of each decision."""
         rows = last_of_each(self.rows(self.run.decisions, is_decision))
         return [DecisionRecord.from_json(number, row) for number, row in enumerate(rows, 1)]
 
     def samples(self) -> list[Sample]:
-        """What the model wrote while it was trained."""
+        """The texts that the model generated during training."""
         return [
             Sample(int(row["step"]), str(row.get("prompt") or ""), str(row.get("text") or ""))
             for row in self.rows(self.run.samples)
@@ -237,8 +236,8 @@ class RunReader:
 
 
 def is_undone(earlier: MetricRecord, later: MetricRecord) -> bool:
-    """A step's own validation and evaluations follow it, the latter on several lines of different
-    figures; anything else at or beyond a later line was undone."""
+    """Whether ``later`` undid ``earlier``: any record at or after its step, except that a step's
+    validation and evaluations follow it, the latter in several lines of different figures."""
     if earlier.step != later.step:
         return earlier.step > later.step
     if earlier.split == later.split == "eval":
@@ -247,7 +246,7 @@ def is_undone(earlier: MetricRecord, later: MetricRecord) -> bool:
 
 
 def in_run(run: RunFolder, error: Exception) -> str:
-    """An error's message as a part of a line about its run."""
+    """An error's message as part of a line about its run."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         place = f"{os.fspath(error.filename)} " if error.filename else ""
@@ -256,7 +255,7 @@ def in_run(run: RunFolder, error: Exception) -> str:
 
 
 def _whole(path: Path, parse: Callable[[bytes], Any], content: str) -> dict[str, Any]:
-    """The mapping in a file; CheckpointError where it is missing or holds another thing."""
+    """The mapping in a file; CheckpointError if it is missing or invalid."""
     try:
         value = parse(path.read_bytes())
     except FileNotFoundError:
@@ -271,14 +270,14 @@ def _whole(path: Path, parse: Callable[[bytes], Any], content: str) -> dict[str,
 
 
 def _record(line: bytes, row: Row | None) -> MetricRecord | None:
-    """The record on a line; None where it has no end yet."""
+    """The record of a line; None if the line is incomplete."""
     return MetricRecord.from_json(row) if row is not None and line.endswith(b"\n") else None
 
 
 def _lines_backwards(path: Path) -> Iterator[bytes]:
-    """The lines near the end of a file, the last one first; one cut off by the limit is left out.
+    """The lines near the end of a file, last first, without one cut off by the limit.
 
-    Works on what is there when it begins: a line that is appended meanwhile is not seen.
+    Lines appended after the start are not included.
     """
     if not path.exists():
         return

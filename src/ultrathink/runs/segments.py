@@ -1,6 +1,6 @@
-"""The stretches of a run between its starts: what changed at each, and where it went on.
+"""The segments of a run, one for each start: what changed, and the step it resumed from.
 
-``segments.jsonl`` has one JSON object a line, appended at every start; none is ever removed.
+``segments.jsonl`` has one JSON object per line, appended at every start; none is ever removed.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class ConfigChange:
     key: str
     before: Any
     after: Any
-    felt: bool = True  # by training; else the same updates follow
+    felt: bool = True  # it affects training; otherwise the updates are the same
 
     @property
     def decides(self) -> frozenset[Effect]:
-        """What follows from the value that changed."""
+        """What depends on the changed value."""
         return rule_of(Config, self.key).decides
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Segment:
     from_step: int
     changes: tuple[ConfigChange, ...] = ()
     reset: tuple[str, ...] = ()  # optimizer, schedule, data
-    notes: tuple[str, ...] = ()  # what else was different: the text, the machine
+    notes: tuple[str, ...] = ()  # other differences: the text, the machine
     environment: dict[str, Any] = field(default_factory=dict)
     time: float = field(default_factory=time.time)  # unix seconds
     command: tuple[str, ...] = field(
@@ -55,12 +55,12 @@ class Segment:
 
     @property
     def felt(self) -> tuple[ConfigChange, ...]:
-        """The changes that training feels."""
+        """The changes that affect training."""
         return tuple(change for change in self.changes if change.felt)
 
 
 def append_segment(path: Path, segment: Segment) -> None:
-    """Add a line to ``segments.jsonl``, on the disk before this returns."""
+    """Add a line to ``segments.jsonl``, and flush it to the disk."""
     line = json.dumps(asdict(segment), ensure_ascii=False) + "\n"
     with path.open("ab+") as file:
         if file.tell() > 0:
@@ -74,8 +74,8 @@ def append_segment(path: Path, segment: Segment) -> None:
 
 
 def read_segments(path: Path) -> list[Segment]:
-    """Every start of a run, oldest first; a line that a crash tore is left out."""
-    # A path in a command may be no UTF-8; the rest of its line is sound all the same.
+    """Every start of a run, oldest first; a torn line is skipped."""
+    # A path in a command may not be UTF-8; the rest of its line is still valid.
     rows = (parse_object(line.decode(errors="replace")) for line, _ in read_lines(path))
     return [_from_plain(row, path) for row in rows if row is not None]
 
@@ -122,8 +122,7 @@ def _from_plain(plain: dict[str, Any], path: Path) -> Segment:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is damaged (a line lacks or garbles {error}); remove the line that is not as "
-            f"ultrathink wrote it."
+            f"{path} is damaged (a line lacks or garbles {error}); remove that line."
         ) from None
 
 

@@ -1,1 +1,1 @@
-"""The trainer: one loop, and the parts it is made of."""
+"""The trainer: one loop, and its parts."""

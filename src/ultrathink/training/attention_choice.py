@@ -1,4 +1,4 @@
-"""Which attention kernel trains fastest here: by a rule, or for long runs by a short trial."""
+"""Chooses the fastest attention kernel: by a rule, or for long runs by a short trial."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from ultrathink.model.attention_mask import build_mask
 from ultrathink.runs.manifest import hardware
 from ultrathink.training.compiling import compile_function
 
-# A trial compiles two small graphs: it is worth that in a run as long as this.
+# A trial compiles two small graphs, which pays in runs of at least this length.
 WORTH_A_TRIAL_S = 1200.0
 _REPEATS = 7
-_FILE = "attention.json"  # in the cache folder: a trial for each setting, so that it is made once
+_FILE = "attention.json"  # in the cache folder: the result for each setting
 
 
 def choose_attention(
     config: Config, dtype: torch.dtype, device: torch.device, planned_s: float | None
 ) -> tuple[str, str]:
-    """The backend's name, and why; a trial decides where the run is long and kernels compete.
+    """The backend's name, and why; in long runs a trial decides between competing kernels.
 
-    With ``training.deterministic`` no trial is made: two runs could see different times.
+    With ``training.deterministic`` there is no trial: two runs could measure different times.
     """
     training, seq_len = config.training, config.data.seq_len
     compiled = training.compile is True
@@ -47,18 +47,18 @@ def choose_attention(
         return by_rule, f"{str(dtype).removeprefix('torch.')} on {device.type}"
     seconds = _remembered_trial(config, dtype, compiled)
     best = min(seconds, key=lambda name: seconds[name])
-    told = ", ".join(f"{name} {1000 * taken:.1f} ms" for name, taken in seconds.items())
-    return best, f"a layer's attention, forward and backward, took {told} here"
+    times = ", ".join(f"{name} {1000 * taken:.1f} ms" for name, taken in seconds.items())
+    return best, f"a layer's attention, forward and backward, took {times} here"
 
 
 def _remembered_trial(config: Config, dtype: torch.dtype, compiled: bool) -> dict[str, float]:
-    """Seconds by backend, from the cache where the same setting was tried before."""
+    """Seconds by backend, from the cache if the same setting was tried before."""
     file = cache_folder(config.data.cache_dir) / _FILE
     key = json.dumps(_setting(config, dtype, compiled))
     known = _read(file)
     if key not in known:
         known = {**known, key: try_backends(config, dtype, compiled)}
-        with suppress(OSError):  # a full disk costs the next run another trial, no more
+        with suppress(OSError):  # on a full disk the next run repeats the trial
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, json.dumps(known, indent=1) + "\n")
     return known[key]
@@ -73,7 +73,7 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
 
 
 def _setting(config: Config, dtype: torch.dtype, compiled: bool) -> list[object]:
-    """All that the times hang on."""
+    """Everything that the times depend on."""
     return [
         hardware()["cpu"],
         torch.get_num_threads(),
@@ -94,13 +94,13 @@ def _shape(config: Config) -> tuple[int, int, int, int, int]:
     model = config.model.resolved()
     assert model.num_kv_heads is not None, "the configuration is resolved first"
     assert model.head_dim is not None, "the configuration is resolved first"
-    assert isinstance(config.training.micro_batch_size, int), "it is chosen before"
+    assert isinstance(config.training.micro_batch_size, int), "the micro-batch size is set first"
     sizes = (model.num_heads, model.num_kv_heads, model.head_dim)
     return (config.training.micro_batch_size, config.data.seq_len, *sizes)
 
 
 def try_backends(config: Config, dtype: torch.dtype, compiled: bool) -> dict[str, float]:
-    """Median seconds of a layer's attention, forward and backward, by backend, taken by turns."""
+    """Median seconds of a layer's attention, forward and backward, by backend, alternating."""
     passes = {
         name: _one_pass(config, name, dtype, compiled)
         for name in (*sorted(READS_DOCUMENTS), "sdpa")
@@ -110,14 +110,14 @@ def try_backends(config: Config, dtype: torch.dtype, compiled: bool) -> dict[str
         for name, work in passes.items():
             began = time.perf_counter()
             work()
-            if repeat >= 2:  # the first compiles, the second meets fresh memory
+            if repeat >= 2:  # the first compiles, the second allocates memory
                 taken[name].append(time.perf_counter() - began)
     return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 def _one_pass(config: Config, name: str, dtype: torch.dtype, compiled: bool) -> Callable[[], None]:
     B, T, H, K, D = _shape(config)
-    generator = torch.Generator().manual_seed(0)  # the run's random numbers stay as they are
+    generator = torch.Generator().manual_seed(0)  # leaves the run's random state unchanged
     fused = torch.randn(B, T, (H + 2 * K) * D, generator=generator).to(dtype).requires_grad_()
     documents = (torch.arange(T) * 2 // T).expand(B, T) if _isolates(config) else None
     mask = build_mask(

@@ -1,4 +1,4 @@
-"""How long a run is: any length given by the user, resolved to optimizer steps once."""
+"""The length of a run: steps, tokens, epochs or minutes, resolved to optimizer steps once."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ from ultrathink.config.training import TrainingConfig
 from ultrathink.core.durations import Duration
 from ultrathink.training.endings import FINISHED, OUT_OF_TIME, Ending
 
-# Of a budget in minutes, this share is left unused when it is turned into steps: the speed is
-# measured over a few seconds and holds only roughly for the minutes that follow.
+# Share of a budget in minutes that is kept in reserve when it is converted to steps: the speed is
+# measured over a few seconds only.
 MARGIN = 0.03
-# What the last checkpoint may take.
-_SAVING_S = 1.0
+_SAVING_S = 1.0  # reserved for the last checkpoint
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The length of a run, and the speed that durations in tokens or minutes are resolved with."""
+    """The length of a run, and the speed used to resolve durations in tokens or minutes."""
 
     total_steps: int
     tokens_per_step: int
     seconds_per_step: float = 0.0
-    validation_s: float = 0.0  # what one validation costs
-    is_settled: bool = True  # False while the pace of real steps may still correct it
-    looks: int = 0  # how often that was looked at
+    validation_s: float = 0.0  # cost of one validation
+    is_settled: bool = True  # False while the measured pace may still correct the length
+    looks: int = 0  # number of such checks so far
 
     @property
     def reserve_s(self) -> float:
-        """Seconds kept free at the end of the minutes, for the last validation and checkpoint."""
+        """Seconds of the minutes reserved for the last validation and checkpoint."""
         return _reserve_s(self.validation_s)
 
     def ending(self, step: int, elapsed_s: float, max_minutes: float | None) -> Ending | None:
-        """Why a run ends after ``step``, None where steps and time are left."""
+        """Why a run ends after ``step``; None if steps and time are left."""
         if step >= self.total_steps:
             return FINISHED
-        # However short its time, a run takes one step.
+        # Even the shortest run takes one step.
         if max_minutes is not None and step and elapsed_s >= max_minutes * 60 - self.reserve_s:
             return OUT_OF_TIME
         return None
@@ -56,11 +55,11 @@ class Budget:
 
 
 def is_over(state: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Whether the run of a checkpoint's state has used up its steps or its minutes.
+    """Whether the run of a checkpoint's ``state`` has used up its steps or minutes.
 
-    ``config`` is the run's configuration as nested mappings, newer than the state where the run was
-    made longer and has not saved since. Raises LookupError, TypeError or ValueError where the state
-    is not a run's.
+    ``config`` is the run's configuration as nested mappings; it is newer than the state if the run
+    was extended and has not saved since. Raises LookupError, TypeError or ValueError if the state
+    is not that of a run.
     """
     progress, training = state["progress"], config["training"]
     budget = Budget(**state["budget"])
@@ -74,17 +73,17 @@ def is_over(state: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a step, a validation and a checkpoint cost here, in seconds."""
+    """The measured cost of a step, a validation and the evaluators, in seconds."""
 
     step_s: float = 0.0
     validation_s: float = 0.0
-    elapsed_s: float = 0.0  # spent already, on compilation and on measuring
-    evaluators_s: float = 0.0  # what evaluators cost, spread over the steps
+    elapsed_s: float = 0.0  # already spent on compilation and measuring
+    evaluators_s: float = 0.0  # cost of the evaluators per step
 
 
 @dataclass(frozen=True)
 class Done:
-    """What lies behind a run whose length is resolved anew: steps, tokens, samples of its data."""
+    """Steps, tokens and samples already done, for a run whose length is resolved again."""
 
     step: int = 0
     tokens: int = 0
@@ -99,7 +98,7 @@ def resolve_budget(
     measure_speed: Callable[[], Speed],
     done: Done = Done(),
 ) -> Budget:
-    """The budget of a run; the speed is measured only where a length in minutes needs it."""
+    """The budget of a run; the speed is measured only for lengths in minutes."""
     speed = Speed()
     if training.max_minutes is not None or _counts_minutes(training):
         speed = measure_speed()
@@ -114,7 +113,7 @@ def resolve_budget(
 def planned_steps(
     training: TrainingConfig, tokens_per_step: int, samples_per_epoch: int, done: Done = Done()
 ) -> int | None:
-    """The run's length in steps as far as it is known before its speed is; None for minutes."""
+    """The run's length in steps; None for minutes, which need the speed."""
     if training.step_budget is not None:
         return training.step_budget
     if training.max_steps is not None:
@@ -128,7 +127,7 @@ def planned_steps(
 
 
 def steps_within(minutes: float, speed: Speed, eval_every: int | None) -> int:
-    """Steps that fit into ``minutes``, validations and a margin taken off."""
+    """Steps that fit into ``minutes``, less validations and a margin."""
     seconds = minutes * 60 * (1 - MARGIN) - speed.elapsed_s - _reserve_s(speed.validation_s)
     per_step = speed.step_s + (speed.validation_s / eval_every if eval_every else 0.0)
     per_step += speed.evaluators_s

@@ -2,8 +2,8 @@
 
 The order of events in a run, which is the training loop seen from outside::
 
-    start          (the length is known where it was given in steps)
-    budget         (the length in steps, for certain)
+    start          (the length is known only if it was given in steps)
+    budget         (the length in steps)
       for each step:
         step
         validation   (when due)
@@ -12,13 +12,13 @@ The order of events in a run, which is the training loop seen from outside::
         change       (for each request of a controller that took effect)
     validation     (of the last step)
     Controller.at_end
-    change, validation   (where that has the run go back)
-    evaluation     (by the evaluators that did not have the last step)
+    change, validation   (if that rolls the run back)
+    evaluation     (by evaluators that have not seen the last step)
     end
 
-A checkpoint is taken last at a step boundary, so that nothing of it is lost; ``checkpoint`` comes
-once it is written, some steps later. A ``message`` may come at any moment, also from within another
-event.
+A checkpoint is taken at the end of a step boundary, so that it includes all of it; ``checkpoint``
+follows once it is written, some steps later. A ``message`` may come at any time, even within
+another event.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from ultrathink.core.protocols import State
 from ultrathink.monitoring.experts import ExpertRecord, ExpertStatistics
-from ultrathink.monitoring.records import Level, MetricRecord, RunInfo, Sink, Tell
+from ultrathink.monitoring.records import Level, MetricRecord, Reporter, RunInfo, Sink
 from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.training.control import TrainerControl
 from ultrathink.training.endings import Ending
@@ -47,18 +47,18 @@ class StepReport:
     loss: float  # mean cross-entropy over the step's trained tokens, nats
     aux_losses: dict[str, float]  # each as a mean over the step's trained tokens
     grad_norm: float  # before clipping
-    lr: float  # as the optimizer had it
+    lr: float  # as used by the optimizer
     num_tokens: int  # trained tokens of this step
     tokens: int  # positions seen since the run began
     seconds: float
-    skipped: bool  # the optimizer was left out: nothing finite, or nothing to learn
+    skipped: bool  # no update: not finite, or nothing to learn
     num_skipped: int  # such steps since the run began
-    data_wait: float = 0.0  # seconds of them until the batch was there
-    timing: dict[str, float] = field(default_factory=dict)  # of several processes, now and then
-    norms: dict[str, float] = field(default_factory=dict)  # by layer, in steps that are logged
-    scheduled_lr: float | None = None  # as it should be, factors that were asked for included
-    experts: ExpertStatistics | None = None  # of this step's tokens, in steps that are logged
-    memory_share: float = 0.0  # in use on the fullest of several processes, when they last agreed
+    data_wait: float = 0.0  # part of ``seconds`` spent waiting for the batch
+    timing: dict[str, float] = field(default_factory=dict)  # with several processes, now and then
+    norms: dict[str, float] = field(default_factory=dict)  # by layer, in logged steps
+    scheduled_lr: float | None = None  # by the schedule and the requested factors
+    experts: ExpertStatistics | None = None  # of this step's tokens, in logged steps
+    memory_share: float = 0.0  # largest share in use on any process, at the last exchange
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class ValidationReport:
     num_tokens: int  # positions validated on
     seconds: float
     is_best: bool
-    figures: Mapping[str, float] = field(default_factory=dict)  # of the objective, by name
+    figures: Mapping[str, float] = field(default_factory=dict)  # the objective's, by name
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What the evaluators that were due after a step found."""
+    """The results of the evaluators that were due after a step."""
 
     step: int
     tokens: int  # positions trained on so far
@@ -85,7 +85,7 @@ class EvaluationReport:
 
 
 class Callback:
-    """Watches a run; what its methods return or raise never changes the training."""
+    """Observes a run; nothing that its methods return or raise changes the training."""
 
     def on_start(self, info: RunInfo) -> None: ...
 
@@ -100,17 +100,17 @@ class Callback:
     def on_change(self, change: ChangeRecord) -> None: ...
 
     def on_scored(self, scores: Scores) -> None:
-        """Held-out text was scored beside the run's validations."""
+        """Held-out text was scored outside the regular validations."""
 
     def on_checkpoint(self, step: int, path: Path) -> None: ...
 
     def on_message(self, text: str, level: Level) -> None: ...
 
     def on_end(self, ending: Ending | None) -> None:
-        """The run is over; ``ending`` is None where an exception ended it."""
+        """The run has ended; ``ending`` is None after an exception."""
 
     def state_dict(self) -> State:
-        """What the callback must remember over a restart."""
+        """The state of the callback to keep in checkpoints."""
         return {}
 
     def load_state_dict(self, state: State) -> None: ...
@@ -121,15 +121,15 @@ class Callback:
 
 
 class Controller:
-    """Steers a run through ``TrainerControl``; it is asked after every step."""
+    """Changes a run through ``TrainerControl``; called after every step."""
 
     def at_boundary(self, report: StepReport, control: TrainerControl) -> None: ...
 
     def at_end(self, control: TrainerControl) -> None:
-        """The run is over and validated; what is asked for now comes before its last checkpoint."""
+        """The run has ended and is validated; requests are applied before the last checkpoint."""
 
     def state_dict(self) -> State:
-        """What the controller must remember over a restart."""
+        """The state of the controller to keep in checkpoints."""
         return {}
 
     def load_state_dict(self, state: State) -> None: ...
@@ -140,15 +140,15 @@ class Controller:
 
 
 def is_logged(step: int, log_every: int, total_steps: int) -> bool:
-    """Whether the figures of ``step`` are handed to sinks: those of the first and the last are."""
+    """Whether ``step`` is logged: every ``log_every`` steps, the first and the last."""
     return step == 1 or step % log_every == 0 or step == total_steps
 
 
 class MetricsCallback(Callback):
     """Turns reports into records and hands each to every sink.
 
-    ``sinks`` is what to hand anything else to, such as samples. ``tell`` is how the run hears of a
-    sink that fails; without it only the other sinks do.
+    ``sinks`` takes everything else, such as samples. A sink that fails is reported through
+    ``report``, by default to the other sinks only.
     """
 
     def __init__(
@@ -158,9 +158,9 @@ class MetricsCallback(Callback):
         log_every: int,
         flops_per_token: float,
         peak_flops: float,
-        tell: Tell | None = None,
+        report: Reporter | None = None,
     ) -> None:
-        self.sinks = SinkGroup(sinks, tell)
+        self.sinks = SinkGroup(sinks, report)
         self.log_every = log_every
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
@@ -201,9 +201,9 @@ class MetricsCallback(Callback):
         self.sinks.message(text, level)
 
     def on_change(self, change: ChangeRecord) -> None:
-        if change.setting == "rollback":  # tokens went back too: the rate is that of what comes
+        if change.setting == "rollback":  # tokens went back too: restart the measurement
             self._tokens_at_last_record, self._seconds_since_record = None, 0.0
-        if change.decision is None:  # a decision has a line of its own
+        if change.decision is None:  # decisions are shown by the orchestrator
             text = f"{change.setting}: {change.before} -> {change.after} ({change.reason})"
             self.on_message(text, "info")
 
@@ -237,7 +237,7 @@ class MetricsCallback(Callback):
 
 
 class LastReports(Callback):
-    """Keeps the last step's and the last validation's report, for a summary at the end."""
+    """Keeps the last step report and validation report for the final summary."""
 
     def __init__(self) -> None:
         self.step: StepReport | None = None

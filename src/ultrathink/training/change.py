@@ -1,7 +1,7 @@
-"""A change of a running training: what all of them have, and how their values are checked.
+"""The base class of changes to a running training, and the checks of their values.
 
-Each checks its values when it is made; ``apply`` does it at a step boundary and returns the setting
-before and after, or None where nothing is to be recorded.
+A change checks its values when it is created. ``apply`` runs at a step boundary and returns the
+setting before and after, or None if nothing is to be recorded.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ Effect = tuple[Any, Any]  # a setting before and after
 
 @dataclass(frozen=True)
 class Change(ABC):
-    """Something that is done to a run at a step boundary."""
+    """A change to a run, applied at a step boundary."""
 
     name: ClassVar[str]
-    is_felt: ClassVar[bool] = True  # what is learned depends on it
+    is_felt: ClassVar[bool] = True  # it affects what is learned
 
     @property
     def setting(self) -> str:
-        """What records call the setting that is changed."""
+        """The name of the changed setting in records."""
         return self.name
 
     @property
     def needed(self) -> tuple[Snapshot, ...]:
-        """The snapshots that it needs."""
+        """The snapshots that the change needs."""
         return ()
 
     @abstractmethod
     def apply(self, run: Parts) -> Effect | None:
-        """Do it; returns the setting before and after."""
+        """Apply the change; returns the setting before and after."""
 
     def as_applied(self, after: Any) -> Change:
-        """The change that does the same again, where ``after`` is what it returned."""
+        """The change that repeats this one exactly; ``after`` is what ``apply`` returned."""
         return self
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Change(ABC):
                     self.refuse(one.name, must)
 
     def refuse(self, field: str, must: str) -> None:
-        """Raise UltrathinkError for the value of ``field``, which ``must`` be something else."""
+        """Raise UltrathinkError for the value of ``field``; ``must`` says what is valid."""
         raise UltrathinkError(
             f"{type(self).__name__}: {field} {must}, not {getattr(self, field)!r}."
         )
@@ -82,5 +82,5 @@ NOT_NEGATIVE = (lambda value: is_number(value) and value >= 0, "must be a number
 
 
 def checked(check: tuple[Callable[[Any], bool], str], *, may_be_none: bool = False) -> Any:
-    """A field without a default whose value is checked when the change is made."""
+    """A required field whose value is checked when the change is created."""
     return field(metadata={"check": check, "may_be_none": may_be_none})

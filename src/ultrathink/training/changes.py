@@ -1,8 +1,8 @@
-"""Every change of a running training, one typed object each.
+"""Every change to a running training, as typed objects.
 
-The same objects serve the policy, anybody who steers by hand, the queue between processes, the
-records and audits. torch is imported where a change is applied: rules that propose changes do
-without.
+The policy, manual control, the exchange between processes, records and audits all use these
+objects. torch is imported only where a change is applied, so rules that propose changes work
+without it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from ultrathink.training.snapshots import Snapshot
 if TYPE_CHECKING:
     from ultrathink.training.parts import Parts
 
-_PAUSE_S = 0.1  # between looks at whether anything was asked for
+_POLL_S = 0.1  # during a pause, for new requests
 
 
 class _LiveSetting(Change):
-    """Sets the live setting of its own name to the value of its one field."""
+    """Sets the live setting named ``setting`` to the value of its one field."""
 
     def apply(self, run: Parts) -> Effect:
         return _set(run, self.name, getattr(self, fields(self)[0].name))
@@ -52,7 +52,7 @@ class _LiveSetting(Change):
 @dataclass(frozen=True)
 class SetLearningRateFactor(Change):
     """Multiply the scheduled learning rate by `factor`; with `over_steps` the factor returns to 1
-    over so many steps."""
+    over that many steps."""
 
     name = "lr_factor"
     factor: float = checked(POSITIVE)
@@ -68,7 +68,7 @@ class SetLearningRateFactor(Change):
 
 @dataclass(frozen=True)
 class ScaleLearningRate(_LiveSetting):
-    """Multiply the scheduled rate by `scale` for good, beside other factors."""
+    """Multiply the scheduled rate by `scale` permanently, in addition to other factors."""
 
     name = "lr_scale"
     scale: float = checked(POSITIVE)
@@ -76,7 +76,7 @@ class ScaleLearningRate(_LiveSetting):
 
 @dataclass(frozen=True)
 class CorrectLearningRate(_LiveSetting):
-    """Multiply the rate by `factor` to make up for a fault: the reported scheduled rate stays."""
+    """Multiply the rate by `factor` to correct a fault; the reported scheduled rate stays."""
 
     name = "lr_correction"
     factor: float = checked(POSITIVE)
@@ -84,7 +84,7 @@ class CorrectLearningRate(_LiveSetting):
 
 @dataclass(frozen=True)
 class RestartSchedule(Change):
-    """Let the schedule of the learning rate start over for the steps that are left."""
+    """Restart the learning-rate schedule for the remaining steps."""
 
     name = "schedule"
 
@@ -139,7 +139,7 @@ class SetClip(_LiveSetting):
 
 @dataclass(frozen=True)
 class SetMicroBatchSize(Change):
-    """Split each batch into micro-batches of `size` sequences at most; the batch stays the same."""
+    """Split each batch into micro-batches of at most `size` sequences; the batch is unchanged."""
 
     name = "micro_batch_size"
     is_felt = False
@@ -173,7 +173,7 @@ class SetActivationCheckpointing(Change):
 
 @dataclass(frozen=True)
 class ClearMemory(Change):
-    """Give back what the process and its device hold without need."""
+    """Release memory that the process and its device hold but do not use."""
 
     name = "clear_memory"
     is_felt = False
@@ -194,7 +194,7 @@ class ClearMemory(Change):
 
 @dataclass(frozen=True)
 class Pause(Change):
-    """Wait `seconds` before the next step; anything asked of the run ends the wait."""
+    """Wait `seconds` before the next step; any request ends the wait."""
 
     name = "pause"
     is_felt = False
@@ -203,13 +203,13 @@ class Pause(Change):
     def apply(self, run: Parts) -> Effect:
         began = time.monotonic()
         while (waited := time.monotonic() - began) < self.seconds and not run.is_asked():
-            time.sleep(min(_PAUSE_S, self.seconds - waited))
+            time.sleep(min(_POLL_S, self.seconds - waited))
         return self.seconds, time.monotonic() - began
 
 
 @dataclass(frozen=True)
 class SetMixtureWeights(Change):
-    """Draw the coming samples from the sources in the proportions `weights`."""
+    """Draw the following samples from the sources in the proportions `weights`."""
 
     name = "mixture_weights"
     weights: Sequence[float]
@@ -218,7 +218,7 @@ class SetMixtureWeights(Change):
         object.__setattr__(self, "weights", tuple(self.weights))
         are_numbers = all(is_number(one) and one >= 0 for one in self.weights)
         if not are_numbers or not sum(self.weights) > 0:
-            self.refuse("weights", "must be numbers of 0 or above, one above it")
+            self.refuse("weights", "must be numbers of 0 or above, at least one above 0")
 
     def apply(self, run: Parts) -> Effect:
         before = list(run.loader.weights)
@@ -228,7 +228,7 @@ class SetMixtureWeights(Change):
 
 @dataclass(frozen=True)
 class SkipSamples(Change):
-    """Leave out the next `count` samples."""
+    """Skip the next `count` samples."""
 
     name = "skip_samples"
     count: int = checked(COUNT)
@@ -241,7 +241,7 @@ class SkipSamples(Change):
 
 @dataclass(frozen=True)
 class SetEvaluation(_LiveSetting):
-    """Validate after every `every_steps` steps; None: only at the end."""
+    """Validate every `every_steps` steps; None: only at the end."""
 
     name = "eval_every"
     is_felt = False
@@ -250,7 +250,7 @@ class SetEvaluation(_LiveSetting):
 
 @dataclass(frozen=True)
 class Rollback(Change):
-    """Go back to `snapshot`, and with `skip_data` leave out the samples that came since."""
+    """Go back to `snapshot`; with `skip_data` skip the samples that were used since."""
 
     name = "rollback"
     snapshot: Snapshot
@@ -264,7 +264,7 @@ class Rollback(Change):
         return (self.snapshot,)
 
     def apply(self, run: Parts) -> Effect:
-        """Make the checkpoints on disk those of the history that counts now."""
+        """Roll back, and remove the checkpoints of the undone steps."""
         before, position = run.progress.step, _position(run)
         if self.snapshot.key not in run.snapshots.states:
             raise ConfigError(f"the snapshot of step {self.snapshot.step} is gone.")
@@ -284,8 +284,8 @@ class Rollback(Change):
 
 @dataclass(frozen=True)
 class AverageSnapshots(Change):
-    """Use the mean of the weights of now and of `snapshots`, unless held-out text is the worse for
-    it."""
+    """Use the mean of the current weights and those of `snapshots`, unless the validation loss
+    gets worse."""
 
     # arXiv:2209.14981
     name = "average_snapshots"
@@ -301,14 +301,14 @@ class AverageSnapshots(Change):
         return tuple(self.snapshots)
 
     def apply(self, run: Parts) -> Effect:
-        """Returns the validation loss before and after, which is the better of the two."""
+        """Returns the validation loss before and after; after is the better of the two."""
         from ultrathink.training.host_states import copied_to_host
         from ultrathink.training.model_state import ModulesState, average_weights
 
         scores = run.held_out()
         if scores is None:
             raise ConfigError(
-                "weights are averaged by what held-out text says of it, and data.val is none."
+                "averaging weights needs held-out text to judge the result, and data.val is none."
             )
         before = scores.loss
         weights = ModulesState(run.models.modules)
@@ -340,8 +340,8 @@ class SaveCheckpoint(Change):
 
 @dataclass(frozen=True)
 class Stop(Change):
-    """End the run after saving it; with `returned_to` it is over at that step, where it must
-    stand, until it is given more length."""
+    """Save and end the run; with `returned_to`, the current step, it is finished until it is
+    extended."""
 
     name = "stop"
     returned_to: int | None = field(default=None, metadata={"check": COUNT, "may_be_none": True})
@@ -350,7 +350,7 @@ class Stop(Change):
         step, ending = run.progress.step, STOPPED
         if self.returned_to is not None:
             if self.returned_to != step:
-                raise ConfigError(f"the run stands at step {step}, not {self.returned_to}.")
+                raise ConfigError(f"the run is at step {step}, not {self.returned_to}.")
             run.progress.is_over, ending = True, returned_to(step)
         run.boundary.ending = replace(ending, reason=run.boundary.reason)
         return None, ending.name
@@ -415,7 +415,7 @@ class ReviveExperts(Change):
         return before, after
 
     def as_applied(self, after: Any) -> Change:
-        return ReviveExperts(after)  # which says what each was copied from
+        return ReviveExperts(after)  # it records which expert each was copied from
 
 
 CHANGES: tuple[type[Change], ...] = (
@@ -451,7 +451,7 @@ _BY_NAME = {one.name: one for one in (*CHANGES, *_SILENT)}
 
 
 def change_from(values: Mapping[str, Any]) -> Change:
-    """The change that ``to_json`` returned ``values`` for."""
+    """The change from the ``values`` that ``to_json`` returned."""
     given = dict(values)
     return _BY_NAME[given.pop("change")](**given)
 

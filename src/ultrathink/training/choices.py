@@ -1,4 +1,4 @@
-"""What ``auto`` means on this machine; each choice is written into the configuration."""
+"""Resolves ``auto`` for this machine; each choice is written into the configuration."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from ultrathink.training.hardware import (
     peak_flops,
 )
 
-# Positions in one forward pass on a CPU, beyond which caches suffer and nothing gets faster.
+# Positions in one forward pass on a CPU; more does not fit the caches and is not faster.
 _CPU_MICRO_TOKENS = 8192
-# Bytes kept for the backward pass per position and layer, as multiples of the hidden size: what
-# a block of the Llama family saves (Korthikanti et al., arXiv:2205.05198, eq. 2, without masks).
+# Bytes saved for the backward pass per position and layer, as multiples of the hidden size, for a
+# block of the Llama family (Korthikanti et al., arXiv:2205.05198, eq. 2, without masks).
 _ACTIVATION_FACTOR = 34
 _MEMORY_SHARE = 0.6
-_FROZEN_BYTES = 4  # a weight, at most, unless training is in fp64
-_TRAINED_BYTES = 16  # with its gradient and two moments
+_FROZEN_BYTES = 4  # per weight, at most, unless training is in fp64
+_TRAINED_BYTES = 16  # per weight, with its gradient and two moments
 
 
 @dataclass(frozen=True)
 class Choices:
-    """The machine's part of a run."""
+    """The part of a run that depends on the machine."""
 
     device: torch.device
     precision: Precision
@@ -58,11 +58,11 @@ def choose_together(
     frozen: Sequence[ModelConfig] = (),
     beside: Callable[[Config], Sequence[ModelConfig]] = lambda config: (),
 ) -> tuple[Config, Choices]:
-    """``choose`` for all processes of ``world``: what the first one chose holds for all.
+    """``choose`` on the first process of ``world``, and use its choices on all.
 
-    ``frozen`` models take memory beside the main one, and so do those that are trained ``beside``
-    it, which are asked for only where it matters. ConfigError where the processes or the batch
-    cannot be divided as configured.
+    ``frozen`` models and those trained ``beside`` the main one take memory too; the latter are
+    built only if that matters. Raises ConfigError if the processes or the batch cannot be divided
+    as configured.
     """
     dims = ParallelDims.resolve(config.parallel, world)
     share = dims.share(config.training.batch_size)
@@ -83,11 +83,11 @@ def choose(
     frozen: Sequence[ModelConfig] = (),
     beside: Callable[[Config], Sequence[ModelConfig]] = lambda config: (),
 ) -> tuple[Config, Choices]:
-    """Replace every ``auto`` in ``config`` with what suits this machine, and say why.
+    """Replace every ``auto`` in ``config`` by a value for this machine, with a reason.
 
-    With ``training.deterministic`` nothing that decides is measured, since two runs could measure
-    on different sides of a threshold. ``samples_per_epoch`` is None where the data is not known.
-    ``share`` is the sequences of a batch that this process takes, all unless given.
+    With ``training.deterministic`` nothing is measured, since two runs could measure values on
+    different sides of a threshold. ``samples_per_epoch`` is None if the data is not known.
+    ``share`` is the number of sequences of a batch on this process, by default all.
     """
     training = config.training
     device = choose_device(training.device)
@@ -109,7 +109,7 @@ def choose(
         )
     chosen: dict[str, tuple[object, str]] = {}
     if training.device == "auto":
-        chosen["training.device"] = (str(device), "the first of cuda, mps, cpu that is here")
+        chosen["training.device"] = (str(device), "the first available of cuda, mps, cpu")
     if training.precision == "auto":
         chosen["training.precision"] = (precision, precision_reason)
     if training.compile != compiled:
@@ -117,7 +117,7 @@ def choose(
     if training.micro_batch_size == "auto":
         share = share or training.batch_size
         size = _micro_batch_size(config, device, share, frozen, beside)
-        chosen["training.micro_batch_size"] = (size, "what fits the device's memory")
+        chosen["training.micro_batch_size"] = (size, "fits the device's memory")
     config = _replaced(config, chosen)
     if config.model.attention.backend == "auto":
         planned_s = planned_seconds(training, planned_flops, reckoned)
@@ -129,7 +129,7 @@ def choose(
 
 
 def _with_expert_backend(config: Config, device: torch.device, dtype: torch.dtype) -> Config:
-    """``config`` with the kernel of its experts, if it has any; ConfigError for one that cannot."""
+    """``config`` with the kernel of its experts, if any; ConfigError if the kernel cannot run."""
     if config.model.moe is None:
         return config
     name = config.model.moe.backend
@@ -139,14 +139,14 @@ def _with_expert_backend(config: Config, device: torch.device, dtype: torch.dtyp
         return _replaced(config, {"model.moe.backend": (chosen, reason)})
     if name == "grouped_mm" and dtype not in GROUPED_MM_DTYPES:
         raise ConfigError(
-            f"model.moe.backend = 'grouped_mm' takes fp32 and bf16, and training.precision is "
+            f"model.moe.backend = 'grouped_mm' takes fp32 or bf16, but training.precision is "
             f"{config.training.precision}; use model.moe.backend=auto."
         )
     return config
 
 
 def _replaced(config: Config, chosen: Mapping[str, tuple[object, str]]) -> Config:
-    """``config`` with each value that was chosen, and why."""
+    """``config`` with each chosen value and its reason."""
     for key, (value, reason) in chosen.items():
         config = config.replace({key: value}, origin=f"chosen at run time: {reason}")
     return config
@@ -172,13 +172,13 @@ def _micro_batch_size(
 ) -> int:
     """The largest divisor of this process's share of the batch whose activations fit.
 
-    A frozen model takes its weights, and keeps the activations of one layer at a time; one that is
-    trained ``beside`` the main one keeps those of all layers.
+    A frozen model takes its weights and the activations of one layer at a time; a model trained
+    ``beside`` the main one takes those of all layers.
     """
     seq_len = config.data.seq_len
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        if config.training.deterministic:  # what others use of it differs from run to run
+        if config.training.deterministic:  # free memory differs from run to run
             free = total
         others = beside(config)
         layers = sum(one.hidden_size * one.num_layers for one in (config.model, *others))

@@ -1,4 +1,4 @@
-"""Compiling the training step: when it pays, and where the compiled code is kept."""
+"""Compiles the training step, if that pays, and caches the compiled code."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ from ultrathink.model.transformer import Transformer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# What compiling costs at the start, and what share of a step it saves: seen with the shape of the
-# preset `demo` on two CPU cores (33 s; 163 ms forward and backward became 113). They only steer
-# the choice of `auto`.
+# Cost of compilation at the start, and share of a step that it saves, measured with the preset
+# `demo` on two CPU cores (33 s; forward and backward went from 163 to 113 ms). Only for `auto`.
 _COMPILE_S = 33.0
 _SAVED_SHARE = 0.3
 _EAGER_UTILIZATION = 0.3
@@ -36,10 +35,10 @@ def should_compile(
     planned_flops: float | None,
     peak_flops: float,
 ) -> tuple[bool, str, bool]:
-    """Whether to compile, why, and whether the reason is worth a warning.
+    """Whether to compile, why, and whether the reason deserves a warning.
 
-    ``planned_flops`` is the work of the whole run, None where its length is given in minutes or
-    hangs on data that is not known.
+    ``planned_flops`` is the work of the whole run; None if its length is given in minutes or
+    depends on data that is not known.
     """
     if training.compile is False:
         return False, "as configured", False
@@ -51,7 +50,7 @@ def should_compile(
         return True, "as configured", False
     planned_s = planned_seconds(training, planned_flops, peak_flops)
     if planned_s is None:
-        return False, "how long the run takes is known once its data is read", False
+        return False, "the length of the run is known only once its data is read", False
     pays = planned_s * _SAVED_SHARE > _COMPILE_S
     at_rate = f" at a nominal {peak_flops / 1e9:.0f} GFLOP/s" if training.deterministic else ""
     return pays, f"the run would take about {planned_s:.0f} s uncompiled{at_rate}", False
@@ -60,7 +59,7 @@ def should_compile(
 def planned_seconds(
     training: TrainingConfig, planned_flops: float | None, peak_flops: float
 ) -> float | None:
-    """How long a run will take, roughly, uncompiled; None where its length is not known yet."""
+    """Rough duration of a run without compilation; None if its length is not known yet."""
     if training.max_minutes is not None:
         return training.max_minutes * 60
     if planned_flops is None:
@@ -69,14 +68,14 @@ def planned_seconds(
 
 
 def find_cpp_compiler() -> str | None:
-    """The path of the C++ compiler to compile with: ``$CXX``, else the first one found."""
+    """The path of the C++ compiler: ``$CXX``, else the first one found."""
     wanted = os.environ.get("CXX")
     candidates = (wanted,) if wanted else ("g++", "clang++")
     return next((path for path in map(shutil.which, candidates) if path is not None), None)
 
 
 def compiler_problem() -> str | None:
-    """What compiling for the CPU lacks, and how to get it; None where nothing is missing."""
+    """What is missing to compile for the CPU, and how to get it; None if nothing is."""
     if find_cpp_compiler() is None:
         wanted = os.environ.get("CXX")
         if wanted:
@@ -92,18 +91,18 @@ def compiler_problem() -> str | None:
 
 
 def has_cpp_compiler() -> bool:
-    """Whether compiling for the CPU has all it needs."""
+    """Whether everything needed to compile for the CPU is installed."""
     return compiler_problem() is None
 
 
 def compile_cache_folder() -> Path:
-    """Where compiled code is kept between runs."""
+    """The folder of the compiled code, kept between runs."""
     named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     return Path(named) if named else cache_folder(None) / "compiled"
 
 
 def compile_function(function: Function) -> Function:
-    """``function`` compiled as one graph with fixed shapes; the code is kept between runs."""
+    """``function`` compiled as one graph with fixed shapes; the code is cached between runs."""
     _prepare_compiler()
     compiled: Any = torch.compile(function, fullgraph=True, dynamic=False)
     return compiled  # type: ignore[no-any-return]
@@ -111,22 +110,22 @@ def compile_function(function: Function) -> Function:
 
 @dataclass(frozen=True)
 class Compilation:
-    """What of a run's passes is compiled: each as a whole, or where processes exchange weights
-    between one block and the next, blocks and heads by themselves."""
+    """Which parts are compiled: whole passes, or each block and head separately if processes
+    exchange weights between blocks."""
 
     is_on: bool
     by_blocks: bool = False
 
     def of_pass(self, function: Function) -> Function:
-        """``function``, from token ids to losses, compiled as one graph where passes are whole."""
+        """``function``, from token ids to losses, compiled if whole passes are compiled."""
         return compile_function(function) if self.is_on and not self.by_blocks else function
 
     def of_head(self, function: Function) -> Function:
-        """``function``, a loss of a head, compiled where passes are not whole."""
+        """``function``, the loss of a head, compiled if blocks are compiled separately."""
         return compile_function(function) if self.is_on and self.by_blocks else function
 
     def of_model(self, model: Transformer) -> None:
-        """Compile the parts of ``model`` in place, where passes are not whole."""
+        """Compile the blocks of ``model`` in place, if blocks are compiled separately."""
         if self.is_on and self.by_blocks:
             compile_blocks(model)
 
@@ -135,12 +134,13 @@ EAGER = Compilation(is_on=False)
 
 
 def compile_blocks(model: Transformer) -> None:
-    """Compile each block of ``model`` by itself, in place, and the loss of its head.
+    """Compile each block of ``model`` separately, in place, and the loss of its head.
 
-    For a model over several processes, which exchange weights between one block and the next.
+    For a sharded model, whose processes exchange weights between blocks.
     """
     _prepare_compiler()
-    # Not the modules: their hooks gather the weights, and no prefix may reach a checkpoint.
+    # Methods, not modules: the modules' hooks gather weights, and torch.compile's prefix must not
+    # reach checkpoints.
     for block in model.blocks:
         is_frozen = not any(parameter.requires_grad for parameter in block.parameters())
         compiled = compile_function if is_frozen else partial(_while_training, block)
@@ -149,7 +149,7 @@ def compile_blocks(model: Transformer) -> None:
 
 
 def _while_training(module: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
-    """``method``, compiled while ``module`` trains only: validation has batches of many shapes."""
+    """``method``, compiled in training mode only: validation has batches of many shapes."""
     compiled: Callable[..., Any] = torch.compile(method, fullgraph=True, dynamic=False)
 
     def call(*args: Any, **options: Any) -> Any:
@@ -162,13 +162,13 @@ def _prepare_compiler() -> None:
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
 
-    # Compute again in the backward pass what fuses into its kernels (norms, activations, casts of
-    # weights) rather than keep it: 100 of 1,360 MiB at shape M of the benchmarks, for 2% of a step.
+    # Recompute in the backward pass what fuses into its kernels (norms, activations, casts of
+    # weights): saves 100 of 1,360 MiB at shape M of the benchmarks, and costs 2% of a step.
     functorch.ban_recompute_materialized_backward = False
-    # Without this a graph with autograd functions of its own is traced anew in every process (3 s
-    # for `demo`). Their bodies are part of the cache's key.
+    # Without this a graph with custom autograd functions is traced again in every process (3 s
+    # for `demo`). Their bodies are part of the cache key.
     functorch.autograd_cache_allow_custom_autograd_functions = True
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compile_cache_folder())
     compiler = find_cpp_compiler()
     if compiler is not None and shutil.which(inductor.cpp.cxx[-1]) is None:
-        inductor.cpp.cxx = (None, compiler)  # torch by itself looks for one name only
+        inductor.cpp.cxx = (None, compiler)  # torch looks for a single name

@@ -1,4 +1,4 @@
-"""How a run is changed while it runs: requests wait for a step boundary, and each is recorded."""
+"""Changes a run while it trains: requests wait for a step boundary, and each is recorded."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ class TrainerControl(Protocol):
     """What a controller may do to a run."""
 
     def request(self, change: Change, reason: str) -> None:
-        """Have ``change`` applied before the next step."""
+        """Apply ``change`` before the next step."""
 
     def snapshot(self, *, in_checkpoints: bool = False) -> Snapshot:
         """Copy the whole state (weights, optimizer, data position, random state).
 
-        The copy is taken at this step boundary, before anything else that was asked for. Those
-        ``in_checkpoints`` outlive a resume, where ``brought_back`` finds them.
+        The copy is taken at this step boundary, before any other request. A snapshot
+        ``in_checkpoints`` survives a resume, where ``brought_back`` returns it.
         """
 
     def brought_back(self, step: int) -> Snapshot | None:
-        """The snapshot of ``step`` that the checkpoint held with which the run was resumed, to
-        whoever asks first."""
+        """The snapshot of ``step`` from the checkpoint that the run was resumed from.
+
+        It is returned once.
+        """
 
 
 class Request(NamedTuple):
-    """A change that is asked of a run."""
+    """A requested change."""
 
     change: Change
     reason: str
@@ -41,10 +43,10 @@ class Request(NamedTuple):
 
 
 class ControlQueue:
-    """Requests that wait for the step boundary; ``TrainerControl`` for everyone but the trainer.
+    """The requests that wait for the step boundary; implements ``TrainerControl``.
 
-    ``step`` tells the step of the boundary. Where the run is ``shared`` by several processes, only
-    what all of them agreed on is applied: a signal may reach one of them after that.
+    ``step()`` is the step of the boundary. In a run ``shared`` by several processes only requests
+    that all of them agreed on are applied: a signal may reach one of them later.
     """
 
     def __init__(self, step: Callable[[], int], *, shared: bool = False) -> None:
@@ -53,13 +55,13 @@ class ControlQueue:
         self._agreed: list[Request] = []
         self._keys = itertools.count()
         self._pending: list[Request] = []
-        self._taken: list[Request] = []  # last: their snapshots stay until they are applied
+        self._taken: list[Request] = []  # last: keeps their snapshots alive until applied
         self._decision: int | None = None
         self._brought_back: dict[int, Snapshot] = {}
 
     @contextmanager
     def deciding(self, number: int) -> Iterator[None]:
-        """What is asked for inside belongs to the decision ``number``."""
+        """Assign the requests made inside to the decision ``number``."""
         self._decision = number
         try:
             yield
@@ -68,14 +70,14 @@ class ControlQueue:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that were not taken yet."""
+        """Number of requests not yet taken."""
         return len(self._pending)
 
     def request(self, change: Change, reason: str) -> None:
         self._pending.append(Request(change, reason, self._decision))
 
     def is_requested(self, kind: type[Change]) -> bool:
-        """Whether a change of this kind waits."""
+        """Whether a change of this kind is waiting."""
         return any(isinstance(request.change, kind) for request in self._pending)
 
     def snapshot(self, *, in_checkpoints: bool = False) -> Snapshot:
@@ -84,13 +86,13 @@ class ControlQueue:
         return snapshot
 
     def recall(self, step: int) -> Snapshot:
-        """The checkpoint of ``step`` as a snapshot, which is read at this step boundary."""
+        """The checkpoint of ``step`` as a snapshot, read at this step boundary."""
         snapshot = self._new_snapshot(step)
         self.request(RecallCheckpoint(step, snapshot.key), "")
         return snapshot
 
     def bring_back(self, step: int) -> Snapshot:
-        """Let ``brought_back`` find a snapshot of ``step``, whose state the caller has."""
+        """A new snapshot of ``step`` for ``brought_back``; the caller adds its state."""
         self._brought_back[step] = snapshot = self._new_snapshot(step)
         return snapshot
 
@@ -99,7 +101,7 @@ class ControlQueue:
 
     def _new_snapshot(self, step: int) -> Snapshot:
         snapshot = Snapshot(step, next(self._keys))
-        # Not the queue itself: it would keep the run, and so the snapshot, for ever.
+        # A weak reference: the queue would keep the run, and so the snapshot, alive for ever.
         forget = weakref.finalize(snapshot, _forget, weakref.ref(self), snapshot.key)
         forget.atexit = False
         return snapshot
@@ -114,19 +116,19 @@ class ControlQueue:
         return sorted(self._taken, key=lambda one: not isinstance(one.change, first))
 
     def take_json(self) -> list[Any]:
-        """The waiting requests as plain values, to be sent to all processes, this one too."""
+        """The waiting requests as plain values, to be sent to all processes."""
         self._taken, self._pending = self._pending, []
         return [[one.change.to_json(), one.reason, one.decision] for one in self._taken]
 
     def agree_on(self, requests: Sequence[Any]) -> None:
-        """Let the requests of all processes be applied at this boundary."""
+        """Accept the requests of all processes for this boundary."""
         self._agreed += [
             Request(change_from(change), reason, decision) for change, reason, decision in requests
         ]
 
 
 def _forget(queue: weakref.ref[ControlQueue], key: int) -> None:
-    """Nobody can ask for the snapshot ``key`` any more."""
+    """Free the snapshot ``key``, which is no longer referenced."""
     found = queue()
     if found is not None:
         found.request(ForgetSnapshot(key), "")

@@ -1,4 +1,4 @@
-"""Equal bits from run to run: torch's switches for it, set and put back."""
+"""Bit-identical runs: sets and restores torch's switches for determinism."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CUBLAS_REPEATABLE = ":4096:8"  # https://docs.nvidia.com/cuda/cublas/#results-r
 
 @dataclass(frozen=True)
 class _Switches:
-    """What decides between fast and repeatable kernels, for the whole process."""
+    """The switches between fast and deterministic kernels, for the whole process."""
 
     algorithms: bool
     warn_only: bool
@@ -57,11 +57,10 @@ _before: _Switches | None = None
 
 
 def set_deterministic(wanted: bool, device: torch.device) -> None:
-    """Make kernels repeat their bits, or put back what was set before this made them.
+    """Make kernels deterministic, or restore the switches as they were before this did.
 
-    The switches belong to the process. Where they were never set from here, ``wanted=False``
-    leaves them as the user has them. Raises ConfigError where CUDA was used before in a way that
-    cannot be undone.
+    The switches belong to the process. If this function never set them, ``wanted=False`` leaves
+    them as they are. Raises ConfigError if CUDA was already used in a way that cannot be undone.
     """
     global _before
     if not wanted:
@@ -75,7 +74,7 @@ def set_deterministic(wanted: bool, device: torch.device) -> None:
         algorithms=True,
         warn_only=False,
         inductor=True,
-        # A pass over every new tensor, which matters only to code that reads what it never set.
+        # It costs a pass over every new tensor, and only helps code that reads uninitialized ones.
         fill_memory=False,
         cudnn=True,
         cudnn_benchmark=False,
@@ -86,7 +85,7 @@ def set_deterministic(wanted: bool, device: torch.device) -> None:
 
 
 def _require_repeatable_products(device: torch.device) -> None:
-    """torch reads cuBLAS's variable once in a process, at the first matrix product."""
+    """ConfigError if cuBLAS's variable is wrong: torch reads it once, at the first product."""
     one = torch.ones(1, 1, device=device)
     try:
         torch.mm(one, one)

@@ -1,4 +1,4 @@
-"""How a run may end, and what that means for a resume."""
+"""The ways a run may end, and whether it can be resumed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Ending:
-    """Why a run ended; two of one name are equal, whatever led to them.
+    """Why a run ended; endings of the same name are equal.
 
-    Endings are made wherever a run is ended: what depends on one asks ``can_resume``, not its name.
+    Code that depends on an ending asks for ``can_resume``, not for the name.
     """
 
     name: str  # in results, logs and messages
-    can_resume: bool  # a resume trains on; else the run is over, unless it is given more length
-    reason: str = field(default="", compare=False)  # what led to it, in a few words
+    can_resume: bool  # False: the run is finished, unless it is extended
+    reason: str = field(default="", compare=False)  # a few words
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})" if self.reason else self.name
@@ -26,5 +26,5 @@ STOPPED = Ending("stopped", can_resume=True)
 
 
 def returned_to(step: int) -> Ending:
-    """The end of a run that went back to ``step``, where it was best."""
+    """The ending of a run that rolled back to ``step``, its best."""
     return Ending(f"returned to step {step}", can_resume=False)

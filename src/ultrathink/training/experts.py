@@ -1,4 +1,4 @@
-"""From what a model tells of its routing to what observers are told."""
+"""Collects the routing statistics of a step for observers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ultrathink.training.stepping import StepResult
 def read_experts(
     model: Transformer, result: StepResult, dp_group: Group
 ) -> ExpertStatistics | None:
-    """How a step's tokens were spread over experts, on all processes together; all call it.
+    """How a step's tokens were spread over experts, summed over all processes; all call it.
 
     None for a model without experts.
     """
@@ -27,7 +27,7 @@ def read_experts(
     names = [name for name in LayerRouting._fields if name != "losses"]
     parts = [result.stats[f"expert_{name}"].double() for name in names]
     sizes = [part.shape[1] for part in parts]
-    sums = dp_group.summed(torch.cat(parts, 1)).cpu()  # one exchange for all
+    sums = dp_group.summed(torch.cat(parts, 1)).cpu()  # a single all-reduce
     values = {name: _array(part) for name, part in zip(names, sums.split(sizes, 1), strict=True)}
     return ExpertStatistics(
         groups=tuple(

@@ -1,4 +1,4 @@
-"""What this machine is good at: the device, its number formats, its peak rate, its allocator."""
+"""The capabilities of this machine: device, number formats, peak rate, allocator."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ DTYPES: dict[str, torch.dtype] = {
     "fp64": torch.float64,
 }
 
-# Dense bf16 peak of one device in FLOP/s (NVIDIA's data sheets, the figure without sparsity). What
-# is not here is measured.
+# Dense bf16 peak of one device in FLOP/s (NVIDIA's data sheets, without sparsity). Other devices
+# are measured.
 _DENSE_BF16_PEAK = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
 }
-# Rates must differ by this much before bf16 is worth its rounding.
+# bf16 must be faster by this factor to be worth its rounding.
 _BF16_ADVANTAGE = 1.5
-# What processors call their bf16 products (torch.cpu.get_capabilities).
+# Names of bf16 matrix instructions (torch.cpu.get_capabilities).
 _BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16")
-# FLOP/s to reckon with where a measurement would make runs differ: of one thread of a CPU with
-# such products, and of a GPU of these years.
+# Nominal FLOP/s for deterministic runs, in which a measurement would make runs differ: of one CPU
+# thread with such instructions, and of a current GPU.
 _NOMINAL_PER_THREAD = {"fp32": 5e10, "bf16": 2e11, "fp64": 2.5e10}
 _NOMINAL_PER_GPU = {"fp32": 2e13, "bf16": 1e14, "fp64": 1e13}
 
@@ -70,10 +70,10 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(
     wanted: str, device: torch.device, *, measure: bool = True
 ) -> tuple[Precision, str]:
-    """The number format of the products, and why.
+    """The number format of matrix products, and why.
 
-    ``auto`` compares rates on a CPU; with ``measure=False`` it asks the processor what it has, so
-    that the answer is the same every time.
+    On a CPU ``auto`` compares measured rates; with ``measure=False`` it goes by the processor's
+    instructions, so that the choice is always the same.
     """
     if wanted == "auto":
         return _best_precision(device, measure)
@@ -95,8 +95,8 @@ def _best_precision(device: torch.device, measure: bool) -> tuple[Precision, str
         instructions = bf16_instructions()
         words = f"this processor has {instructions or 'no bf16'} products; not measured"
         return ("bf16" if instructions else "fp32"), words
-    # On one thread: several wait for each other where other processes use the cores, and then the
-    # comparison is one of chance.
+    # On one thread: several threads wait for each other while other processes use the cores, which
+    # makes the comparison random.
     fp32, bf16 = (
         measured_rate(dtype, 512, 0.06, "cpu", 1) for dtype in (torch.float32, torch.bfloat16)
     )
@@ -105,7 +105,7 @@ def _best_precision(device: torch.device, measure: bool) -> tuple[Precision, str
 
 
 def bf16_instructions() -> str | None:
-    """The name of this CPU's bf16 matrix instructions, where torch can use them."""
+    """The name of this CPU's bf16 matrix instructions, if torch can use them."""
     if not torch.backends.mkldnn.is_available():
         return None
     has = cpu_capabilities()
@@ -113,13 +113,13 @@ def bf16_instructions() -> str | None:
 
 
 def cpu_capabilities() -> dict[str, Any]:
-    """What torch knows of this CPU, by name; nothing where the system does not tell it."""
+    """What torch knows about this CPU, by name; empty if the system does not report it."""
     if sys.platform == "linux":
         try:
-            is_told = Path("/proc/cpuinfo").read_bytes().strip() != b""
+            is_readable = Path("/proc/cpuinfo").read_bytes().strip() != b""
         except OSError:
-            is_told = False
-        if not is_told:  # torch 2.13 would crash the process
+            is_readable = False
+        if not is_readable:  # torch 2.13 would crash the process
             return {}
     return dict(torch.cpu.get_capabilities())
 
@@ -132,9 +132,9 @@ def measured_rate(
     device: str = "cpu",
     threads: int | None = None,
 ) -> float:
-    """The best rate of a square matrix product, in FLOP/s, over a short trial.
+    """The best rate of a square matrix product in a short trial, in FLOP/s.
 
-    On a CPU with so many ``threads``, else with as many as torch uses.
+    ``threads`` is the number of CPU threads, by default torch's.
     """
     with using_threads(threads):
         return 2 * size**3 / min(product_seconds(dtype, size, seconds, torch.device(device)))
@@ -143,7 +143,7 @@ def measured_rate(
 def product_seconds(
     dtype: torch.dtype, size: int, seconds: float, device: torch.device
 ) -> list[float]:
-    """How long each product of two square matrices took, over a trial of ``seconds``."""
+    """The duration of each product of two square matrices in a trial of ``seconds``."""
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     torch.mm(a, b)
@@ -160,7 +160,7 @@ def product_seconds(
 
 @contextmanager
 def using_threads(count: int | None) -> Iterator[None]:
-    """Let torch compute with so many threads, and with as many as before afterwards."""
+    """Let torch use this many threads inside, and the former number afterwards."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -171,14 +171,14 @@ def using_threads(count: int | None) -> Iterator[None]:
 
 
 def nominal_flops(device: torch.device, precision: Precision) -> float:
-    """A rate in FLOP/s that is the same in every run: for choices that must be, too."""
+    """A rate in FLOP/s that is the same in every run, for deterministic choices."""
     if device.type == "cpu":
         return _NOMINAL_PER_THREAD[precision] * torch.get_num_threads()
     return _NOMINAL_PER_GPU[precision]
 
 
 def peak_flops(device: torch.device, precision: Precision) -> float:
-    """The dense peak of ``device`` in FLOP/s: from the data sheet, else as measured on it."""
+    """The dense peak of ``device`` in FLOP/s, from the data sheet or measured."""
     if device.type == "cuda" and precision == "bf16":
         known = _DENSE_BF16_PEAK.get(torch.cuda.get_device_name(device))
         if known is not None:
@@ -188,7 +188,7 @@ def peak_flops(device: torch.device, precision: Precision) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until ``device`` has done what was asked of it."""
+    """Wait until ``device`` has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -202,20 +202,20 @@ _LARGE = 1 << 20
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's allocator to reuse large blocks instead of returning them to the system.
+    """Make glibc's allocator reuse large blocks instead of returning them to the system.
 
-    Training frees and takes the same large tensors every step, and each fresh block costs page
-    faults. Returns whether it took effect; other C libraries, and a preloaded allocator, are left
-    as they are.
+    Training frees and allocates the same large tensors in every step, and each fresh block costs
+    page faults. Returns whether it took effect: other C libraries and preloaded allocators are
+    left unchanged.
     """
     return _set_malloc((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
 
 
 def return_freed_memory() -> None:
-    """Give what no tensor holds any more back to the system, now and from here on.
+    """Return freed memory to the system, now and from now on.
 
-    What ``keep_freed_memory`` keeps lies in pieces, and where memory is short a large tensor may
-    fit into none of them.
+    The memory that ``keep_freed_memory`` keeps is fragmented: when memory is short, a large tensor
+    may not fit into any of the fragments.
     """
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -230,7 +230,7 @@ def return_freed_memory() -> None:
 
 
 def forget_most_used() -> None:
-    """Give back what is free now, and count from here on what is in use at most."""
+    """Release free device memory, and reset the peak of the memory in use."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -240,7 +240,7 @@ def forget_most_used() -> None:
 
 
 def _set_malloc(*settings: tuple[int, int]) -> bool:
-    """Set parameters of glibc's allocator; False where another one is in use."""
+    """Set parameters of glibc's allocator; False if another allocator is in use."""
     if not _is_glibc():
         return False
     libc = ctypes.CDLL(None)

@@ -1,10 +1,10 @@
-"""States of a run in the memory of the host, to go back to.
+"""States of a run in host memory, for rollbacks.
 
-From a GPU they are copied while training goes on: into pinned memory, on a stream of their own.
-Three rules keep a copy equal to what was asked for: it begins after all that was computed so far;
-whatever writes to a copied tensor in place first calls ``HostStates.before_writing``; who reads a
-copy waits until it is whole. What a forward pass may write to (live controls of routing) is small,
-and is copied on the device before anything else.
+From a GPU they are copied while training continues, into pinned memory on a separate stream.
+Three rules keep each copy correct: it starts after everything queued so far; code that writes to a
+copied tensor in place first calls ``HostStates.before_writing``; reading a copy waits until it is
+complete. Tensors that a forward pass may write to (live controls of routing) are small, and are
+first copied on the device.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ultrathink.core.pieces import Piece
 from ultrathink.core.protocols import State
+from ultrathink.core.shards import TensorShard
 from ultrathink.parallel.placement import on_host
 
 _SMALL_BYTES = 1 << 20
 
 
 class Copy(NamedTuple):
-    """``source``, on a device, is to be copied to ``target``, on the host."""
+    """A pending copy of ``source``, on a device, to ``target``, on the host."""
 
     source: Tensor
     target: Tensor
 
 
 class Transfer(Protocol):
-    """Copies under way from a device to the host."""
+    """Running copies from a device to the host."""
 
     def hold_back_writes(self) -> None:
-        """Let the device do what it is asked to from here on only after the copies."""
+        """Make the device finish the copies before any work queued from now on."""
 
     def wait(self) -> None:
-        """Return once the copies are whole."""
+        """Return once the copies are complete."""
 
 
 class Copier(Protocol):
-    """Copies tensors to the host while training goes on."""
+    """Copies tensors to the host while training continues."""
 
     def target(self, source: Tensor) -> Tensor | None:
-        """Memory to copy ``source`` to later; None where it is to be copied at once."""
+        """Memory to copy ``source`` to later; None if it must be copied at once."""
 
     def begin(self, copies: Sequence[Copy]) -> Transfer:
-        """Start ``copies``, of tensors as all that was asked of the device so far leaves them."""
+        """Start ``copies``, after all work queued on the device so far."""
 
 
 class GpuCopier:
-    """Copies from CUDA devices to pinned memory, on a stream of its own; from others at once."""
+    """Copies from CUDA devices to pinned memory on a separate stream; from others at once."""
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
@@ -70,7 +70,7 @@ class GpuCopier:
         with torch.cuda.stream(self._stream):
             for source, target in copies:
                 target.copy_(source, non_blocking=True)
-                source.record_stream(self._stream)  # where it is freed, its memory waits
+                source.record_stream(self._stream)  # its memory is not reused before the copy
         return _GpuTransfer(self._stream.record_event(), device)
 
 
@@ -88,33 +88,33 @@ class _GpuTransfer:
 
 class _Held(NamedTuple):
     state: State
-    transfer: Transfer | None  # None: the state is whole
+    transfer: Transfer | None  # None: the state is complete
 
 
 class HostStates(MutableMapping[int, State]):
-    """States by key, none of which changes; ``snapshots[key]`` waits until that one is whole."""
+    """Immutable states by key; ``states[key]`` waits until that one is complete."""
 
     def __init__(self) -> None:
         self.copier: Copier = GpuCopier()
         self._held: dict[int, _Held] = {}
-        self._under_way: list[Transfer] = []  # for which writes were not held back yet
+        self._running: list[Transfer] = []  # whose writes were not held back yet
 
     def take(self, key: int, state: State) -> None:
-        """Copy ``state``, which may be written to again after ``before_writing``."""
+        """Copy ``state``, which may be modified again after ``before_writing``."""
         copies: list[Copy] = []
         copied = copied_to_host(state, self.copier, copies)
         transfer = self.copier.begin(copies) if copies else None
         if transfer is not None:
-            self._under_way.append(transfer)
+            self._running.append(transfer)
         self._held[key] = _Held(copied, transfer)
 
     def before_writing(self, *_: object) -> None:
-        """Let what is written in place from here on wait for the copies under way.
+        """Make in-place writes from now on wait for the running copies.
 
-        Takes what optimizers hand to the hooks before their steps.
+        Its arguments are those of an optimizer's step hook, and are ignored.
         """
-        while self._under_way:
-            self._under_way.pop().hold_back_writes()
+        while self._running:
+            self._running.pop().hold_back_writes()
 
     def __getitem__(self, key: int) -> State:
         state, transfer = self._held[key]
@@ -138,47 +138,47 @@ class HostStates(MutableMapping[int, State]):
 
 @dataclass
 class Snapshots:
-    """The states behind handles, by their keys."""
+    """The states of snapshots, by key."""
 
     states: HostStates = field(default_factory=HostStates)
-    carried: set[int] = field(default_factory=set)  # keys of those that checkpoints hold too
+    embedded: set[int] = field(default_factory=set)  # keys of those that checkpoints include
 
     def take(self, key: int, state: State, *, in_checkpoints: bool) -> None:
-        """Copy ``state`` to the memory of the host, while training goes on where there is a GPU."""
+        """Copy ``state`` to host memory; from a GPU, while training continues."""
         self.states.take(key, state)
         if in_checkpoints:
-            self.carried.add(key)
+            self.embedded.add(key)
 
     def keep(self, key: int, state: State, *, in_checkpoints: bool) -> None:
-        """Hold ``state``, which nobody changes any more."""
+        """Keep ``state``, which must not change any more."""
         self.states[key] = state
         if in_checkpoints:
-            self.carried.add(key)
+            self.embedded.add(key)
 
     def forget(self, key: int) -> None:
-        """Nobody can ask for it any more."""
+        """Free the state of ``key``."""
         self.states.pop(key, None)
-        self.carried.discard(key)
+        self.embedded.discard(key)
 
 
 def copied_to_host(
     state: Any, copier: Copier | None = None, copies: list[Copy] | None = None
 ) -> Any:
-    """Nested ``state`` with a copy of every tensor on the host, of divided ones the local part.
+    """Nested ``state`` with every tensor copied to the host, of sharded ones the local shard.
 
-    With a ``copier`` those that it copies later are added to ``copies``, and filled when these are
-    made.
+    With a ``copier``, tensors that it copies later are added to ``copies``, and have no valid
+    content until then.
     """
     if isinstance(state, DTensor):
         return on_host(copied_to_host(state.to_local(), copier, copies), state)
-    if isinstance(state, Piece):
+    if isinstance(state, TensorShard):
         return replace(state, local=copied_to_host(state.local, copier, copies))
     if isinstance(state, Tensor):
         source = state.detach()
         target = copier.target(source) if copier is not None else None
         if target is None:
             return source.to("cpu", copy=True)
-        assert copies is not None, "what is copied later is kept somewhere"
+        assert copies is not None, "a copier needs a list of copies"
         is_small = source.numel() * source.element_size() <= _SMALL_BYTES
         copies.append(Copy(source.clone() if is_small else source, target))
         return target
@@ -190,9 +190,9 @@ def copied_to_host(
 
 
 def host_bytes(state: Any) -> int:
-    """The bytes that a copy of nested ``state`` takes in the memory of this process.
+    """The host memory that a copy of nested ``state`` takes in this process, in bytes.
 
-    The allocator of pinned memory rounds them up to powers of two.
+    The allocator of pinned memory rounds each tensor up to a power of two.
     """
     if isinstance(state, DTensor):
         return host_bytes(state.to_local())

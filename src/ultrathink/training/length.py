@@ -1,4 +1,4 @@
-"""How long a run is in steps: resolved at the start, corrected for a length in minutes."""
+"""The length of a run in steps: resolved at the start, and corrected if given in minutes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ultrathink.training.run_state import Progress
 from ultrathink.training.schedules import Factor, continued_schedule
 from ultrathink.training.settings import LiveSettings
 
-# Steps timed to turn minutes into steps: this share of the run's minutes, and at least so many.
+# Time spent to convert minutes to steps: this share of the run's minutes, and at least five steps.
 TRIAL_SHARE = 0.004
 _TRIAL_MIN_STEPS = 5
-# What was timed at the start may have been a bad moment of a busy machine: once these shares of the
-# minutes are over, the pace of real steps counts, if it gives a length that differs by this factor.
+# The machine may have been busy during the timing at the start: after these shares of the minutes
+# the measured pace corrects the length, if the two differ by more than this factor.
 _LOOKS = (0.1, 0.3, 0.5, 0.7)
 _SETTLED_WITHIN = 1.05
 
@@ -32,7 +32,7 @@ _SETTLED_WITHIN = 1.05
 class Length:
     """The budget of a run in steps, and the schedule of the learning rate that follows from it.
 
-    ``max_minutes`` is the limit that training ends at; None: there is none.
+    ``max_minutes`` is the time limit of training; None: no limit.
     """
 
     def __init__(
@@ -50,30 +50,30 @@ class Length:
         return self.budget.total_steps if self.budget is not None else 0
 
     def set(self, budget: Budget) -> None:
-        """Let the run, and the schedule of its learning rate, be so long from here on."""
+        """Use ``budget`` for the run and its learning-rate schedule from now on."""
         self.budget = budget
         self.follow_settings()
 
     def follow_settings(self) -> None:
-        """Let the schedule begin where the settings say."""
+        """Start the schedule where the settings say."""
         assert self.budget is not None
         self._schedule = continued_schedule(self._training.schedule, self.budget, self._settings)
 
     def ending(self, progress: Progress, elapsed_s: float) -> Ending | None:
-        """Why the run ends here, None where steps and time are left."""
+        """Why the run ends here; None if steps and time are left."""
         assert self.budget is not None
         if progress.is_over:
             return returned_to(progress.step)
         return self.budget.ending(progress.step, elapsed_s, self.max_minutes)
 
     def lr_factor(self, step: int) -> float:
-        """What the peak rate is multiplied by in ``step``, corrections of faults left out."""
+        """The factor of the peak rate in ``step``, without corrections of faults."""
         assert self._schedule is not None
         factor = self._schedule(step)
         return factor * self._settings.lr_factor_at(step) * self._settings.lr_scale
 
     def reopen(self) -> None:
-        """Follow the settings of before; steps are taken again and minutes are not: fewer fit."""
+        """After a rollback, follow the earlier settings and check again how many steps fit."""
         assert self.budget is not None
         if self.max_minutes is not None and self._training.step_budget is None:
             self.budget = replace(self.budget, is_settled=False, looks=0)
@@ -86,10 +86,9 @@ class Length:
         validation_s: Callable[[], float],
         evaluators_s: Callable[[], float],
     ) -> ChangeRecord | None:
-        """Correct a length in minutes where real steps are not as fast as was thought, or were
-        undone; returns the record of a correction.
+        """Correct a length in minutes if steps are slower or faster than estimated, or were undone.
 
-        That is looked at four times, and after each time that the run went back.
+        Returns the record of a correction. It is checked four times, and after each rollback.
         """
         minutes, budget = self.max_minutes, self.budget
         assert budget is not None
@@ -119,7 +118,7 @@ class Length:
         slower = speed.step_s / max(budget.seconds_per_step, 1e-9)
         reason = f"a step takes {speed.step_s:.3g} s, not {budget.seconds_per_step:.3g}"
         if 1 / _SETTLED_WITHIN < slower < _SETTLED_WITHIN:
-            reason = "steps were taken twice, and the minutes are what they were"
+            reason = "some steps were repeated after a rollback, and the minutes are limited"
         return ChangeRecord(
             progress.step, "training.step_budget", budget.total_steps, total, reason
         )
@@ -135,7 +134,7 @@ class Length:
 def seconds_per_step(
     take_step: Callable[[], object], minutes: float, world: World, device: torch.device
 ) -> float:
-    """Time a few steps, after one that compiles; all processes get the figure of the first."""
+    """Time a few steps, after one that compiles; returns the first process's figure on all."""
     take_step()
     step_s: list[float] = []
     trial_s = minutes * 60 * TRIAL_SHARE

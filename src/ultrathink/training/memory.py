@@ -1,4 +1,4 @@
-"""How much memory a run takes, and how much there is."""
+"""The memory that a run uses, and how much there is."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.lim
 
 
 def memory_in_use() -> dict[str, float]:
-    """GiB in use (``memory``) and available in all (``memory_limit``, where that is known).
+    """GiB in use (``memory``) and in total (``memory_limit``, if known).
 
-    On an accelerator both are its own, with ``memory_reserved`` and ``memory_peak`` as its
-    allocator counts them; else they are this process's. Where its address space is limited to less
-    than the host has (``ulimit -v``), that is what runs short, and is counted.
+    With an accelerator both are the device's, with ``memory_reserved`` and ``memory_peak`` as its
+    allocator counts them; otherwise they are this process's. If the address space is limited to
+    less than the host's memory (``ulimit -v``), it is counted instead.
     """
     import torch
 
@@ -34,7 +34,7 @@ def memory_in_use() -> dict[str, float]:
 
 
 def host_memory_in_use(num_processes: int = 1) -> dict[str, float]:
-    """``memory_in_use`` of the host, where ``num_processes`` have equal shares of its memory."""
+    """``memory_in_use`` of the host, whose memory ``num_processes`` share equally."""
     limit, space = _host_memory(), _address_space()
     if limit is not None:
         limit /= num_processes
@@ -45,14 +45,14 @@ def host_memory_in_use(num_processes: int = 1) -> dict[str, float]:
 
 
 def memory_share() -> float:
-    """The share of the memory that was in use at most, 0 where that is not known."""
+    """The peak share of the memory in use; 0 if unknown."""
     found = memory_in_use()
     limit = found.get("memory_limit")
     return max(found["memory"], found.get("memory_peak", 0.0)) / limit if limit else 0.0
 
 
 def _resident_bytes() -> int:
-    """Of this process alone: pages of mapped files, which data is read from, cost nothing."""
+    """This process's own pages: those of memory-mapped files, such as data, do not count."""
     try:
         _, resident, shared, *_ = _statm()
         return (resident - shared) * _page_size()
@@ -62,12 +62,12 @@ def _resident_bytes() -> int:
 
 
 def _statm() -> list[int]:
-    """Pages: addressed, resident, shared, and more."""
+    """Numbers of pages: address space, resident, shared, and more."""
     return [int(word) for word in Path("/proc/self/statm").read_text(encoding="ascii").split()]
 
 
 def _address_space() -> float | None:
-    """How much this process may address, GiB, where Linux limits it."""
+    """The limit of the address space in GiB, if Linux sets one."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if sys.platform != "linux" or limit == resource.RLIM_INFINITY:
         return None
@@ -88,15 +88,15 @@ def _device_memory() -> float:
 
 @cache
 def _host_memory() -> float | None:
-    """What this process may take, GiB: of the machine, or of its container."""
+    """The memory of the machine or its container, GiB."""
     limits = []
     for path in _CGROUP_LIMITS:
         try:
             text = Path(path).read_text(encoding="ascii").strip()
         except OSError:
             continue
-        if text.isdigit():  # "max" where there is none
+        if text.isdigit():  # "max": no limit
             limits.append(int(text))
-    with suppress(ValueError, OSError):  # not told on every system
+    with suppress(ValueError, OSError):  # not available on every system
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return min(limits) / _GIB if limits else None

@@ -1,4 +1,4 @@
-"""The modules of a run: those that are trained, and those that are only asked."""
+"""The modules of a run: trained ones and frozen ones."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ultrathink.model.transformer import Transformer, transformers_in
 from ultrathink.parallel.sharding import Accumulation, release
 from ultrathink.training.compiling import EAGER, Compilation
 
-MAIN = "model"  # the module that is validated, exported and written with
+MAIN = "model"  # the module that is validated, exported and sampled from
 
 
 class FrozenModel:
-    """A model that is asked and never changed, such as a teacher.
+    """A model that is used but not trained, such as a teacher.
 
-    It is in evaluation mode, so it draws no random numbers, and has a graph and a precision of its
-    own. ``model`` may be divided among processes.
+    It is in evaluation mode, so it draws no random numbers, and has a separate graph and
+    precision. ``model`` may be sharded.
     """
 
     def __init__(self, model: Transformer, compilation: Compilation = EAGER) -> None:
@@ -35,7 +35,7 @@ class FrozenModel:
     def states(
         self, input_ids: Tensor, positions: Tensor | None, document_ids: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Normalized states ``[B, T, C]`` and the output projection ``[V, C]``, whole within."""
+        """Normalized states ``[B, T, C]`` and the output projection ``[V, C]``, gathered inside."""
         try:
             with torch.no_grad():
                 found = self._pass(input_ids, positions, document_ids)
@@ -57,10 +57,10 @@ class FrozenModel:
 
 @contextmanager
 def inference_view(model: Transformer) -> Iterator[Transformer]:
-    """``model`` to generate from amid training, which goes on as if nothing had been.
+    """``model`` for generation during training, which is not affected.
 
-    Where it is divided among processes it stays so, and weights are gathered as in a step: all
-    processes generate the same texts, from the same seed.
+    A sharded model stays sharded, and its weights are gathered as in a step: all processes generate
+    the same texts from the same seed.
     """
     before = random_state()
     try:
@@ -72,22 +72,22 @@ def inference_view(model: Transformer) -> Iterator[Transformer]:
 
 @dataclass(frozen=True)
 class TrainedModule:
-    """A module that is trained, with a backward pass in each micro-batch or in none.
+    """A trained module, with a backward pass in every micro-batch or in none.
 
-    It is called as a whole, by its ``forward``: divided weights are whole inside it only. Its
-    parameters are nobody else's.
+    Call it through its ``forward`` only: sharded weights are gathered just inside it. No other
+    module shares its parameters.
     """
 
     module: nn.Module
     lr_factor: float = 1.0
-    """Of the learning rate that ``training.optimizer`` gives its parameters."""
+    """Factor of the learning rate of ``training.optimizer``."""
     weight_decay: float | None = None
-    """In place of that of ``training.optimizer``."""
+    """Replaces that of ``training.optimizer``."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """Of the products of Transformers in it; auto is ``training.precision``. Weights are float32,
-    or float64 where it is fp64."""
+    """Precision of the products of its Transformers; auto is ``training.precision``. Weights are
+    float32, or float64 for fp64."""
     accumulation: Accumulation | None = None
-    """Of its gradients, where it is divided among processes."""
+    """Accumulation of its gradients, if it is sharded."""
 
 
 @dataclass(frozen=True)
@@ -100,34 +100,34 @@ class ModelSet:
 
     def __post_init__(self) -> None:
         assert next(iter(self.trained)) == MAIN, "the main module comes first"
-        assert all(name.isidentifier() for name in self.trained), "names are part of tensors' names"
+        assert all(name.isidentifier() for name in self.trained), "names are part of tensor names"
         own = [p for one in self.trained.values() for p in one.module.parameters()]
-        assert len(own) == len(set(own)), "no two modules have a parameter in common"
+        assert len(own) == len(set(own)), "modules share no parameters"
 
     @cached_property
     def main(self) -> Transformer:
-        """The model that is validated, exported and written with."""
+        """The model that is validated, exported and sampled from."""
         return cast(Transformer, self.trained[MAIN].module)
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:
-        """All that is trained, by name."""
+        """All trained modules, by name."""
         return {name: one.module for name, one in self.trained.items()}
 
     @cached_property
     def beside(self) -> dict[str, nn.Module]:
-        """What is trained beside the main one, by name."""
+        """The trained modules other than the main one, by name."""
         return {name: module for name, module in self.modules.items() if name != MAIN}
 
     @property
     def accumulations(self) -> list[Accumulation]:
-        """Of all that is trained; none where nothing is divided."""
+        """The gradient accumulations of sharded modules."""
         found = [one.accumulation for one in self.trained.values()]
         return [one for one in found if one is not None]
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters by the names that optimizers' states have: ``norm.weight`` of the main module,
-        ``value/norm.weight`` of one that is called ``value``."""
+        """Parameters by their names in optimizer states: ``norm.weight`` in the main module,
+        ``value/norm.weight`` in the module ``value``."""
         return {
             own if name == MAIN else f"{name}/{own}": parameter
             for name, module in self.modules.items()
@@ -135,12 +135,12 @@ class ModelSet:
         }
 
     def train(self) -> None:
-        """Let all that is trained be in training mode."""
+        """Set all trained modules to training mode."""
         for module in self.modules.values():
             module.train()
 
     def set_activation_checkpointing(self, mode: str) -> None:
-        """Keep every activation of what is trained, or fewer, from here on."""
+        """Set the activation checkpointing of all trained modules from now on."""
         for module in self.modules.values():
             for model in transformers_in(module):
                 model.set_activation_checkpointing(mode)

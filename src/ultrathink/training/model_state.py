@@ -1,4 +1,4 @@
-"""The states of what is trained, of its optimizers and of the settings applied to both."""
+"""The states of trained modules, of their optimizers, and of the live settings of both."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from ultrathink.training.optimizers import (
 from ultrathink.training.settings import LiveSettings
 from ultrathink.training.stepping import Step
 
-MODULES = "modules"  # in a run's state, what is trained beside the main model
+MODULES = "modules"  # in a run's state, the trained modules other than the main model
 
 
 @dataclass(frozen=True)
 class ModelState:
-    """The weights and buffers of ``model``, divided among processes as it is."""
+    """The weights and buffers of ``model``, sharded as it is."""
 
     model: nn.Module
 
@@ -44,7 +44,7 @@ class ModelState:
 
 @dataclass(frozen=True)
 class ModulesState:
-    """The weights and buffers of several modules, by their names."""
+    """The weights and buffers of several modules, by name."""
 
     modules: Mapping[str, nn.Module]
 
@@ -58,7 +58,7 @@ class ModulesState:
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What the optimizers of ``stepper`` remember; to be loaded after the weights."""
+    """The states of the optimizers of ``stepper``; load them after the weights."""
 
     stepper: Step
 
@@ -77,9 +77,9 @@ class OptimizerState:
 
 @dataclass(frozen=True)
 class SettingsState:
-    """Live settings, and the models and optimizers that some of them are applied to.
+    """Live settings, and the models and optimizers that they apply to.
 
-    ``share`` is how many sequences of a batch this process has.
+    ``share`` is the number of sequences of a batch on this process.
     """
 
     settings: LiveSettings
@@ -97,25 +97,27 @@ class SettingsState:
         for name, (_, current) in self.settings.optimizer_params.items():
             set_option(self.optimizers, name, current)
         self.models.set_activation_checkpointing(self.settings.activation_checkpointing)
-        self.fit_micro_batch()  # it may be from when there were more processes
+        self.fit_micro_batch()  # there may have been another number of processes
 
     def roll_back(self, state: State) -> None:
-        """Go back, except for what spares memory: that is the machine's matter, not history's."""
+        """Roll back, except for settings that save memory: those depend on the machine."""
         values: dict[str, Any] = dict(state)
         values["micro_batch_size"] = min(self.settings.micro_batch_size, values["micro_batch_size"])
         values["activation_checkpointing"] = self.settings.activation_checkpointing
         self.load_state_dict(values)
 
     def fit_micro_batch(self) -> None:
-        """Let micro-batches divide this process's share of the batch, however many there were."""
+        """Reduce the micro-batch to a divisor of this process's share of the batch."""
         size = largest_divisor(self.share, self.settings.micro_batch_size)
         self.settings.micro_batch_size = size
 
 
 @torch.no_grad()
 def average_weights(modules: Mapping[str, nn.Module], states: Sequence[Mapping[str, Any]]) -> None:
-    """Give each of ``modules`` the mean of its parameters and those in ``states`` of the run,
-    wherever these lie."""
+    """Set the parameters of ``modules`` to the mean of theirs and those in ``states``.
+
+    The states may be on any device.
+    """
     for module_name, module in modules.items():
         others = [_weights(state)[module_name] for state in states]
         for name, parameter in module.named_parameters():
@@ -125,16 +127,16 @@ def average_weights(modules: Mapping[str, nn.Module], states: Sequence[Mapping[s
 
 
 def _weights(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """The weights in a run's ``state`` by the names of their modules."""
+    """The weights in a run's ``state``, by module."""
     return {MAIN: state["model"], **state.get(MODULES, {})}
 
 
 def placed_state(
     state: Mapping[str, Any], models: ModelSet, copies: Mapping[Tensor, str]
 ) -> dict[str, Any]:
-    """``state``, as read for this process, on the host and divided as the run's own state is.
+    """``state``, as read for this process, on the host and sharded like the run's own state.
 
-    ``copies`` are names of tensors that are moved in place of parameters.
+    ``copies`` maps tensors that are updated in place of parameters to the parameters' names.
     """
     placed: dict[str, dict[str, Tensor]] = {}
     for module, values in _weights(state).items():
@@ -154,7 +156,7 @@ def placed_state(
 
 
 def region_needed(models: ModelSet, name: str, shape: tuple[int, ...]) -> tuple[Any, Any] | None:
-    """Which part of a tensor of a checkpoint this process needs; None: all of it."""
+    """The part of a checkpoint's tensor that this process needs; None: all of it."""
     kind, _, inside = name.partition("/")
     weight = inside if kind in ("model", MODULES) else inside.rpartition("/")[0]
     reference: Tensor | None = models.named_parameters().get(weight)

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal before the step.
+"""Muon: momentum with orthogonalized update matrices.
 
 Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024),
 https://kellerjordan.github.io/posts/muon/. Shapes: ``N`` matrices of one shape ``[R, C]``.
@@ -16,14 +16,14 @@ from torch.distributed.tensor import DTensor
 
 from ultrathink.parallel.placement import placed_like
 
-# Coefficients of the quintic iteration of the post above, which ends near 1, not at it.
+# Coefficients of the quintic iteration of the post above: singular values end near 1, not at 1.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly, of a batch ``[N, R, C]``.
+    """Approximately the nearest semi-orthogonal matrices of a batch ``[N, R, C]``.
 
-    In bf16, which is enough; in fp64 where the matrices are, to compare with.
+    It computes in bf16, which is enough, and for fp64 matrices in fp64, for tests.
 
     Newton-Schulz iteration on X / ‖X‖: X ← aX + (bA + cA²)X with A = XXᵀ.
     """
@@ -41,7 +41,7 @@ def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
 
 
 def _orthogonalize_together(matrices: Tensor, num_iterations: int) -> Tensor:
-    """``orthogonalize`` by all processes, which hold the same matrices: each does its share."""
+    """``orthogonalize`` on all processes, which hold the same matrices: each does its share."""
     size, rank = dist.get_world_size(), dist.get_rank()
     share = -(-len(matrices) // size)
     padding = matrices.new_zeros(share * size - len(matrices), *matrices.shape[1:])
@@ -53,12 +53,12 @@ def _orthogonalize_together(matrices: Tensor, num_iterations: int) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for matrices, many of one shape orthogonalized at a time.
+    """Muon for matrices; those of the same shape are orthogonalized in one batch.
 
     A parameter ``[E, R, C]`` is E matrices. ``row_splits`` maps a parameter to the row counts of
     the matrices stacked in it (a fused query-key-value projection holds three); each is
-    orthogonalized on its own. The step is scaled
-    by √max(1, R/C), so that one learning rate serves every shape.
+    orthogonalized separately. The step is scaled by √max(1, R/C), so that one learning rate works
+    for every shape.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.ndim not in (2, 3):
                     raise ValueError(
-                        f"Muon moves matrices; got a parameter of shape {tuple(parameter.shape)}"
+                        f"Muon updates matrices; got a parameter of shape {tuple(parameter.shape)}"
                     )
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class Muon(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}  # [n, R, C] each
-        divided: list[tuple[DTensor, Tensor]] = []  # and what is to be added to them, whole
+        divided: list[tuple[DTensor, Tensor]] = []  # with their full updates
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
@@ -106,7 +106,7 @@ class Muon(torch.optim.Optimizer):
             if group["weight_decay"]:
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
             moved = parameter
-            if isinstance(update, DTensor):  # only whole matrices can be made orthogonal
+            if isinstance(update, DTensor):  # only full matrices can be orthogonalized
                 update = update.full_tensor()
                 moved = torch.zeros_like(update)
                 divided.append((parameter, moved))
@@ -128,11 +128,11 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def zero_state(parameter: Tensor) -> dict[str, Tensor]:
-        """What is remembered of a parameter before its first step."""
+        """The state of a parameter before its first step."""
         return {"momentum": torch.zeros_like(parameter)}
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Update the running mean of the gradient; returns its Nesterov look-ahead."""
+        """Update the running mean of the gradient; returns the Nesterov look-ahead."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:

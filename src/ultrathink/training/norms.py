@@ -1,4 +1,4 @@
-"""Norms by layer, and how far an update moves the weights: figures for steps that are logged."""
+"""Gradient norms by layer, and the size of an update relative to the weights, for logged steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LAYER = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
 class LayerNorms:
     """Measures the gradient of each layer, and the update of the middle one.
 
-    What an update did is only seen beside the weights before it; copies of one layer's are small.
+    Measuring an update needs a copy of the weights before it; one layer's copy is small.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -31,7 +31,7 @@ class LayerNorms:
         self._before: list[Tensor] = []
 
     def before_update(self) -> dict[str, float]:
-        """``grad_norm/layer_<i>`` of every layer, and a copy of the weights that will be moved."""
+        """Returns ``grad_norm/layer_<i>`` of every layer, and copies the middle layer's weights."""
         norms = {
             f"grad_norm/layer_{number}": total_norm(
                 [p.grad for p in parameters if p.grad is not None]
@@ -53,6 +53,6 @@ class LayerNorms:
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of all tensors together, over all processes that hold parts of them."""
+    """The norm of all tensors together, over all processes that hold shards of them."""
     norm = torch.nn.utils.get_total_norm(tensors)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

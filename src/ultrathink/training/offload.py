@@ -1,4 +1,4 @@
-"""The optimizer's state in the memory of the host: ZeRO-Offload, https://arxiv.org/abs/2101.06840."""
+"""The optimizer's state in host memory: ZeRO-Offload, https://arxiv.org/abs/2101.06840."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ultrathink.training.optimizers import Optimizers
 
 
 class HostCopies:
-    """Copies of the weights on the CPU, which optimizers move in place of the weights themselves.
+    """Copies of the weights on the CPU, which optimizers update in place of the weights.
 
-    What an optimizer remembers then lies beside the copies. ``parameters`` are the weights by name;
-    ``names`` are those of the weights that the copies stand for.
+    The optimizer's state is then on the CPU too. ``parameters`` are the weights by name; ``names``
+    maps each copy to the name of its weight.
     """
 
     def __init__(self, optimizers: Optimizers, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -29,20 +29,20 @@ class HostCopies:
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        """Give the copies the gradients of the weights."""
+        """Copy the gradients of the weights to the copies."""
         for weight, copy in self._pairs:
             copy.grad = None if weight.grad is None else _on_host(weight.grad)
 
     @torch.no_grad()
     def give_weights(self) -> None:
-        """Give the weights the values of the copies."""
+        """Copy the values of the copies to the weights."""
         for weight, copy in self._pairs:
             _local(weight).copy_(_local(copy), non_blocking=True)
             copy.grad = None
 
     @torch.no_grad()
     def take_weights(self) -> None:
-        """Give the copies the values of the weights, after those were loaded."""
+        """Copy the values of the weights, after loading them, to the copies."""
         for weight, copy in self._pairs:
             _local(copy).copy_(_local(weight))
 
@@ -54,7 +54,7 @@ class HostCopies:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """A copy of ``tensor`` on the CPU, divided among the processes as it is."""
+    """A copy of ``tensor`` on the CPU, sharded in the same way."""
     copy = _local(tensor).to("cpu", copy=True)
     return on_host(copy, tensor) if isinstance(tensor, DTensor) else copy
 

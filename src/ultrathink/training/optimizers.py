@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ultrathink.config.optimizer import OPTIMIZERS, AdamWConfig, MuonConfig, OptimizerConfig
 from ultrathink.core.errors import CheckpointError, ConfigError, suggestion
-from ultrathink.core.pieces import Piece
 from ultrathink.core.protocols import State
+from ultrathink.core.shards import TensorShard
 from ultrathink.model.experts.layer import Experts
 from ultrathink.model.linear import Linear
 from ultrathink.parallel.placement import placed_like
@@ -29,12 +29,12 @@ def build_optimizers(
     lr_factor: float = 1.0,
     weight_decay: float | None = None,
 ) -> Optimizers:
-    """The optimizers that ``config`` names, each parameter of ``module`` in exactly one of them.
+    """The optimizers of ``config``; each parameter of ``module`` is in exactly one of them.
 
-    ``lr_factor`` multiplies its learning rates, ``weight_decay`` stands in for its own. None where
-    nothing is trained. Every group remembers its peak learning rate (``peak_lr``), whether it is
-    decayed (``decayed``) and by how much (``own_decay``); the trainer sets ``lr`` and the decay
-    before each step.
+    ``lr_factor`` multiplies the learning rates, ``weight_decay`` replaces the configured one. The
+    list is empty if nothing is trained. Every group stores its peak learning rate (``peak_lr``),
+    whether it is decayed (``decayed``) and by how much (``own_decay``); the trainer sets ``lr`` and
+    the decay before each step.
     """
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return []
@@ -56,10 +56,10 @@ def build_adamw(config: AdamWConfig, model: nn.Module) -> Optimizers:
 
 
 def build_muon(config: MuonConfig, model: nn.Module) -> Optimizers:
-    """Muon on the matrices inside the blocks, AdamW on all else.
+    """Muon on the matrices inside the blocks, AdamW on everything else.
 
-    That is embeddings, head and vectors, experts if so configured, and routers: their rows are
-    experts, which should not be made alike in size.
+    That is embeddings, head, vectors, experts if so configured, and routers: orthogonalization
+    would give all rows, that is all experts, updates of the same size.
     """
     hidden: list[Tensor] = []
     other: list[Tensor] = []
@@ -106,7 +106,7 @@ def _adamw(
 
 
 def _row_splits(model: nn.Module) -> dict[Tensor, Sequence[int]]:
-    """The row counts of the matrices that fused projections stack (``Linear.row_splits``)."""
+    """The row counts of the matrices stacked in fused projections (``Linear.row_splits``)."""
     found: dict[Tensor, Sequence[int]] = {}
     for module in model.modules():
         if isinstance(module, Linear):
@@ -116,21 +116,21 @@ def _row_splits(model: nn.Module) -> dict[Tensor, Sequence[int]]:
     return found
 
 
-# Names, and what other settings decide.
+# Not options of an optimizer, or set by other settings.
 _NO_OPTIONS = ("params", "lr", "peak_lr", "decayed", "own_decay", "weight_decay")
 
 
 def set_option(optimizers: Optimizers, name: str, value: Any) -> Any:
-    """Set an option such as ``betas`` in every group that has it; returns what it was before.
+    """Set an option such as ``betas`` in every group that has it; returns its former value.
 
-    ConfigError where no optimizer has it.
+    Raises ConfigError if no optimizer has it.
     """
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     having = [group for group in groups if name in group and name not in _NO_OPTIONS]
     if not having:
         known = sorted({key for group in groups for key in group} - set(_NO_OPTIONS))
         raise ConfigError(
-            f"the optimizer has no option {name!r} that could be set. {suggestion(name, known)}"
+            f"the optimizer has no option {name!r} that can be set. {suggestion(name, known)}"
         )
     before = having[0][name]
     for group in having:
@@ -140,10 +140,10 @@ def set_option(optimizers: Optimizers, name: str, value: Any) -> Any:
 
 @torch.no_grad()
 def allocate_state(optimizers: Optimizers) -> None:
-    """Give each parameter without a state the zeros that its optimizer would begin with.
+    """Give each parameter without a state the zeros that its optimizer starts with.
 
-    Training is the same without; with it memory that does not suffice shows itself before the
-    first batch. Optimizers that are not known here begin in their own way, in their first step.
+    Training is the same without this; with it a lack of memory shows before the first batch.
+    Other optimizers than Muon and AdamW allocate their state in the first step.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -157,7 +157,7 @@ def allocate_state(optimizers: Optimizers) -> None:
 
 
 def _adamw_zero_state(parameter: Tensor, fused: bool) -> dict[str, Tensor]:
-    """What torch's AdamW begins with: the fused one counts its steps beside the parameter."""
+    """The initial state of torch's AdamW; the fused one counts steps on the parameter's device."""
     device = parameter.device if fused else torch.device("cpu")
     return {
         "step": torch.zeros((), dtype=torch.float32, device=device),
@@ -171,9 +171,9 @@ def optimizer_state(
     parameters: Mapping[str, nn.Parameter],
     copies: Mapping[Tensor, str] = NO_COPIES,
 ) -> State:
-    """What the optimizers remember of ``parameters``, by their names.
+    """The optimizers' states of ``parameters``, by parameter name.
 
-    ``copies`` are names of tensors that are moved in place of parameters.
+    ``copies`` maps tensors that are updated in place of parameters to the parameters' names.
     """
     names: dict[Tensor, str] = {p: name for name, p in parameters.items()} | dict(copies)
     state: State = {}
@@ -189,7 +189,7 @@ def load_optimizer_state(
     state: State,
     copies: Mapping[Tensor, str] = NO_COPIES,
 ) -> None:
-    """Put back what ``optimizer_state`` returned; CheckpointError where parameters differ."""
+    """Load what ``optimizer_state`` returned; CheckpointError if parameters differ."""
     names: dict[Tensor, str] = {p: name for name, p in parameters.items()} | dict(copies)
     unknown = sorted(set(state) - set(names.values()))
     if unknown:
@@ -198,7 +198,7 @@ def load_optimizer_state(
             f"resume with the configuration it was made with."
         )
     for optimizer in optimizers:
-        # torch's own format numbers parameters in the order of the groups.
+        # torch's format numbers parameters in the order of the groups.
         ordered = [p for group in optimizer.param_groups for p in group["params"]]
         numbered = {
             number: placed_values(state[names[parameter]], parameter)
@@ -210,16 +210,16 @@ def load_optimizer_state(
 
 
 def placed_values(values: Any, parameter: Tensor, *, is_for_host: bool = False) -> dict[str, Any]:
-    """What an optimizer remembers of ``parameter``, for it to write to: no tensor of ``values``.
+    """A copy of the optimizer state ``values`` for ``parameter``.
 
-    Where ``parameter`` is divided among processes, so is what belongs to each of its elements.
+    If ``parameter`` is sharded, tensors with one value for each of its elements are sharded too.
     """
     placed = dict(values)
     for key, value in values.items():
-        is_like = isinstance(value, Tensor | Piece) and value.shape == tuple(parameter.shape)
+        is_like = isinstance(value, Tensor | TensorShard) and value.shape == tuple(parameter.shape)
         if is_like:
             placed[key] = placed_like(value, parameter, is_for_host=is_for_host)
-        # An optimizer moves what lies elsewhere, which copies it.
+        # On another device the optimizer copies it.
         is_moved = is_like and isinstance(value, Tensor) and value.device != parameter.device
         if isinstance(value, Tensor) and not is_moved:
             placed[key] = placed[key].clone()

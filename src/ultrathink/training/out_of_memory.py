@@ -1,8 +1,8 @@
-"""Running out of memory: how it is recognized, what is tried, what is told.
+"""Running out of memory: how it is recognized, the retries, and the messages.
 
-A forward or backward pass that fails for want of memory is repeated in smaller micro-batches, which
-change nothing but the rounding. Where one process of several fails, collectives are under way that
-it cannot leave, so all start again from the last checkpoint, in smaller micro-batches.
+A forward or backward pass that runs out of memory is repeated in smaller micro-batches, which
+changes only the rounding. If one of several processes runs out of memory, the others wait in
+collectives, so all processes restart from the last checkpoint, in smaller micro-batches.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ultrathink.training.hardware import return_freed_memory
 
 T = TypeVar("T")
 
-# What torch says where it raises a plain RuntimeError: its allocator of the CPU (on Linux, and
-# elsewhere) and of Apple's GPUs, the C++ library, and CUDA beside torch's own allocator.
+# Messages of plain RuntimeErrors: torch's CPU allocator (on Linux, and elsewhere) and Apple GPU
+# allocator, the C++ library, and CUDA calls outside torch's allocator.
 _MESSAGES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -37,26 +37,27 @@ _MIB = 1 << 20
 
 
 class SmallerStartError(OutOfMemoryError):
-    """This process cannot go on; all of them can, from the last checkpoint, in smaller pieces."""
+    """This process cannot continue; all can restart, from the last checkpoint, in smaller
+    micro-batches."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The micro-batch that memory sufficed for, and what the larger ones failed for."""
+    """The micro-batch size that fits into memory, and why larger ones failed."""
 
     size: int
-    problem: str = ""  # empty where the first attempt succeeded
+    problem: str = ""  # empty if the first attempt succeeded
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory did not suffice: of the host, or of an accelerator."""
+    """Whether ``error`` reports a lack of memory, of the host or an accelerator."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _MESSAGES)
 
 
 def problem_of(error: BaseException) -> str:
-    """What could not be had, in a few words."""
+    """What could not be allocated, in a few words."""
     found = _TRIED.search(str(error))
     if found is None:
         first = str(error).strip().partition("\n")[0]
@@ -68,8 +69,8 @@ def problem_of(error: BaseException) -> str:
 
 
 @contextmanager
-def told_as(message: str) -> Iterator[None]:
-    """Raise OutOfMemoryError where memory does not suffice inside: ``message``, then the reason."""
+def out_of_memory_as(message: str) -> Iterator[None]:
+    """Turn a lack of memory inside into OutOfMemoryError with ``message`` and the reason."""
     try:
         yield
     except Exception as error:
@@ -84,9 +85,9 @@ def smaller_until_it_fits(
     smaller: Callable[[int, str], int],
     undo: Callable[[], None] = lambda: None,
 ) -> tuple[T, Fit]:
-    """``attempt(size)``, again and again with what ``smaller(size, problem)`` answers to a failure.
+    """The result of ``attempt(size)``, repeated with ``smaller(size, problem)`` until it fits.
 
-    ``undo`` puts back what a failed attempt left; ``smaller`` raises where there is nothing to try.
+    ``undo`` cleans up after a failed attempt; ``smaller`` raises if there is no smaller size.
     """
     problem = ""
     while True:
@@ -96,7 +97,7 @@ def smaller_until_it_fits(
             if not is_out_of_memory(error):
                 raise
             problem = problem_of(error)
-        # Not in the clause above: there the error's traceback holds all tensors of the attempt.
+        # After the except clause, in which the traceback holds all tensors of the attempt.
         undo()
         gc.collect()
         return_freed_memory()
@@ -104,39 +105,39 @@ def smaller_until_it_fits(
 
 
 def half_of(share: int, size: int) -> int:
-    """The micro-batch to try after ``size``: the largest divisor of ``share`` up to its half."""
+    """The size to try after ``size``: the largest divisor of ``share`` up to half of it."""
     return largest_divisor(share, min(size, share) // 2)
 
 
 def nothing_smaller(num_tokens: int, problem: str, checkpointing: str) -> OutOfMemoryError:
-    """What to say where a single sequence of ``num_tokens`` tokens does not fit."""
+    """The error if a single sequence of ``num_tokens`` tokens does not fit."""
     advice = "" if checkpointing == "full" else "training.activation_checkpointing=full, or "
     return OutOfMemoryError(
         f"training ran out of memory with micro-batches of a single sequence of {num_tokens} "
-        f"tokens, which cannot be made smaller ({problem}). Take {advice}a lower data.seq_len, or "
-        f"a smaller model (model.num_layers, model.hidden_size). Checkpoints are as they were."
+        f"tokens, the smallest possible ({problem}). Use {advice}a lower data.seq_len, or "
+        f"a smaller model (model.num_layers, model.hidden_size). Checkpoints are unchanged."
     )
 
 
 def smaller_start(rank: int, size: int, half: int, problem: str) -> SmallerStartError:
-    """What to say where one of several processes failed, which all start again therefore."""
+    """The error if one of several processes ran out of memory."""
     return SmallerStartError(
-        f"process {rank} ran out of memory with micro-batches of {size} ({problem}). From the last "
-        f"checkpoint all go on with {half}: once a launcher has started them again, or with "
+        f"process {rank} ran out of memory with micro-batches of {size} ({problem}). All processes "
+        f"resume from the last checkpoint with {half}, once the launcher restarts them, or with "
         f"ultrathink launch --resume RUN."
     )
 
 
 STATE_DOES_NOT_FIT = (
-    "memory does not suffice for what the optimizer remembers of each weight, so training does not "
-    "begin. Take a smaller model (model.num_layers, model.hidden_size), an optimizer that keeps "
-    "less (training.optimizer.type=muon: one number a weight instead of two), the memory of the "
-    "host beside the GPU's (parallel.offload=optimizer, with adamw), or several processes that "
-    "divide it (ultrathink launch --nproc N, parallel.zero_stage=1 or above)"
+    "there is not enough memory for the optimizer state, so training does not start. Use a smaller "
+    "model (model.num_layers, model.hidden_size), an optimizer with a smaller state "
+    "(training.optimizer.type=muon: one number per weight instead of two), the host's memory in "
+    "addition to the GPU's (parallel.offload=optimizer, with adamw), or several processes that "
+    "share it (ultrathink launch --nproc N, parallel.zero_stage=1 or above)"
 )
 UPDATE_FAILED = (
-    "the update ran out of memory and may have moved some weights and not others, so this state is "
-    "not saved. Checkpoints are as they were: make room, then go on from the last one (ultrathink "
-    "train --resume RUN), where a GPU is too small with parallel.offload=optimizer, or on several "
-    "processes that divide the optimizer's state (parallel.zero_stage)"
+    "the update ran out of memory and may have changed only some of the weights, so this state is "
+    "not saved. Checkpoints are unchanged: free memory, then resume from the last one (ultrathink "
+    "train --resume RUN). If a GPU is too small, use parallel.offload=optimizer, or several "
+    "processes that share the optimizer state (parallel.zero_stage)"
 )

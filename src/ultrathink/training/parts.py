@@ -34,12 +34,12 @@ from ultrathink.training.validation import Scores
 
 @dataclass
 class Boundary:
-    """What the loop is to do at the end of a step boundary."""
+    """What the loop must do at the end of a step boundary."""
 
     ending: Ending | None = None
     save: bool = False
     is_best: bool = False  # this step's weights have the best score so far
-    reason: str = ""  # for which the change that is applied was asked for
+    reason: str = ""  # of the change that is being applied
     expert_load: Tensor | None = None  # [L, E] of the last step: this process's tokens
 
 
@@ -47,9 +47,9 @@ class Boundary:
 class Parts:
     """The parts of a run that changes act on.
 
-    ``share`` is how many sequences of a batch this process has, ``held_out`` scores the model as it
-    is (None without held-out text), ``report_scores`` lets callbacks have such scores, ``is_asked``
-    says whether further changes wait.
+    ``share`` is the number of sequences of a batch on this process, ``held_out`` scores the current
+    model (None without held-out text), ``report_scores`` passes such scores to callbacks,
+    ``is_asked`` is whether further changes are waiting.
     """
 
     models: ModelSet
@@ -77,7 +77,7 @@ class Parts:
         return self.models.main
 
     def register(self) -> None:
-        """Name what the run remembers of these parts, in the order in which it is loaded."""
+        """Register the states of these parts, in the order in which they are loaded."""
         register = self.state.register
         model, modules = ModelState(self.model), ModulesState(self.models.beside)
         optimizer = OptimizerState(self.stepper)

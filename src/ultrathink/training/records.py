@@ -10,13 +10,13 @@ from ultrathink.runs.decisions import BY_HAND
 
 @dataclass(frozen=True)
 class ChangeRecord:
-    """What a setting was before a change and after it, and why."""
+    """A setting before and after a change, and the reason."""
 
-    step: int  # the change holds from the step after this one
+    step: int  # the change applies from the next step on
     setting: str
     before: Any
     after: Any
     reason: str
-    decision: int | None = None  # of the policy, by its number; None where somebody else asked
-    rule: str = BY_HAND  # or what the trainer had to change to go on
-    change: object = None  # what was applied, where it was asked for
+    decision: int | None = None  # number of the policy's decision; None for other requests
+    rule: str = BY_HAND  # or the reason why the trainer itself changed it
+    change: object = None  # the requested change

@@ -1,7 +1,7 @@
-"""An expert begun anew as a copy of the busiest one of its layer and group.
+"""Re-initializes an expert as a copy of the busiest one of its layer and group.
 
-Copying a busy unit, with noise, is how sparse models are grown from others
-(https://arxiv.org/abs/2212.05055), and how units that never fire are put to use.
+Noisy copies of busy units are used to grow sparse models from dense ones
+(https://arxiv.org/abs/2212.05055), and to revive units that never fire.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ultrathink.parallel.placement import region_of
 from ultrathink.parallel.world import Group
 from ultrathink.training.stepping import Step
 
-# Standard deviations of the noise, as shares of those of the rows that it is added to: a share does
-# the same to weights of any size, and sizes differ with layer, width and age of a model. Two equal
-# experts would get equal gradients for equal tokens and stay equal; a few per cent set them apart
-# and hardly change what the copy computes. What decides between the two router rows is their
-# difference, the noise alone: however small, about half of the tokens go either way.
+# Standard deviations of the noise, relative to those of the rows that it is added to, because the
+# size of weights differs with layer, width and age of a model. Two equal experts would get equal
+# gradients for equal tokens and stay equal; a few per cent of noise separate them and hardly change
+# the output of the copy. The choice between the two router rows depends on their difference, which
+# is only the noise: however small it is, about half of the tokens go either way.
 WEIGHT_NOISE = 0.03
 ROUTER_NOISE = 0.1
 
 
 class Revival(NamedTuple):
-    """A slot for an expert of a layer, and the slot of the one that it becomes a copy of."""
+    """The slot of an expert in a layer, and the slot of the expert to copy."""
 
     layer: int
     slot: int
@@ -38,7 +38,7 @@ class Revival(NamedTuple):
 
 
 class _Place(NamedTuple):
-    row: int  # of the layer among those with experts
+    row: int  # index of the layer among those with experts
     slots: slice  # of the group
     layer: int
     group: str
@@ -56,13 +56,14 @@ def revive_experts(
     dp_group: Group,
     seed: tuple[int, int],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Tensor | None]:
-    """Begin each expert anew that ``wanted`` names by ``layer``, ``group`` and ``expert``.
+    """Re-initialize each expert in ``wanted``, given by ``layer``, ``group`` and ``expert``.
 
-    It becomes a copy of the one that ``from`` names, else of that with most tokens in the last
-    step; each takes half of its source's tokens, so that not all copy the same one. Returns how
-    many tokens each had in that step, where it is from, and the ``load`` that further revivals of
-    this boundary go by, as tokens ``[L, E]`` of this process. ``seed`` is that of the run and the
-    step. ConfigError, before anything is changed, for one that there is not. All processes call it.
+    It becomes a copy of the expert ``from``, by default of the one with most tokens in the last
+    step. Each copy is counted with half of its source's tokens, so that not all have the same
+    source. Returns the tokens of each in that step, its source, and the ``load`` for further
+    revivals at this boundary, as tokens ``[L, E]`` of this process. ``seed`` is that of the run
+    and the step. Raises ConfigError, before any change, for an unknown expert. All processes call
+    it.
     """
     layers = stepper.objective.model.expert_layers()
     places = [_place(layers, one["layer"], one["group"], one["expert"]) for one in wanted]
@@ -92,42 +93,42 @@ def _place(layers: Mapping[int, MixtureOfExperts], layer: int, group: str, exper
         raise ConfigError(f"{what}: this model has no experts; model.moe gives it some.")
     if layer not in layers:
         there = ", ".join(map(str, layers))
-        raise ConfigError(f"{what}: it has none; those with experts are {there}.")
+        raise ConfigError(f"{what}: the layer has no experts; layers with experts: {there}.")
     router = layers[layer].router
     groups = {one.name: slots for one, slots in router.groups()}
     if group not in groups:
-        raise ConfigError(f"{what}: there is no such group; there are {', '.join(groups)}.")
+        raise ConfigError(f"{what}: there is no such group; groups: {', '.join(groups)}.")
     slots = groups[group]
     active = [number for number, is_there in enumerate(router.active[slots].tolist()) if is_there]
     if expert not in active:
         raise ConfigError(
-            f"{what}: there is no such expert; those of the group are {active[0]} to {active[-1]}."
+            f"{what}: there is no such expert; the group has {active[0]} to {active[-1]}."
         )
     return _Place(list(layers).index(layer), slots, layer, group, expert)
 
 
 def _busiest(tokens: Tensor | None, place: _Place) -> int:
-    """The expert of a group with most ``tokens`` ``[n]``."""
+    """The expert of a group with the most ``tokens`` ``[n]``."""
     if tokens is None or not tokens.max() > 0:
         raise ConfigError(
             f"{place} cannot be revived: no expert of its group had a token in the last step."
         )
     source = int(tokens.argmax())
     if source == place.expert:
-        raise ConfigError(f"{place} cannot be revived: it is the busiest of its group itself.")
+        raise ConfigError(f"{place} cannot be revived: it is itself the busiest of its group.")
     return source
 
 
 @torch.no_grad()
 def _copy(stepper: Step, revivals: Sequence[Revival], seed: tuple[int, int]) -> None:
     layers = stepper.objective.model.expert_layers()
-    # Not the parameters themselves: where validation has left them whole, this divides them again.
+    # Detached shards: validation may have left the parameters gathered, and this shards them again.
     weights = stepper.objective.model.state_dict()
     parameters = stepper.objective.models.named_parameters()
     names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
     names |= stepper.host_names
     optimizers = stepper.optimizers
-    states: dict[str, list[Tensor]] = {}  # what belongs to each element of a weight, by its name
+    states: dict[str, list[Tensor]] = {}  # optimizer states of a weight's shape, by its name
     for weight, values in ((w, v) for optimizer in optimizers for w, v in optimizer.state.items()):
         tensors = [value for value in values.values() if isinstance(value, Tensor)]
         states[names[weight]] = [value for value in tensors if value.shape == weight.shape]
@@ -141,7 +142,7 @@ def _copy(stepper: Step, revivals: Sequence[Revival], seed: tuple[int, int]) -> 
         for number, (part, share) in enumerate(inside):
             name = f"blocks.{layer}.feed_forward.{part}"
             weight = weights[name]
-            # Whole, as for a forward pass: where experts are divided, the source lies elsewhere.
+            # Gathered, as for a forward pass: the source may be on another process.
             whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
             for one in mine:
                 row = whole[one.source].clone()
@@ -162,7 +163,7 @@ def _noise(like: Tensor, seed: int) -> Tensor:
 
 
 def _write(tensor: Tensor, slot: int, row: Tensor) -> None:
-    """Set ``tensor[slot]``, as much of it as this process has."""
+    """Set ``tensor[slot]``, or this process's part of it."""
     if not isinstance(tensor, DTensor):
         tensor[slot] = row
         return

@@ -1,4 +1,4 @@
-"""What a run writes down about itself besides metrics: every change, message and checkpoint."""
+"""Writes every change, message and checkpoint of a run to its log files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from ultrathink.monitoring.appending import ResilientAppender
 from ultrathink.monitoring.health import Health
 from ultrathink.monitoring.jsonl import line_appender
-from ultrathink.monitoring.records import Level, Note, RunInfo, Tell
+from ultrathink.monitoring.records import Level, Note, Reporter, RunInfo
 from ultrathink.runs.decisions import BY_HAND, Decision, fold_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, StepReport
@@ -21,13 +21,13 @@ from ultrathink.training.records import ChangeRecord
 class RunLog(Callback):
     """Appends changes to ``decisions.jsonl``, messages and checkpoints to ``logs/run.log``.
 
-    Lines that cannot be written wait until they can. ``tell`` is how the run hears of that; without
-    it only the log itself does.
+    Lines that cannot be written wait until they can. That is reported through ``report``, by
+    default to the log only.
     """
 
-    def __init__(self, run: RunFolder, tell: Tell | None = None) -> None:
+    def __init__(self, run: RunFolder, report: Reporter | None = None) -> None:
         self.run = run
-        self._tell = tell if tell is not None else self.on_message
+        self._report = report if report is not None else self.on_message
         self._log = WatchedFile(line_appender(run.logs / "run.log"), "logs/run.log")
         self._decisions = WatchedFile(line_appender(run.decisions), "decisions.jsonl")
 
@@ -44,46 +44,46 @@ class RunLog(Callback):
                 self._do(file, ResilientAppender.flush)
 
     def on_change(self, change: ChangeRecord) -> None:
-        if change.decision is None:  # else who decided it writes it down
+        if change.decision is None:  # the orchestrator writes its own decisions
             self.write_decision(_decision(change))
 
     def write_decision(self, decision: Decision) -> None:
-        """Append it to ``decisions.jsonl``; a later one of the same number replaces it."""
+        """Append ``decision`` to ``decisions.jsonl``; it replaces earlier ones of its number."""
         self._append(self._decisions, json.dumps(decision.to_json(), ensure_ascii=False))
 
     def fold_decisions(self) -> None:
-        """Leave the last record of each decision; for the end of the run."""
-        self._tell_of(self._decisions.do(lambda _: fold_decisions(self.run.decisions)))
+        """At the end of the run, keep only the last record of each decision."""
+        self._report_all(self._decisions.do(lambda _: fold_decisions(self.run.decisions)))
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         self.on_message(f"checkpoint of step {step} written", "info")
 
     def on_message(self, text: str, level: Level) -> None:
-        self._append(self._log, _told(text, level))
+        self._append(self._log, _line(text, level))
 
     def on_end(self, ending: Ending | None) -> None:
         for file in (self._decisions, self._log):
             self._do(file, ResilientAppender.close)
 
     def _append(self, file: WatchedFile, line: str) -> None:
-        self._tell_of(file.write(line))
+        self._report_all(file.write(line))
 
     def _do(self, file: WatchedFile, action: Callable[[ResilientAppender], None]) -> None:
-        self._tell_of(file.do(action))
+        self._report_all(file.do(action))
 
-    def _tell_of(self, notes: Sequence[Note]) -> None:
+    def _report_all(self, notes: Sequence[Note]) -> None:
         for text, level in notes:
-            self._tell(text, level)
+            self._report(text, level)
 
 
 def _decision(change: ChangeRecord) -> Decision:
-    """A change that the policy did not decide."""
+    """The record of a change that the policy did not decide."""
     is_by_hand = change.rule == BY_HAND
     return Decision(
         id=None,
         step=change.step,
         rule=change.rule,
-        level=None if is_by_hand else 4,  # the run could not have gone on otherwise
+        level=None if is_by_hand else 4,  # the run could not continue without it
         confidence=None if is_by_hand else 1.0,
         signals={},
         action=change.setting,
@@ -93,24 +93,24 @@ def _decision(change: ChangeRecord) -> Decision:
     )
 
 
-def _told(text: str, level: Level) -> str:
+def _line(text: str, level: Level) -> str:
     return f"{time.strftime('%Y-%m-%d %H:%M:%S')} {level}: {text}"
 
 
 class WatchedFile:
-    """A file of lines that outlives failures, and what was told of them."""
+    """A file of lines that survives write failures, and reports them once."""
 
     def __init__(self, appender: ResilientAppender, name: str) -> None:
         self.appender = appender
-        self.health = Health(name, "training goes on, and its lines wait until there is room")
+        self.health = Health(name, "training continues, and its lines wait until there is room")
 
     def write(self, line: str) -> list[Note]:
-        """Append ``line``; what is to be told of how that went."""
+        """Append ``line``; returns what to report about failures."""
         entry = f"{line}\n".encode(errors="backslashreplace")
         return self.do(lambda appender: appender.append(entry))
 
     def do(self, action: Callable[[ResilientAppender], None]) -> list[Note]:
-        """Do something with the file; what is to be told of how that went."""
+        """Run ``action`` on the file; returns what to report about failures."""
         try:
             action(self.appender)
         except OSError as error:
@@ -121,18 +121,18 @@ class WatchedFile:
 
 
 class RankLog(Callback):
-    """What a process beside the first has to tell, in ``logs/rank-N.log``."""
+    """Writes the messages of a process other than the first to ``logs/rank-N.log``."""
 
     def __init__(self, run: RunFolder, rank: int) -> None:
         name = f"rank-{rank}.log"
         self._log = WatchedFile(line_appender(run.logs / name), f"logs/{name}")
 
     def on_message(self, text: str, level: Level) -> None:
-        self._log.write(_told(text, level))
+        self._log.write(_line(text, level))
 
     def on_change(self, change: ChangeRecord) -> None:
         self.on_message(f"{change.setting}: {change.before} -> {change.after}", "info")
 
     def on_end(self, ending: Ending | None) -> None:
-        self.on_message(f"the end: {ending or 'an exception'}", "info")
+        self.on_message(f"ended: {ending or 'an exception'}", "info")
         self._log.do(ResilientAppender.close)

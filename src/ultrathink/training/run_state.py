@@ -1,4 +1,4 @@
-"""What a run remembers: named parts, each with a state, and what a rollback does to it."""
+"""The state of a run: named parts, each with its state and its behaviour in a rollback."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class _Entry(NamedTuple):
 
 
 class RunState:
-    """A registry of all that a run remembers.
+    """A registry of everything that belongs to a run's state.
 
-    The state of a part that is not there (a guard that is set later, a callback that this start
-    lacks) is kept, and written again.
+    The state of a part that is missing (a guard that is set later, a callback that this start
+    lacks) is kept, and saved again.
     """
 
     def __init__(self) -> None:
@@ -40,10 +40,10 @@ class RunState:
         roll_back: Load | None = None,
         is_required: bool = False,
     ) -> None:
-        """Remember a part under ``name``; a state that waits for it is loaded now.
+        """Register a part under ``name``; a state that was kept for it is loaded now.
 
-        ``roll_back(state)`` goes back to an earlier state of this process, as ``load_state_dict``
-        does unless something else is given. A state without a required part is refused.
+        ``roll_back(state)`` returns to an earlier state of this process; by default it is
+        ``load_state_dict``. A state without a required part is refused.
         """
         self._parts[name] = _Entry(state_dict, load_state_dict, roll_back or load_state_dict)
         if is_required:
@@ -52,9 +52,9 @@ class RunState:
             load_state_dict(self._absent.pop(name))
 
     def register_one_of(self, kind: str, part: Stateful) -> None:
-        """Remember one of several parts by its class, the second of a class with its number.
+        """Register one of several parts by its class, the second of a class with a number.
 
-        Where it has a method ``roll_back(state)``, that is what a rollback does to it.
+        If it has a method ``roll_back(state)``, a rollback calls that.
         """
         name = first = f"{kind}.{type(part).__name__}"
         number = 1
@@ -69,17 +69,18 @@ class RunState:
         return {**self._absent, **{name: part.state_dict() for name, part in self._parts.items()}}
 
     def copy(self) -> State:
-        """The state in the memory of the host, which later steps do not change; copied at once."""
+        """A copy of the state in host memory, made at once."""
         state: State = copied_to_host(self.state_dict())
         return state
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from what ``state_dict`` returned, here or in another process."""
+        """Continue from what ``state_dict`` returned, here or in another process."""
         missing = sorted(self._required - state.keys())
         if missing:
             raise CheckpointError(
-                f"the checkpoint has no {missing[0]!r}: it is not one of a run, or of another "
-                f"version of ultrathink; start a new run with its weights: training.init_from=RUN."
+                f"the checkpoint has no {missing[0]!r}: it is not that of a run, or was written by "
+                f"another version of ultrathink; start a new run with its weights: "
+                f"training.init_from=RUN."
             )
         self._absent = {name: one for name, one in state.items() if one and name not in self._parts}
         for name, part in self._parts.items():
@@ -87,7 +88,7 @@ class RunState:
                 part.load_state_dict(state[name])
 
     def roll_back(self, state: State) -> None:
-        """Go back to an earlier state of this process, each part in its own way."""
+        """Return to an earlier state of this process; each part decides what that means."""
         for name, part in self._parts.items():
             if name in state:
                 part.roll_back(state[name])
@@ -95,7 +96,7 @@ class RunState:
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """The progress of a run."""
 
     step: int = 0
     tokens: int = 0
@@ -105,10 +106,10 @@ class Progress:
     last_validation: int = 0  # step
     last_checkpoint: int = 0  # step
     last_checkpoint_s: float = 0.0  # elapsed time
-    is_over: bool = False  # ended at this step, whatever is left of its length
+    is_over: bool = False  # finished at this step, even if some of its length is left
 
     def is_due(self, every_steps: int | None) -> bool:
-        """Whether this step is one of every so many; None is never due."""
+        """Whether this step is a multiple of ``every_steps``; None is never due."""
         return every_steps is not None and self.step % every_steps == 0
 
     def state_dict(self) -> State:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: a factor on each group's peak, as a function of the step."""
+"""Learning-rate schedules: the factor of each group's peak rate, as a function of the step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Factor = Callable[[int], float]  # step, counted from 1 -> share of the peak lea
 
 
 def build_schedule(config: ScheduleConfig, budget: Budget) -> Factor:
-    """The schedule that ``config`` names, resolved to steps."""
+    """The schedule of ``config``, resolved to steps."""
     factor: Factor = SCHEDULES.load(config.type)(config, budget)
     return factor
 
 
 def continued_schedule(config: ScheduleConfig, budget: Budget, settings: LiveSettings) -> Factor:
-    """The schedule as ``settings`` continues it: begun after ``schedule_start``, and capped."""
+    """The schedule as ``settings`` continue it: started after ``schedule_start``, and capped."""
     start, ceiling = settings.schedule_start, settings.schedule_ceiling
     remaining = max(1, budget.total_steps - start)
     factor = build_schedule(config, replace(budget, total_steps=remaining))
@@ -28,10 +28,9 @@ def continued_schedule(config: ScheduleConfig, budget: Budget, settings: LiveSet
 
 
 def ceiling_at(schedule: Factor, step: int, ceiling: float) -> float:
-    """The cap on what follows ``step``, so that another schedule or length never raises the rate.
+    """The cap after ``step``, so that another schedule or length never raises the rate.
 
-    A schedule that is still warming up is not capped by where it stands; ``ceiling`` is the cap
-    that held so far.
+    During warm-up the current factor is no cap; ``ceiling`` is the cap so far.
     """
     if step < 1 or schedule(step + 1) > schedule(step):
         return ceiling

@@ -1,4 +1,4 @@
-"""What may change during a run."""
+"""The settings that may change during a run."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from ultrathink.core.protocols import State
 
 @dataclass
 class LiveSettings:
-    """What may change during a run; part of every checkpoint."""
+    """The settings that may change during a run; part of every checkpoint."""
 
     lr_factor: float = 1.0
     lr_eases_from: int = 0  # from this step on the factor returns to 1 ...
-    lr_eases_over: int | None = None  # ... over so many steps; None: it stays
-    lr_scale: float = 1.0  # for good
-    lr_correction: float = 1.0  # makes up for a rate that is not what was asked for
-    optimizer_params: dict[str, Any] = field(default_factory=dict)  # name: as configured, as it is
+    lr_eases_over: int | None = None  # ... over this many steps; None: it stays
+    lr_scale: float = 1.0  # permanent
+    lr_correction: float = 1.0  # corrects a rate that differs from the requested one
+    optimizer_params: dict[str, Any] = field(default_factory=dict)  # name: configured, current
     weight_decay: float | None = None  # None: as configured
     clip: float | None = None
     micro_batch_size: int = 1
-    # What a resume with another schedule or length leaves behind, so that the rate never jumps up.
-    schedule_start: int = 0  # the schedule begins after this step
-    schedule_ceiling: float = 1.0  # largest factor that the schedule may give
+    # Set by a resume with another schedule or length, so that the rate never rises abruptly.
+    schedule_start: int = 0  # the schedule starts after this step
+    schedule_ceiling: float = 1.0  # largest factor of the schedule
     eval_every: int | None = None  # steps between validations
     activation_checkpointing: str = "none"
 
     def lr_factor_at(self, step: int) -> float:
-        """What the schedule's rate is multiplied by in ``step``; even steps in its logarithm."""
+        """The factor of the schedule's rate in ``step``; it returns to 1 geometrically."""
         if self.lr_eases_over is None:
             return self.lr_factor
         left = 1 - (step - self.lr_eases_from) / self.lr_eases_over

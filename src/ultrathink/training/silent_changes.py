@@ -1,4 +1,4 @@
-"""Changes that leave no record: copies of a run, and looks at it."""
+"""Changes without a record: copies of a run's state, and measurements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TakeSnapshot(Change):
-    """Copy the whole state of now."""
+    """Copy the current state."""
 
     name = "take_snapshot"
     snapshot_key: int
@@ -37,11 +37,11 @@ class ForgetSnapshot(Change):
 
 @dataclass(frozen=True)
 class KeepState(Change):
-    """Write the state of now, or of a snapshot, to the run's folder for audits."""
+    """Write the current state, or that of a snapshot, to the run's folder for audits."""
 
     name = "keep_state"
     decision: int
-    most_decisions: int  # whose states are kept: the last ones
+    most_decisions: int  # keep the states of this many last decisions
     snapshot_key: int | None = None
     weights_only: bool = False
 
@@ -70,7 +70,7 @@ class RecallCheckpoint(Change):
         from ultrathink.training.model_state import placed_state, region_needed
 
         run.saving.settle()
-        run.world.barrier()  # it is whole once all have written
+        run.world.barrier()  # complete once all have written
         error: UltrathinkError | None = None
         state = None
         try:
@@ -89,7 +89,7 @@ class RecallCheckpoint(Change):
 
 @dataclass(frozen=True)
 class ScoreHeldOut(Change):
-    """Score held-out text, which no metrics tell of: callbacks have ``scored``."""
+    """Score held-out text outside the metrics; callbacks get it in ``on_scored``."""
 
     name = "score_held_out"
 

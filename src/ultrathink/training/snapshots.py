@@ -1,4 +1,4 @@
-"""The handles of a run's snapshots; their states are in ``host_states``."""
+"""Handles of a run's snapshots, whose states are in ``host_states``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Stands for a run's whole state in memory, as long as anybody holds it.
+    """A handle of a run's whole state in memory, which lives as long as the handle.
 
-    Each process keeps its own part of the state under ``key``; a later one has a higher key.
+    Each process keeps its part of the state under ``key``; later snapshots have higher keys.
     """
 
     step: int

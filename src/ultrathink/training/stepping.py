@@ -1,7 +1,7 @@
 """One optimizer step: micro-batches forward and backward, clipping, the update.
 
-On several processes each has its share of the batch. What decides (the counts that losses are
-divided by, the loss, the norm) is summed over all of them, so all come to the same decision.
+Each of several processes has its share of the batch. The counts that divide the losses, the loss
+and the norm are summed over all of them, so all make the same decision.
 """
 
 from __future__ import annotations
@@ -29,55 +29,55 @@ from ultrathink.training.out_of_memory import (
     Fit,
     half_of,
     nothing_smaller,
+    out_of_memory_as,
     smaller_start,
     smaller_until_it_fits,
-    told_as,
 )
 from ultrathink.training.settings import LiveSettings
 
-_CLIP_EPS = 1e-6  # what torch adds to the norm that it divides by
+_CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class Means(NamedTuple):
-    """What the passes over a batch gave, of this process's share."""
+    """The results of the passes over this process's share of a batch."""
 
-    terms: dict[str, Tensor]  # each term's sum over the count of the whole batch, unweighted
+    terms: dict[str, Tensor]  # each term's sum / count of the whole batch, unweighted
     stats: dict[str, Tensor]  # sums
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step found."""
+    """The results of one step."""
 
-    loss: float  # the objective's term of that name; of text the mean over trained tokens, nats
+    loss: float  # the objective's term LOSS; for text the mean over trained tokens, nats
     aux_losses: dict[str, float]  # its other terms
     grad_norm: float
     num_tokens: int
     skipped: bool
     stats: dict[str, Tensor]  # summed over this process's share of the batch, on the device
-    norms: dict[str, float] = field(default_factory=dict)  # by layer, where they were asked for
+    norms: dict[str, float] = field(default_factory=dict)  # by layer, if requested
 
 
 class Verdict(NamedTuple):
-    """What a guard says of an update: the largest norm it may have, or that it is left out."""
+    """A guard's verdict on an update: the largest norm it may have, or that it is skipped."""
 
-    clip: float | None = None  # None: as configured; else the stricter of the two holds
+    clip: float | None = None  # None: as configured; else the stricter of the two applies
     skip: bool = False
 
 
 class UpdateGuard(Protocol):
-    """Is asked before each update that is finite; where it has a state, checkpoints hold it.
+    """Judges each finite update before it is applied; a state, if it has one, is in checkpoints.
 
-    All processes ask it about the same numbers, and so come to the same verdict.
+    Every process has its own guard, which sees the same numbers and so gives the same verdict.
     """
 
     def judge(self, step_loss: float, grad_norm: float) -> Verdict:
-        """Say what to do with the update of a step: its loss in nats, its norm before clipping."""
+        """The verdict on an update, from the step's loss (nats) and its norm before clipping."""
         ...
 
 
 class Step(Protocol):
-    """How a batch becomes an update: one pass after the other here, a pipeline could be another."""
+    """Turns a batch into an update; ``Stepper`` does it in sequence, a pipeline may differ."""
 
     objective: Objective
     optimizers: Optimizers
@@ -97,11 +97,11 @@ class Step(Protocol):
 
 
 class Stepper:
-    """Takes optimizer steps; a step that is not finite, or has nothing to learn, is left out.
+    """Takes optimizer steps; skips an update that is not finite or has nothing to learn.
 
-    A left-out step touches neither weights nor optimizer state, so step counts and bias
-    correction go on as if its batch had never been. ``guard`` may leave out more. ``on_smaller`` is
-    told which micro-batch memory did not suffice for, and what is taken instead.
+    A skipped update changes neither weights nor optimizer state, so step counts and bias
+    correction continue as if the batch did not exist. ``guard`` may skip more.
+    ``on_smaller(size, fit)`` is called when micro-batches of ``size`` did not fit into memory.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ class Stepper:
     def take_step(
         self, batch: Batch, settings: LiveSettings, lr_factor: float, *, with_norms: bool = False
     ) -> StepResult:
-        """Learn from one batch, of which this process has its share.
+        """Learn from this process's share of one batch.
 
-        ``lr_factor`` is the share of the peak rate; ``with_norms`` measures each layer.
+        ``lr_factor`` is the factor of the peak rate; ``with_norms`` measures each layer.
         """
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -142,15 +142,15 @@ class Stepper:
         means = self._while_memory_suffices(
             lambda size: self._accumulate(batch, size, counts), batch, settings
         )
-        with told_as(UPDATE_FAILED):
+        with out_of_memory_as(UPDATE_FAILED):
             result = self._learn(means, counts, settings, with_norms)
         for parameter in self.parameters:
             parameter.grad = None
         return result
 
     def allocate_state(self) -> None:
-        """Take the memory that the optimizers need; OutOfMemoryError where there is not enough."""
-        with told_as(STATE_DOES_NOT_FIT):
+        """Allocate the optimizers' states; OutOfMemoryError if memory is too small."""
+        with out_of_memory_as(STATE_DOES_NOT_FIT):
             allocate_state(self.optimizers)
 
     def _learn(
@@ -160,7 +160,7 @@ class Stepper:
         settings: LiveSettings,
         with_norms: bool,
     ) -> StepResult:
-        """Update the weights by the gradients of a batch, unless it is to be left out."""
+        """Update the weights with the gradients of a batch, unless the update is skipped."""
         norm = total_norm([p.grad for p in self.parameters if p.grad is not None])
         shares = [value.item() for value in means.terms.values()]
         with self.clock.running():
@@ -175,7 +175,7 @@ class Stepper:
         if not verdict.skip:
             norms = self.layer_norms.before_update() if with_norms else {}
             limits = [limit for limit in (settings.clip, verdict.clip) if limit is not None]
-            # Where nothing is clipped the factor would be 1: a pass over all gradients for nothing.
+            # Only if it clips: a factor of 1 would cost a pass over all gradients.
             if limits and norm_value + _CLIP_EPS > min(limits):
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, min(limits), norm)
             self._update(settings)
@@ -192,15 +192,15 @@ class Stepper:
         )
 
     def learning_rate(self) -> float:
-        """The rate of the last step in the first group, which is the one that configs call ``lr``.
+        """The rate of the last step in the first group, which configs call ``lr``.
 
-        It is read from the optimizer: what was used, whatever was asked for.
+        It is read from the optimizer, so it is the rate that was used.
         """
         rate: float = self.optimizers[0].param_groups[0]["lr"]
         return rate
 
     def _counts(self, batch: Batch) -> dict[str, float]:
-        """What the objective's sums are divided by, of the whole batch."""
+        """The counts of the whole batch that divide the objective's sums."""
         mine = self.objective.counts(batch)
         with self.clock.running():
             return dict(zip(mine, self.dp_group.sums(list(mine.values())), strict=True))
@@ -208,8 +208,8 @@ class Stepper:
     def _accumulate(self, batch: Batch, size: int, counts: Mapping[str, float]) -> Means:
         """Add up the gradients of micro-batches of ``size`` sequences.
 
-        Each term is divided by the count of the whole batch: micro-batches are not averaged, but
-        weighted by what is in them.
+        Each term is divided by the count of the whole batch, so that micro-batches are weighted by
+        their tokens instead of averaged.
         """
         terms: dict[str, Tensor] = {}
         stats: dict[str, Tensor] = {}
@@ -233,9 +233,9 @@ class Stepper:
     def _while_memory_suffices(
         self, attempt: Callable[[int], Means], batch: Batch, settings: LiveSettings
     ) -> Means:
-        """``attempt`` with micro-batches as set, and repeated with smaller ones where memory fails.
+        """``attempt`` with the current micro-batch size, repeated with smaller ones if necessary.
 
-        One of several processes cannot: the others wait in the middle of theirs.
+        With several processes it raises instead: the others wait in their own passes.
         """
         before, random_state = settings.micro_batch_size, torch_random_state()
 

@@ -1,4 +1,4 @@
-"""The training loop, and what a run remembers."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -41,13 +41,14 @@ from ultrathink.training.host_states import Snapshots
 from ultrathink.training.length import Length, seconds_per_step
 from ultrathink.training.memory import memory_share
 from ultrathink.training.objectives.base import Objective
+from ultrathink.training.out_of_memory_log import OutOfMemoryLog
+from ultrathink.training.pace import Pace
 from ultrathink.training.parts import Boundary, Parts
 from ultrathink.training.records import ChangeRecord
 from ultrathink.training.run_state import Progress, RunState
 from ultrathink.training.saving import Saving
 from ultrathink.training.scoring import Scorer
 from ultrathink.training.settings import LiveSettings
-from ultrathink.training.shortages import Shortages
 from ultrathink.training.stepping import Step, UpdateGuard
 from ultrathink.training.validation import Scores
 
@@ -56,8 +57,8 @@ from ultrathink.training.validation import Scores
 class Trainer:
     """Learns ``objective`` from ``loader`` into ``run``; made by ``ultrathink.build_trainer``.
 
-    ``fit`` is the loop. ``control`` is how a run is changed from outside; every change waits for
-    the step boundary.
+    ``fit`` is the loop. ``control`` changes the run from outside; every change waits for the step
+    boundary.
     """
 
     objective: Objective
@@ -72,10 +73,10 @@ class Trainer:
     evaluators: EvaluatorSet = NO_EVALUATORS
     tokens_per_step: int = 1
     identity: dict[str, Any] = field(default_factory=dict)  # hashes kept in every checkpoint
-    config: dict[str, Any] = field(default_factory=dict)  # the run's configuration, likewise
+    config: dict[str, Any] = field(default_factory=dict)  # the run's configuration, kept there too
     lock: RunLock | None = None  # held until the run ends
     heading: str = ""
-    remarks: Sequence[tuple[str, Level]] = ()  # said once the run has a place to say them
+    remarks: Sequence[tuple[str, Level]] = ()  # reported once the run has started
     progress: Progress = field(default_factory=Progress)
     world: World = ALONE
     dims: ParallelDims = ONE_PROCESS
@@ -93,30 +94,28 @@ class Trainer:
             self.training.checkpoint,
             on_written=lambda step, path: self.notify("on_checkpoint", step, path),
             on_restored=self._renew_lock,
-            tell=self._tell,
+            report=self._report,
             world=self.world,
             snapshots=self.snapshots.states,
             header=self.objective.header,
         )
         self.scorer = Scorer(
-            self.objective,
-            self.training.eval.batch_size,
-            world=self.world,
-            tell=self._tell,
+            self.objective, self.training.eval.batch_size, world=self.world, report=self._report
         )
         self.evaluations = Evaluations(
             self.evaluators,
             self.model,
             seed=self.loader.seed,
             before_each=lambda: self._feed_watchdog(FIRST_STEP_FACTOR),
-            report=lambda report: self.notify("on_evaluation", report),
-            tell=self._tell,
+            on_report=lambda report: self.notify("on_evaluation", report),
+            report=self._report,
         )
         self.boundary = Boundary()
-        self._all_have_written = True  # the last checkpoint, as far as all processes know
+        self._all_have_written = True  # all processes have written the last checkpoint
         self._failures: set[str] = set()
-        self._memory_share = 0.0  # of several processes, the fullest
+        self._memory_share = 0.0  # the largest of all processes
         self._times = StepTimes(self.world, self.stepper.clock)
+        self._pace = Pace(self.world.local_size)
         share = self.dims.share(self.training.batch_size)
         self.state = RunState()
         self.parts = Parts(
@@ -146,31 +145,31 @@ class Trainer:
             self.state.register_one_of("callback", callback)
         for controller in self.controllers:
             self.state.register_one_of("controller", controller)
-        self._shortages = Shortages(
+        self._out_of_memory = OutOfMemoryLog(
             *(self.run, self.world, self.settings, self.progress, share),
             lambda record: self.notify("on_change", record),
         )
-        self.stepper.on_smaller = self._shortages.went_on
+        self.stepper.on_smaller = self._out_of_memory.on_smaller
 
     @property
     def model(self) -> Transformer:
-        """The main one of what is trained."""
+        """The main model."""
         return self.objective.model
 
     def add_callback(self, callback: Callback) -> None:
-        """Let ``callback`` watch the run; it receives each event after those that are there."""
+        """Let ``callback`` observe the run; it receives each event after earlier callbacks."""
         self.callbacks = [*self.callbacks, callback]
         self.state.register_one_of("callback", callback)
 
     def add_controller(self, controller: Controller) -> None:
-        """Let ``controller`` steer the run; it is asked after those that are there."""
+        """Let ``controller`` steer the run; it is called after earlier controllers."""
         self.controllers = [*self.controllers, controller]
         self.state.register_one_of("controller", controller)
 
     def set_guard(self, guard: UpdateGuard) -> None:
-        """Ask ``guard`` before each update, from where the loaded checkpoint left it.
+        """Ask ``guard`` before each update, starting from its state in the loaded checkpoint.
 
-        On several processes each has one of its own.
+        Each process sets its own guard.
         """
         self.stepper.guard = guard
         if isinstance(guard, Stateful):
@@ -196,7 +195,7 @@ class Trainer:
                 self.save_if_due()
             self.finish()
         except BaseException as error:
-            # Asked twice to stop: at once. And what is written with one that is gone never ends.
+            # A second request to stop is immediate. And a write with a lost process never ends.
             if isinstance(error, KeyboardInterrupt) or is_lost_connection(error):
                 self.saving.abandon()
             raise
@@ -206,11 +205,11 @@ class Trainer:
 
     @property
     def ending(self) -> Ending | None:
-        """Why the run is over; None while it goes on."""
+        """Why the run ended; None while it trains."""
         return self.boundary.ending
 
     def close(self) -> None:
-        """Stop what works beside the loop and give the run folder free."""
+        """Stop the background threads and release the run folder."""
         self.clock.stop()
         if self.watchdog is not None:
             self.watchdog.stop()
@@ -236,10 +235,10 @@ class Trainer:
             ),
         )
         for text, level in self.remarks:
-            self._tell(text, level)
+            self._report(text, level)
         if self.training.compile:
-            self._tell("compiling the model; the first step takes longer", "info")
-        self._shortages.take_last()
+            self._report("compiling the model; the first step takes longer", "info")
+        self._out_of_memory.apply_last()
         budget = self.length.budget
         if budget is None:
             budget = resolve_budget(
@@ -256,9 +255,9 @@ class Trainer:
         self._end_if_over()
 
     def _measure_speed(self) -> Speed:
-        """Time a few real steps and a piece of validation, then undo them."""
+        """Time a few real steps and part of a validation, then undo them."""
         before = self.state.copy()
-        self.stepper.allocate_state()  # after the copy, which would hold its zeros twice
+        self.stepper.allocate_state()  # after the copy, which would include its zeros
         step_s = seconds_per_step(
             lambda: self.stepper.take_step(self._next_batch(), self.settings, 0.0),
             self.training.max_minutes or 0.0,
@@ -273,30 +272,30 @@ class Trainer:
         """Take the next batch and learn from it."""
         began, self.clock.agreed_s, step = time.perf_counter(), None, self.progress.step + 1
         self._feed_watchdog(1 if self.clock.num_steps else FIRST_STEP_FACTOR)
-        if self.world.size > 1:  # each with random numbers of its own, whatever came before
+        if self.world.size > 1:  # different random numbers on each process, by step
             rank = self.dims.dp_group.rank
             seed_everything(step_seed(self.loader.seed, self.progress.step, rank))
         batch = self.loader.next_batch()
         data_wait = time.perf_counter() - began
         for note in self.loader.take_notes():
-            self._tell(note, "warning")
-        lr_factor, is_told = self.length.lr_factor(step), self._is_logged(step)
+            self._report(note, "warning")
+        lr_factor, with_figures = self.length.lr_factor(step), self._is_logged(step)
         self.objective.before_step(step)
         batch = self.objective.prepare(batch, step)
         corrected = lr_factor * self.settings.lr_correction
-        result = self.stepper.take_step(batch, self.settings, corrected, with_norms=is_told)
+        result = self.stepper.take_step(batch, self.settings, corrected, with_norms=with_figures)
         self.boundary.expert_load = result.stats.get("expert_load")
         self.progress.step = step
         self.progress.tokens += self.tokens_per_step
         self.progress.num_skipped += result.skipped
         seconds = time.perf_counter() - began
         self.clock.count_step(seconds)
-        is_logged_now = self.progress.is_due(self.training.log_every)
-        timing, stragglers = self._times.of_step(step, seconds, is_due=is_logged_now)
-        for sentence in stragglers:
-            self._tell(sentence, "warning")
+        is_due = self.progress.is_due(self.training.log_every)
+        timing, stragglers = self._times.of_step(step, seconds, is_due=is_due)
+        for sentence in (*stragglers, *self._pace.of_step(seconds, is_logged=with_figures)):
+            self._report(sentence, "warning")
         if result.skipped:
-            self._tell(
+            self._report(
                 f"step {step} was skipped: loss {result.loss}, gradient norm "
                 f"{result.grad_norm}, {result.num_tokens} trained tokens",
                 "warning",
@@ -316,19 +315,19 @@ class Trainer:
             data_wait=data_wait,
             norms=result.norms,
             timing=timing.metrics() if timing is not None else {},
-            experts=read_experts(self.model, result, self.dims.dp_group) if is_told else None,
+            experts=read_experts(self.model, result, self.dims.dp_group) if with_figures else None,
             memory_share=self._memory_share,
         )
 
     def _next_batch(self) -> Batch:
-        """A batch that is complete, of a step that will be undone."""
+        """A prepared batch for a step that will be undone."""
         return self.objective.prepare(self.loader.next_batch(), self.progress.step + 1)
 
     def _is_logged(self, step: int) -> bool:
         return is_logged(step, self.training.log_every, self.length.total_steps)
 
     def validate(self) -> None:
-        """Score the held-out text; a best score makes this step's checkpoint the ``best``."""
+        """Score the held-out text; the best score so far makes this checkpoint ``best``."""
         if not self.objective.can_score:
             return
         began = time.perf_counter()
@@ -353,7 +352,7 @@ class Trainer:
         self.boundary.is_best = is_best
 
     def finish(self) -> None:
-        """Validate and save what the last step left; a run that was stopped is only saved."""
+        """Validate and save after the last step; a stopped run is only saved."""
         progress, step = self.progress, self.progress.step
         if step == 0:
             return
@@ -371,7 +370,7 @@ class Trainer:
         if self.boundary.is_best or self.boundary.save or progress.last_checkpoint < progress.step:
             self.save()
         if self.watchdog is not None:
-            self.watchdog.stop()  # a disk may be waited for
+            self.watchdog.stop()  # writing may wait for the disk
         self.saving.wait_until_written()
 
     def _feed_watchdog(self, factor: float) -> None:
@@ -379,7 +378,7 @@ class Trainer:
             self.watchdog.feed(factor)
 
     def score(self) -> Scores:
-        """Score what the objective validates on."""
+        """Score the objective's validation data."""
         self._feed_watchdog(FIRST_STEP_FACTOR)
         return self.scorer.score()
 
@@ -388,7 +387,7 @@ class Trainer:
             self.boundary.ending = self.length.ending(self.progress, self.clock.elapsed_s)
 
     def settle_length(self) -> None:
-        """Correct a length in minutes by the pace of real steps."""
+        """Correct a length in minutes by the measured pace."""
         if self.boundary.ending is not None:
             return
         seconds = self.scorer.estimated_s, self.evaluations.seconds_a_step
@@ -400,7 +399,7 @@ class Trainer:
     # -- changes -------------------------------------------------------------------------------
 
     def ask_controllers(self, method: str, *details: Any) -> None:
-        """Let each controller ask for changes; one that fails is reported and asked again later."""
+        """Let each controller request changes; one that fails is reported and keeps running."""
         for controller in self.controllers:
             try:
                 getattr(controller, method)(*details, self.control)
@@ -408,22 +407,22 @@ class Trainer:
                 self._report_failure(f"{type(controller).__name__}.{method}", error)
 
     def apply_changes(self) -> None:
-        """Do what was asked through ``control``, and report each change."""
+        """Apply the requests of ``control``, and report each change."""
         for change, reason, decision in self.control.take():
             self.snapshots.states.before_writing()
             self.boundary.reason = reason
             try:
                 effect = change.apply(self.parts)
-            except UltrathinkError as error:  # one that cannot be done, such as odd weights
+            except UltrathinkError as error:  # an impossible change, such as invalid weights
                 self._report_failure(f"the change of {change.setting} ({reason})", error)
                 continue
             if effect is not None:
-                step = self.progress.step  # where a rollback leads: a resume from there keeps it
+                step = self.progress.step  # after a rollback, so that a resume keeps the record
                 what = (step, change.setting, *effect, reason, decision)
                 self.notify("on_change", ChangeRecord(*what, change=change))
 
     def agree(self) -> None:
-        """Let all processes hear every request, and decide by the clock of the first."""
+        """Exchange requests between processes, and use the clock of the first."""
         if self.world.size == 1:
             return
         clock = self.clock
@@ -440,7 +439,7 @@ class Trainer:
             self.control.agree_on([request for requests in everyones for request in requests])
 
     def notify(self, event: str, *details: Any) -> None:
-        """Tell every callback; one that fails is reported once and changes nothing."""
+        """Pass an event to every callback; one that fails is reported once."""
         for callback in self.callbacks:
             try:
                 getattr(callback, event)(*details)
@@ -454,7 +453,7 @@ class Trainer:
             self._failures.add(text)
             self.notify("on_message", text, "warning")
 
-    def _tell(self, text: str, level: Level) -> None:
+    def _report(self, text: str, level: Level) -> None:
         self.notify("on_message", text, level)
 
     def _renew_lock(self) -> None:
@@ -464,7 +463,7 @@ class Trainer:
     # -- saving --------------------------------------------------------------------------------
 
     def save_if_due(self) -> None:
-        """Save after all that happens at this step boundary, so that nothing of it is lost."""
+        """Save at the end of this step boundary, so that the checkpoint includes all of it."""
         wanted = self.saving.is_due(self.progress, self.clock.elapsed_s)
         wanted = wanted or self.boundary.is_best or self.boundary.save
         if wanted and self.boundary.ending is None:  # the end saves after its validation
@@ -473,26 +472,26 @@ class Trainer:
             self.saving.collect()
 
     def save(self) -> None:
-        """Have a checkpoint of this step written; training goes on meanwhile."""
+        """Write a checkpoint of this step while training continues."""
         self.progress.last_checkpoint = self.progress.step
         self.progress.last_checkpoint_s = self.clock.elapsed_s
         self.saving.save(
             self.progress.step,
             self.state_dict(),
             is_best=self.boundary.is_best,
-            carried=sorted(self.snapshots.carried),
+            embedded=sorted(self.snapshots.embedded),
         )
         self.boundary.is_best = self.boundary.save = False
         self._all_have_written = self.world.size == 1
 
     def state_dict(self) -> State:
-        """All that a run remembers; with the same files it goes on bit for bit from here."""
+        """The whole state of a run: with the same files it continues bit for bit from here."""
         return self.state.state_dict()
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from what ``state_dict`` returned."""
+        """Continue from what ``state_dict`` returned."""
         self.state.load_state_dict({k: v for k, v in state.items() if k != SNAPSHOTS})
 
 
 def _keep_own(_: object) -> None:
-    """What a run is made of is written into its checkpoints, and not read from them."""
+    """For states that are written into checkpoints but not read from them."""

@@ -15,11 +15,11 @@ from ultrathink.parallel.world import ALONE, Group
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model reaches on held-out text."""
+    """The scores of a model on held-out text."""
 
     loss: float  # nats per token
     num_tokens: int
-    figures: Mapping[str, float] = field(default_factory=dict)  # what else there is, by name
+    figures: Mapping[str, float] = field(default_factory=dict)  # other scores, by name
     batch_losses: Sequence[float] = ()  # nats per token of each batch, in order
 
     def __getitem__(self, name: str) -> float:
@@ -37,17 +37,17 @@ def evaluate(
     max_batches: int | None = None,
     dp_group: Group = ALONE,
 ) -> Scores:
-    """Score ``model`` on ``held_out``; its train or eval mode is left as it was.
+    """Score ``model`` on ``held_out``; its train or eval mode is restored.
 
-    Bits per byte = mean nats per token x tokens / UTF-8 bytes / ln 2: comparable between
-    tokenizers. ``max_batches`` ends early, for timing. On several processes each scores its share
-    of every batch, and all get the sums.
+    Bits per byte = mean nats per token x tokens / UTF-8 bytes / ln 2, which is comparable between
+    tokenizers. ``max_batches`` ends early, for timing. With several processes each scores its share
+    of every batch, and all return the sums.
     """
     was_training = model.training
     model.eval()
     loss = torch.zeros((), dtype=torch.float64)
     correct = tokens = 0
-    batches: list[float] = []  # of each the loss, then the tokens
+    batches: list[float] = []  # loss and tokens of each, alternating
     try:
         for number, batch in enumerate(held_out.batches(batch_size, max_tokens)):
             if max_batches is not None and number >= max_batches:

@@ -146,7 +146,7 @@ def test_overfitting_repeats_two_batches(course: Courses) -> None:
 
 
 @pytest.mark.parametrize(("name", "factor"), [("lr_x10", 10), ("lr_x30", 30), ("tiny_lr", 0.01)])
-def test_the_rate_is_another_and_is_told_so(
+def test_the_rate_is_another_and_is_reported_so(
     make_trainer: MakeTrainer, name: str, factor: float
 ) -> None:
     one = Course(make_trainer, CASES[name]())

@@ -20,7 +20,7 @@ def norms(num_steps: int = 300) -> list[float]:
 
 
 def test_zclip_is_the_algorithm_of_the_paper() -> None:
-    """Algorithm 1 of arXiv:2504.02507, with reciprocal clipping, written anew in ten lines."""
+    """Algorithm 1 of arXiv:2504.02507, with reciprocal clipping, written again in ten lines."""
     guard = controller_of(CONTROLLERS / "zclip.py")()
     values = norms()
     mean, variance = np.mean(values[:25]), np.var(values[:25])
@@ -83,7 +83,7 @@ def test_none_has_nothing_to_say() -> None:
 
 
 @pytest.mark.parametrize("name", ["zclip", "skip_step"])
-def test_a_guard_goes_on_from_its_state(name: str) -> None:
+def test_a_guard_continues_from_its_state(name: str) -> None:
     make = controller_of(CONTROLLERS / f"{name}.py")
     values = norms()
     for cut in (10, 150):

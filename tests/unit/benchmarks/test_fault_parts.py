@@ -1,4 +1,4 @@
-"""Faults and controllers from files, the plan of runs, and what is told of a mistake in them."""
+"""Faults and controllers from files, the plan of runs, and the messages of mistakes in them."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ FAULT = Mine
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
         ("x = 1", "does not say what its FAULT is. Write in it: class MyFault(Fault)"),
         ("FAULT = 3", "is 3, and no class derived from fault_injection.Fault"),
@@ -33,18 +33,20 @@ FAULT = Mine
         (None, "there is no file"),
     ],
 )
-def test_a_file_that_is_no_fault_is_told_so(tmp_path: Path, text: str | None, told: str) -> None:
+def test_a_file_that_is_no_fault_is_reported_so(
+    tmp_path: Path, text: str | None, reported: str
+) -> None:
     file = tmp_path / "mine.py"
     if text is not None:
         file.write_text(text)
     with pytest.raises(UltrathinkError) as caught:
         known_faults([file])
-    assert told in str(caught.value)
+    assert reported in str(caught.value)
     assert str(file) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "told"),
+    ("name", "text", "reported"),
     [
         ("mine.py", "x = 1", "does not say what its CONTROLLER is"),
         ("mine.py", "CONTROLLER = 3", "nothing that makes a controller when called"),
@@ -53,15 +55,15 @@ def test_a_file_that_is_no_fault_is_told_so(tmp_path: Path, text: str | None, to
         ("mine.py", None, "there is no file"),
     ],
 )
-def test_a_file_that_is_no_controller_is_told_so(
-    tmp_path: Path, name: str, text: str | None, told: str
+def test_a_file_that_is_no_controller_is_reported_so(
+    tmp_path: Path, name: str, text: str | None, reported: str
 ) -> None:
     file = tmp_path / name
     if text is not None:
         file.write_text(text)
     with pytest.raises(UltrathinkError) as caught:
         known_controllers([file])
-    assert told in str(caught.value)
+    assert reported in str(caught.value)
 
 
 def test_files_of_others_stand_beside_ours(tmp_path: Path) -> None:
@@ -74,7 +76,7 @@ def test_files_of_others_stand_beside_ours(tmp_path: Path) -> None:
     assert set(names) == {"none", "fixed_clip", "zclip", "skip_step", "orchestrator", "steady"}
 
 
-def test_a_name_there_is_not_is_told_with_the_nearest() -> None:
+def test_a_name_there_is_not_is_reported_with_the_nearest() -> None:
     with pytest.raises(UltrathinkError, match=r"'lr_10x' is no fault\. Did you mean 'lr_x10'"):
         chosen(["lr_10x"], known_faults(), "fault")
 

@@ -152,7 +152,7 @@ def test_detectors_are_scored_over_bare_runs() -> None:
     assert figures["faults"]["a"]["kinds"] == ["divergence"]
 
 
-def test_resources_are_told_in_time_and_memory() -> None:
+def test_resources_are_reported_in_time_and_memory() -> None:
     twin = Run("none", 0, "dense", 2.0, 10, is_twin=True, seconds=10, memory_growth_gib=0.1)
     slow = Run("none", 0, "dense", 2.0, 10, (), "slow", "resources", 5, seconds=25)
     dead = replace(slow, fault="dead", loss=None, died="MemoryError: no")

@@ -60,7 +60,7 @@ def test_a_save_is_an_outcome_with_all_that_a_save_does(run: RunFolder) -> None:
     assert threads_of_savers() == []
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(run: RunFolder) -> None:
+def test_training_continues_while_a_checkpoint_is_written(run: RunFolder) -> None:
     saver = CheckpointSaver(run, keep=2)
     held = Held(state(1))
     saver.submit(1, held, is_best=False)
@@ -173,7 +173,7 @@ def test_without_another_thread_a_save_fails_and_raises_nothing(
 # -- a run folder that vanishes -------------------------------------------------------------------
 
 
-def test_a_vanished_run_folder_is_made_anew_and_reported(run: RunFolder) -> None:
+def test_a_vanished_run_folder_is_created_again_and_reported(run: RunFolder) -> None:
     (run.tokenizer).mkdir()
     (run.tokenizer / "tokenizer.json").write_text("{}")
     saver = CheckpointSaver(run, keep=2)
@@ -199,7 +199,7 @@ def test_a_vanished_run_folder_is_made_anew_and_reported(run: RunFolder) -> None
 # -- giving up ------------------------------------------------------------------------------------
 
 
-def test_a_save_that_is_given_up_ends_in_a_moment_and_leaves_nothing(
+def test_an_abandoned_save_ends_in_a_moment_and_leaves_nothing(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ultrathink.checkpoint.saver._EXIT_S", 0.01)

@@ -198,7 +198,7 @@ def test_a_named_step_has_to_be_sound_itself(three: RunFolder) -> None:
 def test_where_none_is_sound_all_are_named(three: RunFolder) -> None:
     for step in (1, 2, 3):
         empty(three.step_path(step) / "state.json")
-    with pytest.raises(DamagedCheckpointError, match="Begin a run like it") as caught:
+    with pytest.raises(DamagedCheckpointError, match="Start a new run like it") as caught:
         three.sound_checkpoint()
     for step in (1, 2, 3):
         assert f"step_0000000{step}: state.json has 0 bytes" in str(caught.value)

@@ -17,13 +17,13 @@ from tests.unit.checkpoint.disks import hidden, state, value_of
 from ultrathink.checkpoint.format import load_checkpoint, save_checkpoint, verify_checkpoint
 from ultrathink.checkpoint.snapshots import (
     SNAPSHOTS,
-    Carried,
+    EmbeddedSnapshot,
     SnapshotWriter,
     problems_of_snapshots,
     snapshot_path,
 )
-from ultrathink.core.pieces import Piece
-from ultrathink.core.team import Team
+from ultrathink.core.shards import TensorShard
+from ultrathink.core.store import SharedStore
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.listing import size_on_disk
 
@@ -32,18 +32,20 @@ def saved(
     run: RunFolder,
     writer: SnapshotWriter,
     step: int,
-    *carried: Carried,
-    team: Team | None = None,
+    *embedded: EmbeddedSnapshot,
+    store: SharedStore | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Path:
-    content = {**state(step), SNAPSHOTS: [one.step for one in carried]}
+    content = {**state(step), SNAPSHOTS: [one.step for one in embedded]}
     return run.save(
         step,
         content,
         is_best=False,
         keep=9,
-        team=team,
-        write=partial(save_checkpoint, check=check, team=team, add=partial(writer.write, carried)),
+        store=store,
+        write=partial(
+            save_checkpoint, check=check, store=store, add=partial(writer.write, embedded)
+        ),
     )
 
 
@@ -56,7 +58,7 @@ def writer(run: RunFolder) -> SnapshotWriter:
     return SnapshotWriter(run.checkpoints)
 
 
-ONE, TWO = Carried(1, 10, state(10)), Carried(2, 20, state(20))
+ONE, TWO = EmbeddedSnapshot(1, 10, state(10)), EmbeddedSnapshot(2, 20, state(20))
 
 
 def test_what_an_earlier_checkpoint_holds_is_linked(run: RunFolder, writer: SnapshotWriter) -> None:
@@ -81,7 +83,7 @@ def test_the_same_step_of_another_history_is_not_taken_for_it(
     run: RunFolder, writer: SnapshotWriter
 ) -> None:
     saved(run, writer, 25, ONE)
-    folder = saved(run, SnapshotWriter(run.checkpoints), 35, Carried(7, 10, state(11)))
+    folder = saved(run, SnapshotWriter(run.checkpoints), 35, EmbeddedSnapshot(7, 10, state(11)))
     assert value_of(load_checkpoint(snapshot_path(folder, 10))) == 11
     another = saved(run, writer, 45, ONE)
     assert value_of(load_checkpoint(snapshot_path(another, 10))) == 10
@@ -125,7 +127,7 @@ def test_a_snapshot_that_was_read_is_linked_by_another_process(
     first = saved(run, writer, 25, ONE)
     later = SnapshotWriter(run.checkpoints)
     later.note(4, snapshot_path(first, 10))
-    second = saved(run, later, 35, Carried(4, 10, state(10)))
+    second = saved(run, later, 35, EmbeddedSnapshot(4, 10, state(10)))
     assert inodes(snapshot_path(first, 10)) == inodes(snapshot_path(second, 10))
 
 
@@ -154,14 +156,14 @@ def test_a_save_that_ends_among_them_leaves_nothing(run: RunFolder, writer: Snap
     assert problems_of_snapshots(saved(run, writer, 25, ONE, TWO), {SNAPSHOTS: [10, 20]}) == {}
 
 
-def half(rank: int, step: int) -> Carried:
+def half(rank: int, step: int) -> EmbeddedSnapshot:
     """What a process of two holds of a snapshot."""
-    piece = Piece(torch.full((4,), float(step)), (4 * rank,), (8,), torch.float32)
-    return Carried(step, step, {"model": {"w": piece}, "progress": {"step": step}})  # type: ignore[dict-item]
+    shard = TensorShard(torch.full((4,), float(step)), (4 * rank,), (8,), torch.float32)
+    return EmbeddedSnapshot(step, step, {"model": {"w": shard}, "progress": {"step": step}})  # type: ignore[dict-item]
 
 
-class Board:
-    """The team of threads; nobody gives up waiting."""
+class ThreadStore:
+    """The store of threads; nobody gives up waiting."""
 
     def __init__(self, rank: int, size: int, values: dict[str, Any]) -> None:
         self.rank, self.size, self.values = rank, size, values
@@ -178,12 +180,12 @@ class Board:
         return [self.values[key] for key in keys]
 
     def forget(self, keys: Sequence[str]) -> None:
-        """They stay."""
+        """Keys stay."""
 
 
 @pytest.mark.parametrize("fails", [None, 0, 1])
 def test_processes_write_them_together_or_none_does(run: RunFolder, fails: int | None) -> None:
-    board: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     outcomes: dict[int, str] = {}
     run.checkpoints.mkdir(exist_ok=True)
 
@@ -191,7 +193,7 @@ def test_processes_write_them_together_or_none_does(run: RunFolder, fails: int |
         writer = SnapshotWriter(run.checkpoints)
 
         def check() -> None:
-            if rank == fails and "snapshots to write" in board:
+            if rank == fails and "snapshots to write" in values:
                 raise OSError(errno.ENOSPC, "no room")
 
         try:
@@ -200,7 +202,7 @@ def test_processes_write_them_together_or_none_does(run: RunFolder, fails: int |
                 writer,
                 25,
                 *(half(rank, step) for step in (10, 20)),
-                team=Board(rank, 2, board),
+                store=ThreadStore(rank, 2, values),
                 check=check,
             )
             outcomes[rank] = "written"

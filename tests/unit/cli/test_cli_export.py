@@ -103,7 +103,7 @@ def test_a_trained_run_is_exported_as_it_is(tmp_path: Path, say: Say, capsys: Ou
             torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, atol=1e-5, rtol=1e-5)
     assert isinstance(tokenizer, ByteTokenizer)
     assert AutoTokenizer.from_pretrained(place).encode("é") == [0xC3, 0xA9]
-    assert f"{place} is there already" in say("export", run.path, "--output", place, status=2)
+    assert f"{place} exists already" in say("export", run.path, "--output", place, status=2)
 
     weights = next((run.checkpoints / "last").resolve().glob("model-00001*"))
     weights.write_bytes(b"\0" * weights.stat().st_size)

@@ -46,7 +46,7 @@ MISTAKES = {
     "export a --format onnx": "invalid choice: 'onnx'",
     "export a --dtype int8": "invalid choice: 'int8'",
     "export a@4 --checkpoint last": "both name a checkpoint; give one",
-    "runs nowhere": "there is no folder nowhere. Runs are kept in runs/",
+    "runs nowhere": "there is no folder nowhere. Runs are in runs/",
     "runs runs/a": "to check it: ultrathink runs check runs/a",
     "runs --data": "--data belongs to a check: ultrathink runs check",
     "runs chek a": "runs check a",

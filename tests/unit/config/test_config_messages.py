@@ -51,12 +51,12 @@ MESSAGES = {
     "0.9]): should be a number.",
     "training.optimizer.betas=[0.9, 2]": "betas.1 = 2 (override training.optimizer.betas=[0.9, "
     "2]): should be less than 1.",
-    "training.schedule.warmup=1.5": "a share of the run lies between 0 and 1 (0% and 100%), not",
+    "training.schedule.warmup=1.5": "a share of the run is between 0 and 1 (0% and 100%), not",
     "training.schedule.warmup=[1]": "'[1]' is not a length of training; write steps",
     "model.rope_scaling={type: linear}": "model.rope_scaling.factor: a value is needed here. (How",
     # An unknown part with the known ones.
     "training.optimizer=admw": "training.optimizer (override): there is no optimizer called "
-    "'admw'. Did you mean 'adamw'? A part of your own is loaded with --plugin FILE.py.",
+    "'admw'. Did you mean 'adamw'? To load your own parts use --plugin FILE.py.",
     "training.optimizer.type=zz": "there is no optimizer called 'zz'. Known: adamw, muon.",
     "tokenizer=bep": "there is no tokenizer called 'bep'. Did you mean 'bpe'?",
     "data.train=[books]": "there is no data source called 'books'. Known: dummy, jsonl, stdlib, "

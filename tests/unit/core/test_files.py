@@ -2,15 +2,22 @@
 
 import os
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from ultrathink.core.files import (
+    clean_up,
+    new_folder,
     remove_folder,
     replace_folder,
     sync_file,
     sync_folder,
+    temporary_folder,
     write_atomic,
 )
 
@@ -90,10 +97,72 @@ def test_a_folder_is_out_of_sight_before_its_files_are_deleted(
     target = folder(tmp_path / "a", "text")
     seen: list[bool] = []
     real = shutil.rmtree
-    monkeypatch.setattr(
-        shutil, "rmtree", lambda path: (seen.append(target.exists()), real(path))[1]
-    )
-    folder(tmp_path / ".a.deleted", "left by a crash")
+
+    def rmtree(path: Path, ignore_errors: bool) -> None:
+        seen.append(target.exists())
+        real(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
     remove_folder(target)
-    assert seen == [True, False]
+    assert seen == [False]
     assert list(tmp_path.iterdir()) == []
+
+
+# -- a writer that does not stop -------------------------------------------------------------------
+
+
+@pytest.fixture
+def keep_writing(tmp_path: Path) -> Iterator[Callable[[Path], None]]:
+    """Starts a process that writes into a folder again and again, wherever that is moved to."""
+    script = """
+import os, sys
+os.chdir(sys.argv[1])
+number = 0
+while os.path.exists(sys.argv[2]):
+    number += 1
+    try:
+        os.makedirs(f"part-{number % 7}", exist_ok=True)
+        open(f"part-{number % 7}/{number % 97}", "w").close()
+        open(f"file-{number % 97}", "w").close()
+    except OSError:
+        pass
+"""
+    go = tmp_path / "go"
+    go.touch()
+    writers: list[subprocess.Popen[bytes]] = []
+
+    def start(place: Path) -> None:
+        writers.append(subprocess.Popen([sys.executable, "-c", script, str(place), str(go)]))
+        while len(list(place.iterdir())) < 20:
+            time.sleep(0.01)
+
+    yield start
+    go.unlink()
+    for writer in writers:
+        assert writer.wait(10) == 0
+
+
+KeepWriting = Callable[[Path], None]
+
+
+def test_cleaning_up_never_fails(tmp_path: Path, keep_writing: KeepWriting) -> None:
+    for _ in range(5):
+        with temporary_folder() as place:
+            keep_writing(place)
+    clean_up(tmp_path / "missing")
+
+
+def test_a_folder_is_removed_and_replaced_while_it_is_written_to(
+    tmp_path: Path, keep_writing: KeepWriting
+) -> None:
+    removed, replaced = folder(tmp_path / "a", "old"), folder(tmp_path / "b", "old")
+    for place in (removed, replaced):
+        keep_writing(place)
+    remove_folder(removed)
+    assert not removed.exists()
+    for content in ("new", "newer"):  # the second finds what the first could not delete
+        replace_folder(folder(tmp_path / "new", content), replaced)
+        assert (replaced / "file").read_text() == content
+    with new_folder(replaced) as filled:
+        (filled / "file").write_text("newest")
+    assert [path.name for path in replaced.iterdir()] == ["file"]

@@ -204,7 +204,7 @@ def test_how_a_text_ends(script: Any, expected: str, reason: str) -> None:
     [
         ("one END two", ("END",), "one ", 7),  # spans three tokens
         ("one EN END", ("END",), "one EN ", 10),  # a false start
-        ("aab", ("ab",), "a", 3),  # starts again inside a false start
+        ("aab", ("ab",), "a", 3),  # restarts inside a false start
         ("abcd", ("bcx", "c"), "ab", 3),  # the other one is the match
         ("x\n\ny", ("\n\n",), "x", 3),
         ("漢字だ", ("字",), "漢", 6),

@@ -221,7 +221,7 @@ def test_choices_are_those_a_trainer_would_make(seen: Diagnosis) -> None:
     chosen = {choice.key: choice for choice in seen.choices}
     assert chosen["training.micro_batch_size"].value == config.training.micro_batch_size
     assert chosen["model.attention.backend"].value == config.model.attention.backend
-    assert chosen["training.device"].reason == "the first of cuda, mps, cpu that is here"
+    assert chosen["training.device"].reason == "the first available of cuda, mps, cpu"
     assert chosen["training.compile"].reason == "set by: preset debug"
 
 

@@ -69,7 +69,7 @@ def test_the_page_has_all_sections(run: RunFolder) -> None:
         *("finished at step 60 of 60", "INITIALIZATION", "rollback", "rule spike"),
         *("confidence 86%", "level 2, medium", "0.003 → 0.0015", "resolved at step 41"),
         *("The loss came back.", "It helped: the interval excludes 0.", "not resolved"),
-        *("It did harm: the interval excludes 0.", "the interval includes 0", "by hand"),
+        *("It hurt: the interval excludes 0.", "the interval includes 0", "by hand"),
         *("4 decisions, 1 of them by hand", "3 decisions audited", "1 alarm among 3 events"),
         *("−0.0120 nats", "[−0.0150, −0.0090]", "training.max_steps", "preset debug"),  # noqa: RUF001
         *("8 experts", "safety", "torch", "data hash", "fp32"),

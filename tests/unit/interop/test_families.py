@@ -252,7 +252,7 @@ def test_experts_that_no_mixtral_has_are_refused(
     config = ModelConfig.model_validate({**changes, "moe": {"groups": GROUPS, **moe}})
     with pytest.raises(ConfigError) as caught:
         choose_family(config)
-    for words in [*said, "A model that is to be exported", "read this run as it is"]:
+    for words in [*said, "To export a model, train it with", "read this run as it is"]:
         assert words in str(caught.value)
 
 
@@ -270,6 +270,6 @@ def test_experts_that_no_mixtral_has_are_refused(
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_positions": 10}}, 128),
     ],
 )
-def test_the_context_length_that_is_told(changes: dict[str, Any], length: int) -> None:
+def test_the_context_length_that_is_reported(changes: dict[str, Any], length: int) -> None:
     config = ModelConfig.model_validate({"vocab_size": 50, **changes})
     assert write_family(config, 128)["max_position_embeddings"] == length

@@ -84,7 +84,7 @@ def test_what_each_failure_says(tmp_path: Path) -> None:
     with serve(tmp_path, []) as endpoint:
         for text, said in {
             "hf:someone/else": "no model of Hugging Face called someone/else; a private one",
-            "hf:someone/gated": "its owner wants to be asked first",
+            "hf:someone/gated": "access is restricted",
             f"hf:{NAME}@nowhere": "the model has no revision 'nowhere'",
             "hf:some--one/else": "the download failed (",
         }.items():

@@ -123,7 +123,7 @@ def test_a_saved_one_comes_back_with_its_companions(tmp_path: Path) -> None:
     assert other.fingerprint != tokenizer.fingerprint
 
 
-def test_a_damaged_one_is_told(tmp_path: Path) -> None:
+def test_a_damaged_one_is_reported(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "there")
     read_tokenizer(tmp_path / "there", {}).save(tmp_path)
     path = tmp_path / "tokenizer.json"
@@ -163,7 +163,7 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     write_definition(tmp_path, words.to_str())
     assert "its decoder (WordPiece) is not one of bytes" in refused({})
     write_definition(tmp_path, "{}")
-    assert "supported are tokenizers over bytes" in refused({})
+    assert "supported are byte-level tokenizers" in refused({})
 
 
 def test_it_is_not_trained() -> None:

@@ -68,11 +68,11 @@ def holding(name: str, value: torch.Tensor) -> Callable[[Path], Any]:
         (without("model.layers.1.mlp.up_proj.weight"), ["has no weight model.layers.1.mlp.up_pro"]),
         (
             holding("model.layers.0.self_attn.q_proj.bias", torch.ones(48)),
-            ["holds model.layers.0.self_attn.q_proj.bias, which no model of its config.json has"],
+            ["holds model.layers.0.self_attn.q_proj.bias, which is not part of the model"],
         ),
         (
             holding("lm_head.weight", torch.ones(8, 48)),
-            ["lm_head.weight is [8, 48], and its config.json makes it [300, 48]"],
+            ["lm_head.weight is [8, 48], but its config.json makes it [300, 48]"],
         ),
         (
             holding("lm_head.weight", torch.ones(300, 48, dtype=torch.int8)),

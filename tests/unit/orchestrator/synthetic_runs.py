@@ -155,7 +155,7 @@ def rising_epochs(rng: np.random.Generator, count: int) -> Columns:
 def hard_batches(rng: np.random.Generator, count: int) -> Columns:
     """One step in two hundred lies far out, by up to a factor of two, and is alone."""
     jumps = np.where(rng.random(count) < 0.005, rng.uniform(0.08, 0.7, count), 0.0)
-    jumps[1:][jumps[:-1] > 0] = 0  # two in a row are told below
+    jumps[1:][jumps[:-1] > 0] = 0  # two in a row are reported below
     return {"loss": law(count) * np.exp(0.01 * rng.standard_normal(count) + jumps)}
 
 
@@ -192,7 +192,7 @@ def rounded(rng: np.random.Generator, count: int) -> Columns:
 
 
 def mixed_lengths(rng: np.random.Generator, count: int) -> Columns:
-    """Small batches of tasks: noise of three kinds, drawn anew each step."""
+    """Small batches of tasks: noise of three kinds, drawn again each step."""
     kinds = rng.choice([0.8, 1.0, 1.3], count)
     return {"loss": law(count) * kinds * np.exp(0.1 * rng.standard_normal(count))}
 

@@ -33,7 +33,7 @@ def test_an_event_begins_where_it_began_but_not_within_the_one_before() -> None:
     assert [(event.step, event.to_step) for event in incidents.events] == [(10, 40), (41, 60)]
 
 
-def test_closed_incidents_do_not_go_on() -> None:
+def test_closed_incidents_do_not_resume() -> None:
     incidents = Incidents()
     incidents.add([Finding(100, "spike", "medium", "x")])
     incidents.close()
@@ -99,8 +99,8 @@ def test_findings_of_a_key_are_one_event_up_to_a_pause_and_events_survive_a_rest
             else:
                 expected.append((*key, number, number))
             ends[key] = number + one.pause
-    told = [(one.kind, one.subject, one.found_at, one.to_step) for one in incidents.events]
-    assert told == expected
+    reported = [(one.kind, one.subject, one.found_at, one.to_step) for one in incidents.events]
+    assert reported == expected
     for key in ends:
         own = [event for event in incidents.events if (event.kind, event.subject) == key]
         assert all(event.step <= event.to_step for event in own)

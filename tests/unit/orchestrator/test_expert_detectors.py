@@ -43,7 +43,9 @@ def test_healthy_groups_are_nothing() -> None:
         ("dropped_tokens", "medium", {"dropped_share": 0.2}),
     ],
 )
-def test_what_lasts_some_steps_is_told(kind: str, severity: str, changed: dict[str, float]) -> None:
+def test_what_lasts_some_steps_is_reported(
+    kind: str, severity: str, changed: dict[str, float]
+) -> None:
     events = found({**figures(**changed), **figures(group="skill")}, kind)
     assert [(event.severity, event.subject) for event in events] == [(severity, "knowledge")]
     assert events[0].found_at == (351 if kind == "dead_expert" else 305)

@@ -116,7 +116,7 @@ def test_forecasts_that_came_due_are_compared_with_what_came() -> None:
     assert watcher.forecast_error > 5 * foreseen
 
 
-def test_what_was_foretold_from_steps_that_were_undone_counts_no_more() -> None:
+def test_what_was_predicted_from_steps_that_were_undone_counts_no_more() -> None:
     def twice(step: int) -> float:
         return 2 * (4 * step**-0.2 + 1)
 

@@ -80,7 +80,7 @@ def test_a_loss_that_stays_high_has_diverged_and_its_new_level_is_what_counts() 
     assert found[-1].step <= 301 + 24  # nothing is said of the new level
 
 
-def test_a_jump_at_the_end_of_a_log_is_told_by_its_size() -> None:
+def test_a_jump_at_the_end_of_a_log_is_reported_by_its_size() -> None:
     loss = steady(400)
     assert watched(signals({"loss": [*loss, loss[-1] * 1.2]})).events[0].severity == "low"
     assert watched(signals({"loss": [*loss, loss[-1] * 3]})).events[0].severity == "medium"
@@ -130,7 +130,7 @@ def test_a_loss_above_that_of_the_start_needs_no_long_baseline() -> None:
     assert event.values == {"loss": pytest.approx(36.0), "start": pytest.approx(11.1)}
 
 
-def test_two_steps_above_the_start_are_told_at_the_end_of_a_log() -> None:
+def test_two_steps_above_the_start_are_reported_at_the_end_of_a_log() -> None:
     assert found({"loss": [3.0, 3.1, 3.05, 7.7]}, "divergence")[0].severity == "low"
     assert found({"loss": [3.0, 3.1, 3.05, 7.7, 7.2]}, "divergence")[0].severity == "medium"
     assert found({"loss": [3.0, 3.1, 3.05, 7.7, 3.1, 7.7, 3.0]}, "divergence") == []

@@ -28,7 +28,7 @@ def test_the_search_at_the_beginning_is_information() -> None:
     falling = [2.0 ** max(32 - step, 12) for step in range(300)]
     (event,) = found({"loss_scale": falling}, "fp16_overflow")
     assert event.severity == "info"
-    assert "first search" in event.message
+    assert "initial search" in event.message
 
 
 def test_a_scale_far_below_its_usual_value_is_an_alarm() -> None:
@@ -55,8 +55,8 @@ def test_many_steps_left_out_are_an_alarm(share: float, severities: set[str]) ->
     assert {event.severity for event in events} <= severities
 
 
-def test_steps_left_out_at_the_beginning_and_counts_anew_are_no_alarm() -> None:
+def test_steps_left_out_at_the_beginning_and_counts_again_are_no_alarm() -> None:
     events = found({"skipped_steps": np.minimum(np.arange(300), 20)}, "skipped_steps")
     assert {event.severity for event in events} == {"info"}
-    anew = np.where(np.arange(300) < 150, 40, 0)
-    assert found({"skipped_steps": anew}, "skipped_steps") == []
+    again = np.where(np.arange(300) < 150, 40, 0)
+    assert found({"skipped_steps": again}, "skipped_steps") == []

@@ -36,7 +36,7 @@ NOISE = np.random.default_rng(0).standard_normal(500)
         2.7 + 0.08 * np.maximum(32 - STEPS, 0) + 0.01 * NOISE,
         np.where(STEPS < 200, 2.0, 1.5) * np.exp(0.014 * NOISE),
     ],
-    ids=["goes on", "a power law", "slows down", "the first of a run", "at once"],
+    ids=["continues", "a power law", "slows down", "the first of a run", "at once"],
 )
 def test_another_fall_is_no_plateau(loss: Floats) -> None:
     assert found({"loss": loss}, "plateau") == []

@@ -96,7 +96,7 @@ def test_sources_that_rise_together_or_a_little_are_not_forgotten() -> None:
 
 
 @pytest.mark.parametrize("name", ["accuracy", "val_accuracy"])
-def test_an_accuracy_that_falls_and_stays_is_told(name: str) -> None:
+def test_an_accuracy_that_falls_and_stays_is_reported(name: str) -> None:
     rng = np.random.default_rng(0)
     accuracy = 0.8 + 0.01 * rng.standard_normal(120)
     accuracy[80:] = 0.4

@@ -126,8 +126,8 @@ def test_no_input_is_too_odd(data: st.DataObject) -> None:
         st.lists(st.tuples(st.integers(-3, 40), *[ANY for _ in names]), min_size=1, max_size=30)
     )
     for step, *values in rows * data.draw(st.sampled_from([1, 6])):
-        told = watcher.observe(Signals(step, dict(zip(names, values, strict=True))))
-        assert all(event in watcher.events for event in told)
+        reported = watcher.observe(Signals(step, dict(zip(names, values, strict=True))))
+        assert all(event in watcher.events for event in reported)
     watcher.finish()
     json.dumps([watcher.report(), watcher.state_dict()], allow_nan=False)
 
@@ -161,7 +161,7 @@ def test_all_events_of_a_troubled_run_have_finite_figures() -> None:
         assert all(math.isfinite(value) for value in event.values.values())
 
 
-def test_a_resume_is_told_and_spikes_after_it_are_events_of_their_own() -> None:
+def test_a_resume_is_reported_and_spikes_after_it_are_events_of_their_own() -> None:
     loss = steady(400)
     loss[300:304] *= 1.5
     run = list(signals({"loss": loss}))
@@ -208,13 +208,13 @@ def test_a_resume_on_a_steep_curve_is_no_rise(back: int) -> None:
     assert [event.kind for event in watcher.events if event.kind != "hard_batch"] == ["resumed"]
 
 
-def test_events_are_told_when_new_or_graver() -> None:
+def test_events_are_reported_when_new_or_graver() -> None:
     loss = steady(400)
     loss[300:306] *= np.array([1.15, 1.15, 1.9, 1.9, 1.9, 1.9])
-    watcher, told = Watcher(), []
+    watcher, reported = Watcher(), []
     for one in signals({"loss": loss}):
-        told += [(one.step, event.severity) for event in watcher.observe(one)]
-    assert told == [(302, "medium"), (303, "high")]
+        reported += [(one.step, event.severity) for event in watcher.observe(one)]
+    assert reported == [(302, "medium"), (303, "high")]
 
 
 def test_every_detector_is_watched_by_and_remembers() -> None:

@@ -5,7 +5,7 @@ from ultrathink.parallel.timing import JUDGED_STEPS, CommunicationClock, StepTim
 from ultrathink.parallel.world import ALONE
 
 
-def test_the_clock_counts_what_happens_within_and_begins_anew() -> None:
+def test_the_clock_counts_what_happens_within_and_restarts() -> None:
     clock = CommunicationClock()
     with clock.running():
         time.sleep(0.02)

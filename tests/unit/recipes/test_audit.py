@@ -66,7 +66,7 @@ def test_going_back_from_broken_weights_is_found_to_help(
 
 
 def test_a_replay_with_the_decision_is_what_the_run_did(broken: Trainer) -> None:
-    """The first order goes on with the run's own data, so it comes to the run's own loss."""
+    """The first order continues with the run's own data, so it comes to the run's own loss."""
     [record] = [one for one in read_decisions(broken.run.decisions) if one["rule"] == "roll_back"]
     from ultrathink.recipes.audit import _replay
 

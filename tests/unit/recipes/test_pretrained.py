@@ -63,7 +63,7 @@ def load(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mixtral"])
-def test_training_goes_on_from_the_weights_and_they_go_back(
+def test_training_continues_from_the_weights_and_they_go_back(
     load: Load, folder: Path, request: pytest.FixtureRequest, family: str
 ) -> None:
     if family == "mixtral":
@@ -137,11 +137,11 @@ def test_what_the_user_says_of_the_model_must_agree(
     with pytest.raises(ConfigError) as caught:
         adopt_pretrained(load("model.hidden_size=64", "model.num_layers=3", "tokenizer=byte"))
     message = str(caught.value)
-    assert f"training.init_from=hf:{folder} holds another model" in message
+    assert f"training.init_from=hf:{folder} is another model" in message
     assert "model.hidden_size is 64 (override model.hidden_size=64), the checkpoint's 48" in message
     assert "model.num_layers is 3 (override model.num_layers=3), the checkpoint's 2" in message
     assert "tokenizer is byte (override tokenizer=byte), the checkpoint has its own" in message
-    assert "Leave these keys out" in message
+    assert "Remove these keys" in message
     file = tmp_path / "mine.yaml"
     file.write_text(
         "model: {hidden_size: 48, rope_theta: 10000.0, rope_scaling: null}\n"
@@ -272,7 +272,7 @@ def test_other_experts_than_the_checkpoints_are_refused(load: Load, mixtral: Pat
     with pytest.raises(ConfigError) as caught:
         adopt_pretrained(load(groups, "model.moe.shared_size=16", "model.moe.score=softmax"))
     message = str(caught.value)
-    assert f"training.init_from=hf:{mixtral} holds another model" in message
+    assert f"training.init_from=hf:{mixtral} is another model" in message
     assert f"model.moe.groups is 4 top-1 (override {groups}), the checkpoint's 4 top-2" in message
     assert "model.moe.shared_size is 16 (override model.moe.shared_size=16), the" in message
     assert "score" not in message

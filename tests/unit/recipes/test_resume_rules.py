@@ -66,16 +66,18 @@ def test_every_option_is_refused_or_applied_as_declared(run: RunFolder) -> None:
             with pytest.raises(UltrathinkError) as caught:
                 plan(run, override)
             said = str(caught.value)
-            assert said.startswith(f"{key} cannot change to {wanted} in a run that is "), key
-            assert f": {rule.because}; begin a new run with it: " in said, key
-            assert f"train CONFIG {override} (training.init_from={run.path} takes" in said, key
+            assert said.startswith(f"{key} cannot change to {wanted} in a resumed run: "), key
+            assert f": {rule.because}; start a new run with it: " in said, key
+            assert f"train CONFIG {override} (with training.init_from={run.path} " in said, key
             continue
         made = plan(run, override, *(("optimizer",) if key == "training.optimizer" else ()))
         changes = [one for one in made.changes if f"{key}.".startswith(f"{one.key}.")]
-        told = [text for text, _ in made.remarks if text.startswith(f"changed after step 4: {key}")]
+        reported = [
+            text for text, _ in made.remarks if text.startswith(f"changed after step 4: {key}")
+        ]
         assert bool(changes) == rule.is_compared, key
         assert all(change.felt == (rule.rule == "felt") for change in changes), key
-        assert bool(told) == (rule.rule == "felt" and key in {one.key for one in changes}), key
+        assert bool(reported) == (rule.rule == "felt" and key in {one.key for one in changes}), key
         if rule.is_place:
             assert flatten(made.config.model_dump(mode="json"))[key] == wanted
     assert min(tried.values()) > 15, tried
@@ -147,6 +149,6 @@ def test_what_is_free_is_applied_silently_and_what_is_felt_on_record(
     }
     details = [one.detail for one in check_run(run).findings if one.item == "segments.jsonl"]
     assert len(details) == 1
-    assert "training felt changes: after step 8 " in details[0]
+    assert "changes that affect training: after step 8 " in details[0]
     assert "training.clip: 1.0 -> 0.5" in details[0]
     assert "log_every" not in details[0]

@@ -72,7 +72,7 @@ def test_every_start_is_a_segment_of_the_run(run: RunFolder) -> None:
     assert config.origin("training.optimizer.lr") == "override training.optimizer.lr=0.005"
 
 
-def test_a_run_that_dies_right_after_a_change_goes_on_with_it(
+def test_a_run_that_dies_right_after_a_change_continues_with_it(
     run: RunFolder, make_trainer: MakeTrainer
 ) -> None:
     dead = resume_trainer(run, overrides=["training.optimizer.lr=0.005"], reset=["optimizer"])
@@ -86,7 +86,7 @@ def test_a_run_that_dies_right_after_a_change_goes_on_with_it(
     assert without_time(records(run)) == without_time(records(whole))
 
 
-def test_an_earlier_checkpoint_goes_on_as_it_was(make_trainer: MakeTrainer) -> None:
+def test_an_earlier_checkpoint_continues_as_it_was(make_trainer: MakeTrainer) -> None:
     run = stopped(make_trainer, "training.checkpoint={every_steps: 2, keep: 9}").run
     trainer = resume_trainer(run, overrides=["training.optimizer.lr=0.005"])
     trainer.fit()
@@ -156,7 +156,7 @@ def test_another_length_counts_what_was_done(
     assert resumed.progress.step == total
 
 
-def test_a_finished_run_goes_on_when_it_is_given_more(make_trainer: MakeTrainer) -> None:
+def test_a_finished_run_continues_when_it_is_given_more(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("training.max_steps=6", "training.schedule={type: cosine, warmup: 1}")
     trainer.fit()
     plan = plan_resume(trainer.run)
@@ -220,7 +220,7 @@ def test_reset_optimizer_forgets_its_moments(run: RunFolder) -> None:
     assert any("momentum" in name for name in final_state(run))
 
 
-def test_other_mixture_weights_go_on_where_each_source_stands(make_trainer: MakeTrainer) -> None:
+def test_other_mixture_weights_continue_where_each_source_stands(make_trainer: MakeTrainer) -> None:
     two = "data.train=[{type: dummy, name: a, weight: 1}, {type: dummy, name: b, seed: 5}]"
     run = stopped(make_trainer, two).run
     trainer = resume_trainer(run, overrides=["data.train.0.weight=3"])
@@ -279,14 +279,14 @@ def test_a_moved_run_folder_resumes_bit_for_bit(
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-def test_another_machine_is_told(run: RunFolder) -> None:
+def test_another_machine_is_reported(run: RunFolder) -> None:
     line = json.loads(run.segments.read_text())
     line["environment"]["hardware"]["cpu"] = "Another Processor 9000"
     run.segments.write_text(json.dumps(line) + "\n")
     recorder = Recorder()
     resume_trainer(run, callbacks=[recorder]).fit()
-    [told] = [text for text in recorder.messages if "not bit for bit" in text]
-    assert "processor Another Processor 9000 -> " in told
+    [reported] = [text for text in recorder.messages if "not bit for bit" in text]
+    assert "processor Another Processor 9000 -> " in reported
 
 
 def test_a_run_without_a_checkpoint_begins_again_in_its_folder(make_trainer: MakeTrainer) -> None:

@@ -101,7 +101,7 @@ def test_it_is_refused_by_default_and_the_run_left_as_it_was(
 
 
 @pytest.mark.parametrize(("damage", "named"), DAMAGE)
-def test_keep_goes_on_bit_for_bit_with_the_tokens_of_then(
+def test_keep_continues_bit_for_bit_with_the_tokens_of_then(
     run: RunFolder, whole: RunFolder, books: Path, damage: Damage, named: str
 ) -> None:
     damage(books)
@@ -142,7 +142,7 @@ def test_a_checkpoint_from_before_a_rebuild_still_knows_its_text(
 
 
 @pytest.mark.parametrize("cut", [True, False], ids=["truncated", "one-bit-flipped"])
-def test_a_damaged_token_cache_is_built_again_and_told(
+def test_a_damaged_token_cache_is_built_again_and_reported(
     run: RunFolder, whole: RunFolder, tmp_path: Path, cut: bool
 ) -> None:
     damaged = sorted((tmp_path / "cache" / "tokens").glob("*/tokens.bin"))
@@ -153,12 +153,12 @@ def test_a_damaged_token_cache_is_built_again_and_told(
         path.write_bytes(data[: len(data) // 2] if cut else data)
     recorder = Recorder()
     resume_trainer(run, callbacks=[recorder]).fit()
-    told = [text for text in recorder.messages if "was rebuilt" in text]
-    assert len(told) >= 2
+    reported = [text for text in recorder.messages if "was rebuilt" in text]
+    assert len(reported) >= 2
     assert_same(run, whole)
 
 
-def test_other_validation_text_lets_the_order_go_on(
+def test_other_validation_text_lets_the_order_continue(
     make_trainer: MakeTrainer, run: RunFolder, whole: RunFolder, tmp_path: Path
 ) -> None:
     held_out = tmp_path / "held_out.txt"

@@ -93,15 +93,15 @@ def test_a_file_that_is_gone_is_named(run: RunFolder, name: str) -> None:
     assert damage(check_run(run, "6"))[LAST].startswith(f"{name} is missing")  # half written
 
 
-def test_a_checkpoint_of_another_step_or_run_is_told_from_its_state(run: RunFolder) -> None:
-    def told(part: str, **values: Any) -> str:
+def test_a_checkpoint_of_another_step_or_run_is_recognized_by_its_state(run: RunFolder) -> None:
+    def reported(part: str, **values: Any) -> str:
         rewrite_state(run.checkpoint(6), lambda content: content["state"].update({part: values}))
         return damage(check_run(run))[LAST]
 
     other = "it was made with another tokenizer (hash 000000000000)"
-    assert told("identity", tokenizer_hash="0" * 64) == other
-    assert told("progress", step=5) == "it holds step 5, not 6"
-    assert told("progress").startswith("its state.json does not say of what step")
+    assert reported("identity", tokenizer_hash="0" * 64) == other
+    assert reported("progress", step=5) == "it holds step 5, not 6"
+    assert reported("progress").startswith("its state.json does not name its step")
 
 
 def test_a_checkpoint_that_does_not_fit_the_configuration(run: RunFolder) -> None:
@@ -137,7 +137,7 @@ def test_a_tokenizer_that_is_gone_damaged_or_another(run: RunFolder) -> None:
     manifest = json.loads(run.manifest.read_text())
     run.manifest.write_text(json.dumps({**manifest, "tokenizer_hash": "0" * 64}))
     check = check_run(run)
-    assert "it is another than the run was made with" in damage(check)["tokenizer"]
+    assert "it is not the tokenizer of the run" in damage(check)["tokenizer"]
     assert not check.can_resume
     meta = run.tokenizer / "tokenizer_meta.json"
     meta.write_text(meta.read_text()[:-9])
@@ -190,19 +190,19 @@ def test_one_checkpoint_alone(run: RunFolder) -> None:
         check_run(run, "5")
 
 
-def test_a_run_that_goes_on_is_not_taken_for_damaged(run: RunFolder) -> None:
+def test_a_run_that_continues_is_not_taken_for_damaged(run: RunFolder) -> None:
     """Checkpoints are written and dropped while they are checked."""
     state: dict[str, Any] = dict(load_checkpoint(run.checkpoint(6)))
     is_over = threading.Event()
 
-    def go_on() -> None:
+    def resume() -> None:
         for step in itertools.count(7):
             state["progress"]["step"] = step
             run.save(step, state, is_best=step % 3 == 0, keep=1)
             if is_over.is_set():
                 return
 
-    saving = threading.Thread(target=go_on)
+    saving = threading.Thread(target=resume)
     with RunLock.acquire(run):
         saving.start()
         try:

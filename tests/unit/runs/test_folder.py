@@ -103,7 +103,7 @@ def test_going_back_hides_before_it_deletes(
         save(run, step, keep=9)
     (run.step_path(2) / "checksums.json").unlink()  # partial ones go as well
 
-    def killed(path: Path) -> None:
+    def killed(path: Path, ignore_errors: bool) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -186,7 +186,7 @@ def test_a_best_checkpoint_is_known_though_killed_before_its_link(run: RunFolder
 # -- what a run is founded on ---------------------------------------------------------------------
 
 
-def test_a_vanished_run_folder_is_made_anew(run: RunFolder) -> None:
+def test_a_vanished_run_folder_is_created_again(run: RunFolder) -> None:
     run.tokenizer.mkdir()
     small = ("data.json", "manifest.json", "segments.jsonl", "tokenizer/a.json", "tokenizer/b.bin")
     for name in small:

@@ -34,7 +34,7 @@ def as_before(content: dict[str, Any]) -> None:
     content["format"] = 1
 
 
-def told(command: tuple[str, ...], run: Path, capsys: Out) -> list[str]:
+def reported(command: tuple[str, ...], run: Path, capsys: Out) -> list[str]:
     """The lines that a command fails with."""
     capsys.readouterr()
     assert main([word.format(run=run) for word in command]) == 2
@@ -48,13 +48,13 @@ def test_checkpoints_and_runs_of_an_earlier_version_are_refused_in_a_sentence(
     assert manifest.pop("kind") == "train"
     rewrite_state(RunFolder(run).checkpoint("last"), as_before)
     for command in COMMANDS:
-        [line] = told(command, run, capsys)
+        [line] = reported(command, run, capsys)
         assert "was written by an earlier version of ultrathink" in line, command
     assert main(["runs", str(run.parent)]) == 0
     assert "was written by an earlier version" in capsys.readouterr().out
     (run / "manifest.json").write_text(json.dumps(manifest))
     (run / "config.yaml").write_text("what: {it: knew}\n")  # its options are not looked at
-    [line] = told(COMMANDS[0], run, capsys)
+    [line] = reported(COMMANDS[0], run, capsys)
     assert f"run {run} was written by an earlier version of ultrathink" in line
 
 
@@ -62,16 +62,16 @@ def test_another_kind_is_refused_in_a_sentence(run: Path, capsys: Out) -> None:
     adapter = {"kind": "adapter", "base": "0123456789abcdef"}
     rewrite_state(RunFolder(run).checkpoint("last"), lambda content: content.update(adapter))
     for command in COMMANDS[:-1]:
-        [line] = told(command, run, capsys)
+        [line] = reported(command, run, capsys)
         assert "is of kind 'adapter', made for the model 0123456789ab," in line, command
-        assert "needs one of kind 'model'" in line
+        assert "needs kind 'model'" in line
     assert main(["checkpoint", "info", str(run), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["kind"], shown["base"]) == ("adapter", "0123456789abcdef")
     manifest = json.loads((run / "manifest.json").read_text())
     (run / "manifest.json").write_text(json.dumps({**manifest, "kind": "serve"}))
-    [line] = told(COMMANDS[0], run, capsys)
-    assert "is of kind 'serve', and this command needs one of kind 'train'" in line
+    [line] = reported(COMMANDS[0], run, capsys)
+    assert "is of kind 'serve', but this command needs kind 'train'" in line
 
 
 def test_a_checkpoint_says_what_it_is(tmp_path: Path) -> None:

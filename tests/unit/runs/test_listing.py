@@ -81,10 +81,10 @@ LAST = "checkpoints/step_00000010"
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        (f"{LAST}/*.safetensors", "cut", f"{LAST} is not whole"),
+        (f"{LAST}/*.safetensors", "cut", f"{LAST} is incomplete"),
         (f"{LAST}/state.json", "{", f"{LAST} is damaged: state.json cannot be read"),
         (f"{LAST}/state.json", None, f"{LAST} is not a checkpoint: it has no state.json"),
-        (f"{LAST}/checksums.json", None, f"{LAST} is not whole"),
+        (f"{LAST}/checksums.json", None, f"{LAST} is incomplete"),
         ("config.yaml", None, "config.yaml is missing"),
         ("config.yaml", "training: [", "config.yaml is damaged"),
         ("config.yaml", "model: {}\n", "config.yaml has no section training"),
@@ -106,7 +106,7 @@ def test_a_state_that_does_not_say_how_far_it_is(tmp_path: Path) -> None:
     run.save(10, {"progress": None}, is_best=False, keep=1)
     found = summary(run)
     assert found.state == "damaged"
-    assert found.problem == "its last checkpoint does not say how far it is"
+    assert found.problem == "its last checkpoint has no progress"
 
 
 def test_metrics_that_cannot_be_read_are_said_and_no_damage(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_what_is_no_run_is_not_listed(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_or_is_a_run(tmp_path: Path) -> None:
-    with pytest.raises(UltrathinkError, match=r"there is no folder .*nowhere\. Runs are kept in"):
+    with pytest.raises(UltrathinkError, match=r"there is no folder .*nowhere\. Runs are in"):
         list_runs(tmp_path / "nowhere", at_its_end)
     run = make_run(tmp_path)
     with pytest.raises(UltrathinkError, match=r"is a run itself.*: ultrathink runs check "):

@@ -57,7 +57,7 @@ def test_torn_lines(run: RunFolder) -> None:
 def test_lines_out_of_order(run: RunFolder) -> None:
     write_lines(run.metrics, train_lines(1, 2, 3, 3, 4, 2, 3, 4))
     assert found(run, logged(run, 1)) == [
-        ("damaged", "line 4 (step 3) follows step 3, and so 1 more")
+        ("damaged", "line 4 (step 3) follows step 3, and 1 more like it")
     ]
 
 

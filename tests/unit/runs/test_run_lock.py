@@ -53,7 +53,7 @@ def holding_pid(run: RunFolder) -> int | None:
     return owner.pid if owner is not None else None
 
 
-def test_a_second_process_is_told_who_holds_the_run(run: RunFolder) -> None:
+def test_a_second_process_learns_who_holds_the_run(run: RunFolder) -> None:
     files = sorted(run.path.iterdir())
     assert holder(run) is None
     assert sorted(run.path.iterdir()) == files  # asking leaves no trace
@@ -70,7 +70,7 @@ def test_a_second_process_is_told_who_holds_the_run(run: RunFolder) -> None:
         assert str(caught.value) == (
             f"run {run.path} is in use by process {process.pid} on host {owner.host}, since "
             f"{since}; wait for it or stop it (kill {process.pid}). "
-            f"Two processes in one run folder would spoil it."
+            f"Two processes in one run folder would corrupt it."
         )
         assert process.poll() is None
 
@@ -179,7 +179,7 @@ def test_an_owner_on_another_machine_is_to_be_stopped_there(run: RunFolder) -> N
             RunLock.acquire(run, timeout_s=0.05)
 
 
-def test_a_run_that_vanished_and_was_made_anew_is_held_again(run: RunFolder) -> None:
+def test_a_run_that_vanished_and_was_created_again_is_held_again(run: RunFolder) -> None:
     files = run.founding()
     with RunLock.acquire(run) as lock:
         lock.renew()  # nothing to do
@@ -193,7 +193,7 @@ def test_a_run_that_vanished_and_was_made_anew_is_held_again(run: RunFolder) -> 
     assert holder(run) is None
 
 
-def test_a_run_that_was_made_anew_may_be_taken_by_another(run: RunFolder) -> None:
+def test_a_run_that_was_created_again_may_be_taken_by_another(run: RunFolder) -> None:
     files = run.founding()
     with RunLock.acquire(run) as lock:
         shutil.rmtree(run.path)

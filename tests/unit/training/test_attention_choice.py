@@ -69,7 +69,7 @@ def test_a_trial_is_made_once_for_each_setting(
     assert len(tried) == 3
 
 
-def test_a_damaged_memory_of_trials_is_made_anew(
+def test_a_damaged_memory_of_trials_is_created_again(
     monkeypatch: pytest.MonkeyPatch, config: Config, tmp_path: Path
 ) -> None:
     tried = trials(monkeypatch, sdpa=1.0, blocks=2.0)

@@ -45,7 +45,11 @@ def test_every_change_goes_through_json() -> None:
         (changes.SkipSamples, 0, "count must be a whole number above 0, not 0"),
         (changes.SetEvaluation, 0, "every_steps must be a whole number above 0, not 0"),
         (changes.Pause, float("inf"), "seconds must be a number above 0, not inf"),
-        (changes.SetMixtureWeights, [0.0], "weights must be numbers of 0 or above, one above it"),
+        (
+            changes.SetMixtureWeights,
+            [0.0],
+            "weights must be numbers of 0 or above, at least one above 0",
+        ),
         (changes.AverageSnapshots, [], "snapshots must be one or more"),
         (
             changes.ReviveExperts,

@@ -170,11 +170,11 @@ def test_the_kernel_of_experts_is_chosen_and_written_down(precision: str) -> Non
     assert choose(asked, None)[0].model.moe.backend == "loop"
 
 
-def test_a_kernel_that_does_not_take_the_precision_is_told() -> None:
+def test_a_kernel_that_does_not_take_the_precision_is_reported() -> None:
     config = load_config(
         "debug", [EXPERTS, "model.moe.backend=grouped_mm", "training.precision=fp64"]
     )
-    with pytest.raises(ConfigError, match=r"takes fp32 and bf16, and training\.precision is"):
+    with pytest.raises(ConfigError, match=r"takes fp32 or bf16, but training\.precision is"):
         choose(config, None)
 
 

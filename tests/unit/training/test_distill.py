@@ -155,7 +155,7 @@ def test_a_teacher_is_frozen_and_no_part_of_a_checkpoint(
     assert len(state["identity"]["frozen_hash"]) == 64
 
 
-def test_a_run_goes_on_bit_for_bit_and_only_with_its_teacher(
+def test_a_run_continues_bit_for_bit_and_only_with_its_teacher(
     make_trainer: MakeTrainer, teacher: Path, tmp_path: Path
 ) -> None:
     place = tmp_path / "teacher"
@@ -171,9 +171,11 @@ def test_a_run_goes_on_bit_for_bit_and_only_with_its_teacher(
     place.rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError) as gone:
         resume_trainer(straight.run, "2")
-    told = str(gone.value)
-    assert told.startswith(f"the teacher of this run cannot be read (there is no run '{place}'.")
-    assert told.endswith("give the place where it is now: training.objective.teacher=PLACE.")
+    reported = str(gone.value)
+    assert reported.startswith(
+        f"the teacher of this run cannot be read (there is no run '{place}'."
+    )
+    assert reported.endswith("name its new place: training.objective.teacher=PLACE.")
     moved = resume_trainer(
         straight.run, "2", overrides=[f"training.objective.teacher={tmp_path / 'elsewhere'}"]
     )
@@ -181,7 +183,9 @@ def test_a_run_goes_on_bit_for_bit_and_only_with_its_teacher(
 
     other = make_trainer(*TEACHER, "training.max_steps=1", "run.name=other", "run.seed=10")
     other.fit()
-    with pytest.raises(CheckpointError, match=r"compares the model with changed since the check"):
+    with pytest.raises(
+        CheckpointError, match=r"frozen model of training.objective changed since the check"
+    ):
         resume_trainer(
             straight.run, "2", overrides=[f"training.objective.teacher={other.run.path}"]
         )
@@ -193,7 +197,7 @@ def test_teachers_that_do_not_fit_are_refused(
     with pytest.raises(ConfigError) as larger:
         make_trainer(objective(teacher), "model.vocab_size=300")
     assert str(larger.value) == (
-        f"training.objective.teacher={teacher} has a vocabulary of 257 tokens, and the model one "
+        f"training.objective.teacher={teacher} has a vocabulary of 257 tokens, but the model one "
         f"of 300; set model.vocab_size=257, or name a teacher with the model's vocabulary."
     )
     bpe = ("tokenizer={type: bpe, vocab_size: 300}", "training.max_steps=1")
@@ -201,7 +205,7 @@ def test_teachers_that_do_not_fit_are_refused(
     init = f"training.init_from={tmp_path / 'runs' / 'bpe'}"
     words = (*bpe, "data.train=[{type: dummy, num_documents: 90, num_words: 50}]")
     make_trainer(*words, "run.name=other").fit()
-    with pytest.raises(ConfigError, match=r"has another tokenizer than this run, so that its tok"):
+    with pytest.raises(ConfigError, match=r"has another tokenizer than this run, so its token ids"):
         make_trainer(*bpe, init, objective(tmp_path / "runs" / "other"))
     with pytest.raises(CheckpointError, match=r"^the teacher of this run cannot be read"):
         make_trainer(objective(tmp_path / "nothing"))

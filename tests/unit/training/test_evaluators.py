@@ -43,7 +43,7 @@ class DrawingConfig(EvaluatorConfig):
 
 
 class Drawing(Evaluator):
-    """Draws from every generator, looks around, and fails where it is told to."""
+    """Draws from every generator, looks around, and fails on request."""
 
     def __init__(self, config: DrawingConfig, parts: Any) -> None:
         super().__init__(config)
@@ -176,21 +176,21 @@ def test_scores_are_those_of_the_model_and_go_to_all_who_watch(
     assert row["words/ppl"] == pytest.approx(math.exp(loss), rel=1e-5)
     assert row["words/bits_per_byte"] == pytest.approx(sums / len(WORDS) / math.log(2), rel=1e-5)
     assert 0 < row["samples/tokens"] <= 6
-    told = {name: value for one in seen for name, value in one.having("eval/").items()}
-    assert told["words/loss"] == row["words/loss"]
+    reported = {name: value for one in seen for name, value in one.having("eval/").items()}
+    assert reported["words/loss"] == row["words/loss"]
     assert f"words/loss {row['words/loss']:.4g}" in capsys.readouterr().err
     splits = [record.split for record in RunReader(run).history()]
     assert splits == ["train", "train", "eval", "train", "eval", "val", "eval"]
     assert RunReader(run).last_records().keys() == {"train", "val"}
     log = RunFolderLog(run).signals()
     logged = {name: value for one in log for name, value in one.having("eval/").items()}
-    assert logged == told
+    assert logged == reported
     assert gather(run).evaluated["words/loss"] == [(3, row["words/loss"])]
     assert "<code>words/bits_per_byte</code>" in render(gather(run))
     assert _scalars(run.path / FOLDER)["eval/words/loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_one_that_fails_is_reported_once_and_training_goes_on(
+def test_one_that_fails_is_reported_once_and_training_continues(
     make_trainer: MakeTrainer, text: Path
 ) -> None:
     plain = make_trainer(*STEPS)
@@ -200,10 +200,10 @@ def test_one_that_fails_is_reported_once_and_training_goes_on(
     broken = trainer.evaluators.members[2]
     broken.evaluate = lambda model, step: {"odd": "no number"}  # type: ignore[method-assign,dict-item]
     trainer.fit()
-    told = [text for text in recorder.messages if text.startswith("evaluator ")]
-    assert told == [
+    reported = [text for text in recorder.messages if text.startswith("evaluator ")]
+    assert reported == [
         f"evaluator {name!r} failed at step {step}: ValueError: {problem}; training continues, and "
-        f"it is tried again when it is due"
+        f"it runs again when it is next due"
         for name, step, problem in (
             ("samples", 3, "could not convert string to float: 'no number'"),
             ("drawing", 4, "nothing to draw from"),

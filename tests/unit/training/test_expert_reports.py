@@ -1,4 +1,4 @@
-"""What a run of a mixture of experts tells: in its files, and to who watches."""
+"""What a run of a mixture of experts reports: in its files, and to who watches."""
 
 import json
 from typing import Any
@@ -43,11 +43,11 @@ def test_every_logged_step_has_its_line_and_metrics_tell_the_same_in_short(
     recorder = Recorder()
     trainer = make_trainer(*EXPERTS, "training.log_every=4", callbacks=[recorder])
     trainer.fit()
-    told = lines(trainer.run)
-    assert [line["step"] for line in told] == [1, 4, 8, 9]
+    reported = lines(trainer.run)
+    assert [line["step"] for line in reported] == [1, 4, 8, 9]
     assert [one.step for one in recorder.steps if one.experts is not None] == [1, 4, 8, 9]
     rows = [row for row in records(trainer.run) if row["split"] == "train"]
-    for row, line in zip(rows, told, strict=True):
+    for row, line in zip(rows, reported, strict=True):
         assert line["num_tokens"] == 4 * 32
         assert line["layers"] == [0, 1]
         assert (row["step"], row["time"]) == (line["step"], line["time"])
@@ -83,7 +83,7 @@ def test_commands_that_read_runs_cope(make_trainer: MakeTrainer) -> None:
 def test_a_run_that_broke_off_has_the_same_experts_in_the_end(
     saved: int, make_trainer: MakeTrainer
 ) -> None:
-    """Line for line but for time; and what was told, or was about to be, is told once."""
+    """Line for line but for time; and what was reported, or was about to be, is reported once."""
     options = (*EXPERTS, *UNBALANCED, "training.max_steps=14")
     recorder = Recorder()
     whole = without_expert(make_trainer(*options, callbacks=[Recorder()]), 2)
@@ -101,7 +101,7 @@ def test_a_run_that_broke_off_has_the_same_experts_in_the_end(
     assert len(lines(resumed.run)) == 14
 
 
-def test_dead_experts_are_told_after_warm_up_and_in_the_log(make_trainer: MakeTrainer) -> None:
+def test_dead_experts_are_reported_after_warm_up_and_in_the_log(make_trainer: MakeTrainer) -> None:
     recorder = Recorder()
     options = (
         *EXPERTS,
@@ -110,20 +110,20 @@ def test_dead_experts_are_told_after_warm_up_and_in_the_log(make_trainer: MakeTr
         "training.checkpoint.every_steps=null",
     )
     trainer = without_expert(make_trainer(*options, callbacks=[recorder]), 1)
-    trainer.notify = _noting(trainer, told_at := [])
+    trainer.notify = _noting(trainer, reported_at := [])
     trainer.fit()
     (text,) = [text for text in recorder.messages if "group skill has" in text]
     assert text.startswith("dead_expert at step 200 (medium): group skill has ")
-    assert told_at == [200]  # before, balancing may still be finding its way
+    assert reported_at == [200]  # before, balancing may still be finding its way
     assert f"warning: {text}" in (trainer.run.logs / "run.log").read_text()
 
 
-def _noting(trainer: Trainer, told_at: list[int]) -> Any:
+def _noting(trainer: Trainer, reported_at: list[int]) -> Any:
     notify = trainer.notify
 
     def note(event: str, *details: Any) -> None:
         if event == "on_message" and "group skill has" in details[0]:
-            told_at.append(trainer.progress.step)
+            reported_at.append(trainer.progress.step)
         notify(event, *details)
 
     return note

@@ -49,7 +49,7 @@ def buffers(trainer: Trainer) -> dict[str, Tensor]:
     ],
     ids=["adamw", "muon"],
 )
-def test_a_run_that_broke_off_goes_on_bit_for_bit(
+def test_a_run_that_broke_off_continues_bit_for_bit(
     make_trainer: MakeTrainer, options: tuple[str, ...]
 ) -> None:
     """Noise, warm-up, biases and dropped tokens included."""
@@ -237,12 +237,14 @@ def test_learned_routing_is_not_warmed_up_again(
 def test_weights_of_other_groups_are_refused_though_their_shapes_agree(
     make_trainer: MakeTrainer, two_of_8: RunFolder
 ) -> None:
-    told = "it has the expert groups knowledge 8 + skill 8, and this one"
+    reported = "it has the expert groups knowledge 8 + skill 8, but this one has"
     renamed = TWO_OF_8.replace("skill", "talent")
     for source in (two_of_8.path, consolidate(two_of_8, "last")[0]):
-        with pytest.raises(CheckpointError, match=re.escape(f"{told} the expert groups all 16")):
+        with pytest.raises(
+            CheckpointError, match=re.escape(f"{reported} the expert groups all 16")
+        ):
             make_trainer(f"model.moe={GROUPS_OF_16}", f"training.init_from={source}")
-        with pytest.raises(CheckpointError, match=re.escape(f"{told} no experts")):
+        with pytest.raises(CheckpointError, match=re.escape(f"{reported} no experts")):
             make_trainer(f"training.init_from={source}")
         make_trainer(f"model.moe={renamed}", f"training.init_from={source}").close()
 

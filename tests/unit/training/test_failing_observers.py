@@ -1,4 +1,4 @@
-"""What watches a run may fail, for real: training goes on bit for bit, and the log says so."""
+"""What watches a run may fail, for real: training continues bit for bit, and the log says so."""
 
 import errno
 import json
@@ -62,7 +62,7 @@ def log_lines(run: RunFolder) -> list[str]:
     return (run.logs / "run.log").read_text().splitlines()
 
 
-def told(run: RunFolder) -> list[str]:
+def reported(run: RunFolder) -> list[str]:
     """The messages of run.log, without their times."""
     return [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \w+: ", "", line) for line in log_lines(run)]
 
@@ -99,7 +99,7 @@ ALL = range(1, 9)
         ("logs", ALL, "run.log was deleted or moved"),
     ],
 )
-def test_what_vanishes_is_begun_anew_and_training_does_not_notice(
+def test_what_vanishes_is_created_again_and_training_does_not_notice(
     victim: str,
     kept_steps: Sequence[int],
     message: str,
@@ -116,8 +116,8 @@ def test_what_vanishes_is_begun_anew_and_training_does_not_notice(
     trainer = make_trainer(*COMMON, callbacks=[Damage(step4=remove, step6=note)])
     assert trainer.fit().name == "finished"
     assert_same_training(trainer.run, undisturbed, kept_steps)
-    assert "still here" in told(trainer.run)
-    (lost,) = [text for text in told(trainer.run) if "while the run wrote to it" in text]
+    assert "still here" in reported(trainer.run)
+    (lost,) = [text for text in reported(trainer.run) if "while the run wrote to it" in text]
     assert message in lost
     assert [row["step"] for row in records(trainer.run) if row["split"] == "train"] == [*kept_steps]
     assert scalar_steps(trainer.run) == [*(range(4, 9) if victim == "tensorboard" else ALL)]
@@ -152,7 +152,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_record(
         assert scalar_steps(trainer.run) == [*every]
         decisions = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
         assert [decision["step"] for decision in decisions] == [*range(10, 40)]
-        messages = told(trainer.run)
+        messages = reported(trainer.run)
         assert messages.count(SAID) == 30
         full = "failed: OSError: [Errno 28] No space left on device"
         for name in ("the jsonl sink", "the tensorboard sink", "logs/run.log", "decisions.jsonl"):
@@ -183,7 +183,7 @@ def test_waiting_lines_of_the_log_are_written_as_soon_as_there_is_room(
                     step2=lambda folder: fill(disk),
                     step3=say,
                     step4=lambda folder: (disk / "filler").unlink(),
-                    step6=lambda folder: seen.append(told(trainer.run).count(SAID)),
+                    step6=lambda folder: seen.append(reported(trainer.run).count(SAID)),
                 )
             ],
         )
@@ -213,7 +213,7 @@ class BrokenSink(Sink):
         raise AttributeError("never opened")
 
 
-def test_a_sink_that_fails_in_every_way_is_told_once_for_each(
+def test_a_sink_that_fails_in_every_way_is_reported_once_for_each(
     make_trainer: MakeTrainer, undisturbed: RunFolder
 ) -> None:
     SINKS.add("broken", BrokenSink)  # until the fixtures forget what a test registered
@@ -224,7 +224,9 @@ def test_a_sink_that_fails_in_every_way_is_told_once_for_each(
     assert_same_training(trainer.run, undisturbed, ALL)
     assert scalar_steps(trainer.run) == [*ALL]
     assert (trainer.run.path / "samples.jsonl").read_text().count("\n") == 1
-    failures = [text for text in told(trainer.run) if text.startswith("the broken sink failed: ")]
+    failures = [
+        text for text in reported(trainer.run) if text.startswith("the broken sink failed: ")
+    ]
     kinds = [text.split(": ")[1] for text in failures]
     assert sorted(kinds) == [
         "AttributeError",
@@ -239,7 +241,7 @@ def test_a_sink_that_fails_in_every_way_is_told_once_for_each(
 
 def test_checkpoints_are_in_the_log(make_trainer: MakeTrainer) -> None:
     trainer = trained(make_trainer, "training.checkpoint={every_steps: 3, keep: 9}")
-    written = [text for text in told(trainer.run) if text.startswith("checkpoint of step")]
+    written = [text for text in reported(trainer.run) if text.startswith("checkpoint of step")]
     assert written == [f"checkpoint of step {step} written" for step in trainer.run.steps()]
     assert {3, 6, 8} <= set(trainer.run.steps())
 

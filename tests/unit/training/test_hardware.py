@@ -118,7 +118,7 @@ def test_compiling_needs_the_headers_of_python(
     assert compiler_problem() is None
 
 
-def test_torch_is_told_of_a_compiler_that_it_does_not_look_for(
+def test_torch_learns_of_a_compiler_that_it_does_not_look_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
@@ -147,7 +147,7 @@ def test_compiled_code_is_kept_in_the_cache(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="hides a file of Linux")
-def test_a_processor_that_is_not_told_has_no_known_capabilities() -> None:
+def test_an_unknown_processor_has_no_known_capabilities() -> None:
     """torch 2.13 ends the process when it is asked for them then."""
     hide = 'mount --bind /dev/null /proc/cpuinfo || exit 99; exec "$@"'
     wrapper = ("unshare", "-rm", "sh", "-c", hide, "sh")

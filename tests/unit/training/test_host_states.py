@@ -22,7 +22,7 @@ from tests.unit.training.observers import At, Recorder
 from ultrathink.config.optimizer import AdamWConfig
 from ultrathink.config.orchestrator import SnapshotsConfig
 from ultrathink.parallel import placement
-from ultrathink.parallel.placement import host_mesh, piece_of, placed_like
+from ultrathink.parallel.placement import host_mesh, placed_like, shard_of
 from ultrathink.parallel.world import World
 from ultrathink.recipes.parts import steering
 from ultrathink.training import host_states
@@ -159,8 +159,8 @@ def test_divided_tensors_go_to_the_host_and_back(gpu_mesh: DeviceMesh) -> None:
     copy = copied_to_host(weight)
     assert (copy.device.type, copy.to_local().device.type) == ("cpu", "cpu")
     assert (copy.shape, copy.placements) == (weight.shape, weight.placements)
-    assert piece_of(copy).offset == (4, 0)
-    assert piece_of(copy).local is None  # the other copy of the model writes it
+    assert shard_of(copy).offset == (4, 0)
+    assert shard_of(copy).local is None  # the other copy of the model writes it
     with FakeTensorMode(allow_non_fake_inputs=True):
         back = placed_like(copy, weight)
     assert isinstance(back, DTensor)

@@ -75,7 +75,7 @@ def test_from_the_next_step_on_and_no_bit_of_a_gradient_changes(
     ]
 
 
-def test_a_resume_goes_on_with_it_unless_told_otherwise(make_trainer: MakeTrainer) -> None:
+def test_a_resume_continues_with_it_unless_configured_otherwise(make_trainer: MakeTrainer) -> None:
     def act(control: TrainerControl) -> None:
         change_to("full")(control)
         control.request(Stop(), reason="test")

@@ -1,4 +1,4 @@
-"""The watcher beside a real run: what it is told, what it tells, and that it changes nothing."""
+"""The watcher beside a real run: what it gets, what it reports, and that it changes nothing."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def scaled_at(trainer: Trainer, steps: range, factor: float) -> None:
     trainer.objective.sums = faulty
 
 
-def test_an_alarm_is_told_and_kept(make_trainer: MakeTrainer) -> None:
+def test_an_alarm_is_reported_and_kept(make_trainer: MakeTrainer) -> None:
     recorder = Recorder()
     trainer = make_trainer(*LONG, callbacks=[recorder])
     scaled_at(trainer, range(50, 54), 3.0)

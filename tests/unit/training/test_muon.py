@@ -57,7 +57,7 @@ def test_fused_matrices_are_orthogonalized_apart() -> None:
 
 
 def test_vectors_are_refused() -> None:
-    with pytest.raises(ValueError, match="Muon moves matrices"):
+    with pytest.raises(ValueError, match="Muon updates matrices"):
         Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1)
 
 

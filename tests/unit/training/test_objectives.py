@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.shortage import Scarcity
+from tests.unit.training.limited_memory import LimitedMemory
 from ultrathink import load_model, resume_trainer
 from ultrathink.checkpoint.format import Header, read_header
 from ultrathink.config.objective import OBJECTIVES, ObjectiveConfig
@@ -120,7 +120,7 @@ def test_each_term_has_its_denominator_and_a_weight_that_is_read(
 def test_a_batch_is_prepared_once_whatever_memory_there_is(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("training.objective=bonus", "training.micro_batch_size=4")
     assert isinstance(trainer.objective, Bonus)
-    Scarcity(trainer, fits=2)
+    LimitedMemory(trainer, fits=2)
     trainer.start()
     for _ in range(2):
         trainer.train_step()
@@ -158,5 +158,5 @@ def test_its_checkpoints_say_of_what_kind_they_are(make_trainer: MakeTrainer) ->
     longer = resume_trainer(run, overrides=["training.max_steps=3"])
     longer.fit()
     assert longer.progress.step == 3
-    with pytest.raises(CheckpointError, match=r"'probe', made for .* needs one of kind 'model'"):
+    with pytest.raises(CheckpointError, match=r"'probe', made for .* needs kind 'model'"):
         resume_trainer(run, overrides=["training.max_steps=4", "training.objective=pretrain"])

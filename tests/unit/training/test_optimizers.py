@@ -57,7 +57,7 @@ def test_muon_takes_hidden_matrices_and_knows_what_is_fused_in_them() -> None:
 
 
 @pytest.mark.parametrize("config", [AdamWConfig(lr=0.01), MuonConfig()])
-def test_state_goes_by_name_and_training_goes_on_from_it(
+def test_state_goes_by_name_and_training_continues_from_it(
     config: AdamWConfig | MuonConfig,
 ) -> None:
     def step(model: Transformer, optimizers: list[torch.optim.Optimizer]) -> None:

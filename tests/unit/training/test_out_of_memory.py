@@ -10,8 +10,8 @@ import torch
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.experts import MIXTURE, NOISE, ROUTING
+from tests.unit.training.limited_memory import MORE_THAN_ANY, LimitedMemory, run_out_of_memory
 from tests.unit.training.observers import At, Recorder, asks, final_state, records, without_time
-from tests.unit.training.shortage import MORE_THAN_ANY, Scarcity, run_out_of_memory
 from ultrathink.core.errors import OutOfMemoryError
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.changes import Rollback, SetMicroBatchSize
@@ -81,7 +81,7 @@ def test_other_errors_are_not(error: Exception) -> None:
     assert not is_out_of_memory(error)
 
 
-def test_an_empty_error_is_told_by_its_kind() -> None:
+def test_an_empty_error_is_reported_by_its_kind() -> None:
     assert problem_of(MemoryError()) == "MemoryError"
 
 
@@ -163,9 +163,9 @@ def test_gradients_are_those_of_a_batch_that_fitted(
     words = ("training.precision=fp32", "training.clip=null", *MODELS[model])
     whole = gradients(make_trainer(*words, WHOLE))
     trainer = make_trainer(*words, WHOLE)
-    scarcity = Scarcity(trainer, fits=1, where=where)
+    memory = LimitedMemory(trainer, fits=1, where=where)
     halved = gradients(trainer)
-    assert scarcity.tried == [4, 2, 1, 1, 1, 1]
+    assert memory.tried == [4, 2, 1, 1, 1, 1]
     assert trainer.settings.micro_batch_size == 1
     assert_same(whole, halved)
 
@@ -179,9 +179,9 @@ def test_compiled_gradients_are_those_of_a_batch_that_fitted(
     words = ("training.precision=fp32", "training.clip=null", "model.num_layers=1")
     whole = gradients(make_trainer(*words, WHOLE))
     trainer = make_trainer(*words, WHOLE, "training.compile=true")
-    scarcity = Scarcity(trainer, fits=2, where="backward")
+    memory = LimitedMemory(trainer, fits=2, where="backward")
     halved = gradients(trainer)
-    assert scarcity.tried == [4, 2, 2]
+    assert memory.tried == [4, 2, 2]
     assert_same(whole, halved)
 
 
@@ -208,9 +208,9 @@ def test_a_repeated_run_is_bit_for_bit_one_that_was_smaller_from_then_on(
     )
     watcher = Recorder()
     struck = make_trainer(*words, HALF, callbacks=[watcher])
-    scarcity = Scarcity(struck, fits=1, where=where, after=3)  # in the second half of step 2
+    memory = LimitedMemory(struck, fits=1, where=where, after=3)  # in the second half of step 2
     struck.fit()
-    assert scarcity.tried == [2, 2, 2, 2, *[1] * 12]
+    assert memory.tried == [2, 2, 2, 2, *[1] * 12]
     at = At(step1=asks(SetMicroBatchSize(1)))
     clean = make_trainer(*words, HALF, controllers=[at])
     clean.fit()
@@ -235,7 +235,7 @@ def test_the_size_that_fits_is_on_record_and_resumed(make_trainer: MakeTrainer) 
         "training.checkpoint={every_steps: 2, keep: 9}",
         callbacks=[watcher],
     )
-    Scarcity(trainer, fits=2, after=2)
+    LimitedMemory(trainer, fits=2, after=2)
     trainer.fit()
     [change] = watcher.changes
     assert (change.step, change.setting) == (2, "micro_batch_size")
@@ -247,9 +247,9 @@ def test_the_size_that_fits_is_on_record_and_resumed(make_trainer: MakeTrainer) 
     assert (record["action"], record["reasoning"]) == ("micro_batch_size", change.reason)
     later = resume_trainer(trainer.run, overrides=["training.max_steps=6"])
     assert later.settings.micro_batch_size == 2
-    scarcity = Scarcity(later, fits=2)
+    memory = LimitedMemory(later, fits=2)
     later.fit()
-    assert scarcity.tried == [2] * 4
+    assert memory.tried == [2] * 4
     earlier = resume_trainer(trainer.run, "2")
     assert earlier.settings.micro_batch_size == 4  # it still fitted then
     earlier.close()
@@ -259,7 +259,7 @@ def test_a_size_raised_by_hand_is_tried_again(make_trainer: MakeTrainer) -> None
     raised = At(step2=asks(SetMicroBatchSize(4)))
     watcher = Recorder()
     trainer = make_trainer("training.max_steps=4", HALF, callbacks=[watcher], controllers=[raised])
-    Scarcity(trainer, fits=2)
+    LimitedMemory(trainer, fits=2)
     trainer.fit()
     assert [(c.before, c.after) for c in watcher.changes] == [(2, 4), (4, 2)]
 
@@ -277,20 +277,20 @@ def test_going_back_keeps_the_size_that_fits(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(
         "training.max_steps=4", WHOLE, callbacks=[watcher], controllers=[steering]
     )
-    scarcity = Scarcity(trainer, fits=2, after=1)
+    memory = LimitedMemory(trainer, fits=2, after=1)
     trainer.fit()
     assert [change.setting for change in watcher.changes] == ["micro_batch_size", "rollback"]
-    assert scarcity.tried == [4, 4, *[2] * 10]
+    assert memory.tried == [4, 4, *[2] * 10]
 
 
 def test_timing_the_first_steps_finds_the_size(make_trainer: MakeTrainer) -> None:
     watcher = Recorder()
     trainer = make_trainer("training.max_minutes=0.02", WHOLE, callbacks=[watcher])
-    scarcity = Scarcity(trainer, fits=2)
+    memory = LimitedMemory(trainer, fits=2)
     trainer.start()
     trainer.train_step()
     trainer.close()
-    assert scarcity.tried.count(4) == 1
+    assert memory.tried.count(4) == 1
     assert [(c.step, c.before, c.after) for c in watcher.changes] == [(0, 4, 2)]
 
 
@@ -299,7 +299,7 @@ def test_timing_the_first_steps_finds_the_size(make_trainer: MakeTrainer) -> Non
 
 def test_a_single_sequence_that_does_not_fit_ends_with_advice(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("training.max_steps=4", "training.checkpoint.every_steps=2")
-    Scarcity(trainer, fits=0, after=3)
+    LimitedMemory(trainer, fits=0, after=3)
     with pytest.raises(OutOfMemoryError, match="single sequence of 32 tokens") as caught_:
         trainer.fit()
     for advice in ("training.activation_checkpointing=full", "data.seq_len", "model.hidden_size"):
@@ -310,20 +310,20 @@ def test_a_single_sequence_that_does_not_fit_ends_with_advice(make_trainer: Make
 
 def test_advice_that_was_followed_is_not_given_again(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("training.activation_checkpointing=full")
-    Scarcity(trainer, fits=0)
+    LimitedMemory(trainer, fits=0)
     with pytest.raises(OutOfMemoryError) as caught_:
         trainer.fit()
     assert "activation_checkpointing" not in str(caught_.value)
     assert "data.seq_len" in str(caught_.value)
 
 
-def test_optimizer_state_that_does_not_fit_is_told_before_the_first_batch(
+def test_optimizer_state_that_does_not_fit_is_reported_before_the_first_batch(
     make_trainer: MakeTrainer,
 ) -> None:
     trainer = make_trainer()
     huge = torch.nn.Parameter(torch.zeros(1).expand(MORE_THAN_ANY))  # takes four bytes, as it is
     trainer.stepper.optimizers[0].add_param_group({"params": [huge], "peak_lr": 0, "decayed": 0})
-    with pytest.raises(OutOfMemoryError, match="what the optimizer remembers") as caught_:
+    with pytest.raises(OutOfMemoryError, match="for the optimizer state") as caught_:
         trainer.fit()
     for advice in ("parallel.offload", "parallel.zero_stage", "model.hidden_size", "type=muon"):
         assert advice in str(caught_.value)
@@ -343,7 +343,7 @@ def test_an_update_that_fails_is_never_saved(make_trainer: MakeTrainer) -> None:
             run_out_of_memory()
 
     adamw.register_step_pre_hook(fail)  # when Muon has moved its weights already
-    with pytest.raises(OutOfMemoryError, match="go on from the last one") as caught_:
+    with pytest.raises(OutOfMemoryError, match="resume from the last one") as caught_:
         trainer.fit()
     assert "not saved" in str(caught_.value)
     assert trainer.run.steps() == [1, 2]
@@ -372,5 +372,5 @@ def test_validation_takes_smaller_batches(make_trainer: MakeTrainer) -> None:
     for one, other in zip(whole.validations, halved.validations, strict=True):
         assert one.loss == pytest.approx(other.loss, rel=1e-6)
         assert one.num_tokens == other.num_tokens
-    [told] = [text for text in halved.messages if text.startswith("validation")]
-    assert told.startswith("validation takes 1 sequences at a time, no longer 3: ")
+    [reported] = [text for text in halved.messages if text.startswith("validation")]
+    assert reported.startswith("validation now takes 1 sequences at a time instead of 3: ")

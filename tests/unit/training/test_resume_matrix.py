@@ -1,4 +1,4 @@
-"""Resuming, over everything that changes how a run goes on, each pair of choices at least once.
+"""Resuming, over everything that changes how a run continues, each pair of choices at least once.
 
 ``python -m tests.stress.matrix`` runs all combinations, compiled too, with real kills.
 """
@@ -67,7 +67,7 @@ def break_off_after(checkpoint: Path) -> Callable[[TrainerControl], None]:
 
 
 def whole_and_resumed(make_trainer: MakeTrainer, *options: str) -> tuple[Path, Path]:
-    """Two runs of 9 steps, one of which broke off after step 5 and went on from step 4."""
+    """Two runs of 9 steps, one of which broke off after step 5 and continued from step 4."""
     common = (*COMMON, *options, "training.max_steps=9")
     # The number of workers changes nothing either.
     whole = make_trainer(*common, WORKERS[0], controllers=[At()])
@@ -92,7 +92,7 @@ def scramble_random_state() -> None:
 
 
 @pytest.mark.parametrize("combination", covering(), ids=lambda one: " ".join(one))
-def test_a_run_that_broke_off_behind_its_checkpoint_goes_on_bit_for_bit(
+def test_a_run_that_broke_off_behind_its_checkpoint_continues_bit_for_bit(
     make_trainer: MakeTrainer, combination: Combination
 ) -> None:
     every = "training.checkpoint={every_steps: 2, keep: 9}"

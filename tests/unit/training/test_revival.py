@@ -1,4 +1,4 @@
-"""An expert begun anew: what it becomes, what stays, and what is refused."""
+"""An expert re-initialized: what it becomes, what stays, and what is refused."""
 
 import json
 import re
@@ -126,7 +126,7 @@ def test_several_do_not_all_copy_the_same_one(make_trainer: MakeTrainer) -> None
     assert sources == [1, 1, 2]
 
 
-def test_it_goes_on_bit_for_bit_after_a_resume(make_trainer: MakeTrainer) -> None:
+def test_it_continues_bit_for_bit_after_a_resume(make_trainer: MakeTrainer) -> None:
     def act(control: TrainerControl) -> None:
         control.request(ReviveExperts(revive(2) + revive(1, group="b", layer=2)), reason="test")
 
@@ -177,24 +177,26 @@ def complaints(make: MakeTrainer, change: Change, *overrides: str) -> list[str]:
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ((0, "a", 1), "expert 1 of group 'a' in layer 0 .* those with experts are 1, 2"),
-        ((7, "a", 1), "in layer 7 cannot be revived: .* those with experts are 1, 2"),
-        ((1, "c", 1), "of group 'c' in layer 1 cannot be revived: .* there are a, b"),
-        ((1, "a", 6), "expert 6 of group 'a' .* those of the group are 0 to 5"),
-        ((1, "b", -1), "expert -1 of group 'b' .* those of the group are 0 to 2"),
+        ((0, "a", 1), "expert 1 of group 'a' in layer 0 .* layers with experts: 1, 2"),
+        ((7, "a", 1), "in layer 7 cannot be revived: .* layers with experts: 1, 2"),
+        ((1, "c", 1), "of group 'c' in layer 1 cannot be revived: .* groups: a, b"),
+        ((1, "a", 6), "expert 6 of group 'a' .* the group has 0 to 5"),
+        ((1, "b", -1), "expert -1 of group 'b' .* the group has 0 to 2"),
     ],
 )
 def test_what_there_is_not_is_said_once(
     make_trainer: MakeTrainer, place: tuple[int, str, int], message: str
 ) -> None:
-    [told] = complaints(make_trainer, revival(*place), *MIXTURE)
-    assert_matches(told, message)
+    [reported] = complaints(make_trainer, revival(*place), *MIXTURE)
+    assert_matches(reported, message)
 
 
 def test_the_busiest_cannot_be_its_own_copy(make_trainer: MakeTrainer) -> None:
     one = "model.moe={groups: [{name: a, num_experts: 1, top_k: 1}], intermediate_size: 16}"
-    [told] = complaints(make_trainer, revival(0, "a", 0), one)
-    assert_matches(told, "expert 0 of group 'a' in layer 0 .* it is the busiest of its group")
+    [reported] = complaints(make_trainer, revival(0, "a", 0), one)
+    assert_matches(
+        reported, "expert 0 of group 'a' in layer 0 .* it is itself the busiest of its group"
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,9 +210,9 @@ def test_the_busiest_cannot_be_its_own_copy(make_trainer: MakeTrainer) -> None:
 def test_a_dense_model_has_no_experts_to_change(
     make_trainer: MakeTrainer, change: Change, named: str
 ) -> None:
-    [told] = complaints(make_trainer, change)
-    assert named in told
-    assert "this model has no experts; model.moe gives it some" in told
+    [reported] = complaints(make_trainer, change)
+    assert named in reported
+    assert "this model has no experts; model.moe gives it some" in reported
 
 
 def test_it_is_recorded_by_hand(make_trainer: MakeTrainer) -> None:

@@ -55,7 +55,7 @@ def test_the_state_of_a_part_that_is_not_there_is_kept_and_waits_for_it() -> Non
         later.load_state_dict(first.state_dict())
 
 
-def test_a_callback_that_one_start_lacks_goes_on_where_it_was(make_trainer: MakeTrainer) -> None:
+def test_a_callback_that_one_start_lacks_continues_where_it_was(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("training.max_steps=3", callbacks=[Counter()])
     trainer.fit()
     resume_trainer(trainer.run, overrides=["training.max_steps=5"]).fit()

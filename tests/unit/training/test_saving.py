@@ -1,4 +1,4 @@
-"""Checkpoints while training goes on: off its thread, and on disks that will not take them."""
+"""Checkpoints while training continues: off its thread, and on disks that will not take them."""
 
 import os
 import shutil
@@ -119,10 +119,10 @@ def test_a_full_disk_warns_keeps_training_and_tries_again(
         ],
     )
     assert trainer.fit().name == "finished"
-    told = [text for text in recorder.messages if "could not be written" in text]
-    assert told[0].startswith("the checkpoint of step 4 could not be written: No space left on")
-    assert "training goes on, and it is tried again every 0.001 s" in told[0]
-    assert len(told) == 1, "told once, not at every try"
+    reported = [text for text in recorder.messages if "could not be written" in text]
+    assert reported[0].startswith("the checkpoint of step 4 could not be written: No space left on")
+    assert "training continues, with a retry every 0.001 s" in reported[0]
+    assert len(reported) == 1, "reported once, not at every try"
     assert written[0] == 2
     assert written[-1] == 12
     assert 4 not in trainer.run.steps()
@@ -184,7 +184,7 @@ def test_a_best_state_that_waits_for_room_is_outlived_by_a_better_one_alone(
         CheckpointConfig(keep=1, retry_s=0.001),
         on_written=lambda step, path: written.append(step),
         on_restored=lambda: None,
-        tell=lambda text, level: None,
+        report=lambda text, level: None,
     )
     disks.fill(small_disk)
     saving.save(4, state(4), is_best=True)

@@ -66,7 +66,7 @@ def test_factor_stays_in_bounds_and_never_rises_after_warmup(
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(after))
 
 
-# -- going on with another schedule or length -----------------------------------------------------
+# -- continuing with another schedule or length ---------------------------------------------------
 
 SCHEDULES = st.one_of(
     st.builds(CosineConfig, warmup=st.integers(0, 60), min_ratio=st.floats(0, 1)),
@@ -123,8 +123,8 @@ def test_a_run_stopped_while_it_warms_up_still_reaches_its_peak() -> None:
     assert longer(10) == 1.0
 
 
-def test_a_schedule_that_begins_anew_counts_from_there() -> None:
+def test_a_schedule_that_restarts_counts_from_there() -> None:
     settings = LiveSettings(schedule_start=40)
-    anew = continued_schedule(CosineConfig(warmup=10), Budget(100, 1000), settings)
+    again = continued_schedule(CosineConfig(warmup=10), Budget(100, 1000), settings)
     alone = build_schedule(CosineConfig(warmup=10), Budget(60, 1000))
-    assert [anew(step) for step in range(41, 101)] == [alone(step) for step in range(1, 61)]
+    assert [again(step) for step in range(41, 101)] == [alone(step) for step in range(1, 61)]

@@ -17,9 +17,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.unit.training import several_modules
 from tests.unit.training.conftest import MakeTrainer
+from tests.unit.training.limited_memory import LimitedMemory
 from tests.unit.training.observers import At
 from tests.unit.training.several_modules import PEER_LR, VALUE_DECAY, VALUE_LR
-from tests.unit.training.shortage import Scarcity
 from ultrathink.checkpoint.format import load_checkpoint
 from ultrathink.core.errors import CheckpointError
 from ultrathink.data.batch import IGNORED, Batch
@@ -225,7 +225,7 @@ def _disturb(trainer: Trainer, batch: Batch) -> None:
     trainer.objective.losses = losses  # type: ignore[method-assign]
     assert_same(everything(trainer), before)
     if isinstance(trainer.objective, several_modules.Critic):
-        Scarcity(trainer, fits=1, where="backward")
+        LimitedMemory(trainer, fits=1, where="backward")
 
 
 @pytest.mark.parametrize("helps", [True, False])
@@ -286,8 +286,8 @@ def test_another_objective_takes_the_model_along_and_needs_its_own_modules(
     with pytest.raises(CheckpointError) as caught:
         resume_trainer(plain.run, overrides=["training.objective=critic", "training.max_steps=4"])
     assert str(caught.value) == (
-        "training.objective trains 'value' beside the model, and the checkpoint has no 'value'; "
-        "resume with the objective and the options it was made with, or start a new run with its "
+        "training.objective trains 'value' beside the model, but the checkpoint has no 'value'; "
+        "resume with the objective and options of the checkpoint, or start a new run with its "
         "weights: training.init_from=RUN."
     )
 

@@ -159,7 +159,7 @@ def test_resumed_run_follows_the_uninterrupted_one_bit_for_bit(
     assert different == []
 
 
-def test_a_resumed_cosine_goes_on_falling(make_trainer: MakeTrainer) -> None:
+def test_a_resumed_cosine_continues_falling(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(
         "training.max_steps=10",
         "training.checkpoint.every_steps=6",
@@ -259,14 +259,14 @@ def test_a_failing_callback_is_reported_once_and_changes_nothing(
     recorder = Recorder()
     trainer = make_trainer("training.max_steps=3", callbacks=[Failing(), recorder])
     assert trainer.fit().name == "finished"
-    told = [text for text in recorder.messages if "dashboard" in text]
-    assert told == ["Failing.on_step failed: RuntimeError: the disk of the dashboard is full"]
+    reported = [text for text in recorder.messages if "dashboard" in text]
+    assert reported == ["Failing.on_step failed: RuntimeError: the disk of the dashboard is full"]
     plain = make_trainer("training.max_steps=3")
     plain.fit()
     assert without_time(records(plain.run)) == without_time(records(trainer.run))
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_training_goes_on(
+def test_a_step_that_is_not_finite_is_skipped_and_training_continues(
     make_trainer: MakeTrainer,
 ) -> None:
     recorder = Recorder()

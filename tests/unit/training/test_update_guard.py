@@ -126,7 +126,7 @@ def stop(control: TrainerControl) -> None:
     control.request(Stop(), reason="test")
 
 
-def test_a_resumed_guard_goes_on_where_it_was(make_trainer: MakeTrainer) -> None:
+def test_a_resumed_guard_continues_where_it_was(make_trainer: MakeTrainer) -> None:
     whole = make_trainer("training.max_steps=8")
     whole.set_guard(Counting())
     whole.fit()

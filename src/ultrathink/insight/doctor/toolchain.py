@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch.utils import collect_env
 
+from ultrathink.core.files import temporary_folder
 from ultrathink.insight.doctor.machine import attempt
 from ultrathink.training.compiling import compile_cache_folder, compiler_problem, find_cpp_compiler
 
@@ -66,8 +66,8 @@ def folder_bytes(folder: Path, seconds: float = _COUNTING_S) -> int | None:
 
 
 def _trial(compiler: str) -> str | None:
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "trial.cpp"
+    with temporary_folder() as folder:
+        source = folder / "trial.cpp"
         source.write_text(_PROGRAM, encoding="utf-8")
         command = [compiler, str(source), "-c", "-fPIC", "-std=c++20", "-o", f"{source}.o"]
         command.append(f"-I{sysconfig.get_path('include')}")

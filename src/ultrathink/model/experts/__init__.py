@@ -1,1 +1,1 @@
-"""Mixtures of experts: which tokens go to which experts, and what these compute."""
+"""Mixture of experts: routing, balancing, and the experts' products."""

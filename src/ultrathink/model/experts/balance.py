@@ -1,4 +1,4 @@
-"""What makes a router spread tokens over the experts of a group: four losses and a bias.
+"""Load balancing of the experts of a group: four losses and a bias.
 
 Each loss is computed for each sequence and summed over its counted tokens, so that it does not
 depend on which sequences share a batch. With p_t,i the router's probability of expert i for token
@@ -27,10 +27,10 @@ LOSSES = ("load", "importance", "entropy", "z")
 
 
 class GroupScores(NamedTuple):
-    """What the router makes of each token, for one group."""
+    """The router's scores of each token, for one group."""
 
     scores: Tensor
-    """``[B, T, n]``: what gates are made of."""
+    """``[B, T, n]``: the source of the gates."""
 
     probabilities: Tensor
     """``[B, T, n]``: a distribution over the group."""
@@ -56,7 +56,7 @@ def group_losses(
 ) -> Tensor:
     """The four losses of one group ``[4]``, in the order of ``LOSSES``, unweighted.
 
-    ``num_active`` is N, the experts that are no empty slots.
+    ``num_active`` is N, the experts without empty slots.
     """
     mean = sequences.mean(scores.probabilities)  # [B, S, n]
     share = sequences.mean(scores.chosen) / top_k

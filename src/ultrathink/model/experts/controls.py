@@ -1,7 +1,7 @@
-"""How tokens find experts, as values that can change while training goes on.
+"""Live controls of routing, which can change during training.
 
-They are zero-dimensional buffers: a compiled step reads them like any other tensor, and they are in
-every checkpoint.
+They are zero-dimensional buffers: a compiled step reads them like any other tensor, and every
+checkpoint contains them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ultrathink.config.experts import MoeConfig
 from ultrathink.core.errors import UltrathinkError, suggestion
 
-# What each may be: a bound that must be exceeded or reached, and one that must not be reached.
+# Limits of each: the lower bound, whether it may be equal, and the exclusive upper bound.
 LIMITS: dict[str, tuple[float, bool, float]] = {
     "temperature": (0.0, False, float("inf")),
     "jitter": (0.0, True, 1.0),
@@ -37,7 +37,7 @@ class Controls(NamedTuple):
     temperature: Tensor
     jitter: Tensor
     capacity_factor: Tensor
-    """Infinite where nothing is dropped."""
+    """Infinite if nothing is dropped."""
     expert_dropout: Tensor
     load: Tensor
     importance: Tensor
@@ -57,7 +57,7 @@ class RoutingControls(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Set every value as configured, warm-up over."""
+        """Set every value to the configured one, after warm-up."""
         routing, balance = self.config.routing, self.config.balance
         configured = {**routing.model_dump(), **balance.model_dump(), "warmup": 1.0}
         for name in Controls._fields:
@@ -76,19 +76,20 @@ class RoutingControls(nn.Module):
     def set(self, name: str, value: float | None) -> None:
         """Change one value from the next forward pass on.
 
-        ``capacity_factor`` may be None: nothing is dropped. UltrathinkError for a name there is not
-        or a value that cannot be.
+        ``capacity_factor`` may be None: nothing is dropped. Raises UltrathinkError for an unknown
+        name or an invalid value.
         """
         checked = check_control(name, value)
         self.get_buffer(name).fill_(checked)
 
     def warm_up(self, step: int) -> None:
-        """Set how far routing is from uniform to learned in ``step``, counted from 1."""
+        """Set the progress from uniform to learned routing in ``step``, counted from 1."""
         steps = self.config.routing.warmup_steps
         self.get_buffer("warmup").fill_(min(1.0, step / steps) if steps else 1.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutingControls:
-        """Stay on the CPU, where reading them waits for no device, in float32 or float64."""
+        """Keep the values on the CPU, where reading them needs no synchronization, in float32 or
+        float64."""
         for name in Controls._fields:
             buffer = self.get_buffer(name)
             if buffer.is_meta:
@@ -101,7 +102,7 @@ class RoutingControls(nn.Module):
 
 
 def check_control(name: str, value: float | None) -> float:
-    """``value`` as the buffer holds it; UltrathinkError for one that cannot be."""
+    """``value`` as stored in the buffer; UltrathinkError if it is invalid."""
     if name not in LIMITS:
         raise UltrathinkError(f"there is no routing control {name!r}. {suggestion(name, LIMITS)}")
     if value is None and name == "capacity_factor":

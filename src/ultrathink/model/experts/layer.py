@@ -51,7 +51,7 @@ class MixtureOfExperts(nn.Module):
     def forward(
         self, x: Tensor, sequences: Sequences, controls: Controls
     ) -> tuple[Tensor, LayerRouting]:
-        """Map ``[B, T, C]`` to ``[B, T, C]``, and tell how."""
+        """Map ``[B, T, C]`` to ``[B, T, C]``; also returns the routing statistics."""
         choice, routing = self.router(x, sequences, controls)
         out = self.experts(x.flatten(0, 1), choice).view_as(x)
         if self.shared is not None:
@@ -60,7 +60,7 @@ class MixtureOfExperts(nn.Module):
 
 
 class Experts(nn.Module):
-    """The weights of all experts of a layer, slots that are empty included.
+    """The weights of all experts of a layer, including empty slots.
 
     ``gate_up`` is ``[E, 2M, C]``, rows ``[:M]`` of an expert its gate and ``[M:]`` its up
     projection; squared ReLU has ``up`` ``[E, M, C]`` instead. ``down`` is ``[E, C, M]``.
@@ -90,7 +90,7 @@ class Experts(nn.Module):
         return self.get_parameter("gate_up" if self.is_gated else "up")
 
     def row_splits(self, name: str) -> tuple[int, ...]:
-        """Rows of each matrix that an expert's weight ``name`` stacks."""
+        """Rows of each matrix stacked in an expert's weight ``name``."""
         return (
             (self.width, self.width) if name == "gate_up" else (self.get_parameter(name).shape[1],)
         )
@@ -98,7 +98,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, choice: Choice) -> Tensor:
         """Map ``[N, C]`` to ``[N, C]``: each token's experts, times their gates, summed."""
         is_few = choice.experts.numel() <= self.num_slots
-        if is_few and not self.training and not torch.is_grad_enabled():  # so none was dropped
+        if is_few and not self.training and not torch.is_grad_enabled():  # then none is dropped
             return self._of_few(x, choice)
         backend = self._choose_backend(x)
         kernel = self._kernels[backend]
@@ -116,7 +116,7 @@ class Experts(nn.Module):
             _arranged(weight, layout, x.dtype, kernel.by_size) for weight in (self.inner, self.down)
         )
         hidden = self._activated(grouped_product(rows, inner, layout.ends, backend))
-        # The gate may as well be applied here, where rows are narrower.
+        # The gate is applied here, where rows are narrower.
         hidden = hidden * gates.to(hidden.dtype)
         out = grouped_product(hidden, down, layout.ends, backend)
         gathered: Tensor = _Gather.apply(  # type: ignore[no-untyped-call]
@@ -131,7 +131,7 @@ class Experts(nn.Module):
         return F.relu(hidden).square()
 
     def _of_few(self, x: Tensor, choice: Choice) -> Tensor:
-        """As ``forward``, reading the chosen experts only: for a token or a few, in generation."""
+        """Like ``forward``, reading only the chosen experts: for a few tokens, in generation."""
         experts, gates = choice.experts.flatten(), choice.gates.to(x.dtype)
         repeated = x.repeat_interleave(choice.experts.shape[1], 0)[..., None]  # [N * K, C, 1]
         hidden = self._activated((self.inner[experts].to(x.dtype) @ repeated)[..., 0])
@@ -147,7 +147,7 @@ class Experts(nn.Module):
 class _Spread(torch.autograd.Function):
     """Rows ``[R, X]`` of values ``[N, X]`` of tokens, or ``[N * K, X]`` of assignments.
 
-    The gradient is a gather as well, and a sum over K, in the same order in every run.
+    The gradient is also a gather, and a sum over K, in the same order in every run.
     """
 
     @staticmethod
@@ -194,7 +194,7 @@ def _arranged(weight: Tensor, layout: Layout, dtype: torch.dtype, by_size: bool)
 
 
 class _Arranged(torch.autograd.Function):
-    """A permutation, whose gradient is the inverse one."""
+    """A permutation, whose gradient is the inverse permutation."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:

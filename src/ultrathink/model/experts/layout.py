@@ -1,8 +1,8 @@
-"""Where each assignment of a token to an expert lies among the rows of a grouped product.
+"""The layout of a grouped product: the row of each assignment of a token to an expert.
 
-Rows of one expert follow each other; each expert's are filled up with rows of zeros to a round
-number, so that products have few shapes. The last rows belong to no expert: they are zero
-too, and stand for assignments that were dropped.
+Rows of one expert are consecutive, and padded with zeros to a round number, so that products have
+few shapes. The last rows belong to no expert: they are zero too, and represent dropped
+assignments.
 
 Shapes: N tokens, K experts of a token, E slots for experts, R rows.
 """
@@ -22,21 +22,21 @@ class Layout(NamedTuple):
     """int64 ``[N * K]``: the row of each assignment; R - 1, a row of zeros, if it was dropped."""
 
     source: Tensor
-    """int64 ``[R]``: the assignment in each row; N * K where there is none."""
+    """int64 ``[R]``: the assignment in each row; N * K if there is none."""
 
     ends: Tensor
     """int32 ``[E]``: the row after the last one of each expert, in the order of ``order``."""
 
     order: Tensor
-    """int64 ``[E]``: which expert's rows come first, second and so on."""
+    """int64 ``[E]``: the experts in the order of their rows."""
 
 
-# With ``by_size`` rows are filled up to a multiple of at least this share of their number.
+# With ``by_size`` rows are padded to a multiple of at least this share of their number.
 COARSENESS = 8
 
 
 def num_rows(num_assignments: int, num_experts: int, multiple: int, by_size: bool) -> int:
-    """R: what the worst distribution over experts needs, and one row that is always free."""
+    """R: enough for the worst distribution over experts, plus one row that is always free."""
     rows = num_assignments + num_experts * (multiple - 1) + 1
     if by_size:
         rows += num_assignments // COARSENESS
@@ -44,7 +44,7 @@ def num_rows(num_assignments: int, num_experts: int, multiple: int, by_size: boo
 
 
 def _filled(counts: Tensor, multiple: int, by_size: bool) -> Tensor:
-    """How many rows each expert has, for ``counts`` that are used."""
+    """The padded number of rows of each expert, for ``counts`` used rows."""
     step: int | Tensor = multiple
     if by_size:  # an eighth of the power of two below
         exponents = torch.frexp(counts.double()).exponent.to(torch.int64) - 1
@@ -52,7 +52,7 @@ def _filled(counts: Tensor, multiple: int, by_size: bool) -> Tensor:
     return (counts + step - 1) // step * step
 
 
-# One operator, because the compiler makes of its parts what is slower than they are.
+# One custom operator, because compiling its parts makes them slower.
 @torch.library.custom_op("ultrathink::expert_layout", mutates_args=())
 def _layout(
     experts: Tensor, num_experts: int, multiple: int, by_size: bool
@@ -76,7 +76,7 @@ def _layout(
     place = torch.empty_like(targets).scatter_(0, assignments, targets)
     source = torch.full((rows,), num_assignments, dtype=torch.int64, device=device)
     source.scatter_(0, targets, assignments)
-    source[-1] = num_assignments  # where those that were dropped met
+    source[-1] = num_assignments  # the row of dropped assignments
     return place, source, ends.to(torch.int32), order
 
 
@@ -96,18 +96,18 @@ def _(
 def lay_out(experts: Tensor, num_experts: int, *, multiple: int, by_size: bool) -> Layout:
     """The layout of ``experts`` ``[N, K]`` (int64; ``num_experts`` for a dropped assignment).
 
-    Each expert has a ``multiple`` (a power of two) of rows. With ``by_size`` a large number of rows
-    is rounded more coarsely, and experts with as many rows lie side by side, fewest first; else
-    experts lie in their own order.
+    Each expert has a ``multiple`` (a power of two) of rows. With ``by_size`` large numbers of rows
+    are rounded more coarsely, and experts with equal numbers are adjacent, fewest first; otherwise
+    experts keep their order.
     """
     return Layout(*_layout(experts, num_experts, multiple, by_size))
 
 
 def sum_of_rows(rows: Tensor, place: Tensor, num_sums: int) -> Tensor:
-    """Sums ``[n, X]`` over as many of ``rows`` ``[R, X]`` each, which ``place`` names in turn.
+    """Sums ``[n, X]`` over equal numbers of ``rows`` ``[R, X]``, listed in sequence in ``place``.
 
-    An embedding bag: one pass, in a fixed order, which the compiler does not repeat in whatever
-    reads the sums.
+    An embedding bag: one pass, in a fixed order, which the compiler does not repeat in each reader
+    of the sums.
     """
     offsets = torch.arange(0, len(place), len(place) // num_sums, device=place.device)
     bag = torch.ops.aten._embedding_bag_forward_only(rows.contiguous(), place, offsets, False, 0)

@@ -1,7 +1,7 @@
-"""Random numbers for routing, drawn only where they are wanted.
+"""Random numbers for routing, drawn only if needed.
 
-Each is an operator, so that what is off costs nothing in a compiled step either. On a GPU the
-numbers are always drawn: asking whether they are wanted would wait for it.
+Each is a custom operator, so that a disabled one costs nothing even in a compiled step. On a GPU
+the numbers are always drawn: asking whether they are needed would synchronize.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def _within_capacity(
     by_score = ranked.argsort(dim=1, descending=True, stable=True)
     begins = first[..., None].expand_as(by_score)
     by_sequence = begins.gather(1, by_score).argsort(dim=1, stable=True)
-    order = by_score.gather(1, by_sequence)  # tokens of a sequence keep their places, sorted
+    order = by_score.gather(1, by_sequence)  # sorted within each sequence
     places = torch.arange(order.shape[1], device=order.device)[None, :, None].expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, places) - begins
-    # Less a rounding error, so that 1.1 times 10 is 11.
+    # Minus a rounding error, so that 1.1 times 10 is 11.
     return chosen & (rank < (shares * factor * (1 - 1e-6)).ceil())
 
 
@@ -55,7 +55,7 @@ def _(scores: Tensor, chosen: Tensor, first: Tensor, shares: Tensor, factor: Ten
 def within_capacity(
     scores: Tensor, chosen: Tensor, first: Tensor, shares: Tensor, factor: Tensor
 ) -> Tensor:
-    """Which of the ``chosen`` tokens of each expert it takes, those with the highest scores.
+    """Which of its ``chosen`` tokens each expert takes: those with the highest scores.
 
     ``scores`` and boolean ``chosen`` are ``[B, T, E]``, ``first`` int64 ``[B, T]`` the first token
     of each token's sequence, ``shares`` ``[B, S, E]`` the even share of that sequence's tokens (S

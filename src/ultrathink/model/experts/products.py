@@ -1,7 +1,7 @@
 """The product of each expert's rows with its own matrix, for all experts at once.
 
-One operator, ``grouped_product``, with a gradient of its own and a choice of kernels: torch's
-``grouped_mm`` for GPUs, batched products for CPUs, and a loop to compare the others with. After
+One operator, ``grouped_product``, with its gradient and a choice of kernels: torch's
+``grouped_mm`` for GPUs, batched products for CPUs, and a loop as reference. After
 MegaBlocks, https://arxiv.org/abs/2211.15841.
 
 Shapes: R rows, E experts, O outputs, I inputs. The rows of the e-th expert end at ``ends[e]``;
@@ -23,7 +23,7 @@ AUTOMATIC = ("batched", "grouped_mm", "loop")  # those that ``choose_expert_back
 
 
 def choose_expert_backend(device_type: str, dtype: torch.dtype) -> str:
-    """The name of the fastest backend that takes this device and precision.
+    """The name of the fastest backend that supports this device and precision.
 
     On a CPU ``batched`` is faster than ``grouped_mm`` (see ``Batched``); on a GPU it would wait
     for the number of each expert's rows.
@@ -37,12 +37,12 @@ class ExpertBackend(Protocol):
     """A kernel of the grouped product and of its gradient."""
 
     by_size: bool
-    """Whether experts with as many rows must lie side by side."""
+    """Whether experts with equal numbers of rows must be adjacent."""
 
     def multiple(self, mean_rows: int) -> int:
-        """What each expert's rows are filled up to a multiple of with rows of zeros; a power of 2.
+        """Each expert's rows are padded with zeros to a multiple of this power of 2.
 
-        ``mean_rows`` is the mean number of an expert's rows.
+        ``mean_rows`` is the mean number of rows of an expert.
         """
 
     def product(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -75,12 +75,12 @@ class GroupedMM:
 
 
 class Loop:
-    """One product after the other, in any precision: the one to compare the others with."""
+    """One product after the other, in any precision: the reference for the others."""
 
     by_size = False
 
     def multiple(self, mean_rows: int) -> int:
-        """Nothing is filled up."""
+        """No padding."""
         return 1
 
     def product(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -105,20 +105,20 @@ class Loop:
 
 
 class Batched:
-    """A batched product for all experts with as many rows, for CPUs, in any precision.
+    """A batched product for all experts with equal numbers of rows, for CPUs, in any precision.
 
-    A product by itself is dear on a CPU: 64 of 64 rows, 256 to 256, bf16, two threads of an AMD
-    EPYC, torch 2.13, took 2.9 ms in a loop and in ``grouped_mm`` alike, 1.4 ms as a batch. So is a
-    product of a new shape, whose code is made first: 0.3 ms and more. Hence numbers of rows are
-    round and batches powers of two:
-    some hundred shapes, which are all met soon. It must know on the host how many rows each expert
-    has, which there costs nothing.
+    Single products are expensive on a CPU: 64 of 64 rows, 256 to 256, bf16, two threads of an AMD
+    EPYC, torch 2.13, took 2.9 ms both in a loop and in ``grouped_mm``, and 1.4 ms as a batch. A
+    product of a new shape is expensive too, because its code is generated first: 0.3 ms and more.
+    Therefore numbers of rows are rounded and batches are powers of two, which gives about a hundred
+    shapes, all of which occur soon. The number of rows of each expert must be known on the host,
+    which costs nothing on a CPU.
     """
 
     by_size = True
 
     def multiple(self, mean_rows: int) -> int:
-        """From 8 to 32 rows, about half of what an expert has."""
+        """From 8 to 32 rows, about half of an expert's."""
         return min(32, max(8, 1 << max(1, mean_rows // 2).bit_length() - 1))
 
     def product(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -148,9 +148,10 @@ class Batched:
 
 
 def _batches(ends: Tensor) -> list[tuple[slice, int, int, int]]:
-    """Experts side by side with as many rows: which, first row, row after the last, rows of each.
+    """Batches of adjacent experts with equal numbers of rows: experts, first row, row after the
+    last, rows of each.
 
-    Their number is a power of two. Experts without rows are left out.
+    The number of experts is a power of two. Experts without rows are skipped.
     """
     found, expert, begin = [], 0, 0
     for size, run in groupby(torch.diff(ends, prepend=ends.new_zeros(1)).tolist()):
@@ -170,7 +171,7 @@ def _is_used(ends: Tensor, num_rows: int) -> Tensor:
     return (torch.arange(num_rows, device=ends.device) < ends[-1])[:, None]
 
 
-# One operator, opaque to the compiler: what is inside depends on how many rows each expert has.
+# One custom operator, opaque to the compiler: its work depends on the number of rows of experts.
 @torch.library.custom_op("ultrathink::grouped_product", mutates_args=())
 def _grouped_product(
     rows: Tensor, weights: Tensor, ends: Tensor, backend: str, transposed: bool

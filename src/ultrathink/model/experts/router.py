@@ -1,4 +1,4 @@
-"""Which experts a token is sent to, and what each one's answer counts.
+"""The router: chooses the experts of each token, and their weights.
 
 One projection gives the logits of all groups; each group is a slice of them, with its own softmax
 (or sigmoid) and its own top-k. https://arxiv.org/abs/1701.06538, https://arxiv.org/abs/2101.03961
@@ -23,7 +23,7 @@ from ultrathink.model.experts.sequences import Sequences
 
 
 class LayerRouting(NamedTuple):
-    """What a layer tells of its routing, summed over counted tokens; load and all below carry no
+    """Routing statistics of a layer, summed over counted tokens; only ``losses`` have a
     gradient."""
 
     losses: Tensor
@@ -33,7 +33,7 @@ class LayerRouting(NamedTuple):
     """``[E]``: tokens that chose each expert."""
 
     dropped: Tensor
-    """``[E]``: those of them that it had no capacity for."""
+    """``[E]``: those of them that exceeded its capacity."""
 
     probability: Tensor
     """``[E]``: the router's probabilities, over all experts of a group."""
@@ -49,17 +49,17 @@ class Choice(NamedTuple):
     """The experts of each token."""
 
     experts: Tensor
-    """int64 ``[B * T, K]``, counted over all groups; E where the assignment was dropped."""
+    """int64 ``[B * T, K]``, counted over all groups; E for a dropped assignment."""
 
     gates: Tensor
-    """``[B * T, K]``: what each expert's answer is multiplied with, 0 where it was dropped."""
+    """``[B * T, K]``: the factor of each expert's output, 0 for a dropped assignment."""
 
 
 class Router(nn.Module):
-    """The projection ``[E, C]``, and what it remembers of each expert.
+    """The projection ``[E, C]``, with buffers for each expert.
 
-    ``selection_bias`` ``[E]`` is added to logits where experts are chosen, not to what their
-    answers count (https://arxiv.org/abs/2408.15664). ``active`` ``[E]`` is false for empty slots.
+    ``selection_bias`` ``[E]`` is added to the logits that choose experts, but not to their gates
+    (https://arxiv.org/abs/2408.15664). ``active`` ``[E]`` is false for empty slots.
     """
 
     def __init__(self, config: MoeConfig, hidden_size: int) -> None:
@@ -72,14 +72,14 @@ class Router(nn.Module):
         self.active: Tensor
 
     def reset_buffers(self) -> None:
-        """No bias, and as many experts in each group as configured."""
+        """Reset the biases, and activate the configured number of experts in each group."""
         self.selection_bias.zero_()
         for group, slots in self.groups():
             self.active[slots] = False
             self.active[slots.start : slots.start + group.num_experts] = True
 
     def move_bias(self, load: Tensor, rate: Tensor) -> None:
-        """Even out the ``load`` ``[E]`` of a whole step by the biases, group by group."""
+        """Adjust the biases to balance the ``load`` ``[E]`` of a whole step, group by group."""
         for _, slots in self.groups():
             move_bias(self.selection_bias[slots], load[slots], self.active[slots], rate)
 
@@ -129,16 +129,16 @@ class Router(nn.Module):
         return Choice(*(part.flatten(0, 1) for part in choice)), routing
 
     def _wanted(self, logits: Tensor, controls: Controls) -> Tensor:
-        """What decides the choice ``[B, T, E]``: logits, bias, and in training what disturbs it."""
+        """The values that decide the choice, ``[B, T, E]``: logits, bias, and in training noise."""
         wanted = logits + self.selection_bias.to(logits)
         if not self.training:
             return wanted
         one = wanted[:, :1].clone()
         dropout = controls.expert_dropout
-        # Numbers in -1..1 where experts are to be dropped, else 0, which is above every limit here.
+        # Random numbers in -1..1 if experts are dropped, else 0, which exceeds every limit here.
         draw = uniform_noise(one, (dropout > 0).to(dropout))
         is_closed = (draw < 2 * dropout.to(draw) - 1) & (dropout > 0)
-        # Far below every open expert, and above the empty slots: k of a group may all be closed.
+        # Far below every open expert, but above empty slots: all of a group may be closed.
         wanted = torch.where(is_closed, wanted - 1e4, wanted)
         return wanted + uniform_noise(wanted, 1 - controls.warmup)
 
@@ -148,7 +148,7 @@ class Router(nn.Module):
         if self.config.score == "softmax":
             probabilities = (logits - log_partition).exp()
             return GroupScores(probabilities, probabilities, log_partition, logits)
-        logs = F.logsigmoid(logits)  # which has a ratio, and a gradient, where all scores vanish
+        logs = F.logsigmoid(logits)  # has a ratio and a gradient even if all scores underflow
         probabilities = (logs - logs.logsumexp(-1, keepdim=True)).exp()
         return GroupScores(logs.exp(), probabilities, log_partition, logits)
 
@@ -157,8 +157,7 @@ class Router(nn.Module):
     ) -> Tensor:
         """Which tokens each expert takes, boolean ``[B, T, E]``."""
         chosen = torch.cat([group.chosen for group in scores], -1)
-        # Tokens that nothing is trained on are the first to be dropped; of them the last of a
-        # sequence, as padding is.
+        # Untrained tokens are dropped first; of these the last ones of a sequence, such as padding.
         rank = torch.cat([group.scores for group in scores], -1)
         rank = torch.where(sequences.counted.bool(), rank, -1.0)
         shares = torch.cat(
@@ -197,7 +196,7 @@ class Router(nn.Module):
 def _top(wanted: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """The ``top_k`` largest of ``[B, T, n]``: indices ``[B, T, k]`` and a mask ``[B, T, k, n]``.
 
-    For a few of many, on a CPU, taking the largest again and again is much quicker than ``topk``.
+    For a few of many, on a CPU, repeatedly taking the largest is much faster than ``topk``.
     """
     slots = torch.arange(wanted.shape[-1], device=wanted.device)
     indices, masks = [], []

@@ -1,7 +1,7 @@
-"""Means over the tokens of a sequence, which is a document where documents are isolated.
+"""Means over the tokens of a sequence, which is a document if documents are isolated.
 
-What a router is told of its balance is told sequence by sequence, so that it does not depend on
-which sequences share a micro-batch, a process or, packed, a row.
+Balancing statistics are computed for each sequence, so that they do not depend on which sequences
+share a micro-batch, a process or a packed row.
 
 Shapes: B rows of a batch, T tokens, S rows of means: T where documents are isolated, else 1.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Sequences(NamedTuple):
-    """Which tokens belong together, and which of them count."""
+    """The sequences of a batch, and which of their tokens count."""
 
     counted: Tensor
     """``[B, T, 1]``, 1 for tokens that count (those that are trained on), else 0."""
@@ -38,7 +38,7 @@ class Sequences(NamedTuple):
     def mean(self, values: Tensor) -> Tensor:
         """The mean of ``values`` ``[B, T, X]`` over the counted tokens of each sequence.
 
-        Returns ``[B, S, X]``: for each row one mean, or for each token that of its document.
+        Returns ``[B, S, X]``: one mean for each row, or for each token that of its document.
         """
         first, after = self.bounds if self.bounds is not None else (None, None)
         total: Tensor = _Sum.apply(values * self.counted, first, after)  # type: ignore[no-untyped-call]
@@ -58,8 +58,8 @@ def find_sequences(
 ) -> Sequences:
     """The sequences of a batch, in the precision of ``like`` ``[B, T, C]``, at least float32.
 
-    ``labels`` and ``document_ids`` are ``[B, T]``. Tokens whose label is ``ignored`` do not count;
-    without labels those do not that lie beyond the ``lengths[b]`` first ones of their row.
+    ``labels`` and ``document_ids`` are ``[B, T]``. Tokens with the label ``ignored`` do not count;
+    without labels, tokens after the first ``lengths[b]`` of their row do not.
     """
     B, T = like.shape[:2]
     dtype = torch.promote_types(like.dtype, torch.float32)
@@ -96,8 +96,8 @@ def _sum(values: Tensor, first: Tensor | None, after: Tensor | None) -> Tensor:
 
 
 class _Sum(torch.autograd.Function):
-    """The gradient of a sum over a sequence is the sum of its gradients over that sequence: no
-    scattering, whose order, and with it the last bits, would differ from run to run."""
+    """A sum whose gradient is also a sum over the sequence, without scattering, whose order, and
+    with it the last bits, would differ from run to run."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, first: Tensor | None, after: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What goes wrong in training, one small class a kind of it; all see the same signals."""
+"""Detectors of problems in training, one small class each; all observe the same signals."""
 
 from __future__ import annotations
 

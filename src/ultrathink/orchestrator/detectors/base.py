@@ -1,4 +1,4 @@
-"""What a detector is, and the baseline that several of them judge a signal against."""
+"""The interface of a detector, and the baseline that several of them compare a signal with."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.windows import NORMAL, Window, median
 
-FEWEST = 8  # values of which a level, and residuals of which a deviation, can be taken
-MANY = 32  # residuals: eight more change little, and are measured together
-UNSURE = 64.0  # a deviation of n residuals is taken 1 + 64/n² times as large: it may be too small
-STEEP = 4.0  # deviations that the end of a fall may look like
+FEWEST = 8  # values needed for a level, and residuals for a deviation
+MANY = 32  # from this many residuals on, the deviation is updated for every eight new ones
+UNSURE = 64.0  # the deviation of n residuals is multiplied by 1 + 64/n²: it may be too small
+STEEP = 4.0  # deviations by which a level can rise when a fall ends
 
 
 class Detector(Remembers, ABC):
-    """Looks at every step once, in order, and remembers what it needs."""
+    """Observes every step once, in order, and keeps the state that it needs."""
 
     @abstractmethod
     def observe(self, signals: Signals) -> list[Finding]:
-        """Take the figures of the next step; what there is to say."""
+        """Observe the figures of the next step; returns findings."""
 
     @abstractmethod
     def rewind(self, step: int) -> None:
-        """What lies beyond ``step`` was undone (a rollback, a resume): forget it, and what is
-        pending."""
+        """Forget everything after ``step``, which was undone (rollback, resume), and pending
+        findings."""
 
     def finish(self) -> list[Finding]:
-        """The log is over: judge what still waits for later steps."""
+        """The log has ended: judge what was waiting for later steps."""
         return []
 
 
 class Rhythm(Remembers):
-    """Counts the observed steps between figures that come now and then, as validations do."""
+    """Counts the observed steps between occasional figures, such as validations."""
 
     remembered = ("since",)
 
@@ -45,21 +45,21 @@ class Rhythm(Remembers):
         self.since = 0  # observed steps since the last figure
 
     def step(self) -> None:
-        """A step was observed, with the figure or without."""
+        """Count an observed step, with or without the figure."""
         self.since += 1
 
     def pause(self) -> int:
-        """The figure came: within how many observed steps the next two should come."""
+        """Note the figure; returns in how many observed steps the next two should come."""
         since, self.since = self.since, 0
         return 8 + 2 * since
 
 
 class Baseline(Remembers):
-    """Where a signal usually is and how much it usually varies, trend taken out.
+    """The usual level of a signal and its usual variation, without the trend.
 
     The level is the median of the last ``level`` values; the residual of a value is its distance
-    from the level before it. While a signal falls, residuals lie below zero: the score counts from
-    their median, in robust standard deviations.
+    from the level before it. While a signal falls, residuals are negative, so the score is measured
+    from their median, in robust standard deviations.
     """
 
     remembered = (
@@ -73,12 +73,12 @@ class Baseline(Remembers):
     )
 
     def __init__(self, *, level: int = 32, spread: int = 128, floor: float = 0.002) -> None:
-        self.floor = floor  # of the deviation, so that a constant signal is no miracle
+        self.floor = floor  # of the deviation, for signals that are nearly constant
         self.level = math.nan  # the median of the last values
         self._last = Window(level)
         self._steps = Window(level)  # of those values
         self._residuals = Window(spread)
-        self._num_new = 0  # residuals since they were last measured
+        self._num_new = 0  # residuals since the last measurement
         self._centre = 0.0
         self._deviation: float | None = None
 
@@ -87,21 +87,21 @@ class Baseline(Remembers):
 
     @property
     def deviation(self) -> float:
-        """The robust standard deviation of a value around the trend; infinite at the beginning."""
+        """The robust standard deviation of a value around the trend; infinite at the start."""
         return math.inf if self._deviation is None else self._deviation
 
     def excess(self, value: float) -> float:
-        """How far ``value`` lies above where the trend puts it."""
+        """How far ``value`` is above the trend."""
         return value - self.level - self._centre
 
     def score(self, value: float) -> float:
-        """The excess in standard deviations; 0 while nothing can be said."""
+        """The excess in standard deviations; 0 while too little is known."""
         if len(self._last) < FEWEST or self._deviation is None:
             return 0.0
         return self.excess(value) / self._deviation
 
     def add(self, value: float, step: int = 0) -> None:
-        """Learn a value that is thought to be usual; ``step`` is for ``rewind``."""
+        """Add a usual value; ``step`` is for ``rewind``."""
         if len(self._last) >= FEWEST:
             self._residuals.add(value - self.level)
             self._num_new += 1
@@ -117,24 +117,24 @@ class Baseline(Remembers):
         deviation = NORMAL * median(np.abs(residuals - centre))
         deviation *= 1 + UNSURE / len(residuals) ** 2
         self._centre = min(0.0, centre)
-        # A fall may end, which is no jump: the centre is then what a value lies above it.
+        # The end of a fall is not a jump: values are then above the level by the centre.
         self._deviation = max(deviation, -self._centre / STEEP, self.floor)
         self._num_new = 0
 
     def restart(self) -> None:
-        """Forget the level, keep the spread: the signal has moved elsewhere for good."""
+        """Forget the level and keep the spread: the signal has moved permanently."""
         self._last.clear()
         self._steps.clear()
         self.level = math.nan
 
     def rewind(self, step: int) -> None:
-        """Forget the values beyond ``step``, which lie where the signal was later."""
+        """Forget the values after ``step``."""
         count = int((self._steps.values > step).sum())
         for window in (self._last, self._steps):
             window.drop_last(count)
         self.level = self._last.median()
 
     def load_state_dict(self, state: State) -> None:
-        """Go back to what ``state_dict`` returned."""
+        """Restore what ``state_dict`` returned."""
         super().load_state_dict(state)
         self.level = self._last.median()

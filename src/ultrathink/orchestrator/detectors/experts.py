@@ -1,8 +1,8 @@
-"""Groups of experts: collapse, imbalance, dead experts, tokens that are dropped.
+"""Groups of experts: collapse, imbalance, dead experts, dropped tokens.
 
 The figures are those of ``experts.jsonl`` (docs/experts.md), the worst over the layers of a group:
 ``gini``, ``gini_of_noise``, ``entropy_normalized``, ``dead``, ``dropped_share``, and ``even_load``,
-the tokens that an expert would get if all got equally many.
+the tokens of each expert under a perfectly even load.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.windows import Window
 
 IN_A_ROW = 5  # logged steps
-SETTLED = (24, 200)  # logged steps with an even load, and steps of the run; before, balancing is
-# still finding its way
-STEPS = {"dead_expert": 50}  # what must have lasted for so many steps besides
-EARLY_STEPS = 300  # anything, in a group that was never settled
-NO_ACCIDENT = 8.0  # tokens: of those who should have so many, hardly one has none by chance
-UNEVEN = 0.5  # Gini coefficient over what chance gives: half of the experts do nearly all
+SETTLED = (24, 200)  # logged steps with an even load, and steps of the run; earlier, balancing has
+# not converged
+STEPS = {"dead_expert": 50}  # minimum duration in steps, in addition to IN_A_ROW
+EARLY_STEPS = 300  # minimum duration of any finding in a group that has never settled
+NO_ACCIDENT = 8.0  # expected tokens: an expert with this many has none by chance only very rarely
+UNEVEN = 0.5  # Gini coefficient above that of chance: half of the experts do nearly all the work
 COLLAPSED = 0.8
-SHARP = 0.02  # normalized entropy: every token is sure of its expert
+SHARP = 0.02  # normalized entropy: every token puts nearly all weight on one expert
 MUCH_DROPPED = 0.1
-RISEN = 0.2  # of the Gini coefficient, over its usual value
+RISEN = 0.2  # of the Gini coefficient, above its usual value
 
 
 class Experts(Detector):
-    """Judges the figures of every group; each finding has lasted some logged steps."""
+    """Judges the figures of every group; a finding must last for some logged steps."""
 
     remembered = ("_lasting", "_usual")
 
@@ -70,15 +70,15 @@ class Experts(Detector):
         else:
             usual.add(gini)
         if entropy < SHARP:
-            text = f"the router of group {group} no longer weighs: normalized entropy {entropy:.3f}"
+            text = f"the router of group {group} has collapsed: normalized entropy {entropy:.3f}"
             found.append(("expert_collapse", "medium", text))
         if figures.get("dead", 0.0) > 0 and figures.get("even_load", math.inf) >= NO_ACCIDENT:
             number = round(figures["dead"])
-            text = f"group {group} has {number} dead expert{'s' * (number > 1)}, without a token"
+            text = f"group {group} has {number} dead expert{'s' * (number > 1)} (no tokens)"
             found.append(("dead_expert", "medium", text))
         if figures.get("dropped_share", 0.0) > MUCH_DROPPED:
             share = figures["dropped_share"]
-            text = f"group {group} drops {share:.0%} of the tokens that it is sent"
+            text = f"group {group} drops {share:.0%} of its tokens"
             found.append(("dropped_tokens", "medium", text))
         kinds = self._that_last(step, group, {kind for kind, _, _ in found}, is_settled)
         return [
@@ -88,16 +88,16 @@ class Experts(Detector):
         ]
 
     def _that_last(self, step: int, group: str, kinds: set[str], is_settled: bool) -> set[str]:
-        """Those of ``kinds`` that have lasted long enough to be told; the others are forgotten."""
+        """Those of ``kinds`` that have lasted long enough to report; forgets those that ended."""
         for key in list(self._lasting):
             kind, _, name = key.partition("/")
             if name == group and kind not in kinds:
                 del self._lasting[key]
-        told = set()
+        lasting = set()
         for kind in kinds:
             first, count = self._lasting.get(f"{kind}/{group}", (step, 0))
             self._lasting[f"{kind}/{group}"] = [first, count + 1]
             least = STEPS.get(kind, 0) if is_settled else EARLY_STEPS
             if count + 1 >= IN_A_ROW and step - first >= least:
-                told.add(kind)
-        return told
+                lasting.add(kind)
+        return lasting

@@ -1,4 +1,4 @@
-"""The norm of the gradient, judged by its logarithm: explosion, slow growth and vanishing."""
+"""The logarithm of the gradient norm: explosion, slow growth and vanishing."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from ultrathink.orchestrator.events import Finding
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.windows import Window, median
 
-EXPLOSION = (8.0, 30.0)  # times the running median: an alarm, a grave one
-NOTABLE = (4.0, 8.0)  # times, and standard deviations
+EXPLOSION = (8.0, 30.0)  # times the running median: an alarm, a critical one
+NOTABLE = (4.0, 8.0)  # times the median, and standard deviations
 VANISHING = 1 / 20  # of the running median
 IN_A_ROW = 5
-LASTS = 32  # observed steps, then the new level counts
+LASTS = 32  # observed steps after which the new level is accepted
 ENOUGH = 20  # observed steps before anything is judged
-BLOCK = 16  # observed steps, of whose norms the median is taken
+BLOCK = 16  # observed steps per median
 NUM_BLOCKS = 64
-AT_ONCE = 0.5  # of that growth, from one block to the next
-GROWN = 10.0  # times what most of the last blocks were at least: growth that no step shows
+AT_ONCE = 0.5  # share of the growth within one block: then it is a jump
+GROWN = 10.0  # times the lower quartile of the last blocks: growth that no single step shows
 
 
 class GradientNorm(Detector):
-    """Finds gradients many times as large, or as small, as the median of those before."""
+    """Finds gradients far above or below the median of earlier ones."""
 
     remembered = ("baseline", "_num_high", "_num_low", "_aside")
 
@@ -32,11 +32,11 @@ class GradientNorm(Detector):
         self.baseline = Baseline(level=64, floor=0.05)
         self._num_high = 0
         self._num_low = 0
-        self._aside: list[float] = []  # unusual values, kept out of the baseline for a while
+        self._aside: list[float] = []  # unusual values, not yet in the baseline
 
     def observe(self, signals: Signals) -> list[Finding]:
         norm = signals.finite("grad_norm")
-        if norm is None or (norm == 0 and len(self.baseline) == 0):  # some logs have 0 for unknown
+        if norm is None or (norm == 0 and len(self.baseline) == 0):  # in some logs 0 means unknown
             return []
         value = math.log(max(norm, 1e-30))
         if len(self.baseline) < ENOUGH:
@@ -80,17 +80,17 @@ class GradientNorm(Detector):
         elif times >= EXPLOSION[0]:
             severity = "medium"
         message = (
-            f"the gradient norm is {figures['grad_norm']:.3g}, {times:.1f} times what is usual "
+            f"the gradient norm is {figures['grad_norm']:.3g}, {times:.1f} times its usual value "
             f"(median {figures['level']:.3g})"
         )
         return Finding(step, "gradient_explosion", severity, message, values=figures)
 
 
 class GradientTrend(Detector):
-    """Finds gradients that have grown tenfold and more over hundreds of steps, none of them far.
+    """Finds gradients that have grown tenfold or more over hundreds of steps, without a jump.
 
-    Medians of blocks are compared with the lower quartile of the last 64 of them, which gradients
-    that were small for a moment do not move.
+    Medians of blocks are compared with the lower quartile of the last 64 of them, which a short
+    period of small gradients does not change.
     """
 
     remembered = ("_block", "_levels", "_num_grown")
@@ -113,15 +113,15 @@ class GradientTrend(Detector):
         levels = self._levels.values
         usual = float(np.quantile(levels, 0.25))
         is_grown = len(levels) >= 8 and level - usual > math.log(GROWN)
-        # A jump is told at its step, and not again for as long as its blocks are remembered.
+        # A jump is reported at its step, and not again while its blocks are in the window.
         is_gradual = is_grown and np.diff(levels).max() < AT_ONCE * (level - usual)
         self._num_grown = self._num_grown + 1 if is_gradual else 0
         if self._num_grown < 2:
             return []
         times = math.exp(min(level - usual, 100.0))
         message = (
-            f"the gradient norm has grown to {math.exp(level):.3g}, {times:.0f} times what it was "
-            f"at most {len(self._levels) * BLOCK} logged steps ago"
+            f"the gradient norm has grown to {math.exp(level):.3g}, {times:.0f} times its value "
+            f"within the last {len(self._levels) * BLOCK} logged steps"
         )
         severity = "high" if times >= EXPLOSION[1] else "medium"
         figures = {"grad_norm": math.exp(level), "level": math.exp(usual), "ratio": times}

@@ -1,4 +1,4 @@
-"""Each layer's share of the gradient: a layer that stops learning while the others go on."""
+"""Each layer's share of the gradient: a layer that stops learning while the others continue."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from ultrathink.orchestrator.remembering import PerName, Remembers
 from ultrathink.orchestrator.signals import Signals
 
 FAMILY = "grad_norm/"
-FALLEN = 1 / 8  # of what the layer's share was; healthy layers stay within a fifth of theirs
+FALLEN = 1 / 8  # of the layer's usual share; healthy layers stay within 20% of theirs
 IN_A_ROW = 3
 ENOUGH = 20  # observed steps before anything is judged
-LASTS = 32  # observed steps, then the new share counts
-LEAST = 1e-30  # a layer of zeros has a gradient of zero, whose logarithm is to be finite
+LASTS = 32  # observed steps after which the new share is accepted
+LEAST = 1e-30  # keeps the logarithm of a zero gradient finite
 
 
 class _Layer(Remembers):
-    """What is usual for one layer, and since when it is not."""
+    """The usual share of one layer, and the step since which it differs."""
 
     remembered = ("baseline", "num_low", "since", "last_good")
 
     def __init__(self) -> None:
         self.baseline = Baseline(level=64, floor=0.05)
         self.num_low = 0
-        self.since = 0  # the first step that may be behind it: figures may come every few steps
+        self.since = 0  # the first step that may be the cause: figures come every few steps
         self.last_good = 0
 
 
@@ -58,7 +58,7 @@ class LayerGradients(Detector):
         self, layer: _Layer, name: str, norm: float, total: float, step: int
     ) -> Finding | None:
         value = math.log(max(norm, LEAST) / total)
-        # The level is no number after a rewind beyond all that it is taken from.
+        # The level is NaN after a rewind beyond all its values.
         is_low = value - layer.baseline.level <= math.log(FALLEN)
         if len(layer.baseline) < ENOUGH or not is_low:
             layer.num_low, layer.last_good = 0, step
@@ -73,8 +73,8 @@ class LayerGradients(Detector):
             layer.num_low = 0
             layer.baseline = Baseline(level=64, floor=0.05)
         message = (
-            f"{name} has {norm / total:.2g} of the gradient's norm where {usual:.2g} was usual: "
-            f"it hardly learns any more"
+            f"{name} has {norm / total:.2g} of the gradient norm, usually {usual:.2g}: "
+            f"it has nearly stopped learning"
         )
         figures = {"grad_norm": norm, "share": norm / total, "usual_share": usual}
         return Finding(

@@ -1,8 +1,8 @@
-"""The training loss: hard batches, spikes that last, divergence, values that are no numbers.
+"""The training loss: hard batches, lasting spikes, divergence, NaN and infinite values.
 
-Losses are judged by their logarithms, since noise goes with size; losses of which one was negative
-are judged as they are. A jump is held until the next steps are seen: if they are back where they
-were, it was a *hard batch*; if not, an instability.
+Losses are judged by their logarithms, because noise is proportional to size, unless one was
+negative. A jump is judged after the next steps: if the loss is back at its level, it was a
+*hard batch*, otherwise an instability.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from ultrathink.orchestrator.signals import SMALL, Signals
 from ultrathink.orchestrator.windows import Window, median
 
 JUMP = 6.0  # standard deviations
-SMALLEST_JUMP = 0.01  # in the logarithm: less is no matter, however steady the loss
-BACK = 3.0  # standard deviations: as good as before
+SMALLEST_JUMP = 0.01  # in the logarithm: less does not matter, even for a very steady loss
+BACK = 3.0  # standard deviations: back at its level
 NEARLY_BACK = 0.25  # of the jump
-SURE = (10.0, 3)  # standard deviations, or steps: two neighbours may both be a little unusual
-CLEAR_JUMP = (math.log(1.5), 20.0)  # in the logarithm, in deviations: grave at the end of a log
-LASTS = 24  # observed steps; then the new level counts
-BLOCK = 16  # observed steps, of whose losses the median is taken
+SURE = (10.0, 3)  # standard deviations, or steps: two neighbours may both be slightly unusual
+CLEAR_JUMP = (math.log(1.5), 20.0)  # in the logarithm, in deviations: high at the end of a log
+LASTS = 24  # observed steps after which the new level is accepted
+BLOCK = 16  # observed steps per median
 NUM_BLOCKS = 64
 SLOW_RISE = (math.log(1.05), 8.0)  # above the best block: in the logarithm, in standard errors
-FLAT = 1e-6  # the least deviation of losses that are judged as they are
-START = 16  # observed steps that say where a loss began
+FLAT = 1e-6  # smallest deviation of losses that are judged without logarithm
+START = 16  # observed steps that define the initial loss
 ABOVE_START = (math.log(1.5), 3)  # above the largest of them: in the logarithm, steps in a row
 
 
 class JudgedLoss(Remembers):
-    """Maps a loss to what is judged: its logarithm, or itself once one was negative."""
+    """Maps a loss to the judged value: its logarithm, or the loss itself once one was negative."""
 
     remembered = ("is_log",)
 
@@ -45,11 +45,11 @@ class JudgedLoss(Remembers):
         return math.log(loss + SMALL) if self.is_log else loss
 
     def loss(self, value: float) -> float:
-        """The loss that is judged as ``value``."""
+        """The loss of the judged ``value``."""
         return math.exp(min(value, 700.0)) - SMALL if self.is_log else value
 
     def described(self, excess: float) -> str:
-        """An excess in words."""
+        """An excess as text."""
         if not self.is_log:
             return f"{excess:.3g} above"
         ratio = math.exp(min(excess, 50.0))
@@ -57,14 +57,14 @@ class JudgedLoss(Remembers):
 
 
 class LossSpike(Detector):
-    """Tells a hard batch (one step) from a spike that lasts, and a spike from a divergence."""
+    """Distinguishes a hard batch (one step) from a lasting spike, and a spike from a divergence."""
 
     remembered = ("judged", "baseline", "_begin", "_jump", "_peak", "_since")
 
     def __init__(self) -> None:
         self.judged = JudgedLoss()
         self.baseline = Baseline()
-        self._begin: int | None = None  # the step of the jump that is judged
+        self._begin: int | None = None  # the step of the jump under observation
         self._jump = 0.0  # its excess
         self._peak = 0.0
         self._since: list[float] = []  # values from the jump on
@@ -118,7 +118,7 @@ class LossSpike(Detector):
         return self._settle(step)
 
     def _settle(self, step: int) -> list[Finding]:
-        """The loss did not come back: its new level counts from here."""
+        """The loss did not come back: accept its new level."""
         last = sorted(self._since[-8:])[4]
         excess, least = self.baseline.excess(last), NEARLY_BACK * self._jump
         if self.judged.is_log:
@@ -150,7 +150,7 @@ class LossSpike(Detector):
         return Finding(step, "hard_batch", severity, message, self._begin, values=self._figures())
 
     def _score(self) -> float:
-        """Of the highest value since the jump, in standard deviations."""
+        """The score of the highest value since the jump, in standard deviations."""
         return self.baseline.score(max(self._since))
 
     def _described(self, value: float) -> str:
@@ -159,7 +159,7 @@ class LossSpike(Detector):
         return f"{self.judged.loss(value):.4g} ({excess} its level, {score:.0f} deviations)"
 
     def _figures(self, value: float | None = None) -> dict[str, float]:
-        """What a finding about ``value``, or about the highest one, rests on."""
+        """The figures behind a finding about ``value``, or the highest one."""
         value = max(self._since) if value is None else value
         return {
             "loss": self.judged.loss(value),
@@ -177,8 +177,8 @@ class LossSpike(Detector):
 class AboveStart(Detector):
     """Finds a loss far above all of the first ones, several steps in a row.
 
-    A model worse than before training needs no long baseline. What the first losses vary by is
-    told by the largest rise from one to the next: a loss falls steeply then.
+    A model worse than before training needs no long baseline. The loss falls steeply at first, so
+    its variation is estimated by the largest rise from one step to the next.
     """
 
     remembered = ("_start", "_above", "_since")
@@ -217,7 +217,7 @@ class AboveStart(Detector):
 
     def _found(self, step: int, severity: str = "high") -> list[Finding]:
         loss, start = math.exp(max(self._above)), math.exp(max(self._start))
-        message = f"the loss, up to {loss:.4g}, is far above the {start:.4g} of the start"
+        message = f"the loss, up to {loss:.4g}, is far above the initial {start:.4g}"
         figures = {"loss": loss, "start": start}
         return [Finding(step, "divergence", severity, message, self._since, values=figures)]
 
@@ -232,7 +232,7 @@ class Divergence(Detector):
         self._block: list[float] = []
         self._levels = Window(NUM_BLOCKS)  # medians of blocks
         self._ends = Window(NUM_BLOCKS)  # their last steps
-        self._spreads = Window(NUM_BLOCKS)  # of the values of a block
+        self._spreads = Window(NUM_BLOCKS)  # deviations within blocks
         self._num_risen = 0
 
     def observe(self, signals: Signals) -> list[Finding]:
@@ -265,10 +265,10 @@ class Divergence(Detector):
             return []
         levels = self._levels.values
         best = float(levels.min())
-        # Of the median of a block, and of the least of many such medians.
+        # Standard error of the median of a block, and of the smallest of many such medians.
         error = 1.2533 * self._spreads.median() / math.sqrt(BLOCK)
         rise = level - best - 2 * error
-        is_rising = level - float(levels[-4:].min()) > 2 * error  # and has not settled high up
+        is_rising = level - float(levels[-4:].min()) > 2 * error  # not settled at a high level
         if rise < max(SLOW_RISE[0], SLOW_RISE[1] * error) or not is_rising:
             self._num_risen = 0
             return []
@@ -315,7 +315,7 @@ class NonFinite(Detector):
                 continue
             count = self._in_a_row[name] = self._in_a_row.get(name, 0) + 1
             if name == "grad_norm" and "loss_scale" in signals.values and count < 3:
-                severity, more = "info", ", as when an fp16 loss is scaled too much"
+                severity, more = "info", ", as with an fp16 loss scale that is too high"
             else:
                 severity, more = ("critical" if count >= 3 else "high"), ""
             if count > 1:

@@ -1,8 +1,8 @@
-"""Loss scaling of fp16 training, and steps that are left out.
+"""Loss scaling of fp16 training, and skipped steps.
 
-A dynamic loss scale is raised every so many steps until gradients overflow, then lowered: a step is
-left out now and then, which is how it is meant to work. It fails where the scale keeps falling:
-gradients that overflow at any scale, or that vanish once the scale is low.
+A dynamic loss scale is raised periodically until gradients overflow, then lowered: skipping a step
+now and then is normal. It fails if the scale keeps falling, because gradients overflow at any scale
+or underflow once the scale is low.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from ultrathink.orchestrator.events import Finding
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.windows import Window
 
-CALIBRATION = 64  # steps in which the scale is searched for
-FALLEN = 8.0  # times below the usual scale
+CALIBRATION = 64  # first steps, in which the scale is searched
+FALLEN = 8.0  # factor below the usual scale
 LOWEST = 1.0
 MANY = 0.2  # of the steps
 
 
 class LossScale(Detector):
-    """Follows the loss scale: its search at the beginning, its falls, and underflow."""
+    """Follows the loss scale: the initial search, its falls, and underflow."""
 
-    remembered = ("_scales", "_first_step", "_last", "_calibrated", "_is_told")
+    remembered = ("_scales", "_first_step", "_last", "_calibrated", "_is_reported")
 
     def __init__(self) -> None:
         self._scales = Window(64)
         self._first_step: int | None = None
         self._last: float | None = None
         self._calibrated = False
-        self._is_told = False  # that the scale is tried too high now and then
+        self._is_reported = False  # that occasional overflows are normal
 
     def observe(self, signals: Signals) -> list[Finding]:
         scale = signals.finite("loss_scale")
@@ -46,7 +46,7 @@ class LossScale(Detector):
         if scale <= LOWEST < before:
             message = (
                 f"the fp16 loss scale has fallen to {scale:g}: small gradients become zero; "
-                f"bf16 has no such scale"
+                f"bf16 needs no loss scale"
             )
             return [Finding(step, "fp16_underflow", "high", message, values=figures)]
         if scale >= before:
@@ -54,15 +54,15 @@ class LossScale(Detector):
         text = f"fp16 gradients overflowed: the loss scale went from {before:g} to {scale:g}"
         severity = "info"
         if not self._calibrated:
-            text += " (its first search)"
+            text += " (initial search)"
         elif scale * FALLEN <= self._scales.median():
             severity = "medium"
             text += f", far below the usual {self._scales.median():g}"
-        elif self._is_told:
+        elif self._is_reported:
             return []
         else:
-            self._is_told = True
-            text += "; a dynamic scale is tried too high now and then, which is not told again"
+            self._is_reported = True
+            text += "; occasional overflows of a dynamic scale are normal and not reported again"
         return [Finding(step, "fp16_overflow", severity, text, values=figures)]
 
     def rewind(self, step: int) -> None:
@@ -70,7 +70,7 @@ class LossScale(Detector):
 
 
 class SkippedSteps(Detector):
-    """Finds stretches in which many steps are left out; single ones are told as information."""
+    """Finds periods in which many steps are skipped; single ones are reported as information."""
 
     remembered = ("_steps", "_counts", "_first_step")
 
@@ -86,7 +86,7 @@ class SkippedSteps(Detector):
         if self._first_step is None:
             self._first_step = signals.step
         before = float(self._counts.values[-1]) if len(self._counts) else count
-        if count < before:  # counted anew, as after a restart
+        if count < before:  # the count was reset, as after a restart
             self.rewind(signals.step)
             before = count
         self._steps.add(float(signals.step))
@@ -105,7 +105,7 @@ class SkippedSteps(Detector):
             severity = "medium"  # no scale was too high: the gradients were not finite
         elif scale is not None and severity == "info":
             return []  # the scale was tried too high, which LossScale reports
-        message = f"{num_skipped:.0f} of the last {num_steps:.0f} steps were left out"
+        message = f"{num_skipped:.0f} of the last {num_steps:.0f} steps were skipped"
         figures = {"skipped": num_skipped, "steps": num_steps}
         return [Finding(signals.step, "skipped_steps", severity, message, values=figures)]
 

@@ -1,4 +1,4 @@
-"""The learning rate that the optimizer used, beside the one that the schedule asks for."""
+"""Compares the learning rate that the optimizer used with the scheduled one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ FAR_OFF = math.log(2.0)
 
 
 class OffSchedule(Detector):
-    """Finds a rate that is not the scheduled one: a fault of the schedule or of the optimizer.
+    """Finds a rate that differs from the scheduled one: a fault of the schedule or the optimizer.
 
-    Only our own runs know both (``lr``, ``lr_scheduled``); in other logs it finds nothing.
+    Only our own runs log both (``lr``, ``lr_scheduled``).
     """
 
     remembered = ()
@@ -29,7 +29,7 @@ class OffSchedule(Detector):
             return []
         severity = "high" if abs(off) >= FAR_OFF else "medium"
         message = (
-            f"the learning rate is {rate:.3g}, {rate / scheduled:.3g} times what the schedule says "
+            f"the learning rate is {rate:.3g}, {rate / scheduled:.3g} times the scheduled rate "
             f"({scheduled:.3g})"
         )
         figures = {"lr": rate, "lr_scheduled": scheduled, "ratio": rate / scheduled}

@@ -1,4 +1,4 @@
-"""What a run takes: memory, and time a step, of which some is spent waiting for data."""
+"""The resources of a run: memory, and time per step, including time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.windows import Window, median
 
 PRESSURE = (0.92, 0.97)  # of the limit
-LEAK_SPANS = 8  # side by side, each higher than the one before
+LEAK_SPANS = 8  # consecutive spans, each higher than the one before
 LEAK_SPAN = 16  # observed steps
 LEAK = 0.1  # growth over all spans
-STEADY = 0.7  # of the growth in their first half is in their last half: caches fill up and stay
-FRAGMENTED = 0.4  # of what is reserved is not in use
+STEADY = 0.7  # growth in the last half, relative to the first: caches fill up and stop growing
+FRAGMENTED = 0.4  # share of the reserved memory that is not in use
 USUAL = 128  # observed steps
 RECENT = 16
 SLOW = 0.6  # of the usual speed
-SLOWEST_USUAL = (0.9, 1.1)  # a quantile of the usual times, and so many times that
-STALLED = 10.0  # times the usual time of a step, for a single one
+SLOWEST_USUAL = (0.9, 1.1)  # a quantile of the usual times, and a factor of it
+STALLED = 10.0  # a single step, in times of the usual duration
 WAITING = 0.3  # of a step's time
 IN_A_ROW = 8
 
 
 class Memory(Detector):
-    """Finds memory that is nearly used up, that keeps growing, or is reserved and not in use."""
+    """Finds memory that is nearly full, keeps growing, or is reserved but unused."""
 
     remembered = ("_used", "_num_steps", "_num_fragmented")
 
@@ -42,7 +42,7 @@ class Memory(Detector):
         if used is None or used <= 0:
             return []
         findings = []
-        # What an allocator reserves beyond what is in use, it can give away.
+        # Memory that the allocator has reserved but does not use can be released.
         peak = max(used, signals.finite("memory_peak") or 0.0)
         if limit and peak > PRESSURE[0] * limit:
             severity = "high" if peak > PRESSURE[1] * limit else "medium"
@@ -77,7 +77,7 @@ class Memory(Detector):
         severity = "medium"
         if limit:
             left = (limit - used) / rate
-            text += f"; at this rate the {limit:.2f} GiB are full in {left:,.0f} more"
+            text += f"; at this rate the {limit:.2f} GiB are full after {left:,.0f} more"
             severity = "high" if left < 10 * self._used.size else "medium"
         figures = {"memory": used, "per_step": rate, "grown": share}
         return [Finding(step, "memory_leak", severity, text, values=figures, pause=2 * LEAK_SPAN)]
@@ -90,18 +90,18 @@ class Memory(Detector):
         self._num_fragmented = self._num_fragmented + 1 if idle > FRAGMENTED and is_scarce else 0
         if self._num_fragmented < IN_A_ROW:
             return []
-        text = f"{idle:.0%} of the {reserved:.2f} GiB reserved are not in use, and memory is scarce"
+        text = f"{idle:.0%} of the {reserved:.2f} GiB reserved are unused, and memory is scarce"
         figures = {"memory": used, "reserved": reserved}
         return [Finding(step, "memory_fragmentation", "medium", text, values=figures)]
 
 
 class Throughput(Detector):
-    """Finds a speed that falls for good, single steps that stall, and a loader that starves."""
+    """Finds a lasting loss of speed, single steps that stall, and steps that wait for data."""
 
     remembered = ("_times", "_num_waiting")
 
     def __init__(self) -> None:
-        self._times = Window(USUAL + RECENT)  # relative: only ratios count
+        self._times = Window(USUAL + RECENT)  # relative: only ratios matter
         self._num_waiting = 0
 
     def observe(self, signals: Signals) -> list[Finding]:
@@ -115,7 +115,7 @@ class Throughput(Detector):
             share = wait / seconds
             self._num_waiting = self._num_waiting + 1 if share > WAITING else 0
             if self._num_waiting >= IN_A_ROW:
-                text = f"steps wait for data {share:.0%} of their time"
+                text = f"steps spend {share:.0%} of their time waiting for data"
                 figures = {"data_wait": wait, "step_time": seconds}
                 findings.append(
                     Finding(signals.step, "starving_loader", "medium", text, values=figures)
@@ -136,10 +136,10 @@ class Throughput(Detector):
             return []
         recent = median(times[-RECENT:])
         figures = {"recent": recent, "usual": usual, "ratio": usual / recent}
-        # Some runs have slow steps all the time: for evaluation, for checkpoints, for neighbours.
+        # Some runs regularly have slow steps: for evaluation, checkpoints, or other processes.
         quantile, times_that = SLOWEST_USUAL
         if recent * SLOW > usual and recent > times_that * np.quantile(before, quantile):
-            text = f"the speed has fallen to {usual / recent:.0%} of what was usual"
+            text = f"the speed has fallen to {usual / recent:.0%} of its usual value"
             return [Finding(step, "throughput_drop", "medium", text, values=figures)]
         if taken > STALLED * usual:
             text = f"one step took {taken / usual:.0f} times as long as usual"

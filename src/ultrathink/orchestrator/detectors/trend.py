@@ -1,4 +1,4 @@
-"""The course of the training loss over hundreds of steps: plateaus and oscillation."""
+"""The trend of the training loss over hundreds of steps: plateaus and oscillation."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from ultrathink.orchestrator.windows import Window, deviation, median
 
 Floats = npt.NDArray[np.float64]
 
-SPAN = 32  # observed steps, of which a mean is taken
-FIRST_FALL = 32  # observed steps, after which a fall promises more
-STALLED = 0.1  # of the fall that the spans before promise
-SURE = 6.0  # standard errors of that promise
-LEAST = 0.005  # in the logarithm: what logs round away promises nothing
-AT_ONCE = 0.7  # of a fall, within a quarter of its steps
-RATE_CUT = 0.5  # a learning rate lowered so far explains slower learning
-RATE_LOST = 20.0  # times lower at once: steps of a schedule are smaller
+SPAN = 32  # observed steps per mean
+FIRST_FALL = 32  # first observed steps, whose fall predicts nothing
+STALLED = 0.1  # of the fall predicted by the earlier spans
+SURE = 6.0  # standard errors of that prediction
+LEAST = 0.005  # in the logarithm: smaller falls may be rounding in the log
+AT_ONCE = 0.7  # share of a fall within a quarter of its steps
+RATE_CUT = 0.5  # a learning rate lowered this much explains slower learning
+RATE_LOST = 20.0  # times lower in one step: steps of a schedule are smaller
 STAYS = 16  # observed steps
 SWING = 3.0  # times the usual spread
-REGULAR = 0.5  # correlation of the loss with itself half a period or a period later
+REGULAR = 0.5  # autocorrelation of the loss after half a period and a period
 
 
 class Plateau(Detector):
-    """Finds a loss that fell clearly and has stopped to.
+    """Finds a loss that fell clearly and then stopped falling.
 
-    Three spans of steps side by side: the fall from the first to the second promises one at least
-    half as large from the second to the third (falls shrink, but slowly). Where that promise is
-    beyond doubt and next to nothing came, learning has stalled. A fall at once, as at the end of an
-    epoch or where a learning rate is lowered, promises nothing; nor does the first one of a run, to
-    the loss of knowing how frequent each token is.
+    Of three consecutive spans of steps, the fall from the first to the second predicts one at least
+    half as large from the second to the third (falls shrink slowly). If that prediction is certain
+    and almost no fall follows, learning has stalled. A sudden fall, as at the end of an epoch or
+    when the learning rate is lowered, predicts nothing; nor does the first fall of a run, in which
+    the model learns the frequencies of tokens.
     """
 
     remembered = ("_losses", "_rates", "_num_steps")
@@ -86,7 +86,7 @@ class Plateau(Detector):
 
 
 class RateLoss(Detector):
-    """Finds a learning rate that falls to next to nothing at once, and stays there."""
+    """Finds a learning rate that drops to almost zero in one step, and stays there."""
 
     remembered = ("_last", "_before", "_begin", "_count")
 
@@ -110,8 +110,8 @@ class RateLoss(Detector):
         if self._count != STAYS:
             return []
         message = (
-            f"the learning rate fell at once from {self._before:.3g} to {rate:.3g}, "
-            f"and learning all but stopped"
+            f"the learning rate fell in one step from {self._before:.3g} to {rate:.3g}, "
+            f"which nearly stops learning"
         )
         figures = {"lr": rate, "before": self._before}
         return [Finding(signals.step, "plateau", "medium", message, self._begin, values=figures)]
@@ -121,9 +121,9 @@ class RateLoss(Detector):
 
 
 class Oscillation(Detector):
-    """Finds a loss that swings to and fro far more widely than it used to, and regularly.
+    """Finds a loss that oscillates regularly, and far more than it used to vary.
 
-    Over the last 64 steps, trend taken out: a robust spread several times that of the spans before,
+    Over the last 64 steps, without the trend: a robust spread several times that of earlier spans,
     and an autocorrelation that is strongly negative at some lag and positive at twice that lag.
     """
 
@@ -150,8 +150,8 @@ class Oscillation(Detector):
             lag = regular_lag(flat)
             if lag is not None:
                 message = (
-                    f"the loss swings with a period of about {2 * lag} logged steps, "
-                    f"{spread / usual:.1f} times as wide as it used to vary"
+                    f"the loss oscillates with a period of about {2 * lag} logged steps, "
+                    f"{spread / usual:.1f} times its usual variation"
                 )
                 figures = {"spread": spread, "usual": usual, "period": 2.0 * lag}
                 what = (signals.step, "oscillation", "medium", message)
@@ -170,14 +170,14 @@ def _without_outliers(values: Floats) -> Floats:
 
 
 def _is_a_step(values: Floats) -> bool:
-    """Whether most of a fall happens at once: between neighbours of eighths of its steps."""
+    """Whether most of a fall is sudden: between neighbouring eighths of its steps."""
     eighths = np.median(values.reshape(8, -1), axis=1)
     fall = eighths[0] - eighths[-1]
     return bool((eighths[:-2] - eighths[2:]).max() > AT_ONCE * fall)
 
 
 def regular_lag(values: Floats) -> int | None:
-    """Half the period of a regular swing, in steps; None where there is none."""
+    """Half the period of a regular oscillation, in steps; None if there is none."""
     limit = 4 * deviation(values)
     clipped = np.clip(values - median(values), -limit, limit)
     power = float(clipped @ clipped)

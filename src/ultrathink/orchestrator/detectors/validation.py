@@ -1,4 +1,4 @@
-"""Figures of held-out text, of single sources, and accuracies: what was learned and is lost."""
+"""Validation losses, losses of single sources, and accuracies: overfitting and forgetting."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ultrathink.orchestrator.windows import Window, deviation, median
 RISEN = 0.01  # of the best validation loss
 MUCH_RISEN = 0.1
 CLEAR_RISE = 4.0  # standard errors
-UNSURE = 2.0  # noise of n differences is taken (1 + 2/n) times as large: it may be too small
+UNSURE = 2.0  # the noise of n differences is multiplied by 1 + 2/n: it may be too small
 WORSE_IN_A_ROW = 3  # validations
-BEYOND_NOISE = (0.2, 2)  # rise of each of so many validations in a row
-FORGOTTEN = (0.05, 6.0)  # rise of a source's loss over its best: share, standard errors
-BLOCK = 16  # observed steps, of which a source's median loss is taken
+BEYOND_NOISE = (0.2, 2)  # rise, and number of validations in a row that show it
+FORGOTTEN = (0.05, 6.0)  # rise of a source's loss above its best: share, standard errors
+BLOCK = 16  # observed steps per median of a source's loss
 DROP = (0.1, 6.0)  # of an accuracy: share of its level, standard deviations
 
 
 class Overfitting(Detector):
     """Finds a validation loss that keeps rising while the training loss falls.
 
-    The mean of the last validations must be clear of the best one, given what validations vary by
-    and that the best of many is low by chance.
+    The mean of the last validations must be clearly above the best one, given the noise of
+    validations and that the best of many is low by chance.
     """
 
     remembered = (
@@ -45,7 +45,7 @@ class Overfitting(Detector):
     def __init__(self) -> None:
         self._best: float | None = None
         self._best_step = 0
-        self._train_then: float | None = None  # the training loss about the best validation
+        self._train_then: float | None = None  # the training loss near the best validation
         self._last = Window(32)
         self._num_seen = 0
         self._num_worse = 0
@@ -99,7 +99,7 @@ class Overfitting(Detector):
 
 
 def noise(values: npt.NDArray[np.float64]) -> float:
-    """What validations vary by, however they rise or fall: from third differences."""
+    """The noise of validations, independent of their trend: from third differences."""
     bends = np.diff(values, 3)
     if len(bends) < 2:
         return math.inf
@@ -139,7 +139,7 @@ class Forgetting(Detector):
         levels = self._levels[name]
         levels.add(median(np.array(self._blocks.pop(name))))
         values = levels.values
-        if len(values) >= 4:  # what neighbours differ by, which a trend hardly changes
+        if len(values) >= 4:  # differences of neighbours, which hardly depend on a trend
             self._errors[name] = deviation(values[1:] - values[:-1]) / math.sqrt(2)
 
     def _judge(self, step: int, prefix: str, source: str) -> list[Finding]:
@@ -189,7 +189,7 @@ class AccuracyDrop(Detector):
                 continue
             pause = self._since[name].pause()
             if len(baseline) < 8:
-                baseline.add(-value, signals.step)  # a baseline watches for what rises
+                baseline.add(-value, signals.step)  # a baseline finds rising values
                 continue
             level = -baseline.level
             is_low = baseline.score(-value) > DROP[1] and level - value > DROP[0] * abs(level)
@@ -197,7 +197,7 @@ class AccuracyDrop(Detector):
             if not is_low:
                 baseline.add(-value, signals.step)
             elif self._num_low[name] > 1:
-                message = f"the {name.replace('_', ' ')} is {value:.3g}; it was about {level:.3g}"
+                message = f"the {name.replace('_', ' ')} fell to {value:.3g} from about {level:.3g}"
                 figures = {"accuracy": value, "level": level, "score": baseline.score(-value)}
                 what = (signals.step, "accuracy_drop", "medium", message)
                 findings.append(Finding(*what, subject=name, values=figures, pause=pause))

@@ -1,1 +1,1 @@
-"""The policy that acts on a run: evidence, proposals, decisions, interventions, outcomes."""
+"""The policy that intervenes in a run: evidence, proposals, decisions, outcomes."""

@@ -1,4 +1,4 @@
-"""The rule about experts that stay without tokens."""
+"""The rule for experts without tokens."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ultrathink.training.changes import ReviveExperts as ReviveExpertsChange
 
 
 class ReviveExperts(Rule):
-    """Experts are without tokens, and going back does not help or cannot be done: begin them anew.
+    """If experts get no tokens, and a rollback does not help or is impossible, re-initialize them.
 
-    Going back is the harder decision, so it is taken first where it is proposed: once.
+    A rollback is the harder intervention, so if it is proposed it is tried first, once.
     """
 
     name = "revive_experts"
-    cool_down = 0  # a group is told of once
+    cool_down = 0  # each group is reported once
 
     def propose(self, now: Situation) -> Proposal | None:
         events = [event for event in now.events if event.kind == DEAD]
@@ -39,12 +39,12 @@ class ReviveExperts(Rule):
             f"layer.",
             events[0].values,
             min(event.step for event in events),
-            judged_after=200,  # copies must have gone ways of their own
+            judged_after=200,  # by then the copies have diverged
         )
 
 
 def dead_experts(statistics: ExpertStatistics, name: str) -> list[dict[str, Any]]:
-    """The experts of group ``name`` without a token, each by ``layer``, ``group``, ``expert``."""
+    """The experts of group ``name`` without tokens, each by ``layer``, ``group``, ``expert``."""
     [slots] = [group.slots for group in statistics.groups if group.name == name]
     is_dead = (statistics.load[:, slots] == 0) & statistics.active[:, slots]
     return [

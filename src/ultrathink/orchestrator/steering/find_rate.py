@@ -1,9 +1,9 @@
-"""A learning rate that is too high from the beginning: lower ones are tried on the same batches.
+"""For a learning rate that is too high from the start: lower ones are tried on the same batches.
 
-A rate that is several times too high lets a run end far worse without ever breaking it. It shows
-early, in updates that are large beside the weights, but what is large differs from model to model:
-so that is only a reason to try. The run goes back to its beginning, takes the same batches with a
-third of the rate, and goes on with whichever had the lower loss at the end of them; and so on.
+A rate that is several times too high makes a run end far worse without ever breaking it. An early
+sign is large updates relative to the weights, but what is large depends on the model, so it is only
+a reason to try. The run rolls back to its start, repeats the same batches with a third of the rate,
+and continues with the rate of the lower loss; this repeats while it helps.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from ultrathink.orchestrator.steering.proposals import (
 from ultrathink.orchestrator.steering.rules import LOSS_KINDS, Rule, Situation
 from ultrathink.training.changes import Rollback, ScaleLearningRate
 
-LARGE_UPDATE = 0.05  # of the weights, in one step; tuned rates stay below 0.04 (docs/steering.md)
+LARGE_UPDATE = 0.05  # relative to the weights; tuned rates stay below 0.04 (docs/steering.md)
 ENOUGH = 2  # logged steps with such an update
 LOWER = 1 / 3
-SHARE = 0.1  # of the run that is looked at, and that a trial takes
+SHARE = 0.1  # share of the run that is observed, and that a trial takes
 FEWEST, MOST = 32, 1000  # steps of a trial
-COMPARED = 0.25  # of a trial, its end: where the losses are compared
+COMPARED = 0.25  # last share of a trial, over which losses are compared
 CLEARLY = 2.0  # standard errors of the mean of paired differences
-LEAST_GAIN = 0.002  # of the loss: less is not worth a lower rate
-NO_NUMBER = 1e9  # stands for the loss of a step that had none
-START, BEST = "start", "best"  # what the ring holds for this rule
+LEAST_GAIN = 0.002  # of the loss: less does not justify a lower rate
+NO_NUMBER = 1e9  # replaces a loss of NaN or infinity
+START, BEST = "start", "best"  # snapshots that the ring holds for this rule
 
 
 class FindRate(Rule, Remembers):
-    """The rate is too high from the beginning: begin again with a third of it, while that helps."""
+    """If the rate is too high from the start, restart with a third of it, while that helps."""
 
     name = "find_rate"
     cool_down = 0
@@ -54,7 +54,7 @@ class FindRate(Rule, Remembers):
     )
 
     WATCHING: ClassVar[str] = "watching"
-    SUSPECTING: ClassVar[str] = "suspecting"  # the rate as configured has its turn
+    SUSPECTING: ClassVar[str] = "suspecting"  # the configured rate is being measured
     TRYING: ClassVar[str] = "trying"
     DONE: ClassVar[str] = "done"
 
@@ -63,14 +63,14 @@ class FindRate(Rule, Remembers):
         self._end = 0  # the step at which a trial ends
         self._num_large = 0
         self._reason = ""
-        self._scheduled = 0.0  # the rate of the step before
-        self._losses: dict[str, float] = {}  # of this trial, by the step
+        self._scheduled = 0.0  # the rate of the previous step
+        self._losses: dict[str, float] = {}  # of this trial, by step
         self._best_losses: dict[str, float] = {}
         self._best_scale = 1.0
         self.outcome: tuple[bool, str] | None = None
 
     def is_busy(self, now: Situation) -> bool:
-        """Whether no other rule is to act: the run is one that may be given up."""
+        """Whether no other rule may act, because a trial is running."""
         is_at_end = self._phase == self.SUSPECTING and now.step >= self._end
         return self._phase == self.TRYING or is_at_end
 
@@ -79,7 +79,7 @@ class FindRate(Rule, Remembers):
             _let_go(now)
             return None
         if self._phase == self.TRYING and not {START, BEST} <= now.snapshots.held.keys():
-            self.outcome = (False, "its snapshots are gone: the run goes on as it is")
+            self.outcome = (False, "its snapshots are gone: the run continues unchanged")
             self._give_up(now)
             return None
         self._note(now)
@@ -96,12 +96,12 @@ class FindRate(Rule, Remembers):
             if not self._end:
                 length = int(SHARE * now.total_steps)
                 self._end = min(length, MOST) if length >= FEWEST else 0
-            if scheduled > self._scheduled > 0:  # the warm-up is not over
+            if scheduled > self._scheduled > 0:  # still in warm-up
                 self._end = max(self._end, 2 * now.step)
             self._scheduled = scheduled
 
     def _watch(self, now: Situation) -> None:
-        """Wait for a reason to try lower rates, as long as that would not take too long."""
+        """Wait for a reason to try lower rates, while the trials would be short enough."""
         first = now.snapshots.first
         is_over = now.step > self._end or 2 * self._end > now.total_steps
         if is_over or now.snapshots.most < 3:
@@ -117,14 +117,14 @@ class FindRate(Rule, Remembers):
             if one.kind in LOSS_KINDS and SEVERITIES.index(one.severity) >= SEVERITIES.index("high")
         ]
         if self._num_large >= ENOUGH:
-            self._reason = f"Updates are as large as {ratio:.2g} of the weights."
+            self._reason = f"Updates are up to {ratio:.2g} of the weights."
         elif grave:
             self._reason = grave[0].message[0].upper() + grave[0].message[1:] + "."
         if self._reason:
             self._phase = self.SUSPECTING
 
     def _compare(self, now: Situation) -> Proposal | None:
-        """A trial is over: try the next rate, or take the best."""
+        """At the end of a trial, try the next rate or take the best."""
         scale = now.settings.lr_scale
         first_step = self._end - max(1, int(COMPARED * self._end))
         losses = {step: loss for step, loss in self._losses.items() if int(step) > first_step}
@@ -140,7 +140,7 @@ class FindRate(Rule, Remembers):
         else:
             gain, error = _paired(losses, self._best_losses)
             sure = max(SURE_ENOUGH[SOFT], confidence_of(abs(gain) / error))
-            text = self._told(scale, losses)
+            text = self._described(scale, losses)
             is_better = gain > max(CLEARLY * error, LEAST_GAIN * _mean(self._best_losses))
             self.outcome = (is_better, text)
             if not is_better and (gain < -CLEARLY * error or not may_try):
@@ -157,7 +157,7 @@ class FindRate(Rule, Remembers):
             SOFT,
             sure,
             (Rollback(start.snapshot, skip_data=False), ScaleLearningRate(lower)),
-            f"{text} The same {self._end - start.step:,} steps are tried with {lower:.3g} times "
+            f"{text} The same {self._end - start.step:,} steps are repeated with {lower:.3g} times "
             f"the configured rate.",
             {"loss": _mean(losses), "lr_scale": scale},
             now.step,
@@ -170,12 +170,12 @@ class FindRate(Rule, Remembers):
             SOFT,
             sure,
             (Rollback(now.snapshots.held[BEST].snapshot, skip_data=False),),
-            f"{text} The run goes on with {self._best_scale:.3g} times the configured rate.",
+            f"{text} The run continues with {self._best_scale:.3g} times the configured rate.",
             {"loss": _mean(self._best_losses), "lr_scale": self._best_scale},
             now.step,
         )
 
-    def _told(self, scale: float, losses: dict[str, float]) -> str:
+    def _described(self, scale: float, losses: dict[str, float]) -> str:
         return (
             f"With {scale:.3g} times the configured rate the loss was {_mean(losses):.4g} over the "
             f"last {len(losses)} of {self._end:,} steps, with {self._best_scale:.3g} times "
@@ -183,7 +183,7 @@ class FindRate(Rule, Remembers):
         )
 
     def _give_up(self, now: Situation) -> None:
-        """Nothing more is tried."""
+        """End the trials."""
         self._phase = self.DONE
         self._losses, self._best_losses = {}, {}
         _let_go(now)
@@ -195,7 +195,7 @@ def _let_go(now: Situation) -> None:
 
 
 def _paired(losses: dict[str, float], best: dict[str, float]) -> tuple[float, float]:
-    """By how much ``losses`` are lower on the same batches: the mean, and its standard error."""
+    """How much lower ``losses`` are on the same batches: the mean and its standard error."""
     gains = np.array([best[step] - loss for step, loss in losses.items() if step in best])
     if len(gains) < 2:
         return 0.0, math.inf

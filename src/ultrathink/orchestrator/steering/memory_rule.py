@@ -1,4 +1,4 @@
-"""The rule about memory that runs short."""
+"""The rule for memory that is nearly full."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from ultrathink.orchestrator.steering.proposals import MEDIUM, Proposal
 from ultrathink.orchestrator.steering.rules import Rule, Situation
 from ultrathink.training.changes import SetActivationCheckpointing
 
-LEVELS = ("none", "selective", "full")  # each keeps less than the one before
+LEVELS = ("none", "selective", "full")  # each keeps fewer activations than the one before
 
 
 class SaveMemory(Rule):
-    """Much of the memory is in use: keep fewer activations, and never more again in this run.
+    """If memory is nearly full, keep fewer activations, for the rest of the run.
 
-    A compiled step computes again by itself what is cheap, and then holds more with ``selective``
-    than with ``none`` (docs/performance.md): it goes to ``full`` at once.
+    A compiled step recomputes cheap operations by itself and holds more with ``selective`` than
+    with ``none`` (docs/performance.md), so it uses ``full`` at once.
     """
 
     name = "save_memory"
-    cool_down = 16  # until then the last change shows in what is in use
+    cool_down = 16  # steps until the last change shows in the memory in use
 
     def propose(self, now: Situation) -> Proposal | None:
         share = max(now.memory_share, memory_share(now))
@@ -33,7 +33,7 @@ class SaveMemory(Rule):
         return Proposal(
             self.name,
             MEDIUM,
-            1.0,  # it was measured
+            1.0,  # measured
             (SetActivationCheckpointing(level),),
             f"{share:.0%} of the memory is in use: the backward pass gets {what} and computes the "
             f"rest again.",
@@ -43,7 +43,7 @@ class SaveMemory(Rule):
 
 
 def memory_share(now: Situation) -> float:
-    """The share of its memory that this process had in use; 0 where that is not known."""
+    """The share of its memory that this process had in use; 0 if unknown."""
     limit = now.values.get("memory_limit")
     used = max(now.values.get("memory", 0.0), now.values.get("memory_peak", 0.0))
     return used / limit if limit else 0.0

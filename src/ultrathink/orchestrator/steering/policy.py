@@ -1,4 +1,4 @@
-"""Chooses among what the rules propose: one decision at a time, within what the user allows."""
+"""Chooses among the proposals of the rules: one at a time, within the configured limits."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ RULES: tuple[type[Rule], ...] = (
 
 
 class Policy(Remembers):
-    """Asks every rule that is switched on, and takes the gravest proposal that may be carried out.
+    """Asks every enabled rule, and chooses the most severe proposal that is allowed.
 
-    It counts boundaries, not steps, which go back with the run.
+    It counts boundaries instead of steps, because a rollback resets the step.
     """
 
     remembered = ("num_rollbacks", "_count", "_rests_until", "_rules")
@@ -45,12 +45,12 @@ class Policy(Remembers):
         self.rules: list[Rule] = [self.net, *chosen]
         self._rules = {one.name: one for one in self.rules if isinstance(one, Remembers)}
         self.num_rollbacks = 0
-        self.busy: str | None = None  # the rule that is to act alone, by its name
+        self.busy: str | None = None  # name of a rule that must act alone
         self._count = 0
         self._rests_until: dict[str, int] = {}
 
     def decide(self, now: Situation) -> Proposal | None:
-        """The proposal to carry out at this boundary, if any."""
+        """The proposal to apply at this boundary, if any."""
         self._count += 1
         found = []
         busy = [rule for rule in self.rules if rule.is_busy(now)]
@@ -69,7 +69,7 @@ class Policy(Remembers):
         return proposal
 
     def take_outcomes(self) -> dict[str, tuple[bool, str]]:
-        """What rules have found of their last decisions since this was asked."""
+        """The outcomes that rules found for their last decisions, since the last call."""
         found = {rule.name: rule.outcome for rule in self.rules if rule.outcome is not None}
         for rule in self.rules:
             rule.outcome = None

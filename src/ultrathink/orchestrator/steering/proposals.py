@@ -1,4 +1,4 @@
-"""What a rule proposes, how sure it is, and what became of it."""
+"""Proposals of the rules, their confidence, and their text."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from ultrathink.training.changes import ReviveExperts
 
 SOFT, MEDIUM, HARD, CRITICAL = 1, 2, 3, 4
 LEVELS = {SOFT: "soft", MEDIUM: "medium", HARD: "hard", CRITICAL: "critical"}
-SKIP_BATCH = "skip_batch"  # the action of the guard, which is no change of the run
-SURE_ENOUGH = {SOFT: 0.7, MEDIUM: 0.8, HARD: 0.9, CRITICAL: 0.0}  # the least confidence
+SKIP_BATCH = "skip_batch"  # the action of the guard, which is not a change of the run
+SURE_ENOUGH = {SOFT: 0.7, MEDIUM: 0.8, HARD: 0.9, CRITICAL: 0.0}  # the smallest confidence
 
 
 @dataclass(frozen=True)
 class Proposal:
     """What a rule would do at this step, and why.
 
-    ``began`` is the first step of the trouble that it is about. ``judged_after`` so many steps
-    held-out text says whether it did good (``SafetyNet``); None: it repairs exactly, or its rule
-    judges it.
+    ``began`` is the first step of the problem. After ``judged_after`` steps held-out text decides
+    whether it helped (``SafetyNet``); None: it is an exact repair, or its rule judges it.
     """
 
     rule: str
@@ -36,16 +35,16 @@ class Proposal:
 
     @property
     def is_sure_enough(self) -> bool:
-        """Whether the confidence suffices for so hard an intervention."""
+        """Whether the confidence is high enough for this level of intervention."""
         return self.confidence >= SURE_ENOUGH[self.level]
 
 
 def line_of(decision: Decision) -> str:
-    """A decision of the policy in a line of the console."""
+    """A decision of the policy as a line for the console."""
     assert decision.level is not None
     did = f"{decision.action}: {_short(decision.before)} -> {_short(decision.after)}"
     if decision.action == SKIP_BATCH:
-        did = "left out the update"
+        did = "skipped the update"
     elif decision.action == ROLLBACK:
         did = f"went back to step {decision.after:,}"
     elif decision.action == ReviveExperts.name and decision.after is not None:
@@ -59,17 +58,17 @@ def line_of(decision: Decision) -> str:
 
 
 def confidence_of(score: float) -> float:
-    """How sure a value so many standard deviations out is no accident.
+    """The confidence that a value this many standard deviations out is not an accident.
 
-    At most 1 / (1 + k²) of the values of any distribution lie k deviations or more above its mean
+    In any distribution at most 1 / (1 + k²) of the values are k deviations or more above the mean
     (Cantelli's inequality).
     """
     return 1 - 1 / (1 + max(0.0, score) ** 2)
 
 
 def confidence_after(count: int) -> float:
-    """How sure something that was seen ``count`` times in a row will be seen again: (n+1) / (n+2),
-    Laplace's rule of succession."""
+    """The confidence that something seen ``count`` times in a row will occur again:
+    (n + 1) / (n + 2), Laplace's rule of succession."""
     return (count + 1) / (count + 2)
 
 

@@ -1,4 +1,4 @@
-"""The rules of the policy: what is to be done about which evidence."""
+"""The rules of the policy: which intervention follows from which evidence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ultrathink.config.orchestrator import LimitsConfig
 from ultrathink.monitoring.experts import ExpertStatistics
 from ultrathink.orchestrator.detectors.rate import FAR_OFF, OFF
 from ultrathink.orchestrator.events import Event, is_alarm
-from ultrathink.orchestrator.steering.guard import OutlierGuard
+from ultrathink.orchestrator.steering.outliers import OutlierFilter
 from ultrathink.orchestrator.steering.proposals import (
     CRITICAL,
     HARD,
@@ -34,32 +34,32 @@ from ultrathink.training.changes import (
 if TYPE_CHECKING:
     from ultrathink.training.settings import LiveSettings
 
-NON_FINITE = 3  # steps in a row: the weights are no numbers any more
-LEFT_OUT = 8  # steps in a row: this is no single bad batch
-MARGIN = 2  # steps before a trouble shows, its cause may be in the weights already
-SAME_TROUBLE = 150  # steps after a rollback in which trouble counts as the same
+NON_FINITE = 3  # steps in a row: the weights are NaN or infinite
+SKIPPED = 8  # steps in a row: more than a single bad batch
+MARGIN = 2  # steps before a problem shows, its cause may already be in the weights
+SAME_TROUBLE = 150  # steps after a rollback in which a problem counts as the same one
 ATTEMPTS = 3
-JUDGED_AFTER = 100  # steps: by then the run has learned more, or has not
-GENTLER = 0.5  # the factor on the rate, once going back alone did not help
+JUDGED_AFTER = 100  # steps, enough to see whether the run improves
+GENTLER = 0.5  # factor of the rate, if a rollback did not help
 EASES_OVER = 200
 AVERAGED = 3  # snapshots before the best
 LOSS_KINDS = ("loss_spike", "divergence", "gradient_explosion")
 DEAD = "dead_expert"
 WEIGHT_KINDS = ("expert_collapse", "expert_imbalance", DEAD, "layer_vanishing")
-# Experts are told to be dead at most 300 steps after they died: so soon after going back for such
-# it says that this did not help.
+# Dead experts are reported at most 300 steps after they died: if that happens this soon after a
+# rollback for dead experts, the rollback did not help.
 STILL_DEAD = 600
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What the rules may look at, at one step boundary."""
+    """The information available to the rules at a step boundary."""
 
     step: int
     values: Mapping[str, float]  # of this step, under the names of ``Signals``
-    events: Sequence[Event]  # new, or graver than before, at this step
-    guard: OutlierGuard
-    non_finite: int  # steps in a row whose loss or norm was no number
+    events: Sequence[Event]  # new or more severe at this step
+    outliers: OutlierFilter
+    non_finite: int  # steps in a row whose loss or norm was NaN or infinite
     snapshots: SnapshotRing
     decisions: Sequence[Decision]
     settings: LiveSettings
@@ -67,31 +67,31 @@ class Situation:
     since_rollback: int | None  # updates since the last one; None before the first
     rollbacks_left: int
     samples: int  # taken or skipped since the run began
-    total_steps: int  # of the run; 0 while that is not known
-    experts: ExpertStatistics | None = None  # of this step, where it was logged
-    memory_share: float = 0.0  # in use, on the fullest of several processes
+    total_steps: int  # of the run; 0 while unknown
+    experts: ExpertStatistics | None = None  # of this step, if it was logged
+    memory_share: float = 0.0  # in use, the largest of all processes
     is_compiled: bool = False
 
 
 class Rule(ABC):
-    """Proposes one kind of thing; ``cool_down`` is how many steps it rests after a decision."""
+    """Proposes one kind of intervention; after a decision it pauses for ``cool_down`` steps."""
 
     name: ClassVar[str]
     cool_down: ClassVar[int] = 8
     outcome: tuple[bool, str] | None = None  # whether its last decision was right, once it knows
 
     def is_busy(self, now: Situation) -> bool:
-        """Whether no other rule is to act at this boundary."""
+        """Whether no other rule may act at this boundary."""
         return False
 
     @abstractmethod
     def propose(self, now: Situation) -> Proposal | None:
-        """What to do at this boundary, if anything."""
+        """The proposal at this boundary, if any."""
 
 
 class CorrectRate(Rule):
-    """The rate that the optimizer used is not the scheduled one: make up for it, and undo the
-    steps that were too large."""
+    """If the optimizer's rate is not the scheduled one, correct it, and undo the steps that were
+    too large."""
 
     name = "correct_rate"
     cool_down = 0
@@ -115,7 +115,7 @@ class CorrectRate(Rule):
         kept = now.snapshots.before(now.step - 1)
         if off >= FAR_OFF and kept is not None:
             changes.insert(0, Rollback(kept.snapshot, skip_data=False))
-            reasoning += f" What was learned since step {kept.step:,} is learned again."
+            reasoning += f" The steps since {kept.step:,} are repeated."
         figures = {"lr": rate, "lr_scheduled": scheduled, "ratio": rate / scheduled}
         return Proposal(self.name, HARD, 1.0, tuple(changes), reasoning, figures, now.step)
 
@@ -129,13 +129,13 @@ class _Trouble:
     values: Mapping[str, float]
     is_of_loss: bool = True
     may_be_data: bool = False
-    is_below: bool = False  # losses too good to be true, which may be how the data is from now on
+    is_below: bool = False  # suspiciously low losses, which may be normal for the following data
 
 
 class RollBack(Rule):
-    """The run is broken, by what happened to its weights or its router: go back to before.
+    """If the weights or the router are damaged, roll back to before that.
 
-    Once going back alone has not helped, the rate is lowered too, and then an older snapshot taken.
+    If a rollback has not helped, the rate is lowered too, and then an older snapshot is used.
     """
 
     name = "roll_back"
@@ -148,8 +148,8 @@ class RollBack(Rule):
         if attempt >= (1 if trouble.is_below else ATTEMPTS):
             return None
         if attempt and trouble.may_be_data and not now.since_rollback:
-            # The weights are those of the snapshot: they, or the data, are bad. Once, go further.
-            if max(now.guard.streak, now.non_finite) < 3 * LEFT_OUT or attempt > 1:
+            # The weights are those of the snapshot: they or the data are bad. Go further, once.
+            if max(now.outliers.streak, now.non_finite) < 3 * SKIPPED or attempt > 1:
                 return None
             tried = [one.after for one in now.decisions if one.rule == self.name]
             before = min(before, tried[-1] - 1) if tried[-1] is not None else before
@@ -159,13 +159,11 @@ class RollBack(Rule):
         if kept is None:
             return self._without_snapshot(now, trouble)
         changes: list[Change] = [Rollback(kept.snapshot)]
-        reasoning = f"{trouble.text}; step {kept.step:,} is the newest that is free of it."
+        reasoning = f"{trouble.text}; step {kept.step:,} is the last one before that."
         if attempt and trouble.is_of_loss and not trouble.may_be_data:
             factor = _within(now, GENTLER**attempt)
             changes.append(SetLearningRateFactor(factor, EASES_OVER))
-            reasoning += (
-                f" Going back did not help before: the rate is lowered to {factor:g} of it."
-            )
+            reasoning += f" The last rollback did not help: the rate is multiplied by {factor:g}."
         return Proposal(
             self.name,
             trouble.level,
@@ -183,24 +181,24 @@ class RollBack(Rule):
                 now.step - now.non_finite + 1,
                 CRITICAL,
                 confidence_after(now.non_finite),
-                f"{now.non_finite} steps in a row were no numbers",
+                f"{now.non_finite} steps in a row were NaN or infinite",
                 {"non_finite_steps": now.non_finite},
                 may_be_data=True,
             )
-        streak, seen = now.guard.streak, now.guard.last
-        if streak >= LEFT_OUT and streak % LEFT_OUT == 0 and seen is not None:
+        streak, seen = now.outliers.streak, now.outliers.last
+        if streak >= SKIPPED and streak % SKIPPED == 0 and seen is not None:
             return _Trouble(
                 now.step - streak + 1,
                 HARD,
                 confidence_of(seen.score),
-                f"{streak} steps in a row were left out, the last with a loss of {seen.loss:.4g} "
-                f"where {seen.loss_level:.4g} is usual",
+                f"{streak} steps in a row were skipped, the last with a loss of {seen.loss:.4g} "
+                f"(usually {seen.loss_level:.4g})",
                 seen.values(),
                 may_be_data=True,
                 is_below=seen.loss_score < 0 and seen.norm_score < seen.score,
             )
         if streak or now.non_finite:
-            return None  # it is dealt with
+            return None  # already handled
         events = [e for e in now.events if e.kind != DEAD or not self._has_gone_back_for_dead(now)]
         return next((found for e in events if (found := self._of_event(e)) is not None), None)
 
@@ -220,18 +218,18 @@ class RollBack(Rule):
         if not is_loss and event.kind not in WEIGHT_KINDS:
             return None
         if event.kind == "gradient_explosion" and event.severity == "medium":
-            return None  # one large gradient is for the guard
+            return None  # the guard handles a single large gradient
         score = event.values.get("score")
         sure = confidence_after(8) if score is None else confidence_of(score)
         text = event.message[0].upper() + event.message[1:]
         return _Trouble(event.step, HARD, sure, text, event.values, is_of_loss=is_loss)
 
     def _attempt(self, now: Situation) -> int:
-        """How often the run went back for this trouble already."""
+        """The number of earlier rollbacks for this problem."""
         begun = [one.before for one in now.decisions if one.rule == self.name and one.before]
         if now.since_rollback is None or not begun:
             return 0
-        # After going back far, the steps up to where the trouble was are taken again first.
+        # After a long rollback the steps up to the problem are repeated first.
         if now.since_rollback > SAME_TROUBLE and now.step > begun[-1] + SAME_TROUBLE:
             return 0
         count = 0
@@ -252,7 +250,7 @@ class RollBack(Rule):
             trouble.level,
             trouble.confidence,
             (SetLearningRateFactor(factor, EASES_OVER),),
-            f"{trouble.text}; no snapshot is old enough to go back to.",
+            f"{trouble.text}; no snapshot is old enough for a rollback.",
             trouble.values,
             trouble.began,
             JUDGED_AFTER,
@@ -260,16 +258,16 @@ class RollBack(Rule):
 
 
 def _within(now: Situation, factor: float) -> float:
-    """The factor on the rate that is nearest to ``factor`` among those that are allowed."""
+    """The allowed factor of the rate that is nearest to ``factor``."""
     low, high = (limit / now.settings.lr_scale for limit in now.limits.lr_factor)
     return min(high, max(low, factor))
 
 
 class StopOverfitting(Rule):
-    """The held-out loss rises far above its best: end with the weights that had the best.
+    """If the held-out loss rises far above its best, end the run with the best weights.
 
-    Their rate never fell, as it does before an end; averaging them with earlier ones makes up for
-    some of that.
+    Their rate was never lowered, as at the end of a schedule; averaging them with earlier weights
+    has part of that effect.
     """
 
     name = "stop_overfitting"
@@ -293,8 +291,8 @@ class StopOverfitting(Rule):
                 HARD,
                 sure,
                 (Rollback(best.snapshot), *averaging, Stop()),
-                f"{text}; the run ends with the weights of step {best.step:,}, which had the best, "
-                f"averaged with earlier ones if that is better still.",
+                f"{text}; the run ends with the best weights, of step {best.step:,}, "
+                f"averaged with earlier ones if that is better.",
                 event.values,
                 event.step,
             )

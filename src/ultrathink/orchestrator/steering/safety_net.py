@@ -1,8 +1,7 @@
-"""The net under steering: what does not help is taken back, and a run ends with its best weights.
+"""Undoes decisions that did not help, and lets a run end with its best weights.
 
-A decision that is no exact repair is judged some steps later: held-out text is scored once where
-the decision leaves the run, or goes back to, and once then. Where there is no such text, the
-smoothed training loss serves.
+A decision that is not an exact repair is judged some steps later: held-out text is scored right
+after the decision and again then. Without held-out text the smoothed training loss is used.
 """
 
 from __future__ import annotations
@@ -30,35 +29,35 @@ from ultrathink.orchestrator.windows import Window, deviation, median
 from ultrathink.training.changes import Rollback, Stop
 from ultrathink.training.snapshots import Snapshot
 
-CLEARLY = 3.0  # standard errors: as sure as a hard decision has to be
-LEAST = 0.01  # of the loss: a run that learns may be so much worse for a while
-CRUDE = 0.02  # the same where nothing tells the noise
-FEWEST = 4  # batches or steps that tell the noise
-NO_NUMBER = 1e9  # stands for a loss that is none
+CLEARLY = 3.0  # standard errors, as required of a hard decision
+LEAST = 0.01  # of the loss: a healthy run may be this much worse for a while
+CRUDE = 0.02  # the same if the noise is unknown
+FEWEST = 4  # batches or steps needed to estimate the noise
+NO_NUMBER = 1e9  # replaces a loss of NaN or infinity
 SMOOTHED = 16  # steps
-MEDIAN = 1.2533  # standard error of a median, of that of a mean
-BASELINE, BEST = "safety_net", "safety_net.best"  # what the ring holds to go back to
+MEDIAN = 1.2533  # standard error of a median, relative to that of a mean
+BASELINE, BEST = "safety_net", "safety_net.best"  # snapshots that the ring holds for this rule
 
 
 @dataclass
 class Measure:
-    """A loss in nats, and what it is made of: batches of held-out text, or steps."""
+    """A loss in nats, and its parts: batches of held-out text, or steps."""
 
     loss: float
     parts: list[float]
 
 
 @dataclass
-class Watch:
-    """Decisions that are judged together: the first, and those that came before it was."""
+class Review:
+    """Decisions that are judged together: the first, and those made before its judgement."""
 
     decisions: list[int]
     rules: list[str]
-    step: int  # of what to go back to
+    step: int  # of the snapshot to roll back to
     until: int
     before: Measure | None = None
     after: Measure | None = None
-    is_asked: bool = False  # text is to be scored again
+    is_asked: bool = False  # the second score was requested
 
     def __post_init__(self) -> None:
         for name in ("before", "after"):
@@ -67,8 +66,8 @@ class Watch:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What came of decisions, by their numbers."""
+class ReviewResult:
+    """The outcome of decisions, given by their numbers."""
 
     decisions: list[int]
     is_good: bool
@@ -76,82 +75,83 @@ class Verdict:
 
 
 class SafetyNet(Rule, Remembers):
-    """Takes back what did harm, and lets its rule rest until the trouble is over.
+    """Undoes harmful decisions, and suspends their rules until the problem is over.
 
-    It is no rule to be switched off: what it takes back is the work of others.
+    It cannot be disabled: it only undoes the work of other rules.
     """
 
     name = "safety_net"
     cool_down = 0
-    remembered = ("spent", "best", "last", "_losses", "watch")
-    records: ClassVar[Mapping[str, type]] = {"watch": Watch}
+    remembered = ("spent", "best", "last", "_losses", "review")
+    records: ClassVar[Mapping[str, type]] = {"review": Review}
 
     def __init__(self, *, has_text: bool = True) -> None:
         self.has_text = has_text
         smoothed = "the smoothed training loss (no data.val)"
         self._measured = "held-out loss" if has_text else smoothed
-        self.watch: Watch | None = None
-        self.verdict: Verdict | None = None  # until somebody takes it
-        self.spent: dict[str, int] = {}  # steps without trouble that rules still wait for
-        self.best: list[float] = []  # its step, loss and noise, once known
+        self.review: Review | None = None
+        self.result: ReviewResult | None = None  # until it is taken
+        self.spent: dict[str, int] = {}  # suspended rules: remaining steps without a problem
+        self.best: list[float] = []  # step, loss and noise of the best, once known
         self.is_record = False  # at this boundary
         self.last: list[float] = []
-        self._losses = Window(SMOOTHED)  # of training, where there is no text
+        self._losses = Window(SMOOTHED)  # of training, without held-out text
 
     def propose(self, now: Situation) -> Proposal | None:
         self._note(now)
-        watch = self.watch
-        if watch is None:
+        review = self.review
+        if review is None:
             return None
         kept = now.snapshots.held.get(BASELINE)
-        if kept is None or (watch.is_asked and watch.after is None):  # it could not be scored
-            self._let_go(now.snapshots)
-        if kept is None or watch.before is None or watch.after is None:
+        if kept is None or (review.is_asked and review.after is None):  # scoring failed
+            self._end_review(now.snapshots)
+        if kept is None or review.before is None or review.after is None:
             return None
-        rise, error = _compared(watch.before, watch.after, is_paired=self.has_text)
+        rise, error = _compared(review.before, review.after, is_paired=self.has_text)
         text = (
-            f"{now.step - watch.step} steps after step {watch.step:,} {self._measured} was "
-            f"{watch.after.loss:.4g}, where it had been {watch.before.loss:.4g}"
+            f"{now.step - review.step} steps after step {review.step:,} {self._measured} was "
+            f"{review.after.loss:.4g}, before that {review.before.loss:.4g}"
         )
-        if rise <= _margin(watch.before, error):
-            self.verdict = Verdict(watch.decisions, True, text)
-            self._let_go(now.snapshots)
+        if rise <= _margin(review.before, error):
+            self.result = ReviewResult(review.decisions, True, text)
+            self._end_review(now.snapshots)
             return None
-        self.spent |= dict.fromkeys(watch.rules, SAME_TROUBLE)
+        self.spent |= dict.fromkeys(review.rules, SAME_TROUBLE)
         if now.rollbacks_left < 1:
-            self.verdict = Verdict(watch.decisions, False, f"{text}; the run may not go back again")
-            self._let_go(now.snapshots)
+            text += "; no more rollbacks are allowed"
+            self.result = ReviewResult(review.decisions, False, text)
+            self._end_review(now.snapshots)
             return None
-        self.verdict = Verdict(watch.decisions, False, f"{text}: it is taken back")
+        self.result = ReviewResult(review.decisions, False, f"{text}: undone")
         sure = confidence_of(rise / error) if error else 1.0
         return Proposal(
             self.name,
             HARD,
             max(SURE_ENOUGH[HARD], sure),
             (Rollback(kept.snapshot),),
-            f"{text[0].upper()}{text[1:]}; {' and '.join(watch.rules)} did not help.",
-            {"loss": watch.after.loss, "before": watch.before.loss, "noise": error or 0.0},
-            watch.step,
+            f"{text[0].upper()}{text[1:]}; {' and '.join(review.rules)} did not help.",
+            {"loss": review.after.loss, "before": review.before.loss, "noise": error or 0.0},
+            review.step,
         )
 
     def begin(self, proposal: Proposal, decision: int, now: Situation) -> bool:
-        """A proposal is carried out as ``decision``; whether text is to be scored after it."""
+        """Note that ``proposal`` is applied as ``decision``; returns whether to score text now."""
         if proposal.rule == self.name:
-            self._let_go(now.snapshots)
+            self._end_review(now.snapshots)
         if proposal.judged_after is None:
             return False
         back = [one.snapshot for one in proposal.changes if isinstance(one, Rollback)]
         step = back[0].step if back else now.step
         until = step + proposal.judged_after
-        if back:  # what the trouble was at must have been passed
+        if back:  # the step of the problem must have been passed
             until = max(until, now.step + proposal.judged_after // 4)
-        watch = self.watch
-        if watch is not None and step >= watch.step:
-            watch.decisions.append(decision)
-            watch.rules = sorted({*watch.rules, proposal.rule})
-            watch.until, watch.after, watch.is_asked = until, None, False
+        review = self.review
+        if review is not None and step >= review.step:
+            review.decisions.append(decision)
+            review.rules = sorted({*review.rules, proposal.rule})
+            review.until, review.after, review.is_asked = until, None, False
             return False
-        self._let_go(now.snapshots)
+        self._end_review(now.snapshots)
         if back:
             kept = now.snapshots.of(back[0])
             if kept is None:
@@ -161,38 +161,38 @@ class SafetyNet(Rule, Remembers):
             return False
         else:
             now.snapshots.hold(BASELINE, now.samples)
-        self.watch = Watch([decision], [proposal.rule], step, until)
+        self.review = Review([decision], [proposal.rule], step, until)
         return self.has_text
 
     def wants_score(self, step: int) -> bool:
-        """Whether text is to be scored now, to judge a decision."""
-        watch = self.watch
-        if not self.has_text or watch is None or watch.is_asked or step < watch.until:
+        """Whether to score text now, to judge a decision."""
+        review = self.review
+        if not self.has_text or review is None or review.is_asked or step < review.until:
             return False
-        watch.is_asked = True
+        review.is_asked = True
         return True
 
     def note_scores(self, loss: float, batch_losses: list[float]) -> None:
-        """Text was scored, as was asked for."""
+        """Note the requested score."""
         measure = Measure(_number(loss), [_number(one) for one in batch_losses])
-        if self.watch is not None:
-            setattr(self.watch, "after" if self.watch.is_asked else "before", measure)
+        if self.review is not None:
+            setattr(self.review, "after" if self.review.is_asked else "before", measure)
 
     def went_back(self, step: int, snapshots: SnapshotRing) -> None:
-        """The run stands at ``step`` now; what is watched may not have happened."""
+        """Note a rollback to ``step``; a later review ends."""
         if self.best and self.best[0] > step and BEST not in snapshots.held:
             self.best = []
-        if self.watch is not None and step < self.watch.step:
-            self._let_go(snapshots)
+        if self.review is not None and step < self.review.step:
+            self._end_review(snapshots)
 
     def note_validation(self, step: int, loss: float, is_best: bool) -> None:
-        """The run was validated; what was undone since may have been better."""
+        """Note a validation."""
         self.last = [step, _number(loss)]
         if is_best and (not self.best or self.last[1] < self.best[1]):
             self.best, self.is_record = [*self.last, 0.0], True
 
     def hold_best(self, snapshots: SnapshotRing, step: int, samples: int) -> None:
-        """Keep a snapshot of ``step`` where it is the best, whatever a rollback undoes."""
+        """Keep a snapshot of ``step`` if it is the best; it survives rollbacks."""
         if self.is_record and snapshots.most:
             if snapshots.best is not None and snapshots.best.step == step:
                 snapshots.held[BEST] = snapshots.best
@@ -201,7 +201,7 @@ class SafetyNet(Rule, Remembers):
         self.is_record = False
 
     def is_best_level(self, step: int) -> bool:
-        """Whether training without text was never better than now, at a new snapshot."""
+        """Without held-out text: whether the training loss is at its best, at a new snapshot."""
         if self.has_text or len(self._losses) < FEWEST:
             return False
         level = self._level()
@@ -211,7 +211,7 @@ class SafetyNet(Rule, Remembers):
         return True
 
     def _note(self, now: Situation) -> None:
-        is_trouble = bool(now.guard.streak or now.non_finite) or any(
+        is_trouble = bool(now.outliers.streak or now.non_finite) or any(
             is_alarm(one.severity) and one.kind in (*LOSS_KINDS, *WEIGHT_KINDS)
             for one in now.events
         )
@@ -221,24 +221,24 @@ class SafetyNet(Rule, Remembers):
                 del self.spent[rule]
         if self.has_text:
             return
-        watch, loss = self.watch, now.values.get("loss")
-        if watch is not None and watch.before is None:
-            watch.before = self._level()
+        review, loss = self.review, now.values.get("loss")
+        if review is not None and review.before is None:
+            review.before = self._level()
         if loss is not None:
             self._losses.add(_number(loss))
-        if watch is not None and now.step >= watch.until:
-            watch.after = self._level(now.step - watch.step)
+        if review is not None and now.step >= review.until:
+            review.after = self._level(now.step - review.step)
 
     def _level(self, last: int = SMOOTHED) -> Measure:
         parts = self._losses.values[-last:]
         return Measure(_number(median(parts)), parts.tolist())
 
-    def _let_go(self, snapshots: SnapshotRing) -> None:
-        self.watch = None
+    def _end_review(self, snapshots: SnapshotRing) -> None:
+        self.review = None
         snapshots.held.pop(BASELINE, None)
 
     def better_step(self, step: int) -> int | None:
-        """The step that a run which ends at ``step`` was clearly better at."""
+        """The earlier step at which a run that ends at ``step`` was clearly better."""
         if not self.best or self.best[0] >= step:
             return None
         _, best, error = self.best
@@ -251,45 +251,45 @@ class SafetyNet(Rule, Remembers):
         return int(self.best[0]) if is_worse else None
 
     def returning(self, snapshot: Snapshot) -> Proposal:
-        """The end of a run with the weights of ``snapshot``, which are better than its last."""
+        """The proposal to end the run with the weights of ``snapshot``, better than its last."""
         best, last = self.best[1], self.last[1]
         return Proposal(
             self.name,
             HARD,
             1.0,
             (Rollback(snapshot), Stop(returned_to=snapshot.step)),
-            f"At the end {self._measured} was {last:.4g}, where it had been {best:.4g}: the run "
+            f"At the end {self._measured} was {last:.4g}, at its best {best:.4g}: the run "
             f"ends with the weights of step {snapshot.step:,}.",
             {"loss": last, "best": best},
         )
 
     def roll_back(self, state: dict[str, Any]) -> None:
-        """The run goes back to when ``state_dict`` returned ``state``; its best stays the best."""
+        """Roll back to ``state``; the best stays."""
         self.last = list(state["last"])
         self._losses.load_state_dict(state["losses"])
 
 
 def _compared(before: Measure, after: Measure, *, is_paired: bool) -> tuple[float, float | None]:
-    """By how much the loss has risen, and the standard error of that; None where unknown."""
+    """The rise of the loss, and its standard error, or None if unknown."""
     rise = after.loss - before.loss
     if min(len(before.parts), len(after.parts)) < FEWEST:
         return rise, None
     if not is_paired:
         return rise, _noise(before)
-    if len(before.parts) != len(after.parts):  # memory did not suffice for such batches
+    if len(before.parts) != len(after.parts):  # smaller batches after running out of memory
         return rise, None
     differences = np.subtract(after.parts, before.parts)
     return rise, float(differences.std(ddof=1)) / math.sqrt(len(differences))
 
 
 def _margin(before: Measure, error: float | None) -> float:
-    """What a loss may rise by without being clearly worse."""
+    """The rise of a loss that does not count as clearly worse."""
     size = max(abs(before.loss), SMALL)
     return CRUDE * size if error is None else max(CLEARLY * error, LEAST * size)
 
 
 def _noise(level: Measure) -> float:
-    """The standard error of the difference of two such levels; one that is broken varies more."""
+    """The standard error of the difference of two such levels."""
     count = len(level.parts)
     if count < FEWEST:
         return 0.0

@@ -1,4 +1,4 @@
-"""Which snapshots of a run are kept in memory to go back to; its checkpoints may carry them."""
+"""Chooses which snapshots of a run are kept in memory for rollbacks."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ if TYPE_CHECKING:
 
 @dataclass
 class Kept:
-    """A snapshot, and where the data stood."""
+    """A snapshot, and the position in the data."""
 
     snapshot: Snapshot
     samples: int  # taken or skipped since the run began
-    number: int  # of all that were taken
-    loss: float | None = None  # the level of the training loss then, nats, where it was known
+    number: int  # counted over all snapshots taken
+    loss: float | None = None  # the level of the training loss then, nats, if known
 
     @property
     def step(self) -> int:
-        """The step at whose boundary it was taken."""
+        """The step after which it was taken."""
         return self.snapshot.step
 
     def is_before(self, other: Kept) -> bool:
-        """Whether it is of the history that led to ``other``, which may be itself."""
+        """Whether it belongs to the history of ``other``, or is ``other``."""
         return self.number <= other.number and self.step <= other.step
 
 
 class SnapshotRing:
-    """The newest snapshots close together, older ones ever farther apart, and the best one.
+    """Keeps recent snapshots close together, older ones farther and farther apart, and the best.
 
-    ``most`` is how many there is room for, the best one (by validation) among them.
+    ``most`` is the maximum number, including the best one (by validation).
     """
 
     def __init__(self, take: Callable[[], Snapshot], *, every: int, most: int) -> None:
         self.every = every
         self.most = most
         self.best: Kept | None = None
-        self.held: dict[str, Kept] = {}  # by what they are held for, until they are let go
+        self.held: dict[str, Kept] = {}  # kept for rules, by the name of the purpose
         self._take = take
         self._kept: list[Kept] = []
         self._count = 0
@@ -52,12 +52,12 @@ class SnapshotRing:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that can be gone back to, the oldest first."""
+        """The steps of the snapshots, the oldest first."""
         return sorted({one.step for one in self._all()})
 
     @property
     def first(self) -> Kept | None:
-        """The oldest."""
+        """The oldest snapshot."""
         return min(self._all(), key=lambda one: one.number, default=None)
 
     def is_due(self, step: int) -> bool:
@@ -65,7 +65,7 @@ class SnapshotRing:
         return not self._kept or step - self._kept[-1].step >= self.every
 
     def take(self, samples: int, *, is_best: bool = False, loss: float | None = None) -> None:
-        """Take one at this step boundary, where the training loss is about ``loss``."""
+        """Take a snapshot at this step boundary; the training loss is about ``loss``."""
         if self.most < 1:
             return
         kept = Kept(self._take(), samples, self._count + 1, loss)
@@ -78,12 +78,12 @@ class SnapshotRing:
             self._kept.pop(self._least_missed())
 
     def hold(self, name: str, samples: int) -> None:
-        """Take one at this step boundary and keep it whatever becomes of the others."""
+        """Take a snapshot at this step boundary and keep it until it is released."""
         self._count += 1
         self.held[name] = Kept(self._take(), samples, self._count)
 
     def before(self, step: int) -> Kept | None:
-        """The newest one that is not beyond ``step``."""
+        """The newest snapshot not after ``step``."""
         return max(
             (one for one in self._all() if one.step <= step),
             key=lambda one: one.step,
@@ -91,7 +91,7 @@ class SnapshotRing:
         )
 
     def best_since(self, step: int) -> Kept | None:
-        """The one not before ``step`` with the lowest loss, the newest of equals."""
+        """The snapshot not before ``step`` with the lowest loss, the newest of equals."""
         return min(
             (one for one in self._all() if one.step >= step),
             key=lambda one: (math.inf if one.loss is None else one.loss, -one.step),
@@ -99,18 +99,18 @@ class SnapshotRing:
         )
 
     def of(self, snapshot: Snapshot) -> Kept | None:
-        """What is kept of ``snapshot``."""
+        """The entry of ``snapshot``."""
         return next((one for one in self._all() if one.snapshot == snapshot), None)
 
     def older_than(self, step: int) -> list[Kept]:
-        """One of each step before ``step``, the oldest first."""
+        """One snapshot of each step before ``step``, the oldest first."""
         found = {one.step: one for one in reversed(self._all()) if one.step < step}
         return [found[step] for step in sorted(found)]
 
     def go_back_to(self, snapshot: Snapshot) -> None:
-        """Forget what was taken later: it belongs to a history that is undone."""
+        """Forget the later snapshots, which belong to undone steps."""
         kept = self.of(snapshot)
-        if kept is None:  # somebody else's
+        if kept is None:  # not from this ring
             older = (one.number for one in self._all() if one.snapshot.key < snapshot.key)
             kept = Kept(snapshot, 0, max(older, default=0))
         self._kept = [one for one in self._kept if one.is_before(kept)]
@@ -118,7 +118,7 @@ class SnapshotRing:
             self.best = None
 
     def state_dict(self) -> State:
-        """Which are kept; what is in them is elsewhere."""
+        """The entries, without the states of the snapshots."""
         return {
             "most": self.most,
             "count": self._count,
@@ -128,7 +128,7 @@ class SnapshotRing:
         }
 
     def load_state_dict(self, state: State, held: Callable[[int], Snapshot | None]) -> None:
-        """Go back to what ``state_dict`` returned, as far as snapshots are ``held``, by step."""
+        """Restore what ``state_dict`` returned, for the steps of which ``held`` has a snapshot."""
         values: dict[str, Any] = dict(state)
         best, holding = values["best"], values["held"]
         found: dict[int, Kept] = {}
@@ -150,10 +150,10 @@ class SnapshotRing:
         return found
 
     def _least_missed(self) -> int:
-        """The place of the one, not the newest, that lies farthest beyond its time.
+        """The index of the snapshot, except the newest, that most exceeds its lifetime.
 
-        Every second one is kept for a short time, every fourth for twice as long, and so on, as
-        the marks of a ruler have lengths: so the ages of those that stay double.
+        Every second one is kept for a short time, every fourth for twice as long, and so on, like
+        the marks of a ruler, so that the ages of the remaining ones double.
         """
         newest = self._kept[-1].number
         overdue = [

@@ -1,6 +1,6 @@
-"""The bridge from the policy to the trainer: decisions are asked for, recorded and followed up.
+"""Connects the policy to the trainer: requests, records and follows up its decisions.
 
-It lives on the first process.
+It runs on the first process.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from ultrathink.config.orchestrator import OrchestratorConfig
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.protocols import State
 from ultrathink.monitoring.experts import ExpertStatistics
-from ultrathink.monitoring.records import RunInfo, Tell
+from ultrathink.monitoring.records import Reporter, RunInfo
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.live import LiveWatch, step_signals
 from ultrathink.orchestrator.remembering import Remembers
-from ultrathink.orchestrator.steering.guard import OutlierGuard
+from ultrathink.orchestrator.steering.outliers import OutlierFilter
 from ultrathink.orchestrator.steering.policy import Policy
 from ultrathink.orchestrator.steering.proposals import (
     SKIP_BATCH,
@@ -43,18 +43,18 @@ from ultrathink.training.silent_changes import KeepState, ScoreHeldOut
 from ultrathink.training.snapshots import Snapshot
 from ultrathink.training.validation import Scores
 
-FOLLOWED_FOR = 64  # steps after which a decision is judged by what came of it
+FOLLOWED_FOR = 64  # steps after which the outcome of a decision is recorded
 _RECENT = 10
 _TROUBLE = (*LOSS_KINDS, *WEIGHT_KINDS, "non_finite", "lr_off_schedule", "overfitting")
 
 
 class Steering(Remembers, Controller):
-    """Watches with ``watch`` and ``guard``, decides with its policy, and keeps every decision.
+    """Decides with its policy, from the events of ``watch`` and ``outliers``, and records it.
 
-    ``log`` has them in ``decisions.jsonl``, ``show(step, title, text)`` tells of each. What it has
-    decided outlives a rollback, which takes back all else; checkpoints hold it.
-    ``most_snapshots(before)`` says how many there is room for, where a resumed run had ``before``,
-    ``best_checkpoint()`` of which step the best one is.
+    ``log`` writes decisions to ``decisions.jsonl``, ``show(step, title, text)`` shows them. They
+    survive a rollback, and are part of checkpoints. ``most_snapshots(before)`` is the number of
+    snapshots that fit into memory, if the resumed run had ``before``; ``best_checkpoint()`` is the
+    step of the best one.
     """
 
     remembered = (
@@ -72,7 +72,7 @@ class Steering(Remembers, Controller):
         config: OrchestratorConfig,
         *,
         watch: LiveWatch,
-        guard: OutlierGuard,
+        outliers: OutlierFilter,
         settings: LiveSettings,
         position: Callable[[], int],
         most_snapshots: Callable[[int | None], int],
@@ -81,14 +81,14 @@ class Steering(Remembers, Controller):
         best_checkpoint: Callable[[], int | None],
         log: RunLog,
         show: Callable[[int, str, str], None],
-        tell: Tell,
+        report: Reporter,
     ) -> None:
         self.config = config
         self.watch = watch
-        self.guard = guard
+        self.outliers = outliers
         self.policy = Policy(config.rules, config.limits, has_held_out=has_held_out)
         self.decisions: list[Decision] = []
-        self.ear = _Ear(self)
+        self.observer = _Observer(self)
         self.snapshots: SnapshotRing | None = None
         self._ring_state: State | None = None  # of a checkpoint, until the first boundary
         self._settings = settings
@@ -98,25 +98,25 @@ class Steering(Remembers, Controller):
         self._best_checkpoint = best_checkpoint
         self._log = log
         self._show = show
-        self._tell = tell
+        self._report = report
         self._step = 0
-        self._open: Decision | None = None  # carried out now, and not yet written
-        self._followed: list[int] = []  # numbers of decisions whose outcome is not known yet
-        self._num_skipped = 0  # of the incident that the guard deals with now
+        self._open: Decision | None = None  # being applied, and not yet written
+        self._followed: list[int] = []  # numbers of decisions without an outcome yet
+        self._num_skipped = 0  # skipped steps of the current incident
         self._non_finite = 0
         self._since_rollback: int | None = None
         self._is_new_best = False
         self._has_failed = False
-        self._report: StepReport | None = None
+        self._last_report: StepReport | None = None
 
     # -- a step boundary -----------------------------------------------------------------------
 
     def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
-        """Look at the step that was taken and ask for what the policy decides."""
+        """Request what the policy decides after this step."""
         self._attempt(partial(self._steer, report), control)
 
     def at_end(self, control: TrainerControl) -> None:
-        """Let the run go back to where it was best, if its last weights are worse."""
+        """Return to the best weights of the run, if the last ones are worse."""
         self._attempt(self._conclude, control)
 
     def _attempt(self, act: Callable[[ControlQueue], None], control: TrainerControl) -> None:
@@ -129,15 +129,15 @@ class Steering(Remembers, Controller):
             act(control)
         except Exception as error:
             self._has_failed = True
-            self._tell(
-                f"the orchestrator failed at step {self._step} and steers no more; training goes "
-                f"on: {type(error).__name__}: {error}",
+            self._report(
+                f"the orchestrator failed at step {self._step} and is off; training continues: "
+                f"{type(error).__name__}: {error}",
                 "warning",
             )
 
     def _steer(self, report: StepReport, control: ControlQueue) -> None:
         assert self.snapshots is not None
-        self._report = report
+        self._last_report = report
         events = self.watch.take_events()
         self._count(report)
         self._note_skips(report, control)
@@ -146,14 +146,14 @@ class Steering(Remembers, Controller):
         proposal = self.policy.decide(now)
         for rule, (resolved, text) in self.policy.take_outcomes().items():
             self._close(rule, {"resolved": resolved, "text": text})
-        self._note_verdict()
+        self._note_review()
         if proposal is not None:
-            number = self._carry_out(proposal, control)
+            number = self._apply(proposal, control)
             if self.policy.net.begin(proposal, number, now):
                 control.request(ScoreHeldOut(), "")
         elif self.policy.busy is None and self.policy.net.wants_score(self._step):
             control.request(ScoreHeldOut(), "")
-        elif not (self.guard.streak or self._non_finite or control.is_requested(Rollback)):
+        elif not (self.outliers.streak or self._non_finite or control.is_requested(Rollback)):
             self._take_snapshot(self.snapshots)
         self.policy.net.hold_best(self.snapshots, self._step, self._position())
         self._is_new_best = False
@@ -166,19 +166,19 @@ class Steering(Remembers, Controller):
             return
         kept = self.snapshots.held.get(BEST)
         if kept is not None and kept.step == step:
-            self._carry_out(net.returning(kept.snapshot), control)
+            self._apply(net.returning(kept.snapshot), control)
         elif net.has_text and self._best_checkpoint() == step:
-            self._carry_out(net.returning(control.recall(step)), control)
+            self._apply(net.returning(control.recall(step)), control)
         else:
-            self._tell(f"the best weights, of step {step:,}, are kept nowhere", "warning")
+            self._report(f"the best weights, of step {step:,}, were not kept", "warning")
 
     def _begin_ring(self, control: ControlQueue) -> SnapshotRing:
-        """The snapshots that the run was resumed with, or none yet."""
+        """The snapshots of a resumed run, or an empty ring."""
         rule = self.config.snapshots
         before: dict[str, Any] = dict(self._ring_state or {})
         most = self._most_snapshots(before.get("most"))
         if not most:
-            self._tell("there is no memory for snapshots: the run cannot go back", "warning")
+            self._report("there is no memory for snapshots: the run cannot roll back", "warning")
         ring = SnapshotRing(
             partial(control.snapshot, in_checkpoints=rule.in_checkpoints),
             every=rule.every_steps,
@@ -192,7 +192,7 @@ class Steering(Remembers, Controller):
         is_due = snapshots.is_due(self._step)
         is_best = self._is_new_best or (is_due and self.policy.net.is_best_level(self._step))
         if is_best or is_due:
-            loss = self.guard.loss_level
+            loss = self.outliers.loss_level
             snapshots.take(self._position(), is_best=is_best, loss=loss)
 
     def _situation(
@@ -202,7 +202,7 @@ class Steering(Remembers, Controller):
             step=report.step,
             values=step_signals(report).values,
             events=events,
-            guard=self.guard,
+            outliers=self.outliers,
             non_finite=self._non_finite,
             snapshots=snapshots,
             decisions=self.decisions,
@@ -225,8 +225,8 @@ class Steering(Remembers, Controller):
 
     # -- decisions -----------------------------------------------------------------------------
 
-    def _carry_out(self, proposal: Proposal, control: ControlQueue) -> int:
-        """Ask for what is proposed; returns the number of the decision."""
+    def _apply(self, proposal: Proposal, control: ControlQueue) -> int:
+        """Request the proposed changes; returns the number of the decision."""
         self._open = self._decision(proposal)
         number = len(self.decisions)
         self._keep_states(proposal.changes, control)
@@ -236,12 +236,12 @@ class Steering(Remembers, Controller):
         return number
 
     def _keep_states(self, changes: Sequence[Change], control: TrainerControl) -> None:
-        """Have what an audit of the last decision begins from written down: the state of now, and
-        needed snapshots."""
+        """Request to write the states that an audit of the last decision needs: the current one
+        and those of the snapshots used."""
         number, most = len(self.decisions), self.config.kept_states
         if not most or (changes and not any(change.is_felt for change in changes)):
             return
-        averaged: dict[int, bool] = {}  # alone, by their keys: of those the weights suffice
+        averaged: dict[int, bool] = {}  # by key: whether only the weights are needed
         for change in changes:
             for one in change.needed:
                 is_average = isinstance(change, AverageSnapshots)
@@ -251,13 +251,13 @@ class Steering(Remembers, Controller):
         control.request(KeepState(number, most), "")
 
     def _went_back(self, change: Rollback) -> None:
-        """The run stands at a snapshot, and what was counted since is over."""
+        """Note a rollback, and restart the counters."""
         if self.snapshots is not None:
             self.snapshots.go_back_to(change.snapshot)
             self.policy.net.went_back(change.snapshot.step, self.snapshots)
         self._since_rollback, self._non_finite = 0, 0
         if self._num_skipped:
-            text = f"{self._num_skipped} batches were left out, and it was not over"
+            text = f"{self._num_skipped} batches were skipped, and the problem remained"
             self._num_skipped = 0
             self._close("skip_outliers", {"resolved": False, "text": text})
 
@@ -278,8 +278,8 @@ class Steering(Remembers, Controller):
         self._followed.append(len(self.decisions))
         return decision
 
-    def heard(self, record: ChangeRecord) -> None:
-        """A change took effect; where it belongs to a decision, that is filled in."""
+    def note_change(self, record: ChangeRecord) -> None:
+        """Note an applied change in the record of its decision, if it has one."""
         if isinstance(record.change, Rollback):
             self._went_back(record.change)
         decision = self._open
@@ -293,34 +293,34 @@ class Steering(Remembers, Controller):
             more = {"action": record.setting, "before": record.before, "after": record.after}
             decision.also.append(more)
         if isinstance(record.change, Stop):
-            self.flush()  # no step comes that would
+            self.flush()  # no further step will do it
 
     def note_validation(self, report: ValidationReport) -> None:
-        """A validation came, the best so far or not."""
+        """Note a validation."""
         self._is_new_best = report.is_best
         self.policy.net.note_validation(report.step, report.loss, report.is_best)
 
-    def took_step(self, step: int) -> None:
-        """The run took a step, so all of the last decision took effect."""
+    def note_step(self, step: int) -> None:
+        """Note a step, after which all of the last decision is applied."""
         self._step = step
         self.flush()
 
     def flush(self) -> None:
-        """Write the decision that was carried out, now that all of it took effect."""
+        """Write the last decision, once all of it is applied."""
         if self._open is not None:
             decision, self._open = self._open, None
             self._show(decision.step, decision.rule, line_of(decision))
             self._log.write_decision(decision)
 
     def restore_records(self, step: int) -> None:
-        """Write down again what a resume at ``step`` cut: a run that went back decided it later."""
+        """Write again the decisions that a resume at ``step`` cut, made before a rollback."""
         self._step = step
         for decision in self.decisions:
-            if decision.step >= step:  # that of this step may not have been written yet
+            if decision.step >= step:  # that of this step may not be written yet
                 self._log.write_decision(decision)
 
     def finish(self) -> None:
-        """The run is over."""
+        """Write what is left at the end of the run."""
         self.flush()
         if self.decisions:
             self._log.fold_decisions()
@@ -328,9 +328,9 @@ class Steering(Remembers, Controller):
     # -- what came of them ---------------------------------------------------------------------
 
     def _note_skips(self, report: StepReport, control: TrainerControl) -> None:
-        """Batches that the guard left out one after another are one decision."""
-        seen = self.guard.last
-        if self.guard.streak and seen is not None:
+        """Record consecutive batches that the guard skipped as one decision."""
+        seen = self.outliers.last
+        if self.outliers.streak and seen is not None:
             if self._num_skipped == 0:
                 self._open = self._decision(
                     Proposal(
@@ -349,7 +349,7 @@ class Steering(Remembers, Controller):
             self._num_skipped += 1
         elif self._num_skipped:
             count, self._num_skipped = self._num_skipped, 0
-            text = f"{count} batch{'es were' if count > 1 else ' was'} left out, then it was over"
+            text = f"{count} batch{'es were' if count > 1 else ' was'} skipped, then it was over"
             self._close("skip_outliers", {"resolved": True, "skipped": count, "text": text})
 
     def _follow_up(self, events: Sequence[Event]) -> None:
@@ -357,27 +357,27 @@ class Steering(Remembers, Controller):
         for number in list(self._followed):
             decision = self.decisions[number - 1]
             if decision.rule in ("skip_outliers", self.policy.busy):
-                continue  # they say themselves what came of it
+                continue  # these rules report the outcome themselves
             went_back = decision.action == ROLLBACK and decision.after is not None
             begun = decision.after if went_back else decision.step
             until = begun + FOLLOWED_FOR
-            if went_back:  # far perhaps: what the trouble was at must have been passed
+            if went_back:  # the step of the problem must have been passed
                 until = max(until, decision.before + FOLLOWED_FOR // 4)
             if alarms and self._step > begun:
-                text = f"trouble again at step {self._step:,}: {alarms[0].message}"
+                text = f"another alarm at step {self._step:,}: {alarms[0].message}"
                 self._settle(number, {"resolved": False, "text": text})
             elif self._step >= until:
-                text = f"{self._step - begun} steps later no alarm"
+                text = f"no alarm for {self._step - begun} steps"
                 self._settle(number, {"resolved": True, "text": text})
 
-    def _note_verdict(self) -> None:
-        """Add what held-out text says of decisions to what came of them."""
-        verdict, self.policy.net.verdict = self.policy.net.verdict, None
-        for number in verdict.decisions if verdict is not None else ():
-            assert verdict is not None
+    def _note_review(self) -> None:
+        """Add the result of a review to the outcomes of its decisions."""
+        result, self.policy.net.result = self.policy.net.result, None
+        for number in result.decisions if result is not None else ():
+            assert result is not None
             known = self.decisions[number - 1].outcome or {"resolved": True}
-            text = "; ".join(filter(None, (known.get("text"), verdict.text)))
-            is_good = known["resolved"] and verdict.is_good
+            text = "; ".join(filter(None, (known.get("text"), result.text)))
+            is_good = known["resolved"] and result.is_good
             self._settle(number, {**known, "resolved": is_good, "text": text})
 
     def _close(self, rule: str, outcome: dict[str, Any]) -> None:
@@ -395,36 +395,36 @@ class Steering(Remembers, Controller):
     # -- for people ----------------------------------------------------------------------------
 
     def best_snapshot(self, last_steps: int) -> Snapshot:
-        """The snapshot of the last steps at which the training loss was lowest.
+        """The snapshot of the last steps with the lowest training loss.
 
-        UltrathinkError where there is none.
+        Raises UltrathinkError if there is none.
         """
         steps = self.snapshots.steps if self.snapshots is not None else []
         now = self._step
         kept = self.snapshots.best_since(now - last_steps) if self.snapshots is not None else None
         if kept is None:
-            there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "none is"
+            there = f"those of steps {', '.join(map(str, steps))} are" if steps else "none is"
             raise UltrathinkError(
-                f"there is no snapshot of the last {last_steps} steps to go back to from step "
+                f"there is no snapshot of the last {last_steps} steps before step "
                 f"{now}; {there} kept (orchestrator.mode=act keeps some)."
             )
         return kept.snapshot
 
     def get_current_metrics(self) -> dict[str, float]:
         """The signals of the last step, under the names of ``Signals``."""
-        return {} if self._report is None else dict(step_signals(self._report).values)
+        return {} if self._last_report is None else dict(step_signals(self._last_report).values)
 
     def get_expert_statistics(self) -> ExpertStatistics | None:
-        """What experts did in the last step, where that was logged and the model has some."""
-        return self._report.experts if self._report is not None else None
+        """The statistics of experts in the last step, if it was logged and the model has any."""
+        return self._last_report.experts if self._last_report is not None else None
 
     def throughput(self) -> float:
-        """Trained tokens a second in the last step."""
-        report = self._report
+        """Trained tokens per second in the last step."""
+        report = self._last_report
         return report.num_tokens / report.seconds if report is not None and report.seconds else 0.0
 
     def get_adaptive_status(self) -> dict[str, Any]:
-        """What was decided so far, and how it went."""
+        """The decisions so far and their outcomes."""
         outcomes = [one.outcome for one in self.decisions if one.outcome is not None]
         return {
             "monitoring_active": not self._has_failed,
@@ -440,26 +440,26 @@ class Steering(Remembers, Controller):
     # -- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> State:
-        """What to remember over a restart, and which snapshots a checkpoint of now carries."""
+        """The state to keep in checkpoints, with the snapshots embedded in one made now."""
         ring = self._ring_state
         if self.snapshots is not None and self.config.snapshots.in_checkpoints:
             ring = self.snapshots.state_dict()
         return {**super().state_dict(), "snapshots": ring}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on from what ``state_dict`` returned."""
+        """Continue from what ``state_dict`` returned."""
         values: dict[str, Any] = dict(state)
         super().load_state_dict(state)
         self._ring_state = values["snapshots"]
 
     def roll_back(self, state: State) -> None:
-        """What was decided outlives going back; what the run had reached does not."""
+        """Roll back to ``state``, but keep the decisions."""
         values: dict[str, Any] = dict(state)
         self.policy.net.roll_back(values["policy"]["rules"][SafetyNet.name])
 
 
-class _Ear(Callback):
-    """Hears for ``steering`` what happens in the run."""
+class _Observer(Callback):
+    """Passes the events of the run to ``steering``."""
 
     def __init__(self, steering: Steering) -> None:
         self._steering = steering
@@ -468,7 +468,7 @@ class _Ear(Callback):
         self._steering.restore_records(info.start_step)
 
     def on_step(self, report: StepReport) -> None:
-        self._steering.took_step(report.step)
+        self._steering.note_step(report.step)
 
     def on_validation(self, report: ValidationReport) -> None:
         self._steering.note_validation(report)
@@ -477,7 +477,7 @@ class _Ear(Callback):
         self._steering.policy.net.note_scores(scores.loss, list(scores.batch_losses))
 
     def on_change(self, change: ChangeRecord) -> None:
-        self._steering.heard(change)
+        self._steering.note_change(change)
 
     def on_end(self, ending: Ending | None) -> None:
         self._steering.finish()

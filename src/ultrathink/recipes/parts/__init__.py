@@ -1,1 +1,1 @@
-"""The parts that recipes share."""
+"""Parts shared by recipes."""

@@ -1,4 +1,4 @@
-"""The parts of a run, made for this machine and put together."""
+"""Builds the parts of a run for this machine, and connects them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from ultrathink.orchestrator.live import LiveWatch
 from ultrathink.parallel.mesh import ParallelDims
 from ultrathink.parallel.restarts import remember_run
 from ultrathink.parallel.watchdog import Watchdog
-from ultrathink.recipes.parts.beginning import check_best_by
 from ultrathink.recipes.parts.callbacks import SampleWriter, StepBudgetRecorder
 from ultrathink.recipes.parts.heading import heading
+from ultrathink.recipes.parts.initial_weights import check_best_by
 from ultrathink.recipes.parts.models import FoundModel, ready_models
 from ultrathink.recipes.parts.steering import steer
 from ultrathink.runs.folder import RunFolder
@@ -44,7 +44,7 @@ from ultrathink.training.trainer import Trainer
 
 
 def build_model(config: Config) -> Transformer:
-    """The bare network of ``config`` on the CPU in fp32, its weights drawn from ``run.seed``."""
+    """The network of ``config`` on the CPU in fp32, with weights initialized from ``run.seed``."""
     seed_everything(config.run.seed)
     return Transformer(config.model)
 
@@ -60,25 +60,25 @@ def assemble(
     frozen: Sequence[FoundModel] = (),
     evaluators: EvaluatorSet = NO_EVALUATORS,
 ) -> Trainer:
-    """The parts of a run, made for this machine and wired; nothing is loaded or trained yet."""
+    """The connected parts of a run for this machine; nothing is loaded or trained yet."""
     training = config.training
     world, dims = choices.world, choices.dims
 
-    def tell(text: str, level: Level) -> None:
+    def report(text: str, level: Level) -> None:
         trainer.notify("on_message", text, level)
 
     logging.getLogger("ultrathink").setLevel(config.monitoring.log_level.upper())
-    log = RunLog(run, tell)
+    log = RunLog(run, report)
     metrics = MetricsCallback(
         [SINKS.load(name)() for name in config.monitoring.sinks if world.is_main],
         log_every=training.log_every,
         flops_per_token=flops_per_token(config.model, config.data.seq_len),
         peak_flops=choices.peak_flops * world.size,
-        tell=tell,
+        report=report,
     )
     watches = config.orchestrator.mode != "off" and world.is_main
     samples = SampleWriter(config, model, data.tokenizer, metrics.sinks, world)
-    # Before models are made ready, from where on freed memory is kept.
+    # Before models are made ready: from then on freed memory is kept.
     loader = TrainLoader(
         data.train_stores,
         data.record.weights,
@@ -91,7 +91,7 @@ def assemble(
     )
     objective = _objective(config, data, ready_models(config, model, frozen, choices), choices)
     without = objective.without_detectors
-    watch = LiveWatch(run, tell, metrics.sinks.phase, without=without) if watches else None
+    watch = LiveWatch(run, report, metrics.sinks.phase, without=without) if watches else None
     trainer = Trainer(
         objective=objective,
         loader=loader,
@@ -122,7 +122,7 @@ def assemble(
         heading=heading(config, choices),
     )
     if config.orchestrator.mode == "act":
-        steer(trainer, config.orchestrator, watch, log, metrics.sinks, tell)
+        steer(trainer, config.orchestrator, watch, log, metrics.sinks, report)
     remember_run(run.path, world)
     trainer.identity = _identity(data, trainer.loader, objective.models)
     warnings = [*choices.warnings, *_skipped(data), *data.notes]
@@ -143,7 +143,7 @@ def _settings(training: TrainingConfig, dims: ParallelDims) -> LiveSettings:
 
 
 def _identity(data: PreparedData, loader: Batches, models: ModelSet) -> dict[str, Any]:
-    """Hashes of the data and of frozen models, which must be the same for a run to go on."""
+    """Hashes of the data and of frozen models, which must not change when a run is resumed."""
     return {
         "frozen_hash": models.frozen_hash,
         "data_hash": data.record.data_hash,
@@ -156,7 +156,7 @@ def _identity(data: PreparedData, loader: Batches, models: ModelSet) -> dict[str
 def _objective(
     config: Config, data: PreparedData, ready: tuple[ModelSet, Compilation], choices: Choices
 ) -> Objective:
-    """What the run learns."""
+    """The objective of the run."""
     training, packing = config.training, config.data.packing
     check_best_by(training)
     models, compilation = ready
@@ -174,7 +174,7 @@ def _objective(
 
 
 def _stepper(config: Config, objective: Objective, choices: Choices) -> Stepper:
-    """What takes steps towards ``objective``."""
+    """The stepper for ``objective``."""
     models = objective.models
     optimizers = [
         optimizer

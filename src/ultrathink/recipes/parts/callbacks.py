@@ -1,4 +1,4 @@
-"""Callbacks that need parts which the trainer does not know."""
+"""Callbacks that need parts from layers above the trainer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ultrathink.training.model_set import inference_view
 
 
 class StepBudgetRecorder(Callback):
-    """Writes the length that the run came to, in steps, into its configuration."""
+    """Writes the resolved length of the run, in steps, into its configuration."""
 
     def __init__(self, run: RunFolder, config: Config) -> None:
         self.run = run
@@ -29,9 +29,9 @@ class StepBudgetRecorder(Callback):
         if training.max_steps is None and training.step_budget != total_steps:
             self.config = self.config.replace(
                 {"training.step_budget": total_steps},
-                origin="chosen at run time: what the length comes to at the measured speed"
+                origin="chosen at run time: the length in steps at the measured speed"
                 if training.max_minutes is not None
-                else "chosen at run time: what the length comes to",
+                else "chosen at run time: the length in steps",
             )
             self.run.write_config(self.config)
 
@@ -66,7 +66,7 @@ class SampleWriter(Callback):
 def continue_prompts(
     model: Transformer, tokenizer: Tokenizer, sample: SampleConfig, seed: int
 ) -> list[Written]:
-    """What a model that is trained writes after each prompt of ``sample``."""
+    """The model's continuation of each prompt of ``sample``."""
     params = SamplingParams(
         max_new_tokens=sample.max_new_tokens,
         temperature=sample.temperature,

@@ -1,4 +1,4 @@
-"""The evaluators of a run, with what they need from the layers that they do not know."""
+"""Builds the evaluators of a run, with parts from layers above them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from ultrathink.training.evaluators.base import (
 def make_evaluators(
     config: Config, data: PreparedData, world: World, dims: ParallelDims, progress: Progress | None
 ) -> EvaluatorSet:
-    """Those of ``training.evaluators``; DataError where the text of one cannot be read.
+    """The evaluators of ``training.evaluators``; DataError if the text of one cannot be read.
 
-    What was noted about their texts joins the notes of ``data``.
+    Notes about their texts are added to the notes of ``data``.
     """
     tokenizer, wanted = data.tokenizer, config.training.evaluators
     if not wanted:

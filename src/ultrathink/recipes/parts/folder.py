@@ -1,4 +1,4 @@
-"""The folder of a new run, and what is recorded there at each start."""
+"""Creates the folder of a new run, and writes what is recorded at each start."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ultrathink.config.schema import Config
 from ultrathink.data.prepare import PreparedData
 from ultrathink.model.flops import count_parameters
 from ultrathink.model.transformer import Transformer
-from ultrathink.recipes.parts.surroundings import environment
+from ultrathink.recipes.parts.environment import environment
 from ultrathink.runs.folder import NAME_IN_USE, RunFolder
 from ultrathink.runs.lock import RunLock
 from ultrathink.runs.manifest import build_manifest, write_manifest
@@ -19,7 +19,7 @@ from ultrathink.training.choices import Choices
 def start_folder(
     run: RunFolder | None, config: Config, data: PreparedData, model: Transformer, choices: Choices
 ) -> tuple[RunFolder, Config, RunLock | None]:
-    """Make the run folder, or rewrite a given one; the first process does, for all of them."""
+    """Create the run folder, or rewrite a given one, on the first process."""
     world, lock = choices.world, None
     error: Exception | None = None
     if world.is_main:

@@ -1,4 +1,4 @@
-"""The line that a run begins with: what is trained, on what, how."""
+"""The first line of a run: its model, data, precision and devices."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def heading(config: Config, choices: Choices) -> str:
 
 
 def _spread(config: Config, choices: Choices) -> str:
-    """How the run is spread over processes, in words; nothing for one."""
+    """How the run is distributed over processes, as text; empty for one."""
     replicate, shard = choices.dims.dp_replicate, choices.dims.dp_shard
     if choices.world.size == 1:
         return ""
     if shard == 1:
-        return f", {replicate} processes with a copy each"
-    copies = f", {replicate} copies" if replicate > 1 else ""
+        return f", {replicate} processes with a replica each"
+    copies = f", {replicate} replicas" if replicate > 1 else ""
     return f"{copies}, {shard} processes by ZeRO-{config.parallel.zero_stage}"

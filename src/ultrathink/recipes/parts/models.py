@@ -1,4 +1,4 @@
-"""The modules of a run: frozen ones found and checked, all made ready for this machine."""
+"""Finds and checks the frozen models of a run, and prepares all modules for this machine."""
 
 from __future__ import annotations
 
@@ -28,38 +28,38 @@ from ultrathink.training.hardware import DTYPES, keep_freed_memory
 from ultrathink.training.model_set import MAIN, FrozenModel, ModelSet, TrainedModule
 from ultrathink.training.objectives.base import Objective
 
-_NO_STEP = 2**32  # in place of a step, for random numbers of a seed that no step draws
+_NO_STEP = 2**32  # in place of a step, for a seed that no step uses
 
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A frozen model that was found; ``fill`` reads its weights."""
+    """A frozen model; ``fill`` reads its weights."""
 
     name: str
     source: FrozenSource
     config: ModelConfig
-    tokenizer: Tokenizer | None  # None where only weights are there
+    tokenizer: Tokenizer | None  # None if there are only weights
     fill: Callable[[Transformer], None]
 
     def checked(self, config: Config, tokenizer: Tokenizer) -> ModelConfig:
-        """Its configuration; ConfigError where its token ids are not those of the run."""
+        """Its configuration; ConfigError if its token ids are not those of the run."""
         place, ours = f"{self.source.field}={self.source.source}", config.model.vocab_size
         theirs = self.config.vocab_size
         if theirs != ours:
             raise ConfigError(
-                f"{place} has a vocabulary of {theirs} tokens, and the model one of {ours}; set "
+                f"{place} has a vocabulary of {theirs} tokens, but the model one of {ours}; set "
                 f"model.vocab_size={theirs}, or name a {self.name} with the model's vocabulary."
             )
         if self.tokenizer is not None and self.tokenizer.fingerprint != tokenizer.fingerprint:
             raise ConfigError(
-                f"{place} has another tokenizer than this run, so that its token ids stand for "
-                f"other text; name a {self.name} that was trained with the run's tokenizer."
+                f"{place} has another tokenizer than this run, so its token ids mean other text; "
+                f"name a {self.name} that was trained with the run's tokenizer."
             )
         return self.config
 
 
 def find_frozen(config: Config) -> tuple[FoundModel, ...]:
-    """The models that the objective asks; CheckpointError where one is missing or damaged."""
+    """The frozen models of the objective; CheckpointError if one is missing or damaged."""
     wanted = config.training.objective.frozen_models()
     return tuple(_find(name, source, config) for name, source in wanted.items())
 
@@ -81,20 +81,20 @@ def _find(name: str, source: FrozenSource, config: Config) -> FoundModel:
     except CheckpointError as error:
         raise CheckpointError(
             f"the {name} of this run cannot be read ({str(error).rstrip('.')}); put it back, or "
-            f"give the place where it is now: {source.field}=PLACE."
+            f"name its new place: {source.field}=PLACE."
         ) from error
     return FoundModel(name, source, model, tokenizer, lambda empty: load_weights(empty, weights))
 
 
 def models_beside(config: Config) -> list[ModelConfig]:
-    """The Transformers that the objective trains beside the main one; none of them is made."""
+    """The configurations of the Transformers that the objective trains beside the main one."""
     with torch.device("meta"):
         found = _further(config, Transformer(config.model))
     return [model.config for one in found.values() for model in transformers_in(one.module)]
 
 
 def _further(config: Config, model: Transformer) -> dict[str, TrainedModule]:
-    """What the objective trains beside ``model``, whose own random numbers stay as they are."""
+    """The modules that the objective trains beside ``model``; its random state is unchanged."""
     objective: type[Objective] = OBJECTIVES.load(config.training.objective.type)
     before = random_state()
     seed_everything(step_seed(config.run.seed, _NO_STEP, 0))
@@ -107,11 +107,11 @@ def _further(config: Config, model: Transformer) -> dict[str, TrainedModule]:
 def ready_models(
     config: Config, model: Transformer, frozen: Sequence[FoundModel], choices: Choices
 ) -> tuple[ModelSet, Compilation]:
-    """``model`` and what else is trained, and the ``frozen`` ones, on their device, compiled and
-    divided as configured."""
+    """``model``, the other trained modules, and the ``frozen`` ones, on their device, compiled and
+    sharded as configured."""
     trained = {MAIN: TrainedModule(model), **_further(config, model)}
     if choices.device.type == "cpu":
-        keep_freed_memory()  # not before: what building leaves free would stay taken, in pieces
+        keep_freed_memory()  # not earlier: memory freed after building would stay fragmented
     several = choices.world.size > 1
     compilation = Compilation(bool(config.training.compile), by_blocks=several)
     mesh = choices.dims.dp_mesh(choices.device.type) if several else None

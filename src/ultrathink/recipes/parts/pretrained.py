@@ -1,9 +1,9 @@
-"""A configuration that begins with weights of others takes on their shape and their tokenizer.
+"""Adapts a configuration to pretrained weights: their shape and their tokenizer.
 
-The checkpoint decides the shape of the model; what the configuration itself sets (in its file or
-as an override, not in a preset) has to agree with it. How positions are stretched is free, since
-that is how a model is taught longer texts; so is how tokens are spread over experts, but what a
-checkpoint could not be written back with begins switched off.
+The checkpoint decides the shape of the model; values set by the user (in the file or as an
+override, not in a preset) must agree with it. RoPE scaling is free, because it is how a model
+learns longer texts; so is the routing of experts, but options that could not be exported again are
+off by default.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from ultrathink.interop.fetching import is_pretrained
 from ultrathink.interop.importing import Pretrained, open_pretrained
 
 _OVERRIDE = "override "
-_OWN = ("file ", _OVERRIDE)  # how the origins of values begin that the user gave
-# Training from nothing begins with these, trained weights go on without, unless the user asks: a
-# warm-up would send tokens to other experts than they are used to, and so would a bias.
+_OWN = ("file ", _OVERRIDE)  # prefixes of the origins of the user's values
+# Defaults of new models that pretrained weights do without, unless the user sets them: a warm-up
+# or a bias would send tokens to other experts than those trained on them.
 _BEGUN = ("routing.warmup_steps", "balance.bias_rate")
 
 
 def adopt_pretrained(config: Config, *, with_weights: bool = True) -> tuple[Config, Pretrained]:
-    """``config`` with the model and the tokenizer of its ``training.init_from=hf:…``, and those.
+    """``config`` adapted to its ``training.init_from=hf:…``, and that checkpoint.
 
-    Raises ConfigError where its own values ask for another model, and CheckpointError where the
-    checkpoint cannot be used. Without ``with_weights`` a download leaves the weights out.
+    Raises ConfigError if the user's values describe another model, and CheckpointError if the
+    checkpoint cannot be used. Without ``with_weights`` a download skips the weights.
     """
     source = config.training.init_from
-    assert source is not None, "there is a checkpoint to begin from"
+    assert source is not None, "there is a checkpoint to start from"
     pretrained = open_pretrained(source, with_weights=with_weights)
     pretrained.check_length(config.data.seq_len)
     theirs = pretrained.model.model_dump(mode="json")
@@ -40,7 +40,7 @@ def adopt_pretrained(config: Config, *, with_weights: bool = True) -> tuple[Conf
     values: dict[str, Any] = {f"model.{name}": theirs[name] for name in SHAPE if name not in chosen}
     values.update(_experts(config, theirs["moe"]))
     if "rope_scaling" in chosen and "max_positions" not in chosen:
-        values["model.max_positions"] = None  # what it comes to follows from the stretching
+        values["model.max_positions"] = None  # it follows from the scaling
     tokenizer = {"type": "hf", "vocab_size": pretrained.tokenizer.vocab_size}
     changed = config.replace({**values, "tokenizer": tokenizer}, origin=_origin(source))
     inside = ("tokenizer", *(f"{key}." for key in values))  # replaced as a whole
@@ -50,11 +50,11 @@ def adopt_pretrained(config: Config, *, with_weights: bool = True) -> tuple[Conf
 
 
 def shown_with_pretrained(config: Config) -> Config:
-    """``config`` as training would use it, where it begins with weights of Hugging Face."""
+    """``config`` as training would use it, if it starts from weights of Hugging Face."""
     source = config.training.init_from
     if source is None or not is_pretrained(source):
         return config
-    if config.origin("tokenizer.type") == _origin(source):  # a run's, which has taken it on
+    if config.origin("tokenizer.type") == _origin(source):  # that of a run, adapted already
         return config
     return adopt_pretrained(config, with_weights=False)[0]
 
@@ -64,10 +64,10 @@ def _origin(source: str) -> str:
 
 
 def _is_stretched(config: Config, name: str) -> bool:
-    """Whether the user wants another value of the context's than the checkpoint's.
+    """Whether the user changes a value of the context length.
 
-    The base of the frequencies is asked for on the command line only: in a file it may be the
-    default that somebody wrote out.
+    The base of the frequencies counts only on the command line: in a file it may be the default,
+    written out.
     """
     origin = _own_origin(config, f"model.{name}")
     if origin is None or getattr(config.model, name) is None:
@@ -78,7 +78,7 @@ def _is_stretched(config: Config, name: str) -> bool:
 
 
 def _own_origin(config: Config, key: str) -> str | None:
-    """Where the user's own value of ``key``, or of something in it, came from."""
+    """The origin of the user's value of ``key``, or of a key in it."""
     for known, origin in config.origins.items():
         is_inside = f"{known}.".startswith(f"{key}.") or f"{key}.".startswith(f"{known}.")
         if is_inside and origin.startswith(_OWN):
@@ -87,7 +87,7 @@ def _own_origin(config: Config, key: str) -> str | None:
 
 
 def _experts(config: Config, theirs: dict[str, Any] | None) -> dict[str, Any]:
-    """What a checkpoint decides of ``model.moe``, by dotted key."""
+    """The values of ``model.moe`` that a checkpoint fixes, by dotted key."""
     ours = config.model.moe
     if theirs is None or ours is None:
         return {"model.moe": theirs}
@@ -118,8 +118,8 @@ def _refuse_another_model(
         found.append(f"tokenizer is {config.tokenizer.type} ({origin}), the checkpoint has its own")
     if found:
         raise ConfigError(
-            f"training.init_from={source} holds another model than the configuration asks for: "
-            f"{'; '.join(found)}. Leave these keys out, and the checkpoint decides them "
+            f"training.init_from={source} is another model than the configuration describes: "
+            f"{'; '.join(found)}. Remove these keys, and the checkpoint decides them "
             f"(ultrathink config show CONFIG training.init_from={source} shows how)."
         )
 
@@ -127,7 +127,7 @@ def _refuse_another_model(
 def _other_experts(
     config: Config, ours: dict[str, Any] | None, theirs: dict[str, Any] | None
 ) -> list[str]:
-    """What the user says of experts, and the checkpoint says otherwise."""
+    """The user's values for experts that differ from the checkpoint's."""
     origin = _own_origin(config, "model.moe")
     if origin is None or ours is theirs is None:
         return []
@@ -144,7 +144,7 @@ def _other_experts(
 
 
 def _shown(name: str, value: Any) -> Any:
-    """A value of ``model.moe``; of groups, what has to agree: their names and room are free."""
+    """A value of ``model.moe`` as text; of groups only what must agree."""
     if name != "groups":
         return value
     return ", ".join(f"{group['num_experts']} top-{group['top_k']}" for group in value)

@@ -1,4 +1,4 @@
-"""From which checkpoint a run is resumed, and with which changes."""
+"""Plans a resume: from which checkpoint, and with which changes."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class ResumePlan:
     folder: Path  # the checkpoint
     plain: dict[str, Any]  # its state without the tensors
     before: Config  # the configuration it was made with
-    config: Config  # the one to resume with
+    config: Config  # the configuration to resume with
     changes: tuple[ConfigChange, ...]
     reset: frozenset[str]
     remarks: tuple[tuple[str, Level], ...] = field(default=())
-    given: frozenset[str] = frozenset()  # keys that were given a value with this start
+    given: frozenset[str] = frozenset()  # keys set by this start
 
     @property
     def step(self) -> int:
@@ -46,7 +46,7 @@ class ResumePlan:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run's length is used up, so that there is nothing to resume."""
+        """Whether the run's length is used up, so there is nothing to resume."""
         if decided(self.changes, "length"):
             return False
         elapsed_s = self.plain["progress"]["elapsed_s"]
@@ -83,20 +83,20 @@ def plan_resume(
     overrides: Sequence[str] = (),
     reset: Sequence[str] = (),
 ) -> ResumePlan | FreshStart:
-    """Lock ``run``, find its checkpoint, and work out what is to change; trains nothing yet."""
+    """Lock ``run``, find its checkpoint, and determine the changes; does not train."""
     lock = _lock_for_all(run, join_world())
     try:
         if not run.steps() and checkpoint == "last":
             if overrides or reset:
                 raise UltrathinkError(
-                    f"run {run.path} ended before its first checkpoint, so there is nothing to go "
-                    f"on with and change; resume it as it is, or begin a new run."
+                    f"run {run.path} ended before its first checkpoint, so it cannot be resumed "
+                    f"with changes; resume it without, or start a new run."
                 )
             return FreshStart(run, lock)
         plan = _plan(run, lock, checkpoint, overrides, reset)
         check_changes(plan.changes, plan.reset, plan.step)
         if lock is not None and plan.is_finished:
-            # A kill after the last save may have left old checkpoints, and no later save follows.
+            # A kill after the last save may have left old checkpoints, and there is no later save.
             run.prune(plan.config.training.checkpoint.keep, plan.folder)
         return plan
     except BaseException:
@@ -106,7 +106,7 @@ def plan_resume(
 
 
 def _lock_for_all(run: RunFolder, world: World) -> RunLock | None:
-    """Hold ``run`` on the first process of ``world``, and repair what a crash left in it."""
+    """Lock ``run`` on the first process of ``world``, and clean up after a crash."""
     lock: RunLock | None = None
     error: Exception | None = None
     if world.is_main:
@@ -160,7 +160,7 @@ def _plan(
 
 
 def _placed_as(here: Config, config: Config) -> Config:
-    """``config`` with the places that ``here`` names, since a run may be moved."""
+    """``config`` with the paths of ``here``, since a run may have been moved."""
     values = flatten(here.model_dump(mode="json"))
     shared = values.keys() & flatten(config.model_dump(mode="json")).keys()
     places = {
@@ -172,9 +172,9 @@ def _placed_as(here: Config, config: Config) -> Config:
 
 
 def _with_last_start(before: Config, run: RunFolder, step: int) -> tuple[Config, frozenset[str]]:
-    """The checkpoint's configuration with the changes of the last start, if that was from here.
+    """The checkpoint's configuration with the changes of the last start from this checkpoint.
 
-    A run that was resumed with changes, and died before its next checkpoint, keeps them.
+    A run that was resumed with changes and died before its next checkpoint keeps them.
     """
     segments = read_segments(run.segments)
     if not segments or segments[-1].from_step != step:
@@ -190,7 +190,7 @@ def _edited(run: RunFolder, edited: Sequence[ConfigChange]) -> str:
     words = " ".join(f"{change.key}={change.after}" for change in edited[:4])
     listed = "; ".join(str(change) for change in edited[:4])
     return (
-        f"{run.path / 'config.yaml'} is not what the run's last checkpoint was made with "
-        f"({listed}). To resume with a change, put the file back and give the change with the "
+        f"{run.path / 'config.yaml'} differs from the configuration of the last checkpoint "
+        f"({listed}). To resume with a change, restore the file and give the change in the "
         f"command, which records it: ultrathink train --resume {run.path} {words}"
     )

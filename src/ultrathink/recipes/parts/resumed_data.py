@@ -1,4 +1,4 @@
-"""The data of a resumed run, when its text or its configuration has changed."""
+"""The data of a resumed run, if its text or its configuration has changed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ultrathink.runs.segments import ConfigChange
 
 @dataclass(frozen=True)
 class FoundData:
-    """The data to train on, and what of it is not as the run had it so far."""
+    """The data to train on, and how it differs from the run's earlier data."""
 
     data: PreparedData
-    other_samples: bool  # the text that is trained on, or how it is cut
-    other_scores: bool  # or only the text that is validated on
+    other_samples: bool  # the training text, or how it is cut into samples
+    other_scores: bool  # any of that, or the validation text
     notes: tuple[str, ...]
 
 
-def data_to_go_on_with(
+def data_to_resume_with(
     run: RunFolder,
     config: Config,
     changes: Sequence[ConfigChange],
@@ -37,12 +37,12 @@ def data_to_go_on_with(
     tokenizer: Tokenizer,
     progress: Progress | None,
 ) -> FoundData:
-    """What ``config`` names, compared with what the checkpoint's ``data_hash`` stands for.
+    """The data of ``config``, compared with that of the checkpoint's ``data_hash``.
 
-    Other data is taken where the configuration's own values changed, or ``data.on_change`` allows
-    it; else it is an error that names what changed.
+    Other data is accepted if the configuration changed it, or ``data.on_change`` allows it;
+    otherwise an error names what changed.
     """
-    if decided(changes, "samples"):  # asked for by name, so it is not a change behind one's back
+    if decided(changes, "samples"):  # changed by the user, not by accident
         data = prepare_data(config.data, tokenizer, progress=progress)
         is_other = data.record.data_hash != data_hash
         return FoundData(data, is_other, is_other, tuple(data.notes))
@@ -53,7 +53,7 @@ def data_to_go_on_with(
 
 
 def keep_record(run: RunFolder, data: PreparedData) -> None:
-    """Write down what the run is trained on from here; a record of other data stays beside it."""
+    """Write the record of the data used from now on; a record of other data is kept beside it."""
     with suppress(CheckpointError):
         before = DataRecord.read(run.data_record)
         if before.data_hash != data.record.data_hash:
@@ -62,7 +62,7 @@ def keep_record(run: RunFolder, data: PreparedData) -> None:
 
 
 def _record_of(run: RunFolder, data_hash: str) -> DataRecord:
-    """The record that a checkpoint was made with: of the newest data, or of that before it."""
+    """The record of a checkpoint's data: the newest one, or an earlier one."""
     earlier = _beside(run, data_hash)
     return DataRecord.read(earlier if earlier.exists() else run.data_record)
 
@@ -72,10 +72,10 @@ def _beside(run: RunFolder, data_hash: str) -> Path:
 
 
 def decided(changes: Sequence[ConfigChange], *effects: Effect) -> bool:
-    """Whether one of ``effects`` follows from one of ``changes``."""
+    """Whether one of ``changes`` has one of ``effects``."""
     return any(not change.decides.isdisjoint(effects) for change in changes)
 
 
 def touches(changes: Sequence[ConfigChange], *keys: str) -> bool:
-    """Whether one of ``changes`` is to one of ``keys`` or to something inside it."""
+    """Whether one of ``changes`` is to one of ``keys`` or to a key in it."""
     return any(f"{change.key}.".startswith(f"{key}.") for change in changes for key in keys)

@@ -1,4 +1,4 @@
-"""The snapshots of a steered run, brought back from the checkpoint that it is resumed with."""
+"""Loads the snapshots of a steered run from the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ultrathink.checkpoint.format import DamagedCheckpointError, load_checkpoint
-from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
+from ultrathink.checkpoint.snapshots import embedded_steps, snapshot_path
 from ultrathink.config.orchestrator import OrchestratorConfig
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.recipes.parts.steering import room_for_snapshots
@@ -27,17 +27,17 @@ def bring_back_snapshots(
     changes: Sequence[ConfigChange],
     reset: Collection[str],
 ) -> list[str]:
-    """Give a run the snapshots that ``checkpoint`` carries; sentences on those it does not.
+    """Load the snapshots embedded in ``checkpoint``; returns a sentence on each missing one.
 
     All processes call it. ``plain`` is the checkpoint's state without tensors.
     """
-    steps = carried_steps(plain)
+    steps = embedded_steps(plain)
     if not steps or config.mode != "act" or not config.snapshots.in_checkpoints:
         return []
     if reset or any(change.felt for change in changes):
         return [
-            f"the run goes on with changes, so it cannot go back to before step "
-            f"{plain['progress']['step']}: the snapshots of the checkpoint are left out"
+            f"the run resumes with changes, so it cannot roll back to before step "
+            f"{plain['progress']['step']}: the snapshots of the checkpoint are not loaded"
         ]
     remarks = []
     most = room_for_snapshots(parts, config.snapshots, len(steps))
@@ -45,7 +45,7 @@ def bring_back_snapshots(
     if room < len(steps):
         remarks.append(
             f"there is memory for {room} of the {len(steps)} snapshots of the checkpoint: the run "
-            f"goes back no farther than those (orchestrator.snapshots.max_gib)"
+            f"can roll back only to those (orchestrator.snapshots.max_gib)"
         )
     lost: list[tuple[int, str]] = []
     for step in steps[len(steps) - room :]:
@@ -55,18 +55,18 @@ def bring_back_snapshots(
     if lost:
         numbers = ", ".join(str(step) for step, _ in lost)
         remarks.append(
-            f"the run cannot go back to the snapshot{'s' * (len(lost) > 1)} of step {numbers}, "
-            f"which {checkpoint.name} no longer holds as written ({lost[0][1]})"
+            f"the run cannot roll back to the snapshot{'s' * (len(lost) > 1)} of step {numbers}, "
+            f"damaged or missing in {checkpoint.name} ({lost[0][1]})"
         )
     return remarks
 
 
 def _bring_back(parts: Parts, control: ControlQueue, folder: Path, step: int) -> str | None:
-    """Read one snapshot, each process its part; what was wrong, where one could not."""
+    """Read one snapshot, each process its part; returns the problem, if any."""
     problem = None
     try:
         state: dict[str, Any] = load_checkpoint(folder, region=partial(region_needed, parts.models))
-        state["settings"]["eval_every"] = parts.settings.eval_every  # as configured since
+        state["settings"]["eval_every"] = parts.settings.eval_every  # as configured now
         state = placed_state(state, parts.models, parts.stepper.host_names)
     except DamagedCheckpointError as error:
         problem = error.problem if folder.is_dir() else f"{folder.name} is missing"

@@ -1,4 +1,4 @@
-"""What changes of a run's configuration do to its state, and which cannot be made."""
+"""Applies changes of a run's configuration to its state, and refuses impossible ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ultrathink.training.settings import LiveSettings
 
 
 def check_overrides(overrides: Sequence[str], config: Config, run: RunFolder) -> None:
-    """Refuse a value that a run is bound to, saying why and what to do instead."""
+    """Refuse a change of a value that a run must keep; says why and what to do instead."""
     values = flatten(config.model_dump(mode="json"))
     for override in overrides:
         name, given = parse_override(override)
@@ -35,20 +35,19 @@ def check_overrides(overrides: Sequence[str], config: Config, run: RunFolder) ->
             rule = rule_of(Config, key)
             if rule.rule == "fixed":
                 raise UltrathinkError(
-                    f"{key} cannot change to {value} in a run that is resumed: {rule.because}; "
-                    f"begin a new run with it: ultrathink train CONFIG {override} "
-                    f"(training.init_from={run.path} takes the weights along)."
+                    f"{key} cannot change to {value} in a resumed run: {rule.because}; "
+                    f"start a new run with it: ultrathink train CONFIG {override} "
+                    f"(with training.init_from={run.path} from these weights)."
                 )
 
 
 def check_changes(changes: Sequence[ConfigChange], reset: Collection[str], step: int) -> None:
-    """Refuse changes that need more than was asked for, or leave nothing to do."""
+    """Refuse changes that need a reset, or leave nothing to train."""
     for change in changes:
         if change.key == "training.optimizer" and "optimizer" not in reset:
             raise UltrathinkError(
                 f"training.optimizer.type: {change.before['type']} -> {change.after['type']}: "
-                f"what the one remembers does not fit the other; restart it with "
-                f"--reset optimizer."
+                f"the optimizer states are incompatible; restart it with --reset optimizer."
             )
         if change.key == "training.max_steps" and change.after is not None and change.after <= step:
             raise UltrathinkError(
@@ -66,7 +65,7 @@ def adapt_state(
     *,
     other_scores: bool,
 ) -> None:
-    """Change ``state``, read from a checkpoint, to what a run of these ``parts`` resumes with."""
+    """Adapt ``state``, read from a checkpoint, to a run of these ``parts``."""
     values: dict[str, Any] = state
     settings, progress = values["settings"], values["progress"]
     _adapt_modules(values, parts.models)
@@ -80,7 +79,7 @@ def adapt_state(
     if touches(changes, "training.optimizer.weight_decay", "training.optimizer"):
         settings["weight_decay"] = None
     if touches(changes, "training.optimizer.lr", "training.optimizer"):
-        settings["lr_scale"] = 1.0  # it was found for the rate of before
+        settings["lr_scale"] = 1.0  # it was found for the former rate
     if touches(changes, "training.clip"):
         settings["clip"] = parts.settings.clip
     if touches(changes, "training.micro_batch_size", "training.batch_size"):
@@ -91,12 +90,12 @@ def adapt_state(
         settings["eval_every"] = parts.settings.eval_every
     _adapt_routing(values["model"], parts.model, changes)
     if other_scores or decided(changes, "scores"):
-        progress["best"] = None  # it does not compare with those to come
+        progress["best"] = None  # not comparable with later scores
 
 
 def _adapt_modules(values: dict[str, Any], models: ModelSet) -> None:
-    """Leave out what is no longer trained beside the model; CheckpointError where what now is, is
-    not there."""
+    """Remove modules that are no longer trained beside the model; CheckpointError if one that is
+    now trained is missing."""
     found: dict[str, dict[str, Tensor]] = values.pop(MODULES, {})
     for name, module in models.beside.items():
         wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
@@ -104,8 +103,8 @@ def _adapt_modules(values: dict[str, Any], models: ModelSet) -> None:
         if wanted != there:
             lacks = f"has another {name!r}" if name in found else f"has no {name!r}"
             raise CheckpointError(
-                f"training.objective trains {name!r} beside the model, and the checkpoint {lacks}; "
-                f"resume with the objective and the options it was made with, or start a new run "
+                f"training.objective trains {name!r} beside the model, but the checkpoint {lacks}; "
+                f"resume with the objective and options of the checkpoint, or start a new run "
                 f"with its weights: training.init_from=RUN."
             )
     if models.beside:
@@ -121,7 +120,7 @@ def _adapt_modules(values: dict[str, Any], models: ModelSet) -> None:
 def _adapt_routing(
     weights: dict[str, Any], model: Transformer, changes: Sequence[ConfigChange]
 ) -> None:
-    """Set the live controls of routing whose configuration changed as configured."""
+    """Set the live routing controls whose configuration changed."""
     if model.routing is None:
         return
     for name, value in model.routing.named_buffers():
@@ -135,7 +134,7 @@ def _adapt_schedule(
     changes: Sequence[ConfigChange],
     reset: Collection[str],
 ) -> None:
-    """Let another schedule or length begin where the old one stands, never above it."""
+    """Start another schedule or length at the current rate of the old one, never above it."""
     settings, step = values["settings"], values["progress"]["step"]
     budget = Budget(**values["budget"])
     other_length = decided(changes, "length", "steps", "samples")
@@ -151,26 +150,26 @@ def _adapt_schedule(
 
 
 _IDENTITIES = {
-    "tokenizer_hash": ("the tokenizer", "put the run's tokenizer folder back as it was"),
+    "tokenizer_hash": ("the tokenizer", "restore the run's tokenizer folder"),
     "tokenizer_behavior": (
         "the code that tokenizes",
-        "use the version of ultrathink that began the run (manifest.json)",
+        "use the version of ultrathink that started the run (manifest.json)",
     ),
     "frozen_hash": (
-        "what training.objective compares the model with",
-        "name the checkpoint that it was: training.objective.teacher=RUN@STEP",
+        "the frozen model of training.objective",
+        "name the original checkpoint: training.objective.teacher=RUN@STEP",
     ),
-    "data_hash": ("the data", "put the files back as they were"),
+    "data_hash": ("the data", "restore the files"),
     "order_hash": (
         "the code that orders and packs samples",
-        "use the version of ultrathink that began the run (manifest.json), or let the data begin "
-        "anew with --reset data",
+        "use the version of ultrathink that started the run (manifest.json), or restart the data "
+        "with --reset data",
     ),
 }
 
 
 def check_identity(recorded: dict[str, Any], here: dict[str, Any], reset: Collection[str]) -> None:
-    """Refuse to go on with other data or another tokenizer than the checkpoint was made with."""
+    """Refuse to resume with other data or another tokenizer than the checkpoint's."""
     for name, (what, advice) in _IDENTITIES.items():
         if name in ("data_hash", "order_hash") and "data" in reset:
             continue
@@ -178,6 +177,6 @@ def check_identity(recorded: dict[str, Any], here: dict[str, Any], reset: Collec
             raise CheckpointError(
                 f"{what} changed since the checkpoint was written (hash "
                 f"{str(recorded.get(name))[:12]} then, {str(here.get(name))[:12]} now), so the run "
-                f"cannot go on where it stopped; {advice}, or start a new run with its weights: "
+                f"cannot be resumed; {advice}, or start a new run with its weights: "
                 f"training.init_from=RUN."
             )

@@ -1,4 +1,4 @@
-"""Evaluators: what measures a model while training goes on, and how they are run."""
+"""Evaluators measure a model during training; this is their interface, and how they are run."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ultrathink.core.random import seed_everything, step_seed
 from ultrathink.data.tokenizers.base import Tokenizer
 from ultrathink.data.validation import ValidationSet
 from ultrathink.model.transformer import Transformer
-from ultrathink.monitoring.records import Tell
-from ultrathink.parallel.board import new_team
+from ultrathink.monitoring.records import Reporter
 from ultrathink.parallel.sharding import is_divided
+from ultrathink.parallel.store import new_store
 from ultrathink.parallel.world import ALONE, Group, World, is_lost_connection
 from ultrathink.training.callbacks import EvaluationReport
 from ultrathink.training.model_set import inference_view
@@ -31,7 +31,7 @@ _PATIENCE_S = 60.0
 
 
 class Written(NamedTuple):
-    """What a model wrote after a prompt."""
+    """The text that a model wrote after a prompt."""
 
     text: str
     num_tokens: int
@@ -39,7 +39,7 @@ class Written(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluatorParts:
-    """What an evaluator is made from."""
+    """What an evaluator is built from."""
 
     tokenizer: Tokenizer
     batch_size: int  # sequences in one pass
@@ -47,15 +47,15 @@ class EvaluatorParts:
     """The whole text of a source, in the run's tokens; raises DataError."""
 
     continue_prompts: Callable[[Transformer, SampleConfig, int], list[Written]]
-    """What a model writes after each prompt, given a seed."""
+    """Generates the model's continuation of each prompt, from a seed."""
 
-    group: Group  # processes that may divide the work; the results are for all of them
+    group: Group  # processes that may divide the work and share the results
 
 
 class Evaluator(ABC):
     """Measures a model under a name.
 
-    Where it is made, on several processes one after the other, it must not communicate.
+    Its constructor runs on several processes one after the other, so it must not communicate.
     """
 
     def __init__(self, config: EvaluatorConfig) -> None:
@@ -66,62 +66,62 @@ class Evaluator(ABC):
     def evaluate(self, model: Transformer, step: int) -> Mapping[str, float]:
         """Figures by name; metrics call them ``NAME/figure``.
 
-        All processes call it at once, with the same ``model`` in evaluation mode, without
-        gradients, and from the same random state, which is that of the run's seed, the name and the
-        step. Sums over processes go through the ``group`` of its parts: an error of one process
-        reaches the others there.
+        All processes call it together, with the same ``model`` in evaluation mode, without
+        gradients, and from the same random state, seeded by the run's seed, the name and the step.
+        Sums over processes must use the ``group`` of its parts, which passes on an error of one
+        process to the others.
         """
 
 
 class EvaluationError(Exception):
-    """An evaluator failed, on this process or another: all of them raise it."""
+    """An evaluator failed on some process; all processes raise this."""
 
 
 class Agreement:
-    """Lets processes hear of each other's errors before they do something together.
+    """Exchanges errors between processes before they do something together.
 
-    They speak through the store where they met: who waits in a collective would not answer there.
+    It uses the shared store: a process that waits in a collective could not answer there.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._team = new_team(world)
-        self._count = 0  # of agreements, the same on all processes
+        self._store = new_store(world)
+        self._count = 0  # agreements so far, the same on all processes
 
     def reach(self, error: Exception | None = None, *, patience_s: float = math.inf) -> None:
-        """EvaluationError on every process where one of them comes with an ``error``.
+        """Raise EvaluationError on every process if one of them has an ``error``.
 
-        That one waits ``patience_s`` for the others and then raises UltrathinkError, which ends it:
-        a collective that they wait in fails once it is gone.
+        That process waits ``patience_s`` for the others, then raises UltrathinkError and so ends:
+        the collective that the others wait in then fails.
         """
-        team, count = self._team, self._count + 1
+        store, count = self._store, self._count + 1
         deadline = math.inf if error is None else time.monotonic() + patience_s
 
         def check() -> None:
             if time.monotonic() > deadline:
                 raise UltrathinkError(
-                    f"an evaluator failed on process {team.rank} alone, while the others wait for "
-                    f"it: {_told(error)}"
+                    f"an evaluator failed on process {store.rank} alone, while the others wait for "
+                    f"it: {_described(error)}"
                 ) from error
 
-        team.put(f"{count}/{team.rank}", None if error is None else _told(error))
-        answers = team.wait_for([f"{count}/{rank}" for rank in range(team.size)], check)
-        if team.rank == 0:  # all have read what was agreed before
-            team.forget([f"{self._count}/{rank}" for rank in range(team.size) if self._count])
+        store.put(f"{count}/{store.rank}", None if error is None else _described(error))
+        answers = store.wait_for([f"{count}/{rank}" for rank in range(store.size)], check)
+        if store.rank == 0:  # all have read what was agreed before
+            store.forget([f"{self._count}/{rank}" for rank in range(store.size) if self._count])
         self._count = count
         for rank, problem in enumerate(answers):
             if problem is not None:
-                where = f" (on process {rank})" if team.size > 1 else ""
+                where = f" (on process {rank})" if store.size > 1 else ""
                 raise EvaluationError(f"{problem}{where}") from error
 
 
-def _told(error: Exception | None) -> str:
+def _described(error: Exception | None) -> str:
     return str(error) if isinstance(error, UltrathinkError) else f"{type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)
 class AgreeingGroup(Group):
-    """A group that adds up once none of its processes has failed before."""
+    """A group that exchanges errors before each sum."""
 
     agreement: Agreement = field(kw_only=True)
 
@@ -131,7 +131,7 @@ class AgreeingGroup(Group):
 
 
 class EvaluatorSet(NamedTuple):
-    """The evaluators of a run, and how its processes hear of their errors."""
+    """The evaluators of a run, and how its processes exchange errors."""
 
     members: Sequence[Evaluator]
     agreement: Agreement
@@ -141,10 +141,10 @@ NO_EVALUATORS = EvaluatorSet((), Agreement(ALONE))
 
 
 class Evaluations:
-    """Runs evaluators at step boundaries, without a trace in the training.
+    """Runs evaluators at step boundaries, without any effect on the training.
 
-    One that fails is reported and tried again when it is due. ``before_each`` is called before
-    each.
+    An evaluator that fails is reported, and runs again when it is next due. ``before_each`` is
+    called before each.
     """
 
     def __init__(
@@ -154,21 +154,21 @@ class Evaluations:
         *,
         seed: int,
         before_each: Callable[[], None],
-        report: Callable[[EvaluationReport], None],
-        tell: Tell,
+        on_report: Callable[[EvaluationReport], None],
+        report: Reporter,
     ) -> None:
         self._evaluators, self._agreement = evaluators
         self._model = model
         self._seed = seed
         self._before_each = before_each
+        self._on_report = on_report
         self._report = report
-        self._tell = tell
-        self._seconds: dict[str, float] = {}  # that each took when it was run last
+        self._seconds: dict[str, float] = {}  # duration of the last run of each
         self._failing: set[str] = set()
-        self._done: tuple[int, set[str]] = (0, set())  # which evaluated the model of this step
+        self._done: tuple[int, set[str]] = (0, set())  # a step, and the evaluators that ran on it
 
     def run(self, progress: Progress, *, is_last: bool = False) -> None:
-        """Run the evaluators that are due after a step, at the end all that did not yet."""
+        """Run the evaluators that are due after a step; at the end all that have not seen it."""
         step = progress.step
         done = self._done[1] if is_last and self._done[0] == step else set()
         due = [
@@ -183,10 +183,10 @@ class Evaluations:
         figures = {name: value for one in due for name, value in self._figures(one, step).items()}
         if figures:
             seconds = time.perf_counter() - began
-            self._report(EvaluationReport(step, progress.tokens, figures, seconds))
+            self._on_report(EvaluationReport(step, progress.tokens, figures, seconds))
 
     def seconds_a_step(self) -> float:
-        """What evaluators cost, spread over the steps, on the clock of the first process."""
+        """Cost of the evaluators per step, on the clock of the first process."""
         mine = sum(
             self._seconds.get(one.name, 0.0) / one.every_steps
             for one in self._evaluators
@@ -195,7 +195,7 @@ class Evaluations:
         return self._agreement.world.of_main(mine)
 
     def _figures(self, evaluator: Evaluator, step: int) -> dict[str, float]:
-        """What ``evaluator`` found, by full name; nothing where it failed."""
+        """The figures of ``evaluator`` by full name; empty if it failed."""
         self._before_each()
         began, name = time.perf_counter(), evaluator.name
         try:
@@ -203,9 +203,9 @@ class Evaluations:
         except EvaluationError as error:
             if name not in self._failing:
                 self._failing.add(name)
-                self._tell(
+                self._report(
                     f"evaluator {name!r} failed at step {step}: {error}; training continues, and "
-                    f"it is tried again when it is due",
+                    f"it runs again when it is next due",
                     "warning",
                 )
             return {}
@@ -224,14 +224,14 @@ class Evaluations:
                 figures = evaluator.evaluate(model, step)
                 found = {name: float(value) for name, value in figures.items()}
             except EvaluationError:
-                raise  # all know
+                raise  # all processes raise it
             except Exception as error:
                 if is_lost_connection(error):
                     raise
                 failure = error
             finally:
                 model.train(was_training)
-        # A process that fails amid passes leaves the others in them where those gather weights.
+        # If passes gather weights, a process that fails leaves the others waiting in theirs.
         patience_s = _PATIENCE_S if is_divided(self._model) else math.inf
         self._agreement.reach(failure, patience_s=patience_s)
         return found

@@ -1,6 +1,6 @@
-"""What can be counted in texts that a model writes.
+"""Counts n-grams in texts that a model writes.
 
-Distinct n-grams https://arxiv.org/abs/1510.03055, repeated ones https://arxiv.org/abs/1908.04319.
+Distinct ones: https://arxiv.org/abs/1510.03055, repeated ones: https://arxiv.org/abs/1908.04319.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from ultrathink.config.evaluators import SamplesEvaluatorConfig
 from ultrathink.model.transformer import Transformer
 from ultrathink.training.evaluators.base import Evaluator, EvaluatorParts
 
-_DISTINCT, _REPEATED = 2, 4  # tokens in a row
+_DISTINCT, _REPEATED = 2, 4  # n of the n-grams
 
 
 class SamplesEvaluator(Evaluator):
-    """Continues prompts and counts.
+    """Continues prompts and measures the variety of the texts.
 
-    ``tokens`` is the mean number of tokens written, ``distinct_2`` the share of different pairs of
-    tokens in all texts, ``repeated_4`` the mean share of a text's runs of four tokens that it had
-    before.
+    ``tokens`` is the mean number of tokens written, ``distinct_2`` the share of distinct bigrams in
+    all texts, ``repeated_4`` the mean share of a text's 4-grams that occurred in it before.
     """
 
     def __init__(self, config: SamplesEvaluatorConfig, parts: EvaluatorParts) -> None:
@@ -41,7 +40,7 @@ class SamplesEvaluator(Evaluator):
 
 
 def variety(texts: Sequence[Sequence[int]]) -> dict[str, float]:
-    """How little texts, given as tokens, repeat each other and themselves."""
+    """The variety of texts, given as tokens: how little they repeat each other and themselves."""
     pairs = list(chain.from_iterable(_runs(text, _DISTINCT) for text in texts))
     repeated = [1 - _share_of_different(_runs(text, _REPEATED)) for text in texts]
     return {

@@ -1,4 +1,4 @@
-"""Scores on a held-out text of its own, such as one of several domains."""
+"""Scores on another held-out text, such as one of several domains."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ultrathink.training.validation import Scores, evaluate
 
 
 class TextEvaluator(Evaluator):
-    """What a validation gives, on another text: ``loss``, ``ppl``, ``bits_per_byte``,
+    """The figures of a validation on another text: ``loss``, ``ppl``, ``bits_per_byte``,
     ``token_accuracy``."""
 
     def __init__(self, config: TextEvaluatorConfig, parts: EvaluatorParts) -> None:

@@ -1,1 +1,1 @@
-"""What is learned, a file for each way of learning."""
+"""Training objectives, one file each."""

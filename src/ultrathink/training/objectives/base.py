@@ -1,4 +1,4 @@
-"""What a run learns, as the trainer, the step and validation see it."""
+"""The interface of an objective, for the trainer, the step and validation."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from ultrathink.training.compiling import EAGER, Compilation
 from ultrathink.training.model_set import ModelSet, TrainedModule
 from ultrathink.training.validation import Scores
 
-LOSS = "loss"  # the term that reports call the loss
-TOKENS = "tokens"  # the count that every batch has: positions that are trained
-WEIGHTS = "loss_weights"  # the sum of their weights, where a batch has any
+LOSS = "loss"  # the term that is reported as the loss
+TOKENS = "tokens"  # the count of trained positions, which every batch has
+WEIGHTS = "loss_weights"  # the sum of their weights, if the batch has any
 
 
 class Term(NamedTuple):
-    """A summand of what is minimized: ``weight * sum / count of the batch``."""
+    """A term of the minimized loss: ``weight * sum / count of the batch``."""
 
     sum: Tensor
     """Over a micro-batch, at least float32, with its gradient."""
 
     weight: Tensor | None = None
-    """Zero-dimensional and read in each pass, so that it may change meanwhile; None is 1."""
+    """Zero-dimensional, and read in each pass, so that it may change during a run; None is 1."""
 
     per: str = TOKENS
-    """By which count of the whole batch the sum is divided."""
+    """The count of the whole batch that divides the sum."""
 
 
 class Losses(NamedTuple):
-    """What the passes over a micro-batch gave."""
+    """The results of the passes over a micro-batch."""
 
     terms: dict[str, Term]
-    """By the name that reports show; ``LOSS`` is among them."""
+    """By the reported name; ``LOSS`` is one of them."""
 
     stats: dict[str, Tensor]
     """Observations without gradients, summed over trained tokens."""
@@ -49,7 +49,7 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Parts:
-    """What an objective is made from, ready for this machine."""
+    """What an objective is built from, ready for this machine."""
 
     models: ModelSet
     device: torch.device
@@ -57,28 +57,28 @@ class Parts:
     compilation: Compilation = EAGER
     dp_group: Group = ALONE  # processes that hold different parts of a batch
     held_out: ValidationSet | None = None
-    scored_tokens: int | None = None  # of the held-out text; all where None
+    scored_tokens: int | None = None  # of the held-out text; None: all
 
 
 class Objective(ABC):
-    """One way of learning: its batch, its passes, its loss terms, its validation.
+    """A training objective: its batch, passes, loss terms and validation.
 
-    ``losses`` and ``counts`` are pure functions of the batch and the weights: a micro-batch that
-    memory does not suffice for is repeated in smaller pieces. What may happen only once a step
-    belongs into ``prepare``.
+    ``losses`` and ``counts`` are pure functions of the batch and the weights, because a micro-batch
+    that does not fit into memory is repeated in smaller ones. What may happen only once per step
+    belongs in ``prepare``.
     """
 
     best_by: ClassVar[Mapping[str, int]] = {LOSS: -1}
-    """Figures of a validation by which a best one may be chosen: 1 where more is better, or -1."""
+    """Validation figures that may choose the best checkpoint: 1 if higher is better, else -1."""
 
     without_detectors: ClassVar[frozenset[str]] = frozenset()
-    """Detectors, by class, that are not made for this kind of loss: a negative one, say."""
+    """Classes of detectors that do not work for this loss, such as a negative one."""
 
     is_guarded: ClassVar[bool] = True
     """Whether a guard may judge an update by the step's loss."""
 
     kind: ClassVar[Kind] = "model"
-    """What its checkpoints are."""
+    """The kind of its checkpoints."""
 
     def __init__(self, parts: Parts) -> None:
         self.models = parts.models
@@ -90,36 +90,36 @@ class Objective(ABC):
 
     @classmethod
     def modules(cls, config: Any, model: Transformer) -> dict[str, TrainedModule]:
-        """What is trained beside ``model``, by name: its weights, drawn from the run's seed.
+        """The modules trained in addition to ``model``, by name, with their initial weights.
 
-        ``config`` is ``training.objective``. ``model`` has its first weights, on the CPU and whole;
-        ``self.models.modules`` has all of them once they are ready. Where only sizes are asked for
-        all is on the device ``meta``.
+        ``config`` is ``training.objective``. ``model`` has its initial weights, unsharded on the
+        CPU; later ``self.models.modules`` has all modules. To compute sizes only, everything is on
+        the device ``meta``.
         """
         return {}
 
     def before_step(self, step: int) -> None:
-        """Set what the main model needs before the passes of ``step``."""
+        """Prepare the main model for the passes of ``step``."""
         if self.model.routing is not None:
             self.model.routing.warm_up(step)
 
     def prepare(self, batch: Batch, step: int) -> Batch:
-        """Complete the batch of ``step``, once, before its passes and their repetitions."""
+        """Complete the batch of ``step``, once, before its passes and any repetition of them."""
         return batch
 
     @abstractmethod
     def counts(self, batch: Batch) -> dict[str, float]:
-        """What sums are divided by, of this process's share; over all processes they add up."""
+        """The counts that divide the sums, for this process's share; they add up over processes."""
 
     @abstractmethod
     def losses(self, batch: Batch) -> Losses:
-        """Pass over a micro-batch, which lies on the CPU."""
+        """Pass over a micro-batch, which is on the CPU."""
 
     def after_update(self, stats: Mapping[str, Tensor], summed: Callable[[Tensor], Tensor]) -> None:
-        """Set what the main model needs after an update of its weights.
+        """Adjust the main model after an update of its weights.
 
-        ``stats`` are those of this process's share of the batch; ``summed`` adds a tensor up over
-        all processes.
+        ``stats`` are those of this process's share of the batch; ``summed`` sums a tensor over all
+        processes.
         """
         load = stats.get("expert_load")
         if load is not None:
@@ -127,7 +127,7 @@ class Objective(ABC):
 
     @property
     def header(self) -> Header:
-        """What its checkpoints say they are; one that adds to a model names that one's hash."""
+        """The header of its checkpoints; that of an adapter has the hash of its model."""
         return Header(self.kind)
 
     @property
@@ -137,9 +137,9 @@ class Objective(ABC):
 
     @property
     def num_scored(self) -> int:
-        """Tokens of a whole validation."""
+        """Tokens of a full validation."""
         return 0 if self.held_out is None else self.held_out.extent(self.scored_tokens).num_tokens
 
     @abstractmethod
     def score(self, batch_size: int, max_batches: int | None = None) -> Scores:
-        """Validate on the held-out text, or on its first batches, ``batch_size`` at a time."""
+        """Validate on the held-out text, or its first ``max_batches`` batches."""

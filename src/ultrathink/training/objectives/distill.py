@@ -1,6 +1,6 @@
-"""Distillation: the next token of text, and what a teacher thinks of all tokens.
+"""Distillation: cross-entropy of the next token, plus the divergence from a teacher.
 
-https://arxiv.org/abs/1503.02531, in the direction of https://arxiv.org/abs/2306.08543 if asked.
+https://arxiv.org/abs/1503.02531; the reverse direction is https://arxiv.org/abs/2306.08543.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ KL = "kl"
 
 
 class Distillation(Pretraining):
-    """Cross-entropy, and beside it the divergence from a teacher over the same tokens.
+    """Cross-entropy plus the divergence from a teacher over the same tokens.
 
-    Reports show the divergence as ``kl``, in nats a token, at the temperature. What is minimized is
-    ``weight * temperature² * kl``: gradients then keep their size at any temperature. Validation is
-    that of pretraining.
+    The divergence is reported as ``kl``, in nats per token at the temperature. It is minimized as
+    ``weight * temperature² * kl``, so that gradients keep their size at any temperature. Validation
+    is that of pretraining.
     """
 
     def __init__(self, config: DistillConfig, parts: Parts) -> None:
         super().__init__(config, parts)
         self.teacher = parts.models.frozen["teacher"]
-        # Tensors, so that a compiled step is not compiled again for other values.
+        # Tensors, so that other values do not recompile the step.
         self.temperature = torch.tensor(config.temperature, device=parts.device)
         self.weight = torch.tensor(config.weight, device=parts.device)
         divergence = parts.compilation.of_head(
@@ -53,7 +53,7 @@ class Distillation(Pretraining):
 
 
 def loss_function(model: Transformer, divergence: Callable[..., Tensor]) -> Callable[..., Sums]:
-    """From token ids, and the teacher's states ``[B, T, C]`` and head ``[V, C]``, to losses."""
+    """The function from token ids, teacher states ``[B, T, C]`` and head ``[V, C]`` to losses."""
 
     def summed_losses(
         input_ids: Tensor,

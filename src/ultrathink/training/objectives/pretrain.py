@@ -1,4 +1,4 @@
-"""Pretraining: the next token of text."""
+"""Pretraining: cross-entropy of the next token."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from ultrathink.training.validation import Scores, evaluate
 
 
 class Sums(NamedTuple):
-    """What a model returns for a micro-batch, each summed over its trained tokens."""
+    """A model's results for a micro-batch, summed over its trained tokens."""
 
     loss: Tensor  # cross-entropy, nats
     aux_losses: dict[str, Tensor]
     stats: dict[str, Tensor]  # without gradients
 
 
-LossFunction = Callable[..., Sums]  # of what ``summed_losses`` below takes
+LossFunction = Callable[..., Sums]  # with the arguments of ``summed_losses`` below
 
 
 def loss_function(model: Transformer) -> LossFunction:
-    """The part of a step that is worth compiling: from token ids to losses."""
+    """The part of a step that is compiled: from token ids to losses."""
 
     def summed_losses(
         input_ids: Tensor,
@@ -59,7 +59,7 @@ def loss_function(model: Transformer) -> LossFunction:
 class Pretraining(Objective):
     """Cross-entropy of the next token, and the auxiliary losses of the model.
 
-    Where a batch has weights, the cross-entropy is a mean by weight.
+    If the batch has weights, the cross-entropy is their weighted mean.
     """
 
     best_by: ClassVar = {LOSS: -1, "token_accuracy": 1}
@@ -83,7 +83,7 @@ class Pretraining(Objective):
         return Losses({LOSS: loss, **terms}, sums.stats)
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Ids, labels and, where documents are isolated, positions and documents, on the device."""
+        """Ids, labels and, if documents are isolated, positions and documents, on the device."""
         input_ids, labels = batch.on(self.device, "input_ids", "targets")
         if not self.isolate_documents:
             return input_ids, labels, None, None
@@ -91,11 +91,11 @@ class Pretraining(Objective):
         return input_ids, labels, positions, document_ids
 
     def loss_weights(self, batch: Batch) -> list[Tensor]:
-        """The weights of a batch that has some, on the device."""
+        """The weights of the batch, if any, on the device."""
         return [] if batch.loss_weights is None else batch.on(self.device, "loss_weights")
 
     def score(self, batch_size: int, max_batches: int | None = None) -> Scores:
-        assert self.held_out is not None, "there is something to validate on"
+        assert self.held_out is not None, "there is held-out text"
         return evaluate(
             self.model,
             self.held_out,

@@ -34,7 +34,7 @@ def mixture(groups: Sequence[dict[str, Any]] = ONE, **options: Any) -> dict[str,
 def trained(
     model: Transformer, input_ids: Tensor, labels: Tensor, **options: Any
 ) -> dict[str, Tensor]:
-    """All that a model tells of labelled tokens, sums, and the gradient of every weight."""
+    """All that a model reports for labelled tokens, sums, and the gradient of every weight."""
     model.zero_grad()
     output = model(input_ids, labels, **options)
     (output.loss + sum(output.aux_losses.values())).backward()
@@ -44,7 +44,7 @@ def trained(
 
 
 def added(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What several parts of a batch tell together."""
+    """The sums over several parts of a batch."""
     return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
 
 
@@ -73,7 +73,7 @@ def route(
     labels: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, LayerRouting]:
-    """The experts and gates of each token, ``[B, T, K]`` each, and what is told."""
+    """The experts and gates of each token, ``[B, T, K]`` each, and what is reported."""
     sequences = find_sequences(labels, document_ids, x, -100)
     choice, routing = router(x, sequences, controls.now())
     experts, gates = (part.view(*x.shape[:2], -1) for part in choice)

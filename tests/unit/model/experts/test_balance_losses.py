@@ -92,7 +92,7 @@ def test_losses_equal_numpy_per_sequence_and_group(
     spans = SPANS if is_packed else ((0, 18),)
     expected = expected_losses(router, x, labels, experts, spans, score)
     np.testing.assert_allclose(routing.losses.detach().numpy(), expected, rtol=1e-9)
-    # What is told beside them is of the same tokens.
+    # What is reported beside them is of the same tokens.
     counted = labels != -100
     load = torch.stack([(experts == e)[counted].sum() for e in range(len(router.weight))])
     assert torch.equal(routing.load, load.double())
@@ -105,8 +105,8 @@ def test_losses_equal_numpy_per_sequence_and_group(
             else part.sigmoid() / part.sigmoid().sum(-1, True)
         )
         assert not routing.probability[slots.start + group.num_experts : slots.stop].any()
-        told = routing.probability[slots.start : slots.start + group.num_experts]
-        torch.testing.assert_close(told, p.sum(0))
+        reported = routing.probability[slots.start : slots.start + group.num_experts]
+        torch.testing.assert_close(reported, p.sum(0))
         torch.testing.assert_close(routing.entropy[column], -(p * p.log()).sum())
         torch.testing.assert_close(routing.confidence[column], p.amax(-1).sum())
 

@@ -1,4 +1,4 @@
-"""A compiled step routes as the eager one does, and reads the live controls anew each time."""
+"""A compiled step routes as the eager one does, and reads the live controls again each time."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_compiled_steps_equal_eager_ones(
     assert differing(eager, step(losses, model, batch), limit) == []
 
 
-def test_live_controls_change_what_they_should_without_compiling_anew(
+def test_live_controls_change_what_they_should_without_compiling_again(
     make_model: Any, batch: tuple[Tensor, Tensor]
 ) -> None:
     model = make_model(moe=mixture(TWO), num_layers=1, dtype=torch.float64)
@@ -113,7 +113,7 @@ def test_live_controls_change_what_they_should_without_compiling_anew(
 def test_recomputation_in_a_compiled_step_routes_as_the_forward_pass_did(
     make_model: Any, batch: tuple[Tensor, Tensor], mode: str, backend: str
 ) -> None:
-    """The noise is drawn once: drawn anew, gradients would be those of other experts."""
+    """The noise is drawn once: drawn again, gradients would be those of other experts."""
     routing = {"jitter": 0.3, "expert_dropout": 0.2, "capacity_factor": 1.0}
     model = make_model(moe=mixture(TWO, routing=routing), num_layers=1)
     model.routing.get_buffer("warmup").fill_(0.3)

@@ -58,17 +58,17 @@ def padded(values: Tensor, spans: list[tuple[int, int]], filler: int) -> Tensor:
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "blocks"])
-@pytest.mark.parametrize("is_told", [False, True])
+@pytest.mark.parametrize("is_marked", [False, True])
 def test_packed_documents_are_those_in_rows_of_their_own(
-    model: Any, tokens: Tensor, packed: Any, backend: str, is_told: bool
+    model: Any, tokens: Tensor, packed: Any, backend: str, is_marked: bool
 ) -> None:
-    """Padding is another document, if the model ``is_told``, or the end of the only one."""
+    """Padding is another document, if the model ``is_marked``, or the end of the only one."""
     model.set_attention_backend(backend)
     ids, positions, spans = packed
     labels = documents(tokens, spans)
     together = trained(model, tokens, labels, document_ids=ids, positions=positions)
     rows = padded(tokens, spans, 3), padded(labels, spans, -100)
-    options = {"document_ids": padded(torch.zeros_like(tokens), spans, -1)} if is_told else {}
+    options = {"document_ids": padded(torch.zeros_like(tokens), spans, -1)} if is_marked else {}
     assert_same(together, trained(model, *rows, **options))
     # Rows that are no documents are another thing.
     mixed = trained(model, tokens, labels, positions=positions)

@@ -139,7 +139,7 @@ def test_however_many_are_closed_a_token_has_its_experts(share: float) -> None:
 
 
 def test_jitter_multiplies_what_the_router_reads() -> None:
-    """Of one number per token, so that what it was multiplied by can be told from its logit."""
+    """Of one number per token, so that what it was multiplied by can be inferred from its logit."""
     router, controls = make_router([{"name": "a", "num_experts": 2, "top_k": 1}])
     with torch.no_grad():
         router.weight.zero_()

@@ -1,4 +1,4 @@
-"""Experts that stay without tokens: going back first, then begun anew."""
+"""Experts that stay without tokens: going back first, then re-initialized."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def went_back(to: int, dead: float = 2.0) -> Decision:
     return Decision(1, 200, "roll_back", HARD, 0.9, signals, "rollback", 200, to, "Why.")
 
 
-def test_without_a_snapshot_of_before_all_dead_ones_are_begun_anew_at_once() -> None:
+def test_without_a_snapshot_of_before_all_dead_ones_are_re_initialized_at_once() -> None:
     proposal = asked()
     assert (proposal.rule, proposal.level) == ("revive_experts", MEDIUM)
     assert proposal.changes == (ReviveExperts(DEAD),)

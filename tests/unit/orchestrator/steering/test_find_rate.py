@@ -103,11 +103,11 @@ def target_of(proposal: Proposal) -> int:
 
 
 @pytest.mark.parametrize("times", [5.0, 10.0, 30.0, 80.0])
-def test_the_run_goes_on_with_the_rate_nearest_to_the_tuned_one(times: float) -> None:
+def test_the_run_continues_with_the_rate_nearest_to_the_tuned_one(times: float) -> None:
     run = Run(times * TUNED)
     run.take(1000)
     assert 1 / math.sqrt(3) < run.rate * run.settings.lr_scale / TUNED < math.sqrt(3)
-    assert run.decided[0].reasoning.startswith("Updates are as large as ")
+    assert run.decided[0].reasoning.startswith("Updates are up to ")
     assert "on the same batches" in run.decided[-1].reasoning
     better = [is_better for is_better, _ in run.outcomes]
     assert better == [True] * (len(better) - 1) + [False]
@@ -142,8 +142,8 @@ def test_large_updates_later_on_are_no_reason() -> None:
 def test_a_grave_alarm_of_the_loss_is_a_reason() -> None:
     run = Run(10 * TUNED)
     run.update_share = 0.0
-    told = Event(50, "gradient_explosion", "high", "the norm is 300", 50, 50)
-    run.events = {50: [told]}
+    reported = Event(50, "gradient_explosion", "high", "the norm is 300", 50, 50)
+    run.events = {50: [reported]}
     run.policy.rules = [
         one for one in run.policy.rules if one.name == "find_rate"
     ]  # alone: going back would be the first thing to do
@@ -204,7 +204,7 @@ def test_rates_stay_within_the_limit_and_going_back_too() -> None:
     assert few.settings.lr_scale in (pytest.approx(1 / 9), pytest.approx(1 / 27))
 
 
-def test_a_resumed_trial_goes_on_and_without_its_snapshots_it_ends() -> None:
+def test_a_resumed_trial_continues_and_without_its_snapshots_it_ends() -> None:
     whole, run = Run(10 * TUNED), Run(10 * TUNED)
     whole.take(1000)
     run.take(1000, most=150)

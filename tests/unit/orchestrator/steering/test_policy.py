@@ -8,7 +8,7 @@ import pytest
 
 from ultrathink.config.orchestrator import LimitsConfig, RulesConfig
 from ultrathink.orchestrator.events import Event
-from ultrathink.orchestrator.steering.guard import Judgement, OutlierGuard
+from ultrathink.orchestrator.steering.outliers import Judgement, OutlierFilter
 from ultrathink.orchestrator.steering.policy import Policy
 from ultrathink.orchestrator.steering.proposals import (
     CRITICAL,
@@ -39,7 +39,7 @@ def situation(**values: Any) -> Situation:
         "step": 100,
         "values": {},
         "events": [],
-        "guard": OutlierGuard(),
+        "outliers": OutlierFilter(),
         "non_finite": 0,
         "snapshots": SnapshotRing(lambda: Snapshot(50, 0), every=50, most=4),
         "decisions": [],
@@ -206,11 +206,11 @@ def test_a_snapshot_that_is_bad_itself_is_passed_over_once_that_is_clear(
 
 
 def test_losses_too_good_to_be_true_take_the_run_back_once() -> None:
-    """After that they may be how the data is, and the guard gets used to them."""
-    guard = OutlierGuard()
-    guard.streak = 8
-    guard.last = Judgement(0.5, 2.0, -12.0, 1.0, 1.0, 0.0)
-    given = {"guard": guard, "snapshots": ring(50)}
+    """After that they may be how the data is, and the filter gets used to them."""
+    outliers = OutlierFilter()
+    outliers.streak = 8
+    outliers.last = Judgement(0.5, 2.0, -12.0, 1.0, 1.0, 0.0)
+    given = {"outliers": outliers, "snapshots": ring(50)}
     first = policy_for("roll_back").decide(situation(**given))
     assert first is not None
     assert [type(one) for one in first.changes] == [Rollback]

@@ -78,7 +78,7 @@ def test_what_does_harm_is_taken_back(make: Make, held_out: float) -> None:
     [harm] = decisions(trainer, "meddles")  # and never again: it is spent
     [back] = decisions(trainer, "safety_net")
     assert (harm["step"], harm["outcome"]["resolved"]) == (20, False)
-    assert harm["outcome"]["text"].endswith("it is taken back")
+    assert harm["outcome"]["text"].endswith(": undone")
     assert (back["action"], back["after"]) == ("rollback", 20)
     assert back["before"] == (31 if held_out else 30)  # text is scored first
     assert ("smoothed training loss (no data.val)" in back["reasoning"]) is not bool(held_out)
@@ -101,7 +101,7 @@ def test_what_does_good_is_kept_and_judging_it_leaves_no_trace(make: Make) -> No
 
 
 @pytest.mark.parametrize("held_out", [0.2, 0])
-def test_a_watch_goes_on_after_a_resume(make: Make, held_out: float) -> None:
+def test_a_watch_continues_after_a_resume(make: Make, held_out: float) -> None:
     whole = meddled(make, Meddles(1000.0), held_out=held_out)
     whole.fit()
     expected = final_state(whole.run)
@@ -114,8 +114,8 @@ def test_a_watch_goes_on_after_a_resume(make: Make, held_out: float) -> None:
         again.fit()
         state = final_state(again.run)
         assert all(torch.equal(expected[name], state[name]) for name in expected)
-        told = [[(one["step"], one["after"]) for one in _all(run)] for run in (whole, again)]
-        assert told[0] == told[1] != []
+        reported = [[(one["step"], one["after"]) for one in _all(run)] for run in (whole, again)]
+        assert reported[0] == reported[1] != []
 
 
 def _all(trainer: Trainer) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What processes tell each other beside training, through the store that they met at."""
+"""A ``SharedStore`` on top of torch.distributed's own store (TCP or a file)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ultrathink.core.team import Alone, Team
+from ultrathink.core.store import LocalStore, SharedStore
 from ultrathink.parallel.world import World
 
 _POLL_S = 0.02
 
 
-class StoreBoard:
-    """The board of a ``Team``; has a connection of its own, so that any thread may use it."""
+class DistributedStore:
+    """The ``SharedStore`` of several processes; its own connection is safe on any thread."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: World, prefix: str) -> None:
         self.rank, self.size = world.rank, world.size
         store: Any = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(name, store.clone())
+        self._store = dist.PrefixStore(prefix, store.clone())
 
     def put(self, key: str, value: Any) -> None:
         self._store.set(key, json.dumps(value))
@@ -38,10 +38,12 @@ class StoreBoard:
             self._store.delete_key(key)
 
 
-# All processes make their teams in the same order, so the numbers agree; none is used again.
+# All processes create their stores in the same order, so the numbers agree; none is reused.
 _numbers = itertools.count()
 
 
-def new_team(world: World) -> Team:
-    """A team of all processes of ``world``, with an empty board; all of them call this."""
-    return Alone() if world.size == 1 else StoreBoard(world, f"ultrathink/board/{next(_numbers)}")
+def new_store(world: World) -> SharedStore:
+    """An empty store that all processes of ``world`` share; all of them call this."""
+    if world.size == 1:
+        return LocalStore()
+    return DistributedStore(world, f"ultrathink/store/{next(_numbers)}")

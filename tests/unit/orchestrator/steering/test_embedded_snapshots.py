@@ -24,7 +24,7 @@ from tests.unit.training.conftest import TINY, MakeTrainer, make_trainer
 from tests.unit.training.observers import At, asks, final_state, records
 from ultrathink import build_trainer, load_config
 from ultrathink.checkpoint.format import CHECKSUM_FILE, load_checkpoint, read_state
-from ultrathink.checkpoint.snapshots import carried_steps, snapshot_path
+from ultrathink.checkpoint.snapshots import embedded_steps, snapshot_path
 from ultrathink.cli.main import main
 from ultrathink.orchestrator.steering import find_rate
 from ultrathink.recipes.resume import resume_trainer
@@ -55,7 +55,7 @@ def stopped_once(shared: Shared) -> Path:
 def stopped(stopped_once: Path, tmp_path: Path) -> RunFolder:
     """A copy of a steered run that was stopped after step 106."""
     run = RunFolder(Path(shutil.copytree(stopped_once, tmp_path / "stopped", symlinks=True)))
-    assert len(carried_steps(read_state(run.checkpoint()))) > 3
+    assert len(embedded_steps(read_state(run.checkpoint()))) > 3
     return run
 
 
@@ -108,7 +108,7 @@ def test_it_goes_back_to_before_a_resume_as_if_there_had_been_none(
     assert without_clock(records(whole.run)) == without_clock(records(again.run))
     rings = [steering_of(one).state_dict()["snapshots"] for one in (whole, again)]
     assert rings[0] == rings[1]
-    held = [carried_steps(read_state(one.run.checkpoint())) for one in (whole, again)]
+    held = [embedded_steps(read_state(one.run.checkpoint())) for one in (whole, again)]
     assert held[0] == held[1]
     assert len(held[0]) > 3
     for step in held[0]:
@@ -126,7 +126,7 @@ def assert_shared_snapshots_are_written_once(run: RunFolder) -> None:
     names: dict[tuple[int, int], int] = {}
     for step in run.steps():
         folder = run.step_path(step)
-        for one in carried_steps(read_state(folder)):
+        for one in embedded_steps(read_state(folder)):
             inode = (snapshot_path(folder, one) / CHECKSUM_FILE).stat().st_ino
             names[inode, one] = names.get((inode, one), 0) + 1
     assert len(run.steps()) == 3
@@ -172,14 +172,14 @@ def test_without_them_a_resumed_run_goes_back_to_its_start(make_trainer: MakeTra
 
 
 def test_they_are_listed(stopped: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    held = carried_steps(read_state(stopped.checkpoint()))
+    held = embedded_steps(read_state(stopped.checkpoint()))
     assert main(["checkpoint", "info", str(stopped.path)]) == 0
     listed = ", ".join(map(str, held))
     assert f"which checkpoints share: the snapshots of step {listed}\n" in capsys.readouterr().out
     assert main(["checkpoint", "info", str(stopped.path), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)["snapshots"]
-    assert [one["step"] for one in told] == held
-    assert min(one["size_bytes"] for one in told) > 10_000
+    reported = json.loads(capsys.readouterr().out)["snapshots"]
+    assert [one["step"] for one in reported] == held
+    assert min(one["size_bytes"] for one in reported) > 10_000
 
 
 def damage_of(run: RunFolder, kind: str) -> str:
@@ -195,7 +195,9 @@ def damage_of(run: RunFolder, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["missing", "damaged"])
-def test_a_snapshot_that_is_lost_is_told_and_done_without(stopped: RunFolder, kind: str) -> None:
+def test_a_snapshot_that_is_lost_is_reported_and_done_without(
+    stopped: RunFolder, kind: str
+) -> None:
     problem = damage_of(stopped, kind)
     check = check_run(stopped)
     assert [f.item for f in check.findings if f.status == "damaged"] == [
@@ -203,17 +205,17 @@ def test_a_snapshot_that_is_lost_is_told_and_done_without(stopped: RunFolder, ki
     ]
     assert check.can_resume
     again = resumed_and_broken(stopped)
-    [told] = [text for text, _ in again.remarks if "snapshot" in text]
-    assert told.startswith("the run cannot go back to the snapshot of step 101")
-    assert problem in told
+    [reported] = [text for text, _ in again.remarks if "snapshot" in text]
+    assert reported.startswith("the run cannot roll back to the snapshot of step 101")
+    assert problem in reported
     [rollback] = decisions(again, "roll_back")
     assert rollback["after"] in (81, 107)  # the one before it, or one taken since
 
 
-def test_a_run_that_goes_on_with_changes_begins_with_none(stopped: RunFolder) -> None:
+def test_a_run_that_continues_with_changes_begins_with_none(stopped: RunFolder) -> None:
     again = resumed_and_broken(stopped, "training.optimizer.lr=0.002")
-    [told] = [text for text, _ in again.remarks if "snapshots" in text]
-    assert "goes on with changes, so it cannot go back to before step 106" in told
+    [reported] = [text for text, _ in again.remarks if "snapshots" in text]
+    assert "resumes with changes, so it cannot roll back to before step 106" in reported
     [rollback] = decisions(again, "roll_back")
     assert rollback["after"] == 107
 
@@ -226,11 +228,11 @@ def test_what_training_does_not_feel_changes_nothing_of_them(stopped: RunFolder)
 
 
 def test_where_memory_is_short_the_newest_are_brought_back(stopped: RunFolder) -> None:
-    held = carried_steps(read_state(stopped.checkpoint()))
+    held = embedded_steps(read_state(stopped.checkpoint()))
     one = sum(f.stat().st_size for f in snapshot_path(stopped.checkpoint(), 101).iterdir()) / 2**30
     again = resume_trainer(stopped, overrides=[f"orchestrator.snapshots.max_gib={2.5 * one}"])
-    [told] = [text for text, _ in again.remarks if "memory" in text]
-    assert told.startswith(f"there is memory for 2 of the {len(held)} snapshots")
+    [reported] = [text for text, _ in again.remarks if "memory" in text]
+    assert reported.startswith(f"there is memory for 2 of the {len(held)} snapshots")
     again.fit()
     assert len(steering_of(again).snapshots.steps) <= 2  # type: ignore[union-attr]
 
@@ -269,7 +271,7 @@ def test_a_finished_run_that_was_steered_leaves_no_memory_behind(
     assert gone() is None
 
 
-def test_a_trial_of_rates_goes_on_after_a_resume(
+def test_a_trial_of_rates_continues_after_a_resume(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it goes back to is in the checkpoint: its beginning, and the best rate's end."""

@@ -1,4 +1,4 @@
-"""A part of a tensor that several processes hold together."""
+"""One process's shard of a tensor that is divided among several processes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-# Which part of a tensor, by its name and shape, is asked for: offset and size; None: all of it.
+# Which part of a tensor to read, from its name and shape: offset and size, or None for all of it.
 Region: TypeAlias = Callable[[str, tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]] | None]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """``local`` lies at ``offset`` in a tensor of ``shape``; None where others hold it all."""
+class TensorShard:
+    """``local`` at ``offset`` in a tensor of ``shape``; None if other processes write all of it."""
 
     local: Tensor | None
     offset: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""What the bits of a run depend on beside its folder, as each start records it."""
+"""The environment that the bits of a run depend on, as recorded at each start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BITS_DEPEND_ON = {
 
 
 def environment(choices: Choices) -> dict[str, Any]:
-    """What bits depend on beside the run folder, as each segment of a run records it."""
+    """What bits depend on apart from the run folder, as recorded in each segment of a run."""
     return {
         **code_and_packages(),
         "hardware": hardware(),
@@ -30,20 +30,20 @@ def environment(choices: Choices) -> dict[str, Any]:
     }
 
 
-def other_surroundings(run: RunFolder, here: dict[str, Any]) -> list[str]:
-    """A sentence where the bits will not be those of the machine that the run was on before."""
+def environment_changes(run: RunFolder, here: dict[str, Any]) -> list[str]:
+    """A sentence if the environment changed, so that bits will differ."""
     segments = read_segments(run.segments)
     if not segments:
         return []
     differing = []
     for name, keys in _BITS_DEPEND_ON.items():
-        before = {"processes": 1, **segments[-1].environment}  # an older one does not say
+        before = {"processes": 1, **segments[-1].environment}  # old segments lack it
         then, now = (_inside(place, keys) for place in (before, here))
         if then != now:
             differing.append(f"{name} {then} -> {now}")
     if not differing:
         return []
-    return [f"the run goes on, but not bit for bit as it would have: {'; '.join(differing)}"]
+    return [f"the run resumes, but not bit for bit as without the stop: {'; '.join(differing)}"]
 
 
 def _inside(tree: Any, keys: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""What a new run begins from: fresh weights, those of another run, or those of Hugging Face."""
+"""The initial weights of a new run: random, those of another run, or those of Hugging Face."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from ultrathink.training.objectives.base import Objective
 
 
 @dataclass(frozen=True)
-class Beginning:
-    """Where training starts from: weights to fill a model with, and the tokenizer they go with."""
+class InitialWeights:
+    """The weights to load into a model, and their tokenizer; None for random weights."""
 
     fill: Callable[[Transformer], None] | None = None
     tokenizer: Tokenizer | None = None
 
 
-def find_beginning(config: Config) -> tuple[Config, Beginning]:
-    """What ``training.init_from`` names, and the configuration that goes with it."""
+def find_initial_weights(config: Config) -> tuple[Config, InitialWeights]:
+    """The weights of ``training.init_from``, and the configuration adapted to them."""
     source = config.training.init_from
     if source is None:
-        return config, Beginning()
+        return config, InitialWeights()
     if is_pretrained(source):
         config, pretrained = adopt_pretrained(config)
-        return config, Beginning(pretrained.load_into, pretrained.tokenizer)
+        return config, InitialWeights(pretrained.load_into, pretrained.tokenizer)
     weights, parent = weights_from(source, config.run.dir)
     tokenizer = load_tokenizer(parent.tokenizer) if parent is not None else None
 
     def fill(model: Transformer) -> None:
         load_weights(model, weights)
         if model.routing is not None:
-            model.routing.reset()  # how tokens find experts is this configuration's to say
+            model.routing.reset()  # live routing controls follow this configuration
 
-    return _without_warmup(config), Beginning(fill, tokenizer)
+    return _without_warmup(config), InitialWeights(fill, tokenizer)
 
 
 def _without_warmup(config: Config) -> Config:
-    """``config`` with no warm-up of routing, which is learned already, unless one is asked for."""
+    """``config`` without warm-up of routing, which is learned already, unless it is configured."""
     key = "model.moe.routing.warmup_steps"
     if config.model.moe is None or config.origin(key) != DEFAULT:
         return config
@@ -56,7 +56,7 @@ def _without_warmup(config: Config) -> Config:
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
-    """ConfigError where the tokenizer's vocabulary is larger than the model's."""
+    """Raise ConfigError if the vocabulary of the tokenizer is larger than the model's."""
     size = config.model.vocab_size
     assert size is not None, "a loaded configuration has a vocabulary"
     if tokenizer.vocab_size > size:

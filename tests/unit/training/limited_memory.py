@@ -30,10 +30,10 @@ class _Needing(torch.autograd.Function):
         return gradients[0]
 
 
-class Scarcity:
-    """Lets passes over more than ``fits`` sequences fail in ``trainer``, ``where`` it is said.
+class LimitedMemory:
+    """Makes passes over more than ``fits`` sequences fail in ``trainer``, ``where`` asked.
 
-    Only the ``after`` first micro-batches get through whatever their size. ``tried`` are the sizes
+    The first ``after`` micro-batches succeed at any size. ``tried`` are the sizes
     of all passes.
     """
 

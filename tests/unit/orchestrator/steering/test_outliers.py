@@ -1,11 +1,11 @@
-"""What the guard leaves out, and that it learns from nothing that it left out."""
+"""What the outlier filter skips, and that it learns nothing from what it skipped."""
 
 import math
 
 import numpy as np
 import pytest
 
-from ultrathink.orchestrator.steering.guard import ENOUGH, PATIENCE, OutlierGuard
+from ultrathink.orchestrator.steering.outliers import ENOUGH, PATIENCE, OutlierFilter
 
 
 def healthy(count: int, seed: int = 0) -> list[tuple[float, float]]:
@@ -17,17 +17,17 @@ def healthy(count: int, seed: int = 0) -> list[tuple[float, float]]:
     return list(zip(losses.tolist(), norms.tolist(), strict=True))
 
 
-def accustomed(count: int = 200) -> OutlierGuard:
-    guard = OutlierGuard()
+def accustomed(count: int = 200) -> OutlierFilter:
+    outliers = OutlierFilter()
     for loss, norm in healthy(count):
-        assert not guard.leaves_out(loss, norm)
-    return guard
+        assert not outliers.skips(loss, norm)
+    return outliers
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_healthy_is_left_out(seed: int) -> None:
-    guard = OutlierGuard()
-    assert not any(guard.leaves_out(loss, norm) for loss, norm in healthy(5000, seed))
+    outliers = OutlierFilter()
+    assert not any(outliers.skips(loss, norm) for loss, norm in healthy(5000, seed))
 
 
 @pytest.mark.parametrize(
@@ -43,52 +43,52 @@ def test_nothing_healthy_is_left_out(seed: int) -> None:
     ],
 )
 def test_what_is_left_out(loss: float, norm: float, is_out: bool) -> None:
-    guard = accustomed()
-    assert guard.leaves_out(loss, norm) is is_out
-    assert guard.streak == int(is_out)
-    assert guard.last is not None
-    assert guard.last.values()["loss"] == loss
+    outliers = accustomed()
+    assert outliers.skips(loss, norm) is is_out
+    assert outliers.streak == int(is_out)
+    assert outliers.last is not None
+    assert outliers.last.values()["loss"] == loss
 
 
 def test_the_first_steps_are_not_judged() -> None:
-    guard = accustomed(ENOUGH // 2)
-    assert not guard.leaves_out(50.0, 1e4)
+    outliers = accustomed(ENOUGH // 2)
+    assert not outliers.skips(50.0, 1e4)
 
 
 def test_what_was_left_out_does_not_become_usual() -> None:
     """Also half of the steps for a while."""
-    guard = accustomed(300)
-    level = guard.last.loss_level if guard.last is not None else math.nan
-    left_out = [guard.leaves_out(9.0 if n % 2 else 2.0, 1.0) for n in range(60)]
+    outliers = accustomed(300)
+    level = outliers.last.loss_level if outliers.last is not None else math.nan
+    left_out = [outliers.skips(9.0 if n % 2 else 2.0, 1.0) for n in range(60)]
     assert left_out == [bool(n % 2) for n in range(60)]
-    assert guard.last is not None
-    assert guard.last.loss_level == pytest.approx(level, rel=0.1)
+    assert outliers.last is not None
+    assert outliers.last.loss_level == pytest.approx(level, rel=0.1)
 
 
 def test_a_new_level_is_accepted_in_the_end() -> None:
-    guard = accustomed(300)
-    left_out = [guard.leaves_out(9.0, 1.0) for _ in range(PATIENCE + 50)]
+    outliers = accustomed(300)
+    left_out = [outliers.skips(9.0, 1.0) for _ in range(PATIENCE + 50)]
     assert left_out == [True] * PATIENCE + [False] * 50
-    assert guard.streak == 0
+    assert outliers.streak == 0
 
 
 def test_no_more_than_its_share_is_left_out() -> None:
-    guard = OutlierGuard(most=0.1)
+    outliers = OutlierFilter(most=0.1)
     for loss, norm in healthy(300):
-        guard.leaves_out(loss, norm)
-    left_out = [guard.leaves_out(9.0 if n % 2 else 2.0, 1.0) for n in range(100)]
+        outliers.skips(loss, norm)
+    left_out = [outliers.skips(9.0 if n % 2 else 2.0, 1.0) for n in range(100)]
     assert sum(left_out) == math.ceil(0.1 * 256)
 
 
-def test_its_state_goes_on_where_it_stopped() -> None:
-    one, other = accustomed(), OutlierGuard()
-    one.leaves_out(9.0, 1.0)
+def test_its_state_continues_where_it_stopped() -> None:
+    one, other = accustomed(), OutlierFilter()
+    one.skips(9.0, 1.0)
     other.load_state_dict(one.state_dict())
     rest = [(9.0, 1.0), *healthy(100, seed=4), (2.0, 500.0)]
-    assert [one.leaves_out(*step) for step in rest] == [other.leaves_out(*step) for step in rest]
+    assert [one.skips(*step) for step in rest] == [other.skips(*step) for step in rest]
     assert one.state_dict() == other.state_dict()
 
 
 def test_negative_losses_do_not_stop_it() -> None:
-    guard = OutlierGuard()
-    assert not any(guard.leaves_out(-1.0, 1.0) for _ in range(200))
+    outliers = OutlierFilter()
+    assert not any(outliers.skips(-1.0, 1.0) for _ in range(200))

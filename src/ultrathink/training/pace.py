@@ -1,0 +1,115 @@
+"""Reports once if steps have become much slower while other processes compete for the cores.
+
+A training step on a CPU uses all cores and waits for the slowest thread: another job on the same
+cores can make it many times slower, without any error.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+SLOW = 3.0  # times the best median of a window of steps
+OTHERS = 0.25  # share of the cores that other processes use at least
+BUSY = 0.8  # share of the cores in use at least: otherwise there are free ones
+FEWEST_STEPS = 5  # of a window
+FEWEST_S = 10.0  # over which the use of the cores is measured
+
+
+@dataclass(frozen=True)
+class CoreUse:
+    """CPU seconds used so far: by this process with its children, and by all processes.
+
+    All processes are counted on the cores that this process may use.
+    """
+
+    time_s: float
+    own_s: float
+    all_s: float
+    num_cores: int
+
+
+def core_use() -> CoreUse | None:
+    """The use of the cores so far; None without psutil, or if the system does not report it."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    try:
+        own = psutil.Process()
+        times = [own.cpu_times(), *(child.cpu_times() for child in own.children(recursive=True))]
+        cores = _cores()
+        per_core = psutil.cpu_times(percpu=True)
+        busy = [core for number, core in enumerate(per_core) if number in cores]
+    except (psutil.Error, OSError):
+        return None
+    all_s = sum(core.user + core.system + getattr(core, "nice", 0.0) for core in busy)
+    return CoreUse(time.monotonic(), sum(t.user + t.system for t in times), all_s, len(busy))
+
+
+def _cores() -> set[int]:
+    everything = range(os.cpu_count() or 1)
+    return set(os.sched_getaffinity(0) if sys.platform == "linux" else everything)
+
+
+class Pace:
+    """Compares the duration of steps with the best so far, and looks for competing processes.
+
+    ``local_size`` is the number of processes of the run on this machine, which use equal shares of
+    the cores. ``measure`` returns the use of the cores; it is called only while steps are slow.
+    """
+
+    def __init__(
+        self, local_size: int = 1, measure: Callable[[], CoreUse | None] = core_use
+    ) -> None:
+        self._local_size = local_size
+        self._measure = measure
+        self._seconds: list[float] = []
+        self._best: float | None = None  # median of a window
+        self._before: CoreUse | None = None  # at the start of a slow window
+        self._is_done = False
+
+    def of_step(self, seconds: float, *, is_logged: bool) -> list[str]:
+        """Count a step; at a logged one returns a warning, once, if others slow the run down."""
+        if self._is_done:
+            return []
+        self._seconds.append(seconds)
+        if not is_logged or len(self._seconds) < FEWEST_STEPS:
+            return []
+        median = statistics.median(self._seconds)
+        self._seconds.clear()
+        if self._best is None or median < SLOW * self._best:
+            self._best = min(median, self._best or median)
+            self._before = None
+            return []
+        now = self._measure()
+        if now is None:
+            self._is_done = True
+        elif self._before is None:
+            self._before = now
+        elif now.time_s - self._before.time_s >= FEWEST_S:
+            before, self._before = self._before, now
+            return self._judge(before, now, median, self._best)
+        return []
+
+    def _judge(self, before: CoreUse, now: CoreUse, median: float, best: float) -> list[str]:
+        seconds = now.time_s - before.time_s
+        own = self._local_size * (now.own_s - before.own_s) / seconds
+        busy = (now.all_s - before.all_s) / seconds
+        others = busy - own
+        if others < OTHERS * now.num_cores or busy < BUSY * now.num_cores:
+            return []
+        self._is_done = True
+        threads = max(1, round(now.num_cores - others))
+        fewer = f", or resume with OMP_NUM_THREADS={threads}"
+        return [
+            f"steps take {median / best:.0f} times as long as before ({median:.3g} s instead of "
+            f"{best:.3g} s), and other processes use {others:.1f} of the {now.num_cores} cores: "
+            f"stop them, or wait for them{fewer if threads < torch.get_num_threads() else ''}"
+        ]

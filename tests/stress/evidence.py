@@ -95,13 +95,11 @@ def checkpoint_differences(reference: Path, other: Path) -> list[str]:
 
 
 def tensors(checkpoint: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, in however many files they lie."""
+    """Every tensor of a checkpoint; later shards of one are named with their file."""
     found: dict[str, Tensor] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
-        loaded = load_file(file)
-        twice = found.keys() & loaded.keys()
-        assert not twice, f"{file} repeats {sorted(twice)[0]}"
-        found.update(loaded)
+        for name, tensor in load_file(file).items():
+            found[f"{name} ({file.name})" if name in found else name] = tensor
     assert found, f"{checkpoint} holds no tensors"
     return found
 

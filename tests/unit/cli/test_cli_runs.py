@@ -124,7 +124,7 @@ def trained(original: RunFolder, place: Path) -> RunFolder:
 
 def test_check_names_what_is_damaged_and_how_to_resume(trained: RunFolder, say: Say) -> None:
     out = say("runs", "check", "debug")
-    assert "  ok  checkpoints/step_00000004  as it was written, fits the model, " in out
+    assert "  ok  checkpoints/step_00000004  undamaged, fits the model, " in out
     assert out.endswith("Nothing is damaged.\nThe run is finished: step 4 was its last.\n")
 
     flip(next(trained.checkpoint(4).glob("*1-of-*.safetensors")))

@@ -60,7 +60,7 @@ MESSAGES = {
     "training.optimizer.type=zz": "there is no optimizer called 'zz'. Known: adamw, muon.",
     "tokenizer=bep": "there is no tokenizer called 'bep'. Did you mean 'bpe'?",
     "data.train=[books]": "there is no data source called 'books'. Known: dummy, jsonl, stdlib, "
-    "text. A part of your own is loaded with --plugin FILE.py. Text of your own: {type: text, "
+    "text. To load your own parts use --plugin FILE.py. Text of your own: {type: text, "
     "path: books}.",
     "data.train=books": "data.train = 'books' (override): should be a list, like [a, b]. (Sources "
     "to train on, such as [{type: text, path: books/}]",

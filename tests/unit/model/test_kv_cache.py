@@ -365,8 +365,8 @@ def test_layers_by_index_and_fraction(layers: Any, expected: tuple[int, ...]) ->
         ((0, -1), "no layer -1"),
         ((1.5,), "fraction 1.5 is outside"),
         ((float("nan"),), "fraction nan is outside"),
-        ((True,), "True is no layer"),
-        (("first",), "'first' is no layer"),
+        ((True,), "True is not a layer"),
+        (("first",), "'first' is not a layer"),
         ((), "is empty"),
     ],
 )

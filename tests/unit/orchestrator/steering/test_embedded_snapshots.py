@@ -175,7 +175,7 @@ def test_they_are_listed(stopped: RunFolder, capsys: pytest.CaptureFixture[str])
     held = embedded_steps(read_state(stopped.checkpoint()))
     assert main(["checkpoint", "info", str(stopped.path)]) == 0
     listed = ", ".join(map(str, held))
-    assert f"which checkpoints share: the snapshots of step {listed}\n" in capsys.readouterr().out
+    assert f"which checkpoints share: step {listed}\n" in capsys.readouterr().out
     assert main(["checkpoint", "info", str(stopped.path), "--json"]) == 0
     reported = json.loads(capsys.readouterr().out)["snapshots"]
     assert [one["step"] for one in reported] == held

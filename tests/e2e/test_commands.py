@@ -175,7 +175,7 @@ def test_a_signal_finishes_the_step_saves_and_can_be_resumed(
         session.kill()
     assert session.process.returncode == 128 + number
     assert "Traceback" not in session.stderr
-    assert "saving after this step; once more ends it at once" in session.stderr
+    assert "saving after this step; once more ends the run at once" in session.stderr
     assert f"ultrathink train --resume runs/{name}" in session.stderr
     assert evidence.steps(session.run)[-1] == session.step()
 

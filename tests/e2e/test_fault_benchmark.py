@@ -109,7 +109,7 @@ def test_faults_and_controllers_meet(tmp_path: Path) -> None:
         *("recovered_share", "final_loss_ratio_median"),
     }
     assert all(keys <= figures.keys() for figures in result["controllers"].values())
-    assert result["controllers"]["none"]["num_runs"] == 3
+    assert result["controllers"]["none"]["num_runs"] == 4
     assert result["controllers"]["none"]["clean_loss_ratio_median"] == 1
     rate = result["faults"]["lr_x30"]["controllers"]
     assert rate["none"]["final_loss_ratio_median"] > 1.01

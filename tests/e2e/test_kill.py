@@ -94,7 +94,7 @@ def test_a_second_ctrl_c_ends_at_once_and_does_no_harm(tmp_path: Path) -> None:
         assert evidence.unsound(session.run) == []
 
     def reported(session: Session) -> bool:
-        return "once more ends it at once" in session.stderr
+        return "once more ends the run at once" in session.stderr
 
     sessions = [train("whole", "debug", *LONG_STEPS, "run.name=whole")]
     try:

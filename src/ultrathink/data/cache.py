@@ -14,7 +14,6 @@ import hashlib
 import json
 import mmap
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -28,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ultrathink.core.errors import DataError
-from ultrathink.core.files import sync_folder, write_atomic
+from ultrathink.core.files import clean_up, sync_folder, write_atomic
 from ultrathink.data.checksums import HashingWriter, file_checksum, sealed, unsealed
 from ultrathink.data.documents import Document, Progress, Split, Verify
 from ultrathink.data.manifest import FileEntry, Manifest, Stat, wait_for_tick
@@ -204,7 +203,7 @@ def build_store(
         _write_store(beside, documents, tokenizer, label, total_bytes, progress)
         _put_in_place(beside, folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        clean_up(beside)
 
 
 def _write_store(
@@ -295,7 +294,7 @@ def _put_in_place(beside: Path, folder: Path) -> None:
         except OSError:
             if not _is_whole(folder):
                 raise
-        shutil.rmtree(discarded, ignore_errors=True)
+        clean_up(discarded)
     sync_folder(folder.parent)
 
 
@@ -356,4 +355,4 @@ def _remove_abandoned(parent: Path) -> None:
             # A running build keeps writing to its files.
             touched = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
             if time.time() - touched > _ABANDONED_AFTER_S:
-                shutil.rmtree(folder, ignore_errors=True)
+                clean_up(folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 from ultrathink.config.data import DataConfig, SourceConfig
 from ultrathink.config.tokenizer import TOKENIZERS, TokenizerConfig
 from ultrathink.core.errors import CheckpointError, DataError
+from ultrathink.core.files import clean_up
 from ultrathink.data.cache import TokenStore, cache_folder, open_or_build, writing_to
 from ultrathink.data.documents import Progress, Split
 from ultrathink.data.packing import make_samples
@@ -197,11 +197,11 @@ def _keep(tokenizer: Tokenizer, folder: Path) -> None:
     beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         tokenizer.save(beside)
-        shutil.rmtree(folder, ignore_errors=True)
+        clean_up(folder)
         with suppress(OSError):  # another process was first, with the same content
             beside.rename(folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        clean_up(beside)
 
 
 def _shares(sizes: Sequence[int], weights: Sequence[float], limit: int) -> list[float]:

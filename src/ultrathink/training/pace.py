@@ -36,11 +36,9 @@ class CoreUse:
 
 
 def core_use() -> CoreUse | None:
-    """The use of the cores so far; None without psutil, or if the system does not report it."""
-    try:
-        import psutil
-    except ImportError:
-        return None
+    """The use of the cores so far; None if the system does not report it."""
+    import psutil  # only while steps are slow
+
     try:
         own = psutil.Process()
         times = [own.cpu_times(), *(child.cpu_times() for child in own.children(recursive=True))]

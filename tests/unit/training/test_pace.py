@@ -87,7 +87,7 @@ def test_ordinary_runs_are_not_reported(seconds: list[float]) -> None:
     assert machine.train(Pace(measure=machine.measure), *seconds) == []
 
 
-def test_without_psutil_there_is_no_report() -> None:
+def test_a_system_that_does_not_report_its_cores_is_not_judged() -> None:
     pace, machine = Pace(measure=lambda: None), Machine(own=0.9, busy=2.0)
     assert machine.train(pace, *FAST, *SLOW) == []
 

@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -25,9 +24,10 @@ from ultrathink.insight.doctor.machine import (
     try_folder,
 )
 from ultrathink.insight.doctor.packages import read_packages
-from ultrathink.insight.doctor.speed import CoreWatch, disk_rate
-from ultrathink.insight.doctor.toolchain import folder_bytes, read_toolchain
+from ultrathink.insight.doctor.speed import CoreWatch, Sharing, disk_rate
+from ultrathink.insight.doctor.toolchain import read_toolchain
 from ultrathink.training.compiling import compiler_problem
+from ultrathink.training.pace import CoreUse
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads files of Linux")
 
@@ -140,15 +140,6 @@ def test_a_disk_without_room_and_one_that_is_read_only(tmp_path: Path) -> None:
         assert try_folder(disk / "runs").problem == "read-only file system"
 
 
-def test_folders_are_added_up(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "one").write_bytes(bytes(1000))
-    (tmp_path / "two").write_bytes(bytes(24))
-    assert folder_bytes(tmp_path) == 1024
-    assert folder_bytes(tmp_path / "missing") == 0
-    assert folder_bytes(tmp_path, seconds=-1.0) is None
-
-
 # -- speed -----------------------------------------------------------------------------------------
 
 
@@ -188,34 +179,14 @@ def test_what_others_do_with_the_cores_is_seen() -> None:
         burner.wait()
 
 
-@linux
-def test_what_this_process_does_itself_is_not_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tick, core = os.sysconf("SC_CLK_TCK"), min(os.sched_getaffinity(0))
-
-    def write(user: float, steal: float) -> None:
-        ticks = [round(user * tick), 0, 0, 10**6, 0, 0, 0, round(steal * tick), 0, 0]
-        ours = f"cpu{core} {' '.join(map(str, ticks))}"
-        others = [f"cpu{number} {10**6 * user} 0 0 0 0 0 0 0 0 0" for number in range(core + 2)]
-        others[core] = ours
-        (tmp_path / "stat").write_text("\n".join(["cpu 1 1 1 1 1 1 1 1 1 1", *others, ""]))
-
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {core})
-    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
-    assert CoreWatch().result() is None  # a system without such figures
-    write(100.0, 5.0)
+def test_what_this_process_does_itself_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    uses = [CoreUse(10.0, 1.0, 50.0, 4, 5.0), None, CoreUse(12.0, 3.0, 58.0, 4, 6.0)]
+    uses += [CoreUse(10.1, 1.1, 50.5, 4, 5.0)]
+    monkeypatch.setattr(speed_module, "core_use", lambda: uses.pop(0))
     watch = CoreWatch()
+    assert watch.result() is None  # the system does not report it
+    assert watch.result() == Sharing(seconds=2.0, others=3.0, stolen=0.5)
     assert watch.result() is None  # too early
-    start = time.process_time()
-    while time.process_time() - start < 0.5:
-        pass
-    own = time.process_time() - start
-    write(100.0 + own + 2.0, 6.0)
-    seen = watch.result()
-    assert seen is not None
-    assert seen.others * seen.seconds == pytest.approx(2.0, abs=0.1)
-    assert seen.stolen * seen.seconds == pytest.approx(1.0, abs=0.1)
 
 
 # -- packages and compilers ------------------------------------------------------------------------

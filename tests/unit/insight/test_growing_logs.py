@@ -13,7 +13,7 @@ from ultrathink.insight.logs.log import LogError, LogSignals, NotYetError
 from ultrathink.insight.logs.opening import open_log
 from ultrathink.insight.logs.order import StepOrder
 from ultrathink.insight.logs.run_folder import figures_of
-from ultrathink.insight.logs.tail import NewLines, Tail
+from ultrathink.insight.logs.tail import Tail
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ def test_parts_that_are_appended_make_the_whole(
     lines: list[str] = []
     for part in parts:
         append(path, part)
-        new = tail.read()
-        assert not new.is_replaced
-        lines += new.lines
+        new, is_replaced = tail.read()
+        assert not is_replaced
+        lines += new
     assert lines == "".join(parts).split("\n")[:-1]
 
 
@@ -60,8 +60,8 @@ def test_another_file_is_read_from_its_beginning(path: Path, text: str, is_repla
     other = path.with_name("other") if is_replaced else path
     other.write_text(text)
     other.replace(path)
-    assert tail.read() == NewLines(text.splitlines(), is_replaced=True)
-    assert tail.read() == NewLines([])
+    assert tail.read() == (text.splitlines(), True)
+    assert tail.read() == ([], False)
 
 
 def test_a_growing_table(path: Path) -> None:
@@ -141,7 +141,7 @@ def test_alarms_that_a_run_raised_itself_are_counted(demo: Path) -> None:
         list(log.signals())
         notes.append(log.notes)
     assert notes[0] == []
-    assert "raised 1 alarm: events.jsonl" in notes[1][0]
+    assert "raised 1 alarm; see events.jsonl" in notes[1][0]
 
 
 def test_a_run_that_grows_and_is_cut_by_a_resume(demo: Path) -> None:
@@ -241,8 +241,8 @@ PACKED = gzip.compress(b"step,loss\n1,2\n", mtime=0)
     ("data", "kind", "message"),
     [
         (b" \n\n", NotYetError, "is empty: there is nothing to watch yet"),
-        (b"\x7fELF\0\0\1", LogError, "is a binary file, no training log"),
-        (PACKED, LogError, r"is packed \(gzip\); unpack it first"),
+        (b"\1\0\0\1", LogError, "is a binary file, no training log; known are"),
+        (PACKED, LogError, "is compressed by gzip.*decompress it first: gunzip"),
         ("step,loss\n1,2\n".encode("utf-16"), LogError, "UTF-16; write it in UTF-8"),
         (b"Once upon a time, there was a model.\n", NotYetError, "no training log that is known"),
     ],

@@ -41,14 +41,14 @@ class LineLog(Log):
 
     def poll(self) -> News:
         """The signals of the lines that were appended since the last call."""
-        new = self._tail.read()
-        if new.is_replaced:
+        lines, is_replaced = self._tail.read()
+        if is_replaced:
             self._reader = self._make_reader()
-        signals = [found for line in new.lines for found in self._reader.feed(line)]
-        if not new.lines:  # nothing follows, so the last record is whole
+        signals = [found for line in lines for found in self._reader.feed(line)]
+        if not lines:  # nothing follows, so the last record is whole
             signals += self._reader.finish()
         self.total_steps = self._reader.total_steps
-        return News(signals, new.is_replaced)
+        return News(signals, is_replaced)
 
 
 class DocumentLog(Log):
@@ -56,7 +56,7 @@ class DocumentLog(Log):
 
     def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
         super().__init__(path, "")
-        self._columns = dict(columns)
+        self._columns = columns
         self._known: list[LogSignals] = []  # what ``poll`` has returned
         self._state: tuple[int, int, int] | None = None
         self._load()

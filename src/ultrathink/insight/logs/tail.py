@@ -5,20 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-_BLOCK_BYTES = 2**20
 _COLOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _REMEMBERED_BYTES = 256  # before the position of the reader: by these a replaced file is known
-
-
-@dataclass(frozen=True)
-class NewLines:
-    """Whole lines that were appended; all lines of the file where ``is_replaced``."""
-
-    lines: list[str]
-    is_replaced: bool = False
 
 
 class Tail:
@@ -35,8 +25,11 @@ class Tail:
         self._before = b""  # the last bytes that were read
         self._inode: int | None = None
 
-    def read(self) -> NewLines:
-        """The lines since the last call. Raises OSError where the file is gone."""
+    def read(self) -> tuple[list[str], bool]:
+        """The lines since the last call; all lines, and True, where the file was cut or replaced.
+
+        Raises OSError where the file is gone.
+        """
         with self.path.open("rb") as file:
             is_replaced = self._is_replaced(file.fileno())
             if is_replaced:
@@ -47,7 +40,7 @@ class Tail:
         self._position += len(whole)
         self._before = (self._before + whole)[-_REMEMBERED_BYTES:]
         lines = decoded(whole).replace("\r\n", "\n").split("\n")
-        return NewLines(lines if lines[-1] else lines[:-1], is_replaced)
+        return lines if lines[-1] else lines[:-1], is_replaced
 
     def _is_replaced(self, descriptor: int) -> bool:
         status = os.fstat(descriptor)
@@ -70,9 +63,3 @@ def all_lines(path: Path) -> Iterator[tuple[str, bool]]:
 def decoded(data: bytes) -> str:
     """Text of any bytes: those that are no UTF-8 are replaced, colors of a terminal left out."""
     return _COLOR.sub("", data.decode("utf-8", "replace").removeprefix("\ufeff"))
-
-
-def beginning(path: Path, size: int = _BLOCK_BYTES) -> bytes:
-    """The first ``size`` bytes of a file."""
-    with path.open("rb") as file:
-        return file.read(size)

@@ -19,10 +19,10 @@ Value = TypeVar("Value")
 
 # Environment variables that change what training does.
 _VARIABLES = (
-    "OMP_NUM_THREADS MKL_NUM_THREADS OMP_WAIT_POLICY ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA "
-    "LD_PRELOAD CUDA_VISIBLE_DEVICES CUBLAS_WORKSPACE_CONFIG CXX TORCHINDUCTOR_CACHE_DIR "
-    "ULTRATHINK_CACHE"
-).split()
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA", "LD_PRELOAD", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "CXX",
+    "TORCHINDUCTOR_CACHE_DIR", "ULTRATHINK_CACHE",
+)  # fmt: skip
 _GROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _NO_LIMIT = 2**60  # version 1 control groups without a limit show a number beyond all memory
 

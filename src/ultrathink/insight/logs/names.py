@@ -73,11 +73,11 @@ ROLES = {
     for name in names.split()
 }
 # The time of a line, or the position in the data: no figures of the training.
-_CLOCKS = frozenset(
-    "time timestamp _timestamp _runtime wall_time walltime date datetime line time_elapsed elapsed "
-    "train_time tokens num_tokens total_tokens consumed_samples consumed_tokens "
-    "throughput/total_tokens runtime".split()
-)
+_CLOCKS = frozenset((
+    "time", "timestamp", "_timestamp", "_runtime", "wall_time", "walltime", "date", "datetime",
+    "line", "time_elapsed", "elapsed", "train_time", "tokens", "num_tokens", "total_tokens",
+    "consumed_samples", "consumed_tokens", "throughput/total_tokens", "runtime",
+))  # fmt: skip
 TRAINING = ("train", "training", "fit", "tr")
 VALIDATION = ("val", "valid", "validation", "eval", "evaluation", "dev", "validate", "test")
 SPLITS = (*TRAINING, *VALIDATION)

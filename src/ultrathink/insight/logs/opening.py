@@ -53,9 +53,9 @@ def open_log(path: str | Path, columns: Mapping[str, str] | None = None) -> Log:
 def _recognized(path: Path, lines: list[str], columns: dict[str, str]) -> Log:
     first = next(line for line in lines if line.strip()).strip()
     row = parse_object(first) if first[0] == "{" else None
-    if row and not columns and {"step", "time"} <= row.keys():
-        if row.get("split") in ("train", "val"):
-            return our_log(path)
+    is_ours = row is not None and {"step", "time"} <= row.keys() and not columns
+    if row is not None and is_ours and row.get("split") in ("train", "val"):
+        return our_log(path)
     if first in ("{", "[") or (row is not None and _is_document(row)):
         return DocumentLog(path, columns)
     table = find_table(lines) if first[0] != "{" else None

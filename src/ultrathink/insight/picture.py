@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ultrathink.core.errors import MissingDependencyError
-from ultrathink.insight.log_analysis import LogAnalysis, Point, without_start
+from ultrathink.insight.log_analysis import LogAnalysis, without_start
 from ultrathink.insight.report.curves import Series, smoothed
+from ultrathink.monitoring.plot import Point
 from ultrathink.orchestrator.events import SEVERITIES, Event
 from ultrathink.orchestrator.phases import (
     CONVERGING,

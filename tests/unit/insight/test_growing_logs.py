@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.runs.trained_runs import train_line, val_line, write_lines
+from ultrathink.insight.logs.files import Tail
 from ultrathink.insight.logs.log import LogError, LogSignals, NotYetError
 from ultrathink.insight.logs.opening import open_log
 from ultrathink.insight.logs.order import StepOrder
 from ultrathink.insight.logs.run_folder import figures_of
-from ultrathink.insight.logs.tail import Tail
 
 
 @pytest.fixture

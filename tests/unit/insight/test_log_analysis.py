@@ -15,7 +15,6 @@ from ultrathink.core.errors import MissingDependencyError
 from ultrathink.insight.log_analysis import LogAnalysis, without_start
 from ultrathink.insight.logs.opening import open_log
 from ultrathink.insight.picture import draw_picture, require_matplotlib
-from ultrathink.insight.plain import without_nan
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.phases import CONVERGING
 from ultrathink.orchestrator.watcher import Watcher
@@ -227,8 +226,6 @@ def test_a_report_is_strict_json(tmp_path: Path) -> None:
     text = json.dumps(report, allow_nan=False)
     assert set(json.loads(text)) == {"log", "events", "phases", "forecast"}
     assert any(event["kind"] == "non_finite" for event in report["events"])
-    value: Any = {"a": [math.nan, (math.inf, 1.0)], "b": {"c": -math.inf, "d": "nan", "e": 1}}
-    assert without_nan(value) == {"a": [None, [None, 1.0]], "b": {"c": None, "d": "nan", "e": 1}}
 
 
 def test_the_first_fall_is_left_out_of_a_plot() -> None:

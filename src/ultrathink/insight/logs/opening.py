@@ -9,12 +9,11 @@ from pathlib import Path
 
 from ultrathink.core.errors import closest
 from ultrathink.data.file_kinds import GZIP, kind_of
-from ultrathink.insight.logs.files import DocumentLog, open_lines, our_log
+from ultrathink.insight.logs.files import DocumentLog, all_lines, decoded, open_lines, our_log
 from ultrathink.insight.logs.formats import line_format, parse_line, prefix_of
 from ultrathink.insight.logs.log import Log, LogError, NotYetError
 from ultrathink.insight.logs.run_folder import RunFolderLog
 from ultrathink.insight.logs.tables import NAMES, find_table
-from ultrathink.insight.logs.tail import all_lines, decoded
 from ultrathink.monitoring.jsonl import METRICS_FILE, parse_object
 from ultrathink.runs.folder import RunFolder
 

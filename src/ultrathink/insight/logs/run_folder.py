@@ -8,9 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from ultrathink.insight.events import read_events
-from ultrathink.insight.logs.files import our_log
+from ultrathink.insight.logs.files import Tail, our_log
 from ultrathink.insight.logs.log import Log, LogSignals, News
-from ultrathink.insight.logs.tail import Tail
 from ultrathink.monitoring.expert_figures import figures_of
 from ultrathink.monitoring.jsonl import parse_object
 from ultrathink.runs.folder import RunFolder

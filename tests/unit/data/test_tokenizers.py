@@ -109,13 +109,13 @@ def test_ids_are_those_of_hugging_face_on_real_text(
 def test_a_disagreement_is_noticed_and_the_standard_library_of_both_is_used(
     stdlib_texts: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    fast = BpeTokenizer._tiktoken
+    fast = BpeTokenizer._tiktoken.func
 
     def other_pattern(self: BpeTokenizer) -> object:
         self._pattern = r"\S+|\s+"
         return fast(self)
 
-    monkeypatch.setattr(BpeTokenizer, "_tiktoken", other_pattern)
+    monkeypatch.setattr(BpeTokenizer, "_tiktoken", property(other_pattern))
     tokenizer = BpeTokenizer.train(BpeTokenizerConfig(vocab_size=500), stdlib_texts[:3])
     assert tokenizer.engine == "tokenizers"
     tokenizer.save(tmp_path)
@@ -233,7 +233,7 @@ def changed_surrogates(tokenizer: BpeTokenizer, monkeypatch: pytest.MonkeyPatch)
 
 def changed_special(tokenizer: BpeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     def encode(self: BpeTokenizer, text: str) -> list[int]:
-        return self._tiktoken().encode(text, allowed_special="all")
+        return self._tiktoken.encode(text, allowed_special="all")
 
     monkeypatch.setattr(BpeTokenizer, "encode", encode)
 

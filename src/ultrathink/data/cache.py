@@ -129,16 +129,15 @@ def cache_folder(cache_dir: str | None) -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "ultrathink"
 
 
-def store_folder(cache: Path, fingerprint: str, split: Split, tokenizer: Tokenizer) -> Path:
-    """The folder of the store of a split with this fingerprint, which may not exist yet."""
+def store_key(fingerprint: str, split: Split, tokenizer: Tokenizer) -> str:
+    """What the store of a split with this fingerprint is called."""
     behavior = behavior_hash(tokenizer)  # other code may make other tokens of the same text
     parts = [FORMAT, fingerprint, split, tokenizer.fingerprint, behavior]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    return cached_store(cache, key)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def cached_store(cache: Path, key: str) -> Path:
-    """The folder of the store that is called ``key``."""
+    """The folder of the store that is called ``key``, which may not exist."""
     return cache / "tokens" / key
 
 
@@ -156,7 +155,7 @@ def open_or_build(
     A damaged store is rebuilt and ``notes`` says so. Processes that build the same store at the
     same time write one each; all use the one that is finished first.
     """
-    folder = store_folder(cache, source.fingerprint(split), split, tokenizer)
+    folder = cached_store(cache, store_key(source.fingerprint(split), split, tokenizer))
     damage = None
     if folder.exists():
         try:
@@ -195,8 +194,40 @@ def build_store(
     progress: Progress | None = None,
 ) -> None:
     """Tokenize ``documents`` into ``folder``: write a temporary folder, then rename it."""
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    ends: list[int] = []
+    num_tokens = num_bytes = 0
     with cached_folder(folder, _read_meta) as beside:
-        _write_store(beside, documents, tokenizer, label, total_bytes, progress)
+        with (beside / _TOKENS).open("wb") as file:
+            for texts in _batches(documents):
+                for ids in tokenizer.encode_batch(texts):
+                    block = np.empty(len(ids) + 1, dtype=dtype)
+                    block[:-1] = ids
+                    block[-1] = tokenizer.eot_id
+                    file.write(block.tobytes())
+                    num_tokens += len(block)
+                    ends.append(num_tokens)
+                num_bytes += sum(len(text.encode()) for text in texts)
+                if progress is not None:
+                    progress(label, num_bytes, max(total_bytes, num_bytes))
+        np.save(beside / _OFFSETS, np.array([0, *ends], dtype=np.int64))
+        lengths = [len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)]
+        np.save(beside / _TOKEN_BYTES, np.array(lengths, dtype=np.uint32))
+        manifest: Manifest = {}
+        for name in (_TOKENS, _OFFSETS, _TOKEN_BYTES):
+            sync_file(beside / name)
+            manifest[name] = FileEntry(Stat.of(beside / name), file_checksum(beside / name))
+        wait_for_tick(beside, [entry.stat for entry in manifest.values()])
+        meta = {
+            "format": FORMAT,
+            "num_tokens": num_tokens,
+            "num_documents": len(ends),
+            "num_bytes": num_bytes,
+            "eot_id": tokenizer.eot_id,
+            "dtype": dtype.name,
+        }
+        _write_meta(beside, meta, manifest)
+        sync_folder(beside)
 
 
 @contextmanager
@@ -231,49 +262,6 @@ def cached_folder(folder: Path, read: Callable[[Path], object]) -> Iterator[Path
     finally:
         clean_up(beside)
         clean_up(damaged)
-
-
-def _write_store(
-    folder: Path,
-    documents: Iterator[Document],
-    tokenizer: Tokenizer,
-    label: str,
-    total_bytes: int,
-    progress: Progress | None,
-) -> None:
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    ends: list[int] = []
-    num_tokens = num_bytes = 0
-    with (folder / _TOKENS).open("wb") as file:
-        for texts in _batches(documents):
-            for ids in tokenizer.encode_batch(texts):
-                block = np.empty(len(ids) + 1, dtype=dtype)
-                block[:-1] = ids
-                block[-1] = tokenizer.eot_id
-                file.write(block.tobytes())
-                num_tokens += len(block)
-                ends.append(num_tokens)
-            num_bytes += sum(len(text.encode()) for text in texts)
-            if progress is not None:
-                progress(label, num_bytes, max(total_bytes, num_bytes))
-    np.save(folder / _OFFSETS, np.array([0, *ends], dtype=np.int64))
-    lengths = [len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)]
-    np.save(folder / _TOKEN_BYTES, np.array(lengths, dtype=np.uint32))
-    manifest: Manifest = {}
-    for name in (_TOKENS, _OFFSETS, _TOKEN_BYTES):
-        sync_file(folder / name)
-        manifest[name] = FileEntry(Stat.of(folder / name), file_checksum(folder / name))
-    wait_for_tick(folder, [entry.stat for entry in manifest.values()])
-    meta = {
-        "format": FORMAT,
-        "num_tokens": num_tokens,
-        "num_documents": len(ends),
-        "num_bytes": num_bytes,
-        "eot_id": tokenizer.eot_id,
-        "dtype": dtype.name,
-    }
-    _write_meta(folder, meta, manifest)
-    sync_folder(folder)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:

@@ -43,7 +43,7 @@ def test_train_and_held_out_text_are_all_the_text_and_apart() -> None:
     loader = loader_of(prepared.train_stores, prepared.record.weights, seq_len=16)
     assert loader.num_samples == prepared.num_samples
     assert loader.next_batch().num_target_tokens == 3 * 16
-    assert ValidationSet(prepared.val_stores, 16).num_bytes == len(val)
+    assert ValidationSet(prepared.val_stores, 16).extent().num_bytes == len(val)
 
 
 def test_the_second_time_nothing_is_trained_or_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,4 +232,4 @@ def test_shakespeare_and_c4_together(public_file: Callable[[str], Path]) -> None
     loader = loader_of(prepared.train_stores, prepared.record.weights, seq_len=128, batch_size=8)
     sources = [int(s) for _ in range(50) for s in loader.next_batch().source_ids[:, 0]]
     assert abs(sum(sources) - 300) <= 1
-    assert ValidationSet(prepared.val_stores, 128).num_tokens > 10_000
+    assert ValidationSet(prepared.val_stores, 128).extent().num_tokens > 10_000

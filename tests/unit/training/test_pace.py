@@ -14,21 +14,20 @@ from ultrathink.training.pace import CoreUse, Pace, core_use
 class Machine:
     """Two cores of which this process uses ``own`` and all processes ``busy`` per second."""
 
-    def __init__(self, own: float, busy: float, num_cores: int = 2) -> None:
-        self.own, self.busy, self.num_cores = own, busy, num_cores
+    def __init__(self, own: float, busy: float) -> None:
+        self.own, self.busy = own, busy
         self.time_s, self.num_calls = 0.0, 0
 
     def measure(self) -> CoreUse:
         self.num_calls += 1
-        times = self.time_s, self.own * self.time_s, self.busy * self.time_s
-        return CoreUse(*times, self.num_cores)
+        return CoreUse(self.time_s, self.own * self.time_s, self.busy * self.time_s, num_cores=2)
 
-    def train(self, pace: Pace, *seconds: float, log_every: int = 5) -> list[str]:
+    def train(self, pace: Pace, *seconds: float) -> list[str]:
         """Take steps of these durations; returns the warnings."""
         said = []
         for step, taken in enumerate(seconds, 1):
             self.time_s += taken
-            said += pace.of_step(taken, is_logged=step % log_every == 0)
+            said += pace.of_step(taken, is_logged=step % 5 == 0)
         return said
 
 
@@ -56,35 +55,23 @@ def test_it_is_reported_once_with_the_factor_the_use_and_the_remedy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "busy", "why"),
+    ("own", "busy", "size", "seconds"),
     [
-        (2.0, 2.0, "the run itself uses all cores"),
-        (0.1, 0.6, "there are free cores"),
-        (1.7, 2.0, "others use little"),
+        (2.0, 2.0, 1, [*FAST, *SLOW]),  # the run itself uses all cores
+        (0.95, 2.0, 2, [*FAST, *SLOW]),  # so do its two processes
+        (0.1, 0.6, 1, [*FAST, *SLOW]),  # there are free cores
+        (1.7, 2.0, 1, [*FAST, *SLOW]),  # others use little
+        (0.9, 2.0, 1, [30.0, *FAST]),  # the first step compiles
+        (0.9, 2.0, 1, [*FAST, *[0.25] * 200]),  # less than three times as slow
+        (0.9, 2.0, 1, [*FAST, *[0.1, 0.1, 0.1, 5.0, 5.0] * 20]),  # single slow steps
+        (0.9, 2.0, 1, [*FAST, *[4.0] * 5, *FAST]),  # a short disturbance
     ],
 )
-def test_slow_steps_alone_are_not_reported(own: float, busy: float, why: str) -> None:
+def test_ordinary_runs_are_not_reported(
+    own: float, busy: float, size: int, seconds: list[float]
+) -> None:
     machine = Machine(own, busy)
-    assert machine.train(Pace(measure=machine.measure), *FAST, *SLOW * 3) == [], why
-
-
-def test_processes_of_the_same_run_are_not_others() -> None:
-    machine = Machine(own=0.95, busy=2.0)
-    assert machine.train(Pace(2, machine.measure), *FAST, *SLOW) == []
-
-
-@pytest.mark.parametrize(
-    "seconds",
-    [
-        [30.0, *FAST],  # the first step compiles
-        [*FAST, *[0.25] * 200],  # less than three times as slow
-        [*FAST, *[0.1, 0.1, 0.1, 5.0, 5.0] * 20],  # single slow steps, as for a garbage collection
-        [*FAST, *[4.0] * 5, *FAST],  # a short disturbance
-    ],
-)
-def test_ordinary_runs_are_not_reported(seconds: list[float]) -> None:
-    machine = Machine(own=0.9, busy=2.0)
-    assert machine.train(Pace(measure=machine.measure), *seconds) == []
+    assert machine.train(Pace(size, machine.measure), *seconds) == []
 
 
 def test_a_system_that_does_not_report_its_cores_is_not_judged() -> None:

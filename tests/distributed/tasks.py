@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -19,14 +18,13 @@ from torch.distributed.tensor import DTensor
 import ultrathink.training.trainer as trainer_module
 from tests.unit.training import several_modules, weighted
 from tests.unit.training.conftest import TINY as ALONE
+from tests.unit.training.experts import MIXTURE, ROUTING
 from tests.unit.training.late_copies import LateCopier
 from tests.unit.training.limited_memory import LimitedMemory
-from tests.unit.training.observers import At, Recorder, asks, goes_back
+from tests.unit.training.observers import At, Recorder, asks, goes_back, scale_loss
 from ultrathink.checkpoint.format import load_checkpoint, weights
 from ultrathink.config import load_config
-from ultrathink.config.objective import OBJECTIVES, ObjectiveConfig
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.data.batch import Batch
 from ultrathink.data.tokenizers.base import load_tokenizer
 from ultrathink.inference.engine import Engine
 from ultrathink.inference.sampling import SamplingParams
@@ -52,8 +50,6 @@ from ultrathink.training.changes import (
 from ultrathink.training.host_states import copied_to_host
 from ultrathink.training.model_set import inference_view
 from ultrathink.training.model_state import region_needed
-from ultrathink.training.objectives.base import LOSS, Losses
-from ultrathink.training.objectives.pretrain import Pretraining
 from ultrathink.training.out_of_memory import SmallerStartError
 from ultrathink.training.silent_changes import RecallCheckpoint
 from ultrathink.training.snapshots import Snapshot
@@ -62,17 +58,11 @@ from ultrathink.training.trainer import Trainer
 
 TINY = (*ALONE, "training.clip=0.5", "training.eval.batch_size=3")
 # Two groups that two processes cannot halve; the first layer has no experts.
-EXPERTS = (
-    "model.moe={groups: [{name: a, num_experts: 6, top_k: 2, max_experts: 8}, "
-    "{name: b, num_experts: 3, top_k: 1}], intermediate_size: 16, shared_size: 16, "
-    "layers: [1, 2], routing: {warmup_steps: 0, capacity_factor: 1.0}, "
-    "balance: {load: 0.1, importance: 0.1, entropy: 0.1, z: 0.01, bias_rate: 0.01}}",
-    "model.num_layers=3",
-)
+EXPERTS = (*MIXTURE, ROUTING)
 
 
 def new_trainer(place: str, *overrides: str, **parts: Any) -> Trainer:
-    with objectives():
+    with several_modules.registered(), weighted.registered():
         config = load_config("debug", [*TINY, f"run.dir={place}/runs", *overrides])
         return build_trainer(config, **parts)
 
@@ -81,53 +71,23 @@ def resumed(
     path: str, checkpoint: str = "last", overrides: Sequence[str] = (), **parts: Any
 ) -> Trainer:
     """A trainer that continues from a checkpoint of the run in ``path``."""
-    with objectives():
+    with several_modules.registered(), weighted.registered():
         return resume_trainer(RunFolder(Path(path)), checkpoint, overrides=overrides, **parts)
-
-
-class TwiceConfig(ObjectiveConfig):
-    """Options of ``Twice``."""
-
-    type: Literal["twice"] = "twice"
-
-
-class Twice(Pretraining):
-    """Two passes over each micro-batch, forwards and backwards in time, for one backward pass."""
-
-    def losses(self, batch: Batch) -> Losses:
-        first = super().losses(batch)
-        mirrored = replace(batch, input_ids=batch.input_ids.flip(1), labels=batch.labels.flip(1))
-        second = super().losses(mirrored).terms[LOSS]
-        return Losses({**first.terms, "mirrored": second}, first.stats)
-
-
-@contextmanager
-def objectives() -> Iterator[None]:
-    """Let a configuration name the objectives of the tests for as long as this lasts."""
-    OBJECTIVES.add("twice", Twice, options=TwiceConfig)
-    try:
-        with several_modules.registered(), weighted.registered():
-            yield
-    finally:
-        del OBJECTIVES._entries["twice"]
 
 
 def weights_at_rest(place: str, *overrides: str) -> dict[str, tuple[int, int]]:
     """How many numbers this process holds after a step, of each model, and how many there are."""
-    trainer = new_trainer(place, *overrides)
-    try:
+    with closing(new_trainer(place, *overrides)) as trainer:
         trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
         models = trainer.objective.models
-        found = {**models.modules, **{n: one.model for n, one in models.frozen.items()}}
-        return {
-            name: (
-                sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)),
-                sum(p.numel() for p in model.parameters()),
-            )
-            for name, model in found.items()
-        }
-    finally:
-        trainer.close()
+    found = {**models.modules, **{name: one.model for name, one in models.frozen.items()}}
+    return {
+        name: (
+            sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)),
+            sum(p.numel() for p in model.parameters()),
+        )
+        for name, model in found.items()
+    }
 
 
 def train_and_write(place: str, *overrides: str) -> tuple[str, list[str]]:
@@ -183,11 +143,8 @@ def resume(path: str, *overrides: str) -> list[str]:
 
 def loaded_state(path: str, checkpoint: str = "last", *overrides: str) -> dict[str, Any]:
     """The state of a trainer that continues from a checkpoint, its tensors whole."""
-    trainer = resumed(path, checkpoint, overrides)
-    try:
+    with closing(resumed(path, checkpoint, overrides)) as trainer:
         return learned(trainer)
-    finally:
-        trainer.close()
 
 
 def learned(trainer: Trainer) -> dict[str, Any]:
@@ -216,18 +173,15 @@ def recall(place: str, *overrides: str) -> list[dict[str, Any]]:
 
 def numbers_read(path: str) -> tuple[int, int]:
     """How many numbers of the model a process reads to go on with a run, and how many there are."""
-    trainer = resumed(path)
-    try:
+    with closing(resumed(path)) as trainer:
         state: Any = load_checkpoint(
             RunFolder(Path(path)).checkpoint("last"),
             weights,
             partial(region_needed, trainer.objective.models),
         )
-        shards = [one for one in state["model"].values() if not isinstance(one, torch.Tensor)]
-        mine = [shard.local.numel() for shard in shards]
-        return sum(mine), sum(torch.Size(shard.shape).numel() for shard in shards)
-    finally:
-        trainer.close()
+    shards = [one for one in state["model"].values() if not isinstance(one, torch.Tensor)]
+    mine = [shard.local.numel() for shard in shards]
+    return sum(mine), sum(torch.Size(shard.shape).numel() for shard in shards)
 
 
 def whole(node: Any) -> Any:
@@ -242,46 +196,28 @@ def whole(node: Any) -> Any:
 
 def train_with_nan_on_rank_1(place: str) -> list[tuple[bool, float]]:
     """Spoil the loss of one process in step 2; whether each step was skipped, and a weight."""
-    trainer = new_trainer(place, "training.max_steps=4")
-    losses = trainer.objective.sums
     found: list[tuple[bool, float]] = []
-
-    def spoiled(*args: Any) -> Any:
-        sums = losses(*args)
-        is_hit = len(found) == 1 and join_world().rank == 1
-        return sums._replace(loss=sums.loss * float("nan")) if is_hit else sums
-
-    trainer.objective.sums = spoiled
-    trainer.start()
-    try:
+    with closing(new_trainer(place, "training.max_steps=4")) as trainer:
+        scale_loss(trainer, [2] if join_world().rank == 1 else [], float("nan"))
+        trainer.start()
         for _ in range(4):
             report = trainer.train_step()
             weight = trainer.model.get_parameter("norm.weight")
             assert isinstance(weight, DTensor)
             found.append((report.skipped, float(weight.detach().full_tensor().sum())))
-    finally:
-        trainer.close()
     return found
 
 
 def random_number_and_scored_tokens(place: str) -> tuple[float, int, int]:
     """A random number drawn in the first step; tokens scored by validation, and those there are."""
-    trainer = new_trainer(place, "model.dropout=0.5")
     drawn: list[float] = []
-    losses = trainer.objective.sums
-
-    def watched(*args: Any) -> Any:
-        drawn.append(float(torch.rand(())))
-        return losses(*args)
-
-    trainer.objective.sums = watched
-    trainer.start()
-    try:
+    with closing(new_trainer(place, "model.dropout=0.5")) as trainer:
+        trainer.stepper.optimizers[0].register_step_pre_hook(
+            lambda *_: drawn.append(float(torch.rand(())))
+        )
+        trainer.start()
         trainer.train_step()
-        scores = trainer.score()
-        return drawn[0], scores.num_tokens, trainer.objective.num_scored
-    finally:
-        trainer.close()
+        return drawn[0], trainer.score().num_tokens, trainer.objective.num_scored
 
 
 def train_with_a_controller(

@@ -1,7 +1,7 @@
 """What the tests of the trainer watch runs with, and how they steer them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from ultrathink.training.changes import Rollback
 from ultrathink.training.control import TrainerControl
 from ultrathink.training.records import ChangeRecord
 from ultrathink.training.snapshots import Snapshot
+from ultrathink.training.trainer import Trainer
 
 
 class Recorder(Callback):
@@ -92,3 +93,17 @@ def assert_equal_tensors(found: dict[str, torch.Tensor], expected: dict[str, tor
     """The same bits under the same names."""
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def scale_loss(trainer: Trainer, steps: Iterable[int], factor: float) -> None:
+    """Multiply the loss of some steps, as a fault in it would; each once."""
+    losses, to_come = trainer.objective.sums, set(steps)
+
+    def faulty(*inputs: Any) -> Any:
+        sums, step = losses(*inputs), trainer.progress.step + 1
+        if step not in to_come:
+            return sums
+        to_come.remove(step)
+        return sums._replace(loss=sums.loss * factor)
+
+    trainer.objective.sums = faulty

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, Recorder, asks, goes_back
+from tests.unit.training.observers import At, Recorder, asks, goes_back, scale_loss
 from ultrathink import resume_trainer
 from ultrathink.monitoring.experts import ExpertStatistics, GroupSlots
 from ultrathink.orchestrator.live import LiveWatch, step_signals
@@ -30,25 +30,11 @@ def kept(run: RunFolder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.events.read_text().splitlines()]
 
 
-def scaled_at(trainer: Trainer, steps: range, factor: float) -> None:
-    """Multiply the loss of some steps, as a fault in it would; each once."""
-    losses, to_come = trainer.objective.sums, set(steps)
-
-    def faulty(*inputs: Any) -> Any:
-        sums, step = losses(*inputs), trainer.progress.step + 1
-        if step not in to_come:
-            return sums
-        to_come.remove(step)
-        return sums._replace(loss=sums.loss * factor)
-
-    trainer.objective.sums = faulty
-
-
 def test_an_alarm_is_reported_and_kept_by_a_resumed_run_too(make_trainer: MakeTrainer) -> None:
     """A resumed run is watched as if it had not stopped."""
     recorder = Recorder()
     whole = make_trainer(*LONG, callbacks=[recorder])
-    scaled_at(whole, range(50, 54), 3.0)
+    scale_loss(whole, range(50, 54), 3.0)
     whole.fit()
     spikes = [event for event in kept(whole.run) if event["kind"] == "loss_spike"]
     assert (spikes[0]["began"], spikes[0]["severity"]) == (50, "high")
@@ -58,7 +44,7 @@ def test_an_alarm_is_reported_and_kept_by_a_resumed_run_too(make_trainer: MakeTr
     first = make_trainer(*LONG, controllers=[At(step45=asks(Stop()))])
     first.fit()
     second = resume_trainer(first.run)
-    scaled_at(second, range(50, 54), 3.0)
+    scale_loss(second, range(50, 54), 3.0)
     second.fit()
     of_the_machine = ("throughput_drop", "slow_step", "memory_leak", "memory_pressure")
     judged = [
@@ -74,7 +60,7 @@ def test_an_alarm_is_reported_and_kept_by_a_resumed_run_too(make_trainer: MakeTr
 
 def test_a_rollback_takes_the_watcher_back(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(*LONG, controllers=[goes_back(kept=40, at=52)])
-    scaled_at(trainer, range(50, 53), 3.0)
+    scale_loss(trainer, range(50, 53), 3.0)
     trainer.fit()
     kinds = [event.kind for event in watch_of(trainer).watcher.events]
     assert "resumed" not in kinds  # its memory went back with the run

@@ -12,6 +12,7 @@ from tests.unit.training.observers import (
     assert_equal_tensors,
     final_state,
     goes_back,
+    scale_loss,
 )
 from ultrathink.core.protocols import State
 from ultrathink.recipes.resume import resume_trainer
@@ -111,13 +112,7 @@ def test_what_is_not_finite_is_left_out_without_asking(make_trainer: MakeTrainer
     trainer = make_trainer()
     guard = Asked()
     trainer.set_guard(guard)
-    losses = trainer.objective.sums
-
-    def poisoned(*inputs: Any) -> Any:
-        sums = losses(*inputs)
-        return sums._replace(loss=sums.loss * float("nan"))
-
-    trainer.objective.sums = poisoned
+    scale_loss(trainer, [1], float("nan"))
     assert trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0).skipped
     assert guard.seen == []
 

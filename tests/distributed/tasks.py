@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 import ultrathink.training.trainer as trainer_module
+from tests.unit.training import several_modules, weighted
 from tests.unit.training.conftest import TINY as ALONE
+from tests.unit.training.experts import MIXTURE, ROUTING
 from tests.unit.training.late_copies import LateCopier
 from tests.unit.training.limited_memory import LimitedMemory
+from tests.unit.training.observers import At, Recorder, asks, goes_back, scale_loss
 from ultrathink.checkpoint.format import load_checkpoint, weights
 from ultrathink.config import load_config
 from ultrathink.core.errors import UltrathinkError
@@ -35,7 +39,7 @@ from ultrathink.recipes.train import build_trainer
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training import host_states
-from ultrathink.training.callbacks import Callback, Controller, StepReport
+from ultrathink.training.callbacks import StepReport
 from ultrathink.training.changes import (
     ReviveExperts,
     Rollback,
@@ -43,48 +47,47 @@ from ultrathink.training.changes import (
     SkipSamples,
     Stop,
 )
-from ultrathink.training.control import TrainerControl
+from ultrathink.training.host_states import copied_to_host
 from ultrathink.training.model_set import inference_view
 from ultrathink.training.model_state import region_needed
 from ultrathink.training.out_of_memory import SmallerStartError
-from ultrathink.training.records import ChangeRecord
+from ultrathink.training.silent_changes import RecallCheckpoint
 from ultrathink.training.snapshots import Snapshot
 from ultrathink.training.stepping import Verdict
 from ultrathink.training.trainer import Trainer
 
 TINY = (*ALONE, "training.clip=0.5", "training.eval.batch_size=3")
 # Two groups that two processes cannot halve; the first layer has no experts.
-EXPERTS = (
-    "model.moe={groups: [{name: a, num_experts: 6, top_k: 2, max_experts: 8}, "
-    "{name: b, num_experts: 3, top_k: 1}], intermediate_size: 16, shared_size: 16, "
-    "layers: [1, 2], routing: {warmup_steps: 0, capacity_factor: 1.0}, "
-    "balance: {load: 0.1, importance: 0.1, entropy: 0.1, z: 0.01, bias_rate: 0.01}}",
-    "model.num_layers=3",
-)
+EXPERTS = (*MIXTURE, ROUTING)
 
 
 def new_trainer(place: str, *overrides: str, **parts: Any) -> Trainer:
-    os.environ["ULTRATHINK_CACHE"] = f"{place}/cache"
-    config = load_config("debug", [*TINY, f"run.dir={place}/runs", *overrides])
-    return build_trainer(config, **parts)
+    with several_modules.registered(), weighted.registered():
+        config = load_config("debug", [*TINY, f"run.dir={place}/runs", *overrides])
+        return build_trainer(config, **parts)
+
+
+def resumed(
+    path: str, checkpoint: str = "last", overrides: Sequence[str] = (), **parts: Any
+) -> Trainer:
+    """A trainer that continues from a checkpoint of the run in ``path``."""
+    with several_modules.registered(), weighted.registered():
+        return resume_trainer(RunFolder(Path(path)), checkpoint, overrides=overrides, **parts)
 
 
 def weights_at_rest(place: str, *overrides: str) -> dict[str, tuple[int, int]]:
     """How many numbers this process holds after a step, of each model, and how many there are."""
-    trainer = new_trainer(place, *overrides)
-    try:
+    with closing(new_trainer(place, *overrides)) as trainer:
         trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
         models = trainer.objective.models
-        found = {**models.modules, **{n: one.model for n, one in models.frozen.items()}}
-        return {
-            name: (
-                sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)),
-                sum(p.numel() for p in model.parameters()),
-            )
-            for name, model in found.items()
-        }
-    finally:
-        trainer.close()
+    found = {**models.modules, **{name: one.model for name, one in models.frozen.items()}}
+    return {
+        name: (
+            sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor)),
+            sum(p.numel() for p in model.parameters()),
+        )
+        for name, model in found.items()
+    }
 
 
 def train_and_write(place: str, *overrides: str) -> tuple[str, list[str]]:
@@ -133,41 +136,52 @@ def train_with_an_evaluator_that_fails_on_process_1(place: str, *overrides: str)
 
 def resume(path: str, *overrides: str) -> list[str]:
     """Continue with a run to its end; what was remarked on the way."""
-    os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
-    trainer = resume_trainer(RunFolder(Path(path)), overrides=overrides)
+    trainer = resumed(path, overrides=overrides)
     trainer.fit()
     return [text for text, _ in trainer.remarks]
 
 
 def loaded_state(path: str, checkpoint: str = "last", *overrides: str) -> dict[str, Any]:
-    """All tensors of a trainer that continues from a checkpoint, whole."""
-    os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
-    trainer = resume_trainer(RunFolder(Path(path)), checkpoint, overrides=overrides)
-    try:
-        state = trainer.state_dict()
-        return {
-            "model": whole(state["model"]),
-            "optimizer": whole(state["optimizer"]),
-            "data": state["data"],
-        }
-    finally:
-        trainer.close()
+    """The state of a trainer that continues from a checkpoint, its tensors whole."""
+    with closing(resumed(path, checkpoint, overrides)) as trainer:
+        return learned(trainer)
+
+
+def learned(trainer: Trainer) -> dict[str, Any]:
+    """Weights, moments and the place in the data, whole."""
+    state = copied_to_host(trainer.state_dict())
+    kinds = ("model", "modules", "optimizer", "data")
+    return {kind: whole(state[kind]) for kind in kinds if kind in state}
+
+
+def recall(place: str, *overrides: str) -> list[dict[str, Any]]:
+    """What was learned by a checkpoint's step, and once the run went back to that checkpoint."""
+    trainer = new_trainer(place, *overrides)
+    found = []
+    trainer.start()
+    for number in range(3):
+        trainer.train_step()
+        if number == 1:
+            trainer.save()
+            found.append(learned(trainer))
+    RecallCheckpoint(2, 7).apply(trainer.parts)
+    Rollback(Snapshot(2, 7), skip_data=False).apply(trainer.parts)
+    found.append(learned(trainer))
+    trainer.close()
+    return found
 
 
 def numbers_read(path: str) -> tuple[int, int]:
     """How many numbers of the model a process reads to go on with a run, and how many there are."""
-    os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
-    run = RunFolder(Path(path))
-    trainer = resume_trainer(run)
-    try:
+    with closing(resumed(path)) as trainer:
         state: Any = load_checkpoint(
-            run.checkpoint("last"), weights, partial(region_needed, trainer.objective.models)
+            RunFolder(Path(path)).checkpoint("last"),
+            weights,
+            partial(region_needed, trainer.objective.models),
         )
-        mine = [shard.local.numel() for shard in state["model"].values()]
-        whole = [torch.Size(shard.shape).numel() for shard in state["model"].values()]
-        return sum(mine), sum(whole)
-    finally:
-        trainer.close()
+    shards = [one for one in state["model"].values() if not isinstance(one, torch.Tensor)]
+    mine = [shard.local.numel() for shard in shards]
+    return sum(mine), sum(torch.Size(shard.shape).numel() for shard in shards)
 
 
 def whole(node: Any) -> Any:
@@ -182,74 +196,43 @@ def whole(node: Any) -> Any:
 
 def train_with_nan_on_rank_1(place: str) -> list[tuple[bool, float]]:
     """Spoil the loss of one process in step 2; whether each step was skipped, and a weight."""
-    trainer = new_trainer(place, "training.max_steps=4")
-    losses = trainer.objective.sums
     found: list[tuple[bool, float]] = []
-
-    def spoiled(*args: Any) -> Any:
-        sums = losses(*args)
-        is_hit = len(found) == 1 and join_world().rank == 1
-        return sums._replace(loss=sums.loss * float("nan")) if is_hit else sums
-
-    trainer.objective.sums = spoiled
-    trainer.start()
-    try:
+    with closing(new_trainer(place, "training.max_steps=4")) as trainer:
+        scale_loss(trainer, [2] if join_world().rank == 1 else [], float("nan"))
+        trainer.start()
         for _ in range(4):
             report = trainer.train_step()
             weight = trainer.model.get_parameter("norm.weight")
             assert isinstance(weight, DTensor)
             found.append((report.skipped, float(weight.detach().full_tensor().sum())))
-    finally:
-        trainer.close()
     return found
 
 
 def random_number_and_scored_tokens(place: str) -> tuple[float, int, int]:
     """A random number drawn in the first step; tokens scored by validation, and those there are."""
-    trainer = new_trainer(place, "model.dropout=0.5")
     drawn: list[float] = []
-    losses = trainer.objective.sums
-
-    def watched(*args: Any) -> Any:
-        drawn.append(float(torch.rand(())))
-        return losses(*args)
-
-    trainer.objective.sums = watched
-    trainer.start()
-    try:
+    with closing(new_trainer(place, "model.dropout=0.5")) as trainer:
+        trainer.stepper.optimizers[0].register_step_pre_hook(
+            lambda *_: drawn.append(float(torch.rand(())))
+        )
+        trainer.start()
         trainer.train_step()
-        scores = trainer.score()
-        return drawn[0], scores.num_tokens, trainer.objective.num_scored
-    finally:
-        trainer.close()
-
-
-class _Steering(Controller):
-    """Keeps a snapshot after step 2, goes back to it after step 4, halves the rate after step 3."""
-
-    def __init__(self) -> None:
-        self.kept: list[Snapshot] = []
-        self.returned = False
-
-    def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
-        if report.step == 2 and not self.kept:
-            self.kept.append(control.snapshot())
-        if report.step == 4 and not self.returned:
-            self.returned = True
-            control.request(Rollback(self.kept[0], skip_data=False), reason="test")
-        if report.step == 5:
-            control.request(SetLearningRateFactor(0.5), reason="test")
-            control.request(SkipSamples(3), reason="test")
+        return drawn[0], trainer.score().num_tokens, trainer.objective.num_scored
 
 
 def train_with_a_controller(
     place: str, *overrides: str, copies_late: bool = False
 ) -> tuple[str, float, list[int]]:
-    """Steer a run; its folder, the live rate factor, and the step and samples it ended with.
+    """Go back from step 4 to 2, and change the rate and the data after step 5; the run's folder,
+    the live rate factor, and the step and samples it ended with.
 
     ``copies_late``: its snapshots are made as late as they may be.
     """
-    trainer = new_trainer(place, "training.max_steps=7", *overrides, controllers=[_Steering()])
+    steering = [
+        goes_back(kept=2, at=4),
+        At(step5=asks(SetLearningRateFactor(0.5), SkipSamples(3))),
+    ]
+    trainer = new_trainer(place, "training.max_steps=7", *overrides, controllers=steering)
     with pytest.MonkeyPatch.context() as patch:
         if copies_late:
             patch.setattr(host_states, "_SMALL_BYTES", 16)
@@ -275,21 +258,15 @@ def train_and_break(place: str, *overrides: str) -> tuple[str, list[Any], int]:
 
 def train_and_stop(place: str, *overrides: str) -> str:
     """Stop such a run after step 106; its folder."""
-    trainer = new_trainer(place, *STEERED, *overrides, controllers=[_StopsAt106()])
+    stop = At(step106=asks(Stop()))
+    trainer = new_trainer(place, *STEERED, *overrides, controllers=[stop])
     trainer.fit()
     return str(trainer.run.path)
 
 
 def resume_and_break(path: str, *overrides: str) -> tuple[str, list[Any], int]:
     """Continue with a stopped run, and break its weights as ``train_and_break`` does."""
-    os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
-    return _broken(resume_trainer(RunFolder(Path(path)), overrides=overrides))
-
-
-class _StopsAt106(Controller):
-    def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
-        if report.step == 106:
-            control.request(Stop(), reason="test")
+    return _broken(resumed(path, overrides=overrides))
 
 
 def _broken(trainer: Trainer) -> tuple[str, list[Any], int]:
@@ -311,6 +288,23 @@ def _broken(trainer: Trainer) -> tuple[str, list[Any], int]:
         if record["rule"] != "by_hand"
     ]
     return str(trainer.run.path), decided, trainer.loader.samples_skipped
+
+
+def train_and_ruin(place: str, *overrides: str) -> tuple[str, str, float]:
+    """Let weights decay to nothing after step 25 of a steered run; its folder, its ending and the
+    loss that it ends with."""
+    few = ("training.max_steps=45", "training.eval.every_steps=10")
+    off = ("orchestrator.rules.roll_back=false", "orchestrator.rules.find_rate=false")
+    trainer = new_trainer(place, *STEERED, *few, *off, *overrides)
+
+    def decay(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group in optimizer.param_groups if trainer.progress.step > 25 else ():
+            group["weight_decay"] = 50.0
+
+    for optimizer in trainer.stepper.optimizers:
+        optimizer.register_step_pre_hook(decay)
+    ending = trainer.fit()
+    return str(trainer.run.path), ending.name, trainer.score().loss
 
 
 def status_that_is_heard() -> int | None:
@@ -362,27 +356,15 @@ def train_out_of_memory(place: str) -> tuple[str, str, list[int]]:
 
 def resume_with_little_memory(path: str, *overrides: str) -> tuple[list[int], int, list[str]]:
     """Resume where two sequences do not fit: sizes of the passes, the last size, changes."""
-    os.environ["ULTRATHINK_CACHE"] = str(Path(path).parents[1] / "cache")
-    reported: list[str] = []
-    trainer = resume_trainer(
-        RunFolder(Path(path)), overrides=overrides, callbacks=[_Reported(reported)]
-    )
+    recorder = Recorder()
+    trainer = resumed(path, overrides=overrides, callbacks=[recorder])
     memory = LimitedMemory(trainer, fits=1)
-    try:
+    with suppress(SmallerStartError):
         trainer.fit()
-    except SmallerStartError:
-        reported.append("failed")
-    return memory.tried, trainer.settings.micro_batch_size, reported
-
-
-class _Reported(Callback):
-    def __init__(self, reported: list[str]) -> None:
-        self.reported = reported
-
-    def on_change(self, change: ChangeRecord) -> None:
-        self.reported.append(
-            f"{change.setting}: {change.before} -> {change.after} ({change.reason})"
-        )
+    changed = [
+        f"{one.setting}: {one.before} -> {one.after} ({one.reason})" for one in recorder.changes
+    ]
+    return memory.tried, trainer.settings.micro_batch_size, changed
 
 
 def optimizer_state_before_and_after(place: str, *overrides: str) -> list[dict[str, list[Any]]]:
@@ -430,29 +412,20 @@ def gathered(values: list[Any]) -> list[Any]:
     return world.gathered(values[world.rank])
 
 
-class _Reviving(Controller):
-    """Validates, which leaves weights whole, and re-initializes experts after step 3."""
-
-    def at_boundary(self, report: StepReport, control: TrainerControl) -> None:
-        if report.step == 3:
-            places = [(1, "a", 2), (1, "a", 5), (2, "b", 1)]
-            wanted = [
-                {"layer": layer, "group": group, "expert": expert}
-                for layer, group, expert in places
-            ]
-            control.request(ReviveExperts(wanted), reason="test")
-
-
 def train_and_revive(place: str, *overrides: str) -> tuple[str, list[Any], str]:
     """Re-initialize experts in a run; its folder, what each copied, and a hash of the weights that
     this process sees."""
+    wanted = [
+        {"layer": layer, "group": group, "expert": expert}
+        for layer, group, expert in ((1, "a", 2), (1, "a", 5), (2, "b", 1))
+    ]
     trainer = new_trainer(
         place,
         *EXPERTS,
         "training.max_steps=6",
         "training.eval={every_steps: 3, max_tokens: 256}",
         *overrides,
-        controllers=[_Reviving()],
+        controllers=[At(step3=asks(ReviveExperts(wanted)))],  # validated, so weights are whole
     )
     for layer in trainer.model.expert_layers().values():
         layer.router.selection_bias[[2, 5, 9]] = -1e4  # 2 and 5 of a, 1 of b

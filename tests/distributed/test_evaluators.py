@@ -1,13 +1,16 @@
 """Evaluators on two processes: the scores of one, and one failure that all know of."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed import tasks
+from tests.distributed.conftest import RunTask
 from tests.distributed.pool import Pool
+from tests.distributed.test_parity import assert_equal
+from tests.unit.training.observers import records
+from ultrathink.runs.folder import RunFolder
 
 WORDS = (
     "training.precision=fp64",
@@ -19,33 +22,23 @@ WORDS = (
 
 
 def evaluated(run: str) -> list[dict[str, Any]]:
-    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["split"] == "eval"]
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tasks.train(str(tmp_path_factory.mktemp("one")), *WORDS)
+    return [row for row in records(RunFolder(Path(run))) if row["split"] == "eval"]
 
 
 @pytest.mark.parametrize("divided", ["parallel.dp_replicate=2", "parallel.zero_stage=3"])
-def test_two_processes_find_what_one_does(
-    two: Pool, tmp_path: Path, alone: str, divided: str
-) -> None:
-    run, _ = two.run(tasks.train, str(tmp_path), *WORDS, divided)
-    assert [row["step"] for row in evaluated(alone)] == [2, 4]
-    for here, there in zip(evaluated(alone), evaluated(run), strict=True):
-        assert here.keys() == there.keys()
-        for name in here.keys() - {"split", "time"}:
-            assert there[name] == pytest.approx(here[name], rel=1e-9), name
+def test_two_processes_find_what_one_does(alone: RunTask, both: RunTask, divided: str) -> None:
+    one, (run, _) = alone(tasks.train, *WORDS), both(tasks.train, *WORDS, divided)
+    assert [row["step"] for row in evaluated(one)] == [2, 4]
+    assert_equal(one, run, 1e-9)
 
 
 def test_what_one_process_fails_at_is_left_out_on_all(
-    two: Pool, tmp_path: Path, alone: str
+    two: Pool, tmp_path: Path, alone: RunTask
 ) -> None:
     words = (*WORDS, "parallel.dp_replicate=2")
     run, _ = two.run(tasks.train_with_an_evaluator_that_fails_on_process_1, str(tmp_path), *words)
-    assert [sorted(row) for row in evaluated(run)] == [sorted(row) for row in evaluated(alone)[1:]]
+    expected = evaluated(alone(tasks.train, *WORDS))[1:]
+    assert [sorted(row) for row in evaluated(run)] == [sorted(row) for row in expected]
     log = (Path(run) / "logs" / "run.log").read_text()
     reported = (
         "evaluator 'words' failed at step 2: OSError: its disk is gone (on process 1); training"

@@ -38,11 +38,10 @@ def test_a_run_without_a_checkpoint_applies_it_and_a_given_size_is_tried_again(
     two: Pool, tmp_path: Path
 ) -> None:
     path = two.run(tasks.train_out_of_memory, str(tmp_path))[0][0]
-    for tried, size, reported in two.run(
+    for tried, size, _ in two.run(
         tasks.resume_with_little_memory, path, "training.micro_batch_size=2"
     ):
         assert (tried, size) == ([2], 2)
-        assert reported in (["failed"], [])  # the second process has other callbacks
     for tried, size, _ in two.run(tasks.resume_with_little_memory, path):
         assert tried == [1] * 2 * 4
         assert size == 1
@@ -51,8 +50,6 @@ def test_a_run_without_a_checkpoint_applies_it_and_a_given_size_is_tried_again(
 @pytest.mark.parametrize(
     "words",
     [
-        ("training.optimizer={type: adamw}",),
-        ("training.optimizer={type: muon}",),
         ("training.optimizer={type: adamw}", "parallel.offload=optimizer"),
         ("training.optimizer={type: muon}", "parallel.offload=params"),
         ("training.optimizer={type: muon}", *tasks.EXPERTS),

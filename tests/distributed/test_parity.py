@@ -1,127 +1,118 @@
 """A run on two processes is the run on one: losses, norms and weights, in float64."""
 
-import json
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from torch import Tensor
 
 from tests.distributed import tasks
-from tests.distributed.pool import Pool
+from tests.distributed.conftest import RunTask
+from tests.unit.training.observers import records, without_time
 from ultrathink.checkpoint.format import load_checkpoint
+from ultrathink.runs.folder import RunFolder
 
-FP64 = ("training.precision=fp64", "training.max_steps=6", "training.eval.every_steps=3")
+FP64 = ("training.precision=fp64", "training.max_steps=4", "training.eval.every_steps=2")
 LIMIT = 1e-9
+TIMES = {"communication_share", "compute_s_fastest", "compute_s_slowest"}
+
+DDP = ("parallel.dp_replicate=2",)
+ZERO_1 = ("parallel.zero_stage=1", "training.micro_batch_size=1")
+ZERO_2 = ("parallel.zero_stage=2", "training.activation_checkpointing=full")
+ZERO_3 = ("parallel.zero_stage=3", "training.micro_batch_size=1")
+RECOMPUTED = ("parallel.zero_stage=3", "training.activation_checkpointing=selective")
+OFFLOADED = ("parallel.offload=params", "training.micro_batch_size=1")
+OFFLOADED_RECOMPUTED = ("parallel.offload=params", "training.activation_checkpointing=selective")
+
+MUON = "training.optimizer={type: muon, lr: 0.01, weight_decay: 0.1}"
+ADAMW = "training.optimizer={type: adamw, lr: 0.01}"
+MUTUAL = ("training.objective=mutual", ADAMW)
+# What is trained: its options, and the ways in which it is divided.
+RUNS: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
+    "text": (
+        (),
+        [
+            *(DDP, ZERO_1, RECOMPUTED),
+            ("parallel.zero_stage=3", "data.num_workers=1"),
+            ("parallel.offload=params",),
+            ("parallel.offload=optimizer",),
+        ],
+    ),
+    # Packing leaves sequences with few trained tokens: means of means would differ.
+    "unpacked": (("data.packing.enabled=false", "data.seq_len=96"), [()]),
+    "experts": (tasks.EXPERTS, [DDP, ZERO_1, RECOMPUTED]),
+    "muon": ((*tasks.EXPERTS, MUON), [ZERO_2, ZERO_3, OFFLOADED]),
+    "two passes": (
+        ("training.objective=twice",),
+        [DDP, ZERO_1, ZERO_2, ZERO_3, OFFLOADED_RECOMPUTED],
+    ),
+    "teacher": ((), [DDP, ZERO_2, ZERO_3, OFFLOADED_RECOMPUTED]),
+    "weights": (("training.objective=weighted", "model.z_loss=0.01"), [ZERO_1, ()]),
+    "critic": (("training.objective=critic", ADAMW), [DDP, ZERO_3]),
+    "mutual": (MUTUAL, [ZERO_1, ZERO_2, OFFLOADED_RECOMPUTED]),
+}
 
 
-def rows(run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(run: str) -> dict[str, Tensor]:
+def saved(run: str) -> dict[str, Any]:
+    """The tensors of the last checkpoint as one process reads them."""
     state: Any = load_checkpoint(Path(run) / "checkpoints" / "last")
-    return dict(state["model"])
+    return {k: state[k] for k in ("model", "modules", "optimizer", "data") if k in state}
+
+
+def assert_close(here: Any, there: Any, limit: float = 0.0, path: str = "") -> None:
+    """Equal keys and values, arrays within ``limit``."""
+    if isinstance(here, dict):
+        assert here.keys() == there.keys(), path
+        for key in here:
+            assert_close(here[key], there[key], limit, f"{path}/{key}")
+    elif hasattr(here, "shape"):
+        here, there = np.asarray(here), np.asarray(there)
+        assert here.shape == there.shape, path
+        np.testing.assert_allclose(there, here, rtol=0, atol=limit, err_msg=path)
+    else:
+        assert here == there, path
 
 
 def assert_equal(reference: str, other: str, limit: float) -> None:
-    for here, there in zip(rows(reference), rows(other), strict=True):
-        assert (here["step"], here["split"]) == (there["step"], there["split"])
-        for key in ("loss", "grad_norm", "bits_per_byte", "token_accuracy", *expert_losses(here)):
-            if key in here:
-                assert there[key] == pytest.approx(here[key], abs=limit, rel=limit)
-    expected = weights(reference)
-    found = weights(other)
-    assert list(expected) == list(found)
-    for name, tensor in expected.items():
-        assert float((tensor.double() - found[name].double()).abs().max()) <= limit, name
-
-
-def expert_losses(row: dict[str, Any]) -> list[str]:
-    return [key for key in row if key.startswith("moe_")]
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tasks.train(str(tmp_path_factory.mktemp("one")), *FP64)
+    """Equal figures of each step, and weights."""
+    rows = [without_time(records(RunFolder(Path(run)))) for run in (reference, other)]
+    for here, there in zip(*rows, strict=True):
+        for name in here.keys() - TIMES:
+            expected = here[name]
+            if isinstance(expected, float):
+                expected = pytest.approx(expected, abs=limit, rel=limit)
+            assert there[name] == expected, name
+    for kind in ("model", "modules"):
+        assert_close(saved(reference).get(kind, {}), saved(other).get(kind, {}), limit)
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("kind", "divided"),
     [
-        ("parallel.dp_replicate=2",),
-        ("parallel.zero_stage=1", "training.micro_batch_size=1"),
-        ("parallel.zero_stage=2", "training.activation_checkpointing=full"),
-        ("parallel.zero_stage=3", "training.micro_batch_size=1"),
-        ("parallel.zero_stage=3", "training.activation_checkpointing=selective"),
-        ("parallel.zero_stage=3", "data.num_workers=1"),
-        ("parallel.offload=params",),
-        ("parallel.offload=optimizer",),
+        pytest.param(kind, divided, id=f"{kind}-{' '.join(divided)}")
+        for kind, (_, ways) in RUNS.items()
+        for divided in ways
     ],
-    ids=lambda overrides: ", ".join(word.partition(".")[2] for word in overrides),
 )
 def test_two_processes_equal_one(
-    two: Pool, tmp_path: Path, reference: str, overrides: tuple[str, ...]
+    alone: RunTask, both: RunTask, distill: str, kind: str, divided: tuple[str, ...]
 ) -> None:
-    run, _ = two.run(tasks.train, str(tmp_path), *FP64, *overrides)
-    assert_equal(reference, run, LIMIT)
+    """Auxiliary losses, biases of experts and other modules included."""
+    words = (*FP64, *RUNS[kind][0], *((distill,) if kind == "teacher" else ()))
+    one = alone(tasks.train, *words)
+    run, _ = both(tasks.train, *words, *divided)
+    assert_equal(one, run, LIMIT)
+    if kind == "experts":
+        biases = [v for name, v in saved(run)["model"].items() if name.endswith("selection_bias")]
+        assert [bool(bias.any()) for bias in biases] == [True, True]
 
 
-MUON = "training.optimizer={type: muon, lr: 0.01, weight_decay: 0.1}"
-
-
-@pytest.fixture(scope="module", params=["adamw", "muon"])
-def with_experts(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, tuple[str, ...]]:
-    """A run of a model with experts on one process, and what it was asked for."""
-    words = (*FP64, *tasks.EXPERTS, *([MUON] if request.param == "muon" else []))
-    return tasks.train(str(tmp_path_factory.mktemp("experts")), *words), words
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("parallel.dp_replicate=2",),
-        ("parallel.zero_stage=1", "training.micro_batch_size=1"),
-        ("parallel.zero_stage=2", "training.activation_checkpointing=full"),
-        ("parallel.zero_stage=3", "training.activation_checkpointing=selective"),
-        ("parallel.offload=params", "training.micro_batch_size=1"),
-    ],
-    ids=lambda overrides: ", ".join(word.partition(".")[2] for word in overrides),
-)
-def test_experts_on_two_processes(
-    two: Pool,
-    tmp_path: Path,
-    with_experts: tuple[str, tuple[str, ...]],
-    overrides: tuple[str, ...],
+@pytest.mark.parametrize("kind", ["text", "teacher", "mutual"])
+def test_fp32_agrees_for_three_steps(
+    alone: RunTask, both: RunTask, distill: str, kind: str
 ) -> None:
-    """Their losses, their biases, empty slots and what is dropped, too."""
-    alone, words = with_experts
-    run, _ = two.run(tasks.train, str(tmp_path), *words, *overrides)
-    assert_equal(alone, run, LIMIT)
-    assert len(expert_losses(rows(alone)[0])) == 4
-    biases = [value for name, value in weights(run).items() if name.endswith("selection_bias")]
-    assert [bool(bias.any()) for bias in biases] == [True, True]
-
-
-def test_muon_on_parts_of_matrices(two: Pool, tmp_path: Path) -> None:
-    words = (*FP64, MUON)
-    alone = tasks.train(str(tmp_path / "one"), *words)
-    run, _ = two.run(tasks.train, str(tmp_path / "two"), *words)
-    assert_equal(alone, run, LIMIT)
-
-
-def test_tokens_are_weighed_over_all_processes(two: Pool, tmp_path: Path) -> None:
-    """Packing leaves sequences with few trained tokens: means of means would differ."""
-    words = (*FP64, "data.packing.enabled=false", "data.seq_len=96")
-    alone = tasks.train(str(tmp_path / "one"), *words)
-    run, _ = two.run(tasks.train, str(tmp_path / "two"), *words)
-    assert_equal(alone, run, LIMIT)
-
-
-def test_fp32_agrees_for_three_steps(two: Pool, tmp_path: Path) -> None:
-    words = ("training.max_steps=3",)
-    alone = tasks.train(str(tmp_path / "one"), *words)
-    run, _ = two.run(tasks.train, str(tmp_path / "two"), *words)
-    assert_equal(alone, run, 1e-5)
+    words = ("training.max_steps=3", *((distill,) if kind == "teacher" else RUNS[kind][0]))
+    one = alone(tasks.train, *words)
+    assert_equal(one, both(tasks.train, *words)[0], 1e-5)

@@ -10,8 +10,7 @@ from ultrathink.core.protocols import State
 from ultrathink.monitoring.appending import ResilientAppender
 from ultrathink.monitoring.expert_figures import figures_of
 from ultrathink.monitoring.experts import ExpertRecord
-from ultrathink.monitoring.jsonl import line_appender
-from ultrathink.monitoring.records import Note, Reporter, RunInfo
+from ultrathink.monitoring.records import Reporter, RunInfo
 from ultrathink.orchestrator.detectors import DETECTORS
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.signals import Signals
@@ -51,13 +50,10 @@ class LiveWatch(Callback):
         self._show_phase = show_phase
         self._shown = ""  # the phase that was shown last
         self._fresh: list[Event] = []  # since ``take_events``
-        self._file = WatchedFile(line_appender(run.events), run.events.name)
+        self._file = WatchedFile(run.events, run.events.name, report)
 
     def on_start(self, info: RunInfo) -> None:
-        if info.start_step:
-            appender = line_appender(self.run.events, cut_beyond=info.start_step)
-            self._file = WatchedFile(appender, self.run.events.name)
-            self._notes(self._file.do(ResilientAppender.flush))
+        self._file.resume(info.start_step)
 
     def on_budget(self, total_steps: int) -> None:
         self.watcher.total_steps = total_steps
@@ -68,8 +64,7 @@ class LiveWatch(Callback):
         if phase is not None and phase != self._shown:
             self._shown = phase
             self._show_phase(phase)
-        if self._file.appender.is_waiting:
-            self._notes(self._file.do(ResilientAppender.flush))
+        self._file.retry()
 
     def on_validation(self, report: ValidationReport) -> None:
         values = {"val_loss": report.loss}
@@ -82,7 +77,7 @@ class LiveWatch(Callback):
         self._keep(report.step, self.watcher.observe(Signals(report.step, values)))
 
     def on_end(self, ending: Ending | None) -> None:
-        self._notes(self._file.do(ResilientAppender.close))
+        self._file.do(ResilientAppender.close)
 
     def state_dict(self) -> State:
         return self.watcher.state_dict()
@@ -100,13 +95,9 @@ class LiveWatch(Callback):
         for event in events:
             # A resume cuts the file by `step`; `began` is the step of the event.
             record = {**event.to_json(), "step": step, "began": event.step, "time": time.time()}
-            self._notes(self._file.write(json.dumps(record, ensure_ascii=False)))
+            self._file.write(json.dumps(record, ensure_ascii=False))
             if event.is_alarm:
                 self._report(described(event), "warning")
-
-    def _notes(self, notes: Sequence[Note]) -> None:
-        for text, level in notes:
-            self._report(text, level)
 
 
 def described(event: Event) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ultrathink.config.training import TrainingConfig
@@ -49,9 +49,6 @@ class Budget:
             tokens_per_step=self.tokens_per_step,
             seconds_per_step=self.seconds_per_step,
         )
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 def is_over(state: Mapping[str, Any], config: Mapping[str, Any]) -> bool:

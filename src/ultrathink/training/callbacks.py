@@ -84,7 +84,19 @@ class EvaluationReport:
     seconds: float
 
 
-class Callback:
+class _Remembering:
+    def state_dict(self) -> State:
+        """The state to keep in checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: State) -> None: ...
+
+    def roll_back(self, state: State) -> None:
+        """The run goes back to when ``state_dict`` returned ``state``."""
+        self.load_state_dict(state)
+
+
+class Callback(_Remembering):
     """Observes a run; nothing that its methods return or raise changes the training."""
 
     def on_start(self, info: RunInfo) -> None: ...
@@ -109,34 +121,14 @@ class Callback:
     def on_end(self, ending: Ending | None) -> None:
         """The run has ended; ``ending`` is None after an exception."""
 
-    def state_dict(self) -> State:
-        """The state of the callback to keep in checkpoints."""
-        return {}
 
-    def load_state_dict(self, state: State) -> None: ...
-
-    def roll_back(self, state: State) -> None:
-        """The run goes back to when ``state_dict`` returned ``state``."""
-        self.load_state_dict(state)
-
-
-class Controller:
+class Controller(_Remembering):
     """Changes a run through ``TrainerControl``; called after every step."""
 
     def at_boundary(self, report: StepReport, control: TrainerControl) -> None: ...
 
     def at_end(self, control: TrainerControl) -> None:
         """The run has ended and is validated; requests are applied before the last checkpoint."""
-
-    def state_dict(self) -> State:
-        """The state of the controller to keep in checkpoints."""
-        return {}
-
-    def load_state_dict(self, state: State) -> None: ...
-
-    def roll_back(self, state: State) -> None:
-        """The run goes back to when ``state_dict`` returned ``state``."""
-        self.load_state_dict(state)
 
 
 def is_logged(step: int, log_every: int, total_steps: int) -> bool:
@@ -184,14 +176,8 @@ class MetricsCallback(Callback):
         self.sinks.progress(report.step)
 
     def on_validation(self, report: ValidationReport) -> None:
-        self.sinks.write(
-            MetricRecord(
-                report.step,
-                "val",
-                time.time(),
-                {"loss": report.loss, "tokens": report.tokens, **report.figures},
-            )
-        )
+        values = {"loss": report.loss, "tokens": report.tokens, **report.figures}
+        self.sinks.write(MetricRecord(report.step, "val", time.time(), values))
 
     def on_evaluation(self, report: EvaluationReport) -> None:
         values = {"tokens": report.tokens, **report.figures}

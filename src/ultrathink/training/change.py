@@ -26,8 +26,13 @@ Effect = tuple[Any, Any]  # a setting before and after
 class Change(ABC):
     """A change to a run, applied at a step boundary."""
 
+    kinds: ClassVar[dict[str, type[Change]]] = {}  # every change, by its name
     name: ClassVar[str]
     is_felt: ClassVar[bool] = True  # it affects what is learned
+
+    def __init_subclass__(cls) -> None:
+        if "name" in vars(cls):
+            cls.kinds[cls.name] = cls
 
     @property
     def setting(self) -> str:

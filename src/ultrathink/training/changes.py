@@ -24,13 +24,6 @@ from ultrathink.training.change import (
     is_number,
 )
 from ultrathink.training.endings import STOPPED, returned_to
-from ultrathink.training.silent_changes import (
-    ForgetSnapshot,
-    KeepState,
-    RecallCheckpoint,
-    ScoreHeldOut,
-    TakeSnapshot,
-)
 from ultrathink.training.snapshots import Snapshot
 
 if TYPE_CHECKING:
@@ -418,42 +411,14 @@ class ReviveExperts(Change):
         return ReviveExperts(after)  # it records which expert each was copied from
 
 
-CHANGES: tuple[type[Change], ...] = (
-    SetLearningRateFactor,
-    ScaleLearningRate,
-    CorrectLearningRate,
-    RestartSchedule,
-    SetOptimizerOption,
-    SetWeightDecay,
-    SetClip,
-    SetMicroBatchSize,
-    SetActivationCheckpointing,
-    ClearMemory,
-    Pause,
-    SetMixtureWeights,
-    SkipSamples,
-    SetEvaluation,
-    Rollback,
-    AverageSnapshots,
-    SaveCheckpoint,
-    Stop,
-    SetRouting,
-    ReviveExperts,
-)
-_SILENT: tuple[type[Change], ...] = (
-    TakeSnapshot,
-    ForgetSnapshot,
-    KeepState,
-    RecallCheckpoint,
-    ScoreHeldOut,
-)
-_BY_NAME = {one.name: one for one in (*CHANGES, *_SILENT)}
+# The changes of this module, in this order.
+CHANGES = tuple(kind for kind in Change.kinds.values() if kind.__module__ == __name__)
 
 
 def change_from(values: Mapping[str, Any]) -> Change:
     """The change from the ``values`` that ``to_json`` returned."""
     given = dict(values)
-    return _BY_NAME[given.pop("change")](**given)
+    return Change.kinds[given.pop("change")](**given)
 
 
 def _set(run: Parts, name: str, value: Any) -> Effect:

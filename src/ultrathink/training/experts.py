@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from torch import Tensor
 
 from ultrathink.model.experts.router import LayerRouting
 from ultrathink.model.transformer import Transformer
@@ -28,7 +29,8 @@ def read_experts(
     parts = [result.stats[f"expert_{name}"].double() for name in names]
     sizes = [part.shape[1] for part in parts]
     sums = dp_group.summed(torch.cat(parts, 1)).cpu()  # a single all-reduce
-    values = {name: _array(part) for name, part in zip(names, sums.split(sizes, 1), strict=True)}
+    split = zip(names, sums.split(sizes, 1), strict=True)
+    values: dict[str, Any] = {name: part.numpy() for name, part in split}
     return ExpertStatistics(
         groups=tuple(
             GroupSlots(group.name, group.top_k, slots.start, slots.stop)
@@ -40,8 +42,3 @@ def read_experts(
         active=np.stack([router.active.cpu().numpy() for router in routers]),
         **values,
     )
-
-
-def _array(values: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    array: np.ndarray[tuple[int, ...], np.dtype[np.float64]] = values.numpy()
-    return array

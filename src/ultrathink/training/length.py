@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -124,7 +124,7 @@ class Length:
         )
 
     def state_dict(self) -> dict[str, float] | None:
-        return self.budget.to_dict() if self.budget is not None else None
+        return asdict(self.budget) if self.budget is not None else None
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         if state is not None:

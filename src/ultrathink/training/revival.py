@@ -29,12 +29,10 @@ WEIGHT_NOISE = 0.03
 ROUTER_NOISE = 0.1
 
 
-class Revival(NamedTuple):
-    """The slot of an expert in a layer, and the slot of the expert to copy."""
-
+class _Revival(NamedTuple):
     layer: int
     slot: int
-    source: int
+    source: int  # the slot to copy
 
 
 class _Place(NamedTuple):
@@ -77,7 +75,7 @@ def revive_experts(
         before.append({**named, "tokens": had})
         after.append({**named, "from": source})
         first = place.slots.start
-        revivals.append(Revival(place.layer, first + place.expert, first + source))
+        revivals.append(_Revival(place.layer, first + place.expert, first + source))
         if tokens is not None:
             tokens[source] /= 2
             tokens[place.expert] = tokens[source]
@@ -120,7 +118,7 @@ def _busiest(tokens: Tensor | None, place: _Place) -> int:
 
 
 @torch.no_grad()
-def _copy(stepper: Step, revivals: Sequence[Revival], seed: tuple[int, int]) -> None:
+def _copy(stepper: Step, revivals: Sequence[_Revival], seed: tuple[int, int]) -> None:
     layers = stepper.objective.model.expert_layers()
     # Detached shards: validation may have left the parameters gathered, and this shards them again.
     weights = stepper.objective.model.state_dict()
@@ -146,20 +144,15 @@ def _copy(stepper: Step, revivals: Sequence[Revival], seed: tuple[int, int]) -> 
             whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
             for one in mine:
                 row = whole[one.source].clone()
-                draw = step_seed(*seed, layer)
-                noise = _noise(row, step_seed(draw, one.slot, number))
-                whole[one.slot] = row + noise * (share * row.std())
+                draw = step_seed(step_seed(*seed, layer), one.slot, number)
+                # The same numbers on every process and device.
+                noise = torch.randn(row.shape, generator=torch.Generator().manual_seed(draw))
+                whole[one.slot] = row + noise.to(row) * (share * row.std())
                 _write(weight, one.slot, whole[one.slot])
                 for value in states.get(name, ()):
                     _write(value, one.slot, torch.zeros_like(row))
     if stepper.host is not None:
         stepper.host.take_weights()
-
-
-def _noise(like: Tensor, seed: int) -> Tensor:
-    """Standard normal numbers, the same on every process and device."""
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(like.shape, generator=draw).to(like)
 
 
 def _write(tensor: Tensor, slot: int, row: Tensor) -> None:

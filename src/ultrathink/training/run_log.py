@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from ultrathink.monitoring.appending import ResilientAppender
 from ultrathink.monitoring.health import Health
 from ultrathink.monitoring.jsonl import line_appender
-from ultrathink.monitoring.records import Level, Note, Reporter, RunInfo
+from ultrathink.monitoring.records import Level, Reporter, RunInfo
 from ultrathink.runs.decisions import BY_HAND, Decision, fold_decisions
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import Callback, StepReport
@@ -27,21 +27,17 @@ class RunLog(Callback):
 
     def __init__(self, run: RunFolder, report: Reporter | None = None) -> None:
         self.run = run
-        self._report = report if report is not None else self.on_message
-        self._log = WatchedFile(line_appender(run.logs / "run.log"), "logs/run.log")
-        self._decisions = WatchedFile(line_appender(run.decisions), "decisions.jsonl")
+        report = report or self.on_message
+        self._log = WatchedFile(run.logs / "run.log", "logs/run.log", report)
+        self._decisions = WatchedFile(run.decisions, run.decisions.name, report)
 
     def on_start(self, info: RunInfo) -> None:
-        if info.start_step:
-            appender = line_appender(self.run.decisions, cut_beyond=info.start_step)
-            self._decisions = WatchedFile(appender, "decisions.jsonl")
-            self._do(self._decisions, ResilientAppender.flush)
+        self._decisions.resume(info.start_step)
         self.on_message(f"training starts after step {info.start_step}", "info")
 
     def on_step(self, report: StepReport) -> None:
         for file in (self._log, self._decisions):
-            if file.appender.is_waiting:
-                self._do(file, ResilientAppender.flush)
+            file.retry()
 
     def on_change(self, change: ChangeRecord) -> None:
         if change.decision is None:  # the orchestrator writes its own decisions
@@ -49,31 +45,21 @@ class RunLog(Callback):
 
     def write_decision(self, decision: Decision) -> None:
         """Append ``decision`` to ``decisions.jsonl``; it replaces earlier ones of its number."""
-        self._append(self._decisions, json.dumps(decision.to_json(), ensure_ascii=False))
+        self._decisions.write(json.dumps(decision.to_json(), ensure_ascii=False))
 
     def fold_decisions(self) -> None:
         """At the end of the run, keep only the last record of each decision."""
-        self._report_all(self._decisions.do(lambda _: fold_decisions(self.run.decisions)))
+        self._decisions.do(lambda _: fold_decisions(self.run.decisions))
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         self.on_message(f"checkpoint of step {step} written", "info")
 
     def on_message(self, text: str, level: Level) -> None:
-        self._append(self._log, _line(text, level))
+        self._log.write(_line(text, level))
 
     def on_end(self, ending: Ending | None) -> None:
         for file in (self._decisions, self._log):
-            self._do(file, ResilientAppender.close)
-
-    def _append(self, file: WatchedFile, line: str) -> None:
-        self._report_all(file.write(line))
-
-    def _do(self, file: WatchedFile, action: Callable[[ResilientAppender], None]) -> None:
-        self._report_all(file.do(action))
-
-    def _report_all(self, notes: Sequence[Note]) -> None:
-        for text, level in notes:
-            self._report(text, level)
+            file.do(ResilientAppender.close)
 
 
 def _decision(change: ChangeRecord) -> Decision:
@@ -98,26 +84,39 @@ def _line(text: str, level: Level) -> str:
 
 
 class WatchedFile:
-    """A file of lines that survives write failures, and reports them once."""
+    """A file of lines that survives write failures, each kind reported once by ``report``."""
 
-    def __init__(self, appender: ResilientAppender, name: str) -> None:
-        self.appender = appender
-        self.health = Health(name, "training continues, and its lines wait until there is room")
+    def __init__(self, path: Path, name: str, report: Reporter) -> None:
+        self._path, self._report = path, report
+        self._appender = line_appender(path)
+        self._health = Health(name, "training continues, and its lines wait until there is room")
 
-    def write(self, line: str) -> list[Note]:
-        """Append ``line``; returns what to report about failures."""
+    def resume(self, step: int) -> None:
+        """Drop the lines of later steps, which a run that resumes repeats."""
+        if step:
+            self._appender = line_appender(self._path, cut_beyond=step)
+            self.do(ResilientAppender.flush)
+
+    def write(self, line: str) -> None:
+        """Append ``line``."""
         entry = f"{line}\n".encode(errors="backslashreplace")
-        return self.do(lambda appender: appender.append(entry))
+        self.do(lambda appender: appender.append(entry))
 
-    def do(self, action: Callable[[ResilientAppender], None]) -> list[Note]:
-        """Run ``action`` on the file; returns what to report about failures."""
+    def retry(self) -> None:
+        """Write the lines that wait, if there is room now."""
+        if self._appender.is_waiting:
+            self.do(ResilientAppender.flush)
+
+    def do(self, action: Callable[[ResilientAppender], None]) -> None:
+        """Run ``action`` on the file."""
         try:
-            action(self.appender)
+            action(self._appender)
         except OSError as error:
-            notes = self.health.failed("write", error)
+            notes = self._health.failed("write", error)
         else:
-            notes = self.health.worked("write")
-        return [*notes, *self.appender.take_notes()]
+            notes = self._health.worked("write")
+        for text, level in (*notes, *self._appender.take_notes()):
+            self._report(text, level)
 
 
 class RankLog(Callback):
@@ -125,7 +124,7 @@ class RankLog(Callback):
 
     def __init__(self, run: RunFolder, rank: int) -> None:
         name = f"rank-{rank}.log"
-        self._log = WatchedFile(line_appender(run.logs / name), f"logs/{name}")
+        self._log = WatchedFile(run.logs / name, f"logs/{name}", lambda text, level: None)
 
     def on_message(self, text: str, level: Level) -> None:
         self._log.write(_line(text, level))

@@ -45,8 +45,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    loss = torch.zeros((), dtype=torch.float64)
-    correct = tokens = 0
+    correct = 0.0
     batches: list[float] = []  # loss and tokens of each, alternating
     try:
         for number, batch in enumerate(held_out.batches(batch_size, max_tokens)):
@@ -55,17 +54,14 @@ def evaluate(
             share = batch.share(dp_group.rank, dp_group.size)
             input_ids, labels = share.on(device, "input_ids", "labels")
             output = model(input_ids, labels=labels)
-            batch_loss, num_tokens = output.loss.double().cpu(), int(output.num_tokens)
-            loss += batch_loss
             correct += int(output.stats["num_correct"])
-            tokens += num_tokens
-            batches += (batch_loss.item(), num_tokens)
+            batches += (float(output.loss), float(output.num_tokens))
     finally:
         model.train(was_training)
-    loss_sum, num_correct, num_scored, *batches = dp_group.sums(
-        [loss.item(), correct, tokens, *batches]
-    )
-    mean = loss_sum / max(1, num_scored)
+    correct, *batches = dp_group.sums([correct, *batches])
+    losses, counts = batches[::2], batches[1::2]
+    num_scored = sum(counts)
+    mean = sum(losses) / max(1, num_scored)
     num_tokens, num_bytes = held_out.extent(max_tokens)
     return Scores(
         loss=mean,
@@ -73,9 +69,7 @@ def evaluate(
         figures={
             "bits_per_byte": mean * num_tokens / num_bytes / math.log(2),
             "ppl": math.exp(min(mean, 700.0)),
-            "token_accuracy": num_correct / max(1, num_scored),
+            "token_accuracy": correct / max(1, num_scored),
         },
-        batch_losses=[
-            batch / max(1, count) for batch, count in zip(batches[::2], batches[1::2], strict=True)
-        ],
+        batch_losses=[loss / max(1, count) for loss, count in zip(losses, counts, strict=True)],
     )

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,16 @@ def make_trainer(tmp_path: Path) -> MakeTrainer:
         return build_trainer(config, **parts)  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> MakeTrainer:
+    """Trainers of finished runs that tests only read, each made once."""
+
+    def make(*overrides: str) -> Trainer:
+        place = tmp_path_factory.mktemp("finished")
+        trainer = build_trainer(load_config("debug", [*TINY, f"run.dir={place}", *overrides]))
+        trainer.fit()
+        return trainer
+
+    return cache(make)

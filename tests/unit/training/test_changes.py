@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,32 +33,17 @@ def test_every_change_goes_through_json() -> None:
     ("make", "value", "message"),
     [
         (changes.SetLearningRateFactor, 0.0, "factor must be a number above 0, not 0.0"),
-        (
-            lambda value: changes.SetLearningRateFactor(0.5, value),
-            0,
-            "over_steps must be a whole number",
-        ),
+        (partial(changes.SetLearningRateFactor, 0.5), 0, "over_steps must be a whole number"),
         (changes.ScaleLearningRate, float("nan"), "scale must be a number above 0, not nan"),
-        (changes.SetClip, -1.0, "clip must be a number above 0, not -1.0"),
         (changes.SetWeightDecay, -0.1, "weight_decay must be a number of 0 or above, not -0.1"),
-        (changes.SetMicroBatchSize, 0, "size must be a whole number above 0, not 0"),
         (changes.SetMicroBatchSize, 1.5, "size must be a whole number above 0, not 1.5"),
-        (changes.SkipSamples, 0, "count must be a whole number above 0, not 0"),
-        (changes.SetEvaluation, 0, "every_steps must be a whole number above 0, not 0"),
         (changes.Pause, float("inf"), "seconds must be a number above 0, not inf"),
-        (
-            changes.SetMixtureWeights,
-            [0.0],
-            "weights must be numbers of 0 or above, at least one above 0",
-        ),
+        (changes.SetMixtureWeights, [0.0], "weights must be .* 0 or above, at least one above 0"),
         (changes.AverageSnapshots, [], "snapshots must be one or more"),
-        (
-            changes.ReviveExperts,
-            [{"layer": 1}],
-            "experts must each have `layer`, `group` and `expert`",
-        ),
+        (changes.ReviveExperts, [{"layer": 1}], "experts must each have `layer`, `group` and"),
         (changes.SetActivationCheckpointing, "ful", "full"),
-        (lambda value: changes.SetRouting("jitter", value), 7.0, "jitter"),
+        (partial(changes.SetRouting, "jitter"), 1.5, r"jitter must be 0 or more and below 1, not"),
+        (lambda name: changes.SetRouting(name, 1.0), "temprature", "Did you mean 'temperature'"),
     ],
 )
 def test_nonsense_is_refused_when_it_is_made(

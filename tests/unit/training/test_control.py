@@ -5,11 +5,18 @@ import pytest
 import torch
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, Recorder, asks, records
+from tests.unit.training.experts import MIXTURE, NOISE
+from tests.unit.training.observers import (
+    At,
+    Recorder,
+    asks,
+    assert_equal_tensors,
+    goes_back,
+    records,
+)
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.changes import (
     AverageSnapshots,
-    Rollback,
     SaveCheckpoint,
     SetClip,
     SetLearningRateFactor,
@@ -24,13 +31,13 @@ from ultrathink.training.snapshots import Snapshot
 
 
 def test_changes_wait_for_the_boundary_and_are_recorded(make_trainer: MakeTrainer) -> None:
-    def act(control: TrainerControl) -> None:
-        control.request(SetLearningRateFactor(0.5), reason="loss spiked")
-        control.request(SetClip(0.1), reason="gradient grew")
-        control.request(SetWeightDecay(0.2), reason="overfitting")
-        control.request(SetMicroBatchSize(3), reason="memory")
-        control.request(SkipSamples(8), reason="bad batch")
-
+    act = asks(
+        SetLearningRateFactor(0.5),
+        SetClip(0.1),
+        SetWeightDecay(0.2),
+        SetMicroBatchSize(3),
+        SkipSamples(8),
+    )
     recorder = Recorder()
     trainer = make_trainer(
         "training.max_steps=4",
@@ -50,48 +57,40 @@ def test_changes_wait_for_the_boundary_and_are_recorded(make_trainer: MakeTraine
         ("skip_samples", 0, 8),
     ]
     lines = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
-    assert next(line["reasoning"] for line in lines) == "loss spiked"
-    assert {line["step"] for line in lines} == {2}
+    assert {(line["step"], line["reasoning"]) for line in lines} == {(2, "test")}
     assert (trainer.loader.samples_seen, trainer.loader.samples_skipped) == (16, 8)
 
 
 def test_changed_settings_survive_a_resume(make_trainer: MakeTrainer) -> None:
-    def act(control: TrainerControl) -> None:
-        control.request(SetLearningRateFactor(0.25), reason="test")
-        control.request(Stop(), reason="test")
-
-    trainer = make_trainer("training.max_steps=4", controllers=[At(step2=act)])
+    act = At(step2=asks(SetLearningRateFactor(0.25), Stop()))
+    trainer = make_trainer("training.max_steps=4", controllers=[act])
     trainer.fit()
-    assert resume_trainer(trainer.run).settings.lr_factor == 0.25
+    resumed = resume_trainer(trainer.run)
+    assert resumed.settings.lr_factor == 0.25
+    resumed.close()
 
 
-def test_restoring_a_snapshot_replays_bit_for_bit(make_trainer: MakeTrainer) -> None:
+@pytest.mark.parametrize("model", [("model.dropout=0.1",), (*MIXTURE, NOISE)])
+def test_restoring_a_snapshot_replays_bit_for_bit(
+    make_trainer: MakeTrainer, model: tuple[str, ...]
+) -> None:
     """Also the second time: what is trained after a restore must not leak into the snapshot."""
-    kept: list[Snapshot] = []
-    returns: list[int] = []
-
-    def go_back(control: TrainerControl) -> None:
-        if len(returns) < 2:
-            returns.append(1)
-            control.request(Rollback(kept[0], skip_data=False), reason="test")
-
-    def keep(control: TrainerControl) -> None:
-        if not kept:
-            kept.append(control.snapshot())
-
     recorder = Recorder()
     trainer = make_trainer(
+        *model,
         "training.max_steps=6",
         "training.optimizer.type=muon",
-        "model.dropout=0.1",
         "training.checkpoint={every_steps: 1, keep: 9}",
         callbacks=[recorder],
-        controllers=[At(step2=keep, step5=go_back)],
+        controllers=[
+            goes_back(kept=2, at=5, times=2),
+            At(step4=asks(SetLearningRateFactor(0.5))),
+        ],
     )
     trainer.fit()
     steps = [report.step for report in recorder.steps]
     assert steps == [1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6]
-    losses = [report.loss for report in recorder.steps]
+    losses = [(report.loss, report.lr, report.aux_losses) for report in recorder.steps]
     assert losses[2:5] == losses[5:8] == losses[8:11]
     assert all(line["tokens_per_sec"] > 0 for line in records(trainer.run) if "lr" in line)
     assert trainer.run.steps() == [1, 2, 3, 4, 5, 6]
@@ -100,16 +99,10 @@ def test_restoring_a_snapshot_replays_bit_for_bit(make_trainer: MakeTrainer) -> 
 def test_going_back_leaves_no_checkpoint_of_the_abandoned_history(
     make_trainer: MakeTrainer,
 ) -> None:
-    kept: list[Snapshot] = []
-
-    def go_back_and_stop(control: TrainerControl) -> None:
-        control.request(Rollback(kept[0], skip_data=False), reason="test")
-        control.request(Stop(), reason="test")
-
     trainer = make_trainer(
         "training.max_steps=6",
         "training.checkpoint={every_steps: 1, keep: 9}",
-        controllers=[At(step2=lambda c: kept.append(c.snapshot()), step4=go_back_and_stop)],
+        controllers=[goes_back(kept=2, at=4), At(step4=asks(Stop()))],
     )
     trainer.fit()
     assert trainer.run.steps() == [1, 2]
@@ -139,29 +132,18 @@ def test_mixture_weights_change_what_comes(make_trainer: MakeTrainer) -> None:
     assert sources[8:].count(0) >= 7  # a share holds to within one sample
 
 
-def test_checkpoints_come_by_the_clock_too(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(
-        "training.max_steps=4", "training.checkpoint={every_minutes: 1.0e-9, keep: 9}"
-    )
-    trainer.fit()
-    assert trainer.run.steps() == [1, 2, 3, 4]
-    rare = make_trainer(
-        "training.max_steps=4", "training.checkpoint={every_minutes: 1000, keep: 9}"
-    )
-    rare.fit()
-    assert rare.run.steps() == [4]
+def test_checkpoints_come_by_the_clock_too(finished: MakeTrainer) -> None:
+    often = "training.checkpoint={every_minutes: 1.0e-9, keep: 9}"
+    assert finished("training.max_steps=4", often).run.steps() == [1, 2, 3, 4]
+    rare = "training.checkpoint={every_minutes: 1000, keep: 9}"
+    assert finished("training.max_steps=4", rare).run.steps() == [4]
 
 
 def test_checkpoint_now_and_stop(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(
         "training.max_steps=9",
         "training.sample.prompts=['the ']",
-        controllers=[
-            At(
-                step2=asks(SaveCheckpoint()),
-                step4=asks(Stop()),
-            )
-        ],
+        controllers=[At(step2=asks(SaveCheckpoint()), step4=asks(Stop()))],
     )
     ending = trainer.fit()
     assert (ending.name, ending.reason) == ("stopped", "test")
@@ -203,7 +185,9 @@ def test_weights_are_averaged_where_held_out_text_is_the_better_for_it(
         assert torch.allclose(parameter.double(), mean, atol=1e-6)
 
 
-def test_weights_are_left_alone_where_their_mean_is_worse(make_trainer: MakeTrainer) -> None:
+def test_weights_are_left_alone_where_their_mean_is_worse(
+    make_trainer: MakeTrainer, finished: MakeTrainer
+) -> None:
     kept: list[Snapshot] = []
     recorder = Recorder()
     trainer = make_trainer(
@@ -219,14 +203,8 @@ def test_weights_are_left_alone_where_their_mean_is_worse(make_trainer: MakeTrai
     trainer.fit()
     [change] = [one for one in recorder.changes if one.setting == "average_snapshots"]
     assert change.after == change.before
-    without = make_trainer("training.max_steps=60")
-    without.fit()
-    assert all(
-        torch.equal(one, other)
-        for one, other in zip(
-            trainer.model.state_dict().values(), without.model.state_dict().values(), strict=True
-        )
-    )
+    without = finished("training.max_steps=60")
+    assert_equal_tensors(trainer.model.state_dict(), without.model.state_dict())
 
 
 def test_of_several_processes_each_applies_what_all_agreed_on() -> None:

@@ -12,35 +12,30 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.unit.training.conftest import TINY, MakeTrainer
+from tests.unit.training.conftest import MakeTrainer
+from tests.unit.training.observers import assert_equal_tensors
 from tests.unit.training.weighted import weights_of
 from ultrathink.checkpoint.format import load_checkpoint
-from ultrathink.config import load_config
 from ultrathink.core.errors import CheckpointError, ConfigError, UltrathinkError
 from ultrathink.data.batch import IGNORED, Batch
 from ultrathink.interop.export import export_run
 from ultrathink.recipes.resume import resume_trainer
-from ultrathink.recipes.train import build_trainer
 from ultrathink.runs.loading import load_model
 from ultrathink.training.model_set import FrozenModel
 from ultrathink.training.objectives.distill import Distillation
 from ultrathink.training.trainer import Trainer
 
 FP64 = "training.precision=fp64"
+BPE = "tokenizer={type: bpe, vocab_size: 300}"
+OTHER_TEXT = ("data.train=[{type: dummy, num_documents: 90, num_words: 50}]",)
 # Large weights, so that its predictions differ from the student's; of another width and depth.
 TEACHER = ("model.hidden_size=16", "model.num_layers=3", "model.init={std: 0.5}", "run.seed=9")
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def teacher(finished: MakeTrainer) -> Path:
     """A run to learn from; it was trained with dropout."""
-    place = tmp_path_factory.mktemp("teacher")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ULTRATHINK_CACHE", str(place / "cache"))
-        words = (*TEACHER, "model.dropout=0.5", "training.max_steps=1", f"run.dir={place}")
-        trainer = build_trainer(load_config("debug", [*TINY, *words]))
-        trainer.fit()
-    return trainer.run.path
+    return finished(*TEACHER, "model.dropout=0.5", "training.max_steps=1").run.path
 
 
 def objective(teacher: Path, **options: Any) -> str:
@@ -70,8 +65,10 @@ def reference(trainer: Trainer, teacher: Path, batch: Batch) -> tuple[Tensor, Te
     return tuple((each * trained).sum() / trained.sum() for each in (-chosen, kl))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
-@pytest.mark.parametrize(("micro", "is_weighed"), [(4, False), (1, False), (1, True)])
+@pytest.mark.parametrize(
+    ("direction", "micro", "is_weighed"),
+    [("forward", 4, False), ("forward", 1, True), ("reverse", 1, False), ("reverse", 1, True)],
+)
 def test_a_step_is_that_of_whole_logits(
     make_trainer: MakeTrainer, teacher: Path, direction: str, micro: int, is_weighed: bool
 ) -> None:
@@ -156,7 +153,7 @@ def test_a_teacher_is_frozen_and_no_part_of_a_checkpoint(
 
 
 def test_a_run_continues_bit_for_bit_and_only_with_its_teacher(
-    make_trainer: MakeTrainer, teacher: Path, tmp_path: Path
+    make_trainer: MakeTrainer, finished: MakeTrainer, teacher: Path, tmp_path: Path
 ) -> None:
     place = tmp_path / "teacher"
     shutil.copytree(teacher, place, symlinks=True)
@@ -165,8 +162,7 @@ def test_a_run_continues_bit_for_bit_and_only_with_its_teacher(
     straight.fit()
     resumed = resume_trainer(straight.run, "2")
     resumed.fit()
-    for name, value in straight.model.state_dict().items():
-        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    assert_equal_tensors(resumed.model.state_dict(), straight.model.state_dict())
 
     place.rename(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError) as gone:
@@ -181,8 +177,7 @@ def test_a_run_continues_bit_for_bit_and_only_with_its_teacher(
     )
     moved.close()
 
-    other = make_trainer(*TEACHER, "training.max_steps=1", "run.name=other", "run.seed=10")
-    other.fit()
+    other = finished(*TEACHER, "training.max_steps=1", "run.seed=10")
     with pytest.raises(
         CheckpointError, match=r"frozen model of training.objective changed since the check"
     ):
@@ -192,7 +187,7 @@ def test_a_run_continues_bit_for_bit_and_only_with_its_teacher(
 
 
 def test_teachers_that_do_not_fit_are_refused(
-    make_trainer: MakeTrainer, teacher: Path, tmp_path: Path
+    make_trainer: MakeTrainer, finished: MakeTrainer, teacher: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as larger:
         make_trainer(objective(teacher), "model.vocab_size=300")
@@ -200,13 +195,12 @@ def test_teachers_that_do_not_fit_are_refused(
         f"training.objective.teacher={teacher} has a vocabulary of 257 tokens, but the model one "
         f"of 300; set model.vocab_size=257, or name a teacher with the model's vocabulary."
     )
-    bpe = ("tokenizer={type: bpe, vocab_size: 300}", "training.max_steps=1")
-    make_trainer(*bpe, "run.name=bpe").fit()
-    init = f"training.init_from={tmp_path / 'runs' / 'bpe'}"
-    words = (*bpe, "data.train=[{type: dummy, num_documents: 90, num_words: 50}]")
-    make_trainer(*words, "run.name=other").fit()
+    bpe, other = (finished(BPE, *words, "training.max_steps=1").run for words in ((), OTHER_TEXT))
     with pytest.raises(ConfigError, match=r"has another tokenizer than this run, so its token ids"):
-        make_trainer(*bpe, init, objective(tmp_path / "runs" / "other"))
+        make_trainer(BPE, f"training.init_from={bpe.path}", objective(other.path))
+    # One that has no tokenizer yet takes that of its teacher.
+    student = make_trainer(BPE, *OTHER_TEXT, objective(bpe.path))
+    assert student.identity["tokenizer_hash"] == load_model(bpe.path)[1].fingerprint
     with pytest.raises(CheckpointError, match=r"^the teacher of this run cannot be read"):
         make_trainer(objective(tmp_path / "nothing"))
     with pytest.raises(UltrathinkError, match=r"no objective called 'distil'. Did you mean 'disti"):
@@ -215,25 +209,14 @@ def test_teachers_that_do_not_fit_are_refused(
         make_trainer("training.checkpoint.best_by=token_acuracy")
 
 
-def test_a_student_takes_the_tokenizer_of_its_teacher(
-    make_trainer: MakeTrainer, tmp_path: Path
+def test_a_model_of_hugging_face_teaches(
+    make_trainer: MakeTrainer, finished: MakeTrainer, tmp_path: Path
 ) -> None:
-    bpe = ("tokenizer={type: bpe, vocab_size: 300}", "training.max_steps=1")
-    make_trainer(*bpe, "run.name=bpe").fit()
-    words = (*bpe, "data.train=[{type: dummy, num_documents: 90, num_words: 50}]")
-    student = make_trainer(*words, objective(tmp_path / "runs" / "bpe"))
-    found = [load_model(path)[1].fingerprint for path in (tmp_path / "runs" / "bpe",)]
-    assert student.identity["tokenizer_hash"] == found[0]
-
-
-def test_a_model_of_hugging_face_teaches(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     """It is opened as for ``init_from``, and learned from by a student of another shape."""
-    bpe = "tokenizer={type: bpe, vocab_size: 300}"
-    run = make_trainer(*TEACHER, "training.max_steps=1", bpe)
-    run.fit()
-    export_run(str(run.run.path), output=tmp_path / "hf")
+    run = finished(*TEACHER, "training.max_steps=1", BPE).run
+    export_run(str(run.path), output=tmp_path / "hf")
     results = []
-    for place in (run.run.path, f"hf:{tmp_path / 'hf'}"):
+    for place in (run.path, f"hf:{tmp_path / 'hf'}"):
         trainer = make_trainer(
             FP64, objective(Path(place)), "tokenizer={type: hf, vocab_size: 300}"
         )

@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, Recorder, asks, final_state, records
+from tests.unit.training.observers import (
+    At,
+    Recorder,
+    asks,
+    assert_equal_tensors,
+    final_state,
+    goes_back,
+    records,
+    without_time,
+)
 from ultrathink import load_model, resume_trainer
 from ultrathink.config import load_config
 from ultrathink.config.evaluators import EVALUATORS, EvaluatorConfig
@@ -27,7 +36,7 @@ from ultrathink.orchestrator.live import LiveWatch
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.runs.metrics_check import check_metrics
 from ultrathink.runs.reading import RunReader
-from ultrathink.training.changes import Rollback, Stop
+from ultrathink.training.changes import Stop
 from ultrathink.training.evaluators.base import Evaluator
 from ultrathink.training.evaluators.samples import variety
 
@@ -82,11 +91,7 @@ def evaluators(text: Path, **drawing: Any) -> str:
 
 
 def evaluated(run: Any) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in row.items() if key != "time"}
-        for row in records(run)
-        if row["split"] == "eval"
-    ]
+    return [row for row in without_time(records(run)) if row["split"] == "eval"]
 
 
 def figures_at(run: Any) -> dict[int, set[str]]:
@@ -99,17 +104,15 @@ def figures_at(run: Any) -> dict[int, set[str]]:
 
 
 def test_training_is_bit_identical_and_a_resume_evaluates_alike(
-    make_trainer: MakeTrainer, text: Path
+    make_trainer: MakeTrainer, finished: MakeTrainer, text: Path
 ) -> None:
     """The first process stops between two evaluations."""
-    plain = make_trainer(*STEPS)
-    plain.fit()
+    plain = finished(*STEPS)
     whole = make_trainer(*STEPS, evaluators(text))
     whole.fit()
     expected = final_state(plain.run)
     assert any(name.startswith("random/") for name in expected)
-    for name, tensor in final_state(whole.run).items():
-        assert torch.equal(tensor, expected[name]), name
+    assert_equal_tensors(final_state(whole.run), expected)
     assert plain.loader.state_dict() == whole.loader.state_dict()
     every = {"drawing", "words", "samples"}
     assert figures_at(whole.run) == {
@@ -127,21 +130,8 @@ def test_training_is_bit_identical_and_a_resume_evaluates_alike(
 
 
 def test_what_a_rollback_undid_is_evaluated_again(make_trainer: MakeTrainer, text: Path) -> None:
-    held: list[Any] = []
-    trainer = make_trainer(
-        *STEPS,
-        evaluators(text),
-        controllers=[
-            At(
-                step5=lambda control: held.append(control.snapshot()),
-                step6=lambda control: (
-                    control.request(Rollback(held.pop(), skip_data=False), reason="for the test")
-                    if held
-                    else None
-                ),
-            )
-        ],
-    )
+    words = (*STEPS, evaluators(text))
+    trainer = make_trainer(*words, controllers=[goes_back(kept=5, at=6)])
     trainer.fit()
     steps = [row["step"] for row in evaluated(trainer.run)]
     assert steps == [2, 3, 4, 6, 6, 7]
@@ -191,10 +181,8 @@ def test_scores_are_those_of_the_model_and_go_to_all_who_watch(
 
 
 def test_one_that_fails_is_reported_once_and_training_continues(
-    make_trainer: MakeTrainer, text: Path
+    make_trainer: MakeTrainer, finished: MakeTrainer, text: Path
 ) -> None:
-    plain = make_trainer(*STEPS)
-    plain.fit()
     recorder = Recorder()
     trainer = make_trainer(*STEPS, evaluators(text, fails_at=4), callbacks=[recorder])
     broken = trainer.evaluators.members[2]
@@ -213,8 +201,7 @@ def test_one_that_fails_is_reported_once_and_training_continues(
         2: {"drawing"}, 3: {"words"}, 6: {"drawing", "words"}, 7: {"drawing", "words"}
     }  # fmt: skip
     assert trainer.model.training
-    for name, tensor in final_state(trainer.run).items():
-        assert torch.equal(tensor, final_state(plain.run)[name]), name
+    assert_equal_tensors(final_state(trainer.run), final_state(finished(*STEPS).run))
 
 
 @pytest.mark.parametrize(

@@ -61,22 +61,18 @@ def test_every_logged_step_has_its_line_and_metrics_tell_the_same_in_short(
             assert row[f"experts/{group}/utilization"] == pytest.approx(mean, rel=1e-4)
 
 
-def test_a_model_without_experts_has_none_of_it(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer("training.max_steps=2")
-    trainer.fit()
-    assert not (trainer.run.path / "experts.jsonl").exists()
-    assert not any("experts/" in name for row in records(trainer.run) for name in row)
-
-
-def test_commands_that_read_runs_cope(make_trainer: MakeTrainer) -> None:
-    trainers = [make_trainer(*EXPERTS), make_trainer("training.max_steps=9")]
+def test_commands_that_read_runs_cope(finished: MakeTrainer) -> None:
+    trainers = [finished(*EXPERTS), finished("training.max_steps=9")]
     for trainer in trainers:
-        trainer.fit()
         assert {finding.status for finding in check_run(trainer.run).findings} == {"ok"}
-    mixture, dense = (read_side(trainer.run, trainer.run.name) for trainer in trainers)
+    labels = ("mixture", "dense")
+    mixture, dense = (read_side(t.run, label) for t, label in zip(trainers, labels, strict=True))
     found = compare([mixture, dense])
     assert found.lone_metrics["train experts/skill/gini"] == (mixture.label,)
     assert compare([mixture, mixture]).agreements[0][0].is_identical
+    run = trainers[1].run
+    assert not (run.path / "experts.jsonl").exists()
+    assert not any("experts/" in name for row in records(run) for name in row)
 
 
 @pytest.mark.parametrize("saved", [4, 8])
@@ -103,27 +99,10 @@ def test_a_run_that_broke_off_has_the_same_experts_in_the_end(
 
 def test_dead_experts_are_reported_after_warm_up_and_in_the_log(make_trainer: MakeTrainer) -> None:
     recorder = Recorder()
-    options = (
-        *EXPERTS,
-        *UNBALANCED,
-        "training.max_steps=210",
-        "training.checkpoint.every_steps=null",
-    )
-    trainer = without_expert(make_trainer(*options, callbacks=[recorder]), 1)
-    trainer.notify = _noting(trainer, reported_at := [])
-    trainer.fit()
+    words = ("training.max_steps=210", "training.checkpoint.every_steps=null")
+    trainer = make_trainer(*EXPERTS, *UNBALANCED, *words, callbacks=[recorder])
+    without_expert(trainer, 1).fit()
     (text,) = [text for text in recorder.messages if "group skill has" in text]
+    # Before, balancing may still be finding its way.
     assert text.startswith("dead_expert at step 200 (medium): group skill has ")
-    assert reported_at == [200]  # before, balancing may still be finding its way
     assert f"warning: {text}" in (trainer.run.logs / "run.log").read_text()
-
-
-def _noting(trainer: Trainer, reported_at: list[int]) -> Any:
-    notify = trainer.notify
-
-    def note(event: str, *details: Any) -> None:
-        if event == "on_message" and "group skill has" in details[0]:
-            reported_at.append(trainer.progress.step)
-        notify(event, *details)
-
-    return note

@@ -1,40 +1,28 @@
-"""Runs of a mixture: live controls, warm-up, resuming, going back, and weights of other runs."""
+"""Runs of a mixture: live controls, warm-up, resuming, and weights of other runs."""
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.stress.evidence import differences
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.experts import GROUPS, MIXTURE, NOISE, ROUTING
-from tests.unit.training.observers import At, Recorder, asks
+from tests.unit.training.observers import At, Recorder, asks, assert_equal_tensors
 from tests.unit.training.test_resume_matrix import whole_and_resumed
 from ultrathink import load_model, resume_trainer
 from ultrathink.core.errors import CheckpointError, UltrathinkError
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.inspection import consolidate
-from ultrathink.training.changes import Rollback, SetRouting, Stop
-from ultrathink.training.control import TrainerControl
-from ultrathink.training.snapshots import Snapshot
-from ultrathink.training.trainer import Trainer
+from ultrathink.training.changes import SetRouting, Stop
 
 GROUPS_OF_16 = "{groups: [{name: all, num_experts: 16, top_k: 2}], intermediate_size: 8}"
 TWO_OF_8 = (
     "{groups: [{name: knowledge, num_experts: 8, top_k: 1}, "
     "{name: skill, num_experts: 8, top_k: 1}], intermediate_size: 8}"
 )
-
-
-def buffers(trainer: Trainer) -> dict[str, Tensor]:
-    """What is remembered of routing beside weights."""
-    state = trainer.model.state_dict()
-    parameters = dict(trainer.model.named_parameters())
-    return {name: value.clone() for name, value in state.items() if name not in parameters}
 
 
 @pytest.mark.parametrize(
@@ -58,54 +46,9 @@ def test_a_run_that_broke_off_continues_bit_for_bit(
     assert differences(whole, resumed) == []
 
 
-def test_going_back_takes_biases_and_controls_along(make_trainer: MakeTrainer) -> None:
-    kept: list[Snapshot] = []
-    found: list[dict[str, Tensor]] = []
-
-    def keep(control: TrainerControl) -> None:
-        if not kept:
-            kept.append(control.snapshot())
-            found.append(buffers(trainer))
-            control.request(SetRouting("temperature", 2.0), reason="test")
-
-    def go_back(control: TrainerControl) -> None:
-        if len(found) == 1:
-            found.append(buffers(trainer))
-            control.request(Rollback(kept[0], skip_data=False), reason="test")
-
-    recorder = Recorder()
-    trainer = make_trainer(
-        *MIXTURE,
-        ROUTING,
-        "training.max_steps=4",
-        callbacks=[recorder],
-        controllers=[At(step2=keep, step4=go_back)],
-    )
-    assert sum("selection_bias" in name for name in buffers(trainer)) == 2
-    trainer.start()
-    for _ in range(4):
-        report = trainer.train_step()
-        trainer.ask_controllers("at_boundary", report)
-        trainer.apply_changes()
-    trainer.close()
-    first, last = found
-    assert any(not torch.equal(first[name], last[name]) for name in first if "bias" in name)
-    assert last["routing.temperature"] == 2.0
-    assert trainer.progress.step == 2
-    after = buffers(trainer)
-    assert [name for name in first if not torch.equal(after[name], first[name])] == []
-
-
 def test_live_controls_are_recorded_and_survive_a_resume(make_trainer: MakeTrainer) -> None:
-    def act(control: TrainerControl) -> None:
-        control.request(SetRouting("capacity_factor", 0.5), reason="test")
-        control.request(SetRouting("load", 0.7), reason="collapse")
-
-    def stop(control: TrainerControl) -> None:
-        control.request(SetRouting("capacity_factor", None), reason="enough")
-        control.request(SetRouting("temperature", 1.5), reason="test")
-        control.request(Stop(), reason="test")
-
+    act = asks(SetRouting("capacity_factor", 0.5), SetRouting("load", 0.7))
+    stop = asks(SetRouting("capacity_factor", None), SetRouting("temperature", 1.5), Stop())
     recorder = Recorder()
     trainer = make_trainer(
         *MIXTURE,
@@ -116,54 +59,24 @@ def test_live_controls_are_recorded_and_survive_a_resume(make_trainer: MakeTrain
     )
     assert trainer.fit().name == "stopped"
     changes = [(c.step, c.setting, c.before, c.after) for c in recorder.changes[:4]]
-    assert [change[:2] for change in changes] == [
-        (2, "routing.capacity_factor"),
-        (2, "routing.load"),
-        (4, "routing.capacity_factor"),
-        (4, "routing.temperature"),
+    assert changes == [
+        (2, "routing.capacity_factor", None, 0.5),
+        (2, "routing.load", pytest.approx(0.1), pytest.approx(0.7)),
+        (4, "routing.capacity_factor", 0.5, None),
+        (4, "routing.temperature", 1.0, 1.5),
     ]
-    assert [change[2:] for change in changes] == [
-        (None, 0.5),
-        (pytest.approx(0.1), pytest.approx(0.7)),
-        (0.5, None),
-        (1.0, 1.5),
-    ]
-    lines = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
-    assert [line["reasoning"] for line in lines[:2]] == ["test", "collapse"]
     dropped = [float(report.experts.dropped.sum()) for report in recorder.steps if report.experts]
     assert [value > 0 for value in dropped] == [False, False, True, True]
     ratio = recorder.steps[2].aux_losses["moe_load"] / recorder.steps[1].aux_losses["moe_load"]
     assert ratio == pytest.approx(7, rel=0.1)
 
     resumed = resume_trainer(trainer.run)
-    routing = resumed.model.routing
-    assert routing is not None
-    assert routing.get("capacity_factor") is None
-    assert routing.get("temperature") == 1.5
-    assert routing.get("load") == pytest.approx(0.7)
     resumed.close()
-    model, _ = load_model(trainer.run.path, "last")
-    assert model.routing is not None
-    assert model.routing.get("temperature") == 1.5
-
-
-def test_a_control_that_cannot_be_is_refused_at_once(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(*MIXTURE)
-    with pytest.raises(UltrathinkError, match=r"'temprature'\. Did you mean 'temperature'"):
-        trainer.control.request(SetRouting("temprature", 1.0), reason="test")
-    with pytest.raises(UltrathinkError, match=r"jitter must be 0 or more and below 1, not 1\.5"):
-        trainer.control.request(SetRouting("jitter", 1.5), reason="test")
-    assert trainer.control.num_waiting == 0
-
-
-def test_a_model_without_experts_says_so(make_trainer: MakeTrainer) -> None:
-    recorder = Recorder()
-    ask = At(step1=asks(SetRouting("jitter", 0.1)))
-    make_trainer("training.max_steps=2", callbacks=[recorder], controllers=[ask]).fit()
-    assert any(
-        "routing.jitter cannot be changed: this model has no experts" in text
-        for text in recorder.messages
-    )
+    for model in (resumed.model, load_model(trainer.run.path, "last")[0]):
+        assert model.routing is not None
+        assert model.routing.get("capacity_factor") is None
+        assert model.routing.get("temperature") == 1.5
+        assert model.routing.get("load") == pytest.approx(0.7)
 
 
 def test_warm_up_begins_nearly_even(make_trainer: MakeTrainer) -> None:
@@ -194,10 +107,9 @@ def test_warm_up_begins_nearly_even(make_trainer: MakeTrainer) -> None:
 
 
 def test_another_configuration_says_how_tokens_find_experts_of_a_run_it_begins_with(
-    make_trainer: MakeTrainer,
+    make_trainer: MakeTrainer, finished: MakeTrainer
 ) -> None:
-    first = make_trainer(*MIXTURE, ROUTING, "training.max_steps=3")
-    first.fit()
+    first = finished(*MIXTURE, ROUTING, "training.max_steps=3")
     second = make_trainer(
         *MIXTURE,
         "model.moe.routing={temperature: 0.5, warmup_steps: 7}",
@@ -209,16 +121,15 @@ def test_another_configuration_says_how_tokens_find_experts_of_a_run_it_begins_w
     assert (routing.get("temperature"), routing.get("capacity_factor")) == (0.5, None)
     assert routing.get("load") == pytest.approx(0.9)
     assert routing.config.routing.warmup_steps == 7
-    learned = {name: value for name, value in buffers(first).items() if "routing." not in name}
-    assert all(torch.equal(buffers(second)[name], value) for name, value in learned.items())
+    learned = [{n: v for n, v in trainer.model.state_dict().items() if "routing." not in n}
+               for trainer in (second, first)]  # fmt: skip
+    assert_equal_tensors(*learned)
     second.close()
 
 
 @pytest.fixture
-def two_of_8(make_trainer: MakeTrainer) -> RunFolder:
-    trainer = make_trainer(f"model.moe={TWO_OF_8}", "training.max_steps=1")
-    trainer.fit()
-    return trainer.run
+def two_of_8(finished: MakeTrainer) -> RunFolder:
+    return finished(f"model.moe={TWO_OF_8}", "training.max_steps=1").run
 
 
 def test_learned_routing_is_not_warmed_up_again(

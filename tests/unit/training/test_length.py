@@ -1,5 +1,6 @@
 import json
 import time
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from ultrathink.training.trainer import Trainer
 
 
 def test_minutes_become_steps_once_and_trying_out_leaves_no_trace(
-    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    make_trainer: MakeTrainer, finished: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(length, "TRIAL_SHARE", 0.0)
     monkeypatch.setattr(Trainer, "settle_length", lambda trainer: None)  # tested below
@@ -32,8 +33,7 @@ def test_minutes_become_steps_once_and_trying_out_leaves_no_trace(
     config = timed.run.read_config()
     assert config.training.step_budget == 12
     assert config.origin("training.step_budget").startswith("chosen at run time")
-    counted = make_trainer("training.max_steps=12", "training.schedule.warmup=2")
-    counted.fit()
+    counted = finished("training.max_steps=12", "training.schedule.warmup=2")
     assert without_time(records(timed.run)) == without_time(records(counted.run))
 
 
@@ -47,12 +47,9 @@ def test_a_run_that_gets_slower_ends_on_the_minute(make_trainer: MakeTrainer) ->
     assert trainer.fit().name == "out of time"
     assert 0 < trainer.progress.step < 1000
     assert trainer.run.steps()[-1] == trainer.progress.step
-
-
-def test_the_shortest_time_still_takes_a_step(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer("training.max_minutes=1.0e-6")
-    assert trainer.fit().name == "finished"
-    assert trainer.run.steps() == [1]
+    shortest = make_trainer("training.max_minutes=1.0e-6")
+    assert shortest.fit().name == "finished"
+    assert shortest.run.steps() == [1]
 
 
 @pytest.mark.parametrize("measured_s", [30.0, 0.0001])
@@ -84,33 +81,29 @@ def test_a_bad_moment_at_the_start_does_not_decide_the_length(
 def test_a_run_that_goes_back_has_fewer_steps_left_in_its_minutes(
     make_trainer: MakeTrainer,
 ) -> None:
-    trainer = make_trainer("training.max_minutes=10", "training.schedule.warmup=2")
-    trainer.length.set(Budget(1000, tokens_per_step=128, seconds_per_step=1e-3, looks=4))
-    trainer.snapshots.keep(0, trainer.state.copy(), in_checkpoints=False)
-    Rollback(Snapshot(0, 0), skip_data=False).apply(trainer.parts)
+    def gone_back(*words: str, **budget: Any) -> Trainer:
+        trainer = make_trainer("training.schedule.warmup=2", *words)
+        trainer.length.set(Budget(1000, tokens_per_step=128, **budget))
+        trainer.snapshots.keep(0, trainer.state.copy(), in_checkpoints=False)
+        Rollback(Snapshot(0, 0), skip_data=False).apply(trainer.parts)
+        trainer.close()
+        return trainer
+
+    trainer = gone_back("training.max_minutes=10", seconds_per_step=1e-3, looks=4)
     trainer.progress.step, trainer.progress.elapsed_s = 100, 540.0
     trainer.clock.num_steps, trainer.clock.steps_s = 1000, 500.0
     trainer.settle_length()
     assert 150 < trainer.length.total_steps < 250  # a minute is left, of half a second a step
-    trainer.close()
-
-
-def test_a_length_in_steps_stays_when_a_run_goes_back(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer("training.max_steps=10")
-    trainer.length.budget = Budget(10, tokens_per_step=128)
-    trainer.snapshots.keep(0, trainer.state.copy(), in_checkpoints=False)
-    Rollback(Snapshot(0, 0), skip_data=False).apply(trainer.parts)
-    assert trainer.length.budget.is_settled
-    trainer.close()
+    fixed = gone_back("training.max_steps=1000").length.budget
+    assert fixed is not None
+    assert fixed.is_settled
 
 
 def test_a_corrected_length_is_that_of_a_resumed_run_too(
     make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = make_trainer(
-        "training.max_minutes=0.1",
-        controllers=[At(step60=asks(Stop()))],
-    )
+    stop = At(step60=asks(Stop()))
+    trainer = make_trainer("training.max_minutes=0.1", controllers=[stop])
     monkeypatch.setattr(Trainer, "_measure_speed", lambda trainer: Speed(step_s=1.0))
     assert trainer.fit().name == "stopped"
     assert trainer.length.budget is not None

@@ -2,19 +2,20 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, Recorder, asks
+from tests.unit.training.observers import At, Recorder, asks, goes_back, scale_loss
 from ultrathink import resume_trainer
 from ultrathink.monitoring.experts import ExpertStatistics, GroupSlots
 from ultrathink.orchestrator.live import LiveWatch, step_signals
 from ultrathink.runs.folder import RunFolder
 from ultrathink.training.callbacks import StepReport
-from ultrathink.training.changes import Rollback, Stop
+from ultrathink.training.changes import Stop
 from ultrathink.training.trainer import Trainer
 
 LONG = ("training.max_steps=60", "training.optimizer.lr=0.003")
@@ -29,91 +30,50 @@ def kept(run: RunFolder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in run.events.read_text().splitlines()]
 
 
-def scaled_at(trainer: Trainer, steps: range, factor: float) -> None:
-    """Multiply the loss of some steps, as a fault in it would; each once."""
-    losses, to_come = trainer.objective.sums, set(steps)
-
-    def faulty(*inputs: Any) -> Any:
-        sums, step = losses(*inputs), trainer.progress.step + 1
-        if step not in to_come:
-            return sums
-        to_come.remove(step)
-        return sums._replace(loss=sums.loss * factor)
-
-    trainer.objective.sums = faulty
-
-
-def test_an_alarm_is_reported_and_kept(make_trainer: MakeTrainer) -> None:
+def test_an_alarm_is_reported_and_kept_by_a_resumed_run_too(make_trainer: MakeTrainer) -> None:
+    """A resumed run is watched as if it had not stopped."""
     recorder = Recorder()
-    trainer = make_trainer(*LONG, callbacks=[recorder])
-    scaled_at(trainer, range(50, 54), 3.0)
-    trainer.fit()
-    spikes = [event for event in kept(trainer.run) if event["kind"] == "loss_spike"]
-    assert spikes[0]["began"] == 50
-    assert spikes[0]["severity"] == "high"
-    assert any(text.startswith("loss_spike at step 50 (high): ") for text in recorder.messages)
-    assert "warning: loss_spike at step 50" in (trainer.run.logs / "run.log").read_text()
-
-
-def test_a_resumed_run_is_watched_as_if_it_had_not_stopped(
-    make_trainer: MakeTrainer,
-) -> None:
-    whole = make_trainer(*LONG)
-    scaled_at(whole, range(50, 54), 3.0)
+    whole = make_trainer(*LONG, callbacks=[recorder])
+    scale_loss(whole, range(50, 54), 3.0)
     whole.fit()
-    first = make_trainer(
-        *LONG,
-        controllers=[At(step45=asks(Stop()))],
-    )
+    spikes = [event for event in kept(whole.run) if event["kind"] == "loss_spike"]
+    assert (spikes[0]["began"], spikes[0]["severity"]) == (50, "high")
+    assert any(text.startswith("loss_spike at step 50 (high): ") for text in recorder.messages)
+    assert "warning: loss_spike at step 50" in (whole.run.logs / "run.log").read_text()
+
+    first = make_trainer(*LONG, controllers=[At(step45=asks(Stop()))])
     first.fit()
     second = resume_trainer(first.run)
-    scaled_at(second, range(50, 54), 3.0)
+    scale_loss(second, range(50, 54), 3.0)
     second.fit()
-
-    def judged(trainer: Trainer) -> list[tuple[int, str, str]]:
-        of_the_machine = ("throughput_drop", "slow_step", "memory_leak", "memory_pressure")
-        events = watch_of(trainer).watcher.events
-        return [
+    of_the_machine = ("throughput_drop", "slow_step", "memory_leak", "memory_pressure")
+    judged = [
+        [
             (event.step, event.kind, event.severity)
-            for event in events
+            for event in watch_of(trainer).watcher.events
             if event.kind not in of_the_machine
         ]
-
-    assert judged(second) == judged(whole)
-    assert "loss_spike" in {kind for _, kind, _ in judged(whole)}
+        for trainer in (whole, second)
+    ]
+    assert judged[0] == judged[1]
 
 
 def test_a_rollback_takes_the_watcher_back(make_trainer: MakeTrainer) -> None:
-    held: list[Any] = []
-    trainer = make_trainer(
-        *LONG,
-        controllers=[
-            At(
-                step40=lambda control: held.append(control.snapshot()),
-                step52=lambda control: control.request(
-                    Rollback(held.pop(), skip_data=False), reason="for the test"
-                ),
-            )
-        ],
-    )
-    scaled_at(trainer, range(50, 53), 3.0)
+    trainer = make_trainer(*LONG, controllers=[goes_back(kept=40, at=52)])
+    scale_loss(trainer, range(50, 53), 3.0)
     trainer.fit()
     kinds = [event.kind for event in watch_of(trainer).watcher.events]
     assert "resumed" not in kinds  # its memory went back with the run
     assert "divergence" not in kinds
 
 
-def test_a_step_without_anything_to_learn_has_no_loss() -> None:
-    report = StepReport(3, 0.0, {}, 0.0, 0.1, 0, 30, 0.5, skipped=True, num_skipped=1)
-    values = step_signals(report).values
+def test_a_loss_is_passed_on_even_if_it_is_no_number_but_not_without_tokens() -> None:
+    report = StepReport(3, math.nan, {}, 1.0, 0.1, 10, 30, 0.5, skipped=True, num_skipped=1)
+    assert math.isnan(step_signals(report).values["loss"])
+    values = step_signals(replace(report, loss=0.0, grad_norm=0.0, num_tokens=0)).values
     assert "loss" not in values
     assert "grad_norm" not in values
     assert values["skipped_steps"] == 1
-
-
-def test_a_loss_that_is_no_number_is_passed_on() -> None:
-    report = StepReport(3, math.nan, {}, 1.0, 0.1, 10, 30, 0.5, skipped=True, num_skipped=1)
-    assert math.isnan(step_signals(report).values["loss"])
 
 
 def test_figures_of_experts_are_the_worst_of_the_layers() -> None:

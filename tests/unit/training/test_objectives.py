@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.limited_memory import LimitedMemory
+from tests.unit.training.observers import records
 from ultrathink import load_model, resume_trainer
 from ultrathink.checkpoint.format import Header, read_header
 from ultrathink.config.objective import OBJECTIVES, ObjectiveConfig
@@ -29,13 +29,7 @@ FP64 = "training.precision=fp64"
 class BonusConfig(ObjectiveConfig):
     """Options of ``Bonus``."""
 
-    type: Literal["bonus"] = "bonus"
-
-
-class ProbingConfig(ObjectiveConfig):
-    """Options of ``Probing``."""
-
-    type: Literal["probing"] = "probing"
+    type: Literal["bonus", "probing"] = "bonus"
 
 
 class Bonus(Pretraining):
@@ -72,7 +66,7 @@ class Bonus(Pretraining):
         self.calls.append("after")
 
 
-class Probing(Pretraining):
+class Probing(Bonus):
     """Trains what is no model of its own."""
 
     kind = "probe"
@@ -85,7 +79,7 @@ class Probing(Pretraining):
 @pytest.fixture(autouse=True, scope="module")
 def _registered() -> Iterator[None]:
     OBJECTIVES.add("bonus", Bonus, options=BonusConfig)
-    OBJECTIVES.add("probing", Probing, options=ProbingConfig)
+    OBJECTIVES.add("probing", Probing, options=BonusConfig)
     yield
     del OBJECTIVES._entries["bonus"], OBJECTIVES._entries["probing"]
 
@@ -138,13 +132,9 @@ def test_an_objective_says_what_applies_to_it(make_trainer: MakeTrainer) -> None
     assert "Divergence" in names
     assert trainer.stepper.guard is None
     trainer.fit()
-    assert trainer.progress.best == max(_perplexities(trainer))  # as the objective says
+    perplexities = [row["ppl"] for row in records(trainer.run) if row["split"] == "val"]
+    assert trainer.progress.best == max(perplexities)  # as the objective says
     assert make_trainer("orchestrator.mode=act").stepper.guard is not None
-
-
-def _perplexities(trainer: Trainer) -> list[float]:
-    lines = (trainer.run.path / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["ppl"] for line in lines if '"val"' in line]
 
 
 def test_its_checkpoints_say_of_what_kind_they_are(make_trainer: MakeTrainer) -> None:

@@ -6,19 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.experts import MIXTURE, ROUTING
-from tests.unit.training.observers import At, Recorder, asks, final_state
+from tests.unit.training.observers import At, Recorder, asks, assert_equal_tensors, final_state
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.change import Change
 from ultrathink.training.changes import ReviveExperts, SetRouting, Stop
-from ultrathink.training.control import TrainerControl
 from ultrathink.training.host_states import copied_to_host
 from ultrathink.training.trainer import Trainer
 
 UNREACHABLE = -1e4
+ONE_EXPERT = ("model.moe={groups: [{name: a, num_experts: 1, top_k: 1}], intermediate_size: 16}",)
 OPTIMIZERS = ("{type: adamw, lr: 0.003}", "{type: muon}", "{type: muon, experts: adamw}")
 
 
@@ -28,18 +27,8 @@ def kill(trainer: Trainer, slot: int = 2) -> None:
         layer.router.selection_bias[slot] = UNREACHABLE
 
 
-def revive(*experts: int, layer: int = 1, group: str = "a") -> list[dict[str, Any]]:
-    return [{"layer": layer, "group": group, "expert": expert} for expert in experts]
-
-
-def trained(make: MakeTrainer, *overrides: str, steps: int = 4) -> Trainer:
-    """A trainer of a mixture whose expert 2 of group ``a`` is dead, between two steps."""
-    trainer = make(*MIXTURE, ROUTING, "training.max_steps=40", *overrides)
-    trainer.start()
-    kill(trainer)
-    for _ in range(steps):
-        trainer.train_step()
-    return trainer
+def revival(*experts: int, layer: int = 1, group: str = "a") -> ReviveExperts:
+    return ReviveExperts([{"layer": layer, "group": group, "expert": each} for each in experts])
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -50,7 +39,7 @@ def test_it_becomes_the_busiest_one_and_a_little_noise(
     trainer = make_trainer(
         *MIXTURE,
         ROUTING,
-        "training.max_steps=9",
+        "training.max_steps=40",
         f"training.optimizer={optimizer}",
         callbacks=[recorder],
     )
@@ -62,9 +51,13 @@ def test_it_becomes_the_busiest_one_and_a_little_noise(
     load = report.experts.load[0, :6]
     source = int(load.argmax())
     before: dict[str, Any] = copied_to_host(trainer.state_dict())
-    trainer.control.request(ReviveExperts(revive(2)), reason="test")
+    drawn = torch.get_rng_state()
+    asks(revival(2))(trainer.control)
     trainer.apply_changes()
-    after: dict[str, Any] = trainer.state_dict()
+    assert torch.equal(torch.get_rng_state(), drawn)  # what else is drawn stays the same
+    after: dict[str, Any] = copied_to_host(trainer.state_dict())
+    loads = [trainer.train_step().experts for _ in range(8)]
+    assert sum(int(load.load[0, 2]) for load in loads if load is not None) > 8
     trainer.close()
     [change] = recorder.changes
     place = {"layer": 1, "group": "a", "expert": 2}
@@ -95,20 +88,6 @@ def test_it_becomes_the_busiest_one_and_a_little_noise(
             assert torch.equal(new, old), (name, key)
 
 
-def test_it_has_tokens_again_and_had_none_before(make_trainer: MakeTrainer) -> None:
-    won = {}
-    for is_revived in (False, True):
-        trainer = trained(make_trainer, "training.optimizer.lr=0.001")
-        if is_revived:
-            trainer.control.request(ReviveExperts(revive(2)), reason="test")
-            trainer.apply_changes()
-        loads = [trainer.train_step().experts for _ in range(8)]
-        trainer.close()
-        won[is_revived] = sum(int(load.load[0, 2]) for load in loads if load is not None)
-    assert won[False] == 0
-    assert won[True] > 8
-
-
 def test_several_do_not_all_copy_the_same_one(make_trainer: MakeTrainer) -> None:
     """Each takes half of the tokens of its source, also from one request to the next."""
     recorder = Recorder()
@@ -117,8 +96,7 @@ def test_several_do_not_all_copy_the_same_one(make_trainer: MakeTrainer) -> None
     trainer.train_step()
     load = torch.tensor([[40.0, 90, 0, 0, 0, 0, 0, 0, 1, 1, 1]] * 2)
     trainer.boundary.expert_load = load
-    trainer.control.request(ReviveExperts(revive(2, 3)), reason="test")
-    trainer.control.request(ReviveExperts(revive(5)), reason="test")
+    asks(revival(2, 3), revival(5))(trainer.control)
     trainer.apply_changes()
     trainer.close()
     # 90 is halved to 45 and 45, of which the first is halved again; then 45 and 40 are the most.
@@ -127,106 +105,43 @@ def test_several_do_not_all_copy_the_same_one(make_trainer: MakeTrainer) -> None
 
 
 def test_it_continues_bit_for_bit_after_a_resume(make_trainer: MakeTrainer) -> None:
-    def act(control: TrainerControl) -> None:
-        control.request(ReviveExperts(revive(2) + revive(1, group="b", layer=2)), reason="test")
-
-    def act_and_stop(control: TrainerControl) -> None:
-        act(control)
-        control.request(Stop(), reason="test")
-
+    wanted = [revival(2), revival(1, group="b", layer=2)]
     states = []
-    for action in (act, act_and_stop):
+    for changes in (wanted, [*wanted, Stop()]):
         trainer = make_trainer(
-            *MIXTURE, ROUTING, "training.max_steps=8", controllers=[At(step4=action)]
+            *MIXTURE, ROUTING, "training.max_steps=8", controllers=[At(step4=asks(*changes))]
         )
         if trainer.fit().name == "stopped":
             trainer = resume_trainer(trainer.run)
             trainer.fit()
         states.append(final_state(trainer.run))
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+        lines = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
+        assert [(line["rule"], line["action"], line["reasoning"]) for line in lines[:2]] == [
+            ("by_hand", "revive_experts", "test")
+        ] * 2
+        assert lines[0]["after"][0].keys() == {"layer", "group", "expert", "from"}
+    assert_equal_tensors(*states)
 
 
-def test_what_else_is_drawn_stays_the_same(make_trainer: MakeTrainer) -> None:
-    trainer = trained(make_trainer)
-    before: Tensor = torch.get_rng_state()
-    trainer.control.request(ReviveExperts(revive(2)), reason="test")
-    trainer.apply_changes()
-    trainer.close()
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def revival(layer: int, group: str, expert: int) -> ReviveExperts:
-    return ReviveExperts([{"layer": layer, "group": group, "expert": expert}])
-
-
-def complaints(make: MakeTrainer, change: Change, *overrides: str) -> list[str]:
-    """What a run says of a change that was asked for by hand."""
+@pytest.mark.parametrize(
+    ("change", "model", "message"),
+    [
+        (revival(1, layer=0), MIXTURE, "expert 1 of group 'a' in layer 0 .* experts: 1, 2"),
+        (revival(1, group="c"), MIXTURE, "of group 'c' in layer 1 cannot .* groups: a, b"),
+        (revival(6), MIXTURE, "expert 6 of group 'a' .* the group has 0 to 5"),
+        (revival(-1, group="b"), MIXTURE, "expert -1 of group 'b' .* the group has 0 to 2"),
+        (revival(0), ONE_EXPERT, "expert 0 .* it is itself the busiest of its group"),
+        (revival(3), (), "expert 3 of group 'a' in layer 1 .* this model has no experts"),
+        (SetRouting("load", 0.1), (), "routing.load .* this model has no experts; model.moe gives"),
+    ],
+)
+def test_what_there_is_not_is_reported_and_training_continues(
+    make_trainer: MakeTrainer, change: Change, model: tuple[str, ...], message: str
+) -> None:
     recorder = Recorder()
-    trainer = make(
-        *overrides,
-        "training.max_steps=3",
-        callbacks=[recorder],
-        controllers=[At(step2=asks(change))],
-    )
+    act = At(step2=asks(change))
+    trainer = make_trainer(*model, "training.max_steps=3", callbacks=[recorder], controllers=[act])
     assert trainer.fit().name == "finished"
     assert recorder.changes == []
-    return [text for text in recorder.messages if "failed" in text]
-
-
-@pytest.mark.parametrize(
-    ("place", "message"),
-    [
-        ((0, "a", 1), "expert 1 of group 'a' in layer 0 .* layers with experts: 1, 2"),
-        ((7, "a", 1), "in layer 7 cannot be revived: .* layers with experts: 1, 2"),
-        ((1, "c", 1), "of group 'c' in layer 1 cannot be revived: .* groups: a, b"),
-        ((1, "a", 6), "expert 6 of group 'a' .* the group has 0 to 5"),
-        ((1, "b", -1), "expert -1 of group 'b' .* the group has 0 to 2"),
-    ],
-)
-def test_what_there_is_not_is_said_once(
-    make_trainer: MakeTrainer, place: tuple[int, str, int], message: str
-) -> None:
-    [reported] = complaints(make_trainer, revival(*place), *MIXTURE)
-    assert_matches(reported, message)
-
-
-def test_the_busiest_cannot_be_its_own_copy(make_trainer: MakeTrainer) -> None:
-    one = "model.moe={groups: [{name: a, num_experts: 1, top_k: 1}], intermediate_size: 16}"
-    [reported] = complaints(make_trainer, revival(0, "a", 0), one)
-    assert_matches(
-        reported, "expert 0 of group 'a' in layer 0 .* it is itself the busiest of its group"
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (SetRouting("capacity_factor", 1.5), "routing.capacity_factor"),
-        (SetRouting("load", 0.1), "routing.load"),
-        (revival(1, "a", 3), "expert 3 of group 'a' in layer 1"),
-    ],
-)
-def test_a_dense_model_has_no_experts_to_change(
-    make_trainer: MakeTrainer, change: Change, named: str
-) -> None:
-    [reported] = complaints(make_trainer, change)
-    assert named in reported
-    assert "this model has no experts; model.moe gives it some" in reported
-
-
-def test_it_is_recorded_by_hand(make_trainer: MakeTrainer) -> None:
-    act = At(step3=lambda control: control.request(revival(2, "b", 1), reason="it slept"))
-    trainer = make_trainer(*MIXTURE, "training.max_steps=4", controllers=[act])
-    trainer.fit()
-    [line] = [json.loads(line) for line in trainer.run.decisions.read_text().splitlines()]
-    assert (line["rule"], line["action"], line["reasoning"]) == (
-        "by_hand",
-        "revive_experts",
-        "it slept",
-    )
-    assert line["after"][0].keys() == {"layer", "group", "expert", "from"}
-
-
-def assert_matches(text: str, pattern: str) -> None:
-    assert re.search(pattern, text), text
+    [reported] = [text for text in recorder.messages if "failed" in text]
+    assert re.search(message, reported), reported

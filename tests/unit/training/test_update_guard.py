@@ -6,12 +6,17 @@ import pytest
 import torch
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, final_state
+from tests.unit.training.observers import (
+    At,
+    asks,
+    assert_equal_tensors,
+    final_state,
+    goes_back,
+    scale_loss,
+)
 from ultrathink.core.protocols import State
 from ultrathink.recipes.resume import resume_trainer
-from ultrathink.training.changes import Rollback, Stop
-from ultrathink.training.control import TrainerControl
-from ultrathink.training.snapshots import Snapshot
+from ultrathink.training.changes import Stop
 from ultrathink.training.stepping import Verdict
 from ultrathink.training.trainer import Trainer
 
@@ -57,10 +62,6 @@ def tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
-def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_it_is_asked_of_the_loss_and_the_norm_before_clipping(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(*FP64, "training.clip=0.01")
     guard = Asked()
@@ -80,10 +81,10 @@ def test_a_step_that_it_leaves_out_touches_nothing(
     trainer.set_guard(Asked(Verdict(skip=True)))
     result = trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
     assert result.skipped
-    assert are_equal(tensors(trainer), before)
+    assert_equal_tensors(tensors(trainer), before)
     assert all(parameter.grad is None for parameter in trainer.stepper.parameters)
     assert not trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0).skipped
-    assert not are_equal(tensors(trainer), before)
+    assert any(not torch.equal(value, before[name]) for name, value in tensors(trainer).items())
 
 
 @pytest.mark.parametrize(
@@ -111,66 +112,35 @@ def test_what_is_not_finite_is_left_out_without_asking(make_trainer: MakeTrainer
     trainer = make_trainer()
     guard = Asked()
     trainer.set_guard(guard)
-    losses = trainer.objective.sums
-
-    def poisoned(*inputs: Any) -> Any:
-        sums = losses(*inputs)
-        return sums._replace(loss=sums.loss * float("nan"))
-
-    trainer.objective.sums = poisoned
+    scale_loss(trainer, [1], float("nan"))
     assert trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0).skipped
     assert guard.seen == []
 
 
-def stop(control: TrainerControl) -> None:
-    control.request(Stop(), reason="test")
-
-
 def test_a_resumed_guard_continues_where_it_was(make_trainer: MakeTrainer) -> None:
+    """Also if a start in between had no guard."""
     whole = make_trainer("training.max_steps=8")
     whole.set_guard(Counting())
     whole.fit()
     assert whole.progress.num_skipped == 2
-    half = make_trainer("training.max_steps=8", controllers=[At(step4=stop)])
+    half = make_trainer("training.max_steps=8", controllers=[At(step4=asks(Stop()))])
     half.set_guard(Counting())
     half.fit()
+    without = resume_trainer(half.run)
+    assert without.state_dict()["guard"] == {"count": 4}
+    without.close()
     again = resume_trainer(half.run)
     guard = Counting()
     again.set_guard(guard)
     assert guard.count == 4
     again.fit()
     assert guard.count == 8
-    assert are_equal(final_state(whole.run), final_state(again.run))
-
-
-def test_a_state_outlives_a_start_without_its_guard(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer("training.max_steps=8", controllers=[At(step2=stop)])
-    trainer.set_guard(Counting())
-    trainer.fit()
-    without = resume_trainer(trainer.run, controllers=[At(step4=stop)])
-    without.fit()
-    again = resume_trainer(trainer.run)
-    guard = Counting()
-    again.set_guard(guard)
-    again.close()
-    assert guard.count == 2
+    assert_equal_tensors(final_state(again.run), final_state(whole.run))
 
 
 def test_a_rollback_takes_the_guard_back(make_trainer: MakeTrainer) -> None:
-    kept: list[Snapshot] = []
     guard = Counting()
-    counts: list[int] = []
-
-    def keep(control: TrainerControl) -> None:
-        kept.append(control.snapshot())
-
-    def go_back(control: TrainerControl) -> None:
-        if not counts:
-            counts.append(guard.count)
-            control.request(Rollback(kept[0], skip_data=False), reason="test")
-
-    trainer = make_trainer("training.max_steps=6", controllers=[At(step2=keep, step5=go_back)])
+    trainer = make_trainer("training.max_steps=6", controllers=[goes_back(kept=2, at=5)])
     trainer.set_guard(guard)
     trainer.fit()
-    assert counts == [5]
     assert guard.count == 6  # and not 9

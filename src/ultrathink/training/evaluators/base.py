@@ -140,6 +140,7 @@ class EvaluatorSet(NamedTuple):
 NO_EVALUATORS = EvaluatorSet((), Agreement(ALONE))
 
 
+@dataclass
 class Evaluations:
     """Runs evaluators at step boundaries, without any effect on the training.
 
@@ -147,33 +148,23 @@ class Evaluations:
     called before each.
     """
 
-    def __init__(
-        self,
-        evaluators: EvaluatorSet,
-        model: Transformer,
-        *,
-        seed: int,
-        before_each: Callable[[], None],
-        on_report: Callable[[EvaluationReport], None],
-        report: Reporter,
-    ) -> None:
-        self._evaluators, self._agreement = evaluators
-        self._model = model
-        self._seed = seed
-        self._before_each = before_each
-        self._on_report = on_report
-        self._report = report
-        self._seconds: dict[str, float] = {}  # duration of the last run of each
-        self._failing: set[str] = set()
-        self._done: tuple[int, set[str]] = (0, set())  # a step, and the evaluators that ran on it
+    evaluators: EvaluatorSet
+    model: Transformer
+    seed: int
+    before_each: Callable[[], None]
+    on_report: Callable[[EvaluationReport], None]
+    report: Reporter
+    _seconds: dict[str, float] = field(default_factory=dict)  # duration of the last run of each
+    _failing: set[str] = field(default_factory=set)
+    _done: tuple[int, frozenset[str]] = (0, frozenset())  # a step, and those that ran on it
 
     def run(self, progress: Progress, *, is_last: bool = False) -> None:
         """Run the evaluators that are due after a step; at the end all that have not seen it."""
         step = progress.step
-        done = self._done[1] if is_last and self._done[0] == step else set()
+        done = self._done[1] if is_last and self._done[0] == step else frozenset()
         due = [
             one
-            for one in self._evaluators
+            for one in self.evaluators.members
             if one.name not in done and (is_last or progress.is_due(one.every_steps))
         ]
         if not due:
@@ -183,27 +174,27 @@ class Evaluations:
         figures = {name: value for one in due for name, value in self._figures(one, step).items()}
         if figures:
             seconds = time.perf_counter() - began
-            self._on_report(EvaluationReport(step, progress.tokens, figures, seconds))
+            self.on_report(EvaluationReport(step, progress.tokens, figures, seconds))
 
     def seconds_a_step(self) -> float:
         """Cost of the evaluators per step, on the clock of the first process."""
         mine = sum(
             self._seconds.get(one.name, 0.0) / one.every_steps
-            for one in self._evaluators
+            for one in self.evaluators.members
             if one.every_steps is not None
         )
-        return self._agreement.world.of_main(mine)
+        return self.evaluators.agreement.world.of_main(mine)
 
     def _figures(self, evaluator: Evaluator, step: int) -> dict[str, float]:
         """The figures of ``evaluator`` by full name; empty if it failed."""
-        self._before_each()
+        self.before_each()
         began, name = time.perf_counter(), evaluator.name
         try:
             found = self._evaluate(evaluator, step)
         except EvaluationError as error:
             if name not in self._failing:
                 self._failing.add(name)
-                self._report(
+                self.report(
                     f"evaluator {name!r} failed at step {step}: {error}; training continues, and "
                     f"it runs again when it is next due",
                     "warning",
@@ -216,10 +207,10 @@ class Evaluations:
     def _evaluate(self, evaluator: Evaluator, step: int) -> dict[str, float]:
         """The figures on every process, or EvaluationError on every process."""
         failure, found = None, {}
-        with inference_view(self._model) as model, torch.no_grad():
+        with inference_view(self.model) as model, torch.no_grad():
             was_training = model.training
             model.eval()
-            seed_everything(step_seed(self._seed, step, *evaluator.name.encode()))
+            seed_everything(step_seed(self.seed, step, *evaluator.name.encode()))
             try:
                 figures = evaluator.evaluate(model, step)
                 found = {name: float(value) for name, value in figures.items()}
@@ -232,6 +223,6 @@ class Evaluations:
             finally:
                 model.train(was_training)
         # If passes gather weights, a process that fails leaves the others waiting in theirs.
-        patience_s = _PATIENCE_S if is_divided(self._model) else math.inf
-        self._agreement.reach(failure, patience_s=patience_s)
+        patience_s = _PATIENCE_S if is_divided(self.model) else math.inf
+        self.evaluators.agreement.reach(failure, patience_s=patience_s)
         return found

@@ -30,10 +30,7 @@ class Sums(NamedTuple):
     stats: dict[str, Tensor]  # without gradients
 
 
-LossFunction = Callable[..., Sums]  # with the arguments of ``summed_losses`` below
-
-
-def loss_function(model: Transformer) -> LossFunction:
+def loss_function(model: Transformer) -> Callable[..., Sums]:
     """The part of a step that is compiled: from token ids to losses."""
 
     def summed_losses(

@@ -89,7 +89,7 @@ class FollowView:
     def _show_event(self, analysis: LogAnalysis, course: Course, event: Event) -> None:
         if self._as_json:
             named = {"run": course.name} if analysis.has_several else {}
-            text = json.dumps(without_nan({**named, **event.to_json()}), ensure_ascii=False)
+            text = json.dumps(without_nan({**named, **event.to_json()}))
             print(text, flush=True)
             return
         self._line(

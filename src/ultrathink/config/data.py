@@ -73,18 +73,11 @@ class DummySourceConfig(SourceConfig):
     """Seed of the generated text."""
 
 
-_TARGETS: dict[str, type[SourceConfig]] = {
-    "stdlib": StdlibSourceConfig,
-    "text": TextSourceConfig,
-    "jsonl": JsonlSourceConfig,
-    "dummy": DummySourceConfig,
-}
-for _name, _options in _TARGETS.items():
-    SOURCES.add(
-        _name,
-        f"ultrathink.data.sources.{_name}:{_name.capitalize()}Source",
-        options=_options,
-    )
+_PLACE = "ultrathink.data.sources"
+SOURCES.add("stdlib", f"{_PLACE}.stdlib:StdlibSource", options=StdlibSourceConfig)
+SOURCES.add("text", f"{_PLACE}.text:TextSource", options=TextSourceConfig)
+SOURCES.add("jsonl", f"{_PLACE}.jsonl:JsonlSource", options=JsonlSourceConfig)
+SOURCES.add("dummy", f"{_PLACE}.dummy:DummySource", options=DummySourceConfig)
 
 
 def source_of_path(text: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pydantic import model_validator
 from ultrathink.config.base import Section, off_means, one_of
 from ultrathink.config.experts import BIAS_RATE, WIDTH_STEP, MoeConfig, shape
 from ultrathink.config.options import felt, fixed, free
+from ultrathink.core.divisors import divisors
 from ultrathink.core.registry import Registry
 
 ATTENTION_BACKENDS: Registry[Callable[..., Any]] = Registry("attention backend")
@@ -133,7 +134,7 @@ class ModelConfig(Section):
         if kv_heads is not None and self.num_heads % kv_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({kv_heads}); "
-                f"divisors: {_divisors(self.num_heads)}"
+                f"divisors: {', '.join(map(str, divisors(self.num_heads)))}"
             )
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
@@ -213,7 +214,3 @@ def _with_value(section: Any, path: list[str], value: float) -> Any:
 
 
 Checkpointing = Annotated[Literal["none", "selective", "full"], off_means("none")]
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from ultrathink.config.base import Section
+from ultrathink.config.base import Section, alike
 from ultrathink.config.evaluators import EvaluatorField, SampleConfig
 from ultrathink.config.model import Checkpointing
 from ultrathink.config.objective import ObjectiveField, PretrainConfig
@@ -133,10 +133,9 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _evaluators_differ(self) -> TrainingConfig:
-        names = [one.label for one in self.evaluators]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            raise ValueError(f"two evaluators are called {twice[0]!r}; give each its own name")
+        twice = alike([one.label for one in self.evaluators])
+        if twice is not None:
+            raise ValueError(f"two evaluators are called {twice!r}; give each its own name")
         return self
 
     @model_validator(mode="after")

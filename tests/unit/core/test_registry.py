@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ultrathink.core import registry as registry_module
-from ultrathink.core.errors import ConfigError, MissingDependencyError
+from ultrathink.core.errors import ConfigError
 from ultrathink.core.registry import Registry, load_plugin
 
 
@@ -65,25 +65,6 @@ def test_the_decorator_registers_the_object_itself(colours: Registry[Any]) -> No
 
     assert colours.load("blue") is Blue
     assert colours.entry("blue").options is dict
-
-
-def test_an_absent_package_is_answered_with_the_extra_that_installs_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_module(tmp_path, "needs_absent", "import absent_package_xyz", monkeypatch)
-    registry: Registry[Any] = Registry("colour")
-    registry.add("blue", "needs_absent:Blue", extra="paint")
-    with pytest.raises(MissingDependencyError) as caught:
-        registry.load("blue")
-    assert "colour 'blue' needs the package 'absent_package_xyz'" in str(caught.value)
-    assert 'pip install "ultrathink[paint]"' in str(caught.value)
-
-
-def test_a_broken_module_of_our_own_is_not_blamed_on_a_package() -> None:
-    registry: Registry[Any] = Registry("colour")
-    registry.add("blue", "ultrathink.no_such_module:Blue", extra="paint")
-    with pytest.raises(ModuleNotFoundError):
-        registry.load("blue")
 
 
 def test_a_plugin_registers_parts(

@@ -1,11 +1,14 @@
 """A folder to work in, and what a command says there."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.unit.runs.trained_runs import train
 from ultrathink.cli.main import main
+from ultrathink.runs.folder import RunFolder
 
 Say = Callable[..., str]
 
@@ -16,6 +19,21 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return train(
+        tmp_path_factory.mktemp("trained"),
+        "training.max_steps=4",
+        "training.checkpoint={every_steps: 2, keep: 9}",
+    )
+
+
+@pytest.fixture
+def trained(original: RunFolder, place: Path) -> RunFolder:
+    """The run ``debug`` in ``runs``, of four steps, to damage."""
+    return RunFolder(shutil.copytree(original.path, place / "runs" / "debug", symlinks=True))
 
 
 @pytest.fixture

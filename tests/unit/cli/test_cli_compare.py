@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.unit.cli.conftest import Say
-from tests.unit.runs.trained_runs import make_run, train, train_line, val_line, write_lines
+from tests.unit.runs.trained_runs import make_run, train_line, val_line, write_lines
 from ultrathink.cli.main import main
 from ultrathink.config import load_config
 from ultrathink.config.overrides import flatten
@@ -147,19 +147,14 @@ def test_where_the_encoding_has_no_bars_there_is_no_plot(
     assert not any(sign in text for sign in ("(low)", "\\u"))
 
 
-def test_two_trainings_of_a_configuration_are_identical(place: Path, say: Say) -> None:
-    for _ in range(2):
-        train(place, "training.max_steps=4", "training.log_every=1")
-    out = say("compare", "debug", "debug-2")
-    assert "debug and debug-2: all 4 logged losses are equal (identical)" in out
-
-
 def test_how_long_curves_are_equal(two: None, say: Say) -> None:
     run = with_course(make_run(Path("runs"), "c"), 4.0)
     lines = run.metrics.read_text().splitlines()
     lines[2] = lines[2].replace("1.333", "1.334")
     write_lines(run.metrics, [f"{line}\n" for line in lines])
     out = say("compare", "a", "c")
+    with_course(make_run(Path("runs"), "same"), 4.0)
+    assert "a and same: all 4 logged losses are equal (identical)" in say("compare", "a", "same")
     assert "the logged losses are equal up to step 2 and differ from step 3 on" in out
     with_course(make_run(Path("runs"), "d"), 4.0, steps=3)
     assert "all 3 logged losses are equal at the steps that both have" in say("compare", "a", "d")

@@ -13,6 +13,7 @@ MISTAKES = {
     "--verbose": "there is no option '--verbose'.",
     "train demmo": "there is no preset 'demmo'. Did you mean 'demo'?",
     "train missing.yaml": "there is no file missing.yaml",
+    "train runs/lr=0.1/my.yaml": "there is no file runs/lr=0.1/my.yaml",  # which is no override
     "train debug training.batch_size=many": "should be a whole number",
     "train debug x": "'debug' and 'x' are given as configurations, but there can be only one",
     "train debug 'data.train=[{type: text, path: nothing.txt}]'": "nothing.txt",

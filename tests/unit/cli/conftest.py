@@ -1,6 +1,9 @@
 """A folder to work in, and what a command says there."""
 
+import io
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,3 +51,33 @@ def say(capsys: pytest.CaptureFixture[str]) -> Say:
         return err if status == 2 else out
 
     return run
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"  # type: ignore[assignment]
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Say:
+    """What a command prints on a terminal of 60 columns."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "60")
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*words: str) -> str:
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stdout", screen)
+        monkeypatch.setattr(sys, "stderr", screen)
+        assert main(words) == 0
+        return screen.getvalue()
+
+    return run
+
+
+def without_codes(text: str) -> list[str]:
+    """The lines that a terminal shows."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).splitlines()

@@ -2,14 +2,13 @@
 
 import io
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.unit.cli.conftest import Say
+from tests.unit.cli.conftest import Say, without_codes
 from tests.unit.runs.trained_runs import make_run, train_line, val_line, write_lines
 from ultrathink.cli.main import main
 from ultrathink.config import load_config
@@ -110,25 +109,11 @@ def test_what_was_not_finite_is_null_in_json(two: None, say: Say) -> None:
     assert "           2  2.0000     nan" in lines
 
 
-class Terminal(io.StringIO):
-    encoding = "utf-8"  # type: ignore[assignment]
-
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_gets_a_plot_in_colours(two: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "60")
-    for name in ("CI", "NO_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    assert main(["compare", "a", "b"]) == 0
-    text = terminal.getvalue()
+def test_a_terminal_gets_a_plot_in_colours(two: None, terminal: Say) -> None:
+    text = terminal("compare", "a", "b")
     assert "\x1b[36m━ a" in text
     assert "\x1b[33m━ b" in text
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+    plain = without_codes(text)
     [top] = [line for line in plain if line.startswith("  4.000 │")]
     [axis] = [line for line in plain if line.startswith("        └")]
     assert len(top) == len(axis) < 60

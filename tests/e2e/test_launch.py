@@ -16,6 +16,11 @@ from tests.stress.evidence import row_differences, rows
 from ultrathink.runs.folder import RunFolder
 
 LOOPBACK = "0100007F"  # 127.0.0.1, as /proc/net/tcp has it
+TORCHRUN = (
+    *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
+    *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
+    *("-m", "ultrathink", "train"),
+)
 CHECKPOINTS = "training.checkpoint={every_steps: 5, keep: 9}"
 
 
@@ -39,10 +44,12 @@ def plugin(tmp_path: Path, body: str) -> str:
     return f"--plugin={path}"
 
 
-def test_a_killed_process_is_started_again_and_the_run_is_the_same(start: Start) -> None:
+def test_a_killed_process_is_restarted_and_the_run_is_that_of_torchrun(start: Start) -> None:
     words = ("debug", *TINY, "training.max_steps=40", CHECKPOINTS)
-    whole = start(*words, place="whole")
+    whole = start(*words, place="whole", command=TORCHRUN)
     assert whole.status() == 0, whole.stderr
+    (segment,) = (whole.run / "segments.jsonl").read_text().splitlines()
+    assert json.loads(segment)["environment"]["processes"] == 2
     hit = start(*words, place="hit")
     hit.wait_for_step(12)
     os.kill(hit.workers()[1], signal.SIGKILL)
@@ -119,16 +126,3 @@ def test_machines_meet_at_an_address(start: Start) -> None:
     assert second.status() == 0, second.stderr
     assert first.step() == 20
     assert [path.name for path in first.run.parent.iterdir()] == ["together"]
-
-
-def test_torchrun_starts_it_as_well(start: Start) -> None:
-    torchrun = (
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
-        *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
-        *("-m", "ultrathink", "train"),
-    )
-    run = start("debug", *TINY, "training.max_steps=4", command=torchrun)
-    assert run.status() == 0, run.stderr
-    assert [row["step"] for row in rows(run.run) if row["split"] == "train"] == [1, 2, 3, 4]
-    segment = json.loads((run.run / "segments.jsonl").read_text().splitlines()[0])
-    assert segment["environment"]["processes"] == 2

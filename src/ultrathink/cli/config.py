@@ -45,9 +45,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Show, check or document configurations."""
     if args.action not in ACTIONS:
-        said = "" if args.action is None else f"not {args.action!r}. "
-        hint = suggestion(args.action or "", ACTIONS)
-        raise UltrathinkError(f"say what to do: config {' | '.join(ACTIONS)}; {said}{hint}")
+        said = f", not {args.action!r}. {suggestion(args.action, ACTIONS)}" if args.action else ""
+        raise UltrathinkError(f"say what to do: ultrathink config {'|'.join(ACTIONS)}{said}")
     if args.why and args.action != "show":
         raise UltrathinkError(f"--why belongs to 'config show', not to 'config {args.action}'")
     if args.action in ("docs", "schema"):

@@ -6,6 +6,7 @@ import argparse
 import errno
 import importlib
 import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -33,6 +34,13 @@ COMMANDS = {
     "config": "show, check and explain configurations",
     "doctor": "check this machine, and measure how fast it is",
 }
+# What argparse says, and what a person understands.
+_PLAINER = {
+    r"argument (\S+): invalid int value: (.*)": r"\1 \2: give a whole number",
+    r"argument (\S+): invalid float value: (.*)": r"\1 \2: give a number",
+    r"argument (\S+): expected one argument": r"\1: give a value",
+    r"argument (\S+): invalid choice": r"\1: invalid choice",
+}
 USER_ERROR = 2
 SYSTEM_ERROR = 1
 INTERRUPTED = 130
@@ -43,6 +51,8 @@ class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are the user's mistakes, each with a suggestion."""
 
     def error(self, message: str) -> NoReturn:
+        for pattern, words in _PLAINER.items():
+            message = re.sub(pattern, words, message)
         raise UltrathinkError(f"{message}. See: {self.prog} --help")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:

@@ -82,18 +82,13 @@ SOURCES.add("dummy", f"{_PLACE}.dummy:DummySource", options=DummySourceConfig)
 
 def source_of_path(text: str) -> dict[str, str]:
     """The source that a path alone stands for; ConfigError where it does not look like one."""
-    if not looks_like_path(text):
+    if not any(mark in text for mark in "/\\.*~"):
         try:
             return {"type": SOURCES.entry(text).name}
         except ConfigError as error:
             raise ConfigError(f"{error} Text of your own: {{type: text, path: {text}}}.") from None
     is_lines = text.removesuffix(".gz").endswith((".jsonl", ".ndjson"))
     return {"type": "jsonl" if is_lines else "text", "path": text}
-
-
-def looks_like_path(text: str) -> bool:
-    """Whether ``text`` is a path, and no name of a source."""
-    return any(mark in text for mark in "/\\.*~")
 
 
 SourceField = Annotated[SourceConfig, PartOf(SOURCES, source_of_path)]
@@ -141,8 +136,7 @@ class DataConfig(Section):
     @classmethod
     def _one_source_is_a_list(cls, value: Any) -> Any:
         """``train: books/``."""
-        is_one = isinstance(value, str) and (value in SOURCES or looks_like_path(value))
-        return [value] if is_one or isinstance(value, Mapping) else value
+        return [value] if isinstance(value, str | Mapping) else value
 
     @model_validator(mode="after")
     def _names_differ(self) -> DataConfig:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from ultrathink.cli.arguments import add_plugin_argument
 from ultrathink.core.streams import print_stderr
-
-if TYPE_CHECKING:
-    from ultrathink.runs.decisions import Audit
+from ultrathink.runs.decisions import Audit
+from ultrathink.runs.folder import find_run
 
 EPILOG = """Each decision is replayed from the state that was kept when it was taken, with
 and without it, over several data orders. The difference in validation loss is
@@ -43,7 +41,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Audit; the status is 0 once every result is written."""
     from ultrathink.recipes.audit import audit_run
-    from ultrathink.runs.folder import find_run
 
     results = audit_run(
         find_run(args.run),

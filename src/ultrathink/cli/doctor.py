@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from ultrathink.cli.arguments import (
     add_config_arguments,
@@ -14,11 +13,11 @@ from ultrathink.cli.arguments import (
 )
 from ultrathink.config.loading import load_config
 from ultrathink.config.schema import Config
+from ultrathink.insight.doctor.diagnose import Progress, diagnose
+from ultrathink.insight.doctor.report import Diagnosis
+from ultrathink.insight.doctor.wording import sections, verdict
+from ultrathink.monitoring.report import Cell, Column, Report
 from ultrathink.monitoring.terminal import error_stream, is_interactive, make_console
-
-if TYPE_CHECKING:
-    from ultrathink.insight.doctor.diagnose import Progress
-    from ultrathink.insight.doctor.report import Diagnosis
 
 EPILOG = """examples:
   ultrathink doctor                         for a run of the preset demo
@@ -45,8 +44,6 @@ def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 where something makes training impossible."""
     source, overrides = split_config_and_overrides(args.positionals)
     config = load_config(source, overrides)
-    from ultrathink.insight.doctor.diagnose import diagnose
-
     with _progress() as progress:
         name = source or str(Config.default_preset)
         report = diagnose(config, name, quick=args.quick, progress=progress)
@@ -69,9 +66,6 @@ def _progress() -> Iterator[Progress]:
 
 
 def _print(diagnosis: Diagnosis) -> None:
-    from ultrathink.insight.doctor.wording import sections, verdict
-    from ultrathink.monitoring.report import Cell, Column, Report
-
     report = Report()
     for title, lines in sections(diagnosis).items():
         report.line(Cell(title, "bold"))

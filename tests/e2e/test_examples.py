@@ -60,6 +60,6 @@ def check_launch(script: str) -> None:
     """``ultrathink launch`` in a script takes the arguments that it is given there."""
     [found] = re.findall(r"ultrathink launch (.*)", script.replace("\n", " "))
     words = shlex.split(re.sub(r"\$\{?\w+(\[@\])?\}?|\$@", "2", found))
-    args = load_command("launch").parser.parse(words)
+    args = load_command("launch")[0].parse(words)
     assert args.nnodes == 2
     assert args.rdzv_endpoint.endswith(":29400")

@@ -53,7 +53,7 @@ BREAKAGES = (
     Breakage(
         "a change of type discards what was overridden before it",
         "config/overrides.py",
-        'if not self._is_override(f"{key}.{name}"):',
+        'if f"{key}.{name}" not in self._overridden:',
         "if True:",
         ("unit/config",),
     ),

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ultrathink.core.errors import UltrathinkError
-from ultrathink.core.registry import load_plugin
 
 _POSITIONALS = "positionals"
 # A path such as runs/lr=0.1/config.yaml has an equals sign too, but not after a dotted key.
@@ -37,12 +36,6 @@ def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="run this Python file first, which registers parts of your own",
     )
-
-
-def load_plugins(args: argparse.Namespace) -> None:
-    """Run the files given with ``--plugin``; before any configuration is read."""
-    for path in args.plugin:
-        load_plugin(path)
 
 
 def file_to_write(option: str, text: str) -> Path:

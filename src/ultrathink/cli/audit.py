@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
-from ultrathink.cli.arguments import add_plugin_argument, load_plugins
+from ultrathink.cli.arguments import add_plugin_argument
 from ultrathink.core.streams import print_stderr
+from ultrathink.runs.decisions import Audit
+from ultrathink.runs.folder import find_run
 
-if TYPE_CHECKING:
-    from ultrathink.runs.decisions import Audit
-
-_EPILOG = """Each decision is replayed from the state that was kept when it was taken, with
+EPILOG = """Each decision is replayed from the state that was kept when it was taken, with
 and without it, over several data orders. The difference in validation loss is
 printed with its 95% interval and written to the run's decisions.jsonl.
 Negative means that the decision helped.
@@ -25,13 +23,16 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``ultrathink audit``."""
-    parser.epilog = _EPILOG
     parser.add_argument("run", metavar="RUN", help="name or folder of a run")
     parser.add_argument("--decision", type=int, metavar="K", help="only decision number K")
-    parser.add_argument("--orders", type=int, default=4, metavar="N", help="data orders (4)")
     parser.add_argument(
-        "--horizon", type=int, metavar="N", help="steps after the decision to judge at (200)"
+        "--orders", type=int, default=4, metavar="N", help="data orders (default: 4)"
+    )
+    parser.add_argument(
+        "--horizon",
+        type=int,
+        metavar="N",
+        help="steps after the decision to judge at (default: 200)",
     )
     add_plugin_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -39,9 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Audit; the status is 0 once every result is written."""
-    load_plugins(args)
     from ultrathink.recipes.audit import audit_run
-    from ultrathink.runs.folder import find_run
 
     results = audit_run(
         find_run(args.run),

@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ultrathink.cli.arguments import generate_command
 from ultrathink.core.errors import UltrathinkError, closest
 from ultrathink.core.streams import print_stderr
-
-if TYPE_CHECKING:
-    from ultrathink.runs.inspection import Contents
+from ultrathink.runs.folder import find_run, split_run
+from ultrathink.runs.inspection import Contents, consolidate, inspect_checkpoint
 
 ACTIONS = ("info", "consolidate")
-_EPILOG = """what to do:
+EPILOG = """what to do:
   checkpoint info RUN           list what the last checkpoint of a run holds
   checkpoint consolidate RUN    write its model as one safetensors file, with
                                 its configuration and tokenizer
@@ -29,8 +27,6 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``ultrathink checkpoint``."""
-    parser.epilog = _EPILOG
     parser.add_argument("action", metavar="ACTION", help="info or consolidate")
     parser.add_argument("run", metavar="RUN", help="run name or folder, or RUN@best|last|step")
     parser.add_argument("--tensors", action="store_true", help="info: list every tensor")
@@ -44,18 +40,12 @@ def run(args: argparse.Namespace) -> int:
         near = closest(args.action, ACTIONS)
         hint = f"did you mean {near}?" if near else f"use {' or '.join(ACTIONS)}."
         raise UltrathinkError(f"there is no action {args.action!r}; {hint}")
-    from ultrathink.runs.folder import find_run, split_run
-
     name, which = split_run(args.run)
     found = find_run(name)
     if args.action == "info":
-        from ultrathink.runs.inspection import inspect_checkpoint
-
         contents = inspect_checkpoint(found.checkpoint(which))
         _show(contents, with_tensors=args.tensors, as_json=args.json)
         return 0
-    from ultrathink.runs.inspection import consolidate
-
     folder, remark = consolidate(found, which, args.output)
     if remark:
         print_stderr(f"warning: {remark}")

@@ -6,14 +6,16 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pydantic_core import to_jsonable_python
+
+from ultrathink.cli.compare_view import print_comparison
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.insight.comparison import Agreement, Comparison, Side, compare, read_side
+from ultrathink.runs.folder import find_run
 
-if TYPE_CHECKING:
-    from ultrathink.insight.comparison import Agreement, Comparison, Side
-
-_EPILOG = """what it shows:
+EPILOG = """what it shows:
   - what differs in configuration and environment
   - train loss and bits per byte over the steps that all runs have taken, or
     over the tokens where the runs' steps differ in size
@@ -27,20 +29,12 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``ultrathink compare``."""
-    parser.epilog = _EPILOG
     parser.add_argument("runs", nargs="*", metavar="RUN", help="two or more run names or folders")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the comparison; the status is 0, whatever differs."""
-    from pydantic_core import to_jsonable_python
-
-    from ultrathink.cli.compare_view import print_comparison
-    from ultrathink.insight.comparison import compare, read_side
-    from ultrathink.runs.folder import find_run
-
     if len(args.runs) < 2:
         given = f"only {args.runs[0]!r} is given" if args.runs else "none is given"
         raise UltrathinkError(
@@ -56,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         plain = to_jsonable_python(
             _to_json(comparison), inf_nan_mode="null", fallback=lambda absent: None
         )
-        print(json.dumps(plain, ensure_ascii=False))
+        print(json.dumps(plain))
     else:
         print_comparison(comparison)
     return 0

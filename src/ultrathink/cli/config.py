@@ -8,7 +8,6 @@ from typing import Any
 
 from ultrathink.cli.arguments import (
     add_config_arguments,
-    load_plugins,
     split_config_and_overrides,
 )
 from ultrathink.config import docs
@@ -20,8 +19,7 @@ from ultrathink.config.training import BUDGETS
 from ultrathink.core.errors import ConfigError, UltrathinkError, suggestion
 
 ACTIONS = ("show", "check", "docs", "schema")
-EXAMPLES = """\
-what to do:
+EPILOG = """what to do:
   show    print the configuration in full, as training would use it
   check   find what training would refuse: wrong values, missing or unreadable
           files, weights that do not fit
@@ -37,22 +35,18 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Describe the command's arguments."""
     # Optional for argparse, so that the message names the actions.
     parser.add_argument("action", nargs="?", metavar="|".join(ACTIONS), help="see below")
     add_config_arguments(parser)
     parser.add_argument("--why", action="store_true", help="show: where each value came from")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.epilog = EXAMPLES
 
 
 def run(args: argparse.Namespace) -> int:
     """Show, check or document configurations."""
     if args.action not in ACTIONS:
-        said = "" if args.action is None else f"not {args.action!r}. "
-        hint = suggestion(args.action or "", ACTIONS)
-        raise UltrathinkError(f"say what to do: config {' | '.join(ACTIONS)}; {said}{hint}")
-    load_plugins(args)
+        said = f", not {args.action!r}. {suggestion(args.action, ACTIONS)}" if args.action else ""
+        raise UltrathinkError(f"say what to do: ultrathink config {'|'.join(ACTIONS)}{said}")
     if args.why and args.action != "show":
         raise UltrathinkError(f"--why belongs to 'config show', not to 'config {args.action}'")
     if args.action in ("docs", "schema"):

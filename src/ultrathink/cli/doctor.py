@@ -6,35 +6,33 @@ import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from ultrathink.cli.arguments import (
     add_config_arguments,
-    load_plugins,
     split_config_and_overrides,
 )
 from ultrathink.config.loading import load_config
 from ultrathink.config.schema import Config
+from ultrathink.insight.doctor.diagnose import Progress, diagnose
+from ultrathink.insight.doctor.report import Diagnosis
+from ultrathink.insight.doctor.wording import sections, verdict
+from ultrathink.monitoring.report import Cell, Column, Report
 from ultrathink.monitoring.terminal import error_stream, is_interactive, make_console
 
-if TYPE_CHECKING:
-    from ultrathink.insight.doctor.diagnose import Progress
-    from ultrathink.insight.doctor.report import Diagnosis
+EPILOG = """examples:
+  ultrathink doctor                         for a run of the preset demo
+  ultrathink doctor --quick                 measure only what auto needs
+  ultrathink doctor my.yaml training.device=cpu
+                                            for a run of your own
+  ultrathink doctor --json > machine.json   for a bug report or a program
 
-_EPILOG = """examples:
-  ultrathink doctor                                  this machine, for a run of the preset demo
-  ultrathink doctor --quick                          measure only what auto needs
-  ultrathink doctor my.yaml training.device=cpu      this machine, for a run of your own
-  ultrathink doctor --json > machine.json            for a bug report or a program
-
-status: 0 where training works (warnings included), 1 where something makes it impossible
+status: 0 where training works (warnings included), 1 where something makes it
+impossible
 """
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``ultrathink doctor``."""
-    parser.epilog = _EPILOG
     add_config_arguments(parser)
     parser.add_argument(
         "--quick", action="store_true", help="measure only what auto needs, in a second"
@@ -44,11 +42,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; 1 where something makes training impossible."""
-    load_plugins(args)
     source, overrides = split_config_and_overrides(args.positionals)
     config = load_config(source, overrides)
-    from ultrathink.insight.doctor.diagnose import diagnose
-
     with _progress() as progress:
         name = source or str(Config.default_preset)
         report = diagnose(config, name, quick=args.quick, progress=progress)
@@ -71,9 +66,6 @@ def _progress() -> Iterator[Progress]:
 
 
 def _print(diagnosis: Diagnosis) -> None:
-    from ultrathink.insight.doctor.wording import sections, verdict
-    from ultrathink.monitoring.report import Cell, Column, Report
-
     report = Report()
     for title, lines in sections(diagnosis).items():
         report.line(Cell(title, "bold"))

@@ -12,7 +12,7 @@ from ultrathink.core.errors import UltrathinkError
 if TYPE_CHECKING:
     from ultrathink.interop.export import Export
 
-_EPILOG = """examples:
+EPILOG = """examples:
   ultrathink export demo                  below runs/demo/export/
   ultrathink export demo --checkpoint last --dtype bf16
                                           half the size
@@ -21,23 +21,21 @@ _EPILOG = """examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``ultrathink export``."""
-    parser.epilog = _EPILOG
     parser.add_argument("run", metavar="RUN", help="run name or folder, or RUN@best|last|step")
     parser.add_argument(
-        "--checkpoint", metavar="best|last|STEP", help="which of its checkpoints; default best"
+        "--checkpoint", metavar="best|last|STEP", help="which of its checkpoints (default: best)"
     )
     parser.add_argument(
         "--format",
         choices=["hf"],
         default="hf",
-        help="hf (the default): a folder that transformers loads",
+        help="hf: a folder that transformers loads (default: hf)",
     )
     parser.add_argument(
-        "--output", metavar="FOLDER", help="where to; default RUN/export/hf-STEP; not overwritten"
+        "--output", metavar="FOLDER", help="a new folder (default: RUN/export/hf-STEP)"
     )
     parser.add_argument(
-        "--dtype", choices=["fp32", "bf16"], help="type of the weights; default their own"
+        "--dtype", choices=["fp32", "bf16"], help="type of the weights (default: their own)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

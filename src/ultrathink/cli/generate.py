@@ -9,7 +9,7 @@ import time
 
 from ultrathink.core.streams import print_stderr
 
-_EPILOG = """examples:
+EPILOG = """examples:
   ultrathink generate demo "def main():"
   ultrathink generate runs/demo@last "import " --temperature 0
   ultrathink generate demo "class " --top-k 40 --seed 1 --stop "\\nclass"
@@ -18,23 +18,33 @@ _EPILOG = """examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``ultrathink generate``."""
-    parser.epilog = _EPILOG
     parser.add_argument("run", metavar="RUN", help="run name or folder, or RUN@best|last|step")
-    parser.add_argument("prompt", help="text to continue; - reads it from standard input")
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default 200")
     parser.add_argument(
-        "--temperature", type=float, default=0.7, metavar="T", help="0 is greedy; default 0.7"
+        "prompt", metavar="PROMPT", help="text to continue; - reads it from standard input"
     )
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest")
     parser.add_argument(
-        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens that sum to P"
+        "--max-new-tokens",
+        type=int,
+        default=200,
+        metavar="N",
+        help="tokens to write (default: 200)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, metavar="T", help="0 is greedy (default: 0.7)"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the likeliest tokens that sum to P"
     )
     parser.add_argument("--seed", type=int, metavar="N", help="the same seed writes the same text")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text (repeatable)",
     )
-    parser.add_argument("--device", default="cpu", help="default cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of streaming"
     )
@@ -88,7 +98,6 @@ def run(args: argparse.Namespace) -> int:
                 "finish_reason": result.finish_reason,
                 "tokens_per_sec": result.new_tokens / max(seconds, 1e-9),
             },
-            ensure_ascii=False,
         )
     )
     return 0

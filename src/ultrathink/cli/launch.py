@@ -10,7 +10,7 @@ from ultrathink.cli import train
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.streams import print_stderr
 
-_EPILOG = """examples:
+EPILOG = """examples:
   ultrathink launch --nproc 2 debug     two processes on this machine
   ultrathink launch my.yaml             one process for each of its GPUs
   ultrathink launch --nproc 4 my.yaml parallel.dp_replicate=2
@@ -22,9 +22,7 @@ _EPILOG = """examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``ultrathink launch``: its own, and those of ``train``."""
     train.configure(parser)
-    parser.epilog = _EPILOG
     group = parser.add_argument_group("processes")
     group.add_argument(
         "--nproc", type=int, metavar="N", help="processes on this machine (default: its GPUs)"

@@ -6,18 +6,20 @@ import argparse
 import errno
 import importlib
 import io
+import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NoReturn, cast
+from typing import NoReturn
 
 from ultrathink import __version__
 from ultrathink.cli.arguments import takes_config
 from ultrathink.core.errors import UltrathinkError, closest, suggestion
+from ultrathink.core.registry import load_plugin
 from ultrathink.core.streams import discard, print_stderr
 
 # Name -> its one line of help. The module of that name in this package is imported only when its
-# command is used, and offers `configure(parser)` and `run(args) -> exit status`.
+# command is used, and offers `configure(parser)`, `run(args) -> exit status` and EPILOG, the end of
+# its help.
 COMMANDS = {
     "train": "train a model, or resume a run",
     "launch": "train on several processes, on one machine or more",
@@ -32,24 +34,25 @@ COMMANDS = {
     "config": "show, check and explain configurations",
     "doctor": "check this machine, and measure how fast it is",
 }
+# What argparse says, and what a person understands.
+_PLAINER = {
+    r"argument (\S+): invalid int value: (.*)": r"\1 \2: give a whole number",
+    r"argument (\S+): invalid float value: (.*)": r"\1 \2: give a number",
+    r"argument (\S+): expected one argument": r"\1: give a value",
+    r"argument (\S+): invalid choice": r"\1: invalid choice",
+}
 USER_ERROR = 2
 SYSTEM_ERROR = 1
 INTERRUPTED = 130
 READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
 
 
-@dataclass(frozen=True)
-class Command:
-    """A subcommand that was asked for: its parser and what runs it."""
-
-    parser: CommandParser
-    run: Callable[[argparse.Namespace], int]
-
-
 class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are the user's mistakes, each with a suggestion."""
 
     def error(self, message: str) -> NoReturn:
+        for pattern, words in _PLAINER.items():
+            message = re.sub(pattern, words, message)
         raise UltrathinkError(f"{message}. See: {self.prog} --help")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
@@ -73,7 +76,7 @@ class CommandParser(argparse.ArgumentParser):
             meant = known_flag(flag, given, Config)
             if meant is not None:
                 return f"{flag} is not known here. {meant}"
-        near = closest(flag, [f for action in self._actions for f in action.option_strings])
+        near = closest(flag, self._option_string_actions)
         return f"{flag} is not known here{f'; did you mean {near}?' if near else '.'}"
 
 
@@ -134,12 +137,15 @@ def _dispatch(arguments: list[str]) -> int:
     if name in ("-V", "--version"):
         print(f"ultrathink {__version__}")
         return 0
-    command = load_command(name)
-    return command.run(command.parser.parse(arguments[1:]))
+    parser, run = load_command(name)
+    args = parser.parse(arguments[1:])
+    for path in getattr(args, "plugin", ()):
+        load_plugin(path)
+    return run(args)
 
 
-def load_command(name: str) -> Command:
-    """Import the command called ``name`` and let it describe its arguments."""
+def load_command(name: str) -> tuple[CommandParser, Callable[[argparse.Namespace], int]]:
+    """The parser of the command called ``name``, and the function that runs it."""
     if name not in COMMANDS:
         kind = "option" if name.startswith("-") else "command"
         known = suggestion(name, COMMANDS)
@@ -149,6 +155,7 @@ def load_command(name: str) -> Command:
     parser = CommandParser(
         prog=f"ultrathink {name}",
         description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=module.EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -156,7 +163,7 @@ def load_command(name: str) -> Command:
     parser.add_argument(
         "--debug", action="store_true", help="show where in the code an error arose"
     )
-    return Command(parser, cast(Callable[[argparse.Namespace], int], module.run))
+    return parser, module.run
 
 
 def _help() -> str:

@@ -8,11 +8,17 @@ from pathlib import Path
 
 from ultrathink.cli.arguments import file_to_write
 from ultrathink.core.errors import UltrathinkError
+from ultrathink.core.files import write_atomic
+from ultrathink.insight.report.gathering import gather
+from ultrathink.insight.report.page import render
+from ultrathink.insight.report.plain import to_json
+from ultrathink.runs.folder import find_run
 
 DEFAULT_FILE = "report.html"
-_EPILOG = """The page is one file that needs no network: figures, curves with phases, decisions
-and alarms, the decision table with reasons and audited gains, forecasts and the actual loss,
-the load of experts, samples, configuration and environment.
+EPILOG = """The page is one file that needs no network: figures, curves with phases,
+decisions and alarms, the decision table with reasons and audited gains,
+forecasts and the actual loss, the load of experts, samples, configuration and
+environment.
 
 examples:
   ultrathink report demo                      writes runs/demo/report.html
@@ -22,8 +28,6 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``ultrathink report``."""
-    parser.epilog = _EPILOG
     parser.add_argument("run", metavar="RUN", help="a run: its name or folder")
     parser.add_argument(
         "--out", metavar="FILE.html", help=f"where to write it (default: {DEFAULT_FILE} in the run)"
@@ -35,12 +39,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page of a run, which may still be training."""
-    from ultrathink.core.files import write_atomic
-    from ultrathink.insight.report.gathering import gather
-    from ultrathink.insight.report.page import render
-    from ultrathink.insight.report.plain import to_json
-    from ultrathink.runs.folder import find_run
-
     out = _target(args.out)
     folder = find_run(args.run)
     path = folder.path / DEFAULT_FILE if out is None else out
@@ -48,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     page = render(story).encode("utf-8", "backslashreplace")
     write_atomic(path, page)
     if args.json:
-        print(json.dumps({"file": str(path), **to_json(story)}, ensure_ascii=False))
+        print(json.dumps({"file": str(path), **to_json(story)}))
         return 0
     for note in story.notes:
         print(f"note: {note}")

@@ -10,16 +10,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ultrathink.cli.arguments import add_plugin_argument, load_plugins
+from pydantic_core import to_jsonable_python
+
+from ultrathink.checkpoint.format import read_state
+from ultrathink.cli.arguments import add_plugin_argument
 from ultrathink.core.errors import UltrathinkError, closest
+from ultrathink.monitoring.report import Cell, Column, Report
+from ultrathink.runs.folder import split_run
+from ultrathink.runs.listing import RunSummary, list_runs
+from ultrathink.runs.reading import RunReader
+from ultrathink.training.budget import is_over
 
 if TYPE_CHECKING:
     from ultrathink.runs.checking import Check
-    from ultrathink.runs.listing import RunSummary
 
 CHECK = "check"
 UNSOUND = 1
-_EPILOG = """what to do:
+EPILOG = """what to do:
   runs [DIR]       list the runs in a folder (default: runs), the newest first
   runs check RUN   read every file of a run and verify it, with --data also its
                    text and token cache; the status is 1 where one is damaged
@@ -47,8 +54,6 @@ _UNKNOWN = "-"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``ultrathink runs``."""
-    parser.epilog = _EPILOG
     parser.add_argument("words", nargs="*", metavar="DIR | check RUN", help="see below")
     add_plugin_argument(parser)
     parser.add_argument("--data", action="store_true", help="check: text and token cache as well")
@@ -64,7 +69,6 @@ def run(args: argparse.Namespace) -> int:
                 "say which run to check: ultrathink runs check RUN"
                 + (f"; one at a time, not {' '.join(words[1:])}" if words[1:] else "")
             )
-        load_plugins(args)
         return _check(words[1], data=args.data, as_json=args.json)
     if args.data:
         raise UltrathinkError("--data belongs to a check: ultrathink runs check RUN --data")
@@ -81,16 +85,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(folder: Path, *, as_json: bool) -> int:
-    from pydantic_core import to_jsonable_python
-
-    from ultrathink.runs.listing import list_runs
-    from ultrathink.training.budget import is_over
-
     runs = list_runs(folder, is_over)
     if as_json:
         found = {"runs": [_to_json(run) for run in runs]}
-        plain = to_jsonable_python(found, inf_nan_mode="null")
-        print(json.dumps(plain, ensure_ascii=False))
+        print(json.dumps(to_jsonable_python(found, inf_nan_mode="null")))
     elif not runs:
         place = "" if folder == Path("runs") else f" run.dir={folder}"
         print(f"There is no run in {folder}/ yet. Start one: ultrathink train{place}")
@@ -100,19 +98,10 @@ def _list(folder: Path, *, as_json: bool) -> int:
 
 
 def _print_list(runs: Sequence[RunSummary]) -> None:
-    from ultrathink.monitoring.report import Cell, Column, Report
-
     report = Report()
-    columns = [
-        Column("run", folds=True),
-        Column("state"),
-        Column("step", right=True),
-        Column("loss", right=True),
-        Column("val loss", right=True),
-        Column("bits/byte", right=True),
-        Column("changed", right=True),
-        Column("size", right=True),
-    ]
+    figures = ("step", "loss", "val loss", "bits/byte", "changed", "size")
+    columns = [Column("run", folds=True), Column("state")]
+    columns += [Column(title, right=True) for title in figures]
     now = time.time()
     rows: list[list[str | Cell]] = [
         [
@@ -178,7 +167,6 @@ def _size(num_bytes: int) -> str:
 
 def _check(name: str, *, data: bool, as_json: bool) -> int:
     from ultrathink.runs.checking import check_run, run_to_check
-    from ultrathink.runs.folder import split_run
 
     run_name, which = split_run(name, "")
     check = check_run(run_to_check(run_name), which or None, data=data)
@@ -186,15 +174,13 @@ def _check(name: str, *, data: bool, as_json: bool) -> int:
     if check.newest_sound != check.newest:
         command += f"@{check.newest_sound}"
     if as_json:
-        print(json.dumps(_check_to_json(check, command), ensure_ascii=False))
+        print(json.dumps(_check_to_json(check, command)))
     else:
         _print_check(check, command)
     return 0 if check.is_sound else UNSOUND
 
 
 def _print_check(check: Check, command: str) -> None:
-    from ultrathink.monitoring.report import Cell, Column, Report
-
     report = Report()
     where = f", in use by {check.owner}" if check.owner is not None else ""
     report.line(Cell(f"run {check.run.path}", "bold"), where)
@@ -219,10 +205,6 @@ def _print_check(check: Check, command: str) -> None:
 
 
 def _is_finished(check: Check) -> bool:
-    from ultrathink.checkpoint.format import read_state
-    from ultrathink.runs.reading import RunReader
-    from ultrathink.training.budget import is_over
-
     if check.newest_sound is None or not check.can_resume:
         return False
     state = read_state(check.run.checkpoint(check.newest_sound))

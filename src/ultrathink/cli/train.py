@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from ultrathink.cli.arguments import (
     add_config_arguments,
     generate_command,
-    load_plugins,
     split_config_and_overrides,
 )
 from ultrathink.cli.together import is_launched, run_together
@@ -28,7 +27,7 @@ from ultrathink.training.changes import Stop
 if TYPE_CHECKING:
     from ultrathink.training.trainer import Trainer
 
-_EPILOG = """examples:
+EPILOG = """examples:
   ultrathink train                      five minutes on Python's own source
   ultrathink train debug                twenty tiny steps: does all work?
   ultrathink train data.train=books/    your own text
@@ -45,8 +44,6 @@ options of other trainers are answered with the line that means them here:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``ultrathink train``."""
-    parser.epilog = _EPILOG
     add_config_arguments(parser)
     parser.add_argument(
         "--resume",
@@ -67,7 +64,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; returns 0 at the end of a run, 128 plus the signal's number where one stopped it."""
-    load_plugins(args)
     if is_launched():
         run_together(lambda: _run(args))
     return _run(args)

@@ -7,19 +7,20 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ultrathink.cli.arguments import file_to_write
+from ultrathink.cli.watch_view import FollowView, print_analysis
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.streams import print_stderr
-
-if TYPE_CHECKING:
-    from ultrathink.cli.watch_view import FollowView
-    from ultrathink.insight.log_analysis import LogAnalysis
+from ultrathink.insight.log_analysis import LogAnalysis
+from ultrathink.insight.logs.log import NotYetError
+from ultrathink.insight.logs.names import parse_columns
+from ultrathink.insight.logs.opening import open_log
+from ultrathink.insight.picture import draw_picture, require_matplotlib
 
 POLL_S = 0.5
 PICTURES = (".png", ".svg", ".pdf")
-_EPILOG = """FILE is a run (its folder or name), or the log of another trainer: Hugging
+EPILOG = """FILE is a run (its folder or name), or the log of another trainer: Hugging
 Face's trainer_state.json, CSV, JSON lines, Megatron's JSON, or printed lines
 (llm.c, DeepSpeed, Megatron-LM, nanoGPT, torchtitan, OLMo and others). Its
 format is recognized by its content; columns are guessed, or named with
@@ -34,8 +35,6 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of ``ultrathink watch``."""
-    parser.epilog = _EPILOG
     parser.add_argument("file", metavar="FILE", help="a training log, or a run")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object; one a line with --follow"
@@ -57,8 +56,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Watch a log to its end, or with ``--follow`` until Ctrl-C (status 130)."""
-    from ultrathink.insight.logs.names import parse_columns
-
     columns = parse_columns(args.columns)
     picture = _picture_path(args.plot)
     if args.follow:
@@ -69,19 +66,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _watch(file: str, columns: Mapping[str, str], picture: Path | None, *, as_json: bool) -> None:
-    from ultrathink.cli.watch_view import print_analysis
-    from ultrathink.insight.log_analysis import LogAnalysis
-    from ultrathink.insight.logs.opening import open_log
-
     log = open_log(file, columns)
     analysis = LogAnalysis(log)
     for signals in log.signals():
         analysis.observe(signals)
     analysis.finish()
     if picture is not None:
-        _draw(analysis, picture)
+        draw_picture(analysis, picture)
     if as_json:
-        print(json.dumps(analysis.report(), ensure_ascii=False))
+        print(json.dumps(analysis.report()))
     else:
         print_analysis(analysis)
         if picture is not None:
@@ -110,12 +103,10 @@ class _Follower:
                 time.sleep(POLL_S)
         except KeyboardInterrupt:
             if self._picture is not None and self._analysis is not None:
-                _draw(self._analysis, self._picture)
+                draw_picture(self._analysis, self._picture)
             raise
 
     def _look(self) -> None:
-        from ultrathink.insight.logs.log import NotYetError
-
         try:
             if self._analysis is None:
                 self._open()
@@ -126,10 +117,6 @@ class _Follower:
             self._wait(str(error).rstrip("."))
 
     def _open(self) -> None:
-        from ultrathink.cli.watch_view import FollowView
-        from ultrathink.insight.log_analysis import LogAnalysis
-        from ultrathink.insight.logs.opening import open_log
-
         log = open_log(self._file, self._columns)
         self._analysis = LogAnalysis(log)
         self._waits_for = ""
@@ -161,8 +148,6 @@ def _picture_path(text: str | None) -> Path | None:
     """The file of ``--plot``."""
     if text is None:
         return None
-    from ultrathink.insight.picture import require_matplotlib
-
     path = file_to_write("--plot", text)
     if path.suffix.lower() not in PICTURES:
         raise UltrathinkError(
@@ -171,9 +156,3 @@ def _picture_path(text: str | None) -> Path | None:
         )
     require_matplotlib()
     return path
-
-
-def _draw(analysis: LogAnalysis, path: Path) -> None:
-    from ultrathink.insight.picture import draw_picture
-
-    draw_picture(analysis, path)

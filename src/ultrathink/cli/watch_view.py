@@ -91,8 +91,7 @@ class FollowView:
     def _show_event(self, name: str, event: Event) -> None:
         if self._as_json:
             found = {**({"run": name} if name else {}), **event.to_json()}
-            plain = to_jsonable_python(found, inf_nan_mode="null")
-            print(json.dumps(plain, ensure_ascii=False), flush=True)
+            print(json.dumps(to_jsonable_python(found, inf_nan_mode="null")), flush=True)
             return
         self._line(
             f"{event.step:>10,}  ",

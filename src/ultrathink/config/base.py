@@ -34,6 +34,13 @@ class Section(BaseModel):
         allow_inf_nan=False,
     )
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        for field in cls.model_fields.values():
+            if field.description:  # the string below it, on one line
+                field.description = " ".join(field.description.split())
+        return handler(source)
+
     @field_validator("*", mode="before")
     @classmethod
     def _read_as_meant(cls, value: Any, info: ValidationInfo) -> Any:

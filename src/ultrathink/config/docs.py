@@ -64,7 +64,7 @@ def _write_nested(
 ) -> None:
     """The sections inside a section, each under a heading."""
     for name, field in section.model_fields.items():
-        classes = tuple(sections_of(field.annotation, field.metadata))
+        classes = tuple(sections_of(field))
         if not classes:
             continue
         key = f"{prefix}{name}"
@@ -85,7 +85,7 @@ def _write_nested(
 def _write_table(section: type[BaseModel], prefix: str, lines: list[str]) -> None:
     rows = []
     for name, field in section.model_fields.items():
-        inner = sections_of(field.annotation, field.metadata)
+        inner = sections_of(field)
         is_own_type = get_origin(field.annotation) is Literal and not field.is_required()
         if (name == "type" and is_own_type) or (inner and not is_part(field)):
             continue  # in the heading

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from ultrathink.config.base import Section, alike, one_of
 from ultrathink.config.options import felt, fixed, free
@@ -34,19 +34,15 @@ shape = partial(fixed, because="the weights would no longer fit or mean what the
 class ExpertGroupConfig(Section):
     """Experts that compete with each other for tokens; groups do not compete."""
 
-    name: str = shape(
-        min_length=1,
-        pattern=r"^[A-Za-z][A-Za-z0-9_-]*$",
-        description="What the group is called in metrics and messages.",
-    )
-    num_experts: int = shape(gt=0, description="Experts of the group.")
-    top_k: int = shape(gt=0, description="Experts of the group that each token is sent to.")
-    max_experts: int | None = shape(
-        None,
-        gt=0,
-        description="Slots for experts; those beyond num_experts are empty, for experts that are "
-        "added during training. num_experts when unset.",
-    )
+    name: str = shape(min_length=1, pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    """What the group is called in metrics and messages."""
+    num_experts: int = shape(gt=0)
+    """Experts of the group."""
+    top_k: int = shape(gt=0)
+    """Experts of the group that each token is sent to."""
+    max_experts: int | None = shape(None, gt=0)
+    """Slots for experts; those beyond num_experts are empty, for experts that are added during
+    training. num_experts when unset."""
 
     @property
     def num_slots(self) -> int:
@@ -71,29 +67,17 @@ class ExpertGroupConfig(Section):
 class RoutingConfig(Section):
     """How tokens find experts; each value can be changed during training."""
 
-    temperature: float = felt(1.0, gt=0, description="Divides the router's logits.")
-    jitter: float = felt(
-        0.0,
-        ge=0,
-        lt=1,
-        description="In training the router's input is multiplied by noise between 1 - jitter and "
-        "1 + jitter.",
-    )
-    capacity_factor: float | None = felt(
-        None,
-        gt=0,
-        description="Tokens of a sequence that an expert takes in training, as a multiple of the "
-        "even share; beyond it those with the lowest scores are dropped. No limit when unset.",
-    )
-    expert_dropout: float = felt(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Probability that an expert is closed to a sequence, in training.",
-    )
-    warmup_steps: int = felt(
-        100, ge=0, description="Steps over which routing goes from nearly uniform to learned."
-    )
+    temperature: float = felt(1.0, gt=0)
+    """Divides the router's logits."""
+    jitter: float = felt(0.0, ge=0, lt=1)
+    """In training the router's input is multiplied by noise between 1 - jitter and 1 + jitter."""
+    capacity_factor: float | None = felt(None, gt=0)
+    """Tokens of a sequence that an expert takes in training, as a multiple of the even share;
+    beyond it those with the lowest scores are dropped. No limit when unset."""
+    expert_dropout: float = felt(0.0, ge=0, lt=1)
+    """Probability that an expert is closed to a sequence, in training."""
+    warmup_steps: int = felt(100, ge=0)
+    """Steps over which routing goes from nearly uniform to learned."""
 
 
 class BalanceConfig(Section):
@@ -103,67 +87,47 @@ class BalanceConfig(Section):
     cost in loss (docs/experts.md).
     """
 
-    load: float = felt(
-        0.01, ge=0, description="Weight of N·Σ P_i·f_i, mean probability times load (Switch)."
-    )
-    importance: float = felt(
-        0.0, ge=0, description="Weight of the squared coefficient of variation of Σ P_i."
-    )
-    entropy: float = felt(
-        0.0,
-        ge=0,
-        description="Weight of 1 - H/ln N, which rewards router distributions that are spread.",
-    )
-    z: float = felt(0.0, ge=0, description="Weight of the squared log-partition of the router.")
-    bias_rate: float | None = felt(
-        None,
-        ge=0,
-        description="Change per step of a bias on the logits by which experts are chosen: up for "
-        "those below the mean load, down for those above. When unset, 0.005 for several groups, "
-        "and 0 for one, which can then be exported as a Mixtral.",
-    )
+    load: float = felt(0.01, ge=0)
+    """Weight of N·Σ P_i·f_i, mean probability times load (Switch)."""
+    importance: float = felt(0.0, ge=0)
+    """Weight of the squared coefficient of variation of Σ P_i."""
+    entropy: float = felt(0.0, ge=0)
+    """Weight of 1 - H/ln N, which rewards router distributions that are spread."""
+    z: float = felt(0.0, ge=0)
+    """Weight of the squared log-partition of the router."""
+    bias_rate: float | None = felt(None, ge=0)
+    """Change per step of a bias on the logits by which experts are chosen: up for those below the
+    mean load, down for those above. When unset, 0.005 for several groups, and 0 for one, which can
+    then be exported as a Mixtral."""
 
 
 class MoeConfig(Section):
     """Groups of experts: each token is sent to the top_k of every group."""
 
-    groups: tuple[ExpertGroupConfig, ...] = shape(
-        min_length=1, description="Groups of experts; a token is sent to the top_k of each."
-    )
-    intermediate_size: int | None = shape(
-        None,
-        gt=0,
-        description="Width of each expert, a multiple of 8; the dense width divided by the experts "
-        "of a token, rounded up to a multiple of 8, when unset.",
-    )
-    shared_size: int | None = shape(
-        None, gt=0, description="Width of an expert that every token is sent to; none when unset."
-    )
-    layers: Literal["all", "interleaved", "sandwich"] | tuple[int | float, ...] = shape(
-        "all",
-        description="Layers that have experts: all, every second one, all but the first and last, "
-        "or a list of indices and fractions of the depth.",
-    )
-    score: Literal["softmax", "sigmoid"] = shape(
-        "softmax", description="How logits of the router become scores within a group."
-    )
-    normalize_gates: bool = shape(
-        True,
-        description="Divide the scores of a token's chosen experts by their sum in each group with "
-        "top_k above 1.",
-    )
-    gate_scale: float = shape(
-        1.0,
-        gt=0,
-        description="Factor on the gates; DeepSeek-V3's routed_scaling_factor.",
-    )
-    backend: Annotated[str, one_of(EXPERT_BACKENDS, "auto")] = free(
-        "auto",
-        description="Kernel of the grouped product: a registered name (batched, grouped_mm, loop), "
-        "or auto to choose for the device.",
-    )
-    routing: RoutingConfig = Field(RoutingConfig(), description="How tokens find experts.")
-    balance: BalanceConfig = Field(BalanceConfig(), description="What keeps the load even.")
+    groups: tuple[ExpertGroupConfig, ...] = shape(min_length=1)
+    """Groups of experts; a token is sent to the top_k of each."""
+    intermediate_size: int | None = shape(None, gt=0)
+    """Width of each expert, a multiple of 8; the dense width divided by the experts of a token,
+    rounded up to a multiple of 8, when unset."""
+    shared_size: int | None = shape(None, gt=0)
+    """Width of an expert that every token is sent to; none when unset."""
+    layers: Literal["all", "interleaved", "sandwich"] | tuple[int | float, ...] = shape("all")
+    """Layers that have experts: all, every second one, all but the first and last, or a list of
+    indices and fractions of the depth."""
+    score: Literal["softmax", "sigmoid"] = shape("softmax")
+    """How logits of the router become scores within a group."""
+    normalize_gates: bool = shape(True)
+    """Divide the scores of a token's chosen experts by their sum in each group with top_k above
+    1."""
+    gate_scale: float = shape(1.0, gt=0)
+    """Factor on the gates; DeepSeek-V3's routed_scaling_factor."""
+    backend: Annotated[str, one_of(EXPERT_BACKENDS, "auto")] = free("auto")
+    """Kernel of the grouped product: a registered name (batched, grouped_mm, loop), or auto to
+    choose for the device."""
+    routing: RoutingConfig = RoutingConfig()
+    """How tokens find experts."""
+    balance: BalanceConfig = BalanceConfig()
+    """What keeps the load even."""
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -127,15 +127,13 @@ def _expected(detail: ErrorDetails) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value in YAML's words (null, true), text in quotes."""
-    text = repr(value) if isinstance(value, str) else dump_yaml(_plain(value), one_line=True)
+    """A value in YAML's words (null, true), text in quotes, a section that was read by its name."""
+    if isinstance(value, str):
+        text = repr(value)
+    else:
+        is_plain = value is None or isinstance(value, int | float | list | dict)
+        text = dump_yaml(value if is_plain else str(value), one_line=True)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _plain(value: Any) -> Any:
-    """A value that YAML can show; a section that was already read is shown by its name."""
-    known = isinstance(value, str | int | float | bool | list | dict) or value is None
-    return value if known else str(value)
 
 
 def _source(key: str, origins: Mapping[str, str]) -> str:
@@ -170,8 +168,8 @@ def _known_key(
     sections = sections_at(root, parents, tree)
     fields = list(dict.fromkeys(key for section in sections for key in section.model_fields))
     others = [section for section in sections_at(root, parents, None) if section not in sections]
-    if having := _having(name, others):
-        return _of_another_type(name, having, sections[0], ".".join(parents), fields)
+    if any(name in other.model_fields for other in others):
+        return _of_another_type(name, others, sections[0], ".".join(parents))
     meant = known_option(name, value, root, in_file=in_file)
     if meant is not None:
         return meant
@@ -180,8 +178,7 @@ def _known_key(
         return f"Did you mean {'.'.join([*parents, near])!r}?"
     match = closest(name, [key for section in others for key in section.model_fields])
     if match is not None:
-        having = _having(match, others)
-        return _of_another_type(match, having, sections[0], ".".join(parents), fields)
+        return _of_another_type(match, others, sections[0], ".".join(parents))
     return f"Known keys: {', '.join(fields)}."
 
 
@@ -212,16 +209,13 @@ def known_option(name: str, value: Any, root: type[BaseModel], *, in_file: bool)
     return habits.answer(name, value, in_file=in_file) if is_training else None
 
 
-def _having(name: str, sections: list[type[BaseModel]]) -> list[str]:
-    return [type_name(section) for section in sections if name in section.model_fields]
-
-
 def _of_another_type(
-    name: str, having: list[str], section: type[BaseModel], part: str, fields: list[str]
+    name: str, others: list[type[BaseModel]], section: type[BaseModel], part: str
 ) -> str:
+    having = [type_name(other) for other in others if name in other.model_fields]
     return (
         f"{name!r} belongs to type {' and '.join(having)}, and {part} is of type "
-        f"{type_name(section)}, with: {', '.join(fields)}."
+        f"{type_name(section)}, with: {', '.join(section.model_fields)}."
     )
 
 

@@ -99,7 +99,7 @@ def _read_base(
     if path.is_dir():
         return _read_run_folder(path, root)
     if path.suffix in (".yaml", ".yml"):
-        tree = _parse(_read_text(path, root), str(path), root)
+        tree = _read(path, root)
         return tree, path.stem, dict.fromkeys(flatten(tree), f"file {path}")
     if path.is_file():
         raise ConfigError(f"{text}: a configuration file's name ends in .yaml; rename it.")
@@ -122,18 +122,16 @@ def _read_run_folder(path: Path, root: type[Root]) -> tuple[dict[str, Any], str,
         raise ConfigError(
             f"the folder {path} is not a run folder: it has no {CONFIG_FILE}.{_named_presets(root)}"
         )
-    tree = _parse(_read_text(config_file, root), str(config_file), root)
+    tree = _read(config_file, root)
+    origins = dict.fromkeys(flatten(tree), f"file {config_file}")
     if origins_file.is_file():
-        recorded = _parse(_read_text(origins_file, root), str(origins_file), root)
-        origins = {str(key): str(value) for key, value in recorded.items()}
-    else:
-        origins = dict.fromkeys(flatten(tree), f"file {config_file}")
+        origins = {key: str(value) for key, value in _read(origins_file, root).items()}
     return tree, path.resolve().name, origins
 
 
-def _read_text(path: Path, root: type[Root]) -> str:
+def _read(path: Path, root: type[Root]) -> dict[str, Any]:
     try:
-        return path.read_text(encoding="utf-8")
+        return _parse(path.read_text(encoding="utf-8"), str(path), root)
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}.{_named_presets(root)}") from None
     except UnicodeDecodeError as error:

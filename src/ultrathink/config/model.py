@@ -7,11 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ultrathink.config.base import Section, off_means, one_of
 from ultrathink.config.experts import BIAS_RATE, WIDTH_STEP, MoeConfig, shape
 from ultrathink.config.options import felt, fixed, free
+from ultrathink.core.divisors import divisors
 from ultrathink.core.registry import Registry
 
 ATTENTION_BACKENDS: Registry[Callable[..., Any]] = Registry("attention backend")
@@ -30,28 +31,22 @@ drawn = partial(fixed, because="weights are drawn once, when a run starts")
 class RopeScalingConfig(Section):
     """How rotary positions are stretched beyond the length a model was trained at."""
 
-    type: Literal["linear", "yarn", "llama3"] = felt(
-        description="Rule that stretches the rotary frequencies."
-    )
-    factor: float = felt(gt=0, description="How many times longer the context becomes.")
-    original_max_positions: int = felt(
-        8192, gt=0, description="Context length before stretching, in tokens (yarn, llama3)."
-    )
-    low_freq_factor: float = felt(
-        1.0, gt=0, description="Below original/low_freq_factor wavelengths blend (llama3)."
-    )
-    high_freq_factor: float = felt(
-        4.0, gt=0, description="Above this many turns a frequency is left alone (llama3)."
-    )
-    beta_fast: float = felt(
-        32.0, gt=0, description="Turns from which a frequency is left alone (yarn)."
-    )
-    beta_slow: float = felt(
-        1.0, gt=0, description="Turns up to which a frequency is fully stretched (yarn)."
-    )
-    attention_factor: float | None = felt(
-        None, gt=0, description="Scale of cos and sin; 0.1·ln(factor)+1 when unset (yarn)."
-    )
+    type: Literal["linear", "yarn", "llama3"] = felt()
+    """Rule that stretches the rotary frequencies."""
+    factor: float = felt(gt=0)
+    """How many times longer the context becomes."""
+    original_max_positions: int = felt(8192, gt=0)
+    """Context length before stretching, in tokens (yarn, llama3)."""
+    low_freq_factor: float = felt(1.0, gt=0)
+    """Below original/low_freq_factor wavelengths blend (llama3)."""
+    high_freq_factor: float = felt(4.0, gt=0)
+    """Above this many turns a frequency is left alone (llama3)."""
+    beta_fast: float = felt(32.0, gt=0)
+    """Turns from which a frequency is left alone (yarn)."""
+    beta_slow: float = felt(1.0, gt=0)
+    """Turns up to which a frequency is fully stretched (yarn)."""
+    attention_factor: float | None = felt(None, gt=0)
+    """Scale of cos and sin; 0.1·ln(factor)+1 when unset (yarn)."""
 
     @model_validator(mode="after")
     def _frequencies_are_ordered(self) -> RopeScalingConfig:
@@ -73,75 +68,65 @@ class AttentionConfig(Section):
     backend: Annotated[str, one_of(ATTENTION_BACKENDS, "auto")] = free(
         "auto",
         rests_on=("training.device", "training.precision", "training.compile", "data.seq_len"),
-        description="Kernel of the attention product: a registered name (sdpa, blocks, eager), or "
-        "auto to choose for the device, the length and the precision.",
     )
+    """Kernel of the attention product: a registered name (sdpa, blocks, eager), or auto to choose
+    for the device, the length and the precision."""
 
 
 class InitConfig(Section):
     """How weights start."""
 
-    std: float = drawn(
-        0.02, gt=0, description="Standard deviation of the truncated normal, cut at 3 of it."
-    )
-    residual: Literal["depth_scaled", "zero"] = drawn(
-        "depth_scaled",
-        description="Projections that write to the residual stream start at std/√(2·num_layers), "
-        "or at zero.",
-    )
+    std: float = drawn(0.02, gt=0)
+    """Standard deviation of the truncated normal, cut at 3 of it."""
+    residual: Literal["depth_scaled", "zero"] = drawn("depth_scaled")
+    """Projections that write to the residual stream start at std/√(2·num_layers), or at zero."""
 
 
 class ModelConfig(Section):
     """A decoder of the Llama family."""
 
-    hidden_size: int = shape(256, gt=0, description="Width of the residual stream.")
-    num_layers: int = shape(4, gt=0, description="Number of blocks.")
-    num_heads: int = shape(8, gt=0, description="Query heads of an attention layer.")
-    num_kv_heads: int | None = shape(
-        None, gt=0, description="Key and value heads; num_heads when unset, 1 is multi-query."
-    )
-    head_dim: int | None = shape(
-        None, gt=0, description="Width of one head; hidden_size / num_heads when unset."
-    )
-    intermediate_size: int | None = shape(
-        None,
-        gt=0,
-        description="Width of the feed-forward layer; 8/3 of hidden_size (4 for relu2), rounded "
-        "up to a multiple of 16, when unset.",
-    )
-    vocab_size: int | None = shape(
-        None, gt=0, description="Rows of the embedding; the tokenizer's size when unset."
-    )
-    feed_forward: Annotated[str, one_of(FEED_FORWARDS)] = shape(
-        "swiglu", description="Registered feed-forward: swiglu or relu2."
-    )
-    rope_theta: float = felt(10_000.0, gt=0, description="Base of the rotary frequencies.")
-    rope_scaling: RopeScalingConfig | None = felt(
-        None, description="Stretching of rotary positions; none when unset."
-    )
-    max_positions: int | None = free(
-        None,
-        gt=0,
-        description="Context length of the model, in tokens; data.seq_len when unset. It is "
-        "written to exports and changes nothing else.",
-    )
-    tie_embeddings: bool = shape(True, description="Share the embedding with the output head.")
-    qk_norm: bool = shape(False, description="RMSNorm on each query and key head before RoPE.")
-    qkv_bias: bool = shape(
-        False, description="Biases on queries, keys and values, as in Qwen2; they start at zero."
-    )
-    norm_eps: float = shape(1e-5, gt=0, description="Constant inside the RMSNorm root.")
-    dropout: float = felt(
-        0.0, ge=0, lt=1, description="Dropout on the embedding and on each block's two outputs."
-    )
-    z_loss: float = felt(
-        0.0, ge=0, description="Weight of the mean squared log-partition of the logits."
-    )
-    attention: AttentionConfig = Field(AttentionConfig(), description="How attention runs.")
-    init: InitConfig = Field(InitConfig(), description="How weights start.")
-    moe: MoeConfig | None = shape(
-        None, description="Groups of experts in place of feed-forward layers; none when unset."
-    )
+    hidden_size: int = shape(256, gt=0)
+    """Width of the residual stream."""
+    num_layers: int = shape(4, gt=0)
+    """Number of blocks."""
+    num_heads: int = shape(8, gt=0)
+    """Query heads of an attention layer."""
+    num_kv_heads: int | None = shape(None, gt=0)
+    """Key and value heads; num_heads when unset, 1 is multi-query."""
+    head_dim: int | None = shape(None, gt=0)
+    """Width of one head; hidden_size / num_heads when unset."""
+    intermediate_size: int | None = shape(None, gt=0)
+    """Width of the feed-forward layer; 8/3 of hidden_size (4 for relu2), rounded up to a multiple
+    of 16, when unset."""
+    vocab_size: int | None = shape(None, gt=0)
+    """Rows of the embedding; the tokenizer's size when unset."""
+    feed_forward: Annotated[str, one_of(FEED_FORWARDS)] = shape("swiglu")
+    """Registered feed-forward: swiglu or relu2."""
+    rope_theta: float = felt(10_000.0, gt=0)
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScalingConfig | None = felt(None)
+    """Stretching of rotary positions; none when unset."""
+    max_positions: int | None = free(None, gt=0)
+    """Context length of the model, in tokens; data.seq_len when unset. It is written to exports and
+    changes nothing else."""
+    tie_embeddings: bool = shape(True)
+    """Share the embedding with the output head."""
+    qk_norm: bool = shape(False)
+    """RMSNorm on each query and key head before RoPE."""
+    qkv_bias: bool = shape(False)
+    """Biases on queries, keys and values, as in Qwen2; they start at zero."""
+    norm_eps: float = shape(1e-5, gt=0)
+    """Constant inside the RMSNorm root."""
+    dropout: float = felt(0.0, ge=0, lt=1)
+    """Dropout on the embedding and on each block's two outputs."""
+    z_loss: float = felt(0.0, ge=0)
+    """Weight of the mean squared log-partition of the logits."""
+    attention: AttentionConfig = AttentionConfig()
+    """How attention runs."""
+    init: InitConfig = InitConfig()
+    """How weights start."""
+    moe: MoeConfig | None = shape(None)
+    """Groups of experts in place of feed-forward layers; none when unset."""
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:
@@ -149,7 +134,7 @@ class ModelConfig(Section):
         if kv_heads is not None and self.num_heads % kv_heads:
             raise ValueError(
                 f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({kv_heads}); "
-                f"divisors: {_divisors(self.num_heads)}"
+                f"divisors: {', '.join(map(str, divisors(self.num_heads)))}"
             )
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
@@ -229,7 +214,3 @@ def _with_value(section: Any, path: list[str], value: float) -> Any:
 
 
 Checkpointing = Annotated[Literal["none", "selective", "full"], off_means("none")]
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

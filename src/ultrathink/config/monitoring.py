@@ -17,11 +17,8 @@ SINKS.add("tensorboard", "ultrathink.monitoring.tensorboard:TensorBoardSink")
 class MonitoringConfig(Section):
     """Where metrics go."""
 
-    sinks: tuple[Annotated[str, one_of(SINKS)], ...] = free(
-        ("console", "jsonl", "tensorboard"), description="Registered sinks that get every record."
-    )
-    log_level: Literal["info", "warning", "error"] = free(
-        "info",
-        description="Least severe messages that the console shows, as the level of Python's logger "
-        "ultrathink. logs/run.log has all of them.",
-    )
+    sinks: tuple[Annotated[str, one_of(SINKS)], ...] = free(("console", "jsonl", "tensorboard"))
+    """Registered sinks that get every record."""
+    log_level: Literal["info", "warning", "error"] = free("info")
+    """Least severe messages that the console shows, as the level of Python's logger ultrathink.
+    logs/run.log has all of them."""

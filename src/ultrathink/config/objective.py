@@ -37,26 +37,19 @@ class DistillConfig(ObjectiveConfig):
     """Cross-entropy of text, and beside it the divergence from a teacher (arXiv:1503.02531)."""
 
     type: Literal["distill"] = "distill"
-    teacher: str = place(
-        ...,
-        description="The model to learn from: a run (RUN, RUN@best, RUN@step), a checkpoint "
-        "folder, or hf:PATH_OR_NAME. Its vocabulary is the student's; a student that starts from "
-        "nothing uses its tokenizer.",
-    )
-    direction: Literal["forward", "reverse"] = felt(
-        "forward",
-        description="forward: KL(teacher, student), which covers what the teacher finds likely; "
-        "reverse: KL(student, teacher), which avoids what it finds unlikely.",
-    )
-    temperature: float = felt(
-        1.0, gt=0, description="Divides the logits of both; above 1 small probabilities count more."
-    )
-    weight: float = felt(
-        1.0, ge=0, description="Of the divergence (times temperature²) beside the cross-entropy."
-    )
-    precision: Literal["auto", "fp32", "bf16", "fp64"] = felt(
-        "auto", description="Number format of the teacher's weights; auto takes training.precision."
-    )
+    teacher: str = place()
+    """The model to learn from: a run (RUN, RUN@best, RUN@step), a checkpoint folder, or
+    hf:PATH_OR_NAME. Its vocabulary is the student's; a student that starts from nothing uses its
+    tokenizer."""
+    direction: Literal["forward", "reverse"] = felt("forward")
+    """forward: KL(teacher, student), which covers what the teacher finds likely; reverse:
+    KL(student, teacher), which avoids what it finds unlikely."""
+    temperature: float = felt(1.0, gt=0)
+    """Divides the logits of both; above 1 small probabilities count more."""
+    weight: float = felt(1.0, ge=0)
+    """Of the divergence (times temperature²) beside the cross-entropy."""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = felt("auto")
+    """Number format of the teacher's weights; auto takes training.precision."""
 
     def frozen_models(self) -> dict[str, FrozenSource]:
         return {"teacher": FrozenSource("training.objective.teacher", self.teacher, self.precision)}

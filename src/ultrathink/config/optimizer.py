@@ -20,44 +20,43 @@ DecayRate = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(PartConfig):
     """What every optimizer has."""
 
-    lr: float = felt(3e-4, gt=0, description="Peak learning rate.")
-    weight_decay: float = felt(
-        0.1, ge=0, description="Decoupled weight decay; norms and biases are never decayed."
-    )
+    lr: float = felt(3e-4, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = felt(0.1, ge=0)
+    """Decoupled weight decay; norms and biases are never decayed."""
 
 
 class AdamWConfig(OptimizerConfig):
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101), fused where torch can."""
 
     type: Literal["adamw"] = "adamw"
-    betas: tuple[DecayRate, DecayRate] = felt(
-        (0.9, 0.95), description="Decay rates of the two moments, each between 0 and 1."
-    )
-    eps: float = felt(1e-8, gt=0, description="Constant beside the root of the second moment.")
+    betas: tuple[DecayRate, DecayRate] = felt((0.9, 0.95))
+    """Decay rates of the two moments, each between 0 and 1."""
+    eps: float = felt(1e-8, gt=0)
+    """Constant beside the root of the second moment."""
 
 
 class MuonConfig(OptimizerConfig):
     """Muon (Jordan et al., 2024) for hidden matrices, AdamW for everything else."""
 
     type: Literal["muon"] = "muon"
-    lr: float = felt(0.012, gt=0, description="Peak learning rate of the hidden matrices.")
-    weight_decay: float = felt(
-        0.0, ge=0, description="Decoupled weight decay; norms and biases are never decayed."
-    )
-    momentum: float = felt(0.95, ge=0, lt=1, description="Nesterov momentum of Muon.")
-    num_iterations: int = felt(5, ge=1, le=20, description="Newton-Schulz iterations.")
-    experts: Literal["muon", "adamw"] = felt(
-        "muon",
-        description="What moves the matrices of experts: muon, or adamw (at adamw_lr), which takes "
-        "a fraction of the time where there are many.",
-    )
-    adamw_lr: float = felt(
-        0.008, gt=0, description="Peak learning rate of embeddings, head, norms and biases."
-    )
-    betas: tuple[DecayRate, DecayRate] = felt(
-        (0.9, 0.95), description="Decay rates of AdamW's moments."
-    )
-    eps: float = felt(1e-8, gt=0, description="Constant of AdamW.")
+    lr: float = felt(0.012, gt=0)
+    """Peak learning rate of the hidden matrices."""
+    weight_decay: float = felt(0.0, ge=0)
+    """Decoupled weight decay; norms and biases are never decayed."""
+    momentum: float = felt(0.95, ge=0, lt=1)
+    """Nesterov momentum of Muon."""
+    num_iterations: int = felt(5, ge=1, le=20)
+    """Newton-Schulz iterations."""
+    experts: Literal["muon", "adamw"] = felt("muon")
+    """What moves the matrices of experts: muon, or adamw (at adamw_lr), which takes a fraction of
+    the time where there are many."""
+    adamw_lr: float = felt(0.008, gt=0)
+    """Peak learning rate of embeddings, head, norms and biases."""
+    betas: tuple[DecayRate, DecayRate] = felt((0.9, 0.95))
+    """Decay rates of AdamW's moments."""
+    eps: float = felt(1e-8, gt=0)
+    """Constant of AdamW."""
 
 
 OPTIMIZERS.add("adamw", "ultrathink.training.optimizers:build_adamw", options=AdamWConfig)
@@ -68,14 +67,11 @@ OptimizerField = Annotated[OptimizerConfig, PartOf(OPTIMIZERS)]
 class ScheduleConfig(PartConfig):
     """What every schedule has."""
 
-    warmup: DurationField = felt(
-        Duration(0.05, "ratio"),
-        description="Linear warm-up: steps (100), a share of the run (0.05 or 5%), tokens "
-        "('2M tokens') or minutes ('1 minute').",
-    )
-    min_ratio: float = felt(
-        0.1, ge=0, le=1, description="Learning rate at the end, as a share of the peak."
-    )
+    warmup: DurationField = felt(Duration(0.05, "ratio"))
+    """Linear warm-up: steps (100), a share of the run (0.05 or 5%), tokens ('2M tokens') or minutes
+    ('1 minute')."""
+    min_ratio: float = felt(0.1, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
 
 
 class CosineConfig(ScheduleConfig):
@@ -88,15 +84,12 @@ class WsdConfig(ScheduleConfig):
     """Warm-up, stable, decay (Hu et al., arXiv:2404.06395)."""
 
     type: Literal["wsd"] = "wsd"
-    min_ratio: float = felt(
-        0.0, ge=0, le=1, description="Learning rate at the end, as a share of the peak."
-    )
-    decay: DurationField = felt(
-        Duration(0.2, "ratio"), description="Length of the decay, in the units of warmup."
-    )
-    shape: Literal["linear", "sqrt"] = felt(
-        "linear", description="Course of the decay: linear, or 1 - √progress."
-    )
+    min_ratio: float = felt(0.0, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+    decay: DurationField = felt(Duration(0.2, "ratio"))
+    """Length of the decay, in the units of warmup."""
+    shape: Literal["linear", "sqrt"] = felt("linear")
+    """Course of the decay: linear, or 1 - √progress."""
 
 
 SCHEDULES.add("cosine", "ultrathink.training.schedules:cosine_factor", options=CosineConfig)

@@ -1,12 +1,14 @@
 """Declaring an option, and with it what resuming a run with another value does.
 
 ``fixed``: refused. ``felt``: applied, recorded and reported as a change that affects training.
-``free``: applied silently, since the updates stay the same up to rounding.
+``free``: applied silently, since the updates stay the same up to rounding. ``place``: as ``free``,
+for what names a run or says where files lie.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import Field
@@ -41,47 +43,27 @@ class OnResume:
         return {**handler(schema), "x-resume": self.rule}
 
 
-def fixed(default: Any = ..., *, because: str, **options: Any) -> Any:
-    """An option whose value a run keeps to its end."""
-    return _option(OnResume("fixed", because), default, options)
-
-
-def felt(
+def _option(
+    rule: Rule,
     default: Any = ...,
     *,
+    because: str = "",
     decides: tuple[Effect, ...] = (),
     rests_on: tuple[str, ...] = (),
     is_compared: bool = True,
     **options: Any,
 ) -> Any:
-    """An option whose new value changes what is learned."""
-    rule = OnResume("felt", "", frozenset(decides), rests_on, is_compared)
-    return _option(rule, default, options)
+    field = Field(default, **options)
+    field.metadata.append(OnResume(rule, because, frozenset(decides), rests_on, is_compared))
+    return field
 
 
-def free(
-    default: Any = ...,
-    *,
-    decides: tuple[Effect, ...] = (),
-    rests_on: tuple[str, ...] = (),
-    **options: Any,
-) -> Any:
-    """An option that does not affect what is learned."""
-    return _option(OnResume("free", "", frozenset(decides), rests_on), default, options)
-
-
-def place(default: Any, **options: Any) -> Any:
-    """An option that names a run or says where files lie."""
-    rule = OnResume("free", decides=frozenset({"place"}), is_compared=False)
-    return _option(rule, default, options)
+fixed = partial(_option, "fixed")  # with `because`
+felt = partial(_option, "felt")
+free = partial(_option, "free")
+place = partial(free, decides=("place",), is_compared=False)
 
 
 def on_resume(field: FieldInfo) -> OnResume | None:
     """The rule that a field was declared with; None for a section, and for a user's own part."""
     return next((marker for marker in field.metadata if isinstance(marker, OnResume)), None)
-
-
-def _option(rule: OnResume, default: Any, options: dict[str, Any]) -> Any:
-    field = Field(default, **options)
-    field.metadata.append(rule)
-    return field

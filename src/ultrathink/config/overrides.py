@@ -50,9 +50,9 @@ class Draft:
         if not isinstance(values, dict):
             return
         given = [name for name in alternatives if values.get(name) is not None]
-        if any(self._is_override(f"{section}.{name}") for name in given):
+        if any(f"{section}.{name}" in self._overridden for name in given):
             for name in (*given, *dependent):
-                if not self._is_override(f"{section}.{name}"):
+                if f"{section}.{name}" not in self._overridden:
                     values.pop(name, None)
                     self._forget(f"{section}.{name}")
 
@@ -119,12 +119,9 @@ class Draft:
     def _start_over(self, node: dict[str, Any], key: str) -> None:
         """Empty a part whose type changes, but for what was overridden before."""
         for name in list(node):
-            if not self._is_override(f"{key}.{name}"):
+            if f"{key}.{name}" not in self._overridden:
                 del node[name]
                 self._forget(f"{key}.{name}")
-
-    def _is_override(self, key: str) -> bool:
-        return key in self._overridden
 
     def _forget(self, key: str) -> None:
         inside = f"{key}."

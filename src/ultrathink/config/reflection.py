@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -13,27 +13,27 @@ from ultrathink.config.base import PartConfig, PartOf
 from ultrathink.config.options import OnResume, on_resume
 
 
-def sections_of(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> list[Any]:
-    """The section classes inside a field's annotation: itself, a union's, a list's, a part's."""
-    for marker in metadata:
+def sections_of(field: FieldInfo) -> list[Any]:
+    """The section classes inside a field: itself, a union's, a list's, a part's."""
+    return _sections_in(field.annotation, field.metadata)
+
+
+def _sections_in(annotation: Any, markers: Sequence[Any] = ()) -> list[Any]:
+    for marker in markers:
         if isinstance(marker, PartOf):
             return [entry.options for entry in marker.registry if entry.options is not None]
-    origin = get_origin(annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        inner, *markers = get_args(annotation)
-        return sections_of(inner, markers)
+        return _sections_in(arguments[0], arguments[1:])
     if origin in (Union, types.UnionType, tuple, list):
-        return [s for argument in get_args(annotation) for s in sections_of(argument)]
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return []
+        return [section for argument in arguments for section in _sections_in(argument)]
+    is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return [annotation] if is_section else []
 
 
 def is_part(field: FieldInfo) -> bool:
     """Whether the field holds one part that a registry knows, or a list of them."""
-    return any(
-        issubclass(section, PartConfig) for section in sections_of(field.annotation, field.metadata)
-    )
+    return any(issubclass(section, PartConfig) for section in sections_of(field))
 
 
 def is_list(field: FieldInfo) -> bool:
@@ -63,13 +63,8 @@ def sections_at(
         node = _step_into(node, part)
         if not part.isdigit():
             fields = [section.model_fields.get(part) for section in current]
-            current = [
-                inner
-                for field in fields
-                if field is not None
-                for inner in sections_of(field.annotation, field.metadata)
-            ]
-            default = next((f.default for f in fields if f is not None), None)
+            current = [inner for field in fields if field for inner in sections_of(field)]
+            default = next((field.default for field in fields if field), None)
             if isinstance(default, PartConfig) and isinstance(node, Mapping):
                 node = {"type": default.type, **node}
         current = _of_type(current, node)
@@ -137,7 +132,7 @@ def all_fields(root: type[BaseModel]) -> dict[str, FieldInfo]:
     def visit(section: type[BaseModel], prefix: str) -> None:
         for name, field in section.model_fields.items():
             fields.setdefault(f"{prefix}{name}", field)
-            for inner in sections_of(field.annotation, field.metadata):
+            for inner in sections_of(field):
                 visit(inner, f"{prefix}{name}.")
 
     visit(root, "")

@@ -40,9 +40,6 @@ class Root(Section):
             return NotImplemented
         return self.model_dump() == other.model_dump()
 
-    def __hash__(self) -> int:
-        return hash(tuple(getattr(self, name) for name in type(self).model_fields))
-
     def origin(self, key: str) -> str:
         """Where the value of a dotted key came from; "default" when nothing set it."""
         while key:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from ultrathink.config.data import DataConfig
 from ultrathink.config.model import ModelConfig
@@ -22,20 +22,22 @@ class Config(Root):
     presets = "presets"
     default_preset = "demo"
 
-    run: RunConfig = Field(RunConfig(), description="Name, place and seed of the run.")
-    model: ModelConfig = Field(ModelConfig(), description="The network.")
-    tokenizer: TokenizerField = tokens(
-        BpeTokenizerConfig(), description="How text becomes token ids."
-    )
-    data: DataConfig = Field(DataConfig(), description="Text sources and sequences.")
-    training: TrainingConfig = Field(description="The course of training.")
-    orchestrator: OrchestratorConfig = Field(
-        OrchestratorConfig(), description="Who watches the run."
-    )
-    parallel: ParallelConfig = Field(
-        ParallelConfig(), description="How the run is spread over processes."
-    )
-    monitoring: MonitoringConfig = Field(MonitoringConfig(), description="Where metrics go.")
+    run: RunConfig = RunConfig()
+    """Name, place and seed of the run."""
+    model: ModelConfig = ModelConfig()
+    """The network."""
+    tokenizer: TokenizerField = tokens(BpeTokenizerConfig())
+    """How text becomes token ids."""
+    data: DataConfig = DataConfig()
+    """Text sources and sequences."""
+    training: TrainingConfig
+    """The course of training."""
+    orchestrator: OrchestratorConfig = OrchestratorConfig()
+    """Who watches the run."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the run is spread over processes."""
+    monitoring: MonitoringConfig = MonitoringConfig()
+    """Where metrics go."""
 
     @model_validator(mode="after")
     def _vocabulary_covers_the_tokenizer(self) -> Config:

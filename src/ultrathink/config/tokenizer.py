@@ -27,17 +27,13 @@ class BpeTokenizerConfig(TokenizerConfig):
     """Byte-level byte-pair encoding, trained on the training documents."""
 
     type: Literal["bpe"] = "bpe"
-    vocab_size: int = tokens(
-        4096, ge=257, lt=2**31, description="Number of tokens, the 256 bytes and specials included."
-    )
-    train_bytes: int = tokens(
-        30_000_000, gt=0, description="At most this many bytes of text are read to learn merges."
-    )
-    pattern: Literal["gpt4", "code", "gpt2"] = tokens(
-        "gpt4",
-        description="How text is cut into words before merging: as GPT-4 and GPT-2 do, or `code`, "
-        "which keeps a line break and the next line's indentation in one piece.",
-    )
+    vocab_size: int = tokens(4096, ge=257, lt=2**31)
+    """Number of tokens, the 256 bytes and specials included."""
+    train_bytes: int = tokens(30_000_000, gt=0)
+    """At most this many bytes of text are read to learn merges."""
+    pattern: Literal["gpt4", "code", "gpt2"] = tokens("gpt4")
+    """How text is cut into words before merging: as GPT-4 and GPT-2 do, or `code`, which keeps a
+    line break and the next line's indentation in one piece."""
 
     def size(self) -> int:
         return self.vocab_size
@@ -56,9 +52,8 @@ class HuggingFaceTokenizerConfig(TokenizerConfig):
     """The tokenizer that came with pretrained weights; `training.init_from=hf:…` sets it."""
 
     type: Literal["hf"] = "hf"
-    vocab_size: int = tokens(
-        1, gt=0, lt=2**31, description="Number of ids; taken from the tokenizer itself."
-    )
+    vocab_size: int = tokens(1, gt=0, lt=2**31)
+    """Number of ids; taken from the tokenizer itself."""
 
     def size(self) -> int:
         return self.vocab_size

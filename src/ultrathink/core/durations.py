@@ -11,6 +11,13 @@ from typing import Literal
 Unit = Literal["steps", "ratio", "tokens", "minutes"]
 
 _SUFFIXES = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
+_UNITS: dict[str, Unit] = {
+    "%": "ratio",
+    "step": "steps",
+    "token": "tokens",
+    "minute": "minutes",
+    "min": "minutes",
+}
 _PATTERN = re.compile(
     r"^\s*(?P<number>\d[\d_]*(?:\.\d+)?|\.\d+)\s*(?P<scale>[kKmMbB]?)\s*"
     r"(?P<unit>%|steps?|tokens?|minutes?|min)?\s*$"
@@ -30,43 +37,21 @@ class Duration:
         """Read a duration; an integer counts steps, a fraction below 1 is a share of the run."""
         if isinstance(text, bool):
             raise ValueError(_advice(text))
-        if isinstance(text, int | float):
-            return cls._from_number(float(text), text, is_integer=isinstance(text, int))
-        match = _PATTERN.match(text)
+        match = _PATTERN.match(text if isinstance(text, str) else _without_exponent(text))
         if match is None:
             raise ValueError(_advice(text))
         number = float(match["number"].replace("_", "")) * _SUFFIXES[match["scale"].lower()]
-        unit = (match["unit"] or "").rstrip("s")
-        if unit == "":
+        unit = _UNITS.get((match["unit"] or "").rstrip("s"))
+        if unit is None:
             has_point = "." in match["number"] and match["scale"] == ""
-            return cls._from_number(number, text, is_integer=not has_point)
-        if unit == "%":
-            return cls._ratio(number / 100)
-        names: dict[str, Unit] = {
-            "step": "steps",
-            "token": "tokens",
-            "minute": "minutes",
-            "min": "minutes",
-        }
-        if not math.isfinite(number) or (unit == "step" and number != int(number)):
+            unit = "ratio" if has_point or isinstance(text, float) else "steps"
+        if match["unit"] == "%":
+            number /= 100
+        if unit == "ratio" and number > 1:
+            raise ValueError(f"a share of the run is between 0 and 1 (0% and 100%), not {number}")
+        if not math.isfinite(number) or (unit == "steps" and number != int(number)):
             raise ValueError(_advice(text))
-        return cls(number, names[unit])
-
-    @classmethod
-    def _from_number(cls, number: float, text: object, *, is_integer: bool) -> Duration:
-        if number < 0 or not math.isfinite(number):
-            raise ValueError(_advice(text))
-        if not is_integer:
-            return cls._ratio(number)
-        if number != int(number):  # 0.0001k
-            raise ValueError(_advice(text))
-        return cls(number, "steps")
-
-    @classmethod
-    def _ratio(cls, share: float) -> Duration:
-        if not 0 <= share <= 1:
-            raise ValueError(f"a share of the run is between 0 and 1 (0% and 100%), not {share}")
-        return cls(share, "ratio")
+        return cls(number, unit)
 
     def to_steps(self, *, total_steps: int, tokens_per_step: int, seconds_per_step: float) -> int:
         """The nearest whole number of optimizer steps, given the run's length and speed."""
@@ -80,11 +65,15 @@ class Duration:
 
     def __str__(self) -> str:
         """The text that ``parse`` reads as the same length."""
-        amount = format(Decimal(repr(float(self.value))), "f")  # never with an exponent
+        amount = _without_exponent(float(self.value))
         if self.unit == "ratio":
             return amount if "." in amount else f"{amount}.0"
         amount = amount.removesuffix(".0")
         return amount if self.unit == "steps" else f"{amount} {self.unit}"
+
+
+def _without_exponent(number: float) -> str:
+    return format(Decimal(repr(number)), "f")
 
 
 def _advice(text: object) -> str:

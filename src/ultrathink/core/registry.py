@@ -11,12 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from ultrathink.core.errors import (
-    ConfigError,
-    MissingDependencyError,
-    UltrathinkError,
-    suggestion,
-)
+from ultrathink.core.errors import ConfigError, UltrathinkError, suggestion
 
 Part = TypeVar("Part")
 PLUGIN_GROUP = "ultrathink.plugins"
@@ -30,7 +25,6 @@ class Entry(Generic[Part]):
     name: str
     target: Part | str  # "package.module:attribute" until first used
     options: type[Any] | None = None
-    extra: str | None = None  # the extra that installs what the module imports
 
 
 class Registry(Generic[Part]):
@@ -44,18 +38,11 @@ class Registry(Generic[Part]):
         self.kind = kind
         self._entries: dict[str, Entry[Part]] = {}
 
-    def add(
-        self,
-        name: str,
-        target: Part | str,
-        *,
-        options: type[Any] | None = None,
-        extra: str | None = None,
-    ) -> None:
+    def add(self, name: str, target: Part | str, *, options: type[Any] | None = None) -> None:
         """Register ``target`` under ``name``, which must be new."""
         if name in self._entries:
             raise ConfigError(f"{self.kind} {name!r} is registered already; choose another name.")
-        self._entries[name] = Entry(name, target, options, extra)
+        self._entries[name] = Entry(name, target, options)
 
     def register(self, name: str, *, options: type[Any] | None = None) -> Callable[[Part], Part]:
         """Decorator form of ``add``, for parts in a user's file."""
@@ -83,17 +70,8 @@ class Registry(Generic[Part]):
         if not isinstance(entry.target, str):
             return entry.target
         module_name, _, attribute = entry.target.partition(":")
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if entry.extra is None or (error.name or "").startswith("ultrathink"):
-                raise
-            raise MissingDependencyError(
-                f"{self.kind} {name!r} needs the package {error.name!r}; "
-                f'install it with: pip install "ultrathink[{entry.extra}]"'
-            ) from error
-        part: Part = getattr(module, attribute)
-        self._entries[name] = Entry(name, part, entry.options, entry.extra)
+        part: Part = getattr(importlib.import_module(module_name), attribute)
+        self._entries[name] = Entry(name, part, entry.options)
         return part
 
     def names(self) -> list[str]:

@@ -1,47 +1,35 @@
 """``ultrathink checkpoint``: what is inside, and the model as one file."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.unit.cli.conftest import Say
-from tests.unit.runs.trained_runs import train
 from ultrathink import load_model
 from ultrathink.core.errors import CheckpointError
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.loading import weights_from
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return train(tmp_path_factory.mktemp("trained"), "training.max_steps=2")
-
-
-@pytest.fixture
-def run(original: RunFolder, place: Path) -> RunFolder:
-    return RunFolder(shutil.copytree(original.path, place / "runs" / "debug", symlinks=True))
-
-
-def test_info_lists_what_a_checkpoint_holds(run: RunFolder, say: Say) -> None:
+def test_info_lists_what_a_checkpoint_holds(trained: RunFolder, say: Say) -> None:
     out = say("checkpoint", "info", "debug", "--tensors")
-    for part in ("step 2,", "optimizer adamw, written by 1 process\n", "model/embedding.weight"):
+    for part in ("step 4,", "optimizer adamw, written by 1 process\n", "model/embedding.weight"):
         assert part in out
     assert "model-00001-of-00002.safetensors" in out
     assert "optimizer/embedding.weight/exp_avg" in out
     shown = json.loads(say("checkpoint", "info", "debug@2", "--json"))
-    model, _ = load_model(run.path)
+    model, _ = load_model(trained.path)
     assert shown["parameters"] == sum(p.numel() for p in model.parameters())
     assert (shown["step"], shown["processes"]) == (2, 1)
     assert shown["size_bytes"] == sum(shown["files"].values())
 
 
-def test_the_consolidated_model_is_that_of_the_run(run: RunFolder, say: Say) -> None:
+def test_the_consolidated_model_is_that_of_the_run(trained: RunFolder, say: Say) -> None:
     out = say("checkpoint", "consolidate", "debug", "--output", "model")
     assert "ultrathink generate model" in out
-    ours, tokenizer = load_model(run.path)
+    ours, tokenizer = load_model(trained.path)
     theirs, same = load_model("model")
     assert tokenizer.fingerprint == same.fingerprint
     for name, weight in ours.state_dict().items():

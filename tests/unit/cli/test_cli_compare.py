@@ -2,15 +2,14 @@
 
 import io
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.unit.cli.conftest import Say
-from tests.unit.runs.trained_runs import make_run, train, train_line, val_line, write_lines
+from tests.unit.cli.conftest import Say, without_codes
+from tests.unit.runs.trained_runs import make_run, train_line, val_line, write_lines
 from ultrathink.cli.main import main
 from ultrathink.config import load_config
 from ultrathink.config.overrides import flatten
@@ -110,25 +109,11 @@ def test_what_was_not_finite_is_null_in_json(two: None, say: Say) -> None:
     assert "           2  2.0000     nan" in lines
 
 
-class Terminal(io.StringIO):
-    encoding = "utf-8"  # type: ignore[assignment]
-
-    def isatty(self) -> bool:
-        return True
-
-
-def test_a_terminal_gets_a_plot_in_colours(two: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "60")
-    for name in ("CI", "NO_COLOR"):
-        monkeypatch.delenv(name, raising=False)
-    assert main(["compare", "a", "b"]) == 0
-    text = terminal.getvalue()
+def test_a_terminal_gets_a_plot_in_colours(two: None, terminal: Say) -> None:
+    text = terminal("compare", "a", "b")
     assert "\x1b[36m━ a" in text
     assert "\x1b[33m━ b" in text
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+    plain = without_codes(text)
     [top] = [line for line in plain if line.startswith("  4.000 │")]
     [axis] = [line for line in plain if line.startswith("        └")]
     assert len(top) == len(axis) < 60
@@ -147,19 +132,14 @@ def test_where_the_encoding_has_no_bars_there_is_no_plot(
     assert not any(sign in text for sign in ("(low)", "\\u"))
 
 
-def test_two_trainings_of_a_configuration_are_identical(place: Path, say: Say) -> None:
-    for _ in range(2):
-        train(place, "training.max_steps=4", "training.log_every=1")
-    out = say("compare", "debug", "debug-2")
-    assert "debug and debug-2: all 4 logged losses are equal (identical)" in out
-
-
 def test_how_long_curves_are_equal(two: None, say: Say) -> None:
     run = with_course(make_run(Path("runs"), "c"), 4.0)
     lines = run.metrics.read_text().splitlines()
     lines[2] = lines[2].replace("1.333", "1.334")
     write_lines(run.metrics, [f"{line}\n" for line in lines])
     out = say("compare", "a", "c")
+    with_course(make_run(Path("runs"), "same"), 4.0)
+    assert "a and same: all 4 logged losses are equal (identical)" in say("compare", "a", "same")
     assert "the logged losses are equal up to step 2 and differ from step 3 on" in out
     with_course(make_run(Path("runs"), "d"), 4.0, steps=3)
     assert "all 3 logged losses are equal at the steps that both have" in say("compare", "a", "d")

@@ -16,17 +16,6 @@ def test_show_prints_yaml_that_can_be_used_again(place: Path, say: Say) -> None:
     assert say("config", "show", "again.yaml") == text
 
 
-def test_show_why(say: Say) -> None:
-    rows = dict(
-        line.split("  # ")
-        for line in say("config", "show", "training.batch_size=4", "--why").splitlines()
-    )
-    origins = {row.partition(":")[0]: origin for row, origin in rows.items()}
-    assert origins["training.batch_size"] == "override training.batch_size=4"
-    assert origins["model.num_layers"] == "preset demo"
-    assert origins["run.seed"] == "default"
-
-
 def test_show_json(say: Say) -> None:
     tree = json.loads(say("config", "show", "--json"))
     assert tree == load_config("demo").model_dump(mode="json")

@@ -9,9 +9,9 @@ def test_the_processes_are_started_with_the_arguments_of_train() -> None:
         *("--nproc", "2", "debug", "training.max_steps=3", "--plugin", "parts.py", "--json"),
         *("--max-restarts", "1", "--log-dir", "logs"),
     ]
-    args = load_command("launch").parser.parse(words)
+    args = load_command("launch")[0].parse(words)
     assert launch._train_arguments(args) == [
         *("debug", "training.max_steps=3", "--plugin", "parts.py", "--json"),
     ]
-    args = load_command("launch").parser.parse(["--resume", "demo@5", "--reset", "data"])
+    args = load_command("launch")[0].parse(["--resume", "demo@5", "--reset", "data"])
     assert launch._train_arguments(args) == ["--resume", "demo@5", "--reset", "data"]

@@ -32,8 +32,7 @@ def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], None]:
             parser.add_argument("--json", action="store_true")
             parser.add_argument("--name")
 
-        module.configure = configure  # type: ignore[attr-defined]
-        module.run = run  # type: ignore[attr-defined]
+        vars(module).update(configure=configure, run=run, EPILOG="")
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setitem(COMMANDS, "probe", "probe this")
 

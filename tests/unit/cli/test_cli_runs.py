@@ -2,18 +2,16 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import pytest
 import yaml
 
 from tests.unit.checkpoint.disks import flip
 from tests.unit.cli.conftest import Say
-from tests.unit.runs.trained_runs import make_run, train, train_line, val_line, write_lines
+from tests.unit.runs.trained_runs import make_run, train_line, val_line, write_lines
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock
 
@@ -105,21 +103,6 @@ def test_runs_are_listed_without_torch(place: Path) -> None:
 
 
 # -- runs check -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    return train(
-        tmp_path_factory.mktemp("trained"),
-        "training.max_steps=4",
-        "training.checkpoint={every_steps: 2, keep: 9}",
-    )
-
-
-@pytest.fixture
-def trained(original: RunFolder, place: Path) -> RunFolder:
-    """The run ``debug`` in ``runs``, to damage."""
-    return RunFolder(shutil.copytree(original.path, place / "runs" / "debug", symlinks=True))
 
 
 def test_check_names_what_is_damaged_and_how_to_resume(trained: RunFolder, say: Say) -> None:

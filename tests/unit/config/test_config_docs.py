@@ -46,7 +46,7 @@ def test_every_option_is_described_and_says_what_resuming_does(schema: dict[str,
             continue
         for listed in ("moe.groups.", "training.evaluators."):
             shown = shown.replace(listed, f"{listed}N.")
-        if sections_of(field.annotation, field.metadata) and key not in rules:
+        if sections_of(field) and key not in rules:
             assert any(other.startswith(f"{key}.") for other in rules), key
             assert any(line.endswith(f"# `{shown}`") for line in page), key
             continue
@@ -55,7 +55,7 @@ def test_every_option_is_described_and_says_what_resuming_does(schema: dict[str,
         assert bool(rule.because) == (rule.rule == "fixed"), key
         assert set(rule.rests_on) <= rules.keys(), key
         assert shown not in rows or f"| {rule.rule} |" in rows[shown], key
-        assert shown in rows or sections_of(field.annotation, field.metadata), key
+        assert shown in rows or sections_of(field), key
         assert f'"description": {json.dumps(field.description)}' in described, key
     assert described.count('"x-resume"') >= len(rows)
 

@@ -10,7 +10,6 @@ from ultrathink.config import Config, load_config, preset_names
 from ultrathink.config.docs import to_yaml
 from ultrathink.config.loading import CONFIG_FILE, ORIGINS_FILE, change_config
 from ultrathink.config.optimizer import MuonConfig
-from ultrathink.config.overrides import Draft
 from ultrathink.config.training import BUDGETS
 from ultrathink.core.errors import ConfigError
 
@@ -205,13 +204,6 @@ def test_replace_gives_a_checked_copy_with_the_origin() -> None:
     assert changed.origin("run.name") == config.origin("run.name")
     with pytest.raises(ValidationError):
         config.replace({"training.batch_size": -1}, origin="nowhere")
-
-
-def test_a_draft_leaves_nothing_of_what_it_replaces() -> None:
-    draft = Draft({"a": {"b": 1, "c": {"d": 2}}}, {"a.b": "file", "a.c.d": "file"})
-    draft.override("a.c=3")
-    assert draft.tree == {"a": {"b": 1, "c": 3}}
-    assert draft.origins == {"a.b": "file", "a.c": "override a.c=3"}
 
 
 # -- changing a resolved configuration ------------------------------------------------------------

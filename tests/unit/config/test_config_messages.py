@@ -62,8 +62,8 @@ MESSAGES = {
     "data.train=[books]": "there is no data source called 'books'. Known: dummy, jsonl, stdlib, "
     "text. To load your own parts use --plugin FILE.py. Text of your own: {type: text, "
     "path: books}.",
-    "data.train=books": "data.train = 'books' (override): should be a list, like [a, b]. (Sources "
-    "to train on, such as [{type: text, path: books/}]",
+    "data.train=books": "data.train.0 (override data.train=books): there is no data source called "
+    "'books'. Known: dummy, jsonl, stdlib, text.",
     "data.train.0.type=texts": "there is no data source called 'texts'. Did you mean 'text'?",
     "monitoring.sinks=[consol]": "there is no sink called 'consol'. Did you mean 'console'?",
     "model.attention.backend=flash": "there is no attention backend called 'flash'. Known: ",

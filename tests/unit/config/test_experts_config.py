@@ -90,15 +90,6 @@ def test_layers_by_name_index_and_fraction(
     assert load_config("debug", words).model.expert_layers == expected
 
 
-def test_slots_and_experts_of_a_token_are_counted_over_groups() -> None:
-    text = (
-        "{name: a, num_experts: 8, top_k: 2, max_experts: 12}, {name: b, num_experts: 3, top_k: 1}"
-    )
-    moe = load_config("debug", [groups(text)]).model.moe
-    assert moe is not None
-    assert (moe.num_slots, moe.experts_per_token) == (15, 3)
-
-
 def test_several_groups_are_balanced_by_a_bias_and_one_is_not() -> None:
     """A Mixtral has one group and no bias."""
     one = "{name: knowledge, num_experts: 8, top_k: 2}"

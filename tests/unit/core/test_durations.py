@@ -39,16 +39,12 @@ def test_what_may_be_written(text: int | float | str, value: float, unit: str) -
 @pytest.mark.parametrize(
     "text",
     [True, -3, "-3", "soon", "", "3 hours", "1e3", "2.5 steps", "0.0001k", math.nan, math.inf,
-     "9" * 400 + " tokens", "100 steps 3"],
+     "9" * 400 + " tokens", "100 steps 3", 1.5, "1.5", "101%", -0.5, 10**400],
 )  # fmt: skip
 def test_what_is_refused_comes_with_what_to_write(text: int | float | str) -> None:
-    with pytest.raises(ValueError, match="is not a length of training; write steps"):
-        Duration.parse(text)
-
-
-@pytest.mark.parametrize("text", [1.5, "1.5", "101%", -0.5])
-def test_a_share_lies_between_none_and_all(text: int | float | str) -> None:
-    with pytest.raises(ValueError, match=r"share of the run is between 0 and 1|is not a length"):
+    with pytest.raises(
+        ValueError, match=r"write steps \(100\)|share of the run is between 0 and 1"
+    ):
         Duration.parse(text)
 
 
@@ -76,14 +72,6 @@ durations = st.one_of(
 @given(durations)
 def test_text_reads_back_as_the_same_length(duration: Duration) -> None:
     assert Duration.parse(str(duration)) == duration
-
-
-@given(durations, st.integers(1, 10**9))
-def test_a_share_never_exceeds_the_run(duration: Duration, total: int) -> None:
-    steps = duration.to_steps(total_steps=total, tokens_per_step=512, seconds_per_step=0.1)
-    assert steps >= 0
-    if duration.unit == "ratio":
-        assert steps <= total
 
 
 @given(st.text(max_size=12))

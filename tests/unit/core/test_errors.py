@@ -1,6 +1,6 @@
 """Suggestions: the nearest name, or all of them."""
 
-from ultrathink.core.errors import ConfigError, UltrathinkError, closest, suggestion
+from ultrathink.core.errors import closest, suggestion
 
 
 def test_the_nearest_name_is_suggested() -> None:
@@ -12,8 +12,3 @@ def test_the_nearest_name_is_suggested() -> None:
 
 def test_without_a_near_name_all_are_listed_in_order() -> None:
     assert suggestion("gelu", ["swiglu_x", "relu2"]) == "Known: relu2, swiglu_x."
-
-
-def test_the_errors_of_users_are_value_errors() -> None:
-    assert issubclass(ConfigError, UltrathinkError)
-    assert issubclass(UltrathinkError, ValueError)

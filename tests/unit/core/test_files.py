@@ -15,8 +15,6 @@ from ultrathink.core.files import (
     new_folder,
     remove_folder,
     replace_folder,
-    sync_file,
-    sync_folder,
     temporary_folder,
     write_atomic,
 )
@@ -61,26 +59,10 @@ def test_the_file_is_on_the_disk_before_it_takes_its_name(
     assert calls == ["fsync", "replace"]
 
 
-def test_a_file_and_a_folder_are_flushed_or_missed(tmp_path: Path) -> None:
-    sync_folder(tmp_path)
-    (tmp_path / "file").write_text("x")
-    sync_file(tmp_path / "file")
-    with pytest.raises(FileNotFoundError):
-        sync_folder(tmp_path / "gone")
-
-
 def folder(path: Path, content: str) -> Path:
     path.mkdir()
     (path / "file").write_text(content)
     return path
-
-
-def test_a_folder_takes_the_place_of_another(tmp_path: Path) -> None:
-    target = tmp_path / "a"
-    for content in ("first", "second"):
-        replace_folder(folder(tmp_path / ".a.tmp", content), target)
-        assert (target / "file").read_text() == content
-        assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path) -> None:

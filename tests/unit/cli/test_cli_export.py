@@ -39,7 +39,7 @@ class Letters(Tokenizer):
     """A tokenizer of the user's own."""
 
     type, eot_id, token_bytes = "letters", 26, [b"x"] * 27
-    train = encode = encode_batch = Tokenizer.load  # none is called
+    train = encode = encode_batch = None  # type: ignore[assignment]
 
     def _identity(self) -> str:
         return "letters"

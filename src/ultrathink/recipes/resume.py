@@ -21,7 +21,7 @@ from ultrathink.recipes.parts.resume_plan import FreshStart, ResumePlan, plan_re
 from ultrathink.recipes.parts.resumed_data import data_to_resume_with, keep_record
 from ultrathink.recipes.parts.resumed_snapshots import bring_back_snapshots
 from ultrathink.recipes.parts.resumed_state import adapt_state, check_identity
-from ultrathink.recipes.train import restart_trainer
+from ultrathink.recipes.train import trainer_at_start
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.loading import check_loads
 from ultrathink.runs.out_of_memory import remove_out_of_memory
@@ -62,13 +62,8 @@ def build_resumed(
     """The trainer of ``plan``; the resume is recorded in the run's ``segments.jsonl``."""
     try:
         if isinstance(plan, FreshStart):
-            return restart_trainer(
-                plan.run,
-                plan.lock,
-                callbacks=callbacks,
-                controllers=controllers,
-                progress=progress,
-            )
+            config = plan.run.read_config()
+            return trainer_at_start(config, plan.run, plan.lock, callbacks, controllers, progress)
         return _resume(plan, callbacks, controllers, progress)
     except BaseException:
         plan.release()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,6 @@ from ultrathink.checkpoint.format import (
     STATE_FILE,
     DamagedCheckpointError,
     Wanted,
-    Write,
     everything,
     files_of,
     has_its_sizes,
@@ -275,7 +274,7 @@ class RunFolder:
         is_best: bool,
         keep: int,
         store: SharedStore | None = None,
-        write: Write = save_checkpoint,
+        write: Callable[..., None] = save_checkpoint,
     ) -> Path:
         """Write the checkpoint of ``step``, point ``last`` (and ``best``) to it, drop old ones.
 

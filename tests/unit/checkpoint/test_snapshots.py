@@ -87,10 +87,15 @@ def test_the_same_step_of_another_history_is_not_taken_for_it(
     assert value_of(load_checkpoint(snapshot_path(folder, 10))) == 11
     another = saved(run, writer, 45, ONE)
     assert value_of(load_checkpoint(snapshot_path(another, 10))) == 10
+    later = SnapshotWriter(run.checkpoints)  # of a process that resumed and read it
+    later.note(4, snapshot_path(another, 10))
+    linked = saved(run, later, 55, EmbeddedSnapshot(4, 10, state(10)))
+    assert inodes(snapshot_path(another, 10)) == inodes(snapshot_path(linked, 10))
+    assert not (saved(run, writer, 65) / SNAPSHOTS).exists()
 
 
-def test_what_is_not_whole_any_more_is_written_again(
-    run: RunFolder, writer: SnapshotWriter
+def test_what_is_not_whole_any_more_or_cannot_be_linked_is_written_again(
+    run: RunFolder, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = saved(run, writer, 25, ONE)
     (snapshot_path(first, 10) / "model-00001-of-00002.safetensors").write_bytes(b"")
@@ -98,37 +103,16 @@ def test_what_is_not_whole_any_more_is_written_again(
     assert problems_of_snapshots(first, {SNAPSHOTS: [10]}).keys() == {10}
     assert problems_of_snapshots(second, {SNAPSHOTS: [10]}) == {}
     assert problems_of_snapshots(second, {SNAPSHOTS: [10, 20]}) == {20: "it is missing"}
+    second = saved(run, writer, 35, ONE)  # in place of the one that it links to
+    assert problems_of_snapshots(second, {SNAPSHOTS: [10]}) == {}
 
-
-def test_a_checkpoint_takes_the_place_of_the_one_that_it_links_to(
-    run: RunFolder, writer: SnapshotWriter
-) -> None:
-    saved(run, writer, 25, ONE)
-    folder = saved(run, writer, 25, ONE)
-    assert problems_of_snapshots(folder, {SNAPSHOTS: [10]}) == {}
-
-
-def test_without_links_it_is_written(
-    run: RunFolder, writer: SnapshotWriter, monkeypatch: pytest.MonkeyPatch
-) -> None:
     def refuse(source: Path, target: Path) -> None:
         raise OSError(errno.EPERM, "not on this file system")
 
-    first = saved(run, writer, 25, ONE)
     monkeypatch.setattr(os, "link", refuse)
-    second = saved(run, writer, 35, ONE)
-    assert problems_of_snapshots(second, {SNAPSHOTS: [10]}) == {}
-    assert not inodes(snapshot_path(first, 10)) & inodes(snapshot_path(second, 10))
-
-
-def test_a_snapshot_that_was_read_is_linked_by_another_process(
-    run: RunFolder, writer: SnapshotWriter
-) -> None:
-    first = saved(run, writer, 25, ONE)
-    later = SnapshotWriter(run.checkpoints)
-    later.note(4, snapshot_path(first, 10))
-    second = saved(run, later, 35, EmbeddedSnapshot(4, 10, state(10)))
-    assert inodes(snapshot_path(first, 10)) == inodes(snapshot_path(second, 10))
+    third = saved(run, writer, 45, ONE)
+    assert problems_of_snapshots(third, {SNAPSHOTS: [10]}) == {}
+    assert not inodes(snapshot_path(second, 10)) & inodes(snapshot_path(third, 10))
 
 
 class Countdown:
@@ -224,8 +208,3 @@ def test_processes_write_them_together_or_none_does(run: RunFolder, fails: int |
         assert "written" not in outcomes.values()
         assert run.steps() == []
         assert hidden(run.checkpoints) == []
-
-
-def test_nothing_is_written_for_none(run: RunFolder, writer: SnapshotWriter) -> None:
-    folder = saved(run, writer, 25)
-    assert not (folder / SNAPSHOTS).exists()

@@ -27,7 +27,7 @@ from ultrathink.interop.export import export_run
 from ultrathink.interop.importing import load_pretrained
 from ultrathink.recipes.parts.pretrained import adopt_pretrained, shown_with_pretrained
 from ultrathink.recipes.resume import resume_trainer
-from ultrathink.recipes.train import build_trainer, restart_trainer
+from ultrathink.recipes.train import build_trainer, trainer_at_start
 from ultrathink.runs.lock import RunLock
 
 Load = Callable[..., Config]
@@ -117,7 +117,8 @@ def test_a_run_that_ended_before_its_first_checkpoint_begins_again(load: Load) -
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     assert trainer.lock is not None
     trainer.lock.release()
-    again = restart_trainer(trainer.run, RunLock.acquire(trainer.run))
+    run = trainer.run
+    again = trainer_at_start(run.read_config(), run, RunLock.acquire(run))
     for name, tensor in again.model.state_dict().items():
         assert torch.equal(weights[name], tensor), name
     assert again.config == trainer.config

@@ -11,7 +11,7 @@ from ultrathink.model.transformer import Transformer
 from ultrathink.recipes.parts.environment import environment
 from ultrathink.runs.folder import NAME_IN_USE, RunFolder
 from ultrathink.runs.lock import RunLock
-from ultrathink.runs.manifest import build_manifest, write_manifest
+from ultrathink.runs.manifest import write_manifest
 from ultrathink.runs.segments import Segment, append_segment
 from ultrathink.training.choices import Choices
 
@@ -31,12 +31,9 @@ def start_folder(
             data.tokenizer.save(run.tokenizer)
             write_manifest(
                 run.manifest,
-                build_manifest(
-                    "train",
-                    data_hash=data.record.data_hash,
-                    tokenizer_hash=data.tokenizer.fingerprint,
-                    num_parameters=count_parameters(model).total,
-                ),
+                data_hash=data.record.data_hash,
+                tokenizer_hash=data.tokenizer.fingerprint,
+                num_parameters=count_parameters(model).total,
             )
             data.record.write(run.data_record)
             append_segment(run.segments, Segment(from_step=0, environment=environment(choices)))

@@ -13,8 +13,8 @@ from ultrathink.data.prepare import PreparedData
 from ultrathink.data.tokenizers.base import load_tokenizer
 from ultrathink.parallel.world import join_world
 from ultrathink.recipes.parts.assembly import assemble, build_model
-from ultrathink.recipes.parts.environment import environment, environment_changes
 from ultrathink.recipes.parts.evaluators import make_evaluators
+from ultrathink.recipes.parts.folder import environment, environment_changes
 from ultrathink.recipes.parts.initial_weights import check_vocabulary
 from ultrathink.recipes.parts.models import find_frozen, models_beside
 from ultrathink.recipes.parts.resume_plan import FreshStart, ResumePlan, plan_resume

@@ -2,9 +2,9 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,34 +92,13 @@ def test_no_file_is_empty(tmp_path: Path) -> None:
 
 def test_threads_save_without_a_warning_and_without_silencing_others(tmp_path: Path) -> None:
     """Silencing warnings would change the filters of all threads meanwhile."""
-    problems: list[BaseException] = []
     filters = list(warnings.filters)
-    changed = threading.Event()
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.is_set():
-            if list(warnings.filters) != filters:
-                changed.set()
-
-    def save(number: int) -> None:
-        try:
-            for _ in range(3):
-                save_checkpoint(tmp_path / str(number), state(number))
-        except BaseException as error:
-            problems.append(error)
-
-    threads = [threading.Thread(target=save, args=(number,)) for number in range(2)]
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    over.set()
-    watcher.join()
-    assert problems == []
-    assert not changed.is_set()
+    with ThreadPoolExecutor(2) as pool:
+        places = [tmp_path / str(number) for number in range(4)]
+        saves = [pool.submit(save_checkpoint, place, state(3)) for place in places]
+        while not all(save.done() for save in saves):
+            assert list(warnings.filters) == filters
+        assert [save.result() for save in saves] == [None] * 4
 
 
 def stop() -> None:

@@ -222,14 +222,6 @@ def test_how_experts_are_trained_stays_the_users(load: Load, mixtral: Path) -> N
     assert config.model.moe.routing.warmup_steps == 5
 
 
-@pytest.mark.usefixtures("mixtral")
-def test_a_bias_keeps_a_mixtral_from_going_back(load: Load) -> None:
-    trainer = build_trainer(load("training.max_steps=1", "model.moe.balance.bias_rate=0.01"))
-    trainer.fit()
-    with pytest.raises(ConfigError, match=r"selection_bias is up to 0\.01, .*bias_rate=0 from"):
-        export_run(str(trainer.run.path))
-
-
 def test_groups_of_the_user_have_their_names_and_their_room(load: Load, mixtral: Path) -> None:
     groups = "{name: mine, num_experts: 4, top_k: 2, max_experts: 6}"
     trainer = build_trainer(load(f"model.moe.groups=[{groups}]", "training.max_steps=1"))

@@ -142,14 +142,19 @@ def test_whatever_goes_wrong_is_an_outcome_that_says_where(
 
 
 def test_a_vanished_run_folder_is_created_again_and_reported(run: RunFolder) -> None:
-    (run.tokenizer).mkdir()
-    (run.tokenizer / "tokenizer.json").write_text("{}")
+    run.tokenizer.mkdir()
+    small = ("data.json", "manifest.json", "segments.jsonl", "tokenizer/a.json", "tokenizer/b.bin")
+    for name in small:
+        (run.path / name).write_bytes(name.encode() + b"\0\n")
+    run.metrics.write_text("{}")
+    assert set(run.founding()) == {"config.yaml", "origins.yaml", *small}
     saver = CheckpointSaver(run, keep=2)
     saver.submit(1, state(1), is_best=True)
     saver.wait()
     run.segments.write_text("{}\n")  # what comes later belongs to it too
     saver.submit(2, state(2), is_best=False)
     saver.wait()
+    files = run.founding()
     shutil.rmtree(run.path)
     saver.submit(3, state(3), is_best=False)
     saver.wait()
@@ -158,9 +163,10 @@ def test_a_vanished_run_folder_is_created_again_and_reported(run: RunFolder) -> 
         (None, False),
         (None, True),
     ]
-    assert run.read_config().run.name == "debug"
-    assert (run.tokenizer / "tokenizer.json").read_text() == "{}"
+    assert run.founding() == files
     assert run.segments.read_text() == "{}\n"
+    assert run.logs.is_dir()
+    assert run.steps() == [3]
     assert value_of(load_checkpoint(run.checkpoint())) == 3
 
 

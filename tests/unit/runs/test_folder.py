@@ -135,28 +135,6 @@ def test_a_best_checkpoint_is_known_though_killed_before_its_link(run: RunFolder
     assert hidden(run.path) == []
 
 
-# -- what a run is founded on ---------------------------------------------------------------------
-
-
-def test_a_vanished_run_folder_is_created_again(run: RunFolder) -> None:
-    run.tokenizer.mkdir()
-    small = ("data.json", "manifest.json", "segments.jsonl", "tokenizer/a.json", "tokenizer/b.bin")
-    for name in small:
-        (run.path / name).write_bytes(name.encode() + b"\0\n")
-    run.metrics.write_text("{}")
-    files = run.founding()
-    assert set(files) == {"config.yaml", "origins.yaml", *small}
-    assert not run.restore_founding(files)
-    config = run.read_config()
-    shutil.rmtree(run.path)
-    assert run.restore_founding(files)
-    assert run.founding() == files
-    assert run.read_config() == config
-    assert run.logs.is_dir()
-    save(run, 1)
-    assert find_run(str(run.path)).steps() == [1]
-
-
 # -- finding runs ---------------------------------------------------------------------------------
 
 

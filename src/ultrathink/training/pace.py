@@ -33,6 +33,7 @@ class CoreUse:
     own_s: float
     all_s: float
     num_cores: int
+    stolen_s: float = 0.0  # that the host of a virtual machine gave to others
 
 
 def core_use() -> CoreUse | None:
@@ -48,7 +49,9 @@ def core_use() -> CoreUse | None:
     except (psutil.Error, OSError):
         return None
     all_s = sum(core.user + core.system + getattr(core, "nice", 0.0) for core in busy)
-    return CoreUse(time.monotonic(), sum(t.user + t.system for t in times), all_s, len(busy))
+    own_s = sum(t.user + t.system for t in times)
+    stolen_s = sum(getattr(core, "steal", 0.0) for core in busy)
+    return CoreUse(time.monotonic(), own_s, all_s, len(busy), stolen_s)
 
 
 def _cores() -> set[int]:

@@ -206,10 +206,10 @@ BREAKAGES = (
     ),
     Breakage(
         "an abandoned save is reported",
-        "checkpoint/saver.py",
+        "runs/saver.py",
         "if not isinstance(error, SaveAbandonedError):",
         "if True:",
-        ("unit/checkpoint/test_checkpoint_saver.py",),
+        ("unit/runs/test_checkpoint_saver.py",),
     ),
     Breakage(
         "a snapshot of a history that was undone is linked into new checkpoints",

@@ -1,1 +1,1 @@
-"""Checkpoints: their format, the snapshots in them, and the thread that writes them."""
+"""Checkpoints: their format, and the snapshots in them."""

@@ -27,7 +27,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import clean_up, replace_folder, sync_file, sync_folder, write_atomic
@@ -46,7 +46,6 @@ CHECKSUM_FILE = "checksums.json"
 MODEL = "model/"  # prefix of the model's tensors
 # Two numbers, because a reader that does not know shards would take the first for the whole tensor.
 FORMAT, FORMAT_SHARDED = 3, 5
-_EARLIER_FORMATS = (1, 2, 4)  # 1 and 2 do not record their kind; 4 named the shards differently
 _TENSOR = "__tensor__"  # in state.json, marks the place of a tensor, with its name
 
 Wanted: TypeAlias = Callable[[str], bool]  # chooses tensors by name
@@ -68,14 +67,6 @@ class Header(NamedTuple):
 WHOLE_MODEL = Header()
 
 
-class Write(Protocol):
-    """Writes a state to a folder, as ``save_checkpoint`` does."""
-
-    def __call__(
-        self, folder: Path, state: State, *, once_whole: Callable[[], None] = ...
-    ) -> None: ...
-
-
 class DamagedCheckpointError(CheckpointError):
     """The checkpoint ``folder`` differs from what was written; ``problem`` says how."""
 
@@ -86,6 +77,13 @@ class DamagedCheckpointError(CheckpointError):
         )
         self.folder = folder
         self.problem = problem
+
+    @classmethod
+    def unreadable(cls, folder: Path, what: str, error: Exception) -> DamagedCheckpointError:
+        """For a file or part of ``folder`` that raised ``error``; only its first line is used."""
+        text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        reason = text.strip().splitlines()[0] if text.strip() else repr(error)
+        return cls(folder, f"{what} cannot be read ({reason})")
 
 
 def everything(name: str) -> bool:
@@ -181,10 +179,9 @@ def _complete(beside: Path, plain: Any, check: Check, store: SharedStore, header
             raise OSError(*one["failure"])
     sums = {name: entry for one in everyones for name, entry in one["sums"].items()}
     files_of_name: dict[str, list[str]] = {}
-    for one in everyones:
-        for file, names in one["names"].items():
-            for name in names:
-                files_of_name.setdefault(name, []).append(file)
+    for file, names in (item for one in everyones for item in one["names"].items()):
+        for name in names:
+            files_of_name.setdefault(name, []).append(file)
     index: dict[str, Any] = {
         "metadata": {"total_size": sum(entry["size"] for entry in sums.values())},
         "weight_map": {name: files[0] for name, files in files_of_name.items()},
@@ -193,8 +190,7 @@ def _complete(beside: Path, plain: Any, check: Check, store: SharedStore, header
         index["shards"] = files_of_name
     form = FORMAT if store.size == 1 else FORMAT_SHARDED
     content = {"format": form, **header._asdict(), "state": plain}
-    text = json.dumps(content, allow_nan=True)
-    (beside / STATE_FILE).write_text(text, encoding="utf-8")
+    (beside / STATE_FILE).write_text(json.dumps(content), encoding="utf-8")
     (beside / INDEX_FILE).write_text(json.dumps(index, indent=2), encoding="utf-8")
     for name in (STATE_FILE, INDEX_FILE):
         check()
@@ -242,7 +238,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_header(folder: Path) -> Header:
-    """The kind of the checkpoint ``folder``."""
+    """The kind of the checkpoint, and what it belongs to."""
     content = _read_content(folder)
     return Header(content["kind"], content["base"])
 
@@ -259,9 +255,8 @@ def check_kind(folder: Path, wanted: Kind) -> None:
 
 
 def _read_content(folder: Path) -> dict[str, Any]:
-    path = folder / STATE_FILE
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         form = content["format"]
     except FileNotFoundError:
         raise CheckpointError(
@@ -269,18 +264,12 @@ def _read_content(folder: Path) -> dict[str, Any]:
             f"name a folder like runs/demo/checkpoints/step_00000100."
         ) from None
     except (ValueError, LookupError, TypeError) as error:
-        raise DamagedCheckpointError(
-            folder, f"{STATE_FILE} cannot be read ({_reason(error)})"
-        ) from None
-    if form in _EARLIER_FORMATS:
-        raise CheckpointError(
-            f"{folder} was written by an earlier version of ultrathink, which this version cannot "
-            f"read; use that version (the run's manifest.json names it) or start a new run."
-        )
+        raise DamagedCheckpointError.unreadable(folder, STATE_FILE, error) from None
     if form not in (FORMAT, FORMAT_SHARDED):
         raise CheckpointError(
-            f"{path} has format {form!r}, this version reads {FORMAT} and {FORMAT_SHARDED}; "
-            f"use the version of ultrathink that wrote it."
+            f"{folder} was written by another version of ultrathink (format {form!r}, this version "
+            f"reads {FORMAT} and {FORMAT_SHARDED}); use that version (the run's manifest.json "
+            f"names it) or start a new run."
         )
     checked: dict[str, Any] = content
     return checked
@@ -294,9 +283,7 @@ def tensor_shapes(folder: Path) -> Shapes:
     try:
         return read_shapes(folder, files)
     except Exception as error:  # the parser raises many kinds
-        raise DamagedCheckpointError(
-            folder, f"its tensors cannot be read ({_reason(error)})"
-        ) from error
+        raise DamagedCheckpointError.unreadable(folder, "its tensors", error) from error
 
 
 # -- checksums ------------------------------------------------------------------------------------
@@ -313,9 +300,7 @@ def verify_checkpoint(folder: Path, names: Iterable[str] | None = None) -> None:
         try:
             differs = _checksum(folder / name) != sums[name]
         except OSError as error:
-            raise DamagedCheckpointError(
-                folder, f"{name} cannot be read ({_reason(error)})"
-            ) from None
+            raise DamagedCheckpointError.unreadable(folder, name, error) from None
         if differs:
             raise DamagedCheckpointError(folder, f"{name}: content differs from its checksum")
 
@@ -353,9 +338,7 @@ def _read_checksums(folder: Path) -> dict[str, dict[str, Any]]:
             folder, f"{CHECKSUM_FILE} is missing, so the write did not finish"
         ) from None
     except (OSError, ValueError, AttributeError) as error:
-        raise DamagedCheckpointError(
-            folder, f"{CHECKSUM_FILE} cannot be read ({_reason(error)})"
-        ) from None
+        raise DamagedCheckpointError.unreadable(folder, CHECKSUM_FILE, error) from None
     checked: dict[str, dict[str, Any]] = sums
     return checked
 
@@ -368,16 +351,11 @@ def _check_size(folder: Path, name: str, sums: Mapping[str, Mapping[str, Any]]) 
     except FileNotFoundError:
         raise DamagedCheckpointError(folder, f"{name} is missing") from None
     except OSError as error:
-        raise DamagedCheckpointError(folder, f"{name} cannot be read ({_reason(error)})") from None
+        raise DamagedCheckpointError.unreadable(folder, name, error) from None
     if size != sums[name]["size"]:
         raise DamagedCheckpointError(
             folder, f"{name} has {size} bytes instead of {sums[name]['size']}"
         )
-
-
-def _reason(error: Exception) -> str:
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return text.strip().splitlines()[0] if text.strip() else repr(error)
 
 
 @contextmanager
@@ -441,9 +419,7 @@ def holding(folder: Path) -> dict[str, list[str]]:
         files: dict[str, list[str]] = {name: [file] for name, file in content["weight_map"].items()}
         files.update(content.get("shards", {}))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(
-            folder, f"{INDEX_FILE} cannot be read ({_reason(error)})"
-        ) from None
+        raise DamagedCheckpointError.unreadable(folder, INDEX_FILE, error) from None
     return files
 
 

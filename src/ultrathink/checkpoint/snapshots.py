@@ -81,7 +81,8 @@ class SnapshotWriter:
         if store.rank == 0:
             to_write: list[int] = []
             try:
-                self._forget_all_but({one.key for one in embedded})
+                keys = {one.key for one in embedded}
+                self._checksums = {key: s for key, s in self._checksums.items() if key in keys}
                 to_write = [one.key for one in embedded if not self._link(one, beside, check)]
             finally:
                 store.put(_TO_WRITE, to_write)
@@ -93,9 +94,6 @@ class SnapshotWriter:
                 save_checkpoint(target, one.state, check, PrefixStore(store, target.name))
                 if store.rank == 0:
                     self.note(one.key, target)
-
-    def _forget_all_but(self, keys: set[int]) -> None:
-        self._checksums = {key: sums for key, sums in self._checksums.items() if key in keys}
 
     def _link(self, one: EmbeddedSnapshot, beside: Path, check: Check) -> bool:
         """Hard-link the files from an earlier checkpoint; returns whether that succeeded."""

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ultrathink.checkpoint.format import load_checkpoint
+from ultrathink.checkpoint.format import load_checkpoint, read_state
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.files import temporary_folder
 from ultrathink.data.loader import TrainLoader
@@ -33,12 +33,8 @@ from ultrathink.training.model_state import placed_state
 from ultrathink.training.parts import Parts
 from ultrathink.training.trainer import Trainer
 
-_LEFT_OUT = (
-    "checkpoints",
-    "states",
-    "logs",
-    "tensorboard",
-)  # parts of a run that a replay does not need
+# Parts of a run that a replay does not need, or must not share.
+_LEFT_OUT = ("checkpoints", "states", "logs", "tensorboard", ".lock")
 _FARTHEST = 1000  # largest rollback of a decision, in steps, that data orders leave room for
 _QUIET = (
     "orchestrator.mode=off",
@@ -193,22 +189,8 @@ class _StopAt(Controller):
 
 def _copy(run: RunFolder, state: Path, to: Path) -> RunFolder:
     """A copy of the run at the time of ``state``."""
-    shutil.copytree(run.path, to, ignore=lambda folder, names: _ignored(run, folder, names))
-    copy = RunFolder(to)
-    copy.lock_file.unlink(missing_ok=True)
-    step = read_step(state)
+    shutil.copytree(run.path, to, ignore=shutil.ignore_patterns(*_LEFT_OUT))
+    copy, step = RunFolder(to), read_state(state)["progress"]["step"]
     shutil.copytree(state, copy.step_path(step))
     (copy.checkpoints / "last").symlink_to(copy.step_path(step).name)
     return copy
-
-
-def _ignored(run: RunFolder, folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if Path(folder) == run.path and name in _LEFT_OUT]
-
-
-def read_step(state: Path) -> int:
-    """The step at which a state was taken."""
-    from ultrathink.checkpoint.format import read_state
-
-    step: int = read_state(state)["progress"]["step"]
-    return step

@@ -13,15 +13,15 @@ from ultrathink.data.prepare import PreparedData
 from ultrathink.data.tokenizers.base import load_tokenizer
 from ultrathink.parallel.world import join_world
 from ultrathink.recipes.parts.assembly import assemble, build_model
-from ultrathink.recipes.parts.environment import environment, environment_changes
 from ultrathink.recipes.parts.evaluators import make_evaluators
+from ultrathink.recipes.parts.folder import environment, environment_changes
 from ultrathink.recipes.parts.initial_weights import check_vocabulary
 from ultrathink.recipes.parts.models import find_frozen, models_beside
 from ultrathink.recipes.parts.resume_plan import FreshStart, ResumePlan, plan_resume
 from ultrathink.recipes.parts.resumed_data import data_to_resume_with, keep_record
 from ultrathink.recipes.parts.resumed_snapshots import bring_back_snapshots
 from ultrathink.recipes.parts.resumed_state import adapt_state, check_identity
-from ultrathink.recipes.train import restart_trainer
+from ultrathink.recipes.train import trainer_at_start
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.loading import check_loads
 from ultrathink.runs.out_of_memory import remove_out_of_memory
@@ -62,13 +62,8 @@ def build_resumed(
     """The trainer of ``plan``; the resume is recorded in the run's ``segments.jsonl``."""
     try:
         if isinstance(plan, FreshStart):
-            return restart_trainer(
-                plan.run,
-                plan.lock,
-                callbacks=callbacks,
-                controllers=controllers,
-                progress=progress,
-            )
+            config = plan.run.read_config()
+            return trainer_at_start(config, plan.run, plan.lock, callbacks, controllers, progress)
         return _resume(plan, callbacks, controllers, progress)
     except BaseException:
         plan.release()

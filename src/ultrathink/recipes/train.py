@@ -39,31 +39,18 @@ def build_trainer(
     ``callbacks`` observe, ``controllers`` may change the run; ``progress(label, done, total)``
     reports the preparation of data. Raises ConfigError, DataError or CheckpointError.
     """
-    return _build(config, None, callbacks, controllers, progress)
+    return trainer_at_start(config, None, None, callbacks, controllers, progress)
 
 
-def restart_trainer(
-    run: RunFolder,
+def trainer_at_start(
+    config: Config,
+    run: RunFolder | None,
     lock: RunLock | None,
-    *,
     callbacks: Sequence[Callback] = (),
     controllers: Sequence[Controller] = (),
     progress: Progress | None = None,
 ) -> Trainer:
-    """A trainer that restarts a run which ended before its first checkpoint."""
-    trainer = _build(run.read_config(), run, callbacks, controllers, progress)
-    trainer.lock = lock
-    return trainer
-
-
-def _build(
-    config: Config,
-    run: RunFolder | None,
-    callbacks: Sequence[Callback],
-    controllers: Sequence[Controller],
-    progress: Progress | None,
-) -> Trainer:
-    """A trainer at step 0, in ``run`` or in a new folder."""
+    """A trainer at step 0 in a new folder, or in ``run``, whose ``lock`` is held."""
     world = join_world()
     check_same(world, "configuration", flatten(config.model_dump(mode="json")), _SAME_CONFIG)
     config, initial = world.main_first(lambda: find_initial_weights(config))
@@ -79,9 +66,9 @@ def _build(
     model = build_model(config)
     if initial.fill is not None:
         initial.fill(model)
-    run, config, lock = start_folder(run, config, data, model, choices)
+    run, config, own_lock = start_folder(run, config, data, model, choices)
     trainer = assemble(
         config, run, data, model, choices, callbacks, controllers, frozen, evaluators
     )
-    trainer.lock = lock
+    trainer.lock = lock or own_lock
     return trainer

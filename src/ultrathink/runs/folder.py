@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,6 @@ from ultrathink.checkpoint.format import (
     STATE_FILE,
     DamagedCheckpointError,
     Wanted,
-    Write,
     everything,
     files_of,
     has_its_sizes,
@@ -184,8 +183,8 @@ class RunFolder:
 
     def best_step(self) -> int | None:
         """The step of the best checkpoint; None if there is none."""
-        best = self.checkpoints / "best"
-        return _step_of(best.resolve().name.removeprefix("step_")) if best.exists() else None
+        best = self._target("best")
+        return _step_of(best.name.removeprefix("step_")) if best is not None else None
 
     def checkpoint(self, which: str | int = "last") -> Path:
         """The folder of ``"last"``, ``"best"`` or a step; otherwise CheckpointError lists them."""
@@ -195,21 +194,17 @@ class RunFolder:
                 f"run {self.path} has no checkpoint yet; it ended before the first was written. "
                 f"Restart it: ultrathink train --resume {self.path}"
             )
-        if which == "last":
-            return self.step_path(steps[-1])
-        if which == "best":
-            best = self.checkpoints / "best"
-            return best.resolve() if best.exists() else self.step_path(steps[-1])
-        step = _step_of(which)
+        if which in ("last", "best"):
+            best = self._target("best") if which == "best" else None
+            return best or self.step_path(steps[-1])
+        step, known = _step_of(which), ", ".join(map(str, steps))
         if step is None:
             raise CheckpointError(
-                f"{which!r} is not a checkpoint; use last, best or a step: "
-                f"{', '.join(map(str, steps))}."
+                f"{which!r} is not a checkpoint; use last, best or a step: {known}."
             )
         if step not in steps:
             raise CheckpointError(
-                f"run {self.path} has no checkpoint of step {step}; there are: "
-                f"{', '.join(map(str, steps))}."
+                f"run {self.path} has no checkpoint of step {step}; there are: {known}."
             )
         return self.step_path(step)
 
@@ -227,12 +222,11 @@ class RunFolder:
         is_known = which in ("last", "best") if step is None else step in found
         if not found or not is_known:
             return self.checkpoint(which), []  # raises the right error
-        if step is not None:
-            return self._sound_step(step, wanted), []
         candidates = [self.step_path(number) for number in reversed(found)]
-        best = self.checkpoints / "best"
-        if which == "best" and best.exists():
-            chosen = self.checkpoints / best.resolve().name
+        chosen = self._target("best") if which == "best" else None
+        if step is not None:
+            candidates = [self.step_path(step)]
+        elif chosen is not None:
             candidates = [chosen, *(path for path in candidates if path != chosen)]
         damaged: list[DamagedCheckpointError] = []
         for path in candidates:
@@ -245,6 +239,9 @@ class RunFolder:
                 f"checkpoint {error.folder.name} is damaged ({error.problem}); using {path.name}"
                 for error in damaged
             ]
+        if step is not None:
+            problem, advice = damaged[0].problem, self._instead_of(step)
+            raise DamagedCheckpointError(candidates[0], problem, advice)
         problems = "; ".join(f"{error.folder.name}: {error.problem}" for error in damaged)
         raise DamagedCheckpointError(
             self.checkpoints,
@@ -252,20 +249,14 @@ class RunFolder:
             f"Start a new run like it: ultrathink train {self.path}",
         )
 
-    def _sound_step(self, step: int, wanted: Wanted) -> Path:
-        path = self.step_path(step)
-        try:
-            verify_checkpoint(path, files_of(path, wanted))
-        except DamagedCheckpointError as error:
-            others = [number for number in self.steps() if number != step]
-            advice = (
-                f"Use another (there are: {', '.join(map(str, others))}): "
-                f"--resume {self.path}@{max((n for n in others if n < step), default=others[0])}"
-                if others
-                else f"It is the only one of run {self.path}."
-            )
-            raise DamagedCheckpointError(path, error.problem, advice) from None
-        return path
+    def _instead_of(self, step: int) -> str:
+        """The advice if the checkpoint of ``step`` cannot be used."""
+        others = [number for number in self.steps() if number != step]
+        if not others:
+            return f"It is the only one of run {self.path}."
+        nearest = max((number for number in others if number < step), default=others[0])
+        known = ", ".join(map(str, others))
+        return f"Use another (there are: {known}): --resume {self.path}@{nearest}"
 
     def save(
         self,
@@ -275,7 +266,7 @@ class RunFolder:
         is_best: bool,
         keep: int,
         store: SharedStore | None = None,
-        write: Write = save_checkpoint,
+        write: Callable[..., None] = save_checkpoint,
     ) -> Path:
         """Write the checkpoint of ``step``, point ``last`` (and ``best``) to it, drop old ones.
 
@@ -320,6 +311,11 @@ class RunFolder:
         )
         return sorted(int(match[1]) for match in matches if match)
 
+    def _target(self, name: str) -> Path | None:
+        """The checkpoint that the link ``name`` leads to, if it exists."""
+        link = self.checkpoints / name
+        return self.checkpoints / link.resolve().name if link.exists() else None
+
     def _coming(self, name: str) -> Path:
         """The prepared link ``name``, before its target is complete."""
         return self.checkpoints / f".{name}.tmp"
@@ -350,10 +346,7 @@ class RunFolder:
         """
         found = [self.step_path(step) for step in self.step_folders()]
         kept = {in_use, *[path for path in found if has_its_sizes(path)][-keep:]}
-        for name in ("last", "best"):
-            link = self.checkpoints / name
-            if link.exists():
-                kept.add(self.checkpoints / link.resolve().name)
+        kept |= {path for path in map(self._target, ("last", "best")) if path is not None}
         for path in found:
             if path not in kept:
                 with suppress(OSError):  # the others may succeed

@@ -10,8 +10,9 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
+import psutil
 import torch
 
 import ultrathink
@@ -21,17 +22,13 @@ from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.reading import RunReader
 
 _PACKAGES = ("torch", "numpy", "pydantic", "tokenizers", "tiktoken", "safetensors")
+_KIND = "train"  # the job that created a run; other kinds cannot be resumed here
 
 
-Kind: TypeAlias = Literal["train"]  # of run: the job that created it
-
-
-def build_manifest(
-    kind: Kind, *, data_hash: str, tokenizer_hash: str, num_parameters: int
-) -> dict[str, Any]:
-    """Facts about a run of ``kind``, this machine and process, as plain JSON."""
-    return {
-        "kind": kind,
+def write_manifest(path: Path, *, data_hash: str, tokenizer_hash: str, num_parameters: int) -> None:
+    """Write facts about a run, this machine and this process to a file, as JSON."""
+    manifest = {
+        "kind": _KIND,
         **code_and_packages(),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
@@ -40,10 +37,11 @@ def build_manifest(
         "tokenizer_hash": tokenizer_hash,
         "num_parameters": num_parameters,
     }
+    write_atomic(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
 
 
-def check_run_kind(run: RunFolder, wanted: Kind) -> None:
-    """Raise CheckpointError unless a run is of the ``wanted`` kind or has no manifest."""
+def check_run_kind(run: RunFolder) -> None:
+    """Raise CheckpointError if a run has a manifest and cannot be trained on."""
     if not run.manifest.is_file():
         return
     kind = RunReader(run).manifest().get("kind")
@@ -52,10 +50,10 @@ def check_run_kind(run: RunFolder, wanted: Kind) -> None:
             f"run {run.path} was written by an earlier version of ultrathink, which this version "
             f"cannot resume; use that version ({run.manifest.name} names it), or start a new run."
         )
-    if kind != wanted:
+    if kind != _KIND:
         raise CheckpointError(
             f"run {run.path} is of kind {kind!r}, but this command needs kind "
-            f"{wanted!r}; name another run."
+            f"{_KIND!r}; name another run."
         )
 
 
@@ -69,11 +67,6 @@ def code_and_packages() -> dict[str, Any]:
     }
 
 
-def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Write the facts of ``build_manifest`` to a file."""
-    write_atomic(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
-
-
 def hardware() -> dict[str, Any]:
     """The processor, its cores and memory, and the accelerators that torch sees."""
     facts: dict[str, Any] = {
@@ -81,9 +74,8 @@ def hardware() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
     }
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        facts["memory_bytes"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if torch.cuda.is_available():
         facts["gpus"] = [
             {

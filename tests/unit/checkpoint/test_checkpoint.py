@@ -2,14 +2,16 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_flatten
 
 from tests.unit.checkpoint.disks import state
 from ultrathink.checkpoint.format import (
@@ -36,17 +38,13 @@ STATE = {
 WEIGHTS, OTHERS = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
 
 
-def equal(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        assert isinstance(b, torch.Tensor)
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        assert isinstance(b, dict)
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        assert isinstance(b, list)
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
+def equal(a: Any, b: Any) -> bool:
+    """Whether two states are the same, to the bit."""
+    one, other = tree_flatten(a), tree_flatten(b)
+    return one[1] == other[1] and all(
+        x.dtype == y.dtype and torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        for x, y in zip(one[0], other[0], strict=True)
+    )
 
 
 @pytest.fixture
@@ -82,60 +80,25 @@ def test_files_are_plain_safetensors_one_for_the_model_and_json(saved: Path) -> 
     }
 
 
-@pytest.mark.parametrize(
-    ("state", "num_files"),
-    [
-        ({"model": {"w": torch.ones(2)}, "progress": {"step": 1}}, 1),
-        ({"optimizer": torch.ones(2)}, 1),
-        ({"progress": {"step": 1}}, 0),
-    ],
-    ids=["weights only", "others only", "no tensors"],
-)
-def test_no_file_is_empty(tmp_path: Path, state: dict[str, object], num_files: int) -> None:
-    save_checkpoint(tmp_path / "c", state)  # type: ignore[arg-type]
-    names = [path.name for path in (tmp_path / "c").glob("*.safetensors")]
-    assert names == ["model-00001-of-00001.safetensors"] * num_files
-    verify_checkpoint(tmp_path / "c")
-    assert equal(load_checkpoint(tmp_path / "c"), state)
+def test_no_file_is_empty(tmp_path: Path) -> None:
+    for part, num_files in (("model", 1), ("optimizer", 1), ("progress", 0)):
+        state: dict[str, Any] = {part: {"w": torch.ones(2)} if num_files else 1}
+        save_checkpoint(tmp_path / "c", state)
+        names = [path.name for path in (tmp_path / "c").glob("*.safetensors")]
+        assert names == ["model-00001-of-00001.safetensors"] * num_files
+        verify_checkpoint(tmp_path / "c")
+        assert equal(load_checkpoint(tmp_path / "c"), state)
 
 
 def test_threads_save_without_a_warning_and_without_silencing_others(tmp_path: Path) -> None:
     """Silencing warnings would change the filters of all threads meanwhile."""
-    problems: list[BaseException] = []
     filters = list(warnings.filters)
-    changed = threading.Event()
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.is_set():
-            if list(warnings.filters) != filters:
-                changed.set()
-
-    def save(number: int) -> None:
-        try:
-            for _ in range(3):
-                save_checkpoint(tmp_path / str(number), state(number))
-        except BaseException as error:
-            problems.append(error)
-
-    threads = [threading.Thread(target=save, args=(number,)) for number in range(2)]
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    over.set()
-    watcher.join()
-    assert problems == []
-    assert not changed.is_set()
-
-
-def test_a_failed_write_leaves_the_old_checkpoint(saved: Path) -> None:
-    with pytest.raises(TypeError, match="cannot hold"):
-        save_checkpoint(saved, {"bad": object()})  # type: ignore[dict-item]
-    assert equal(load_checkpoint(saved), STATE)
-    assert list(saved.parent.iterdir()) == [saved]
+    with ThreadPoolExecutor(2) as pool:
+        places = [tmp_path / str(number) for number in range(4)]
+        saves = [pool.submit(save_checkpoint, place, state(3)) for place in places]
+        while not all(save.done() for save in saves):
+            assert list(warnings.filters) == filters
+        assert [save.result() for save in saves] == [None] * 4
 
 
 def stop() -> None:
@@ -156,6 +119,8 @@ class StopAt:
 
 def test_a_check_that_raises_ends_the_save_wherever_it_is(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "c", STATE)
+    with pytest.raises(TypeError, match="cannot hold"):
+        save_checkpoint(tmp_path / "c", {"bad": object()})  # type: ignore[dict-item]
     other = state(3, num_values=3_000_000)  # several pieces to a file
     counter = StopAt(-1)
     save_checkpoint(tmp_path / "counted", other, counter)
@@ -192,7 +157,7 @@ def test_messages_name_what_is_wrong(tmp_path: Path) -> None:
         with pytest.raises(DamagedCheckpointError, match=r"state\.json cannot be read"):
             read_state(tmp_path / "c")
     state_file.write_text(whole.replace('"format": 3', '"format": 99'))
-    with pytest.raises(CheckpointError, match="has format 99, this version reads 3"):
+    with pytest.raises(CheckpointError, match=r"another version .* \(format 99, "):
         read_state(tmp_path / "c")
 
 

@@ -23,49 +23,35 @@ def step_of(run: RunFolder, link: str) -> int:
     return int((run.checkpoints / link).resolve().name.removeprefix("step_"))
 
 
-def test_killed_at_any_change_to_the_disk_a_run_has_what_it_had_or_the_next(
-    run: RunFolder, crashing: Writer
-) -> None:
-    run.save(1, state(1), is_best=True, keep=1)
-    crash_at, came_through = 0, False
-    while not came_through:
-        crash_at += 1
-        came_through = crashing.save(run, 2, keep=1, crash_at=crash_at)
-        for step in run.steps():
-            verify_checkpoint(run.step_path(step))  # what is visible is whole
-        run.clean()
-        assert hidden(run.path) == []
-        newest = run.steps()[-1]
-        value = value_of(load_checkpoint(run.step_path(newest)))
-        assert value == (1 if newest == 1 else 200 + crash_at)
-        assert step_of(run, "last") == step_of(run, "best") == newest
-        assert sorted(p.name for p in run.checkpoints.iterdir() if not p.is_symlink()) == [
-            run.step_path(step).name for step in run.steps()
-        ]
-        if not came_through and newest == 2:  # once more from the beginning
-            run.save(1, state(1), is_best=True, keep=9)
-            run.remove_after(1)
-    assert crash_at > 20
-    assert run.steps() == [2]
-
-
-def test_killed_at_any_change_while_a_step_is_replaced_one_of_the_two_is_there(
-    run: RunFolder, crashing: Writer
+@pytest.mark.parametrize("step", [1, 2], ids=["the same step", "the next step"])
+def test_killed_at_any_change_to_the_disk_a_run_has_what_it_had_or_the_new_one(
+    run: RunFolder, crashing: Writer, step: int
 ) -> None:
     run.save(1, state(1), is_best=True, keep=1)
     crash_at, came_through, num_kept = 0, False, 0
     while not came_through:
         crash_at += 1
         before = value_of(load_checkpoint(run.step_path(1)))
-        came_through = crashing.save(run, 1, keep=1, crash_at=crash_at)
+        came_through = crashing.save(run, step, keep=1, crash_at=crash_at)
+        for visible in run.steps():
+            verify_checkpoint(run.step_path(visible))
         run.clean()
         assert hidden(run.path) == []
-        assert run.steps() == [step_of(run, "last")] == [step_of(run, "best")] == [1]
-        after = value_of(load_checkpoint(run.step_path(1)))
-        assert after in (before, 100 + crash_at)
-        num_kept += after == before
+        newest = run.steps()[-1]
+        value = value_of(load_checkpoint(run.step_path(newest)))
+        assert value == 100 * step + crash_at or (newest == 1 and value == before)
+        num_kept += value == before
+        assert step_of(run, "last") == step_of(run, "best") == newest
+        assert sorted(p.name for p in run.checkpoints.iterdir() if not p.is_symlink()) == [
+            run.step_path(visible).name for visible in run.steps()
+        ]
+        if not came_through and newest == 2:  # once more from the beginning
+            run.save(1, state(1), is_best=True, keep=9)
+            run.remove_after(1)
     assert num_kept > 10
-    assert value_of(load_checkpoint(run.step_path(1))) == 100 + crash_at
+    assert crash_at > 20
+    assert run.steps() == [step]
+    assert value == 100 * step + crash_at
 
 
 def test_what_a_crash_left_of_an_older_process_does_not_stop_a_save(run: RunFolder) -> None:

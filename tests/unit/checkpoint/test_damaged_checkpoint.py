@@ -46,10 +46,10 @@ def whole(tmp_path: Path) -> Path:
     return tmp_path / "step_00000001"
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_is_found_wherever_it_is(whole: Path, name: str) -> None:
-    size = (whole / name).stat().st_size
-    for at in {*range(0, size, 97), size - 1}:
+def test_a_flipped_bit_is_found_wherever_it_is(whole: Path) -> None:
+    sizes = {name: (whole / name).stat().st_size for name in FILES}
+    places = [(name, at) for name, size in sizes.items() for at in {*range(0, size, 97), size - 1}]
+    for name, at in places:
         flip(whole / name, at)
         assert has_its_sizes(whole)
         for check in (verify_checkpoint, load_checkpoint):
@@ -63,9 +63,6 @@ def test_a_flipped_bit_is_found_wherever_it_is(whole: Path, name: str) -> None:
             assert caught.value.problem == f"{name}: content differs from its checksum"
         flip(whole / name, at)
     verify_checkpoint(whole)
-
-
-def test_every_byte_of_the_checksums_counts(whole: Path) -> None:
     for at in range((whole / "checksums.json").stat().st_size):
         flip(whole / "checksums.json", at)
         with pytest.raises(DamagedCheckpointError):
@@ -74,26 +71,26 @@ def test_every_byte_of_the_checksums_counts(whole: Path) -> None:
     assert value_of(load_checkpoint(whole)) == 1
 
 
+PROBLEMS: dict[Callable[[Path], None], str] = {
+    Path.unlink: r"is missing",
+    cut: r"has \d+ bytes instead of \d+",
+    empty: r"has 0 bytes instead of \d+",
+    replace_by_folder: r"(has|cannot be read)",
+}
+
+
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize(
-    ("damage", "problem"),
-    [
-        (Path.unlink, r"NAME is missing"),
-        (cut, r"NAME has \d+ bytes instead of \d+"),
-        (empty, r"NAME has 0 bytes instead of \d+"),
-        (replace_by_folder, r"NAME (has|cannot be read)"),
-    ],
-    ids=["missing", "cut", "empty", "folder"],
-)
-def test_a_file_that_is_gone_or_cut_is_named(
-    whole: Path, name: str, damage: Callable[[Path], None], problem: str
-) -> None:
-    damage(whole / name)
-    expected = problem.replace("NAME", re.escape(name))
-    for check in (verify_checkpoint, load_checkpoint):
-        with pytest.raises(DamagedCheckpointError, match=f"damaged: {expected}"):
-            check(whole)
-    assert not has_its_sizes(whole)
+def test_a_file_that_is_gone_or_cut_is_named(tmp_path: Path, name: str) -> None:
+    for number, (damage, problem) in enumerate(PROBLEMS.items()):
+        folder = tmp_path / f"step_{number:08d}"
+        save_checkpoint(folder, state(1))
+        damage(folder / name)
+        for check in (verify_checkpoint, load_checkpoint):
+            with pytest.raises(
+                DamagedCheckpointError, match=f"damaged: {re.escape(name)} {problem}"
+            ):
+                check(folder)
+        assert not has_its_sizes(folder)
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"state.json": 3}', "{"])
@@ -116,9 +113,6 @@ def test_shapes_of_damaged_files_are_an_error_not_a_crash(
     damage(whole / name)
     with pytest.raises(DamagedCheckpointError, match="cannot be read"):
         tensor_shapes(whole)
-
-
-def test_an_index_of_something_else_is_damage(whole: Path) -> None:
     for content in ("[]", "{}", '{"weight_map": 3}', "\xff"):
         (whole / INDEX).write_text(content, encoding="latin-1")
         with pytest.raises(DamagedCheckpointError, match="index"):
@@ -147,15 +141,12 @@ def three(run: RunFolder) -> RunFolder:
     return run
 
 
-def test_a_sound_last_and_best_are_used_without_a_word(three: RunFolder) -> None:
-    assert three.sound_checkpoint() == (three.step_path(3), [])
-    assert three.sound_checkpoint("best") == (three.step_path(2), [])
-    assert three.sound_checkpoint(1) == three.sound_checkpoint("1") == (three.step_path(1), [])
-
-
 def test_for_a_damaged_last_the_one_before_is_used_and_each_damaged_one_named(
     three: RunFolder,
 ) -> None:
+    assert three.sound_checkpoint() == (three.step_path(3), [])
+    assert three.sound_checkpoint("best") == (three.step_path(2), [])
+    assert three.sound_checkpoint(1) == three.sound_checkpoint("1") == (three.step_path(1), [])
     flip(three.step_path(3) / WEIGHTS)
     path, notes = three.sound_checkpoint("last")
     assert path == three.step_path(2)
@@ -171,16 +162,12 @@ def test_for_a_damaged_last_the_one_before_is_used_and_each_damaged_one_named(
         "checkpoint step_00000002 is damaged",
     ]
     assert all(note.endswith("; using step_00000001") for note in notes)
-    assert value_of(load_checkpoint(path)) == 1
-
-
-def test_for_a_damaged_best_the_newest_sound_one_is_used(three: RunFolder) -> None:
-    cut(three.step_path(2) / "state.json")
-    path, [note] = three.sound_checkpoint("best")
-    assert path == three.step_path(3)
-    assert "step_00000002 is damaged (state.json has" in note
-    shutil.rmtree(three.step_path(3))
-    assert three.sound_checkpoint("best")[0] == three.step_path(1)
+    assert three.sound_checkpoint("best") == (path, notes[::-1])  # the best first, then the newest
+    empty(three.step_path(1) / "state.json")
+    with pytest.raises(DamagedCheckpointError, match="Start a new run like it") as caught:
+        three.sound_checkpoint()
+    assert "step_00000001: state.json has 0 bytes" in str(caught.value)
+    assert "step_00000002: checksums.json is missing" in str(caught.value)
 
 
 def test_a_named_step_has_to_be_sound_itself(three: RunFolder) -> None:
@@ -195,15 +182,6 @@ def test_a_named_step_has_to_be_sound_itself(three: RunFolder) -> None:
         three.sound_checkpoint(2)
 
 
-def test_where_none_is_sound_all_are_named(three: RunFolder) -> None:
-    for step in (1, 2, 3):
-        empty(three.step_path(step) / "state.json")
-    with pytest.raises(DamagedCheckpointError, match="Start a new run like it") as caught:
-        three.sound_checkpoint()
-    for step in (1, 2, 3):
-        assert f"step_0000000{step}: state.json has 0 bytes" in str(caught.value)
-
-
 # -- retention ------------------------------------------------------------------------------------
 
 
@@ -215,18 +193,8 @@ def test_checkpoints_that_lack_bytes_do_not_count_among_those_kept(run: RunFolde
     run.save(4, state(4), is_best=False, keep=2)
     assert run.steps() == [1, 4]
     assert value_of(load_checkpoint(run.step_path(1))) == 1
-
-
-def test_the_best_is_kept_even_if_damaged(run: RunFolder) -> None:
-    run.save(1, state(1), is_best=True, keep=1)
-    cut(run.step_path(1) / OTHERS)
-    for step in (2, 3):
+    run.save(5, state(5), is_best=True, keep=1)
+    cut(run.step_path(5) / OTHERS)
+    for step in (9, 7):  # the last that was written is kept though there is a later one
         run.save(step, state(step), is_best=False, keep=1)
-    assert run.steps() == [1, 3]  # its weights can still be read
-
-
-def test_what_was_just_written_is_kept_though_there_are_later_ones(run: RunFolder) -> None:
-    for step in (8, 9, 3):
-        run.save(step, state(step), is_best=False, keep=1)
-    assert 3 in run.steps()
-    assert value_of(load_checkpoint(run.step_path(3))) == 3
+    assert run.steps() == [5, 7, 9]  # the weights of the best can still be read

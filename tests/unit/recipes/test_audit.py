@@ -20,7 +20,7 @@ from ultrathink.cli.main import main
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.orchestrator.steering.proposals import CRITICAL, Proposal
 from ultrathink.orchestrator.steering.rules import Rule, Situation
-from ultrathink.recipes.audit import audit_run, branch
+from ultrathink.recipes.audit import _replay, audit_run, branch
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.change import Change
@@ -47,6 +47,13 @@ def broken(make_trainer: MakeTrainer) -> Trainer:
     )
 
 
+REFUSED = {
+    ("decision", 99): r"has no decision 99; there are 1 to \d+",
+    ("orders", 1): "--orders 1: an interval needs 2",
+    ("horizon", 0): "--horizon 0: give a number of steps",
+}
+
+
 def test_going_back_from_broken_weights_is_found_to_help(
     broken: Trainer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,16 +70,18 @@ def test_going_back_from_broken_weights_is_found_to_help(
     assert audited["audit"] == result
     files.pop(broken.run.decisions)
     assert all(path.read_bytes() == data for path, data in files.items()), "the run is as it was"
-
-
-def test_a_replay_with_the_decision_is_what_the_run_did(broken: Trainer) -> None:
-    """The first order continues with the run's own data, so it comes to the run's own loss."""
-    [record] = [one for one in read_decisions(broken.run.decisions) if one["rule"] == "roll_back"]
-    from ultrathink.recipes.audit import _replay
-
-    left = 140 - record["step"]
-    loss = _replay(broken.run, record, 0, left, acts=True)
+    # The first order continues with the run's own data, so it comes to the run's own loss.
+    loss = _replay(broken.run, record, 0, 140 - record["step"], acts=True)
     assert loss == broken.score().loss
+    for arguments, message in REFUSED.items():
+        with pytest.raises(UltrathinkError, match=message):
+            audit_run(broken.run, **dict([arguments]))
+    shutil.rmtree(broken.run.states)
+    with pytest.raises(UltrathinkError, match=r"the state before decision 1 is gone.*kept: none"):
+        audit_run(broken.run, decision=1)
+    broken.run.decisions.unlink()
+    with pytest.raises(UltrathinkError, match="has no decisions to audit"):
+        audit_run(broken.run)
 
 
 class OneOfEach(Rule):
@@ -180,29 +189,3 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"decision": 99}, r"has no decision 99; there are 1 to \d+"),
-        ({"orders": 1}, "--orders 1: an interval needs 2"),
-        ({"horizon": 0}, "--horizon 0: give a number of steps"),
-    ],
-)
-def test_what_cannot_be_audited(broken: Trainer, arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(UltrathinkError, match=message):
-        audit_run(broken.run, **arguments)
-
-
-def test_a_state_that_is_gone(broken: Trainer) -> None:
-    shutil.rmtree(broken.run.states)
-    with pytest.raises(UltrathinkError, match=r"the state before decision 1 is gone.*kept: none"):
-        audit_run(broken.run, decision=1)
-
-
-def test_a_run_without_decisions(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer("training.max_steps=2")
-    trainer.fit()
-    with pytest.raises(UltrathinkError, match="has no decisions to audit"):
-        audit_run(trainer.run)

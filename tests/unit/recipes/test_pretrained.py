@@ -27,7 +27,7 @@ from ultrathink.interop.export import export_run
 from ultrathink.interop.importing import load_pretrained
 from ultrathink.recipes.parts.pretrained import adopt_pretrained, shown_with_pretrained
 from ultrathink.recipes.resume import resume_trainer
-from ultrathink.recipes.train import build_trainer, restart_trainer
+from ultrathink.recipes.train import build_trainer, trainer_at_start
 from ultrathink.runs.lock import RunLock
 
 Load = Callable[..., Config]
@@ -92,35 +92,45 @@ def test_training_continues_from_the_weights_and_they_go_back(
     assert (scaling is None) == (family == "mixtral")
 
 
-def test_the_run_says_what_it_took_on(load: Load, folder: Path) -> None:
-    config = build_trainer(load()).run.read_config()
+def test_the_run_says_what_it_took_on_and_needs_the_folder_only_to_begin(
+    load: Load, folder: Path
+) -> None:
+    trainer = build_trainer(load("training.max_steps=2"))
+    run, config = trainer.run, trainer.run.read_config()
     assert config.model.qkv_bias
     assert (config.model.hidden_size, config.model.max_positions) == (48, 256)
     assert config.tokenizer.model_dump() == {"type": "hf", "vocab_size": 300}
     for key in ("model.hidden_size", "model.rope_scaling.factor", "tokenizer.type"):
         assert config.origin(key) == f"from the weights hf:{folder}", key
     assert config.origin("tokenizer.vocab_size") == config.origin("tokenizer.type")
-
-
-def test_a_run_needs_the_folder_only_to_begin(load: Load, folder: Path) -> None:
-    trainer = build_trainer(load("training.max_steps=2"))
-    trainer.fit()
-    folder.rename(folder.with_name("moved"))
-    config = trainer.run.read_config()
-    assert shown_with_pretrained(config) == config
-    resumed = resume_trainer(trainer.run, overrides=["training.max_steps=4"])
-    assert resumed.fit().name == "finished"
-
-
-def test_a_run_that_ended_before_its_first_checkpoint_begins_again(load: Load) -> None:
-    trainer = build_trainer(load("training.max_steps=2"))
+    with pytest.raises(ConfigError, match=r"comes with them: set training\.init_from=hf:"):
+        build_trainer(load_config(run.path, ["training.init_from=null"]))
     weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     assert trainer.lock is not None
-    trainer.lock.release()
-    again = restart_trainer(trainer.run, RunLock.acquire(trainer.run))
+    trainer.lock.release()  # it ended before its first checkpoint
+    again = trainer_at_start(config, run, RunLock.acquire(run))
     for name, tensor in again.model.state_dict().items():
         assert torch.equal(weights[name], tensor), name
     assert again.config == trainer.config
+    again.fit()
+    folder.rename(folder.with_name("moved"))
+    assert shown_with_pretrained(config) == config
+    assert resume_trainer(run, overrides=["training.max_steps=4"]).fit().name == "finished"
+
+
+def test_weights_that_cannot_be_used_are_refused(load: Load, folder: Path, tmp_path: Path) -> None:
+    newer, _ = adopt_pretrained(load())
+    to_older_layout(folder)
+    assert adopt_pretrained(load())[0] == newer
+    change_config(folder, use_sliding_window=True, sliding_window=16, layer_types=None)
+    with pytest.raises(CheckpointError, match=r"data\.seq_len=16 or less"):
+        build_trainer(load())
+    run = make_random_run(tmp_path)
+    with pytest.raises(CheckpointError, match=r"has no config\.json\. A run of ultrathink is"):
+        build_trainer(load(f"training.init_from=hf:{run.path}"))
+    for source in ("null", "runs/some"):
+        with pytest.raises(ConfigError, match=r"model\.moe\.groups"):
+            load("model.moe.balance.load=0.02", f"training.init_from={source}")
 
 
 def test_what_a_preset_says_of_the_model_gives_way(load: Load) -> None:
@@ -133,7 +143,9 @@ def test_what_a_preset_says_of_the_model_gives_way(load: Load) -> None:
 def test_what_the_user_says_of_the_model_must_agree(
     load: Load, tmp_path: Path, folder: Path
 ) -> None:
-    adopt_pretrained(load("model.hidden_size=48", "model.qkv_bias=true"))
+    config, _ = adopt_pretrained(load("model.hidden_size=48", "model.dropout=0.1"))
+    assert config.model.dropout == 0.1, "no value of the shape"
+    assert config.origin("model.dropout") == "override model.dropout=0.1"
     with pytest.raises(ConfigError) as caught:
         adopt_pretrained(load("model.hidden_size=64", "model.num_layers=3", "tokenizer=byte"))
     message = str(caught.value)
@@ -155,12 +167,6 @@ def test_what_the_user_says_of_the_model_must_agree(
     assert "hidden_size" not in message
 
 
-def test_values_that_are_not_of_the_shape_are_the_users(load: Load) -> None:
-    config, _ = adopt_pretrained(load("model.dropout=0.1", "model.z_loss=0.001"))
-    assert (config.model.dropout, config.model.z_loss) == (0.1, 0.001)
-    assert config.origin("model.dropout") == "override model.dropout=0.1"
-
-
 def test_positions_may_be_stretched(load: Load) -> None:
     yarn = "model.rope_scaling={type: yarn, factor: 4, original_max_positions: 256}"
     trainer = build_trainer(load(yarn, "model.rope_theta=100000", "training.max_steps=1"))
@@ -175,30 +181,6 @@ def test_positions_may_be_stretched(load: Load) -> None:
     assert again.config.max_positions == 1024
     config, _ = adopt_pretrained(load(yarn, "model.max_positions=512"))
     assert config.model.max_positions == 512
-
-
-def test_a_text_beyond_the_window_is_refused(load: Load, folder: Path) -> None:
-    change_config(folder, use_sliding_window=True, sliding_window=16, layer_types=None)
-    with pytest.raises(CheckpointError, match=r"data\.seq_len=16 or less"):
-        build_trainer(load())
-
-
-def test_the_older_layout_trains_the_same_model(load: Load, folder: Path) -> None:
-    newer, _ = adopt_pretrained(load())
-    to_older_layout(folder)
-    assert adopt_pretrained(load())[0] == newer
-
-
-def test_its_tokenizer_alone_cannot_be_had(load: Load) -> None:
-    run = build_trainer(load()).run
-    with pytest.raises(ConfigError, match=r"comes with them: set training\.init_from=hf:"):
-        build_trainer(load_config(run.path, ["training.init_from=null"]))
-
-
-def test_a_run_folder_is_named_without_the_prefix(load: Load, tmp_path: Path) -> None:
-    run = make_random_run(tmp_path)
-    with pytest.raises(CheckpointError, match=r"has no config\.json\. A run of ultrathink is"):
-        build_trainer(load(f"training.init_from=hf:{run.path}"))
 
 
 # -- experts ---------------------------------------------------------------------------------------
@@ -229,27 +211,15 @@ def test_how_experts_are_trained_stays_the_users(load: Load, mixtral: Path) -> N
     for key in ("groups", "intermediate_size", "routing.warmup_steps", "balance.bias_rate"):
         assert config.origin(f"model.moe.{key}") == f"from the weights hf:{mixtral}", key
     assert config.origin("model.moe.balance.load") == "override model.moe.balance.load=0.02"
+    plain, pretrained = adopt_pretrained(load())
+    assert plain.model.moe == pretrained.model.moe
+    assert shown_with_pretrained(plain) == plain
     config, _ = adopt_pretrained(
         load("model.moe.balance.bias_rate=0.002", "model.moe.routing.warmup_steps=5")
     )
     assert config.model.moe is not None
     assert config.model.moe.balance.bias_rate == 0.002
     assert config.model.moe.routing.warmup_steps == 5
-
-
-def test_no_word_of_experts_is_needed(load: Load, mixtral: Path) -> None:
-    config, pretrained = adopt_pretrained(load())
-    assert config.model.moe == pretrained.model.moe
-    assert config.origin("model.moe.groups") == f"from the weights hf:{mixtral}"
-    assert shown_with_pretrained(config) == config
-
-
-@pytest.mark.usefixtures("mixtral")
-def test_a_bias_keeps_a_mixtral_from_going_back(load: Load) -> None:
-    trainer = build_trainer(load("training.max_steps=1", "model.moe.balance.bias_rate=0.01"))
-    trainer.fit()
-    with pytest.raises(ConfigError, match=r"selection_bias is up to 0\.01, .*bias_rate=0 from"):
-        export_run(str(trainer.run.path))
 
 
 def test_groups_of_the_user_have_their_names_and_their_room(load: Load, mixtral: Path) -> None:
@@ -293,9 +263,3 @@ def test_experts_for_a_checkpoint_that_has_none(load: Load, tmp_path: Path) -> N
     adopted, _ = adopt_pretrained(preset)
     assert adopted.model.moe is None, "what a preset says gives way"
     assert build_model(adopted).routing is None
-
-
-@pytest.mark.parametrize("source", ["null", "runs/some"])
-def test_without_a_checkpoint_of_hugging_face_groups_are_named(load: Load, source: str) -> None:
-    with pytest.raises(ConfigError, match=r"model\.moe\.groups"):
-        load("model.moe.balance.load=0.02", f"training.init_from={source}")

@@ -13,6 +13,7 @@ from tests.unit.training.conftest import TINY, MakeTrainer
 from tests.unit.training.observers import At, Recorder, asks, final_state, records, without_time
 from ultrathink.config import load_config
 from ultrathink.core.errors import CheckpointError, UltrathinkError
+from ultrathink.data.tokenizers.byte import ByteTokenizer
 from ultrathink.recipes.parts.resume_plan import plan_resume
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.recipes.train import build_trainer
@@ -58,25 +59,20 @@ def rates(run: RunFolder) -> list[float]:
 # -- what is recorded -----------------------------------------------------------------------------
 
 
-def test_every_start_is_a_segment_of_the_run(run: RunFolder) -> None:
-    resume_trainer(run, overrides=["training.optimizer.lr=0.005"]).fit()
-    first, second = read_segments(run.segments)
-    assert (first.from_step, first.changes, first.reset) == (0, (), ())
-    assert second.from_step == 4
-    [change] = second.changes
-    assert (change.key, change.after) == ("training.optimizer.lr", 0.005)
-    assert second.environment["packages"]["torch"] == torch.__version__
-    assert second.environment["hardware"]["threads"] == torch.get_num_threads()
-    config = run.read_config()
-    assert config.training.optimizer.lr == 0.005
-    assert config.origin("training.optimizer.lr") == "override training.optimizer.lr=0.005"
-
-
 def test_a_run_that_dies_right_after_a_change_continues_with_it(
     run: RunFolder, make_trainer: MakeTrainer
 ) -> None:
     dead = resume_trainer(run, overrides=["training.optimizer.lr=0.005"], reset=["optimizer"])
     dead.close()  # before its first checkpoint
+    first, second = read_segments(run.segments)
+    assert (first.from_step, first.changes, first.reset) == (0, (), ())
+    assert (second.from_step, second.reset) == (4, ("optimizer",))
+    [change] = second.changes
+    assert (change.key, change.after) == ("training.optimizer.lr", 0.005)
+    assert second.environment["packages"]["torch"] == torch.__version__
+    assert second.environment["hardware"]["threads"] == torch.get_num_threads()
+    config = run.read_config()
+    assert config.origin("training.optimizer.lr") == "override training.optimizer.lr=0.005"
     again = resume_trainer(run)
     assert again.training.optimizer.lr == 0.005
     assert not any(optimizer.state for optimizer in again.stepper.optimizers)
@@ -100,15 +96,6 @@ def test_an_earlier_checkpoint_continues_as_it_was(make_trainer: MakeTrainer) ->
     assert any(
         "as in the checkpoint of step 2: training.optimizer.lr" in m for m in recorder.messages
     )
-
-
-def test_an_edited_config_is_noticed_and_the_command_for_it_given(
-    run: RunFolder,
-) -> None:
-    run.write_config(run.read_config().replace({"training.clip": 0.5}, origin="by hand"))
-    with pytest.raises(UltrathinkError, match=r"training\.clip: 1\.0 -> 0\.5") as caught:
-        resume_trainer(run)
-    assert f"--resume {run.path} training.clip=0.5" in str(caught.value)
 
 
 # -- what changes do ------------------------------------------------------------------------------
@@ -157,11 +144,19 @@ def test_another_length_counts_what_was_done(
 
 
 def test_a_finished_run_continues_when_it_is_given_more(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer("training.max_steps=6", "training.schedule={type: cosine, warmup: 1}")
+    trainer = make_trainer(
+        "training.max_steps=6",
+        "training.schedule={type: cosine, warmup: 1}",
+        "training.checkpoint={every_steps: 2, keep: 2}",
+    )
     trainer.fit()
-    plan = plan_resume(trainer.run)
+    run, kept = trainer.run, trainer.run.steps()
+    # Killed between the last save and the removal of what it replaces: no save follows.
+    shutil.copytree(run.step_path(6), run.step_path(1))
+    plan = plan_resume(run)
     assert plan.is_finished
-    plan.lock.release()
+    plan.release()
+    assert run.steps() == kept
     longer = resume_trainer(trainer.run, overrides=["training.max_steps=12"])
     assert longer.fit().name == "finished"
     assert [row["step"] for row in records(trainer.run) if row["split"] == "train"] == list(
@@ -171,53 +166,29 @@ def test_a_finished_run_continues_when_it_is_given_more(make_trainer: MakeTraine
     assert after_warmup == sorted(after_warmup, reverse=True), "a resumed cosine must not rise"
 
 
-def test_resuming_a_finished_run_removes_the_old_checkpoints_that_a_kill_left(
-    make_trainer: MakeTrainer,
-) -> None:
-    """Killed between the last save and the removal of what it replaces: no save follows."""
-    trainer = make_trainer("training.max_steps=6", "training.checkpoint={every_steps: 2, keep: 2}")
-    trainer.fit()
-    run = trainer.run
-    kept = run.steps()
-    shutil.copytree(run.step_path(6), run.step_path(1))
-    plan = plan_resume(run)
-    plan.release()
-    assert plan.is_finished
-    assert run.steps() == kept
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "{type: wsd, decay: 0.5}"])
-def test_another_schedule_begins_where_the_old_one_stands(
-    make_trainer: MakeTrainer, schedule: str
-) -> None:
+def test_another_schedule_begins_where_the_old_one_stands(make_trainer: MakeTrainer) -> None:
     run = stopped(make_trainer, "training.schedule={type: cosine, warmup: 1}").run
     before = rates(run)
-    trainer = resume_trainer(
-        run, overrides=[f"training.schedule={schedule}", "training.max_steps=40"]
-    )
-    trainer.fit()
+    other = "training.schedule={type: wsd, decay: 0.5}"
+    resume_trainer(run, overrides=[other, "training.max_steps=40"]).fit()
     after = rates(run)
     assert after[:4] == before
     assert after[4] <= before[-1]
     assert all(later <= earlier for earlier, later in itertools.pairwise(after[3:]))
 
 
-def test_reset_schedule_warms_up_again_over_what_is_left(make_trainer: MakeTrainer) -> None:
+def test_reset_restarts_optimizer_and_schedule_over_what_is_left(make_trainer: MakeTrainer) -> None:
     run = stopped(make_trainer, "training.schedule={type: cosine, warmup: 2}").run
-    trainer = resume_trainer(run, reset=["schedule"], overrides=["training.max_steps=24"])
+    muon = ["training.optimizer.type=muon", "training.max_steps=24"]
+    trainer = resume_trainer(run, reset=["schedule", "optimizer"], overrides=muon)
+    assert not any(optimizer.state for optimizer in trainer.stepper.optimizers)
     trainer.fit()
+    assert any("momentum" in name for name in final_state(run))
     peak = trainer.training.optimizer.lr
     after = rates(run)[4:]
     assert after[:2] == pytest.approx([peak / 2, peak])
     tail = [0.1 + 0.9 * (1 + math.cos(math.pi * n / 18)) / 2 for n in range(18)]
     assert after[2:] == pytest.approx([peak * share for share in tail])
-
-
-def test_reset_optimizer_forgets_its_moments(run: RunFolder) -> None:
-    trainer = resume_trainer(run, reset=["optimizer"], overrides=["training.optimizer.type=muon"])
-    assert not any(optimizer.state for optimizer in trainer.stepper.optimizers)
-    assert trainer.fit().name == "finished"
-    assert any("momentum" in name for name in final_state(run))
 
 
 def test_other_mixture_weights_continue_where_each_source_stands(make_trainer: MakeTrainer) -> None:
@@ -246,21 +217,6 @@ def test_other_data_begins_its_own_order(run: RunFolder, tmp_path: Path) -> None
     assert json.loads(run.data_record.read_text())["data_hash"] == trainer.identity["data_hash"]
 
 
-def test_a_live_change_of_a_controller_outlives_a_plain_resume(make_trainer: MakeTrainer) -> None:
-    def slow_down(control: TrainerControl) -> None:
-        for change in (SetLearningRateFactor(0.5), SetClip(0.1), Stop()):
-            control.request(change, reason="test")
-
-    trainer = make_trainer("training.max_steps=10", STOP_AT_4, controllers=[At(step4=slow_down)])
-    trainer.fit()
-    again = resume_trainer(trainer.run)
-    assert (again.settings.lr_factor, again.settings.clip) == (0.5, 0.1)
-    again.close()
-    changed = resume_trainer(trainer.run, overrides=["training.clip=0.7"])
-    assert (changed.settings.lr_factor, changed.settings.clip) == (0.5, 0.7)
-    changed.close()
-
-
 # -- a run that was moved -------------------------------------------------------------------------
 
 
@@ -270,23 +226,19 @@ def test_a_moved_run_folder_resumes_bit_for_bit(
     moved = RunFolder(tmp_path / "another place" / "renamed")
     moved.path.parent.mkdir()
     shutil.move(run.path, moved.path)
-    assert resume_trainer(moved).fit().name == "finished"
+    line = json.loads(moved.segments.read_text())
+    line["environment"]["hardware"]["cpu"] = "Another Processor 9000"
+    moved.segments.write_text(json.dumps(line) + "\n")
+    recorder = Recorder()
+    assert resume_trainer(moved, callbacks=[recorder]).fit().name == "finished"
+    [reported] = [text for text in recorder.messages if "not bit for bit" in text]
+    assert "processor Another Processor 9000 -> " in reported
     assert not run.path.exists()
     whole = make_trainer("training.max_steps=10", STOP_AT_4)
     whole.fit()
     assert without_time(records(moved)) == without_time(records(whole.run))
     one, other = final_state(moved), final_state(whole.run)
     assert all(torch.equal(one[name], other[name]) for name in other)
-
-
-def test_another_machine_is_reported(run: RunFolder) -> None:
-    line = json.loads(run.segments.read_text())
-    line["environment"]["hardware"]["cpu"] = "Another Processor 9000"
-    run.segments.write_text(json.dumps(line) + "\n")
-    recorder = Recorder()
-    resume_trainer(run, callbacks=[recorder]).fit()
-    [reported] = [text for text in recorder.messages if "not bit for bit" in text]
-    assert "processor Another Processor 9000 -> " in reported
 
 
 def test_a_run_without_a_checkpoint_begins_again_in_its_folder(make_trainer: MakeTrainer) -> None:
@@ -326,10 +278,16 @@ def test_changes_that_a_run_cannot_take_are_refused(run: RunFolder) -> None:
     after = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     changed = [path.name for path in after if after[path] != before.get(path)]
     assert [name for name in changed if name not in (".owner.json", ".lock")] == []
+    config = run.read_config()
+    run.write_config(config.replace({"training.clip": 0.5}, origin="by hand"))
+    with pytest.raises(UltrathinkError, match=r"training\.clip: 1\.0 -> 0\.5") as caught:
+        resume_trainer(run)
+    assert f"--resume {run.path} training.clip=0.5" in str(caught.value)
+    run.write_config(config)
     assert resume_trainer(run).fit().name == "finished"  # and the lock is free
 
 
-def test_other_code_for_the_order_is_noticed(
+def test_other_code_for_the_order_or_the_tokenizer_is_noticed(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ultrathink.data.permutation._NUM_ROUNDS", 8)
@@ -338,15 +296,8 @@ def test_other_code_for_the_order_is_noticed(
     trainer = resume_trainer(run, reset=["data"])  # the way out that the message names
     assert trainer.loader.samples_seen == 0
     assert trainer.fit().name == "finished"
-
-
-def test_other_code_for_the_tokenizer_is_noticed(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from ultrathink.data.tokenizers.byte import ByteTokenizer
-
-    original = ByteTokenizer.encode
-    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: original(self, text)[::-1])
+    encode = ByteTokenizer.encode
+    monkeypatch.setattr(ByteTokenizer, "encode", lambda self, text: encode(self, text)[::-1])
     with pytest.raises(CheckpointError, match="splits text into other tokens"):
         resume_trainer(run)
 
@@ -359,20 +310,29 @@ EXPERTS = (
 )
 
 
-def test_routing_and_balance_may_change_and_other_live_values_stay(
+def test_configured_values_may_change_and_other_live_values_stay(
     make_trainer: MakeTrainer,
 ) -> None:
+    def slow_down(control: TrainerControl) -> None:
+        for change in (SetLearningRateFactor(0.5), SetClip(0.1), Stop()):
+            control.request(change, reason="test")
+
     trainer = make_trainer(
         "training.max_steps=10",
         STOP_AT_4,
         EXPERTS,
-        controllers=[At(step2=asks(SetRouting("temperature", 2.0)), step4=asks(Stop()))],
+        controllers=[At(step2=asks(SetRouting("temperature", 2.0)), step4=slow_down)],
     )
     trainer.fit()
+    again = resume_trainer(trainer.run)
+    assert (again.settings.lr_factor, again.settings.clip) == (0.5, 0.1)
+    again.close()
     overrides = ["model.moe.routing.capacity_factor=1.5", "model.moe.balance.load=0.5"]
+    overrides.append("training.clip=0.7")
     resumed = resume_trainer(trainer.run, overrides=overrides)
     routing = resumed.model.routing
     assert routing is not None
     names = ("capacity_factor", "load", "temperature")
     assert [routing.get(name) for name in names] == [1.5, 0.5, 2.0]
+    assert (resumed.settings.lr_factor, resumed.settings.clip) == (0.5, 0.7)
     assert resumed.fit().name == "finished"

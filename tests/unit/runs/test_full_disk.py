@@ -9,11 +9,11 @@ import pytest
 
 from tests.unit.checkpoint.disks import Disk, hidden, state, value_of
 from ultrathink.checkpoint.format import load_checkpoint, save_checkpoint
-from ultrathink.checkpoint.saver import CheckpointSaver, Outcome
 from ultrathink.config import load_config
 from ultrathink.core.errors import CheckpointError
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock, holder
+from ultrathink.runs.saver import CheckpointSaver, Outcome
 
 
 @pytest.fixture
@@ -54,62 +54,32 @@ def test_a_disk_that_fills_up_at_any_page_leaves_the_old_checkpoint_and_nothing_
     assert [path.name for path in disk.path.iterdir()] == [folder.name]
 
 
-def test_a_disk_that_cannot_be_written_is_an_outcome_until_it_can(
-    disk: Disk, run: RunFolder
-) -> None:
-    saver = CheckpointSaver(run, keep=2)
-    assert save(saver, 1).error is None
-    with disk.read_only():
-        outcome = save(saver, 2)
-        assert isinstance(outcome.error, OSError)
-        assert outcome.error.errno == errno.EROFS
-        assert value_of(load_checkpoint(run.checkpoint())) == 1
-    assert save(saver, 3).error is None
-    assert run.steps() == [1, 3]
-    assert hidden(run.path) == []
-
-
 def test_a_run_cannot_be_made_or_locked_where_nothing_can_be_written(
     disk: Disk, run: RunFolder
 ) -> None:
-    config = load_config("debug", [f"run.dir={disk.path}"])
-    with disk.read_only():
-        with pytest.raises(OSError, match="Read-only file system") as caught:
-            RunFolder.create(config)
-        assert caught.value.errno == errno.EROFS
-        assert str(caught.value.filename).startswith(str(disk.path))
-        with pytest.raises(CheckpointError, match=r"cannot be locked.*Read-only file system"):
-            RunLock.acquire(run)
-        assert holder(run) is None
-    RunLock.acquire(run).release()
-    with disk.read_only():  # where the lock file is there already
-        with pytest.raises(CheckpointError, match=r"cannot be locked.*Read-only file system"):
-            RunLock.acquire(run)
-        assert holder(run) is None
-
-
-def test_a_run_that_does_not_fit_leaves_no_folder(disk: Disk) -> None:
-    config = load_config("debug", [f"run.dir={disk.path}"])
+    config, before = load_config("debug", [f"run.dir={disk.path}"]), list(disk.path.iterdir())
     with disk.filled(), pytest.raises(OSError, match="No space left"):
         RunFolder.create(config)
-    assert list(disk.path.iterdir()) == []
+    assert list(disk.path.iterdir()) == before
+    for _ in ("without a lock file", "with one"):
+        with disk.read_only():
+            with pytest.raises(OSError, match="Read-only file system") as caught:
+                RunFolder.create(config)
+            assert str(caught.value.filename).startswith(str(disk.path))
+            with pytest.raises(CheckpointError, match=r"cannot be locked.*Read-only file system"):
+                RunLock.acquire(run)
+            assert holder(run) is None
+        RunLock.acquire(run).release()
 
 
 def test_a_full_disk_can_be_locked(disk: Disk, run: RunFolder) -> None:
-    with disk.filled(), RunLock.acquire(run):
-        owner = holder(run)
-        assert owner is not None
-        assert str(owner) == "another process"  # there was no room to say which
-        with pytest.raises(CheckpointError, match="is in use by another process; wait for it"):
-            RunLock.acquire(run, timeout_s=0.1)
-
-
-def test_a_killed_owner_is_not_taken_for_the_one_of_a_full_disk(disk: Disk, run: RunFolder) -> None:
-    owner_file = run.path / ".owner.json"
+    owner_file = run.path / ".owner.json"  # of a killed process
     owner_file.write_text('{"pid": 7, "host": "here", "started": 0.0, "command": "train"}')
     os.link(owner_file, run.path / "else its page would be free")
     with disk.filled(), RunLock.acquire(run):
-        assert str(holder(run)) == "another process"
+        assert str(holder(run)) == "another process"  # there was no room to say which
+        with pytest.raises(CheckpointError, match="is in use by another process; wait for it"):
+            RunLock.acquire(run, timeout_s=0.1)
 
 
 def test_the_disk_itself_may_go_and_come_back(disk: Disk, run: RunFolder, tmp_path: Path) -> None:
@@ -122,9 +92,11 @@ def test_the_disk_itself_may_go_and_come_back(disk: Disk, run: RunFolder, tmp_pa
     with disk.read_only():
         outcome = save(saver, 2)
         assert isinstance(outcome.error, OSError)
+        assert outcome.error.errno == errno.EROFS
         assert not outcome.restored
     shutil.copytree(aside, run.path, symlinks=True)
     outcome = save(saver, 3)
     assert outcome.error is None
     assert not outcome.restored
     assert run.steps() == [1, 3]
+    assert hidden(run.path) == []

@@ -30,49 +30,39 @@ def test_a_run_is_empty_then_stopped_then_finished(tmp_path: Path) -> None:
     third = make_run(tmp_path, saved=[5, 20])
     assert summary(third).state == "finished"
     assert [summary(r).problem for r in (run, other, third)] == [None] * 3
-
-
-def test_it_is_running_while_its_lock_is_held(tmp_path: Path) -> None:
-    run = make_run(tmp_path, saved=[20])
-    with RunLock.acquire(run):
-        found = summary(run)
+    with RunLock.acquire(third):
+        found = summary(third)
         assert found.state == "running"
         assert found.owner is not None
         assert found.owner.pid == os.getpid()
-    assert summary(run).state == "finished"
+    config = third.path / "config.yaml"  # resumed with a greater length, and died at once
+    config.write_text(config.read_text().replace("max_steps: 20", "max_steps: 40"))
+    assert (summary(third).state, summary(third).total_steps) == ("stopped", 40)
+    config.write_text(config.read_text().replace("max_steps: 40", "max_steps: null"))
+    assert summarize(third, lambda state, config: False).total_steps == 20  # the checkpoint's
 
 
 def test_figures_are_the_last_ones(tmp_path: Path) -> None:
     run = make_run(tmp_path, saved=[10], total=30)
-    write_lines(
-        run.metrics,
-        [train_line(1, 5.0), val_line(10, 4.0), train_line(20, 3.0), '{"step": 30, "spl'],
-    )
+    found = summary(run)
+    assert (found.step, found.total_steps) == (10, 30)
+    assert (found.train_loss, found.val_loss, found.bits_per_byte) == (None, None, None)
+    lines = [train_line(1, 5.0), val_line(10, 4.0), train_line(20, 3.0), '{"step": 30, "spl']
+    write_lines(run.metrics, lines)
     found = summary(run)
     assert (found.step, found.total_steps) == (20, 30)
     assert (found.train_loss, found.val_loss, found.bits_per_byte) == (3.0, 4.0, 2.0)
-
-
-def test_without_metrics_the_checkpoint_tells_how_far_it_is(tmp_path: Path) -> None:
-    found = summary(make_run(tmp_path, saved=[5, 10]))
-    assert (found.step, found.total_steps) == (10, 20)
-    assert (found.train_loss, found.val_loss, found.bits_per_byte) == (None, None, None)
-
-
-def test_the_configuration_is_newer_than_the_checkpoint(tmp_path: Path) -> None:
-    """A finished run was resumed with a greater length and died before its next checkpoint."""
-    run = make_run(tmp_path, saved=[20])
-    text = (run.path / "config.yaml").read_text()
-    (run.path / "config.yaml").write_text(text.replace("max_steps: 20", "max_steps: 40"))
+    run.metrics.unlink()
+    run.metrics.mkdir()
     found = summary(run)
-    assert (found.state, found.total_steps) == ("stopped", 40)
-
-
-def test_a_length_that_only_the_checkpoint_knows(tmp_path: Path) -> None:
-    run = make_run(tmp_path, saved=[10])
-    text = (run.path / "config.yaml").read_text()
-    (run.path / "config.yaml").write_text(text.replace("max_steps: 20", "max_steps: null"))
-    assert summarize(run, lambda state, config: False).total_steps == 20
+    assert (found.state, found.problem) == (
+        "stopped",
+        "metrics.jsonl cannot be read: Is a directory",
+    )
+    run.metrics.rmdir()
+    run.save(10, {"progress": None}, is_best=False, keep=1)
+    found = summary(run)
+    assert (found.state, found.problem) == ("damaged", "its last checkpoint has no progress")
 
 
 LAST = "checkpoints/step_00000010"
@@ -101,22 +91,6 @@ def test_damage_is_said(tmp_path: Path, name: str, content: str | None, problem:
     assert [r.name for r in list_runs(tmp_path, at_its_end)] == ["debug"]
 
 
-def test_a_state_that_does_not_say_how_far_it_is(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    run.save(10, {"progress": None}, is_best=False, keep=1)
-    found = summary(run)
-    assert found.state == "damaged"
-    assert found.problem == "its last checkpoint has no progress"
-
-
-def test_metrics_that_cannot_be_read_are_said_and_no_damage(tmp_path: Path) -> None:
-    run = make_run(tmp_path, saved=[10])
-    run.metrics.mkdir()
-    found = summary(run)
-    assert found.state == "stopped"
-    assert found.problem == "metrics.jsonl cannot be read: Is a directory"
-
-
 def test_the_newest_change_comes_first(tmp_path: Path) -> None:
     for number, name in enumerate(("c", "a", "b")):
         run = make_run(tmp_path, name)
@@ -124,17 +98,12 @@ def test_the_newest_change_comes_first(tmp_path: Path) -> None:
         for path in (run.checkpoints, run.path / "config.yaml"):
             os.utime(path, (0, 0))
         os.utime(run.metrics, (100 + number, 100 + number))
+    make_run(tmp_path, "gone").path.rename(tmp_path / ".trash")  # and what is no run
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes.txt").write_text("...")
     found = list_runs(tmp_path, at_its_end)
     assert [run.name for run in found] == ["b", "a", "c"]
     assert [run.changed for run in found] == [102, 101, 100]
-
-
-def test_what_is_no_run_is_not_listed(tmp_path: Path) -> None:
-    make_run(tmp_path)
-    make_run(tmp_path, "gone").path.rename(tmp_path / ".trash")
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes.txt").write_text("...")
-    assert [run.name for run in list_runs(tmp_path, at_its_end)] == ["debug"]
 
 
 def test_a_folder_that_is_not_there_or_is_a_run(tmp_path: Path) -> None:

@@ -66,17 +66,10 @@ def test_a_second_process_learns_who_holds_the_run(run: RunFolder) -> None:
         assert owner.command.startswith("-c ")
         with pytest.raises(CheckpointError) as caught:
             RunLock.acquire(run, timeout_s=0.1)
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner.started))
-        assert str(caught.value) == (
-            f"run {run.path} is in use by process {process.pid} on host {owner.host}, since "
-            f"{since}; wait for it or stop it (kill {process.pid}). "
-            f"Two processes in one run folder would corrupt it."
-        )
+        said = str(caught.value)
+        assert f"{run.path} is in use by process {process.pid} on host {owner.host}, since" in said
+        assert f"wait for it or stop it (kill {process.pid})" in said
         assert process.poll() is None
-
-
-def test_a_run_is_free_as_soon_as_its_holder_is_killed(run: RunFolder) -> None:
-    with holding_process(run) as process:
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert (run.path / ".owner.json").exists()  # what a killed process leaves
@@ -85,30 +78,18 @@ def test_a_run_is_free_as_soon_as_its_holder_is_killed(run: RunFolder) -> None:
             assert holding_pid(run) == os.getpid()
 
 
-def test_a_second_trainer_of_one_process_is_refused(run: RunFolder) -> None:
-    with (
-        RunLock.acquire(run),
-        pytest.raises(CheckpointError, match="which is this one: let its other trainer end first"),
-    ):
-        RunLock.acquire(run, timeout_s=0.05)
-
-
 def test_releasing_from_another_thread_and_twice(run: RunFolder) -> None:
     first = RunLock.acquire(run)
     thread = threading.Thread(target=first.release)
     thread.start()
     thread.join()
     assert holder(run) is None
-    with RunLock.acquire(run):
-        first.release()
-        assert holding_pid(run) == os.getpid()
-    assert holder(run) is None
-
-
-def test_a_lock_that_nobody_refers_to_is_released(run: RunFolder) -> None:
-    lock = RunLock.acquire(run)
-    assert holder(run) is not None
-    del lock
+    second = RunLock.acquire(run)
+    first.release()
+    assert holding_pid(run) == os.getpid()
+    with pytest.raises(CheckpointError, match="which is this one: let its other trainer end first"):
+        RunLock.acquire(run, timeout_s=0.05)
+    del second  # nobody refers to it any more
     gc.collect()
     assert holder(run) is None
     assert not (run.path / ".owner.json").exists()
@@ -191,10 +172,6 @@ def test_a_run_that_vanished_and_was_created_again_is_held_again(run: RunFolder)
     assert holder(run) is None
     lock.renew()
     assert holder(run) is None
-
-
-def test_a_run_that_was_created_again_may_be_taken_by_another(run: RunFolder) -> None:
-    files = run.founding()
     with RunLock.acquire(run) as lock:
         shutil.rmtree(run.path)
         run.restore_founding(files)

@@ -88,22 +88,9 @@ def test_what_counts_is_what_no_later_line_undid(
         assert last_steps(reader) == {split: step for step, split in expected}
 
 
-def test_what_was_not_finite_is_read_back_so(reader: RunReader) -> None:
-    write(reader, train_line(1, None, note="text"))
-    [record] = reader.history()
-    assert math.isnan(record.values["loss"])
-    assert "note" not in record.values
-
-
-def test_a_validation_too_far_back_is_not_searched(
+def test_of_a_huge_file_only_the_end_is_read(
     reader: RunReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(reader, val_line(1, 4.0), *(train_line(n, 3.0) for n in range(2, 50)))
-    monkeypatch.setattr(reading, "SEARCHED_BYTES", 1000)
-    assert last_steps(reader) == {"train": 49}
-
-
-def test_of_a_huge_file_only_the_end_is_read(reader: RunReader) -> None:
     metrics = reader.run.metrics
     metrics.touch()
     os.truncate(metrics, 2**40)  # sparse: reading all of it would take an hour
@@ -111,12 +98,21 @@ def test_of_a_huge_file_only_the_end_is_read(reader: RunReader) -> None:
         file.write("\n" + json.dumps(val_line(7, 4.0)) + "\n" + json.dumps(train_line(8, 3.0)))
         file.write("\n")
     assert last_steps(reader) == {"train": 8, "val": 7}
+    write(reader, val_line(1, 4.0), *(train_line(n, None, note="text") for n in range(2, 50)))
+    monkeypatch.setattr(reading, "SEARCHED_BYTES", 1000)
+    last = reader.last_records()
+    assert last.keys() == {"train"}  # a validation too far back is not searched
+    assert math.isnan(last["train"].values["loss"])
+    assert "note" not in last["train"].values
 
 
 def test_files_that_are_missing_hold_no_lines(reader: RunReader) -> None:
     assert reader.history() == reader.decisions() == reader.samples() == reader.segments() == []
     assert reader.last_records() == reader.last_state() == {}
     assert reader.notes == []
+    reader.run.decisions.mkdir()
+    assert reader.attempt(reader.decisions) is None
+    assert reader.notes == ["decisions.jsonl cannot be read: Is a directory."]
 
 
 CONTENTS: list[tuple[Any, str]] = [
@@ -129,7 +125,7 @@ CONTENTS: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "manifest.json", "data.json"])
+@pytest.mark.parametrize("name", ["config.yaml", "data.json"])
 @pytest.mark.parametrize(("content", "problem"), CONTENTS)
 def test_a_file_that_cannot_be_read_is_named(
     reader: RunReader, name: str, content: Any, problem: str
@@ -139,25 +135,12 @@ def test_a_file_that_cannot_be_read_is_named(
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    read = {"c": reader.config, "m": reader.manifest, "d": reader.data_record}[name[0]]
+    read = reader.config if name == "config.yaml" else reader.data_record
     with pytest.raises(CheckpointError):
         read()
     assert reader.attempt(read) is None
     assert reader.notes[0].startswith(f"{name} {problem}")
     assert reader.notes[0].endswith(".")
-
-
-def test_lines_that_cannot_be_read_are_named(reader: RunReader) -> None:
-    reader.run.decisions.mkdir()
-    assert reader.attempt(reader.decisions) is None
-    assert reader.notes == ["decisions.jsonl cannot be read: Is a directory."]
-
-
-def test_a_configuration_is_read_without_knowing_its_parts(reader: RunReader) -> None:
-    text = "training: {optimizer: {type: of_my_own, lr: 1e-3}, max_steps: 7}\n"
-    (reader.run.path / "config.yaml").write_text(text)
-    assert reader.config()["training"]["optimizer"] == {"type": "of_my_own", "lr": 0.001}
-    assert reader.planned_steps() == 7
 
 
 # -- decisions and starts --------------------------------------------------------------------------
@@ -166,30 +149,26 @@ DECISION = {"id": 1, "step": 30, "rule": "spike", "action": "clip", "before": 1.
 AUDIT = {"mean": -0.012, "low": -0.015, "high": -0.009, "orders": 4, "horizon": 200}
 
 
-def test_a_decision_is_read_whole(reader: RunReader) -> None:
-    more = {"level": 2, "confidence": 0.9, "signals": {"loss": 7.1}, "reasoning": "Why."}
-    write_lines(reader.run.decisions, [{**DECISION, **more, "outcome": {"resolved": True}}])
-    [found] = reader.decisions()
-    assert {name: getattr(found, name) for name in (*DECISION, *more)} == {**DECISION, **more}
-    assert (found.number, found.outcome, found.audit) == (1, {"resolved": True}, None)
-    assert not found.is_by_hand
-
-
 def test_the_last_line_of_a_decision_counts_and_damaged_ones_are_left_out(
     reader: RunReader,
 ) -> None:
-    by_hand = {**DECISION, "id": None, "rule": None}
+    more = {"level": 2, "confidence": 0.9, "signals": {"loss": 7.1}, "reasoning": "Why."}
+    first = {**DECISION, **more, "outcome": {"resolved": True}}
+    back = {"action": "rollback", "before": 40, "after": 20}
+    by_hand = {**DECISION, **back, "id": None, "rule": None}
     damaged = ['{"id": 2, "st\n', "[1, 2]\n", {**DECISION, "id": 3, "step": None}, {"step": 3}]
     again = {**DECISION, "id": 4, "after": 0.25, "level": "high", "signals": [], "audit": {}}
-    lines = [DECISION, *damaged, by_hand, {**DECISION, "id": 4}, by_hand, again, '{"id": 9']
+    lines = [first, *damaged, by_hand, {**DECISION, "id": 4}, by_hand, again, '{"id": 9']
     write_lines(reader.run.decisions, lines)
     found = reader.decisions()
     assert [(one.number, one.id, one.after, one.is_by_hand) for one in found] == [
         (1, 1, 0.5, False),
-        (2, None, 0.5, True),
+        (2, None, 20, True),
         (3, 4, 0.25, False),
-        (4, None, 0.5, True),
+        (4, None, 20, True),
     ]
+    assert {name: getattr(found[0], name) for name in first} == first
+    assert [one.rollback for one in found] == [None, (40, 20), None, (40, 20)]
     assert (found[2].level, found[2].signals, found[2].audit) == (None, {}, None)
     assert reader.num_damaged == {"decisions.jsonl": 4}
     ids = [one.get("id") for one in read_decisions(reader.run.decisions)]
@@ -215,14 +194,6 @@ def test_an_audit_says_whether_its_interval_excludes_zero(
     assert words in audit.statement
     assert Audit.from_json(audit.to_json()) == audit
     assert Audit.from_json({**AUDIT, "low": None}) is None
-
-
-def test_rollbacks_are_known_by_their_actions(reader: RunReader) -> None:
-    actions = ("rollback", "clip")
-    back = {"before": 40, "after": 20}
-    lines = [{**DECISION, **back, "id": n, "action": name} for n, name in enumerate(actions)]
-    write_lines(reader.run.decisions, [*lines, {**lines[0], "id": 9, "after": None}])
-    assert [one.rollback for one in reader.decisions()] == [(40, 20), None, None]
 
 
 def test_a_start_whose_command_is_odd_is_read(reader: RunReader) -> None:

@@ -6,9 +6,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ultrathink.config.monitoring import SINKS
 from ultrathink.config.objective import OBJECTIVES
 from ultrathink.config.schema import Config
+from ultrathink.config.size import sizes
 from ultrathink.config.training import TrainingConfig
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.random import seed_everything
@@ -24,7 +27,6 @@ from ultrathink.parallel.mesh import ParallelDims
 from ultrathink.parallel.restarts import remember_run
 from ultrathink.parallel.watchdog import Watchdog
 from ultrathink.recipes.parts.callbacks import SampleWriter, StepBudgetRecorder
-from ultrathink.recipes.parts.heading import heading
 from ultrathink.recipes.parts.initial_weights import check_best_by
 from ultrathink.recipes.parts.models import FoundModel, ready_models
 from ultrathink.recipes.parts.steering import steer
@@ -119,7 +121,7 @@ def assemble(
         else None,
         tokens_per_step=training.batch_size * config.data.seq_len,
         config=config.model_dump(mode="json"),
-        heading=heading(config, choices),
+        heading=_heading(config, choices),
     )
     if config.orchestrator.mode == "act":
         steer(trainer, config.orchestrator, watch, log, metrics.sinks, report)
@@ -194,6 +196,29 @@ def _stepper(config: Config, objective: Objective, choices: Choices) -> Stepper:
         dp_group=choices.dims.dp_group,
         host=HostCopies(optimizers, models.named_parameters()) if offloads else None,
     )
+
+
+def _heading(config: Config, choices: Choices) -> str:
+    """Size, data, precision and devices of a run, in one line."""
+    counts = sizes(config.model)
+    active = f" ({counts.active / 1e6:.1f}M active)" if config.model.moe is not None else ""
+    compiled = "compiled" if config.training.compile else "eager"
+    sources = ", ".join(source.name or source.type for source in config.data.train)
+    return (
+        f"{counts.total / 1e6:.1f}M parameters{active} on {sources}; {choices.precision}, "
+        f"{compiled}, {choices.device}, {torch.get_num_threads()} threads{_spread(config, choices)}"
+    )
+
+
+def _spread(config: Config, choices: Choices) -> str:
+    """How the run is distributed over processes, as text; empty for one."""
+    replicate, shard = choices.dims.dp_replicate, choices.dims.dp_shard
+    if choices.world.size == 1:
+        return ""
+    if shard == 1:
+        return f", {replicate} processes with a replica each"
+    copies = f", {replicate} replicas" if replicate > 1 else ""
+    return f"{copies}, {shard} processes by ZeRO-{config.parallel.zero_stage}"
 
 
 def _skipped(data: PreparedData) -> list[str]:

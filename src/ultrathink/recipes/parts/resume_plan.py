@@ -25,11 +25,28 @@ from ultrathink.training.budget import Budget
 
 
 @dataclass(frozen=True)
-class ResumePlan:
-    """A checkpoint to resume and the configuration to resume it with; holds the run's lock."""
-
+class _LockedRun:
     run: RunFolder
     lock: RunLock | None  # held by the first process, for all of them
+
+    def release(self) -> None:
+        """Release the run's lock, where the run is not resumed after all."""
+        if self.lock is not None:
+            self.lock.release()
+
+
+@dataclass(frozen=True)
+class FreshStart(_LockedRun):
+    """A run that ended before its first checkpoint, and so restarts."""
+
+    step: int = 0
+    is_finished: bool = False
+
+
+@dataclass(frozen=True)
+class ResumePlan(_LockedRun):
+    """A checkpoint to resume and the configuration to resume it with."""
+
     folder: Path  # the checkpoint
     plain: dict[str, Any]  # its state without the tensors
     before: Config  # the configuration it was made with
@@ -54,26 +71,6 @@ class ResumePlan:
         ending = Budget(**self.plain["budget"]).ending(self.step, elapsed_s, limit)
         is_over: bool = self.plain["progress"]["is_over"]
         return is_over or (ending is not None and not ending.can_resume)
-
-    def release(self) -> None:
-        """Release the run's lock, where the run is not resumed after all."""
-        if self.lock is not None:
-            self.lock.release()
-
-
-@dataclass(frozen=True)
-class FreshStart:
-    """A run that ended before its first checkpoint, and so restarts; holds the run's lock."""
-
-    run: RunFolder
-    lock: RunLock | None
-    step: int = 0
-    is_finished: bool = False
-
-    def release(self) -> None:
-        """Release the run's lock, where the run is not resumed after all."""
-        if self.lock is not None:
-            self.lock.release()
 
 
 def plan_resume(
@@ -111,7 +108,7 @@ def _lock_for_all(run: RunFolder, world: World) -> RunLock | None:
     error: Exception | None = None
     if world.is_main:
         try:
-            check_run_kind(run, "train")
+            check_run_kind(run)
             lock = RunLock.acquire(run)
             run.clean()
         except Exception as caught:

@@ -56,6 +56,15 @@ def check_changes(changes: Sequence[ConfigChange], reset: Collection[str], step:
             )
 
 
+# Live settings that follow the configuration where one of these keys changed.
+_SETTINGS = {
+    "clip": ("training.clip",),
+    "micro_batch_size": ("training.micro_batch_size", "training.batch_size"),
+    "activation_checkpointing": ("training.activation_checkpointing",),
+    "eval_every": ("training.eval.every_steps",),
+}
+
+
 def adapt_state(
     state: State,
     parts: Parts,
@@ -80,14 +89,9 @@ def adapt_state(
         settings["weight_decay"] = None
     if touches(changes, "training.optimizer.lr", "training.optimizer"):
         settings["lr_scale"] = 1.0  # it was found for the former rate
-    if touches(changes, "training.clip"):
-        settings["clip"] = parts.settings.clip
-    if touches(changes, "training.micro_batch_size", "training.batch_size"):
-        settings["micro_batch_size"] = parts.settings.micro_batch_size
-    if touches(changes, "training.activation_checkpointing"):
-        settings["activation_checkpointing"] = parts.settings.activation_checkpointing
-    if touches(changes, "training.eval.every_steps"):
-        settings["eval_every"] = parts.settings.eval_every
+    for name, keys in _SETTINGS.items():
+        if touches(changes, *keys):
+            settings[name] = getattr(parts.settings, name)
     _adapt_routing(values["model"], parts.model, changes)
     if other_scores or decided(changes, "scores"):
         progress["best"] = None  # not comparable with later scores

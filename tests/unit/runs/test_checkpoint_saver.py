@@ -18,8 +18,8 @@ import torch
 
 from tests.unit.checkpoint.disks import hidden, state, value_of
 from ultrathink.checkpoint.format import load_checkpoint
-from ultrathink.checkpoint.saver import CheckpointSaver
 from ultrathink.runs.folder import RunFolder
+from ultrathink.runs.saver import CheckpointSaver
 
 LARGE = 4_000_000  # values: a state that takes a moment to write
 
@@ -56,48 +56,30 @@ def test_a_save_is_an_outcome_with_all_that_a_save_does(run: RunFolder) -> None:
     assert all(o.seconds > 0 for o in outcomes)
     assert saver.outcomes() == []
     assert run.steps() == [1, 3]  # the best, and the one that is kept
-    assert run.checkpoint("best") == run.step_path(1).resolve()
+    assert run.checkpoint("best") == run.step_path(1)
     assert threads_of_savers() == []
 
 
 def test_training_continues_while_a_checkpoint_is_written(run: RunFolder) -> None:
-    saver = CheckpointSaver(run, keep=2)
-    held = Held(state(1))
-    saver.submit(1, held, is_best=False)
-    assert saver.busy
-    assert run.steps() == []
-    assert saver.outcomes() == []
-    [thread] = threads_of_savers()
-    assert thread.daemon
-    held.may_go.set()
-    saver.wait()
-    assert not saver.busy
-    assert value_of(load_checkpoint(run.step_path(1))) == 1
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
-def test_a_writer_steps_back_for_training(run: RunFolder) -> None:
     before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     saver = CheckpointSaver(run, keep=2)
     held = Held(state(1))
     saver.submit(1, held, is_best=False)
+    assert saver.busy
+    assert (run.steps(), saver.outcomes()) == ([], [])
     [thread] = threads_of_savers()
+    assert thread.daemon
     deadline = time.monotonic() + 60
-    while os.getpriority(os.PRIO_PROCESS, thread.native_id) == before:
+    while sys.platform == "linux" and os.getpriority(os.PRIO_PROCESS, thread.native_id) != 15:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert os.getpriority(os.PRIO_PROCESS, thread.native_id) > before
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
     held.may_go.set()
-    saver.close()
-
-
-def test_a_second_save_waits_for_the_first(run: RunFolder) -> None:
-    saver = CheckpointSaver(run, keep=2)
-    saver.submit(1, state(1, LARGE), is_best=False)
-    saver.submit(2, state(2), is_best=False)
+    saver.submit(2, state(2, LARGE), is_best=False)  # waits for the first
     assert run.steps()[:1] == [1]
+    assert value_of(load_checkpoint(run.step_path(1))) == 1
     saver.close()
+    assert not saver.busy
     assert [outcome.step for outcome in saver.outcomes()] == [1, 2]
     saver.submit(3, state(3), is_best=False)  # closed or not
     saver.close()
@@ -118,7 +100,9 @@ def test_a_state_is_let_go_after_it_was_written_or_not(run: RunFolder, fails: bo
     assert tensor() is None
 
 
-def test_whatever_goes_wrong_is_an_outcome_that_says_where(run: RunFolder) -> None:
+def test_whatever_goes_wrong_is_an_outcome_that_says_where(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     saver = CheckpointSaver(run, keep=2)
     saver.submit(1, {"bad": object()}, is_best=False)  # type: ignore[dict-item]
     saver.wait()
@@ -129,6 +113,24 @@ def test_whatever_goes_wrong_is_an_outcome_that_says_where(run: RunFolder) -> No
     assert isinstance(first.error, TypeError)
     assert "_take_tensors" in "".join(traceback.format_exception(first.error))
     assert second.error is not None
+
+    def panic(*_: Any, **__: Any) -> None:
+        raise BaseException("panicked")
+
+    with monkeypatch.context() as patch:  # as panics of compiled libraries, which are no Exceptions
+        patch.setattr("ultrathink.runs.saver.save_checkpoint", panic)
+        saver.submit(3, state(3), is_best=False)
+        saver.wait()
+    assert "panicked" in str(saver.outcomes()[0].error)
+
+    def no_more(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_more)
+        saver.submit(3, state(3), is_best=False)
+        saver.close()
+    assert "can't start new thread" in str(saver.outcomes()[0].error)
     saver.submit(3, state(3), is_best=False)
     saver.wait()
     assert saver.outcomes()[0].error is None
@@ -136,52 +138,23 @@ def test_whatever_goes_wrong_is_an_outcome_that_says_where(run: RunFolder) -> No
     assert hidden(run.path) == []
 
 
-def test_more_than_an_exception_is_an_outcome_as_well(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Panics of compiled libraries are no Exceptions; whoever waits must not wait for ever."""
-
-    def panic(*_: Any, **__: Any) -> None:
-        raise BaseException("panicked")
-
-    monkeypatch.setattr("ultrathink.checkpoint.saver.save_checkpoint", panic)
-    saver = CheckpointSaver(run, keep=2)
-    saver.submit(1, state(1), is_best=False)
-    saver.wait()
-    [outcome] = saver.outcomes()
-    assert "panicked" in str(outcome.error)
-
-
-def test_without_another_thread_a_save_fails_and_raises_nothing(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_more(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    saver = CheckpointSaver(run, keep=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", no_more)
-        saver.submit(1, state(1), is_best=False)
-        saver.close()
-    [outcome] = saver.outcomes()
-    assert "can't start new thread" in str(outcome.error)
-    saver.submit(2, state(2), is_best=False)
-    saver.close()
-    assert run.steps() == [2]
-
-
 # -- a run folder that vanishes -------------------------------------------------------------------
 
 
 def test_a_vanished_run_folder_is_created_again_and_reported(run: RunFolder) -> None:
-    (run.tokenizer).mkdir()
-    (run.tokenizer / "tokenizer.json").write_text("{}")
+    run.tokenizer.mkdir()
+    small = ("data.json", "manifest.json", "segments.jsonl", "tokenizer/a.json", "tokenizer/b.bin")
+    for name in small:
+        (run.path / name).write_bytes(name.encode() + b"\0\n")
+    run.metrics.write_text("{}")
+    assert set(run.founding()) == {"config.yaml", "origins.yaml", *small}
     saver = CheckpointSaver(run, keep=2)
     saver.submit(1, state(1), is_best=True)
     saver.wait()
     run.segments.write_text("{}\n")  # what comes later belongs to it too
     saver.submit(2, state(2), is_best=False)
     saver.wait()
+    files = run.founding()
     shutil.rmtree(run.path)
     saver.submit(3, state(3), is_best=False)
     saver.wait()
@@ -190,9 +163,10 @@ def test_a_vanished_run_folder_is_created_again_and_reported(run: RunFolder) -> 
         (None, False),
         (None, True),
     ]
-    assert run.read_config().run.name == "debug"
-    assert (run.tokenizer / "tokenizer.json").read_text() == "{}"
+    assert run.founding() == files
     assert run.segments.read_text() == "{}\n"
+    assert run.logs.is_dir()
+    assert run.steps() == [3]
     assert value_of(load_checkpoint(run.checkpoint())) == 3
 
 
@@ -202,7 +176,7 @@ def test_a_vanished_run_folder_is_created_again_and_reported(run: RunFolder) -> 
 def test_an_abandoned_save_ends_in_a_moment_and_leaves_nothing(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ultrathink.checkpoint.saver._EXIT_S", 0.01)
+    monkeypatch.setattr("ultrathink.runs.saver._EXIT_S", 0.01)
     saver = CheckpointSaver(run, keep=2)
     saver.submit(1, state(1), is_best=True)
     saver.wait()
@@ -227,7 +201,7 @@ import signal, sys
 from pathlib import Path
 from tests.unit.checkpoint.disks import state
 from ultrathink.runs.folder import RunFolder
-from ultrathink.checkpoint.saver import CheckpointSaver
+from ultrathink.runs.saver import CheckpointSaver
 
 def hear(*_):
     if saver.busy:

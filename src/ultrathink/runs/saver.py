@@ -14,44 +14,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
-from ultrathink.checkpoint.format import WHOLE_MODEL, Header, Write, save_checkpoint
+from ultrathink.checkpoint.format import WHOLE_MODEL, Header, save_checkpoint
 from ultrathink.checkpoint.snapshots import EmbeddedSnapshot, SnapshotWriter
 from ultrathink.core.protocols import State
 from ultrathink.core.store import LocalStore, SharedStore
+from ultrathink.runs.folder import RunFolder
 
 _POLL_S = 0.1  # while waiting for a save; signals are handled between polls
 # Of the writing thread: it takes about 1/30 of a core beside training. At 10 training lost 1/9 of
 # the time that writing took; at 19 a checkpoint takes twice as long and costs no less.
 _NICENESS = 15
 _EXIT_S = 10.0  # at exit, how long an abandoned save may take to notice
-
-
-class CheckpointFolder(Protocol):
-    """The folder of a run's checkpoints, such as ``RunFolder``."""
-
-    @property
-    def checkpoints(self) -> Path: ...
-
-    def step_path(self, step: int) -> Path: ...
-
-    def founding(self) -> dict[str, bytes]:
-        """The files that a checkpoint is useless without."""
-
-    def restore_founding(self, files: dict[str, bytes]) -> bool:
-        """Rewrite the missing ones; returns whether there were any."""
-
-    def save(
-        self,
-        step: int,
-        state: State,
-        *,
-        is_best: bool,
-        keep: int,
-        store: SharedStore | None,
-        write: Write,
-    ) -> Path: ...
 
 
 class SaveAbandonedError(Exception):
@@ -99,7 +73,7 @@ class CheckpointSaver:
     Only the training thread may call its methods. Errors are reported as outcomes, never raised.
     """
 
-    def __init__(self, run: CheckpointFolder, keep: int, header: Header = WHOLE_MODEL) -> None:
+    def __init__(self, run: RunFolder, keep: int, header: Header = WHOLE_MODEL) -> None:
         self._run = run
         self._keep = keep
         self._header = header
@@ -150,7 +124,7 @@ class CheckpointSaver:
 
     def wait(self) -> None:
         """Return when no save is running."""
-        if self._newest is not None and self.busy:
+        if self.busy and self._newest is not None:
             self._newest.wait()
 
     def close(self, wait: bool = True) -> None:
@@ -196,14 +170,8 @@ class CheckpointSaver:
     def _end(self, save: _Save, began: float, error: Exception | None, restored: bool) -> None:
         save.state, save.embedded = {}, ()
         if not isinstance(error, SaveAbandonedError):
-            outcome = Outcome(
-                step=save.step,
-                path=self._run.step_path(save.step),
-                is_best=save.is_best,
-                seconds=time.perf_counter() - began,
-                error=error,
-                restored=restored,
-            )
+            path, seconds = self._run.step_path(save.step), time.perf_counter() - began
+            outcome = Outcome(save.step, path, save.is_best, seconds, error, restored)
             with self._outcomes_lock:
                 self._outcomes.append(outcome)
         save.done.set()

@@ -10,8 +10,7 @@ from ultrathink.insight.events import most_severe
 from ultrathink.insight.log_analysis import Course, LogAnalysis, without_start
 from ultrathink.insight.logs.log import Log
 from ultrathink.insight.plain import without_nan
-from ultrathink.monitoring.plot import Scale
-from ultrathink.monitoring.plot_view import PlotView
+from ultrathink.monitoring.plot import PlotView, Scale
 from ultrathink.monitoring.report import Cell, Column, Report
 from ultrathink.orchestrator.events import SEVERITIES, Event
 from ultrathink.orchestrator.phases import (

@@ -54,7 +54,6 @@ def course_map(load: Floats, active: npt.NDArray[np.bool_]) -> Picture:
 
 
 def _colours(load: Floats, active: npt.NDArray[np.bool_]) -> Pixels:
-    """The number in the palette of each cell's colour."""
     total = (load * active).sum(1, keepdims=True)
     even = total / active.sum(1, keepdims=True).clip(1)
     ratio = load / np.where(even > 0, even, 1.0)
@@ -76,7 +75,6 @@ def _palette() -> Pixels:
 
 
 def _picture(pixels: Pixels) -> Picture:
-    """A PNG file of numbers in the palette ``[height, width]``."""
     from PIL import Image  # slow to import, and not needed by every run
 
     image = Image.fromarray(pixels)

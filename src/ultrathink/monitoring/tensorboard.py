@@ -60,7 +60,6 @@ class TensorBoardSink(Sink):
         self._append(_scalars, record)
 
     def experts(self, record: ExpertRecord) -> None:
-        """Write the figures and pictures of every group of experts."""
         self._append(_of_experts, record)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -71,15 +70,12 @@ class TensorBoardSink(Sink):
         self._append(_text, tag, verbatim, step)
 
     def decision(self, step: int, title: str, text: str) -> None:
-        """Write a decision with its reason."""
         self._append(_text, "decisions", text, step)
 
     def take_notes(self) -> list[Note]:
-        """Messages about the event file."""
         return self._file.take_notes() if self._file is not None else []
 
     def close(self) -> None:
-        """Write the waiting events."""
         if self._file is not None:
             self._file.close()
 
@@ -164,7 +160,6 @@ def _framed(event: Event) -> bytes:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide warnings of TensorBoard's dependencies about each other."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -8,8 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from ultrathink.core.protocols import State
 from ultrathink.monitoring.appending import ResilientAppender
-from ultrathink.monitoring.expert_figures import figures_of
-from ultrathink.monitoring.experts import ExpertRecord
+from ultrathink.monitoring.experts import ExpertRecord, figures_of
 from ultrathink.monitoring.jsonl import line_appender
 from ultrathink.monitoring.records import Note, Reporter, RunInfo
 from ultrathink.orchestrator.detectors import DETECTORS

@@ -10,8 +10,7 @@ from ultrathink.orchestrator.curve import Curve
 from ultrathink.orchestrator.detectors import DETECTORS
 from ultrathink.orchestrator.detectors.base import Detector
 from ultrathink.orchestrator.events import Event, Finding, Incidents, in_order
-from ultrathink.orchestrator.forecast import Forecast, forecast
-from ultrathink.orchestrator.forecast_check import ForecastCheck
+from ultrathink.orchestrator.forecast import Forecast, ForecastCheck, forecast
 from ultrathink.orchestrator.phases import Phase, Phases
 from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.signals import Signals

@@ -81,7 +81,7 @@ def test_findings_of_a_key_are_one_event_up_to_a_pause_and_events_survive_a_rest
     expected: list[tuple[str, str, int, int]] = []  # kind, subject, found at, to step
     for number, found in enumerate(steps, 1):
         findings = [
-            Finding(number, kind, severity, "x", number - ago, subject, pause=pause)
+            Finding(number, kind, severity, "x", {}, number - ago, subject, pause)
             for kind, subject, severity, ago, pause in found
         ]
         if number == restart:

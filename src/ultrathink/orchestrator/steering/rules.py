@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ultrathink.config.orchestrator import LimitsConfig
 from ultrathink.monitoring.experts import ExpertStatistics
-from ultrathink.orchestrator.detectors.rate import FAR_OFF, OFF
+from ultrathink.orchestrator.detectors.trend import FAR_OFF, OFF
 from ultrathink.orchestrator.events import Event, is_alarm
 from ultrathink.orchestrator.steering.outliers import OutlierFilter
 from ultrathink.orchestrator.steering.proposals import (
@@ -225,7 +225,6 @@ class RollBack(Rule):
         return _Trouble(event.step, HARD, sure, text, event.values, is_of_loss=is_loss)
 
     def _attempt(self, now: Situation) -> int:
-        """The number of earlier rollbacks for this problem."""
         begun = [one.before for one in now.decisions if one.rule == self.name and one.before]
         if now.since_rollback is None or not begun:
             return 0

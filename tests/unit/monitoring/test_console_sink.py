@@ -312,14 +312,6 @@ def test_what_can_never_be_written_does_not_fail_again_at_the_end(tmp_path: Path
     assert "cannot be written to (OSError: [Errno 28] No space left on device)" in done.stdout
 
 
-def test_piped_progress_is_plain_and_on_standard_error() -> None:
-    done = run_simulation(subprocess.PIPE)
-    assert done.stdout == "the result\n"
-    assert "\x1b" not in done.stderr
-    assert done.stderr.splitlines()[0].startswith("tokenizing: 10 in ")
-    assert "step 50/50  loss 3.0000  took" in done.stderr
-
-
 def test_on_a_real_terminal_standard_output_stays_free() -> None:
     ours, theirs = pty.openpty()
     done = run_simulation(theirs)

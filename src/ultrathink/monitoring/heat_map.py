@@ -1,9 +1,7 @@
-"""The load of a group of experts as a picture: a row for each layer, a column for each expert.
+"""The load of a group of experts as a picture (``DESCRIPTION``), on a logarithmic scale.
 
-A cell's colour is its load relative to an even share, on a logarithmic scale: white at 1, darker
-blue down to 1/4 and below, darker red up to 4 and above; black for an expert without tokens, grey
-for an empty slot. The steps of colour are even in lightness (Oklab), so that darker means further
-from even in print and for colour-blind readers too.
+The steps of colour are even in lightness (Oklab), so that darker means further from even in print
+and for colour-blind readers too.
 """
 
 from __future__ import annotations

@@ -36,10 +36,8 @@ _number = itertools.count()  # distinguishes event files of one second
 
 
 class TensorBoardSink(Sink):
-    """Writes scalars such as ``train/loss`` and ``val/bits_per_byte``, and samples as text.
-
-    Each group of experts has scalars ``experts/<group>/<figure>/layer_<i>``, and a picture of its
-    load, ``experts/<group>/load``.
+    """Writes scalars such as ``train/loss``, samples as text, and each group of experts as scalars
+    ``experts/<group>/<figure>/layer_<i>`` with a picture of its load, ``experts/<group>/load``.
 
     Events that cannot be written wait until they can; the method that tried raises OSError.
     """

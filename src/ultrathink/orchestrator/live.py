@@ -16,12 +16,7 @@ from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.watcher import Watcher
 from ultrathink.runs.folder import RunFolder
-from ultrathink.training.callbacks import (
-    Callback,
-    EvaluationReport,
-    StepReport,
-    ValidationReport,
-)
+from ultrathink.training.callbacks import Callback, EvaluationReport, StepReport, ValidationReport
 from ultrathink.training.endings import Ending
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.run_log import WatchedFile

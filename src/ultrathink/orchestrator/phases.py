@@ -49,10 +49,7 @@ class Phases(Remembers):
     def __init__(self) -> None:
         self.list: list[Phase] = []
         self._trend = INITIALIZATION
-        self._next: list[Any] = [
-            INITIALIZATION,
-            0,
-        ]  # another trend, and how many points it was seen at
+        self._next: list[Any] = [INITIALIZATION, 0]  # a trend, and how many points showed it
         self._since_unrest = SHAKEN
         self._since_divergence = SHAKEN
 

@@ -61,15 +61,7 @@ class Baseline(Remembers):
     from their median, in robust standard deviations.
     """
 
-    remembered = (
-        "floor",
-        "_last",
-        "_steps",
-        "_residuals",
-        "_num_new",
-        "_centre",
-        "_deviation",
-    )
+    remembered = ("floor", "_last", "_steps", "_residuals", "_num_new", "_centre", "_deviation")
 
     def __init__(self, *, level: int = 32, spread: int = 128, floor: float = 0.002) -> None:
         self.floor = floor  # of the deviation, for signals that are nearly constant

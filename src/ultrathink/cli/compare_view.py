@@ -17,8 +17,7 @@ from ultrathink.insight.comparison import (
     Figure,
     position,
 )
-from ultrathink.monitoring.plot import Scale
-from ultrathink.monitoring.plot_view import PlotView
+from ultrathink.monitoring.plot import PlotView, Scale
 from ultrathink.monitoring.report import Cell, Column, Report
 
 _COLORS = ("cyan", "yellow", "magenta", "green", "blue", "red")

@@ -11,8 +11,7 @@ from pydantic_core import to_jsonable_python
 from ultrathink.insight.events import most_severe
 from ultrathink.insight.log_analysis import Course, LogAnalysis, without_start
 from ultrathink.insight.logs.log import Log
-from ultrathink.monitoring.plot import Scale
-from ultrathink.monitoring.plot_view import PlotView
+from ultrathink.monitoring.plot import PlotView, Scale
 from ultrathink.monitoring.report import Cell, Column, Report
 from ultrathink.orchestrator.events import SEVERITIES, Event
 from ultrathink.orchestrator.phases import (

@@ -51,7 +51,6 @@ class ResilientAppender:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether entries wait to be written."""
         return bool(self._waiting)
 
     def append(self, entry: bytes) -> None:
@@ -94,7 +93,6 @@ class ResilientAppender:
             self._num_delayed = self._num_dropped = 0
 
     def take_notes(self) -> list[Note]:
-        """Messages about the file since the last call."""
         notes, self._notes = self._notes, []
         return notes
 

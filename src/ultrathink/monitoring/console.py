@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import IO
 
@@ -20,7 +21,6 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from ultrathink.monitoring.pace import Pace
 from ultrathink.monitoring.records import Level, MetricRecord, Note, RunInfo, Sink, Split
 from ultrathink.monitoring.terminal import (
     SafeStream,
@@ -35,6 +35,10 @@ LOGGER = logging.getLogger("ultrathink")  # its level is monitoring.log_level
 REFRESH_S = 0.2
 PLAIN_INTERVAL_S = 2.0
 MAX_WIDTH = 100
+MIN_WINDOW_S = 60.0  # over which the pace is measured
+MIN_EVIDENCE_S = 2.0
+POINTS = 200
+_PHASES = {"INITIALIZATION": "first steps"}  # too few to judge; the other names say what they are
 VALUE = "bold"
 LABEL = "dim"
 
@@ -52,7 +56,6 @@ class ConsoleSink(Sink):
         self._reported_failure = False
 
     def open(self, info: RunInfo) -> None:
-        """Print the heading, and on a terminal start the bar."""
         self._stream = stream = error_stream(self._given_stream)
         status = _Status(info, self._clock)
         if is_interactive(stream):
@@ -62,7 +65,6 @@ class ConsoleSink(Sink):
         self._display.heading(info)
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Set the length of the bar, from which the time left follows."""
         if self._display is not None:
             self._display.status.total_steps = total_steps
 
@@ -73,7 +75,6 @@ class ConsoleSink(Sink):
             self._display.refresh()
 
     def write(self, record: MetricRecord) -> None:
-        """Show the figures of a logged step or of a validation."""
         if self._display is not None:
             self._display.status.note(record)
             self._display.record(record)
@@ -85,23 +86,19 @@ class ConsoleSink(Sink):
             self._display.message(clean_text(text), level)
 
     def phase(self, name: str) -> None:
-        """Show the phase in the line of progress."""
         if self._display is not None:
-            self._display.status.phase = name.lower()
+            self._display.status.phase = _PHASES.get(name, name.lower())
 
     def decision(self, step: int, title: str, text: str) -> None:
-        """Print the decision, and show it in the line of progress until the next."""
         if self._display is not None:
             self._display.status.decision = f"{title} at {step:,}"
         self.message(text, "warning")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Print a text that the model wrote, in a frame."""
         if self._display is not None:
             self._display.sample(step, clean_text(prompt), clean_text(text))
 
     def take_notes(self) -> list[Note]:
-        """That writing to the console fails, or works again."""
         failure = self._stream.failure if self._stream is not None else None
         if self._reported_failure == (failure is not None):
             return []
@@ -112,12 +109,53 @@ class ConsoleSink(Sink):
         return [(f"{text}, and messages are in logs/run.log", "warning")]
 
     def close(self) -> None:
-        """Leave the terminal as it was, the last figures in view."""
         if self._display is not None:
             self._display.close()
             self._display = None
         if self._stream is not None:
             self._stream.finish()
+
+
+class Pace:
+    """The recent time per step, everything between steps included.
+
+    It is measured from the end of the first step, which compiles, over the last minute or the last
+    third of the run, whichever is longer, so that one validation does not dominate it.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._points: deque[tuple[float, int]] = deque()
+        self._start: float | None = None
+
+    def update(self, step: int) -> None:
+        now = self._clock()
+        if self._start is None:
+            self._start = now
+        window = max(MIN_WINDOW_S, (now - self._start) / 3)
+        # The newest point is always kept; older ones are thinned to keep this cheap.
+        if len(self._points) >= 2 and now - self._points[-2][0] < window / POINTS:
+            self._points.pop()
+        self._points.append((now, step))
+        while len(self._points) > 2 and now - self._points[0][0] > window:
+            self._points.popleft()
+
+    def seconds_per_step(self) -> float | None:
+        """Seconds from one step to the next; None while too few are measured."""
+        if len(self._points) < 2:
+            return None
+        (first_time, first_step), (last_time, last_step) = self._points[0], self._points[-1]
+        if last_step <= first_step or last_time - first_time < MIN_EVIDENCE_S:
+            return None
+        return (last_time - first_time) / (last_step - first_step)
+
+    def seconds_left(self, total_steps: int) -> float | None:
+        """Seconds until ``total_steps`` are done; None while too few are measured."""
+        pace = self.seconds_per_step()
+        if pace is None:
+            return None
+        last_time, last_step = self._points[-1]
+        return max(0.0, (total_steps - last_step) * pace - (self._clock() - last_time))
 
 
 class _Status:
@@ -163,19 +201,16 @@ class _Status:
         return "starting" if self.step == 0 else ""
 
     def figures(self, split: Split) -> list[tuple[str, str]]:
-        """Labels and values of the last logged step, or of the last validation."""
         values = self.train if split == "train" else self.val
         return [
             (label, show(values[name])) for name, label, show in _FIGURES[split] if name in values
         ]
 
     def situation(self) -> list[tuple[str, str]]:
-        """Labels and values of the phase and of the last decision."""
         shown = [("phase", self.phase), ("decision", self.decision)]
         return [(label, value) for label, value in shown if value]
 
     def beside(self, record: MetricRecord) -> list[tuple[str, str]]:
-        """Labels and values of a validation or of evaluators."""
         if record.split == "val":
             return self.figures("val")
         figures = {name: value for name, value in record.values.items() if name != "tokens"}

@@ -11,7 +11,7 @@ Shapes: L layers with experts, E slots of all groups, G groups, N experts of one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -147,7 +147,6 @@ class ExpertRecord:
 
 
 def _short(name: str, value: float) -> float | int:
-    """A figure for a file, to six digits."""
     if name in COUNTS:
         return round(value)
     return float(f"{value:.6g}")
@@ -227,3 +226,49 @@ def gini_of_noise(num_experts: int, top_k: int, num_tokens: int) -> float:
 
 def _ratio(part: Floats, whole: Floats) -> Floats:
     return np.where(whole > 0, part, 0.0) / np.where(whole > 0, whole, 1.0)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+# How the layers of a group become one figure: the worst layer, sums for counts.
+_OVER_LAYERS: dict[str, Callable[[list[float]], float]] = {
+    "entropy": min,
+    "entropy_normalized": min,
+    "utilization": min,
+    "balance_score": min,
+    "capacity_utilization": max,
+    "experts_per_token": min,
+    "confidence": _mean,
+    "gini": max,
+    "gini_of_noise": max,
+    "k_max": max,
+    "k_rel": max,
+    "s_rel": max,
+    "load_variance": max,
+    "max_exp_multi": max,
+    "max_min": max,
+    "dead": sum,
+    "dropped": sum,
+}
+
+
+def figures_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """A line of ``experts.jsonl`` as ``experts/<group>/<figure>``, the worst over its layers.
+
+    ``dropped_share`` is the share of a group's choices that were dropped; ``num_experts`` counts
+    the experts of all layers; ``even_load`` is what each would get if all got equally many.
+    """
+    figures: dict[str, float] = {}
+    for group, lists in record.get("groups", {}).items():
+        for name, over_layers in _OVER_LAYERS.items():
+            values = [float(value) for value in lists.get(name, ()) if value is not None]
+            if values:
+                figures[f"experts/{group}/{name}"] = float(over_layers(values))
+        loads = [load for row in lists.get("load", ()) for load in row if load is not None]
+        figures[f"experts/{group}/num_experts"] = float(len(loads))
+        dropped = figures.get(f"experts/{group}/dropped", 0.0)
+        figures[f"experts/{group}/dropped_share"] = dropped / max(1.0, float(sum(loads)))
+        figures[f"experts/{group}/even_load"] = float(sum(loads)) / max(1, len(loads))
+    return figures

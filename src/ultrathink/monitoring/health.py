@@ -47,5 +47,4 @@ class Health:
 
 
 def described(error: Exception) -> str:
-    """The type and message of an error."""
     return f"{type(error).__name__}: {error}"

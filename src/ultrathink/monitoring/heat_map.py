@@ -1,9 +1,7 @@
-"""The load of a group of experts as a picture: a row for each layer, a column for each expert.
+"""The load of a group of experts as a picture (``DESCRIPTION``), on a logarithmic scale.
 
-A cell's colour is its load relative to an even share, on a logarithmic scale: white at 1, darker
-blue down to 1/4 and below, darker red up to 4 and above; black for an expert without tokens, grey
-for an empty slot. The steps of colour are even in lightness (Oklab), so that darker means further
-from even in print and for colour-blind readers too.
+The steps of colour are even in lightness (Oklab), so that darker means further from even in print
+and for colour-blind readers too.
 """
 
 from __future__ import annotations
@@ -54,7 +52,6 @@ def course_map(load: Floats, active: npt.NDArray[np.bool_]) -> Picture:
 
 
 def _colours(load: Floats, active: npt.NDArray[np.bool_]) -> Pixels:
-    """The number in the palette of each cell's colour."""
     total = (load * active).sum(1, keepdims=True)
     even = total / active.sum(1, keepdims=True).clip(1)
     ratio = load / np.where(even > 0, even, 1.0)
@@ -76,7 +73,6 @@ def _palette() -> Pixels:
 
 
 def _picture(pixels: Pixels) -> Picture:
-    """A PNG file of numbers in the palette ``[height, width]``."""
     from PIL import Image  # slow to import, and not needed by every run
 
     image = Image.fromarray(pixels)

@@ -41,23 +41,18 @@ class JsonlSink(Sink):
         self._each(ResilientAppender.flush)
 
     def write(self, record: MetricRecord) -> None:
-        """Append one line."""
         self._append(METRICS_FILE, record.to_json())
 
     def experts(self, record: ExpertRecord) -> None:
-        """Append one line with every figure, and the load of every expert."""
         self._append(EXPERTS_FILE, record.to_json())
 
     def sample(self, step: int, prompt: str, text: str) -> None:
-        """Append one line with the prompt and the continuation."""
         self._append(SAMPLES_FILE, {"step": step, "prompt": prompt, "text": text})
 
     def take_notes(self) -> list[Note]:
-        """Messages about the files."""
         return [note for file in self._files.values() for note in file.take_notes()]
 
     def close(self) -> None:
-        """Write the waiting lines."""
         self._each(ResilientAppender.close)
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
@@ -114,7 +109,6 @@ def parse_object(line: bytes | str) -> dict[str, Any] | None:
 
 
 def finite_number(value: Any) -> float | None:
-    """``value`` where it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import IO, Self
 
-from rich.progress import (
-    BarColumn,
-    Progress,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 
-from ultrathink.monitoring.terminal import (
-    clean_text,
-    error_stream,
-    is_interactive,
-    make_console,
-)
+from ultrathink.monitoring.terminal import clean_text, error_stream, is_interactive, make_console
 from ultrathink.monitoring.wording import short_number, short_time
 
 
@@ -60,12 +47,7 @@ class PreparationDisplay:
         if self._task(label).finished and not was_finished:
             self._print(self._task(label))
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self._finish_unknown()
         self._progress.stop()

@@ -61,7 +61,6 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def _plain(value: SupportsFloat) -> JsonScalar:
-    """A number as Python's own type, for JSON."""
     if isinstance(value, Integral):
         return int(value)
     number = float(value)

@@ -36,10 +36,8 @@ _number = itertools.count()  # distinguishes event files of one second
 
 
 class TensorBoardSink(Sink):
-    """Writes scalars such as ``train/loss`` and ``val/bits_per_byte``, and samples as text.
-
-    Each group of experts has scalars ``experts/<group>/<figure>/layer_<i>``, and a picture of its
-    load, ``experts/<group>/load``.
+    """Writes scalars such as ``train/loss``, samples as text, and each group of experts as scalars
+    ``experts/<group>/<figure>/layer_<i>`` with a picture of its load, ``experts/<group>/load``.
 
     Events that cannot be written wait until they can; the method that tried raises OSError.
     """
@@ -60,7 +58,6 @@ class TensorBoardSink(Sink):
         self._append(_scalars, record)
 
     def experts(self, record: ExpertRecord) -> None:
-        """Write the figures and pictures of every group of experts."""
         self._append(_of_experts, record)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
@@ -71,15 +68,12 @@ class TensorBoardSink(Sink):
         self._append(_text, tag, verbatim, step)
 
     def decision(self, step: int, title: str, text: str) -> None:
-        """Write a decision with its reason."""
         self._append(_text, "decisions", text, step)
 
     def take_notes(self) -> list[Note]:
-        """Messages about the event file."""
         return self._file.take_notes() if self._file is not None else []
 
     def close(self) -> None:
-        """Write the waiting events."""
         if self._file is not None:
             self._file.close()
 
@@ -164,7 +158,6 @@ def _framed(event: Event) -> bytes:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide warnings of TensorBoard's dependencies about each other."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -27,9 +27,9 @@ class Finding:
     kind: str
     severity: str
     message: str
+    values: dict[str, float] = field(default_factory=dict)  # the figures behind it
     since: int | None = None
     subject: str = ""
-    values: dict[str, float] = field(default_factory=dict)  # the figures behind it
     pause: int = 8
 
     def __post_init__(self) -> None:
@@ -57,7 +57,6 @@ class Event:
         return is_alarm(self.severity)
 
     def to_json(self) -> dict[str, Any]:
-        """The event as a JSON object."""
         return asdict(self)
 
 

@@ -8,20 +8,14 @@ from collections.abc import Callable, Collection, Sequence
 
 from ultrathink.core.protocols import State
 from ultrathink.monitoring.appending import ResilientAppender
-from ultrathink.monitoring.expert_figures import figures_of
-from ultrathink.monitoring.experts import ExpertRecord
+from ultrathink.monitoring.experts import ExpertRecord, figures_of
 from ultrathink.monitoring.records import Reporter, RunInfo
 from ultrathink.orchestrator.detectors import DETECTORS
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.watcher import Watcher
 from ultrathink.runs.folder import RunFolder
-from ultrathink.training.callbacks import (
-    Callback,
-    EvaluationReport,
-    StepReport,
-    ValidationReport,
-)
+from ultrathink.training.callbacks import Callback, EvaluationReport, StepReport, ValidationReport
 from ultrathink.training.endings import Ending
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.run_log import WatchedFile

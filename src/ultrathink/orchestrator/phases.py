@@ -37,7 +37,6 @@ class Phase:
     to_step: int
 
     def to_json(self) -> dict[str, Any]:
-        """The phase as a JSON object."""
         return asdict(self)
 
 
@@ -50,15 +49,11 @@ class Phases(Remembers):
     def __init__(self) -> None:
         self.list: list[Phase] = []
         self._trend = INITIALIZATION
-        self._next: list[Any] = [
-            INITIALIZATION,
-            0,
-        ]  # another trend, and how many points it was seen at
+        self._next: list[Any] = [INITIALIZATION, 0]  # a trend, and how many points showed it
         self._since_unrest = SHAKEN
         self._since_divergence = SHAKEN
 
     def observe(self, step: int, curve: Curve, is_new_point: bool, events: Sequence[Event]) -> None:
-        """Observe a step, with the events of its findings."""
         self._since_unrest += 1
         self._since_divergence += 1
         for event in events:
@@ -84,14 +79,12 @@ class Phases(Remembers):
             self.list.append(Phase(phase, step, step))
 
     def _turn(self, trend: str) -> None:
-        """Change the trend once enough points agree."""
         other, count = self._next
         self._next = [trend, count + 1 if trend == other else 1]
         if self._next[1] >= PATIENCE.get(trend, 1) or self._trend == INITIALIZATION:
             self._trend = trend
 
     def rewind(self, step: int) -> None:
-        """Forget everything after ``step``."""
         kept = [phase for phase in self.list if phase.from_step <= step]
         self.list = [replace(phase, to_step=min(phase.to_step, step)) for phase in kept]
         self._since_unrest = self._since_divergence = SHAKEN

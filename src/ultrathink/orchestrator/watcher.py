@@ -10,8 +10,7 @@ from ultrathink.orchestrator.curve import Curve
 from ultrathink.orchestrator.detectors import DETECTORS
 from ultrathink.orchestrator.detectors.base import Detector
 from ultrathink.orchestrator.events import Event, Finding, Incidents, in_order
-from ultrathink.orchestrator.forecast import Forecast, forecast
-from ultrathink.orchestrator.forecast_check import ForecastCheck
+from ultrathink.orchestrator.forecast import Forecast, ForecastCheck, forecast
 from ultrathink.orchestrator.phases import Phase, Phases
 from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.signals import Signals
@@ -25,7 +24,7 @@ class Watcher(Remembers):
     """
 
     remembered = (
-        "_detectors",
+        "detectors",
         "_incidents",
         "_phases",
         "_curve",
@@ -39,10 +38,8 @@ class Watcher(Remembers):
         self, *, total_steps: int | None = None, detectors: Sequence[Detector] | None = None
     ) -> None:
         self.total_steps = total_steps
-        self.detectors: Sequence[Detector] = (
-            [make() for make in DETECTORS] if detectors is None else detectors
-        )
-        self._detectors = {type(one).__name__: one for one in self.detectors}
+        made = [make() for make in DETECTORS] if detectors is None else detectors
+        self.detectors: dict[str, Detector] = {type(one).__name__: one for one in made}
         self._incidents = Incidents()
         self._phases = Phases()
         self._curve = Curve()
@@ -74,7 +71,7 @@ class Watcher(Remembers):
         if self._last_step is not None and signals.step < self._last_step:
             found += self.rewind(signals.step - 1)
         self._last_step = signals.step
-        findings = [one for detector in self.detectors for one in detector.observe(signals)]
+        findings = [f for one in self.detectors.values() for f in one.observe(signals)]
         changed = self._incidents.add(findings)
         loss = signals.finite("loss")
         if loss is not None:
@@ -100,14 +97,12 @@ class Watcher(Remembers):
 
     def finish(self) -> list[Event]:
         """The log has ended: judge what was waiting for later steps; returns new events."""
-        return self._incidents.add(
-            [one for detector in self.detectors for one in detector.finish()]
-        )
+        return self._incidents.add([f for one in self.detectors.values() for f in one.finish()])
 
     def rewind(self, step: int) -> list[Event]:
         """Forget the steps after ``step``, undone by a rollback or a resume."""
         before, self._last_step = self._last_step, step
-        for detector in self.detectors:
+        for detector in self.detectors.values():
             detector.rewind(step)
         self._incidents.close()
         self._curve.cut(step)

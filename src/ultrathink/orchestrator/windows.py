@@ -46,16 +46,13 @@ class Window:
         self._count = min(self._count + 1, self.size)
 
     def extend(self, values: Iterable[float]) -> None:
-        """Add several values, the newest last."""
         for value in values:
             self.add(value)
 
     def clear(self) -> None:
-        """Forget all values."""
         self._end = self._count = 0
 
     def drop_last(self, count: int) -> None:
-        """Forget the ``count`` newest values."""
         kept = self.values[: max(0, self._count - count)]
         self.clear()
         self.extend(kept)
@@ -65,7 +62,6 @@ class Window:
         return median(self._last(self._count if last is None else min(last, self._count)))
 
     def deviation(self) -> float:
-        """The robust standard deviation of all values."""
         return deviation(self._last(self._count))
 
     def _last(self, count: int) -> npt.NDArray[np.float64]:
@@ -74,11 +70,9 @@ class Window:
         return self._ring[end - count : end]
 
     def state_dict(self) -> State:
-        """The state to keep in checkpoints."""
         return {"values": self.values.tolist()}
 
     def load_state_dict(self, state: State) -> None:
-        """Restore what ``state_dict`` returned."""
         values: dict[str, Any] = dict(state)
         self.clear()
         self.extend(values["values"][-self.size :])

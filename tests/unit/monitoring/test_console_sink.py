@@ -130,19 +130,19 @@ def test_lines_keep_their_distance_but_for_validation_and_the_last() -> None:
     assert shown == ["1/500", "130/500", "260/500", "390/500", "500/500", "500/500"]
 
 
-def test_a_length_that_becomes_known_later_is_shown_from_then_on() -> None:
+def test_a_length_and_a_phase_that_become_known_later_are_shown_from_then_on() -> None:
     stream, clock = io.StringIO(), Clock()
     sink = opened(stream, clock, total_steps=0)
-    sink.progress(1)
-    sink.write(train(1))
-    sink.set_total_steps(40)
-    clock.now = 9.0
-    sink.progress(10)
-    sink.write(train(10))
-    lines = stream.getvalue().splitlines()[3:]
-    assert lines == [
-        "step 1  loss 3.0000  lr 1.00e-02",
-        "step 10/40  loss 3.0000  lr 1.00e-02  30s left",
+    sink.phase("INITIALIZATION")
+    for step, phase in ((1, "CONVERGING"), (10, "PLATEAU")):
+        sink.progress(step)
+        sink.write(train(step))
+        sink.set_total_steps(40)
+        sink.phase(phase)
+        clock.now = 9.0
+    assert stream.getvalue().splitlines()[3:] == [
+        "step 1  loss 3.0000  lr 1.00e-02  phase first steps",
+        "step 10/40  loss 3.0000  lr 1.00e-02  phase converging  30s left",
     ]
 
 
@@ -310,14 +310,6 @@ def test_what_can_never_be_written_does_not_fail_again_at_the_end(tmp_path: Path
         done = run_simulation(log.fileno())
     assert done.returncode == 0
     assert "cannot be written to (OSError: [Errno 28] No space left on device)" in done.stdout
-
-
-def test_piped_progress_is_plain_and_on_standard_error() -> None:
-    done = run_simulation(subprocess.PIPE)
-    assert done.stdout == "the result\n"
-    assert "\x1b" not in done.stderr
-    assert done.stderr.splitlines()[0].startswith("tokenizing: 10 in ")
-    assert "step 50/50  loss 3.0000  took" in done.stderr
 
 
 def test_on_a_real_terminal_standard_output_stays_free() -> None:

@@ -47,14 +47,3 @@ def test_a_failure_that_comes_back_is_reported_again_but_not_every_time() -> Non
         clock.now += 1
         count += len(health.worked("write"))
     assert count == 2 * (1 + 2000 // REPEAT_S)
-
-
-def test_a_long_failure_is_reported_even_where_a_short_one_was_just_before() -> None:
-    clock = Clock()
-    health = Health("it", "so what", clock)
-    health.failed("write", FULL)
-    health.worked("write")
-    assert health.failed("write", FULL) == []
-    clock.now += REPEAT_S
-    assert len(health.failed("write", FULL)) == 1
-    assert health.worked("write") == [("it works again", "info")]

@@ -74,19 +74,7 @@ def test_a_resumed_run_goes_on_after_its_checkpoint(start: int, tmp_path: Path) 
     for path in paths:
         steps = [line["step"] for line in lines_of(path)]
         assert steps == ([1, 10, 20, 21] if start else [1])
-
-
-def test_experts_have_a_file_of_their_own_where_there_are_any(tmp_path: Path) -> None:
-    sink = opened(tmp_path)
-    sink.write(record(1, loss=1.0))
-    path = tmp_path / "experts.jsonl"
-    assert not path.exists()
-    for step in (1, 2):
-        sink.experts(experts(step))
-        assert lines_of(path)[-1] == experts(step).to_json()  # on the disk at once
-    sink.close()
-    assert [line["groups"]["skill"]["load"] for line in lines_of(path)] == [[[3, 1]], [[3, 2]]]
-    assert len(lines_of(tmp_path / "metrics.jsonl")) == 1
+    assert lines_of(paths[1])[-1] == experts(start + 1).to_json()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.unit.monitoring.screens import Clock
-from ultrathink.monitoring.pace import Pace
+from ultrathink.monitoring.console import Pace
 
 
 @pytest.fixture

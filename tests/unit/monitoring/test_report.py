@@ -48,13 +48,6 @@ def test_no_color_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not re.search(r"\x1b\[[0-9;]*3\d", stream.getvalue())
 
 
-def test_a_table_without_heading_has_rows_only() -> None:
-    for stream in (io.StringIO(), Terminal()):
-        Report(stream).table(COLUMNS, ROWS, heading=False)
-        assert "loss" not in stream.getvalue()
-        assert len(stream.getvalue().splitlines()) == 2
-
-
 def test_a_narrow_terminal_folds_what_may_fold_and_keeps_figures() -> None:
     stream = Terminal()
     Report(stream).table(

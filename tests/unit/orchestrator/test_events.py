@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ultrathink.orchestrator.events import SEVERITIES, Finding, Incidents, in_order, is_alarm
+from ultrathink.orchestrator.events import SEVERITIES, Finding, Incidents, in_order
 
 
 def test_the_gravest_finding_tells_the_event_and_is_reported() -> None:
@@ -40,14 +40,6 @@ def test_closed_incidents_do_not_resume() -> None:
     incidents.add([Finding(51, "spike", "medium", "x")])
     assert [(event.step, event.to_step) for event in incidents.events] == [(100, 100), (51, 51)]
     assert [event.step for event in in_order(incidents.events)] == [51, 100]
-
-
-def test_an_alarm_is_medium_or_above() -> None:
-    assert [severity for severity in SEVERITIES if is_alarm(severity)] == [
-        "medium",
-        "high",
-        "critical",
-    ]
 
 
 def test_a_finding_has_a_known_severity_and_finite_values() -> None:
@@ -81,7 +73,7 @@ def test_findings_of_a_key_are_one_event_up_to_a_pause_and_events_survive_a_rest
     expected: list[tuple[str, str, int, int]] = []  # kind, subject, found at, to step
     for number, found in enumerate(steps, 1):
         findings = [
-            Finding(number, kind, severity, "x", number - ago, subject, pause=pause)
+            Finding(number, kind, severity, "x", {}, number - ago, subject, pause)
             for kind, subject, severity, ago, pause in found
         ]
         if number == restart:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ultrathink.orchestrator.curve import Curve
-from ultrathink.orchestrator.forecast import FEWEST_POINTS, Forecast, forecast
+from ultrathink.orchestrator.forecast import FEWEST_POINTS, forecast
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.watcher import Watcher
 
@@ -27,26 +27,15 @@ def power_law(count: int, floor: float, exponent: float, noise: float, seed: int
     return (floor + 9 * steps**-exponent) * np.exp(noise * rng.standard_normal(count))
 
 
-def made(predicted: Forecast | None) -> Forecast:
-    assert predicted is not None
-    return predicted
-
-
 @pytest.mark.parametrize("floor", [0.0, 1.5])
 @pytest.mark.parametrize("exponent", [0.1, 0.3, 0.7])
 def test_a_power_law_is_continued(floor: float, exponent: float) -> None:
     losses = power_law(1000, floor, exponent, 0.002, seed=0)
     truth = floor + 9 * 4000.0**-exponent
-    predicted = made(forecast(curve_of(losses), 4000))
+    predicted = forecast(curve_of(losses), 4000)
+    assert predicted is not None
     assert predicted.loss == pytest.approx(truth, rel=0.05)
     assert predicted.low < truth < predicted.high
-
-
-def test_noise_is_not_taken_for_a_floor() -> None:
-    losses = power_law(1000, 0.0, 0.3, 0.002, seed=0)
-    assert made(forecast(curve_of(losses), 10_000)).loss == pytest.approx(
-        9 * 10_000**-0.3, rel=0.01
-    )
 
 
 def test_the_interval_holds_as_often_as_it_says_and_is_not_idle() -> None:
@@ -56,19 +45,14 @@ def test_the_interval_holds_as_often_as_it_says_and_is_not_idle() -> None:
         exponent, floor = rng.uniform(0.1, 0.6), rng.uniform(0.5, 2.5)
         losses = power_law(600, floor, exponent, rng.uniform(0.003, 0.05), seed)
         ahead = int(600 * rng.uniform(1.1, 5))
-        predicted = made(forecast(curve_of(losses), ahead))
+        predicted = forecast(curve_of(losses), ahead)
+        assert predicted is not None
         held.append(predicted.low < floor + 9 * ahead**-exponent < predicted.high)
         widths.append(math.log(predicted.high / predicted.low))
         assert predicted.low < predicted.loss < predicted.high
         assert predicted.level == 0.9
     assert np.mean(held) >= 0.9
     assert np.median(widths) < 0.25
-
-
-def test_the_interval_shrinks_as_the_end_comes_near() -> None:
-    losses = power_law(2000, 1.5, 0.3, 0.01, seed=0)
-    near, far = made(forecast(curve_of(losses), 2200)), made(forecast(curve_of(losses), 20_000))
-    assert near.high / near.low < far.high / far.low
 
 
 def test_there_is_none_of_a_short_curve() -> None:

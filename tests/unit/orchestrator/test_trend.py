@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from tests.unit.orchestrator.synthetic_runs import Floats, found, steady
-from ultrathink.orchestrator.detectors.trend import regular_lag
 
 
 def falling(count: int, stop: int, share: float = 0.003, seed: int = 0) -> Floats:
@@ -66,13 +65,6 @@ def test_wider_noise_and_a_narrow_swing_are_none() -> None:
     narrow = 3 * np.exp(0.01 * rng.standard_normal(600))
     narrow[300:] *= np.exp(0.01 * np.sin(np.arange(300)))
     assert found({"loss": narrow}, "oscillation") == []
-
-
-def test_the_lag_of_a_swing_is_half_its_period() -> None:
-    steps = np.arange(64)
-    assert regular_lag(np.sin(2 * np.pi * steps / 12)) in (5, 6)
-    assert regular_lag(np.random.default_rng(0).standard_normal(64)) is None
-    assert regular_lag(np.zeros(64)) is None
 
 
 def test_a_rate_that_is_lost_at_once_is_a_plateau() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 
@@ -46,30 +45,6 @@ def test_a_window_is_a_deque_of_so_many_values(size: int, values: list[float], c
         assert window.median() == pytest.approx(float(np.median(expected)), abs=1e-9)
         last = list(expected)[-3:]
         assert window.median(3) == pytest.approx(float(np.median(last)), abs=1e-9)
-
-
-def test_values_that_were_taken_do_not_change() -> None:
-    window = Window(3)
-    window.extend([1, 2, 3])
-    before = window.values
-    window.add(4)
-    assert before.tolist() == [1, 2, 3]
-
-
-@given(st.lists(FLOATS, max_size=12))
-def test_a_window_survives_a_restart(values: list[float]) -> None:
-    window, other = Window(5), Window(5)
-    window.extend(values)
-    other.add(17)  # forgotten by what is loaded
-    other.load_state_dict(json.loads(json.dumps(window.state_dict())))
-    window.add(1)
-    other.add(1)
-    assert window.values.tolist() == other.values.tolist()
-
-
-def test_a_window_takes_no_value_that_is_no_number() -> None:
-    with pytest.raises(AssertionError):
-        Window(3).add(math.nan)
 
 
 def test_a_baseline_learns_level_and_spread_beside_a_trend() -> None:

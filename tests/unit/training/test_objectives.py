@@ -127,7 +127,7 @@ def test_an_objective_says_what_applies_to_it(make_trainer: MakeTrainer) -> None
     words = ("orchestrator.mode=act", "training.checkpoint.best_by=ppl", "training.max_steps=4")
     trainer = make_trainer(*words, "training.objective=bonus", "training.eval.every_steps=1")
     [watch] = [part for part in trainer.callbacks if isinstance(part, LiveWatch)]
-    names = {type(detector).__name__ for detector in watch.watcher.detectors}
+    names = set(watch.watcher.detectors)
     assert "LossSpike" not in names
     assert "Divergence" in names
     assert trainer.stepper.guard is None

@@ -10,7 +10,7 @@ from typing import Any
 from ultrathink.insight.events import read_events
 from ultrathink.insight.logs.files import Tail, our_log
 from ultrathink.insight.logs.log import Log, LogSignals, News
-from ultrathink.monitoring.expert_figures import figures_of
+from ultrathink.monitoring.experts import figures_of
 from ultrathink.monitoring.jsonl import parse_object
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.reading import RunReader

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ultrathink.orchestrator.detectors.base import Detector
 from ultrathink.orchestrator.detectors.experts import Experts
-from ultrathink.orchestrator.detectors.gradient import GradientNorm, GradientTrend
-from ultrathink.orchestrator.detectors.layers import LayerGradients
+from ultrathink.orchestrator.detectors.gradient import GradientNorm, GradientTrend, LayerGradients
 from ultrathink.orchestrator.detectors.loss import (
     AboveStart,
     Divergence,
@@ -14,9 +13,8 @@ from ultrathink.orchestrator.detectors.loss import (
     ZeroLoss,
 )
 from ultrathink.orchestrator.detectors.precision import LossScale, SkippedSteps
-from ultrathink.orchestrator.detectors.rate import OffSchedule
 from ultrathink.orchestrator.detectors.resources import Memory, Throughput
-from ultrathink.orchestrator.detectors.trend import Oscillation, Plateau, RateLoss
+from ultrathink.orchestrator.detectors.trend import OffSchedule, Oscillation, Plateau, RateLoss
 from ultrathink.orchestrator.detectors.validation import AccuracyDrop, Forgetting, Overfitting
 
 DETECTORS: tuple[type[Detector], ...] = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -23,10 +24,9 @@ class Detector(Remembers, ABC):
     """Observes every step once, in order, and keeps the state that it needs."""
 
     @abstractmethod
-    def observe(self, signals: Signals) -> list[Finding]:
-        """Observe the figures of the next step; returns findings."""
+    def observe(self, signals: Signals) -> Iterable[Finding]:
+        """Observe the figures of the next step; the caller consumes all findings at once."""
 
-    @abstractmethod
     def rewind(self, step: int) -> None:
         """Forget everything after ``step``, which was undone (rollback, resume), and pending
         findings."""
@@ -45,7 +45,6 @@ class Rhythm(Remembers):
         self.since = 0  # observed steps since the last figure
 
     def step(self) -> None:
-        """Count an observed step, with or without the figure."""
         self.since += 1
 
     def pause(self) -> int:
@@ -62,15 +61,7 @@ class Baseline(Remembers):
     from their median, in robust standard deviations.
     """
 
-    remembered = (
-        "floor",
-        "_last",
-        "_steps",
-        "_residuals",
-        "_num_new",
-        "_centre",
-        "_deviation",
-    )
+    remembered = ("floor", "_last", "_steps", "_residuals", "_num_new", "_centre", "_deviation")
 
     def __init__(self, *, level: int = 32, spread: int = 128, floor: float = 0.002) -> None:
         self.floor = floor  # of the deviation, for signals that are nearly constant
@@ -128,13 +119,11 @@ class Baseline(Remembers):
         self.level = math.nan
 
     def rewind(self, step: int) -> None:
-        """Forget the values after ``step``."""
         count = int((self._steps.values > step).sum())
         for window in (self._last, self._steps):
             window.drop_last(count)
         self.level = self._last.median()
 
     def load_state_dict(self, state: State) -> None:
-        """Restore what ``state_dict`` returned."""
         super().load_state_dict(state)
         self.level = self._last.median()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from ultrathink.orchestrator.detectors.base import Detector
 from ultrathink.orchestrator.events import Finding
@@ -39,15 +39,13 @@ class Experts(Detector):
         self._lasting: dict[str, list[int]] = {}  # kind/group -> first step, logged steps
         self._usual = PerName(lambda: Window(32))  # Gini coefficients of a group
 
-    def observe(self, signals: Signals) -> list[Finding]:
+    def observe(self, signals: Signals) -> Iterator[Finding]:
         groups: dict[str, dict[str, float]] = defaultdict(dict)
         for name, value in signals.having("experts/").items():
             group, _, figure = name.rpartition("/")
             groups[group][figure] = value
-        findings = []
         for group, figures in groups.items():
-            findings += self._judge(signals.step, group, figures)
-        return findings
+            yield from self._judge(signals.step, group, figures)
 
     def rewind(self, step: int) -> None:
         self._lasting.clear()
@@ -82,7 +80,7 @@ class Experts(Detector):
             found.append(("dropped_tokens", "medium", text))
         kinds = self._that_last(step, group, {kind for kind, _, _ in found}, is_settled)
         return [
-            Finding(step, kind, severity, text, subject=group, values=dict(figures))
+            Finding(step, kind, severity, text, dict(figures), subject=group)
             for kind, severity, text in found
             if kind in kinds
         ]

@@ -1,13 +1,15 @@
-"""The logarithm of the gradient norm: explosion, slow growth and vanishing."""
+"""The gradient norm: explosion, slow growth and vanishing, and each layer's share of it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
 from ultrathink.orchestrator.detectors.base import Baseline, Detector
 from ultrathink.orchestrator.events import Finding
+from ultrathink.orchestrator.remembering import PerName, Remembers
 from ultrathink.orchestrator.signals import Signals
 from ultrathink.orchestrator.windows import Window, median
 
@@ -17,6 +19,10 @@ VANISHING = 1 / 20  # of the running median
 IN_A_ROW = 5
 LASTS = 32  # observed steps after which the new level is accepted
 ENOUGH = 20  # observed steps before anything is judged
+FAMILY = "grad_norm/"  # norms of layers
+LAYER_FALLEN = 1 / 8  # of the layer's usual share; healthy layers stay within 20% of theirs
+LAYER_IN_A_ROW = 3
+LEAST = 1e-30  # keeps the logarithm of a zero gradient finite
 BLOCK = 16  # observed steps per median
 NUM_BLOCKS = 64
 AT_ONCE = 0.5  # share of the growth within one block: then it is a jump
@@ -38,7 +44,7 @@ class GradientNorm(Detector):
         norm = signals.finite("grad_norm")
         if norm is None or (norm == 0 and len(self.baseline) == 0):  # in some logs 0 means unknown
             return []
-        value = math.log(max(norm, 1e-30))
+        value = math.log(max(norm, LEAST))
         if len(self.baseline) < ENOUGH:
             self.baseline.add(value, signals.step)
             return []
@@ -66,7 +72,7 @@ class GradientNorm(Detector):
             f"the gradient norm has been near {norm:.3g} for {self._num_low} steps "
             f"(median {math.exp(level):.3g})"
         )
-        return [Finding(signals.step, "gradient_vanishing", "medium", message, values=figures)]
+        return [Finding(signals.step, "gradient_vanishing", "medium", message, figures)]
 
     def rewind(self, step: int) -> None:
         self._num_high = self._num_low = 0
@@ -83,7 +89,7 @@ class GradientNorm(Detector):
             f"the gradient norm is {figures['grad_norm']:.3g}, {times:.1f} times its usual value "
             f"(median {figures['level']:.3g})"
         )
-        return Finding(step, "gradient_explosion", severity, message, values=figures)
+        return Finding(step, "gradient_explosion", severity, message, figures)
 
 
 class GradientTrend(Detector):
@@ -104,7 +110,7 @@ class GradientTrend(Detector):
         norm = signals.finite("grad_norm")
         if norm is None or norm <= 0:
             return []
-        self._block.append(math.log(max(norm, 1e-30)))
+        self._block.append(math.log(max(norm, LEAST)))
         if len(self._block) < BLOCK:
             return []
         level = median(np.array(self._block))
@@ -125,8 +131,70 @@ class GradientTrend(Detector):
         )
         severity = "high" if times >= EXPLOSION[1] else "medium"
         figures = {"grad_norm": math.exp(level), "level": math.exp(usual), "ratio": times}
-        what = (signals.step, "gradient_explosion", severity, message)
-        return [Finding(*what, values=figures, pause=2 * BLOCK)]
+        what = (signals.step, "gradient_explosion", severity, message, figures)
+        return [Finding(*what, pause=2 * BLOCK)]
 
     def rewind(self, step: int) -> None:
         self._block, self._num_grown = [], 0
+
+
+class _Layer(Remembers):
+    """The usual share of one layer, and the step since which it differs."""
+
+    remembered = ("baseline", "num_low", "since", "last_good")
+
+    def __init__(self) -> None:
+        self.baseline = Baseline(level=64, floor=0.05)
+        self.num_low = 0
+        self.since = 0  # the first step that may be the cause: figures come every few steps
+        self.last_good = 0
+
+
+class LayerGradients(Detector):
+    """Finds a layer whose share of the gradient falls to an eighth and stays there."""
+
+    remembered = ("_layers",)
+
+    def __init__(self) -> None:
+        self._layers = PerName(_Layer)
+
+    def observe(self, signals: Signals) -> Iterator[Finding]:
+        total = signals.finite("grad_norm")
+        if not total or total < 0:
+            return
+        for name, norm in signals.having(FAMILY).items():
+            layer = self._layers[name]
+            finding = self._judge(layer, name, norm, total, signals.step)
+            if finding is not None:
+                yield finding
+
+    def rewind(self, step: int) -> None:
+        for layer in self._layers.values():
+            layer.num_low = 0
+            layer.last_good = min(layer.last_good, step)
+            layer.baseline.rewind(step)
+
+    def _judge(
+        self, layer: _Layer, name: str, norm: float, total: float, step: int
+    ) -> Finding | None:
+        value = math.log(max(norm, LEAST) / total)
+        # The level is NaN after a rewind beyond all its values.
+        is_low = value - layer.baseline.level <= math.log(LAYER_FALLEN)
+        if len(layer.baseline) < ENOUGH or not is_low:
+            layer.num_low, layer.last_good = 0, step
+            layer.baseline.add(value, step)
+            return None
+        layer.since = layer.last_good + 1 if not layer.num_low else layer.since
+        layer.num_low += 1
+        if layer.num_low < LAYER_IN_A_ROW:
+            return None
+        usual = math.exp(layer.baseline.level)
+        if layer.num_low >= LASTS:
+            layer.num_low = 0
+            layer.baseline = Baseline(level=64, floor=0.05)
+        message = (
+            f"{name} has {norm / total:.2g} of the gradient norm, usually {usual:.2g}: "
+            f"it has nearly stopped learning"
+        )
+        figures = {"grad_norm": norm, "share": norm / total, "usual_share": usual}
+        return Finding(step, "layer_vanishing", "high", message, figures, layer.since, name)

@@ -8,6 +8,7 @@ negative. A jump is judged after the next steps: if the loss is back at its leve
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -49,7 +50,6 @@ class JudgedLoss(Remembers):
         return math.exp(min(value, 700.0)) - SMALL if self.is_log else value
 
     def described(self, excess: float) -> str:
-        """An excess as text."""
         if not self.is_log:
             return f"{excess:.3g} above"
         ratio = math.exp(min(excess, 50.0))
@@ -93,7 +93,7 @@ class LossSpike(Detector):
         is_clear = self._jump >= CLEAR_JUMP[0] and self._score() >= CLEAR_JUMP[1]
         severity = "medium" if self.judged.is_log and is_clear else "low"
         text = f"the loss jumped to {self._described(self._since[0])} at the last step of the log"
-        return [Finding(self._begin, "loss_spike", severity, text, values=self._figures())]
+        return [Finding(self._begin, "loss_spike", severity, text, self._figures())]
 
     def rewind(self, step: int) -> None:
         self._end()
@@ -127,7 +127,7 @@ class LossSpike(Detector):
         message = f"the loss stays at {self._described(last)} {LASTS} steps after it jumped"
         figures = self._figures(last)
         finding = Finding(
-            step, "divergence", severity, message, self._begin, values=figures, pause=4 * BLOCK
+            step, "divergence", severity, message, figures, self._begin, pause=4 * BLOCK
         )
         since = self._since
         self._end()
@@ -142,15 +142,14 @@ class LossSpike(Detector):
         if self.judged.is_log and self._peak >= math.log(1.5):
             severity = "high"
         message = f"the loss jumped to {self._described(self._since[0])} and is not back"
-        return Finding(step, "loss_spike", severity, message, self._begin, values=self._figures())
+        return Finding(step, "loss_spike", severity, message, self._figures(), self._begin)
 
     def _hard_batch(self, step: int) -> Finding:
         message = f"one step at {self._described(self._since[0])}, then back: a hard batch"
         severity = "low" if self.judged.is_log and self._jump >= math.log(1.5) else "info"
-        return Finding(step, "hard_batch", severity, message, self._begin, values=self._figures())
+        return Finding(step, "hard_batch", severity, message, self._figures(), self._begin)
 
     def _score(self) -> float:
-        """The score of the highest value since the jump, in standard deviations."""
         return self.baseline.score(max(self._since))
 
     def _described(self, value: float) -> str:
@@ -219,7 +218,7 @@ class AboveStart(Detector):
         loss, start = math.exp(max(self._above)), math.exp(max(self._start))
         message = f"the loss, up to {loss:.4g}, is far above the initial {start:.4g}"
         figures = {"loss": loss, "start": start}
-        return [Finding(step, "divergence", severity, message, self._since, values=figures)]
+        return [Finding(step, "divergence", severity, message, figures, self._since)]
 
 
 class Divergence(Detector):
@@ -281,9 +280,7 @@ class Divergence(Detector):
         message = f"the loss has been rising: {loss:.4g}, {more} its best"
         figures = {"loss": loss, "best": least, "score": rise / max(error, FLAT)}
         begin = max(0, step - 2 * BLOCK + 1)
-        return [
-            Finding(step, "divergence", severity, message, begin, values=figures, pause=4 * BLOCK)
-        ]
+        return [Finding(step, "divergence", severity, message, figures, begin, pause=4 * BLOCK)]
 
 
 class NonFinite(Detector):
@@ -297,14 +294,12 @@ class NonFinite(Detector):
         self._in_a_row: dict[str, int] = {}
         self._counted = 0.0  # steps whose loss was NaN, as the log counts them
 
-    def observe(self, signals: Signals) -> list[Finding]:
-        findings = []
+    def observe(self, signals: Signals) -> Iterator[Finding]:
         counted = signals.finite("nan_steps")
         if counted is not None and counted > self._counted:
             text = f"{counted - self._counted:.0f} more steps with a loss of NaN, as the log counts"
             figures = {"nan_steps": counted}
-            what = (signals.step, "non_finite", "high", text)
-            findings.append(Finding(*what, subject="nan_steps", values=figures))
+            yield Finding(signals.step, "non_finite", "high", text, figures, subject="nan_steps")
         self._counted = self._counted if counted is None else counted
         for name, words in self.SIGNALS:
             value = signals.values.get(name)
@@ -322,10 +317,7 @@ class NonFinite(Detector):
                 more += f", {count} times in a row"
             text = f"{words} is {value}{more}"
             figures = {"in_a_row": float(count)}
-            findings.append(
-                Finding(signals.step, "non_finite", severity, text, subject=name, values=figures)
-            )
-        return findings
+            yield Finding(signals.step, "non_finite", severity, text, figures, subject=name)
 
     def rewind(self, step: int) -> None:
         self._in_a_row = {}
@@ -344,8 +336,7 @@ class ZeroLoss(Detector):
         self._before: dict[str, float] = {}  # the last loss that was not 0
         self._in_a_row: dict[str, int] = {}
 
-    def observe(self, signals: Signals) -> list[Finding]:
-        findings = []
+    def observe(self, signals: Signals) -> Iterator[Finding]:
         for name in ("loss", "val_loss"):
             value = signals.finite(name)
             if value is None:
@@ -361,10 +352,7 @@ class ZeroLoss(Detector):
                     f"{words} is exactly 0, which is impossible: masked labels, or lost gradients"
                 )
                 figures = {"in_a_row": float(count)}
-                findings.append(
-                    Finding(signals.step, "zero_loss", "high", text, subject=name, values=figures)
-                )
-        return findings
+                yield Finding(signals.step, "zero_loss", "high", text, figures, subject=name)
 
     def rewind(self, step: int) -> None:
         self._in_a_row = {}

@@ -48,7 +48,7 @@ class LossScale(Detector):
                 f"the fp16 loss scale has fallen to {scale:g}: small gradients become zero; "
                 f"bf16 needs no loss scale"
             )
-            return [Finding(step, "fp16_underflow", "high", message, values=figures)]
+            return [Finding(step, "fp16_underflow", "high", message, figures)]
         if scale >= before:
             return []
         text = f"fp16 gradients overflowed: the loss scale went from {before:g} to {scale:g}"
@@ -63,7 +63,7 @@ class LossScale(Detector):
         else:
             self._is_reported = True
             text += "; occasional overflows of a dynamic scale are normal and not reported again"
-        return [Finding(step, "fp16_overflow", severity, text, values=figures)]
+        return [Finding(step, "fp16_overflow", severity, text, figures)]
 
     def rewind(self, step: int) -> None:
         self._last = None
@@ -107,7 +107,7 @@ class SkippedSteps(Detector):
             return []  # the scale was tried too high, which LossScale reports
         message = f"{num_skipped:.0f} of the last {num_steps:.0f} steps were skipped"
         figures = {"skipped": num_skipped, "steps": num_steps}
-        return [Finding(signals.step, "skipped_steps", severity, message, values=figures)]
+        return [Finding(signals.step, "skipped_steps", severity, message, figures)]
 
     def rewind(self, step: int) -> None:
         self._steps.clear()

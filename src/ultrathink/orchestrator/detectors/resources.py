@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -36,25 +37,21 @@ class Memory(Detector):
         self._num_steps = 0
         self._num_fragmented = 0
 
-    def observe(self, signals: Signals) -> list[Finding]:
+    def observe(self, signals: Signals) -> Iterator[Finding]:
         used, limit = signals.finite("memory"), signals.finite("memory_limit")
         reserved = signals.finite("memory_reserved")
         if used is None or used <= 0:
-            return []
-        findings = []
+            return
         # Memory that the allocator has reserved but does not use can be released.
         peak = max(used, signals.finite("memory_peak") or 0.0)
         if limit and peak > PRESSURE[0] * limit:
             severity = "high" if peak > PRESSURE[1] * limit else "medium"
             text = f"{peak:.2f} of {limit:.2f} GiB of memory are in use"
             figures = {"memory": peak, "limit": limit}
-            findings.append(
-                Finding(signals.step, "memory_pressure", severity, text, values=figures)
-            )
-        findings += self._leak(signals.step, used, limit)
+            yield Finding(signals.step, "memory_pressure", severity, text, figures)
+        yield from self._leak(signals.step, used, limit)
         if reserved:
-            findings += self._fragmentation(signals.step, used, reserved, limit)
-        return findings
+            yield from self._fragmentation(signals.step, used, reserved, limit)
 
     def rewind(self, step: int) -> None:
         self._used.clear()
@@ -80,7 +77,7 @@ class Memory(Detector):
             text += f"; at this rate the {limit:.2f} GiB are full after {left:,.0f} more"
             severity = "high" if left < 10 * self._used.size else "medium"
         figures = {"memory": used, "per_step": rate, "grown": share}
-        return [Finding(step, "memory_leak", severity, text, values=figures, pause=2 * LEAK_SPAN)]
+        return [Finding(step, "memory_leak", severity, text, figures, pause=2 * LEAK_SPAN)]
 
     def _fragmentation(
         self, step: int, used: float, reserved: float, limit: float | None
@@ -92,7 +89,7 @@ class Memory(Detector):
             return []
         text = f"{idle:.0%} of the {reserved:.2f} GiB reserved are unused, and memory is scarce"
         figures = {"memory": used, "reserved": reserved}
-        return [Finding(step, "memory_fragmentation", "medium", text, values=figures)]
+        return [Finding(step, "memory_fragmentation", "medium", text, figures)]
 
 
 class Throughput(Detector):
@@ -104,23 +101,19 @@ class Throughput(Detector):
         self._times = Window(USUAL + RECENT)  # relative: only ratios matter
         self._num_waiting = 0
 
-    def observe(self, signals: Signals) -> list[Finding]:
-        findings = []
+    def observe(self, signals: Signals) -> Iterator[Finding]:
         seconds, wait = signals.finite("step_time"), signals.finite("data_wait")
         speed = signals.finite("tokens_per_sec")
         taken = 1 / speed if speed else seconds  # batches may differ in size
         if taken is not None and 0 < taken < math.inf:
-            findings += self._speed(signals.step, taken)
+            yield from self._speed(signals.step, taken)
         if wait is not None and seconds is not None and seconds > 0:
             share = wait / seconds
             self._num_waiting = self._num_waiting + 1 if share > WAITING else 0
             if self._num_waiting >= IN_A_ROW:
                 text = f"steps spend {share:.0%} of their time waiting for data"
                 figures = {"data_wait": wait, "step_time": seconds}
-                findings.append(
-                    Finding(signals.step, "starving_loader", "medium", text, values=figures)
-                )
-        return findings
+                yield Finding(signals.step, "starving_loader", "medium", text, figures)
 
     def rewind(self, step: int) -> None:
         self._num_waiting = 0
@@ -140,8 +133,8 @@ class Throughput(Detector):
         quantile, times_that = SLOWEST_USUAL
         if recent * SLOW > usual and recent > times_that * np.quantile(before, quantile):
             text = f"the speed has fallen to {usual / recent:.0%} of its usual value"
-            return [Finding(step, "throughput_drop", "medium", text, values=figures)]
+            return [Finding(step, "throughput_drop", "medium", text, figures)]
         if taken > STALLED * usual:
             text = f"one step took {taken / usual:.0f} times as long as usual"
-            return [Finding(step, "slow_step", "info", text, values={"ratio": taken / usual})]
+            return [Finding(step, "slow_step", "info", text, {"ratio": taken / usual})]
         return []

@@ -1,4 +1,4 @@
-"""The trend of the training loss over hundreds of steps: plateaus and oscillation."""
+"""The trend of the training loss, plateaus and oscillation, and faults of the learning rate."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ SURE = 6.0  # standard errors of that prediction
 LEAST = 0.005  # in the logarithm: smaller falls may be rounding in the log
 AT_ONCE = 0.7  # share of a fall within a quarter of its steps
 RATE_CUT = 0.5  # a learning rate lowered this much explains slower learning
+OFF = math.log(1.05)  # learning rate over the scheduled one
+FAR_OFF = math.log(2.0)
 RATE_LOST = 20.0  # times lower in one step: steps of a schedule are smaller
 STAYS = 16  # observed steps
 SWING = 3.0  # times the usual spread
@@ -72,7 +74,7 @@ class Plateau(Detector):
             f"{-math.expm1(-max(fallen, 0.0)):.1%} over as many{more}"
         )
         figures = {"loss": loss, "fell": fell, "fallen": fallen, "error": error}
-        return [Finding(signals.step, "plateau", "medium", message, values=figures, pause=SPAN)]
+        return [Finding(signals.step, "plateau", "medium", message, figures, pause=SPAN)]
 
     def rewind(self, step: int) -> None:
         self._losses.clear()
@@ -114,10 +116,34 @@ class RateLoss(Detector):
             f"which nearly stops learning"
         )
         figures = {"lr": rate, "before": self._before}
-        return [Finding(signals.step, "plateau", "medium", message, self._begin, values=figures)]
+        return [Finding(signals.step, "plateau", "medium", message, figures, self._begin)]
 
     def rewind(self, step: int) -> None:
         self._last, self._count = None, 0
+
+
+class OffSchedule(Detector):
+    """Finds a rate that differs from the scheduled one: a fault of the schedule or the optimizer.
+
+    Only our own runs log both (``lr``, ``lr_scheduled``).
+    """
+
+    remembered = ()
+
+    def observe(self, signals: Signals) -> list[Finding]:
+        rate, scheduled = signals.finite("lr"), signals.finite("lr_scheduled")
+        if not rate or not scheduled or rate < 0 or scheduled < 0:
+            return []
+        off = math.log(rate / scheduled)
+        if abs(off) < OFF:
+            return []
+        severity = "high" if abs(off) >= FAR_OFF else "medium"
+        message = (
+            f"the learning rate is {rate:.3g}, {rate / scheduled:.3g} times the scheduled rate "
+            f"({scheduled:.3g})"
+        )
+        figures = {"lr": rate, "lr_scheduled": scheduled, "ratio": rate / scheduled}
+        return [Finding(signals.step, "lr_off_schedule", severity, message, figures)]
 
 
 class Oscillation(Detector):
@@ -154,8 +180,8 @@ class Oscillation(Detector):
                     f"{spread / usual:.1f} times its usual variation"
                 )
                 figures = {"spread": spread, "usual": usual, "period": 2.0 * lag}
-                what = (signals.step, "oscillation", "medium", message)
-                return [Finding(*what, values=figures, pause=SPAN)]
+                what = (signals.step, "oscillation", "medium", message, figures)
+                return [Finding(*what, pause=SPAN)]
             return []
         self._spreads.add(spread)
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -91,8 +92,8 @@ class Overfitting(Detector):
             f"{self._best_step:,}, {self._best:.4g}, while the training loss fell"
         )
         figures = {"val_loss": loss, "best": self._best, "rise": rise, "noise": error}
-        what = (signals.step, "overfitting", severity, message, self._best_step + 1)
-        return [Finding(*what, values=figures, pause=pause)]
+        what = (signals.step, "overfitting", severity, message, figures)
+        return [Finding(*what, since=self._best_step + 1, pause=pause)]
 
     def rewind(self, step: int) -> None:
         self._num_worse = 0
@@ -117,8 +118,7 @@ class Forgetting(Detector):
         self._errors: dict[str, float] = {}
         self._since = PerName(Rhythm)
 
-    def observe(self, signals: Signals) -> list[Finding]:
-        findings = []
+    def observe(self, signals: Signals) -> Iterator[Finding]:
         for rhythm in self._since.values():
             rhythm.step()
         for prefix, size in (("loss/", BLOCK), ("val_loss/", 1)):
@@ -129,8 +129,7 @@ class Forgetting(Detector):
                 block.append(math.log(loss + SMALL))
                 if len(block) >= size:
                     self._close(prefix + source)
-                    findings += self._judge(signals.step, prefix, source)
-        return findings
+                    yield from self._judge(signals.step, prefix, source)
 
     def rewind(self, step: int) -> None:
         self._blocks = {}
@@ -165,7 +164,7 @@ class Forgetting(Detector):
             f"while that of {falling[0]} falls"
         )
         figures = {"loss": loss, "best": best, "rise": float(rise), "noise": error}
-        return [Finding(step, "forgetting", "medium", message, None, source, figures, pause)]
+        return [Finding(step, "forgetting", "medium", message, figures, None, source, pause)]
 
 
 class AccuracyDrop(Detector):
@@ -180,8 +179,7 @@ class AccuracyDrop(Detector):
         self._num_low = dict.fromkeys(self.NAMES, 0)
         self._since = {name: Rhythm() for name in self.NAMES}
 
-    def observe(self, signals: Signals) -> list[Finding]:
-        findings = []
+    def observe(self, signals: Signals) -> Iterator[Finding]:
         for name, baseline in self._baselines.items():
             self._since[name].step()
             value = signals.finite(name)
@@ -199,12 +197,11 @@ class AccuracyDrop(Detector):
             elif self._num_low[name] > 1:
                 message = f"the {name.replace('_', ' ')} fell to {value:.3g} from about {level:.3g}"
                 figures = {"accuracy": value, "level": level, "score": baseline.score(-value)}
-                what = (signals.step, "accuracy_drop", "medium", message)
-                findings.append(Finding(*what, subject=name, values=figures, pause=pause))
+                what = (signals.step, "accuracy_drop", "medium", message, figures)
+                yield Finding(*what, subject=name, pause=pause)
             if self._num_low[name] >= 24:
                 baseline.restart()
                 self._num_low[name] = 0
-        return findings
 
     def rewind(self, step: int) -> None:
         self._num_low = dict.fromkeys(self.NAMES, 0)

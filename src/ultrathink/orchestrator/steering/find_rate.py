@@ -70,7 +70,6 @@ class FindRate(Rule, Remembers):
         self.outcome: tuple[bool, str] | None = None
 
     def is_busy(self, now: Situation) -> bool:
-        """Whether no other rule may act, because a trial is running."""
         is_at_end = self._phase == self.SUSPECTING and now.step >= self._end
         return self._phase == self.TRYING or is_at_end
 
@@ -124,7 +123,6 @@ class FindRate(Rule, Remembers):
             self._phase = self.SUSPECTING
 
     def _compare(self, now: Situation) -> Proposal | None:
-        """At the end of a trial, try the next rate or take the best."""
         scale = now.settings.lr_scale
         first_step = self._end - max(1, int(COMPARED * self._end))
         losses = {step: loss for step, loss in self._losses.items() if int(step) > first_step}
@@ -183,7 +181,6 @@ class FindRate(Rule, Remembers):
         )
 
     def _give_up(self, now: Situation) -> None:
-        """End the trials."""
         self._phase = self.DONE
         self._losses, self._best_losses = {}, {}
         _let_go(now)

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ultrathink.monitoring.records import Reporter
 from ultrathink.orchestrator.detectors.base import Baseline
 from ultrathink.orchestrator.remembering import Remembers
 from ultrathink.orchestrator.signals import SMALL
 from ultrathink.orchestrator.windows import Window
+from ultrathink.training.stepping import Verdict
 
 FAR_LOSS = (8.0, math.log(1.3))  # standard deviations, and rise in the logarithm
 FAR_BELOW = (-8.0, -math.log(1.5))  # a repeated batch, or targets that leak into the inputs
@@ -37,7 +39,6 @@ class Judgement:
         return max(abs(self.loss_score), self.norm_score)
 
     def values(self) -> dict[str, float]:
-        """The figures behind a decision."""
         return {
             "loss": self.loss,
             "loss_level": self.loss_level,
@@ -102,3 +103,26 @@ class OutlierFilter(Remembers):
 
     def _share(self) -> float:
         return float(self._recent.values.sum()) / self._recent.size
+
+
+class OutlierGuard(OutlierFilter):
+    """Applies ``OutlierFilter`` as the trainer's guard; if it fails, all further updates pass."""
+
+    def __init__(self, *, most: float, report: Reporter) -> None:
+        super().__init__(most=most)
+        self._report = report
+        self._has_failed = False
+
+    def judge(self, step_loss: float, grad_norm: float) -> Verdict:
+        if self._has_failed:
+            return Verdict()
+        try:
+            return Verdict(skip=self.skips(step_loss, grad_norm))
+        except Exception as error:
+            self._has_failed, self.streak = True, 0
+            self._report(
+                f"the guard failed and skips no more updates; training continues: "
+                f"{type(error).__name__}: {error}",
+                "warning",
+            )
+            return Verdict()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from ultrathink.config.orchestrator import LimitsConfig, RulesConfig
 from ultrathink.orchestrator.remembering import Remembers
-from ultrathink.orchestrator.steering.experts_rule import ReviveExperts
 from ultrathink.orchestrator.steering.find_rate import FindRate
-from ultrathink.orchestrator.steering.memory_rule import SaveMemory
 from ultrathink.orchestrator.steering.proposals import Proposal
 from ultrathink.orchestrator.steering.rules import (
     CorrectRate,
@@ -16,6 +14,7 @@ from ultrathink.orchestrator.steering.rules import (
     StopOverfitting,
 )
 from ultrathink.orchestrator.steering.safety_net import SafetyNet
+from ultrathink.orchestrator.steering.state_rules import ReviveExperts, SaveMemory
 from ultrathink.training.changes import Rollback, Stop
 
 RULES: tuple[type[Rule], ...] = (

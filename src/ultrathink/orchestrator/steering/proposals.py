@@ -35,7 +35,6 @@ class Proposal:
 
     @property
     def is_sure_enough(self) -> bool:
-        """Whether the confidence is high enough for this level of intervention."""
         return self.confidence >= SURE_ENOUGH[self.level]
 
 

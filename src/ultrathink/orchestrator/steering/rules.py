@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ultrathink.config.orchestrator import LimitsConfig
 from ultrathink.monitoring.experts import ExpertStatistics
-from ultrathink.orchestrator.detectors.rate import FAR_OFF, OFF
+from ultrathink.orchestrator.detectors.trend import FAR_OFF, OFF
 from ultrathink.orchestrator.events import Event, is_alarm
 from ultrathink.orchestrator.steering.outliers import OutlierFilter
 from ultrathink.orchestrator.steering.proposals import (
@@ -164,16 +164,7 @@ class RollBack(Rule):
             factor = _within(now, GENTLER**attempt)
             changes.append(SetLearningRateFactor(factor, EASES_OVER))
             reasoning += f" The last rollback did not help: the rate is multiplied by {factor:g}."
-        return Proposal(
-            self.name,
-            trouble.level,
-            trouble.confidence,
-            tuple(changes),
-            reasoning,
-            trouble.values,
-            trouble.began,
-            JUDGED_AFTER,
-        )
+        return self._proposal(trouble, changes, reasoning)
 
     def _trouble(self, now: Situation) -> _Trouble | None:
         if now.non_finite >= NON_FINITE and now.non_finite % NON_FINITE == 0:
@@ -225,7 +216,6 @@ class RollBack(Rule):
         return _Trouble(event.step, HARD, sure, text, event.values, is_of_loss=is_loss)
 
     def _attempt(self, now: Situation) -> int:
-        """The number of earlier rollbacks for this problem."""
         begun = [one.before for one in now.decisions if one.rule == self.name and one.before]
         if now.since_rollback is None or not begun:
             return 0
@@ -244,17 +234,13 @@ class RollBack(Rule):
     def _without_snapshot(self, now: Situation, trouble: _Trouble) -> Proposal | None:
         if not trouble.is_of_loss or trouble.may_be_data:
             return None
-        factor = _within(now, 0.1)
-        return Proposal(
-            self.name,
-            trouble.level,
-            trouble.confidence,
-            (SetLearningRateFactor(factor, EASES_OVER),),
-            f"{trouble.text}; no snapshot is old enough for a rollback.",
-            trouble.values,
-            trouble.began,
-            JUDGED_AFTER,
-        )
+        lower = SetLearningRateFactor(_within(now, 0.1), EASES_OVER)
+        text = f"{trouble.text}; no snapshot is old enough for a rollback."
+        return self._proposal(trouble, [lower], text)
+
+    def _proposal(self, trouble: _Trouble, changes: list[Change], reasoning: str) -> Proposal:
+        what = (self.name, trouble.level, trouble.confidence, tuple(changes), reasoning)
+        return Proposal(*what, trouble.values, trouble.began, JUDGED_AFTER)
 
 
 def _within(now: Situation, factor: float) -> float:

@@ -173,7 +173,6 @@ class SafetyNet(Rule, Remembers):
         return True
 
     def note_scores(self, loss: float, batch_losses: list[float]) -> None:
-        """Note the requested score."""
         measure = Measure(_number(loss), [_number(one) for one in batch_losses])
         if self.review is not None:
             setattr(self.review, "after" if self.review.is_asked else "before", measure)
@@ -186,7 +185,6 @@ class SafetyNet(Rule, Remembers):
             self._end_review(snapshots)
 
     def note_validation(self, step: int, loss: float, is_best: bool) -> None:
-        """Note a validation."""
         self.last = [step, _number(loss)]
         if is_best and (not self.best or self.last[1] < self.best[1]):
             self.best, self.is_record = [*self.last, 0.0], True

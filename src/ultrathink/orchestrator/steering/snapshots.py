@@ -24,7 +24,6 @@ class Kept:
 
     @property
     def step(self) -> int:
-        """The step after which it was taken."""
         return self.snapshot.step
 
     def is_before(self, other: Kept) -> bool:
@@ -57,7 +56,6 @@ class SnapshotRing:
 
     @property
     def first(self) -> Kept | None:
-        """The oldest snapshot."""
         return min(self._all(), key=lambda one: one.number, default=None)
 
     def is_due(self, step: int) -> bool:
@@ -99,7 +97,6 @@ class SnapshotRing:
         )
 
     def of(self, snapshot: Snapshot) -> Kept | None:
-        """The entry of ``snapshot``."""
         return next((one for one in self._all() if one.snapshot == snapshot), None)
 
     def older_than(self, step: int) -> list[Kept]:

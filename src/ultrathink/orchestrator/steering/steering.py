@@ -226,7 +226,6 @@ class Steering(Remembers, Controller):
     # -- decisions -----------------------------------------------------------------------------
 
     def _apply(self, proposal: Proposal, control: ControlQueue) -> int:
-        """Request the proposed changes; returns the number of the decision."""
         self._open = self._decision(proposal)
         number = len(self.decisions)
         self._keep_states(proposal.changes, control)
@@ -251,7 +250,6 @@ class Steering(Remembers, Controller):
         control.request(KeepState(number, most), "")
 
     def _went_back(self, change: Rollback) -> None:
-        """Note a rollback, and restart the counters."""
         if self.snapshots is not None:
             self.snapshots.go_back_to(change.snapshot)
             self.policy.net.went_back(change.snapshot.step, self.snapshots)
@@ -296,7 +294,6 @@ class Steering(Remembers, Controller):
             self.flush()  # no further step will do it
 
     def note_validation(self, report: ValidationReport) -> None:
-        """Note a validation."""
         self._is_new_best = report.is_best
         self.policy.net.note_validation(report.step, report.loss, report.is_best)
 
@@ -320,7 +317,6 @@ class Steering(Remembers, Controller):
                 self._log.write_decision(decision)
 
     def finish(self) -> None:
-        """Write what is left at the end of the run."""
         self.flush()
         if self.decisions:
             self._log.fold_decisions()
@@ -447,7 +443,6 @@ class Steering(Remembers, Controller):
         return {**super().state_dict(), "snapshots": ring}
 
     def load_state_dict(self, state: State) -> None:
-        """Continue from what ``state_dict`` returned."""
         values: dict[str, Any] = dict(state)
         super().load_state_dict(state)
         self._ring_state = values["snapshots"]

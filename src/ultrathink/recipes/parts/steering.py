@@ -9,7 +9,7 @@ from ultrathink.core.errors import UltrathinkError
 from ultrathink.monitoring.records import Reporter
 from ultrathink.monitoring.sink_group import SinkGroup
 from ultrathink.orchestrator.live import LiveWatch
-from ultrathink.orchestrator.steering.guard import OutlierGuard
+from ultrathink.orchestrator.steering.outliers import OutlierGuard
 from ultrathink.orchestrator.steering.steering import Steering
 from ultrathink.training.host_states import host_bytes
 from ultrathink.training.memory import host_memory_in_use

@@ -249,7 +249,7 @@ def test_a_decision_of_the_last_boundary_before_a_kill_is_written_down(
     words = ("training.max_steps=70", "training.checkpoint={every_steps: 61, keep: 9}")
     run = broken_run(make_trainer, 60, lower_rate, ACT, *words).run
     [decision] = read_decisions(run.decisions)
-    assert decision["step"] == 61
+    assert (decision["step"], decision["action"]) == (61, "lr_correction")  # and no rollback
     run.remove_after(61)
     run.decisions.write_bytes(b"")  # as the kill would have left it
     again = resume_trainer(run)

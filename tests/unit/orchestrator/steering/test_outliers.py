@@ -80,15 +80,6 @@ def test_no_more_than_its_share_is_left_out() -> None:
     assert sum(left_out) == math.ceil(0.1 * 256)
 
 
-def test_its_state_continues_where_it_stopped() -> None:
-    one, other = accustomed(), OutlierFilter()
-    one.skips(9.0, 1.0)
-    other.load_state_dict(one.state_dict())
-    rest = [(9.0, 1.0), *healthy(100, seed=4), (2.0, 500.0)]
-    assert [one.skips(*step) for step in rest] == [other.skips(*step) for step in rest]
-    assert one.state_dict() == other.state_dict()
-
-
 def test_negative_losses_do_not_stop_it() -> None:
     outliers = OutlierFilter()
     assert not any(outliers.skips(-1.0, 1.0) for _ in range(200))

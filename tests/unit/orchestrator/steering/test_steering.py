@@ -177,23 +177,6 @@ def test_a_rate_that_is_off_is_put_right_and_its_steps_are_undone(
     assert trainer.score().loss == pytest.approx(clean.score().loss, rel=1e-4)
 
 
-def test_a_rate_that_is_too_small_is_put_right_where_it_is(make_trainer: MakeTrainer) -> None:
-    def lower_rate(trainer: Trainer) -> None:
-        for group in trainer.stepper.optimizers[0].param_groups:
-            group["peak_lr"] /= 50
-
-    recorder = Recorder()
-    breaks = Breaks(60, lower_rate)
-    trainer = make_trainer(*RUN, ACT, callbacks=[breaks, recorder])
-    breaks.trainer = trainer
-    trainer.fit()
-    [correction] = decisions(trainer, "correct_rate")
-    assert correction["action"] == "lr_correction"
-    rates = [report.lr for report in recorder.steps]
-    assert rates[60] == pytest.approx(0.003 / 50)
-    assert rates[61] == pytest.approx(0.003)
-
-
 def repeat_one_batch(trainer: Trainer) -> None:
     batch = trainer.loader.next_batch()
     trainer.loader.next_batch = lambda: batch  # type: ignore[method-assign]
@@ -300,12 +283,6 @@ def test_its_own_failure_does_not_end_the_run(make_trainer: MakeTrainer) -> None
         [reported] = [text for text in recorder.messages if who in text]
         assert "training continues" in reported
     assert steering.get_adaptive_status()["monitoring_active"] is False
-
-
-def test_rules_can_be_switched_off(make_trainer: MakeTrainer) -> None:
-    rules = "orchestrator.rules={roll_back: false, skip_outliers: false}"
-    trainer = broken_run(make_trainer, 110, scale_a_weight, ACT, rules)
-    assert read_decisions(trainer.run.decisions) == []
 
 
 def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:

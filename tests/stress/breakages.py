@@ -206,10 +206,10 @@ BREAKAGES = (
     ),
     Breakage(
         "an abandoned save is reported",
-        "runs/saver.py",
+        "checkpoint/saver.py",
         "if not isinstance(error, SaveAbandonedError):",
         "if True:",
-        ("unit/runs/test_checkpoint_saver.py",),
+        ("unit/checkpoint/test_checkpoint_saver.py",),
     ),
     Breakage(
         "a snapshot of a history that was undone is linked into new checkpoints",

@@ -11,6 +11,7 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 
 from ultrathink.checkpoint.format import WHOLE_MODEL, Header, save_checkpoint
+from ultrathink.checkpoint.saver import CheckpointSaver, Outcome
 from ultrathink.checkpoint.snapshots import SNAPSHOTS, EmbeddedSnapshot
 from ultrathink.config.training import CheckpointConfig
 from ultrathink.core.errors import CheckpointError
@@ -22,7 +23,6 @@ from ultrathink.parallel.store import new_store
 from ultrathink.parallel.world import ALONE, World
 from ultrathink.runs.decisions import decision_of, state_name
 from ultrathink.runs.folder import RunFolder
-from ultrathink.runs.saver import CheckpointSaver, Outcome
 from ultrathink.training.host_states import copied_to_host
 from ultrathink.training.run_state import Progress
 

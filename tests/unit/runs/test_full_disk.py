@@ -9,11 +9,11 @@ import pytest
 
 from tests.unit.checkpoint.disks import Disk, hidden, state, value_of
 from ultrathink.checkpoint.format import load_checkpoint, save_checkpoint
+from ultrathink.checkpoint.saver import CheckpointSaver, Outcome
 from ultrathink.config import load_config
 from ultrathink.core.errors import CheckpointError
 from ultrathink.runs.folder import RunFolder
 from ultrathink.runs.lock import RunLock, holder
-from ultrathink.runs.saver import CheckpointSaver, Outcome
 
 
 @pytest.fixture

@@ -9,23 +9,47 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from ultrathink.checkpoint.format import WHOLE_MODEL, Header, save_checkpoint
 from ultrathink.checkpoint.snapshots import EmbeddedSnapshot, SnapshotWriter
 from ultrathink.core.protocols import State
 from ultrathink.core.store import LocalStore, SharedStore
-from ultrathink.runs.folder import RunFolder
 
 _POLL_S = 0.1  # while waiting for a save; signals are handled between polls
 # Of the writing thread: it takes about 1/30 of a core beside training. At 10 training lost 1/9 of
 # the time that writing took; at 19 a checkpoint takes twice as long and costs no less.
 _NICENESS = 15
 _EXIT_S = 10.0  # at exit, how long an abandoned save may take to notice
+
+
+class CheckpointFolder(Protocol):
+    """The folder of a run's checkpoints: ``RunFolder``, which is of a higher layer."""
+
+    @property
+    def checkpoints(self) -> Path: ...
+
+    def step_path(self, step: int) -> Path: ...
+
+    def founding(self) -> dict[str, bytes]: ...
+
+    def restore_founding(self, files: dict[str, bytes]) -> bool: ...
+
+    def save(
+        self,
+        step: int,
+        state: State,
+        *,
+        is_best: bool,
+        keep: int,
+        store: SharedStore | None,
+        write: Callable[..., None],
+    ) -> Path: ...
 
 
 class SaveAbandonedError(Exception):
@@ -73,7 +97,7 @@ class CheckpointSaver:
     Only the training thread may call its methods. Errors are reported as outcomes, never raised.
     """
 
-    def __init__(self, run: RunFolder, keep: int, header: Header = WHOLE_MODEL) -> None:
+    def __init__(self, run: CheckpointFolder, keep: int, header: Header = WHOLE_MODEL) -> None:
         self._run = run
         self._keep = keep
         self._header = header

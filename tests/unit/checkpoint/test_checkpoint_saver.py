@@ -18,8 +18,8 @@ import torch
 
 from tests.unit.checkpoint.disks import hidden, state, value_of
 from ultrathink.checkpoint.format import load_checkpoint
+from ultrathink.checkpoint.saver import CheckpointSaver
 from ultrathink.runs.folder import RunFolder
-from ultrathink.runs.saver import CheckpointSaver
 
 LARGE = 4_000_000  # values: a state that takes a moment to write
 
@@ -118,7 +118,7 @@ def test_whatever_goes_wrong_is_an_outcome_that_says_where(
         raise BaseException("panicked")
 
     with monkeypatch.context() as patch:  # as panics of compiled libraries, which are no Exceptions
-        patch.setattr("ultrathink.runs.saver.save_checkpoint", panic)
+        patch.setattr("ultrathink.checkpoint.saver.save_checkpoint", panic)
         saver.submit(3, state(3), is_best=False)
         saver.wait()
     assert "panicked" in str(saver.outcomes()[0].error)
@@ -176,7 +176,7 @@ def test_a_vanished_run_folder_is_created_again_and_reported(run: RunFolder) -> 
 def test_an_abandoned_save_ends_in_a_moment_and_leaves_nothing(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ultrathink.runs.saver._EXIT_S", 0.01)
+    monkeypatch.setattr("ultrathink.checkpoint.saver._EXIT_S", 0.01)
     saver = CheckpointSaver(run, keep=2)
     saver.submit(1, state(1), is_best=True)
     saver.wait()
@@ -201,7 +201,7 @@ import signal, sys
 from pathlib import Path
 from tests.unit.checkpoint.disks import state
 from ultrathink.runs.folder import RunFolder
-from ultrathink.runs.saver import CheckpointSaver
+from ultrathink.checkpoint.saver import CheckpointSaver
 
 def hear(*_):
     if saver.busy:

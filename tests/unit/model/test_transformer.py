@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ultrathink.config.model import ModelConfig
 from ultrathink.core.errors import ConfigError
-from ultrathink.model import Transformer
 from ultrathink.model.compute_path import ComputePath
+from ultrathink.model.transformer import Transformer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

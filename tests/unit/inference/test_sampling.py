@@ -28,12 +28,17 @@ LOGITS = torch.tensor([0.1, 2.0, -1.0, 1.5, 0.7]).double().log_softmax(-1)
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0; use a whole number of at least 1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"),
         ({"temperature": -0.1}, r"temperature is -0.1; use 0 \(greedy\) or more"),
         ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"top_k": 0}, "top_k is 0"),
         ({"top_k": True}, "top_k is True"),
         ({"top_p": 0.0}, "top_p is 0.0; use more than 0, up to 1"),
+        ({"top_p": 1.01}, "top_p is 1.01"),
         ({"seed": -1}, "seed is -1"),
         ({"stop": "end"}, "stop is 'end'; give a tuple of texts"),
+        ({"stop": 3}, "stop is 3"),
         ({"stop": ("a", 1)}, "give a tuple of texts"),
         ({"stop": ("a", "")}, "holds an empty text"),
     ],
@@ -56,10 +61,6 @@ def test_temperature_divides_the_logits(temperature: float) -> None:
     expected = [power / sum(powers) for power in powers]
     params = SamplingParams(temperature=temperature)
     assert next_token_probabilities(LOGITS, params).tolist() == pytest.approx(expected)
-    both = SamplingParams(temperature=temperature, top_k=2, top_p=0.999)
-    share = powers[1] / (powers[1] + powers[3])
-    expected = [0, share, 0, 1 - share, 0]
-    assert next_token_probabilities(LOGITS, both).tolist() == pytest.approx(expected)
     tiny, logits = SamplingParams(temperature=1e-37), torch.tensor([300.0, 299.0, -50.0])
     assert next_token_probabilities(logits, tiny).tolist() == [1, 0, 0]
 
@@ -84,6 +85,16 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(seed: int, top_p: float) -
         assert mass - float(probabilities[kept].min()) < top_p + 1e-9
         if not kept.all():
             assert probabilities[kept].min() >= probabilities[~kept].max()
+
+
+def test_filters_apply_together_after_the_temperature() -> None:
+    params = SamplingParams(temperature=2.0, top_k=3, top_p=0.7)
+    powers = {i: math.exp(float(LOGITS[i]) / 2) for i in (1, 3, 4)}
+    total = sum(powers.values())
+    assert powers[1] / total < 0.7 < (powers[1] + powers[3]) / total
+    share = powers[1] / (powers[1] + powers[3])
+    expected = [0, share, 0, 1 - share, 0]
+    assert next_token_probabilities(LOGITS, params).tolist() == pytest.approx(expected)
 
 
 def test_ids_beyond_the_tokenizer_are_impossible() -> None:

@@ -117,6 +117,11 @@ def test_another_kind_of_model_is_refused_with_those_that_are_known() -> None:
             },
             ["rope_scaling: high_freq_factor (4.0) must exceed"],
         ),
+        ({"mlp_bias": True}, ["mlp_bias is true"]),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+            ["rope_parameters.partial_rotary_factor is 0.25"],
+        ),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5", "whole heads"]),
         (MIXTRAL | {"num_experts_per_tok": 1}, ["num_experts_per_tok is 1", "2 or more"]),
         (

@@ -192,6 +192,27 @@ def test_a_batch_with_a_mask_decodes_like_its_rows(
 
 
 @torch.no_grad()
+def test_a_mask_limits_sequences_of_different_lengths(make_model: Any, tokens: Tensor) -> None:
+    """Its columns are positions of each sequence; it is combined with causality."""
+    model = make_model(dtype=torch.float64).eval()
+    mask = torch.ones(2, 14, dtype=torch.bool)
+    mask[:, 3:5] = False
+    cache = model.new_cache(2, 14)
+    texts, firsts = tokens[:, :14].tolist(), (4, 10)
+    pass_of(
+        model,
+        [text[:first] for text, first in zip(texts, firsts, strict=True)],
+        cache,
+        attention_mask=mask[:, :10],
+    )
+    rest = [text[first:14] for text, first in zip(texts, firsts, strict=True)]
+    logits = pass_of(model, rest, cache, attention_mask=mask)
+    expected = model(tokens[:, :14], attention_mask=mask).logits
+    for row, first in enumerate(firsts):
+        assert_close(model, logits[row, : 14 - first], expected[row, first:])
+
+
+@torch.no_grad()
 def test_a_full_cache_is_an_error_and_stays_usable(make_model: Any, tokens: Tensor) -> None:
     model = make_model().eval()
     cache = model.new_cache(2, 10)
@@ -245,9 +266,21 @@ REFUSED: dict[str, tuple[Callable[[Transformer, Tensor, Any], Any], str]] = {
         lambda model, tokens, cache: cache.truncate([3, 4]),
         "sequence 1 of the cache has 3 tokens and cannot be truncated to 4; use 0 to 3",
     ),
+    "truncated to less than nothing": (
+        lambda model, tokens, cache: cache.truncate([-1, 0]),
+        "sequence 0 of the cache has 3 tokens and cannot be truncated to -1",
+    ),
+    "truncated by too few lengths": (
+        lambda model, tokens, cache: cache.truncate([1]),
+        "holds 2 sequences, the input has 1",
+    ),
     "no real tokens": (
         lambda model, tokens, cache: model(tokens, lengths=[0, 0], cache=cache),
         r"lengths is \[0, 0\]; it must have 2 numbers of 0 to 40, not all 0",
+    ),
+    "a length too long": (
+        lambda model, tokens, cache: model(tokens, lengths=[41, 1], cache=cache),
+        r"lengths is \[41, 1\]",
     ),
 }
 
@@ -267,6 +300,15 @@ def test_what_a_cache_cannot_do_is_named_and_changes_nothing(
     cache.truncate([0, 0])  # an empty one serves any path
     logits = model(tokens[:, :3], cache=cache).logits
     torch.testing.assert_close(logits, model(tokens[:, :3]).logits)
+
+
+def test_a_cache_follows_the_model(make_model: Any) -> None:
+    model = make_model(dtype=torch.float32)
+    assert model.new_cache(1, 4).keys[0].dtype == torch.float32
+    model.compute_dtype = torch.bfloat16
+    cache = model.new_cache(1, 4)
+    assert cache.keys[0].dtype == cache.values[1].dtype == torch.bfloat16
+    assert cache.keys[0].shape == (1, 2, 4, 8)
 
 
 @pytest.mark.parametrize("lengths", [None, [40, 40], [13, 40]])

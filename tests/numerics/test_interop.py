@@ -54,14 +54,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, wide heads": ("mistral", {"hidden_size": 44, "head_dim": 16}),
     "mistral, windowed beyond the text": ("mistral", {"sliding_window": 130}),
     "qwen2": ("qwen2", {}),
-    "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "mixtral": ("mixtral", {"num_local_experts": 4}),
     "mixtral, tied, windowed beyond the text": (
         "mixtral",
         {"tie_word_embeddings": True, "sliding_window": 130, "rms_norm_eps": 1e-3},
     ),
-    "mixtral, wide heads": ("mixtral", {"hidden_size": 40, "head_dim": 16}),
 }
 
 
@@ -88,8 +86,7 @@ def test_imported_logits_equal_theirs(tmp_path: Path, name: str) -> None:
     assert tokenizer.eot_id == small_bpe().eot_id
 
 
-@pytest.mark.parametrize("layout", ["newer", "older"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize(("kind", "layout"), [("llama", "newer"), ("qwen2", "older")])
 @pytest.mark.parametrize("name", list(SCALINGS))
 def test_stretched_positions_are_imported(
     tmp_path: Path, name: str, kind: str, layout: str
@@ -115,7 +112,6 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "wide heads": ("llama", {"head_dim": 16}),
     "a width that heads do not divide": ("mistral", {"hidden_size": 44, "head_dim": 16}),
     "biases": ("qwen2", {"qkv_bias": True}),
-    "biases and wide heads": ("qwen2", {"qkv_bias": True, "head_dim": 16}),
     "norms": ("qwen3", {"qk_norm": True}),
     "linear": ("llama", {"rope_scaling": {"type": "linear", "factor": 3.0}}),
     "llama3": (

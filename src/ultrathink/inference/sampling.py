@@ -8,7 +8,9 @@ Shapes: ``...`` any leading dimensions, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,15 +42,11 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check_integer("max_new_tokens", self.max_new_tokens, 1)
-        _check_number("temperature", self.temperature, "0 (greedy) or more")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature is {self.temperature}; use 0 (greedy) or more.")
+        _check_number("temperature", self.temperature, lambda x: x >= 0, "0 (greedy) or more")
         if self.top_k is not None:
             _check_integer("top_k", self.top_k, 1)
         if self.top_p is not None:
-            _check_number("top_p", self.top_p, "more than 0, up to 1")
-            if not 0 < self.top_p <= 1:
-                raise ConfigError(f"top_p is {self.top_p}; use more than 0, up to 1.")
+            _check_number("top_p", self.top_p, lambda x: 0 < x <= 1, "more than 0, up to 1")
         if self.seed is not None:
             _check_integer("seed", self.seed, 0)
         _check_stop(self.stop)
@@ -133,7 +131,7 @@ def _check_integer(name: str, value: object, least: int) -> None:
         raise ConfigError(f"{name} is {value!r}; use a whole number of at least {least}.")
 
 
-def _check_number(name: str, value: object, advice: str) -> None:
+def _check_number(name: str, value: Any, fits: Callable[[float], bool], advice: str) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):  # type: ignore[arg-type]
+    if not is_number or not math.isfinite(value) or not fits(value):
         raise ConfigError(f"{name} is {value!r}; use {advice}.")

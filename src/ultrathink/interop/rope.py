@@ -17,6 +17,8 @@ from ultrathink.core.errors import CheckpointError
 from ultrathink.interop.values import Values
 
 _KNOWN = ("default", "linear", "llama3", "yarn")
+_LLAMA3 = ("low_freq_factor", "high_freq_factor")
+_YARN = ("beta_fast", "beta_slow", "attention_factor")
 
 
 def read_rope(
@@ -73,14 +75,10 @@ def _scaling(kind: str, rope: Values, config: Values, max_positions: int) -> dic
     original = source.count(name, max_positions)
     scaling: dict[str, Any] = {"type": kind, "original_max_positions": original}
     if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        return scaling | {name: rope.number(name) for name in names}
+        return scaling | {name: rope.number(name) for name in ("factor", *_LLAMA3)}
     if not rope.get("truncate", True):
         raise rope.unfit("truncate", "only true is supported for yarn")
-    if rope.get("factor") is None:
-        scaling["factor"] = max_positions / original
-    else:
-        scaling["factor"] = rope.number("factor")
+    scaling["factor"] = rope.number("factor", max_positions / original)
     # Zero means the default, as in transformers.
     scaling["beta_fast"] = rope.number("beta_fast", 32.0) or 32.0
     scaling["beta_slow"] = rope.number("beta_slow", 1.0) or 1.0
@@ -108,15 +106,9 @@ def write_rope(theta: float, scaling: RopeScalingConfig | None) -> dict[str, Any
 
 
 def _write_scaling(scaling: RopeScalingConfig) -> dict[str, Any]:
+    names = {"linear": (), "llama3": _LLAMA3, "yarn": _YARN}[scaling.type]
     values: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
-    if scaling.type == "linear":
-        return values
-    values["original_max_position_embeddings"] = scaling.original_max_positions
-    if scaling.type == "llama3":
-        values["low_freq_factor"] = scaling.low_freq_factor
-        values["high_freq_factor"] = scaling.high_freq_factor
-        return values
-    values["beta_fast"], values["beta_slow"] = scaling.beta_fast, scaling.beta_slow
-    if scaling.attention_factor is not None:
-        values["attention_factor"] = scaling.attention_factor
-    return values
+    if scaling.type != "linear":
+        values["original_max_position_embeddings"] = scaling.original_max_positions
+    given = {name: getattr(scaling, name) for name in names}
+    return values | {name: value for name, value in given.items() if value is not None}

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ultrathink.model.attention_mask import AttentionMask
-from ultrathink.model.block_attention import block_attention
+from ultrathink.model.block_attention import at_least_float32, block_attention
 
 AttentionBackend: TypeAlias = Callable[[Tensor, Tensor, Tensor, AttentionMask | None], Tensor]
 
 # Backends that use `AttentionMask.document_ids` directly; others get a dense mask.
 READS_DOCUMENTS = frozenset({"blocks"})
+_IS_DENSE = "only READS_DOCUMENTS backends get a mask that is not dense"
 LONGEST_FOR_BLOCKS = {  # in tokens, by (compiled, dtype)
     (True, torch.bfloat16): 1024,
     (True, torch.float32): 512,
@@ -52,7 +53,7 @@ def sdpa_attention(
     if mask is None:
         causal = query.shape[2] == key.shape[2]
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
-    assert mask.dense is not None, "only READS_DOCUMENTS backends get a mask that is not dense"
+    assert mask.dense is not None, _IS_DENSE
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # not every device has a fused kernel with both a mask and grouped heads
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -67,13 +68,13 @@ def eager_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2)
-    scores = scores.to(_at_least_float32(scores)) * query.shape[-1] ** -0.5
+    scores = scores.to(at_least_float32(scores)) * query.shape[-1] ** -0.5
     if mask is None:
         T, S = scores.shape[-2:]
         allowed = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T)
         scores = scores.masked_fill(~allowed, float("-inf"))
         return torch.matmul(scores.softmax(-1).to(value.dtype), value)
-    assert mask.dense is not None, "only READS_DOCUMENTS backends get a mask that is not dense"
+    assert mask.dense is not None, _IS_DENSE
     if mask.dense.dtype == torch.bool:
         scores = scores.masked_fill(~mask.dense, float("-inf"))
     else:
@@ -96,7 +97,3 @@ def block_causal_attention(
 def _blank(out: Tensor, mask: AttentionMask) -> Tensor:
     """Zero the rows that see nothing, in the result and in its gradients."""
     return out if mask.blank_rows is None else out.masked_fill(mask.blank_rows, 0.0)
-
-
-def _at_least_float32(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

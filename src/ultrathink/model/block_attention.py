@@ -56,7 +56,7 @@ class _BlockAttention(torch.autograd.Function):
             allowed = _allowed(start, stop, documents, scores.device)
             weight = _unnormalized_softmax(scores, allowed, groups, rows.shape[-1])
             # Sum of the rounded weights, so that the weights used add up to one.
-            sums.append(weight.to(_precise(rows)).sum(-1, keepdim=True))
+            sums.append(weight.to(at_least_float32(rows)).sum(-1, keepdim=True))
             outputs.append(torch.bmm(weight, values[:, :stop]))
             weights.append(weight)
         total = torch.cat(sums, 1)  # [N, R, 1]
@@ -129,7 +129,7 @@ def _unnormalized_softmax(scores: Tensor, allowed: Tensor, groups: int, head_dim
     """``exp(scores / √D - their largest)`` of ``[N, n, S]``, zero where nothing may be seen."""
     shape = scores.shape
     batch, tokens, keys = allowed.shape[0], allowed.shape[2], allowed.shape[4]
-    precise = scores.to(_precise(scores)) * head_dim**-0.5
+    precise = scores.to(at_least_float32(scores)) * head_dim**-0.5
     precise = precise.view(batch, -1, tokens, groups, keys)
     precise = torch.where(allowed, precise, float("-inf"))
     weights = (precise - precise.amax(-1, keepdim=True)).exp()
@@ -152,5 +152,6 @@ def _added(parts: Sequence[Tensor], cuts: Sequence[tuple[int, int]], dtype: torc
     return torch.cat(pieces, -1).transpose(1, 2)
 
 
-def _precise(x: Tensor) -> torch.dtype:
+def at_least_float32(x: Tensor) -> torch.dtype:
+    """The dtype of softmax: that of ``x``, or float32 if it is less precise."""
     return torch.promote_types(x.dtype, torch.float32)

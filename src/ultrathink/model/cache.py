@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ultrathink.config.model import ModelConfig
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.model.attention_mask import AttentionMask, causal_mask
 from ultrathink.model.compute_path import ComputePath
@@ -56,7 +57,10 @@ class CacheView(Protocol):
         """Count the tokens of this pass as read, after every layer has stored them."""
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget what each sequence holds beyond its first ``lengths[b]`` tokens, in all layers."""
+        """Forget what each sequence holds beyond its first ``lengths[b]`` tokens, in all layers.
+
+        Raises UltrathinkError for a length that a sequence does not have.
+        """
 
 
 class _Pass(NamedTuple):
@@ -81,35 +85,33 @@ class ContiguousCache:
 
     def __init__(
         self,
-        *,
-        num_layers: int,
+        config: ModelConfig,
         batch_size: int,
-        num_kv_heads: int,
         max_length: int,
-        head_dim: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
+        assert config.num_kv_heads is not None, "the configuration is resolved first"
+        assert config.head_dim is not None, "the configuration is resolved first"
         if batch_size < 1 or max_length < 1:
             raise UltrathinkError(
                 f"a cache needs batch_size and max_length of at least 1, not {batch_size} and "
                 f"{max_length}."
             )
-        shape = (batch_size, num_kv_heads, max_length, head_dim)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
+        shape = (batch_size, config.num_kv_heads, max_length, config.head_dim)
+        layers = range(config.num_layers)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.batch_size = batch_size
         self.max_length = max_length
-        self._lengths = [(0,) * batch_size] * num_layers
+        self._lengths = [(0,) * batch_size for _ in layers]
         self._layers: tuple[int, ...] = ()  # of the path that filled it
         self._pass: _Pass | None = None
 
     def lengths(self, layer: int) -> tuple[int, ...]:
-        """The tokens of each sequence that ``layer`` holds."""
         return self._lengths[layer]
 
     def begin(self, path: ComputePath, lengths: Sequence[int], num_tokens: int) -> tuple[int, ...]:
-        """Make room for the first ``lengths[b]`` of ``num_tokens`` tokens of each row ``b``."""
         layers = path.indices(len(self._lengths))
         before = self._lengths[layers[0]]
         self._check_sequences(len(lengths))
@@ -139,7 +141,6 @@ class ContiguousCache:
         return before
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ``[B, K, T, D]``; returns all ``[B, K, stop, D]``."""
         now = self._running(layer)
         keys, values = self.keys[layer][:, :, : now.stop], self.values[layer][:, :, : now.stop]
         if now.places is None:
@@ -152,11 +153,9 @@ class ContiguousCache:
         return keys, values
 
     def visible(self, layer: int) -> AttentionMask | None:
-        """What each new token may see of ``layer``: one mask, since its layers advance together."""
-        return self._running(layer).mask
+        return self._running(layer).mask  # one for all layers of the path: they advance together
 
     def commit(self) -> None:
-        """Count the tokens of this pass as read, once every layer has stored them."""
         assert self._pass is not None, "begin opens a pass"
         self._layers = self._pass.layers
         for layer in self._layers:
@@ -164,10 +163,6 @@ class ContiguousCache:
         self._pass = None
 
     def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget what each sequence holds beyond its first ``lengths[b]`` tokens, in all layers.
-
-        UltrathinkError for a length that a sequence does not have.
-        """
         self._check_sequences(len(lengths))
         held = tuple(map(max, zip(*self._lengths, strict=True)))
         for row, (length, most) in enumerate(zip(lengths, held, strict=True)):

@@ -185,10 +185,9 @@ class Transformer(nn.Module):
                 tapped[layer] = x
         if cache is not None:
             cache.commit()
+        losses, stats = _reported(routings)
         beside = ModelOutput(
-            aux_losses={} if labels is None else _expert_losses(routings),
-            stats=_stacked(routings),
-            tapped=tapped,
+            aux_losses={} if labels is None else losses, stats=stats, tapped=tapped
         )
         x = self.norm(_last(x, lengths) if last_only else x)
         return self._output(x, labels, loss_weights, head, beside)
@@ -320,18 +319,7 @@ class Transformer(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int) -> ContiguousCache:
         """An empty cache of ``max_length`` positions for ``batch_size`` sequences."""
-        config = self.config
-        assert config.num_kv_heads is not None, "the configuration is resolved first"
-        assert config.head_dim is not None, "the configuration is resolved first"
-        return ContiguousCache(
-            num_layers=config.num_layers,
-            batch_size=batch_size,
-            num_kv_heads=config.num_kv_heads,
-            max_length=max_length,
-            head_dim=config.head_dim,
-            device=self.device,
-            dtype=self.dtype,
-        )
+        return ContiguousCache(self.config, batch_size, max_length, self.device, self.dtype)
 
 
 def transformers_in(module: nn.Module) -> list[Transformer]:
@@ -347,24 +335,19 @@ def _last(x: Tensor, lengths: Sequence[int] | None) -> Tensor:
     return x[torch.arange(len(x), device=x.device), last][:, None]
 
 
-def _stacked(routings: list[LayerRouting]) -> dict[str, Tensor]:
-    """Routing statistics of all L layers with experts, ``[L, E]`` or ``[L, G]`` each."""
+def _reported(routings: list[LayerRouting]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Auxiliary losses, summed over the L layers with experts, and statistics ``[L, E or G]``."""
     if not routings:
-        return {}
-    return {
+        return {}, {}
+    total = torch.stack([routing.losses for routing in routings]).sum(0)
+    # Copies, because FSDP warns if an output is a view.
+    losses = {f"moe_{name}": total[index].clone() for index, name in enumerate(LOSSES)}
+    stats = {
         f"expert_{name}": torch.stack([getattr(routing, name) for routing in routings]).detach()
         for name in LayerRouting._fields
         if name != "losses"
     }
-
-
-def _expert_losses(routings: list[LayerRouting]) -> dict[str, Tensor]:
-    """The auxiliary losses of routing, summed over layers."""
-    if not routings:
-        return {}
-    total = torch.stack([routing.losses for routing in routings]).sum(0)
-    # Copies, because FSDP warns if an output is a view.
-    return {f"moe_{name}": total[index].clone() for index, name in enumerate(LOSSES)}
+    return losses, stats
 
 
 def _check_shapes(

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch.distributed.elastic.agent.server import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
@@ -156,24 +156,16 @@ def _how(rank: int, exit_code: int) -> str:
 
 
 def _spec(what: Launch, folder: Path) -> WorkerSpec:
-    if what.endpoint is None:
-        parameters = RendezvousParameters(
-            backend="c10d",
-            endpoint=str(folder / "agents"),
-            run_id=what.run_id,
-            min_nodes=1,
-            max_nodes=1,
-            local_addr="127.0.0.1",
-            store_type="file",
-        )
-    else:
-        parameters = RendezvousParameters(
-            backend="c10d",
-            endpoint=what.endpoint,
-            run_id=what.run_id,
-            min_nodes=what.num_nodes,
-            max_nodes=what.num_nodes,
-        )
+    # A single machine rendezvouses through a file, so that nothing listens on the network.
+    alone = {"local_addr": "127.0.0.1", "store_type": "file"} if what.endpoint is None else {}
+    parameters = RendezvousParameters(
+        backend="c10d",
+        endpoint=what.endpoint or str(folder / "agents"),
+        run_id=what.run_id,
+        min_nodes=what.num_nodes,
+        max_nodes=what.num_nodes,
+        **alone,
+    )
     return WorkerSpec(
         role="train",
         local_world_size=what.num_processes,
@@ -186,8 +178,6 @@ def _spec(what: Launch, folder: Path) -> WorkerSpec:
 
 
 def _logs(what: Launch) -> DefaultLogsSpecs:
-    from torch.distributed.elastic.multiprocessing import Std
-
     if what.log_folder is None:
         return DefaultLogsSpecs()
     what.log_folder.mkdir(parents=True, exist_ok=True)

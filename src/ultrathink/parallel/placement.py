@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -92,16 +91,3 @@ def shard_of(tensor: DTensor) -> TensorShard:
     )
     local = None if is_copy or 0 in size else tensor.to_local()
     return TensorShard(local, offset, tuple(tensor.shape), tensor.dtype)
-
-
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Every weight of ``model``, gathered on the CPU of the first process; empty on the others.
-
-    All processes call it.
-    """
-    whole: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        tensor = value.full_tensor() if isinstance(value, DTensor) else value
-        if dist.get_rank() == 0:
-            whole[name] = tensor.cpu()
-    return whole

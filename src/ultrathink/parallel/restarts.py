@@ -11,11 +11,6 @@ from ultrathink.core.files import write_atomic
 from ultrathink.parallel.world import RUN_POINTER_VARIABLE, World
 
 
-def restart_count() -> int:
-    """How often the launcher (ours, or torchrun) has restarted all processes."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
 def remember_run(path: Path, world: World) -> None:
     """Record the run for a process that is restarted in place of this one."""
     is_launched = "TORCHELASTIC_RUN_ID" in os.environ
@@ -27,7 +22,7 @@ def remember_run(path: Path, world: World) -> None:
 
 def run_to_resume() -> Path | None:
     """The run of the processes before a restart; None at the first start."""
-    if restart_count() == 0:
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         with suppress(OSError):  # left by an earlier launcher with the same process id
             _pointer().unlink()
         return None

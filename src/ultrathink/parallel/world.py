@@ -173,13 +173,20 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
+def _shared_store(world: World) -> Any:
+    """The store of all processes; None in a run of one."""
+    if world.size == 1 or not dist.is_initialized():
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
 def is_first_to_fail(world: World) -> bool:
     """Whether this process is the first to fail; the others then end without a message."""
-    if world.size == 1 or not dist.is_initialized():
+    store = _shared_store(world)
+    if store is None:
         return True
-    store = dist.distributed_c10d._get_default_store()
     try:
-        first = store.compare_set(_FAILED, "", str(world.rank))
+        first: bytes = store.compare_set(_FAILED, "", str(world.rank))
     except RuntimeError:  # the process that hosts the store is gone, so it failed before
         return False
     return first.decode() == str(world.rank)
@@ -187,9 +194,10 @@ def is_first_to_fail(world: World) -> bool:
 
 def leave_status(world: World, status: int) -> None:
     """Publish the exit status of the first process to fail."""
-    if world.size > 1 and dist.is_initialized():
+    store = _shared_store(world)
+    if store is not None:
         with suppress(RuntimeError):  # the process that hosts the store is gone
-            dist.distributed_c10d._get_default_store().set(_STATUS, str(status))
+            store.set(_STATUS, str(status))
 
 
 def status_of_first(world: World) -> int | None:
@@ -198,9 +206,9 @@ def status_of_first(world: World) -> int | None:
     The other processes end with the same status: a launcher that notices them first must not
     restart a run that failed by a mistake of the user.
     """
-    if world.size == 1 or not dist.is_initialized():
+    store = _shared_store(world)
+    if store is None:
         return None
-    store = dist.distributed_c10d._get_default_store()
     try:
         store.wait([_STATUS], _STATUS_WAIT)
         return int(store.get(_STATUS))

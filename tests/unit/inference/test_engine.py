@@ -98,22 +98,17 @@ def scripted(text: str | bytes | list[int], **options: Any) -> tuple[list[str], 
     return pieces, generation
 
 
-@pytest.mark.parametrize("prompt", ["", "Once upon a time, ", "é"])
-def test_greedy_text_equals_a_loop_without_a_cache(model: Transformer, prompt: str) -> None:
-    tokenizer = Bytes()
-    ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    prompt_tokens = len(ids)
-    new: list[int] = []
+def test_greedy_text_equals_a_loop_without_a_cache(model: Transformer) -> None:
+    tokenizer, new = Bytes(), []
+    ids = tokenizer.encode("Once upon a time, é")
     with torch.no_grad():
         while len(new) < 24 and 256 not in new:
             logits = model(torch.tensor([ids + new])).logits[0, -1, :257]
             new.append(int(logits.argmax()))
-    generation = Engine(model, tokenizer).generate(prompt, GREEDY)
-    expected = tokenizer.decode_bytes(new).decode(errors="replace")
-    assert generation.text.rstrip("\ufffd") == expected.rstrip("\ufffd")
-    assert generation.prompt_tokens == prompt_tokens
-    assert generation.new_tokens == len(new)
-    assert generation.finish_reason == ("end_of_text" if 256 in new else "length")
+    generation = Engine(model, tokenizer).generate("Once upon a time, é", GREEDY)
+    expected = tokenizer.decode_bytes(new).decode(errors="replace").rstrip("\ufffd")
+    assert generation.text.rstrip("\ufffd") == expected
+    assert (generation.prompt_tokens, generation.new_tokens) == (len(ids), len(new))
 
 
 PROMPTS = st.lists(st.text(alphabet="abcé ", max_size=12), max_size=4)
@@ -162,24 +157,18 @@ def test_a_prompt_longer_than_the_rotary_tables(model: Transformer) -> None:
 
 
 def test_a_seed_repeats_a_text(model: Transformer) -> None:
-    engine = Engine(model, Bytes())
-
-    def text(seed: int | None) -> str:
-        return engine.generate("a", SamplingParams(seed=seed, temperature=1.0)).text
-
-    before = torch.get_rng_state()
-    assert (
-        text(1) == text(1) == "".join(engine.stream("a", SamplingParams(seed=1, temperature=1.0)))
-    )
-    assert len({text(1), text(2), text(None), text(None)}) == 4
+    engine, before = Engine(model, Bytes()), torch.get_rng_state()
+    seeded = [SamplingParams(seed=seed, temperature=1.0, max_new_tokens=32) for seed in (1, 2)]
+    texts = [engine.generate("a", params).text for params in seeded]
+    assert texts[0] == engine.generate("a", seeded[0]).text
+    assert texts[0] == "".join(engine.stream("a", seeded[0]))
+    assert len({*texts, *(engine.generate("a").text for _ in range(2))}) == 4
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_characters_come_whole() -> None:
     text = "naïve 漢字 🎈 end"
-    pieces, generation = scripted(text)
-    assert generation == Generation(text, 2, len(text.encode()), "length")
-    assert pieces == list(text)
+    assert scripted(text)[0] == list(text)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +177,6 @@ def test_characters_come_whole() -> None:
         ("ab🎈".encode()[:-1], "ab", "length"),  # half a character at the end
         (b"a\xffb", "a\ufffdb", "length"),
         ([*b"ab", 256, *b"cd"], "ab", "end_of_text"),
-        ("one EN", "one EN", "length"),  # the beginning of a stop text
         ([*b"EN", 256], "EN", "end_of_text"),
     ],
 )
@@ -206,9 +194,7 @@ def test_how_a_text_ends(script: Any, expected: str, reason: str) -> None:
         ("one EN END", ("END",), "one EN ", 10),  # a false start
         ("aab", ("ab",), "a", 3),  # restarts inside a false start
         ("abcd", ("bcx", "c"), "ab", 3),  # the other one is the match
-        ("x\n\ny", ("\n\n",), "x", 3),
         ("漢字だ", ("字",), "漢", 6),
-        ("END", ("END",), "", 3),
     ],
 )
 def test_a_stop_text_is_never_given_out(
@@ -264,8 +250,3 @@ def test_the_mode_of_each_module_comes_back(model: Transformer) -> None:
     ids = torch.tensor([[1, 2, 3]])
     model(ids, ids).loss.backward()  # nothing of inference mode is left
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-def test_the_default_is_a_sampled_continuation(model: Transformer) -> None:
-    generation = Engine(model, Bytes()).generate("a")
-    assert 1 <= generation.new_tokens <= SamplingParams().max_new_tokens

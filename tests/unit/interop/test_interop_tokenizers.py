@@ -181,7 +181,7 @@ def test_more_ids_than_the_model_has_rows(tmp_path: Path) -> None:
 # -- out -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"qk_norm": True}])
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}])
 @pytest.mark.parametrize("tokenizer", [small_bpe(), ByteTokenizer()], ids=["bpe", "byte"])
 def test_transformers_gives_the_same_ids(
     tmp_path: Path, tokenizer: Tokenizer, changes: dict[str, Any]

@@ -101,8 +101,7 @@ def test_what_cannot_be_read_is_named(
 
 
 def test_frequencies_that_old_checkpoints_hold_are_left_aside(folder: Path) -> None:
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    change_weights(folder, lambda weights: weights.update({name: torch.ones(4)}))
+    holding("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4))(folder)
     load_pretrained(f"hf:{folder}")
 
 
@@ -119,9 +118,7 @@ def test_a_head_that_is_said_to_be_shared(folder: Path) -> None:
     ("index", "said"),
     [
         ("{}", "has no weight_map"),
-        ('{"weight_map": {"a": 1}}', "has no weight_map"),
         ("[]", "is not a JSON object"),
-        ("{", "cannot be read"),
         ('{"weight_map": {"a": "../b.safetensors"}}', "'../b.safetensors', which is not a file of"),
         ('{"weight_map": {"a": "b.safetensors"}}', "b.safetensors is missing"),
     ],

@@ -96,23 +96,21 @@ def test_half_precision_stays_near_float64(backend: Any, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("backend", [*OTHERS, eager_attention])
-@pytest.mark.parametrize("shape", ["keys", "1 head", "all heads"])
-def test_boolean_and_additive_masks_agree(backend: Any, shape: str) -> None:
+@pytest.mark.parametrize("sizes", [(2, 21), (2, 1, 21, 21), (1, 4, 21, 21)])
+def test_boolean_and_additive_masks_agree(backend: Any, sizes: tuple[int, ...]) -> None:
     heads = make_heads(21)
-    sizes = {"keys": (2, 21), "1 head": (2, 1, 21, 21), "all heads": (1, 4, 21, 21)}[shape]
     allowed = torch.rand(sizes, generator=torch.Generator().manual_seed(2)) > 0.5
     allowed[..., 0] = True
     expected = with_gradients(
         eager_attention, heads, mask_for(heads, dense=True, attention_mask=allowed)
     )
-    unmasked = with_gradients(eager_attention, heads, None)
-    assert (expected[0] - unmasked[0]).abs().max() > 0.1
     for blocked in (float("-inf"), torch.finfo(torch.float32).min):
         bias = torch.zeros(sizes).masked_fill(~allowed, blocked)
         for mask in (allowed, bias, bias.double()):
             combined = mask_for(heads, dense=False, attention_mask=mask)
-            ours = with_gradients(backend, heads, combined)
-            for value, wanted in zip(ours, expected, strict=True):
+            for value, wanted in zip(
+                with_gradients(backend, heads, combined), expected, strict=True
+            ):
                 torch.testing.assert_close(value, wanted)
 
 
@@ -127,7 +125,7 @@ def test_an_additive_mask_is_added(backend: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", [*OTHERS, eager_attention])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["boolean", "minus infinity", "smallest number"])
 def test_fully_masked_rows_are_zero_with_finite_gradients(
     backend: Any, dtype: torch.dtype, kind: str
@@ -159,7 +157,6 @@ def test_fully_masked_rows_are_zero_with_finite_gradients(
         ("cpu", torch.float32, 512, True, "blocks"),
         ("cpu", torch.float32, 256, False, "sdpa"),
         ("cpu", torch.bfloat16, 512, False, "blocks"),
-        ("cpu", torch.bfloat16, 1024, False, "sdpa"),
         ("cpu", torch.float64, 256, True, "sdpa"),
         ("cpu", torch.bfloat16, 4096, True, "sdpa"),
         ("cuda", torch.bfloat16, 256, True, "sdpa"),

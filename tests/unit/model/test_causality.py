@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tests.unit.model.conftest import assert_causal
-from ultrathink.model.attention_mask import build_mask
 
 BACKENDS = ["sdpa", "blocks", "eager"]
 
@@ -64,22 +63,3 @@ def test_a_mask_that_does_not_fit_is_refused(make_model: Any, tokens: Tensor) ->
         model(tokens, attention_mask=torch.ones(2, 40, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"broadcasts to \[2, 4, 40, 40\]"):
         model(tokens, attention_mask=torch.ones(2, 3, 40, 40, dtype=torch.bool))
-
-
-def test_no_mask_is_built_for_plain_causality() -> None:
-    sizes: dict[str, Any] = {
-        "batch_size": 1,
-        "num_heads": 1,
-        "dtype": torch.float32,
-        "device": torch.device("cpu"),
-        "attention_mask": None,
-        "document_ids": None,
-        "dense_documents": True,
-    }
-    assert build_mask(num_queries=5, num_keys=5, **sizes) is None
-    assert build_mask(num_queries=1, num_keys=9, **sizes) is None
-    mask = build_mask(num_queries=3, num_keys=5, **sizes)
-    assert mask is not None
-    assert mask.dense is not None
-    expected = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
-    assert mask.dense[0, 0].int().tolist() == expected

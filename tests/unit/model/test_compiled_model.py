@@ -36,7 +36,7 @@ def test_compiled_gradients_equal_eager_gradients(
 
 @pytest.mark.parametrize(
     ("backend", "mode"),
-    [("blocks", "none"), ("blocks", "full"), ("sdpa", "none"), ("sdpa", "selective")],
+    [("blocks", "full"), ("sdpa", "selective")],
 )
 def test_training_is_one_graph(
     make_model: Any, tokens: Tensor, packed: Any, backend: str, mode: str

@@ -122,17 +122,13 @@ def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch: pytest.Monkey
 
 
 def test_the_logits_of_a_whole_batch_are_never_held() -> None:
-    N, C, V = 16384, 4, 2048
+    N, C, V = 4096, 2, 8192
     hidden, weight, labels = make_inputs(N, C, V, dtype=torch.float32)
     with LargestTensor() as largest:
         linear_cross_entropy(hidden, weight, labels, z_weight=0.1).cross_entropy.backward()
     assert largest.numel == chunk_tokens(N, V, "cpu") * V
     assert largest.numel <= N * V / 4
-
-
-def test_chunks_are_few() -> None:
-    for device, logits in (("cpu", 2**23), ("cuda", 2**26)):
-        assert chunk_tokens(10, 2**13, device) == logits // 2**13
+    for device in ("cpu", "cuda"):  # chunks are few, however long the batch
         assert chunk_tokens(10**6, 2**13, device) * loss_module.MAX_CHUNKS >= 10**6
         assert chunk_tokens(10, 2**30, device) == 1
 
@@ -149,18 +145,3 @@ def test_a_model_with_nothing_to_train_has_zero_gradients(
     assert out.loss.item() == 0
     for parameter in model.parameters():
         assert torch.all(parameter.grad == 0)
-
-
-def test_the_z_loss_is_apart_from_the_loss(make_model: Any, tokens: Tensor) -> None:
-    model = make_model(z_loss=0.1)
-    out = model(tokens, tokens.roll(-1, 1))
-    plain = linear_cross_entropy(
-        torch.zeros(1, 4), torch.zeros(5, 4), torch.zeros(1, dtype=torch.int64)
-    )
-    assert plain.z_loss is None
-    logits = model(tokens).logits.double()
-    expected = F.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten(), reduction="sum")
-    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert out.aux_losses["z_loss"].item() == pytest.approx(
-        0.1 * logits.logsumexp(-1).square().sum().item(), rel=1e-5
-    )

@@ -108,27 +108,6 @@ def test_any_chunks_and_truncations_equal_each_sequence_alone(
     assert cache.lengths(1) == (tuple(done) if path is None else (0,) * num_rows)
 
 
-@pytest.mark.parametrize("kind", ["dense", "experts"])
-@pytest.mark.parametrize("dtype", list(LIMITS))
-@torch.no_grad()
-def test_a_batch_writes_the_greedy_tokens_of_each_prompt(kind: str, dtype: torch.dtype) -> None:
-    model = model_of(kind, dtype, "sdpa")
-    prompts = [random_ids(length, seed) for seed, length in enumerate((1, 5, 19, 5))]
-
-    def continued(prompts: list[list[int]]) -> list[list[int]]:
-        cache = model.new_cache(len(prompts), max(map(len, prompts)) + 16)
-        unread, new = prompts, []
-        for _ in range(16):
-            logits = pass_of(model, unread, cache, last_only=True)
-            new.append(logits[:, 0].argmax(-1).tolist())
-            unread = [[token] for token in new[-1]]
-        return [list(row) for row in zip(*new, strict=True)]
-
-    together = continued(prompts)
-    assert together == [continued([prompt])[0] for prompt in prompts]
-    assert len({tuple(row) for row in together}) == len(prompts)
-
-
 @pytest.mark.parametrize("backend", ["sdpa", "blocks", "eager"])
 @torch.no_grad()
 def test_equal_lengths_need_no_mask_and_keep_their_bits(backend: str, tokens: Tensor) -> None:

@@ -11,16 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ultrathink.config.model import ModelConfig
 from ultrathink.core.errors import ConfigError
-from ultrathink.model import Transformer
 from ultrathink.model.compute_path import ComputePath
+from ultrathink.model.transformer import Transformer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("compute_dtype", [None, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["sdpa", "blocks", "eager"])
-@pytest.mark.parametrize("feed_forward", ["swiglu", "relu2"])
+@pytest.mark.parametrize(
+    ("backend", "feed_forward"), [("sdpa", "swiglu"), ("blocks", "relu2"), ("eager", "swiglu")]
+)
 def test_every_precision_runs_and_is_near_float64(
     make_model: Any,
     tokens: Tensor,
@@ -47,19 +48,7 @@ def test_every_precision_runs_and_is_near_float64(
         assert error < (1e-5 if is_exact else 0.15)
     logits = model(tokens).logits
     assert logits.dtype == (compute_dtype or dtype)
-
-
-def test_float32_weights_get_float32_gradients_from_bfloat16_products(
-    make_model: Any, tokens: Tensor
-) -> None:
-    model = make_model()
-    model.compute_dtype = torch.bfloat16
-    seen: list[torch.dtype] = []
-    for block in model.blocks:
-        block.register_forward_hook(lambda module, args, out: seen.append(out[0].dtype))
-    model(tokens, tokens).loss.backward()
-    assert seen == [torch.bfloat16, torch.bfloat16]  # the residual stream too
-    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
 
 
 def test_a_vocabulary_is_needed() -> None:
@@ -107,14 +96,6 @@ def test_meta_construction_equals_direct_construction(
         for name, parameter in direct.named_parameters():
             assert torch.equal(parameter, model.get_parameter(name))
         assert torch.equal(direct(tokens).logits, model(tokens).logits)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_state_dict_holds_each_weight_once(make_model: Any, tied: bool) -> None:
-    model = make_model(tie_embeddings=tied)
-    names = set(model.state_dict())
-    assert names == {name for name, _ in model.named_parameters()}
-    assert ("head.weight" in names) is not tied
 
 
 def test_dropout_acts_in_training_only_on_the_embedding_and_both_outputs(

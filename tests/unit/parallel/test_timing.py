@@ -1,16 +1,10 @@
 import time
 from dataclasses import replace
 
+import pytest
+
 from ultrathink.parallel.timing import JUDGED_STEPS, CommunicationClock, StepTimes, Timing
 from ultrathink.parallel.world import ALONE
-
-
-def test_the_clock_counts_what_happens_within_and_restarts() -> None:
-    clock = CommunicationClock()
-    with clock.running():
-        time.sleep(0.02)
-    assert clock.take() >= 0.02
-    assert clock.take() == 0.0
 
 
 def test_the_share_of_communication_is_that_of_all_time() -> None:
@@ -37,7 +31,12 @@ def test_a_straggler_is_named_when_it_begins_to_be_one() -> None:
 def test_times_are_means_over_steps() -> None:
     clock = CommunicationClock()
     times = StepTimes(ALONE, clock)
+    with clock.running():
+        time.sleep(0.02)
     times.add(2.0)
     times.add(4.0)
-    assert times.compare() == Timing((3.0,), (0.0,), num_steps=2)
+    timing = times.compare()
+    [communicating] = timing.communicating
+    assert 0.01 <= communicating < 0.5
+    assert timing == Timing((pytest.approx(3.0 - communicating),), (communicating,), num_steps=2)
     assert times.compare() == Timing((0.0,), (0.0,), num_steps=1)

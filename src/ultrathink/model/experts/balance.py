@@ -38,9 +38,6 @@ class GroupScores(NamedTuple):
     log_partition: Tensor
     """``[B, T, 1]``: of the logits."""
 
-    logits: Tensor
-    """``[B, T, n]``; -inf for empty slots."""
-
     chosen: Tensor = torch.empty(0)
     """``[B, T, n]``: 1 for the experts that a token chose, else 0."""
 

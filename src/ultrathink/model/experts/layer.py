@@ -100,7 +100,9 @@ class Experts(nn.Module):
         is_few = choice.experts.numel() <= self.num_slots
         if is_few and not self.training and not torch.is_grad_enabled():  # then none is dropped
             return self._of_few(x, choice)
-        backend = self._choose_backend(x)
+        backend = self.backend
+        if backend == "auto":
+            backend = choose_expert_backend(x.device.type, x.dtype)
         kernel = self._kernels[backend]
         layout = lay_out(
             choice.experts,
@@ -137,11 +139,6 @@ class Experts(nn.Module):
         hidden = self._activated((self.inner[experts].to(x.dtype) @ repeated)[..., 0])
         out = self.down[experts].to(x.dtype) @ hidden[..., None]  # [N * K, C, 1]
         return (out.view(*gates.shape, -1) * gates[..., None]).sum(1)
-
-    def _choose_backend(self, x: Tensor) -> str:
-        if self.backend != "auto":
-            return self.backend
-        return choose_expert_backend(x.device.type, x.dtype)
 
 
 class _Spread(torch.autograd.Function):

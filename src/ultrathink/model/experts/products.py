@@ -65,12 +65,10 @@ class GroupedMM:
         return 8
 
     def product(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        """Products of all experts in one kernel."""
         out = F.grouped_mm(rows, weights, offs=ends)
         return torch.where(_is_used(ends, len(rows)), out, 0.0)
 
     def outer(self, grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-        """Products of all experts in one kernel."""
         return F.grouped_mm(grad.mT, rows, offs=ends)
 
 
@@ -80,11 +78,9 @@ class Loop:
     by_size = False
 
     def multiple(self, mean_rows: int) -> int:
-        """No padding."""
         return 1
 
     def product(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        """A product for each expert that has rows."""
         out = rows.new_zeros(len(rows), weights.shape[-1])
         begin = 0
         for weight, end in zip(weights.unbind(0), ends.tolist(), strict=True):
@@ -94,7 +90,6 @@ class Loop:
         return out
 
     def outer(self, grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-        """A product for each expert that has rows."""
         out = rows.new_zeros(len(ends), grad.shape[1], rows.shape[1])
         begin = 0
         for total, end in zip(out.unbind(0), ends.tolist(), strict=True):
@@ -122,7 +117,6 @@ class Batched:
         return min(32, max(8, 1 << max(1, mean_rows // 2).bit_length() - 1))
 
     def product(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        """A batched product for each number of rows."""
         out = rows.new_empty(len(rows), weights.shape[-1])
         end = 0
         for experts, begin, end, size in _batches(ends):
@@ -135,7 +129,6 @@ class Batched:
         return out
 
     def outer(self, grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-        """A batched product for each number of rows."""
         out = rows.new_empty(len(ends), grad.shape[1], rows.shape[1])
         out[: int((ends == 0).sum())] = 0.0  # they come first
         for experts, begin, end, size in _batches(ends):

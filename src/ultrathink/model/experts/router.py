@@ -116,16 +116,16 @@ class Router(nn.Module):
             scores.append(group_scores._replace(chosen=one_hot.sum(-2)))
             experts.append(chosen + slots.start)
             gates.append(gate * self.config.gate_scale)
-        kept = torch.cat([group.chosen for group in scores], -1)
         choice = Choice(torch.cat(experts, -1), torch.cat(gates, -1))
+        chosen_slots = kept = torch.cat([group.chosen for group in scores], -1)
         if self.training:
-            kept = self._within_capacity(scores, sequences, controls)
+            kept = self._within_capacity(scores, chosen_slots, sequences, controls)
             is_kept = kept.gather(-1, choice.experts)  # [B, T, K]
             choice = Choice(
                 torch.where(is_kept, choice.experts, self.config.num_slots),
                 torch.where(is_kept, choice.gates, 0.0),
             )
-        routing = self._report(scores, kept.to(precise), sequences, controls)
+        routing = self._report(scores, chosen_slots, kept.to(precise), sequences, controls)
         return Choice(*(part.flatten(0, 1) for part in choice)), routing
 
     def _wanted(self, logits: Tensor, controls: Controls) -> Tensor:
@@ -147,16 +147,19 @@ class Router(nn.Module):
         log_partition = logits.logsumexp(-1, keepdim=True)
         if self.config.score == "softmax":
             probabilities = (logits - log_partition).exp()
-            return GroupScores(probabilities, probabilities, log_partition, logits)
+            return GroupScores(probabilities, probabilities, log_partition)
         logs = F.logsigmoid(logits)  # has a ratio and a gradient even if all scores underflow
         probabilities = (logs - logs.logsumexp(-1, keepdim=True)).exp()
-        return GroupScores(logs.exp(), probabilities, log_partition, logits)
+        return GroupScores(logs.exp(), probabilities, log_partition)
 
     def _within_capacity(
-        self, scores: list[GroupScores], sequences: Sequences, controls: Controls
+        self,
+        scores: list[GroupScores],
+        chosen: Tensor,
+        sequences: Sequences,
+        controls: Controls,
     ) -> Tensor:
         """Which tokens each expert takes, boolean ``[B, T, E]``."""
-        chosen = torch.cat([group.chosen for group in scores], -1)
         # Untrained tokens are dropped first; of these the last ones of a sequence, such as padding.
         rank = torch.cat([group.scores for group in scores], -1)
         rank = torch.where(sequences.counted.bool(), rank, -1.0)
@@ -172,14 +175,18 @@ class Router(nn.Module):
         return within_capacity(rank, chosen.bool(), first, shares, controls.capacity_factor)
 
     def _report(
-        self, scores: list[GroupScores], kept: Tensor, sequences: Sequences, controls: Controls
+        self,
+        scores: list[GroupScores],
+        chosen: Tensor,
+        kept: Tensor,
+        sequences: Sequences,
+        controls: Controls,
     ) -> LayerRouting:
         losses = torch.zeros(4, dtype=kept.dtype, device=kept.device)
         for (group, slots), group_scores in zip(self.groups(), scores, strict=True):
             num_active = self.active[slots].sum().to(kept)
             losses = losses + group_losses(group_scores, sequences, num_active, group.top_k)
         weights = torch.stack([controls.load, controls.importance, controls.entropy, controls.z])
-        chosen = torch.cat([group.chosen for group in scores], -1)
         probabilities = torch.cat([group.probabilities for group in scores], -1).detach()
         entropies = torch.stack([group.entropy().detach() for group in scores], -1)
         largest = torch.stack([group.probabilities.detach().amax(-1) for group in scores], -1)

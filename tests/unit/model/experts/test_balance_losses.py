@@ -112,27 +112,25 @@ def test_losses_equal_numpy_per_sequence_and_group(
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("loss", range(4), ids=LOSSES)
-def test_each_loss_has_its_gradient_at_imbalance(
-    x: Tensor, labels: Tensor, loss: int, score: str
-) -> None:
+def test_each_loss_has_its_gradient_at_imbalance(x: Tensor, labels: Tensor, score: str) -> None:
     """That of the weights of all experts, chosen or not, but for tokens that do not count."""
     x, labels = x[1:2, :8], labels[1:2, :8]
     router, controls = make_biased(FOUR[2:], score=score)
 
-    def value(weight: Tensor, inputs: Tensor) -> Tensor:
+    def values(weight: Tensor, inputs: Tensor) -> Tensor:
         sequences = find_sequences(labels, None, inputs, -100)
         options = ({"weight": weight}, (inputs, sequences, controls.now()))
-        result: Tensor = torch.func.functional_call(router, *options)[1].losses[loss]
+        result: Tensor = torch.func.functional_call(router, *options)[1].losses
         return result
 
-    inputs = x.requires_grad_()
-    assert torch.autograd.gradcheck(value, (router.weight, inputs), atol=1e-6)
-    of_weight, of_x = torch.autograd.grad(value(router.weight, inputs), (router.weight, inputs))
-    assert all(row.any() for row in of_weight)
+    leaves = (router.weight, x.requires_grad_())
+    assert torch.autograd.gradcheck(values, leaves, atol=1e-6, fast_mode=True)
     counted = labels != -100
-    assert all(token.any() for token in of_x[counted])
-    assert not of_x[~counted].any()
+    for loss in values(*leaves):
+        of_weight, of_x = torch.autograd.grad(loss, leaves, retain_graph=True)
+        assert all(row.any() for row in of_weight)
+        assert all(token.any() for token in of_x[counted])
+        assert not of_x[~counted].any()
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -156,26 +154,6 @@ def test_losses_and_gradients_are_finite_at_the_ends(
         logs = [math.log(group["num_experts"]) for group in FOUR]
         expected = [4 * num_tokens, 0, 0, num_tokens * sum(log**2 for log in logs)]
         assert routing.losses.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-3)
-
-
-def test_the_loss_of_load_falls_along_its_gradient() -> None:
-    """From a router with a favourite to an even one, by that loss alone."""
-    balance = {**dict.fromkeys(LOSSES, 0.0), "load": 1.0}
-    router, controls = make_biased(ONE, balance=balance)
-    router.selection_bias.zero_()
-    x = torch.randn(4, 64, 8, dtype=torch.float64) + 1
-    with torch.no_grad():
-        router.weight[0] += 0.5
-    optimizer = torch.optim.Adam([router.weight], lr=0.02)
-    spread = []
-    for _ in range(60):
-        optimizer.zero_grad()
-        *_, routing = route(router, controls, x)
-        routing.losses.sum().backward()
-        optimizer.step()
-        spread.append(float(routing.load.max() / routing.load.mean()))
-    assert spread[0] > 1.7
-    assert spread[-1] < 1.3
 
 
 def test_a_sequence_without_trained_tokens_adds_nothing(x: Tensor, labels: Tensor) -> None:

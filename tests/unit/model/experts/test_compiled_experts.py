@@ -50,29 +50,15 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor], limit: float) ->
     ]
 
 
-@pytest.mark.parametrize(
-    ("precision", "limit", "backend"),
-    [
-        pytest.param(torch.float32, 1e-5, "inductor", marks=compiled_test),
-        # In bf16 a sum that is rounded otherwise sends a token to another expert here and there.
-        (torch.bfloat16, 0.15, "aot_eager"),
-        (torch.float64, 1e-12, "aot_eager"),
-    ],
-)
-def test_compiled_steps_equal_eager_ones(
-    make_model: Any,
-    batch: tuple[Tensor, Tensor],
-    precision: torch.dtype,
-    limit: float,
-    backend: str,
+def test_a_compiled_step_in_bfloat16_is_near_the_eager_one(
+    make_model: Any, batch: tuple[Tensor, Tensor]
 ) -> None:
     model = make_model(moe=mixture(TWO, shared_size=16, layers=[0]), num_layers=1)
-    if precision == torch.float64:
-        model.double()
-    model.compute_dtype = precision
+    model.compute_dtype = torch.bfloat16
     eager = step(loss_function(model), model, batch)
-    losses = torch.compile(loss_function(model), fullgraph=True, backend=backend)
-    assert differing(eager, step(losses, model, batch), limit) == []
+    losses = torch.compile(loss_function(model), fullgraph=True, backend="aot_eager")
+    # A sum that is rounded otherwise sends a token to another expert here and there.
+    assert differing(eager, step(losses, model, batch), 0.15) == []
 
 
 def test_live_controls_change_what_they_should_without_compiling_again(
@@ -106,16 +92,15 @@ def test_live_controls_change_what_they_should_without_compiling_again(
     ("mode", "backend"),
     [
         ("selective", "aot_eager"),
-        ("full", "aot_eager"),
         pytest.param("full", "inductor", marks=compiled_test),
     ],
 )
-def test_recomputation_in_a_compiled_step_routes_as_the_forward_pass_did(
+def test_a_compiled_step_routes_as_the_eager_one_and_so_does_its_recomputation(
     make_model: Any, batch: tuple[Tensor, Tensor], mode: str, backend: str
 ) -> None:
     """The noise is drawn once: drawn again, gradients would be those of other experts."""
     routing = {"jitter": 0.3, "expert_dropout": 0.2, "capacity_factor": 1.0}
-    model = make_model(moe=mixture(TWO, routing=routing), num_layers=1)
+    model = make_model(moe=mixture(TWO, routing=routing, shared_size=16), num_layers=1)
     model.routing.get_buffer("warmup").fill_(0.3)
     eager = step(loss_function(model), model, batch)
     model.set_activation_checkpointing(mode)
@@ -125,6 +110,6 @@ def test_recomputation_in_a_compiled_step_routes_as_the_forward_pass_did(
 
 @torch.no_grad()
 def test_scoring_is_one_graph(make_model: Any, batch: tuple[Tensor, Tensor]) -> None:
-    model = make_model(moe=mixture(TWO, routing={"capacity_factor": 0.5})).eval()
+    model = make_model(moe=mixture(TWO, routing={"capacity_factor": 0.5}), num_layers=1).eval()
     losses = torch.compile(loss_function(model), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(losses(*batch, None, None), loss_function(model)(*batch, None, None))

@@ -81,17 +81,6 @@ def test_products_and_gradients_equal_a_loop(
     assert not found[1][empty].any()
 
 
-@pytest.mark.parametrize("backend", ["batched", "loop"])
-@pytest.mark.parametrize("load", [[2, 0, 1, 2, 0], [0, 0, 3, 0, 0]])
-def test_gradients_equal_numerical_ones(backend: str, load: list[int]) -> None:
-    rows, weights, layout = inputs(backend, load, torch.float64, outputs=3, width=2)
-
-    def product(rows: Tensor, weights: Tensor) -> Tensor:
-        return grouped_product(rows, weights[layout.order], layout.ends, backend)
-
-    assert torch.autograd.gradcheck(product, (rows, weights))
-
-
 def test_gradients_that_lie_across_memory_are_taken() -> None:
     """What follows a product may hand back a view: transposed, or one number for all."""
     for backend in BACKENDS:
@@ -105,10 +94,11 @@ def test_gradients_that_lie_across_memory_are_taken() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
-    "compiler",
+    ("backend", "compiler"),
     [
-        "aot_eager",
+        *((backend, "aot_eager") for backend in BACKENDS),
         pytest.param(
+            "batched",
             "inductor",
             marks=[
                 pytest.mark.compiled,
@@ -117,7 +107,6 @@ def test_gradients_that_lie_across_memory_are_taken() -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_products_equal_eager_ones_whatever_the_load(backend: str, compiler: str) -> None:
     torch._dynamo.reset()
 

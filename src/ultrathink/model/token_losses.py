@@ -1,4 +1,4 @@
-"""The divergence of two linear heads that never holds the logits of a whole batch.
+"""Log-probabilities and divergences of linear heads that never hold the logits of a whole batch.
 
 Logits are ``hidden @ weight.T``, divided by an optional temperature. That is a zero-dimensional
 tensor, so that another value does not recompile the step.
@@ -14,6 +14,20 @@ import torch
 from torch import Tensor
 
 from ultrathink.model.loss import IGNORED_LABEL, chunk_tokens
+
+
+def linear_log_probabilities(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Tensor | None = None
+) -> Tensor:
+    """The log-probability of each label, ``[N]`` in at least float32; 0 for untrained tokens.
+
+    ``hidden`` is ``[N, C]``, ``weight`` ``[V, C]``, ``labels`` ``[N]`` with ``IGNORED_LABEL``. The
+    backward pass recomputes each chunk's logits.
+    """
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        values: Tensor = _LogProbabilities.apply(hidden, weight, labels, temperature)  # type: ignore[no-untyped-call]
+        return values
+    return _log_probabilities(hidden, weight, labels, temperature)[0]
 
 
 def linear_kl(
@@ -43,6 +57,34 @@ def linear_kl(
     return _divergence(*inputs, with_grad=False)[0]
 
 
+class _LogProbabilities(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Tensor | None
+    ) -> Tensor:
+        values, partitions = _log_probabilities(hidden, weight, labels, temperature)
+        ctx.save_for_backward(hidden, weight, labels, temperature, partitions)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, temperature, partitions = ctx.saved_tensors
+        head = weight.to(hidden.dtype)
+        grad_hidden: list[Tensor] = [hidden.new_zeros(0, hidden.shape[1])]
+        grad_weight = torch.zeros(weight.shape, dtype=partitions.dtype, device=weight.device)
+        for rows in _chunks(hidden, weight):
+            states, trained, targets = hidden[rows], *_targets(labels[rows])
+            probabilities = (_logits(states, head, temperature) - partitions[rows, None]).exp()
+            scale = torch.where(trained, grad_outputs[0][rows, None], 0.0)
+            slopes = _divided(
+                (_one_hot(targets, probabilities) - probabilities) * scale, temperature
+            )
+            slopes = slopes.to(hidden.dtype)
+            grad_hidden.append(slopes @ head)
+            grad_weight += (slopes.T @ states).to(grad_weight.dtype)
+        return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None
+
+
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -58,6 +100,23 @@ class _Divergence(torch.autograd.Function):
         grad_hidden = (hidden.to(scale.dtype) * scale).to(hidden.dtype)
         grad_weight = (weight.to(scale.dtype) * scale).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, *[None] * 6
+
+
+def _log_probabilities(
+    hidden: Tensor, weight: Tensor, labels: Tensor, temperature: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and log-partitions, each ``[N]``."""
+    head = weight.to(hidden.dtype)
+    nothing = torch.zeros(0, dtype=_precise(hidden), device=hidden.device)
+    values, partitions = [nothing], [nothing]
+    for rows in _chunks(hidden, weight):
+        trained, targets = _targets(labels[rows])
+        logits = _logits(hidden[rows], head, temperature)
+        partition = logits.logsumexp(-1, keepdim=True)
+        found = torch.where(trained, logits.gather(-1, targets) - partition, 0.0)
+        values.append(found[:, 0])
+        partitions.append(partition[:, 0])
+    return torch.cat(values), torch.cat(partitions)
 
 
 def _divergence(
@@ -78,10 +137,8 @@ def _divergence(
     total = torch.zeros((), dtype=precise, device=hidden.device)
     grad_hidden: list[Tensor] = [hidden.new_zeros(0, hidden.shape[1])]
     grad_weight = torch.zeros(weight.shape if with_grad else 0, dtype=precise, device=weight.device)
-    size = chunk_tokens(hidden.shape[0], weight.shape[0], hidden.device.type)
-    for start in range(0, hidden.shape[0], size):
-        rows = slice(start, start + size)
-        states, trained = hidden[rows], (labels[rows] != IGNORED_LABEL)[:, None]
+    for rows in _chunks(hidden, weight):
+        states, (trained, _) = hidden[rows], _targets(labels[rows])
         ours = _logits(states, head, temperature).log_softmax(-1)
         theirs = _logits(reference_hidden[rows], reference_head, temperature)
         theirs = theirs.to(precise).log_softmax(-1)
@@ -106,12 +163,27 @@ def _divergence(
     return total, torch.cat(grad_hidden), grad_weight.to(head.dtype)
 
 
+def _chunks(hidden: Tensor, weight: Tensor) -> list[slice]:
+    size = chunk_tokens(hidden.shape[0], weight.shape[0], hidden.device.type)
+    return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
+
+
+def _targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which tokens of a chunk are trained, and a label for each, ``[n, 1]``."""
+    trained = (labels != IGNORED_LABEL)[:, None]
+    return trained, torch.where(trained, labels[:, None], 0)
+
+
 def _logits(states: Tensor, head: Tensor, temperature: Tensor | None) -> Tensor:
     return _divided((states @ head.T).to(_precise(states)), temperature)
 
 
 def _divided(values: Tensor, temperature: Tensor | None) -> Tensor:
     return values if temperature is None else values / temperature
+
+
+def _one_hot(targets: Tensor, like: Tensor) -> Tensor:
+    return (torch.arange(like.shape[-1], device=like.device) == targets).to(like.dtype)
 
 
 def _precise(tensor: Tensor) -> torch.dtype:

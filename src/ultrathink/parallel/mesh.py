@@ -1,7 +1,8 @@
-"""Degrees of parallelism, the group of processes, and the mesh of devices."""
+"""Degrees of parallelism, their groups of processes, and the mesh of devices."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -10,18 +11,26 @@ from ultrathink.config.parallel import ParallelConfig
 from ultrathink.core.errors import ConfigError
 from ultrathink.parallel.world import Group, World
 
+REPLICATE, SHARD = "dp_replicate", "dp_shard"
+# Ranks count along these axes, the last one fastest, so that neighbors communicate most.
+AXES = ("pp", REPLICATE, SHARD, "cp", "tp")
+
 
 @dataclass(frozen=True)
 class ParallelDims:
     """The degree of each kind of parallelism, and the position of the process ``rank``.
 
-    All shares of a batch, and all groups of processes except the world, are defined here. Ranks
-    count along shards first, so that neighbors communicate most.
+    All shares of a batch, and all groups of processes except the world, are defined here.
+    ``ep`` is not an axis: experts are sharded over processes of the other axes.
     """
 
     rank: int = 0
     dp_replicate: int = 1
     dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
 
     @classmethod
     def resolve(cls, parallel: ParallelConfig, world: World) -> ParallelDims:
@@ -29,7 +38,15 @@ class ParallelDims:
         shard = parallel.dp_shard
         if shard == -1:
             shard = _what_is_left(parallel.dp_replicate, world.size)
-        dims = cls(world.rank, parallel.dp_replicate, shard)
+        dims = cls(
+            world.rank,
+            parallel.dp_replicate,
+            shard,
+            parallel.cp,
+            parallel.tp,
+            parallel.pp,
+            parallel.ep,
+        )
         wanted = dims.num_processes
         if wanted != world.size:
             raise ConfigError(
@@ -42,13 +59,19 @@ class ParallelDims:
 
     @property
     def num_processes(self) -> int:
-        """The number of processes of the run."""
-        return self.dp_replicate * self.dp_shard
+        """The number of processes over all axes."""
+        return math.prod(self._sizes)
 
     @property
     def dp_group(self) -> Group:
         """The processes that hold different parts of a batch, and sum over it."""
-        return Group(self.rank, self.num_processes)
+        replicate, shard = (self.coordinate(axis) for axis in (REPLICATE, SHARD))
+        return Group(replicate * self.dp_shard + shard, self.dp_replicate * self.dp_shard)
+
+    def coordinate(self, axis: str) -> int:
+        """The coordinate of this process along ``axis``."""
+        place = AXES.index(axis)
+        return self.rank // math.prod(self._sizes[place + 1 :]) % self._sizes[place]
 
     def share(self, batch_size: int) -> int:
         """The number of sequences of a batch on each process; ConfigError if it is not whole."""
@@ -65,7 +88,11 @@ class ParallelDims:
     def dp_mesh(self, device_type: str) -> DeviceMesh:
         """The mesh of devices that hold the model, by replica and by shard."""
         shape = (self.dp_replicate, self.dp_shard)
-        return init_device_mesh(device_type, shape, mesh_dim_names=("dp_replicate", "dp_shard"))
+        return init_device_mesh(device_type, shape, mesh_dim_names=(REPLICATE, SHARD))
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return tuple(getattr(self, axis) for axis in AXES)
 
 
 ONE_PROCESS = ParallelDims()

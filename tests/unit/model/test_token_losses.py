@@ -1,4 +1,4 @@
-"""Chunked divergences against full logits in float64."""
+"""Chunked log-probabilities and divergences against full logits in float64."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.unit.model.largest_tensor import LargestTensor
 from ultrathink.model import loss as loss_module
-from ultrathink.model.loss import IGNORED_LABEL, chunk_tokens
-from ultrathink.model.token_losses import linear_kl
+from ultrathink.model.loss import IGNORED_LABEL, chunk_tokens, linear_cross_entropy
+from ultrathink.model.token_losses import linear_kl, linear_log_probabilities
 
 V = 11
 
@@ -33,6 +33,10 @@ class Case:
         self.loss_weights: Tensor | None = None  # of divergences
 
     def ours(self, kind: str, temperature: Tensor | None) -> Tensor:
+        """A scalar whose gradient tells tokens apart."""
+        if kind == "log":
+            values = linear_log_probabilities(self.hidden, self.weight, self.labels, temperature)
+            return (values * torch.arange(len(values))).sum()
         return linear_kl(
             self.hidden,
             self.weight,
@@ -48,6 +52,9 @@ class Case:
         ours = (self.hidden.double() @ self.weight.double().T / temperature).log_softmax(-1)
         states, head = self.reference
         theirs = (states.double() @ head.double().T / temperature).log_softmax(-1)
+        if kind == "log":
+            chosen = ours.gather(-1, self.labels.clamp(min=0)[:, None])[:, 0]
+            return (chosen * self.trained * torch.arange(len(chosen))).sum()
         p, q = (ours, theirs) if kind == "reverse" else (theirs, ours)
         each = (p.exp() * (p - q)).sum(-1) * self.trained
         return (each if self.loss_weights is None else each * self.loss_weights).sum()
@@ -56,7 +63,7 @@ class Case:
         return torch.autograd.grad(scalar, (self.hidden, self.weight), retain_graph=True)
 
 
-KINDS = pytest.mark.parametrize("kind", ["forward", "reverse"])
+KINDS = pytest.mark.parametrize("kind", ["log", "forward", "reverse"])
 
 
 @KINDS
@@ -101,17 +108,30 @@ def test_softmax_runs_in_float32(kind: str) -> None:
         assert error < 0.02
 
 
+def test_log_probabilities_are_the_cross_entropy_of_each_token() -> None:
+    case = Case()
+    values = linear_log_probabilities(case.hidden, case.weight, case.labels)
+    loss = linear_cross_entropy(case.hidden, case.weight, case.labels).cross_entropy
+    torch.testing.assert_close(-values.sum(), loss)
+    for ours, wanted in zip(case.gradients(-values.sum()), case.gradients(loss), strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
+@KINDS
 @pytest.mark.parametrize("with_grad", [False, True])
-def test_no_tensor_is_as_large_as_the_logits_of_the_batch(with_grad: bool) -> None:
-    N, vocab = 4096, 4096
+def test_no_tensor_is_as_large_as_the_logits_of_the_batch(kind: str, with_grad: bool) -> None:
+    N, vocab = 16384, 2048
     chunk = chunk_tokens(N, vocab, "cpu") * vocab
-    hidden = torch.randn(N, 2, requires_grad=with_grad)
-    weight = torch.randn(vocab, 2, requires_grad=with_grad)
+    hidden = torch.randn(N, 8, requires_grad=with_grad)
+    weight = torch.randn(vocab, 8, requires_grad=with_grad)
+    labels, reference = torch.zeros(N, dtype=torch.int64), (torch.randn(N, 8), weight.detach())
+
     with LargestTensor() as largest:
-        value = linear_kl(
-            hidden, weight, torch.zeros(N, dtype=torch.int64), torch.randn(N, 2), weight.detach()
-        )
+        if kind == "log":
+            value = linear_log_probabilities(hidden, weight, labels).sum()
+        else:
+            value = linear_kl(hidden, weight, labels, *reference, reverse=kind == "reverse")
         if with_grad:
             value.backward()
     assert largest.numel == chunk
-    assert chunk <= N * vocab / 2
+    assert chunk <= N * vocab / 4

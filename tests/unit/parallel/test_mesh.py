@@ -1,13 +1,15 @@
+import itertools
 from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ultrathink.config import load_config
 from ultrathink.config.parallel import ParallelConfig
 from ultrathink.core.errors import ConfigError
-from ultrathink.parallel.mesh import ParallelDims
+from ultrathink.parallel.mesh import AXES, ParallelDims
 from ultrathink.parallel.world import World, join_world
 
 
@@ -76,19 +78,33 @@ def test_a_batch_is_divided_equally_or_refused() -> None:
 
 @pytest.fixture
 def fake_world() -> Iterator[int]:
-    """48 processes that are not there; gone afterwards."""
+    """48 processes that are not there, for meshes of any shape; gone afterwards."""
     dist.init_process_group("fake", store=FakeStore(), rank=29, world_size=48)
     yield 48
     dist.destroy_process_group()
 
 
-def test_a_process_lies_where_torch_puts_it(fake_world: int) -> None:
-    dims = ParallelDims(29, dp_replicate=6, dp_shard=8)
-    mesh = dims.dp_mesh("cpu")
-    assert mesh.mesh_dim_names == ("dp_replicate", "dp_shard")
-    assert list(mesh.get_coordinate() or ()) == [3, 5]
-    assert mesh.mesh.flatten()[dims.dp_group.rank] == 29
-    assert dims.num_processes == dims.dp_group.size == fake_world
+@pytest.mark.parametrize(
+    "sizes", [(1, 2, 3, 2, 4), (2, 3, 2, 4, 1), (4, 1, 3, 1, 4), (1, 6, 8, 1, 1)]
+)
+def test_a_process_lies_where_torch_puts_it(fake_world: int, sizes: tuple[int, ...]) -> None:
+    """Only processes that differ along the axes of data parallelism hold different samples."""
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=AXES)
+    named = dict(zip(AXES, sizes, strict=True))
+    held: dict[int, list[int]] = {}
+    for rank in range(fake_world):
+        dims = ParallelDims(rank, **named)
+        assert dims.num_processes == fake_world
+        place = [dims.coordinate(axis) for axis in AXES]
+        assert mesh.mesh[tuple(place)] == rank
+        held.setdefault(dims.dp_group.rank, []).append(rank)
+    replicate, shard = named["dp_replicate"], named["dp_shard"]
+    assert sorted(held) == list(range(replicate * shard))
+    for copy, part in itertools.product(range(replicate), range(shard)):
+        same = sorted(mesh.mesh[:, copy, part].flatten().tolist())
+        assert held[copy * shard + part] == same
+    mine = ParallelDims(29, **named)
+    assert tuple(mine.coordinate(axis) for axis in AXES) == mesh.get_coordinate()
 
 
 def test_processes_of_one_machine_are_counted(

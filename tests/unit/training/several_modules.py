@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultrathink.config.model import ModelConfig
 from ultrathink.config.objective import OBJECTIVES, ObjectiveConfig
 from ultrathink.data.batch import IGNORED, Batch
-from ultrathink.model.token_losses import linear_kl
+from ultrathink.model.token_losses import linear_kl, linear_log_probabilities
 from ultrathink.model.transformer import Transformer
 from ultrathink.training.model_set import MAIN, TrainedModule
 from ultrathink.training.objectives.base import LOSS, Losses, Parts, Term
@@ -74,8 +73,7 @@ class Critic(Pretraining):
             targets = labels.flatten()
             loss = self.model.head_loss(x, targets).loss
             assert loss is not None
-            logits = x.flatten(0, 1) @ weight.T
-            each = -F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
+            each = linear_log_probabilities(x.flatten(0, 1), weight, targets)
             return {LOSS: loss, "states": x, "each": each.detach()}
 
         output = self.model(

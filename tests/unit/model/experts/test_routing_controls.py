@@ -126,11 +126,15 @@ def test_closed_experts_are_closed_for_a_sequence() -> None:
     assert not route(router, controls, x)[0].any()
 
 
-def test_however_many_are_closed_a_token_has_its_experts() -> None:
-    router, controls = make_router(SIX, torch.float32, routing={"expert_dropout": 0.99})
-    experts, gates, routing = route(router, controls, torch.randn(200, 4, 8))
+@pytest.mark.parametrize("share", [0.5, 0.99])
+def test_however_many_are_closed_a_token_has_its_experts(share: float) -> None:
+    router, controls = make_router(SIX, torch.float32, routing={"expert_dropout": share})
+    x = torch.randn(200, 4, 8)
+    experts, gates, routing = route(router, controls, x)
     assert router.active[experts].all()  # no empty slot instead of a closed expert
-    assert routing.load[:6].sum() == 2 * routing.load[6:].sum() == 1600
+    assert (experts[..., 0] != experts[..., 1]).all()
+    assert routing.load[:6].sum() == 2 * 800
+    assert routing.load[6:].sum() == 800
     assert torch.isfinite(gates).all()
 
 
@@ -173,15 +177,20 @@ def test_temperature_divides_the_logits_and_not_the_bias() -> None:
 
 WRONG: list[tuple[str, Any, str]] = [
     ("temperature", 0.0, r"temperature must be above 0, not 0\.0\."),
+    ("temperature", -1, r"temperature must be above 0, not -1\."),
     ("temperature", None, "temperature must be above 0, not None"),
     ("temperature", math.inf, "temperature must be above 0, not inf"),
     ("jitter", 1.0, r"jitter must be 0 or more and below 1, not 1\.0"),
+    ("jitter", -0.1, r"jitter must be 0 or more and below 1, not -0\.1"),
+    ("capacity_factor", 0, "capacity_factor must be above 0, not 0"),
     ("capacity_factor", math.nan, "capacity_factor must be above 0, not nan"),
+    ("expert_dropout", 1, "expert_dropout must be 0 or more and below 1, not 1"),
     ("load", -1.0, r"load must be 0 or more, not -1\.0"),
     ("bias_rate", "fast", "bias_rate must be 0 or more, not 'fast'"),
     ("z", True, "z must be 0 or more, not True"),
     ("capacity_facor", 1.0, "no routing control 'capacity_facor'. Did you mean 'capacity_factor'"),
     ("warmup", 1.0, "no routing control 'warmup'. Known: bias_rate, capacity_factor"),
+    ("", 1.0, "no routing control ''"),
 ]
 
 

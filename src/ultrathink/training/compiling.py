@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ultrathink.config.training import TrainingConfig
+from ultrathink.core.errors import ConfigError
 from ultrathink.data.cache import cache_folder
 from ultrathink.model.transformer import Transformer
 
@@ -93,6 +94,16 @@ def compiler_problem() -> str | None:
 def has_cpp_compiler() -> bool:
     """Whether everything needed to compile for the CPU is installed."""
     return compiler_problem() is None
+
+
+def refuse_selective(checkpointing: str) -> None:
+    """ConfigError if a compiled run is to use selective activation checkpointing."""
+    if checkpointing == "selective":
+        raise ConfigError(
+            "training.activation_checkpointing = 'selective': a compiled step recomputes what is "
+            "cheap by itself, and would hold more than with none; use full, none, or "
+            "training.compile=false."
+        )
 
 
 def compile_cache_folder() -> Path:

@@ -74,4 +74,6 @@ def assert_same_gradients(expected: dict[str, Tensor], found: dict[str, Tensor])
     """To 1e-6: of one where numbers are smaller."""
     assert expected.keys() == found.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-6 * max(1.0, float(gradient.abs().max())))
+        torch.testing.assert_close(
+            found[name], gradient, rtol=0, atol=1e-6 * max(1.0, float(gradient.abs().max()))
+        )

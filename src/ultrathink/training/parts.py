@@ -28,7 +28,7 @@ from ultrathink.training.model_state import (
 from ultrathink.training.run_state import Progress, RunState
 from ultrathink.training.saving import Saving
 from ultrathink.training.settings import LiveSettings
-from ultrathink.training.stepping import Step
+from ultrathink.training.stepping import Stepper
 from ultrathink.training.validation import Scores
 
 
@@ -53,7 +53,7 @@ class Parts:
     """
 
     models: ModelSet
-    stepper: Step
+    stepper: Stepper
     loader: Batches
     settings: LiveSettings
     progress: Progress

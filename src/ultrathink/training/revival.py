@@ -18,7 +18,7 @@ from ultrathink.core.random import step_seed
 from ultrathink.model.experts.layer import MixtureOfExperts
 from ultrathink.parallel.placement import region_of
 from ultrathink.parallel.world import Group
-from ultrathink.training.stepping import Step
+from ultrathink.training.stepping import Stepper
 
 # Standard deviations of the noise, relative to those of the rows that it is added to, because the
 # size of weights differs with layer, width and age of a model. Two equal experts would get equal
@@ -49,7 +49,7 @@ class _Place(NamedTuple):
 
 
 def revive_experts(
-    stepper: Step,
+    stepper: Stepper,
     wanted: Sequence[Mapping[str, Any]],
     *,
     load: Tensor | None,
@@ -120,7 +120,7 @@ def _busiest(tokens: Tensor | None, place: _Place) -> int:
 
 
 @torch.no_grad()
-def _copy(stepper: Step, revivals: Sequence[Revival], seed: tuple[int, int]) -> None:
+def _copy(stepper: Stepper, revivals: Sequence[Revival], seed: tuple[int, int]) -> None:
     layers = stepper.objective.model.expert_layers()
     # Detached shards: validation may have left the parameters gathered, and this shards them again.
     weights = stepper.objective.model.state_dict()

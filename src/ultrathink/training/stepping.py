@@ -76,26 +76,6 @@ class UpdateGuard(Protocol):
         ...
 
 
-class Step(Protocol):
-    """Turns a batch into an update; ``Stepper`` does it in sequence, a pipeline may differ."""
-
-    objective: Objective
-    optimizers: Optimizers
-    host: HostCopies | None
-    host_names: Mapping[Tensor, str]
-    guard: UpdateGuard | None
-    clock: CommunicationClock
-    on_smaller: Callable[[int, Fit], None]
-
-    def take_step(
-        self, batch: Batch, settings: LiveSettings, lr_factor: float, *, with_norms: bool = False
-    ) -> StepResult: ...
-
-    def allocate_state(self) -> None: ...
-
-    def learning_rate(self) -> float: ...
-
-
 class Stepper:
     """Takes optimizer steps; skips an update that is not finite or has nothing to learn.
 

@@ -9,14 +9,14 @@ from tests.unit.training.observers import At, Recorder, final_state, records, wi
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.callbacks import StepReport
 from ultrathink.training.changes import SetActivationCheckpointing
-from ultrathink.training.compiling import has_cpp_compiler
+from ultrathink.training.compiling import compiler_problem
 from ultrathink.training.control import TrainerControl
 
 # torch's own compiler uses parts of the standard library that are on their way out.
 pytestmark = [
     pytest.mark.compiled,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler to compile with"),
+    pytest.mark.skipif(compiler_problem() is not None, reason="no C++ compiler to compile with"),
 ]
 
 WORDS = (

@@ -14,7 +14,7 @@ from ultrathink.core.errors import ConfigError
 from ultrathink.training import hardware
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.choices import choose
-from ultrathink.training.compiling import has_cpp_compiler
+from ultrathink.training.compiling import compiler_problem
 from ultrathink.training.determinism import set_deterministic
 
 CPU = torch.device("cpu")
@@ -112,12 +112,15 @@ def test_deterministic_choices_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["training.deterministic=true", "training.device=cpu"]
     monkeypatch.setattr(hardware, "bf16_instructions", lambda: "avx512_bf16")
     config, _ = choose(load_config("demo", [*words, "training.max_steps=100_000"]), 1000)
-    assert (config.training.precision, config.training.compile) == ("bf16", has_cpp_compiler())
+    assert (config.training.precision, config.training.compile) == (
+        "bf16",
+        compiler_problem() is None,
+    )
     assert switches()[0]  # set before anything runs on a GPU: cuBLAS looks only once
     assert config.origin("training.precision") == (
         "chosen at run time: this processor has avx512_bf16 products; not measured"
     )
-    if has_cpp_compiler():
+    if compiler_problem() is None:
         assert "uncompiled at a nominal " in config.origin("training.compile")
     monkeypatch.setattr(hardware, "bf16_instructions", lambda: None)
     config, _ = choose(load_config("demo", [*words, "training.max_steps=10"]), 1000)
@@ -145,7 +148,7 @@ def test_what_only_watches_changes_no_bit(make_trainer: MakeTrainer) -> None:
 
 
 @pytest.mark.compiled
-@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler to compile with")
+@pytest.mark.skipif(compiler_problem() is not None, reason="no C++ compiler to compile with")
 def test_fresh_processes_give_equal_bits_whether_they_compile_or_find_the_code(
     tmp_path: Path,
 ) -> None:

@@ -1,6 +1,5 @@
 """The state of optimizers, allocated before their first step: the same as what that would make."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -64,25 +63,25 @@ def test_it_is_what_the_first_step_makes(
             assert zero.stride() == value.stride()
 
 
-def test_it_is_there_before_the_first_batch(make_trainer: MakeTrainer) -> None:
+def test_it_is_there_before_the_first_batch(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for length in ("training.max_steps=4", "training.max_minutes=0.02"):
         trainer = make_trainer(length)
         seen: list[int] = []
         next_batch = trainer.loader.next_batch
-        trainer.loader.next_batch = _after(next_batch, lambda: seen.append(len(state(trainer))))  # type: ignore[method-assign]  # noqa: B023
+
+        def watched(
+            trainer: Trainer = trainer, seen: list[int] = seen, real: Any = next_batch
+        ) -> Any:
+            seen.append(len(state(trainer)))
+            return real()
+
+        monkeypatch.setattr(trainer.loader, "next_batch", watched)
         trainer.start()
         trainer.train_step()
         trainer.close()
-        assert seen
         assert set(seen) == {len(list(trainer.model.parameters()))}
-
-
-def _after(act: Callable[[], Any], first: Callable[[], Any]) -> Callable[[], Any]:
-    def both() -> Any:
-        first()
-        return act()
-
-    return both
 
 
 def test_a_step_left_out_at_first_changes_nothing(make_trainer: MakeTrainer) -> None:

@@ -81,13 +81,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(folder: Path, *, as_json: bool) -> int:
-    from ultrathink.insight.plain import without_nan
+    from pydantic_core import to_jsonable_python
+
     from ultrathink.runs.listing import list_runs
     from ultrathink.training.budget import is_over
 
     runs = list_runs(folder, is_over)
     if as_json:
-        plain = without_nan({"runs": [_to_json(run) for run in runs]})
+        found = {"runs": [_to_json(run) for run in runs]}
+        plain = to_jsonable_python(found, inf_nan_mode="null")
         print(json.dumps(plain, ensure_ascii=False))
     elif not runs:
         place = "" if folder == Path("runs") else f" run.dir={folder}"

@@ -147,7 +147,8 @@ class _Follower:
             return self._look()
         for signals in news.signals:
             events = self._analysis.observe(signals)
-            self._view.show(self._analysis, events)
+            course = self._analysis.runs[signals.run]
+            self._view.show(course, events, is_named=self._analysis.has_several)
         return None
 
     def _wait(self, reason: str) -> None:

@@ -6,10 +6,11 @@ import json
 import math
 from collections.abc import Sequence
 
+from pydantic_core import to_jsonable_python
+
 from ultrathink.insight.events import most_severe
 from ultrathink.insight.log_analysis import Course, LogAnalysis, without_start
 from ultrathink.insight.logs.log import Log
-from ultrathink.insight.plain import without_nan
 from ultrathink.monitoring.plot import Scale
 from ultrathink.monitoring.plot_view import PlotView
 from ultrathink.monitoring.report import Cell, Column, Report
@@ -65,35 +66,37 @@ class FollowView:
         self._as_json = as_json
         self._report = Report()
         self._shown: set[tuple[str, int, str, str, str]] = set()
-        self._phase: str | None = None
+        self._phases: dict[str, str | None] = {}  # the last one, by run
 
     def begin(self, log: Log) -> None:
         """Print the name and format of a log."""
         if not self._as_json:
             self._line(Cell(str(log.path), "bold"), f"  {log.format}")
 
-    def show(self, analysis: LogAnalysis, events: Sequence[Event]) -> None:
-        """Print the new events of this step; those shown before a restart are not repeated."""
-        course = analysis.courses[-1]
+    def show(self, course: Course, events: Sequence[Event], *, is_named: bool) -> None:
+        """Print the new events of a run; those shown before a restart are not repeated."""
+        name = course.name if is_named else ""
         for event in events:
             key = (course.name, event.step, event.kind, event.subject, event.severity)
             if key not in self._shown:
                 self._shown.add(key)
-                self._show_event(analysis, course, event)
+                self._show_event(name, event)
         phase = course.watcher.phase
-        if phase != self._phase and phase is not None and not self._as_json:
+        if phase != self._phases.get(course.name) and phase is not None and not self._as_json:
             last = course.watcher.phases[-1]
-            self._line(f"{last.to_step:>10,}  ", Cell(f"phase {phase}", PHASE_STYLES[phase]))
-        self._phase = phase
+            text = Cell(f"phase {phase}", PHASE_STYLES[phase])
+            self._line(f"{last.to_step:>10,}  ", *_named(name), text)
+        self._phases[course.name] = phase
 
-    def _show_event(self, analysis: LogAnalysis, course: Course, event: Event) -> None:
+    def _show_event(self, name: str, event: Event) -> None:
         if self._as_json:
-            named = {"run": course.name} if analysis.has_several else {}
-            text = json.dumps(without_nan({**named, **event.to_json()}), ensure_ascii=False)
-            print(text, flush=True)
+            found = {**({"run": name} if name else {}), **event.to_json()}
+            plain = to_jsonable_python(found, inf_nan_mode="null")
+            print(json.dumps(plain, ensure_ascii=False), flush=True)
             return
         self._line(
             f"{event.step:>10,}  ",
+            *_named(name),
             Cell(f"{event.severity:<8}", SEVERITY_STYLES[event.severity]),
             f"  {event.kind}: {event.message}",
         )
@@ -101,6 +104,10 @@ class FollowView:
     def _line(self, *parts: str | Cell) -> None:
         self._report.line(*parts)
         print(end="", flush=True)
+
+
+def _named(run: str) -> list[Cell]:
+    return [Cell(f"{run}  ", "bold")] if run else []
 
 
 def _print_log(report: Report, analysis: LogAnalysis) -> None:

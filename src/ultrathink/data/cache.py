@@ -16,19 +16,19 @@ import mmap
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ultrathink.core.errors import DataError
-from ultrathink.core.files import clean_up, sync_folder, write_atomic
-from ultrathink.data.checksums import HashingWriter, file_checksum, sealed, unsealed
+from ultrathink.core.errors import CheckpointError, DataError
+from ultrathink.core.files import clean_up, sync_file, sync_folder, write_atomic
+from ultrathink.data.checksums import file_checksum, sealed, unsealed
 from ultrathink.data.documents import Document, Progress, Split, Verify
 from ultrathink.data.manifest import FileEntry, Manifest, Stat, wait_for_tick
 from ultrathink.data.sources.base import Source
@@ -129,16 +129,15 @@ def cache_folder(cache_dir: str | None) -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cache" / "ultrathink"
 
 
-def store_folder(cache: Path, fingerprint: str, split: Split, tokenizer: Tokenizer) -> Path:
-    """The folder of the store of a split with this fingerprint, which may not exist yet."""
+def store_key(fingerprint: str, split: Split, tokenizer: Tokenizer) -> str:
+    """What the store of a split with this fingerprint is called."""
     behavior = behavior_hash(tokenizer)  # other code may make other tokens of the same text
     parts = [FORMAT, fingerprint, split, tokenizer.fingerprint, behavior]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    return cached_store(cache, key)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def cached_store(cache: Path, key: str) -> Path:
-    """The folder of the store that is called ``key``."""
+    """The folder of the store that is called ``key``, which may not exist."""
     return cache / "tokens" / key
 
 
@@ -156,7 +155,7 @@ def open_or_build(
     A damaged store is rebuilt and ``notes`` says so. Processes that build the same store at the
     same time write one each; all use the one that is finished first.
     """
-    folder = store_folder(cache, source.fingerprint(split), split, tokenizer)
+    folder = cached_store(cache, store_key(source.fingerprint(split), split, tokenizer))
     damage = None
     if folder.exists():
         try:
@@ -195,60 +194,74 @@ def build_store(
     progress: Progress | None = None,
 ) -> None:
     """Tokenize ``documents`` into ``folder``: write a temporary folder, then rename it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder.parent)
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
-    beside.mkdir()
-    try:
-        _write_store(beside, documents, tokenizer, label, total_bytes, progress)
-        _put_in_place(beside, folder)
-    finally:
-        clean_up(beside)
-
-
-def _write_store(
-    folder: Path,
-    documents: Iterator[Document],
-    tokenizer: Tokenizer,
-    label: str,
-    total_bytes: int,
-    progress: Progress | None,
-) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     ends: list[int] = []
     num_tokens = num_bytes = 0
-    with (folder / _TOKENS).open("wb") as file:
-        tokens = HashingWriter(file)
-        for texts in _batches(documents):
-            for ids in tokenizer.encode_batch(texts):
-                block = np.empty(len(ids) + 1, dtype=dtype)
-                block[:-1] = ids
-                block[-1] = tokenizer.eot_id
-                tokens.write(block.tobytes())
-                num_tokens += len(block)
-                ends.append(num_tokens)
-            num_bytes += sum(len(text.encode()) for text in texts)
-            if progress is not None:
-                progress(label, num_bytes, max(total_bytes, num_bytes))
-        _flush(file)
-    lengths = [len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)]
-    checksums = {
-        _TOKENS: tokens.hexdigest(),
-        _OFFSETS: _save_array(folder / _OFFSETS, np.array([0, *ends], dtype=np.int64)),
-        _TOKEN_BYTES: _save_array(folder / _TOKEN_BYTES, np.array(lengths, dtype=np.uint32)),
-    }
-    stats = {name: Stat.of(folder / name) for name in checksums}
-    wait_for_tick(folder, stats.values())
-    meta = {
-        "format": FORMAT,
-        "num_tokens": num_tokens,
-        "num_documents": len(ends),
-        "num_bytes": num_bytes,
-        "eot_id": tokenizer.eot_id,
-        "dtype": dtype.name,
-    }
-    _write_meta(folder, meta, {name: FileEntry(stats[name], checksums[name]) for name in checksums})
-    sync_folder(folder)
+    with cached_folder(folder, _read_meta) as beside:
+        with (beside / _TOKENS).open("wb") as file:
+            for texts in _batches(documents):
+                for ids in tokenizer.encode_batch(texts):
+                    block = np.empty(len(ids) + 1, dtype=dtype)
+                    block[:-1] = ids
+                    block[-1] = tokenizer.eot_id
+                    file.write(block.tobytes())
+                    num_tokens += len(block)
+                    ends.append(num_tokens)
+                num_bytes += sum(len(text.encode()) for text in texts)
+                if progress is not None:
+                    progress(label, num_bytes, max(total_bytes, num_bytes))
+        np.save(beside / _OFFSETS, np.array([0, *ends], dtype=np.int64))
+        lengths = [len(tokenizer.decode_bytes([token])) for token in range(tokenizer.vocab_size)]
+        np.save(beside / _TOKEN_BYTES, np.array(lengths, dtype=np.uint32))
+        manifest: Manifest = {}
+        for name in (_TOKENS, _OFFSETS, _TOKEN_BYTES):
+            sync_file(beside / name)
+            manifest[name] = FileEntry(Stat.of(beside / name), file_checksum(beside / name))
+        wait_for_tick(beside, [entry.stat for entry in manifest.values()])
+        meta = {
+            "format": FORMAT,
+            "num_tokens": num_tokens,
+            "num_documents": len(ends),
+            "num_bytes": num_bytes,
+            "eot_id": tokenizer.eot_id,
+            "dtype": dtype.name,
+        }
+        _write_meta(beside, meta, manifest)
+        sync_folder(beside)
+
+
+@contextmanager
+def cached_folder(folder: Path, read: Callable[[Path], object]) -> Iterator[Path]:
+    """A temporary folder to fill, which then is ``folder``.
+
+    One that is already there stays where ``read`` can read it: another process was first, with the
+    same content.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder.parent)
+    beside, damaged = (
+        folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp") for _ in range(2)
+    )
+    beside.mkdir()
+    try:
+        yield beside
+        for is_last in (False, True):
+            try:
+                beside.rename(folder)
+                break
+            except OSError:
+                with suppress(DamagedStoreError, CheckpointError):
+                    read(folder)
+                    break
+                if is_last:
+                    raise
+                # Moved away first: a folder cannot be renamed onto a full one.
+                with suppress(FileNotFoundError):
+                    folder.rename(damaged)
+        sync_folder(folder.parent)
+    finally:
+        clean_up(beside)
+        clean_up(damaged)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
@@ -263,47 +276,6 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:
             texts, num_characters = [], 0
     if texts:
         yield texts
-
-
-def _save_array(path: Path, array: npt.NDArray[Any]) -> str:
-    """Write ``array``; returns the file's checksum."""
-    with path.open("wb") as file:
-        writer = HashingWriter(file)
-        np.save(writer, array, allow_pickle=False)
-        _flush(file)
-    return writer.hexdigest()
-
-
-def _flush(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _put_in_place(beside: Path, folder: Path) -> None:
-    try:
-        beside.rename(folder)
-    except OSError:
-        if _is_whole(folder):
-            return  # another process was first, with the same content
-        # A damaged store is moved away first: a folder cannot be renamed onto a full one.
-        discarded = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
-        with suppress(FileNotFoundError):
-            folder.rename(discarded)
-        try:
-            beside.rename(folder)
-        except OSError:
-            if not _is_whole(folder):
-                raise
-        clean_up(discarded)
-    sync_folder(folder.parent)
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        _read_meta(folder)
-    except DamagedStoreError:
-        return False
-    return True
 
 
 def _write_meta(folder: Path, meta: dict[str, Any], manifest: Manifest) -> None:

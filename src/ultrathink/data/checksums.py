@@ -7,32 +7,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 
 from ultrathink.data.file_kinds import GZIP
 
 _SEAL = "checksum"
-
-
-class _Writable(Protocol):
-    def write(self, data: bytes, /) -> int: ...
-
-
-class HashingWriter:
-    """Writes to a file, and hashes what is written."""
-
-    def __init__(self, file: _Writable) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        """Write ``data``; returns the number of bytes."""
-        self._digest.update(data)
-        return self._file.write(data)
-
-    def hexdigest(self) -> str:
-        """The SHA-256 of all that was written."""
-        return self._digest.hexdigest()
 
 
 class HashedFile:
@@ -46,13 +25,11 @@ class HashedFile:
         self._digest = hashlib.sha256()
 
     def read(self) -> bytes:
-        """All of it."""
         content = self.path.read_bytes()
         self._digest.update(content)
         return gzip.decompress(content) if content.startswith(GZIP) else content
 
     def lines(self) -> Iterator[bytes]:
-        """Its lines, each with its end."""
         with self.path.open("rb") as file:
             if is_gzip(file):
                 yield from gzip.GzipFile(fileobj=cast(BinaryIO, _HashingReader(file, self._digest)))
@@ -74,7 +51,6 @@ class FileStart(HashedFile):
         self._size = size
 
     def read(self) -> bytes:
-        """The first bytes."""
         with self.path.open("rb") as file:
             content = (gzip.GzipFile(fileobj=file) if is_gzip(file) else file).read(self._size)
         try:
@@ -85,7 +61,6 @@ class FileStart(HashedFile):
         return content
 
     def lines(self) -> Iterator[bytes]:
-        """The first lines that are whole."""
         lines = self.read().splitlines(keepends=True)
         yield from lines if sum(map(len, lines)) < self._size else lines[:-1]
 

@@ -20,10 +20,6 @@ _KINDS = (
     (b"GIF89a", "a GIF image", "name text files"),
     (b"\x7fELF", "a program", "name text files"),
 )
-_PARQUET = ("a Parquet table", "write its text column as JSON lines (pandas: to_json)")
-_PICKLE = ("a pickle", "write its text as JSON lines")
-_WEIGHTS = ("a safetensors file, weights of a model", "start from it with training.init_from")
-_BINARY = ("a binary file", "name text files")
 
 
 def kind_of(head: bytes) -> tuple[str, str] | None:
@@ -39,11 +35,11 @@ def kind_of(head: bytes) -> tuple[str, str] | None:
     if head[257:262] == b"ustar":
         return "a tar archive", "unpack it first: tar -xf {}"
     if head[:4] == b"PAR1" and not head[4:5].isalnum():
-        return _PARQUET
+        return "a Parquet table", "write its text column as JSON lines (pandas: to_json)"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return _PICKLE
+        return "a pickle", "write its text as JSON lines"
     if head[8:10] == b'{"' and 0 < int.from_bytes(head[:8], "little") < 2**32:
-        return _WEIGHTS
+        return "a safetensors file, weights of a model", "start from it with training.init_from"
     if b"\0" in head and not head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return _BINARY
+        return "a binary file", "name text files"
     return None

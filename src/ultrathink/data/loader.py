@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,9 @@ from ultrathink.config.data import PackingConfig
 from ultrathink.core.errors import CheckpointError, DataError
 from ultrathink.core.protocols import State
 from ultrathink.data.batch import Batch
-from ultrathink.data.blocks import Block, BlockReader, BlockRequest
 from ultrathink.data.cache import TokenStore, without_read_ahead
 from ultrathink.data.order import Change, SampleOrder
-from ultrathink.data.packing import SampleReader
+from ultrathink.data.packing import CompactIntegers, Integers, SampleReader, SampleRequest
 from ultrathink.data.workers import WorkerPool
 
 # Samples are read in blocks of about this many tokens, so that small batches share the cost.
@@ -50,59 +49,7 @@ class Share(NamedTuple):
 WHOLE = Share()
 
 
-class Batches(Protocol):
-    """What a run learns from: endless batches, in an order that a state reproduces.
-
-    The trainer and its changes use nothing else, so that an objective may bring its own batches.
-    """
-
-    batch_size: int  # units over all devices
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def num_samples(self) -> int:
-        """Samples of an epoch."""
-        ...
-
-    @property
-    def samples_seen(self) -> int: ...
-
-    @property
-    def samples_skipped(self) -> int: ...
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """The share of each source."""
-        ...
-
-    def next_batch(self) -> Batch: ...
-
-    def skip(self, num_samples: int) -> None: ...
-
-    def set_weights(self, weights: Sequence[float]) -> None: ...
-
-    def mix_by(self, weights: Sequence[float]) -> None:
-        """Apply the weights of a configuration where they differ from the previous ones."""
-        ...
-
-    def order_hash(self) -> str:
-        """A hash that identifies this order."""
-        ...
-
-    def take_notes(self) -> list[str]:
-        """Incidents while batches were read, since the last call."""
-        ...
-
-    def state_dict(self) -> State: ...
-
-    def load_state_dict(self, state: State) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class TrainLoader(Batches):
+class TrainLoader:
     """Endless batches of a mixture of stores: whole ones, or this process's share of each.
 
     Sample n depends only on ``seed``, n, and the changes made with ``skip`` and ``set_weights``.
@@ -134,29 +81,16 @@ class TrainLoader(Batches):
         self._sizes = [samples.num_samples for samples in self._reader.samples]
         self._order = SampleOrder(self._sizes, weights, seed)
         self._configured = self._order.weights  # the last argument of ``mix_by``
-        self._samples_seen = 0
-        self._generation = 0
+        self.seed = self._order.seed
+        self.num_samples = sum(self._sizes)
+        self.samples_seen = 0  # handed out to all processes, without the skipped ones
         self._next_requested = 0
-        self._pool: WorkerPool[BlockRequest, Block] | None = None
+        self._num_outdated = 0  # pending answers to requests from before a change of the order
+        self._pool: WorkerPool[SampleRequest, CompactIntegers] | None = None
         self._notes: list[str] = []
         self._block: Tensor | None = None  # read but not yet handed out
         batches = max(1, _BLOCK_TOKENS // (len(self._rows) * seq_len))
         self._block_samples = batch_size * batches  # of all processes
-
-    @property
-    def seed(self) -> int:
-        """The seed of the order."""
-        return self._order.seed
-
-    @property
-    def num_samples(self) -> int:
-        """Samples in an epoch: those of all sources together."""
-        return sum(self._sizes)
-
-    @property
-    def samples_seen(self) -> int:
-        """Samples handed out so far to all processes, without the skipped ones."""
-        return self._samples_seen
 
     @property
     def samples_skipped(self) -> int:
@@ -176,19 +110,19 @@ class TrainLoader(Batches):
         num_rows = len(self._rows)
         values, rest = self._block[:, :num_rows], self._block[:, num_rows:]
         self._block = rest if rest.shape[1] else None
-        sample_ids = torch.arange(self._rows.start, self._rows.stop) + self._samples_seen
-        self._samples_seen += self.batch_size
+        sample_ids = torch.arange(self._rows.start, self._rows.stop) + self.samples_seen
+        self.samples_seen += self.batch_size
         return Batch.unstack(values, sample_ids)
 
     def skip(self, num_samples: int) -> None:
         """Skip the next ``num_samples`` samples."""
         if num_samples < 0:
             raise DataError(f"cannot skip {num_samples} samples; the number must not be negative.")
-        self._change(Change(self._samples_seen, skip=num_samples))
+        self._change(Change(self.samples_seen, skip=num_samples))
 
     def set_weights(self, weights: Sequence[float]) -> None:
         """Mix the sources by ``weights`` from the next sample on; each continues where it is."""
-        self._change(Change(self._samples_seen, weights=tuple(map(float, weights))))
+        self._change(Change(self.samples_seen, weights=tuple(map(float, weights))))
 
     def mix_by(self, weights: Sequence[float]) -> None:
         """Mix by the configuration's ``weights`` from the next sample on, if they changed.
@@ -209,7 +143,7 @@ class TrainLoader(Batches):
         """
         digest = hashlib.sha256()
         has_samples = [float(size > 0) for size in self._sizes]
-        order = SampleOrder(self._sizes, has_samples, self._order.seed)
+        order = SampleOrder(self._sizes, has_samples, self.seed)
         fresh = order.locate(_PROBED_INDICES)
         skip_at, mix_at = _PROBED_CHANGES
         order.append(Change(skip_at, skip=7))
@@ -230,7 +164,7 @@ class TrainLoader(Batches):
         """Everything that decides the next sample, as plain values."""
         return {
             **self._identity(),
-            "samples_seen": self._samples_seen,
+            "samples_seen": self.samples_seen,
             "weights": list(self._order.weights),
             "configured": list(self._configured),
             "changes": [change.to_plain() for change in self._order.changes],
@@ -247,15 +181,15 @@ class TrainLoader(Batches):
                     f"Resume with the configuration and the data of the run."
                 )
         changes = [Change.from_plain(plain) for plain in values["changes"]]
-        self._order = SampleOrder(self._sizes, values["weights"], self._order.seed, changes)
+        self._order = SampleOrder(self._sizes, values["weights"], self.seed, changes)
         self._configured = tuple(values["configured"])
-        self._samples_seen = int(values["samples_seen"])
+        self.samples_seen = int(values["samples_seen"])
         self._discard()
 
     def close(self) -> None:
         """Stop the worker processes; a later ``next_batch`` restarts them."""
-        self._discard()
         pool, self._pool = self._pool, None
+        self._discard()
         if pool is not None:
             pool.stop()
 
@@ -267,7 +201,7 @@ class TrainLoader(Batches):
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "seed": self._order.seed,
+            "seed": self.seed,
             "seq_len": self.seq_len,
             "packing": self._packing.model_dump(mode="json"),
             "sizes": list(self._sizes),
@@ -280,36 +214,36 @@ class TrainLoader(Batches):
     def _discard(self) -> None:
         """Discard what was read ahead: the next block is requested at the cursor."""
         self._block = None
-        self._generation += 1
-        self._next_requested = self._samples_seen
+        self._num_outdated = 0 if self._pool is None else self._pool.num_pending
+        self._next_requested = self.samples_seen
 
     def _next_block(self) -> Tensor:
         try:
-            while True:
-                block = self._read_block()
-                if block.generation == self._generation:
-                    return torch.from_numpy(block.values).to(torch.int64)
+            return torch.from_numpy(self._read_block()).to(torch.int64)
         except BaseException:
             self.close()  # pending requests are lost: a retry starts at the cursor
             raise
 
-    def _read_block(self) -> Block:
-        blocks = BlockReader(self._reader)
+    def _read_block(self) -> Integers | CompactIntegers:
         if self.num_workers == 0:
-            return blocks.read(self._next_request())
+            return self._reader.read(*self._next_request())
         if self._pool is None:
-            self._pool = WorkerPool(blocks.read_compact, self.num_workers, self._notes)
-        while self._pool.num_pending < self.num_workers * _PREFETCHED_BLOCKS:
-            self._pool.submit(self._next_request())
-        return self._pool.receive()
+            self._pool = WorkerPool(self._reader.read_compact, self.num_workers, self._notes)
+        while True:
+            while self._pool.num_pending < self.num_workers * _PREFETCHED_BLOCKS:
+                self._pool.submit(self._next_request())
+            values = self._pool.receive()
+            if self._num_outdated == 0:
+                return values
+            self._num_outdated -= 1
 
-    def _next_request(self) -> BlockRequest:
+    def _next_request(self) -> SampleRequest:
         """The next block in order; a change moves ``_next_requested`` back."""
         begin = self._next_requested
         self._next_requested = begin + self._block_samples
         batches = np.arange(begin, self._next_requested).reshape(-1, self.batch_size)
         located = self._order.locate(batches[:, self._rows].ravel())
-        return BlockRequest(self._generation, located.source_ids, located.positions)
+        return located.source_ids, located.positions
 
 
 _MEANINGS = {

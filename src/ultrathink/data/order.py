@@ -15,7 +15,7 @@ of that epoch says which sample it is, so that each comes exactly once an epoch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -43,18 +43,13 @@ class Change:
 
     def to_plain(self) -> dict[str, Any]:
         """The change as plain values for JSON."""
-        weights = None if self.weights is None else list(self.weights)
-        return {"index": self.index, "weights": weights, "skip": self.skip}
+        return {**asdict(self), "weights": self.weights and list(self.weights)}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Self:
         """Read back what ``to_plain`` gave."""
         weights = plain["weights"]
-        return cls(
-            index=int(plain["index"]),
-            weights=None if weights is None else tuple(float(weight) for weight in weights),
-            skip=int(plain["skip"]),
-        )
+        return cls(plain["index"], weights and tuple(weights), plain["skip"])
 
 
 class Located(NamedTuple):
@@ -96,8 +91,7 @@ class SampleOrder:
                 f"follow one at sample {last.start}: indices and skips count up."
             )
         raw = last.raw_start + (change.index - last.start) + change.skip
-        mixture, counts = last.mixture, last.counts
-        mixture_start = last.mixture_start
+        mixture, mixture_start, counts = last.mixture, last.mixture_start, last.counts
         if change.weights is not None:
             counts = tuple(
                 before + drawn

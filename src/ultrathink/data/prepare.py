@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ultrathink.config.data import DataConfig, SourceConfig
 from ultrathink.config.tokenizer import TOKENIZERS, TokenizerConfig
 from ultrathink.core.errors import CheckpointError, DataError
-from ultrathink.core.files import clean_up
-from ultrathink.data.cache import TokenStore, cache_folder, open_or_build, writing_to
+from ultrathink.data.cache import (
+    TokenStore,
+    cache_folder,
+    cached_folder,
+    open_or_build,
+    writing_to,
+)
 from ultrathink.data.documents import Progress, Split
 from ultrathink.data.packing import make_samples
 from ultrathink.data.reading import Sources, read_source, read_sources, record_sources
@@ -185,23 +188,11 @@ def train_or_load(
         progress("training tokenizer", 0, 0)
     texts = _texts_to_learn_from(sources, split, shares)
     tokenizer: Tokenizer = TOKENIZERS.load(config.type).train(config, texts)
-    with writing_to(cache):
-        _keep(tokenizer, folder)
+    with writing_to(cache), cached_folder(folder, load_tokenizer) as beside:
+        tokenizer.save(beside)
     if damage is not None and notes is not None:
         notes.append(f"the cached tokenizer was damaged ({damage}) and was retrained")
     return tokenizer
-
-
-def _keep(tokenizer: Tokenizer, folder: Path) -> None:
-    """Save ``tokenizer`` to a temporary folder and rename it, so that it is never incomplete."""
-    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        tokenizer.save(beside)
-        clean_up(folder)
-        with suppress(OSError):  # another process was first, with the same content
-            beside.rename(folder)
-    finally:
-        clean_up(beside)
 
 
 def _shares(sizes: Sequence[int], weights: Sequence[float], limit: int) -> list[float]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 
 from ultrathink.config.data import DataConfig, SourceConfig
 from ultrathink.core.errors import DataError
-from ultrathink.data.cache import cache_folder, store_folder
+from ultrathink.data.cache import cache_folder, store_key
 from ultrathink.data.documents import Progress, Split
 from ultrathink.data.record import MAX_FILES, DataRecord, SourceRecord
 from ultrathink.data.sources.base import Source
@@ -101,10 +102,13 @@ def record_sources(
     ) -> tuple[SourceRecord, ...]:
         past = chain(before or (), repeat(None))  # None for a place that was not there then
         return tuple(
-            record_source(source, config, used_splits(config, data), tokenizer, data, known)
+            record_source(source, config, used_splits(config, data), tokenizer, known)
             for source, config, known in zip(found, configs, past, strict=False)
         )
 
+    skipped = Counter[str]()
+    for source in (*train, *val):
+        skipped[source.name] += source.num_skipped
     train_records = recorded(train, data.train, earlier.train if earlier else ())
     parts = [
         [record.fingerprints[sources.train_split] for record in train_records],
@@ -118,7 +122,7 @@ def record_sources(
         tokenizer=tokenizer.fingerprint,
         tokenizer_behavior=behavior_hash(tokenizer),
         data_hash=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
-        skipped=count_skipped([*train, *val]),
+        skipped=dict(+skipped),  # without the zeros
     )
 
 
@@ -127,21 +131,18 @@ def record_source(
     config: SourceConfig,
     splits: Sequence[Split],
     tokenizer: Tokenizer,
-    data: DataConfig,
     before: SourceRecord | None = None,
 ) -> SourceRecord:
     """The content of one source; with ``before`` the record knows which files only grew."""
-    cache = cache_folder(data.cache_dir)
     files = source.files()
     then = (before and before.files) or {}
     prints: dict[Split, str] = {split: source.fingerprint(split) for split in splits}
-    folders = {split: store_folder(cache, prints[split], split, tokenizer) for split in splits}
     return SourceRecord(
         name=source.name,
         type=config.type,
         weight=config.weight,
         fingerprints=prints,
-        stores={split: folder.name for split, folder in folders.items()},
+        stores={split: store_key(prints[split], split, tokenizer) for split in splits},
         num_documents=sum(summary.num_documents for summary in files.values()),
         num_bytes=sum(summary.num_bytes for summary in files.values()),
         files=files if len(files) <= MAX_FILES else None,
@@ -153,12 +154,3 @@ def record_source(
             and source.begins_with(file, known)
         ),
     )
-
-
-def count_skipped(sources: Iterable[Source]) -> dict[str, int]:
-    """The number of unreadable documents left out, by source, where there are any."""
-    counts: dict[str, int] = {}
-    for source in sources:
-        if source.num_skipped:
-            counts[source.name] = counts.get(source.name, 0) + source.num_skipped
-    return counts

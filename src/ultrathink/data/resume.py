@@ -138,7 +138,7 @@ def _changes_and_errors(
             elif recorded is not None and configs is not None and len(recorded) == len(configs):
                 before, config = recorded[place], configs[place]
                 splits = tuple(before.fingerprints)
-                now = record_source(source, config, splits, tokenizer, data, before)
+                now = record_source(source, config, splits, tokenizer, before)
                 lines += source_changes(before, now)
     return shortened(lines)
 

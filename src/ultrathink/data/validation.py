@@ -49,16 +49,6 @@ class ValidationSet:
                     f"data.val, or raise the source's val_fraction."
                 )
 
-    @property
-    def num_tokens(self) -> int:
-        """Targets in all windows."""
-        return self.extent().num_tokens
-
-    @property
-    def num_bytes(self) -> int:
-        """UTF-8 bytes of all held-out documents."""
-        return self.extent().num_bytes
-
     def extent(self, max_tokens: int | None = None) -> Extent:
         """The text that ``batches(…, max_tokens)`` scores."""
         num_tokens = num_bytes = 0
@@ -66,10 +56,8 @@ class ValidationSet:
             chosen = self._windows(number, max_tokens)
             starts = chosen * self.seq_len
             num_tokens += int(self._lengths(number, starts).sum())
-            if len(chosen) == self._num_windows(number):
-                num_bytes += store.num_bytes
-            else:
-                num_bytes += self._count_bytes(number, starts)
+            is_whole = len(chosen) == self._num_windows(number)
+            num_bytes += store.num_bytes if is_whole else self._count_bytes(number, starts)
         return Extent(num_tokens, num_bytes)
 
     def batches(self, batch_size: int, max_tokens: int | None = None) -> Iterator[Batch]:

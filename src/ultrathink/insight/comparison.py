@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,6 +27,7 @@ PLACE_KEYS = frozenset(key for key, rule in options_of(Config).items() if rule.i
 _OCCASION_KEYS = frozenset({"created", "command"})
 _ROUND = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)
 
+SPLITS: tuple[Split, ...] = ("train", "val")
 Axis = Literal["step", "tokens"]
 Values = tuple[Any, ...]  # one for each run, in their order
 
@@ -96,8 +98,6 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of each run."""
-
     name: str
     values: Values  # None where a run has none
     at: Values | None = None  # the step that each is from, for a best one
@@ -131,16 +131,13 @@ def read_side(run: RunFolder, label: str) -> Side:
     """Read a run; CheckpointError where its configuration cannot be read."""
     reader = RunReader(run)
     records = reader.history()
-    manifest = reader.attempt(reader.manifest) or {}  # the rest can be compared without it
+    # The rest can be compared without a manifest.
+    manifest = flatten(found) if (found := reader.attempt(reader.manifest)) else {}
     return Side(
         label=label,
         path=run.path,
         config=flatten(reader.config()),
-        manifest={
-            key: value
-            for key, value in (flatten(manifest) if manifest else {}).items()
-            if key not in _OCCASION_KEYS
-        },
+        manifest={key: manifest[key] for key in manifest if key not in _OCCASION_KEYS},
         train=tuple(record for record in records if record.split == "train"),
         val=tuple(record for record in records if record.split == "val"),
         segments=tuple(reader.attempt(reader.segments) or []),
@@ -161,7 +158,7 @@ def compare(sides: Sequence[Side]) -> Comparison:
         axis=axis,
         stretches=tuple(_stretches(sides, axis)),
         agreements=tuple(
-            (agreement(first, other, "train"), agreement(first, other, "val")) for other in others
+            tuple(agreement(first, other, split) for split in SPLITS) for other in others
         ),
         figures=tuple(_figures(sides)),
         lone_metrics=_lone_metrics(sides),
@@ -223,7 +220,7 @@ def _differences(trees: Sequence[dict[str, Any]]) -> list[Difference]:
 
 
 def _merged_keys(trees: Sequence[dict[str, Any]]) -> list[str]:
-    """All keys, each next to its neighbours in its tree, also those of later trees only."""
+    """All keys, each next to its neighbours in its tree."""
     merged: list[str] = []
     for tree in trees:
         place = 0
@@ -270,16 +267,11 @@ def _within(
     records: Iterable[MetricRecord], edges: Sequence[int], axis: Axis, name: str
 ) -> list[list[float]]:
     """The figure ``name`` of the records in each stretch between two edges."""
-    parts: list[list[float]] = [[] for _ in edges[1:]]
-    number = 0
+    parts: list[list[float]] = [[] for _ in edges]  # the last one lies beyond
     for record in records:
-        place = position(record, axis)
-        while number < len(parts) and place > edges[number + 1]:
-            number += 1
-        if number == len(parts):
-            break
         if name in record.values:
-            parts[number].append(record.values[name])
+            part = max(0, bisect_left(edges, position(record, axis)) - 1)
+            parts[part].append(record.values[name])
     return parts
 
 
@@ -296,9 +288,13 @@ def _figures(sides: Sequence[Side]) -> list[Figure]:
         Figure(name, tuple(choose(side) for side in sides)) for name, choose in _FIGURES.items()
     ]
     for name, figure in _BEST.items():
-        best = [_best(side.val, figure) for side in sides]
-        at = tuple(step for _, step in best)
-        figures.insert(-1, Figure(name, tuple(value for value, _ in best), at))
+        nothing: tuple[Any, Any] = (None, None)
+        best = [
+            min(finite(side.val, figure), key=lambda found: found[::-1], default=nothing)
+            for side in sides
+        ]
+        steps, values = zip(*best, strict=True)
+        figures.insert(-1, Figure(name, values, steps))
     return [figure for figure in figures if any(value is not None for value in figure.values)]
 
 
@@ -326,10 +322,6 @@ def _last(records: Sequence[MetricRecord], name: str) -> float | None:
     return records[-1].values.get(name) if records else None
 
 
-def _best(records: Sequence[MetricRecord], name: str) -> tuple[float | None, int | None]:
-    return min(((value, step) for step, value in finite(records, name)), default=(None, None))
-
-
 _FIGURES: dict[str, Callable[[Side], float | None]] = {
     "steps": lambda side: side.train[-1].step if side.train else None,
     "tokens": lambda side: _last(side.train, "tokens"),
@@ -345,8 +337,7 @@ _BEST = {"best_val_loss": "loss", "best_bits_per_byte": "bits_per_byte"}
 def _lone_metrics(sides: Sequence[Side]) -> dict[str, tuple[str, ...]]:
     """Figures that only some of the runs with records of the split have."""
     lone = {}
-    splits: tuple[Split, ...] = ("train", "val")
-    for split in splits:
+    for split in SPLITS:
         noted = {
             side.label: {name for record in side.records(split) for name in record.values}
             for side in sides

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic_core import to_jsonable_python
+
 from ultrathink.insight.logs.log import Log, LogSignals
 from ultrathink.insight.logs.names import ALIASES
-from ultrathink.insight.plain import without_nan
+from ultrathink.monitoring.plot import Point
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.forecast import Forecast
 from ultrathink.orchestrator.phases import Phase
 from ultrathink.orchestrator.watcher import Watcher
 
-Point = tuple[float, float]
 CURVES = ("loss", "val_loss", "grad_norm")
 
 
@@ -61,29 +63,28 @@ class LogAnalysis:
 
     def __init__(self, log: Log) -> None:
         self.log = log
-        self.signals: dict[str, int] = {}  # how often each was recorded
-        self._courses: dict[str, Course] = {}
+        self.signals = Counter[str]()  # how often each was recorded
+        self.runs: dict[str, Course] = {}  # by ``LogSignals.run``, in the order of their starts
 
     @property
     def courses(self) -> list[Course]:
-        """The runs of the log, in the order in which they begin."""
-        return list(self._courses.values())
+        """The runs of the log."""
+        return list(self.runs.values())
 
     @property
     def has_several(self) -> bool:
         """Whether the log holds more than one run."""
-        return len(self._courses) > 1
+        return len(self.runs) > 1
 
     def observe(self, signals: LogSignals) -> list[Event]:
         """Take the next record; the events that are new, or graver than before."""
-        if signals.run not in self._courses:
-            self._courses[signals.run] = Course(signals.run, Watcher())
-            if self.has_several and "" in self._courses:  # it was the only one so far
-                self._courses[""].name = "run 1"
-        course = self._courses[signals.run]
+        if signals.run not in self.runs:
+            self.runs[signals.run] = Course(signals.run, Watcher())
+            if self.has_several and "" in self.runs:  # it was the only one so far
+                self.runs[""].name = "run 1"
+        course = self.runs[signals.run]
         course.watcher.total_steps = self.log.total_steps
-        for name in signals.values:
-            self.signals[name] = self.signals.get(name, 0) + 1
+        self.signals.update(signals.values.keys())
         return course.observe(signals)
 
     def finish(self) -> list[Event]:
@@ -105,14 +106,14 @@ class LogAnalysis:
     def report(self) -> dict[str, Any]:
         """What was read and what was found, as one JSON object without NaN."""
         ahead = self.forecast()
-        found: dict[str, Any] = {
+        found = {
             "log": self.summary(),
             "events": [self._named(run, event.to_json()) for run, event in self.events()],
             "phases": [self._named(run, phase.to_json()) for run, phase in self.phases()],
             "forecast": ahead.to_json() if ahead is not None else None,
         }
-        cleaned: dict[str, Any] = without_nan(found)
-        return cleaned
+        plain: dict[str, Any] = to_jsonable_python(found, inf_nan_mode="null")
+        return plain
 
     def summary(self) -> dict[str, Any]:
         """What was read: the format, steps and signals."""
@@ -124,7 +125,8 @@ class LogAnalysis:
             "first_step": min(steps, default=None),
             "last_step": max(steps, default=None),
             "total_steps": self.log.total_steps,
-            "signals": sorted(self.signals, key=_rank),
+            "signals": [name for name in ALIASES if name in self.signals]
+            + sorted(self.signals.keys() - ALIASES.keys()),
             "notes": list(self.log.notes),
         }
         if self.has_several:
@@ -133,12 +135,6 @@ class LogAnalysis:
 
     def _named(self, run: str, found: dict[str, Any]) -> dict[str, Any]:
         return {"run": run, **found} if self.has_several else found
-
-
-def _rank(signal: str) -> tuple[int, str]:
-    """Standard names first, in their order."""
-    names = list(ALIASES)
-    return (names.index(signal) if signal in names else len(names), signal)
 
 
 def without_start(curve: Sequence[Point]) -> Sequence[Point]:

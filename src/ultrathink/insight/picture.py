@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ultrathink.core.errors import MissingDependencyError
-from ultrathink.insight.log_analysis import LogAnalysis, Point, without_start
+from ultrathink.insight.log_analysis import LogAnalysis, without_start
 from ultrathink.insight.report.curves import Series, smoothed
+from ultrathink.monitoring.plot import Point
 from ultrathink.orchestrator.events import SEVERITIES, Event
 from ultrathink.orchestrator.phases import (
     CONVERGING,
@@ -87,10 +88,9 @@ def draw_picture(analysis: LogAnalysis, path: Path) -> None:
     axes[0].set_title(title, fontsize=10, loc="left")
     handles, labels = axes[0].get_legend_handles_labels()
     legend = dict(zip(labels, handles, strict=True))  # one entry for each label
-    columns = 3 if analysis.has_several else 6
     figure.legend(
-        list(legend.values()), list(legend), loc="outside lower center", ncols=columns, fontsize=8,
-        frameon=False,
+        list(legend.values()), list(legend), loc="outside lower center", fontsize=8, frameon=False,
+        ncols=3 if analysis.has_several else 6,
     )  # fmt: skip
     figure.savefig(path)
 
@@ -165,16 +165,11 @@ def _draw_events(axis: Axes, events: Sequence[Event]) -> None:
     for number, event in enumerate(sorted(labelled, key=lambda event: event.step)):
         axis.annotate(
             f"{event.kind.replace('_', ' ')}\nstep {event.step:,}",
-            (event.step, 0.97 - 0.09 * number),
-            xycoords=("data", "axes fraction"),
-            xytext=(5, 0),
-            textcoords="offset points",
-            fontsize=8,
+            (event.step, 0.97 - 0.09 * number), xycoords=("data", "axes fraction"),
+            xytext=(5, 0), textcoords="offset points", va="top", fontsize=8, zorder=6,
             color=SEVERITY_COLORS[event.severity],
-            va="top",
             bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1},
-            zorder=6,
-        )
+        )  # fmt: skip
 
 
 def _scale(axis: Axes, values: Sequence[float]) -> None:

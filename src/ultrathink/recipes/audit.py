@@ -18,7 +18,7 @@ from typing import Any
 from ultrathink.checkpoint.format import load_checkpoint
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.files import temporary_folder
-from ultrathink.data.loader import Batches
+from ultrathink.data.loader import TrainLoader
 from ultrathink.orchestrator.steering.proposals import SKIP_BATCH
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.runs.decisions import Audit, add_to_decision, read_decisions, state_name
@@ -175,7 +175,7 @@ def _apply(parts: Parts, change: Change, run: RunFolder, number: int) -> None:
     change.apply(parts)
 
 
-def _take_back(loader: Batches) -> None:
+def _take_back(loader: TrainLoader) -> None:
     """Let the skipped batch come next."""
     state: dict[str, Any] = dict(loader.state_dict())
     state["samples_seen"] -= loader.batch_size

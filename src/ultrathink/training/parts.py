@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ultrathink.core.protocols import State
 from ultrathink.core.random import random_state, set_random_state
-from ultrathink.data.loader import Batches
+from ultrathink.data.loader import TrainLoader
 from ultrathink.model.transformer import Transformer
 from ultrathink.parallel.world import Group, World
 from ultrathink.runs.folder import RunFolder
@@ -54,7 +54,7 @@ class Parts:
 
     models: ModelSet
     stepper: Stepper
-    loader: Batches
+    loader: TrainLoader
     settings: LiveSettings
     progress: Progress
     clock: Clock

@@ -14,7 +14,7 @@ from ultrathink.config.training import TrainingConfig
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.protocols import State, Stateful
 from ultrathink.core.random import seed_everything, step_seed
-from ultrathink.data.loader import Batches
+from ultrathink.data.loader import TrainLoader
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.records import Level, RunInfo
 from ultrathink.parallel.mesh import ONE_PROCESS, ParallelDims
@@ -61,7 +61,7 @@ class Trainer:
     """
 
     objective: Objective
-    loader: Batches
+    loader: TrainLoader
     stepper: Stepper
     training: TrainingConfig
     run: RunFolder

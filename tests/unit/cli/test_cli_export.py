@@ -34,11 +34,12 @@ SMALL = (
 _LETTERS = """
 from ultrathink.config.tokenizer import TOKENIZERS
 from ultrathink.core import files
-from ultrathink.data.tokenizers.base import ByteVocabulary
+from ultrathink.data.tokenizers.base import Tokenizer
 
 @TOKENIZERS.register("letters")
-class Letters(ByteVocabulary):
+class Letters(Tokenizer):
     type, eot_id, token_bytes = "letters", 26, [b"x"] * 27
+    train = encode = encode_batch = None
 
     def _identity(self):
         return "letters"

@@ -128,10 +128,18 @@ def test_events_are_shown_as_the_log_grows(place: Path, follow: Follow) -> None:
     assert interrupted(session)
 
 
-def test_phases_are_shown_to_people(log: Path, follow: Follow) -> None:
+def test_phases_are_shown_to_people_with_the_names_of_runs(log: Path, follow: Follow) -> None:
+    spiky, healthy = rows(1, 601, 400).splitlines(), rows(1, 601).splitlines()
+    both = [f"a,{one}\nb,{other}\n" for one, other in zip(spiky, healthy, strict=True)]
+    log.write_text("run,step,loss\n" + "".join(both))
     session = follow("log.csv")
-    for text in ("loss_spike: ", "phase CONVERGING"):
-        assert session.wait_until(lambda text=text: text in session.stdout)
+    for text in (
+        "400  a  high      loss_spike: ",
+        "  a  phase CONVERGING",
+        "  b  phase CONVERGING",
+    ):
+        assert session.wait_until(lambda text=text: text in session.stdout), session.stdout
+    assert "b  high" not in session.stdout
     log.unlink()
     assert session.wait_until(lambda: "waiting: log.csv is gone" in session.stderr)
     log.write_text("step,loss\n" + rows(1, 10))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -32,78 +33,38 @@ def read_all(store: ArrayStore, seq_len: int, packing: PackingConfig) -> Any:
     return reader.read(np.zeros(num_samples, dtype=np.int64), np.arange(num_samples))
 
 
-def marked(documents: Sequence[Sequence[int]]) -> ArrayStore:
-    """Every ordinary token another number, so that none can stand in for another."""
-    count = 0
-    unique = []
-    for document in documents:
-        unique.append(list(range(count + 1, count + 1 + len(document))))
-        count += len(document)
-    return ArrayStore(unique)
+def reference(
+    documents: Sequence[Sequence[int]], seq_len: int, packing: PackingConfig
+) -> tuple[list[list[int]], ...]:
+    """The five fields, one position at a time: (token, target, position, document)."""
+    if packing.enabled:
+        ended = [(token, at) for at, ids in enumerate(documents) for token in [*ids, 0]]
+        streams = [ended]
+    else:
+        streams = [[(token, 0) for token in [*ids, 0]] for ids in documents]
+    rows: list[list[tuple[int, ...]]] = []
+    for stream in streams:
+        for begin in range(0, len(stream) - 1, seq_len):
+            row: list[tuple[int, ...]] = []
+            number = position = last = 0
+            pairs = zip(stream[begin:], stream[begin + 1 :], strict=False)
+            for (token, at), (target, _) in islice(pairs, seq_len):
+                if row and packing.isolate_documents and at != last:
+                    number, position = number + 1, 0
+                row.append((token, target, position, number))
+                last, position = at, position + 1
+            rows.append(row + [(0, -100, 0, -1)] * (seq_len - len(row)))
+    return tuple([[each[field] for each in row] for row in rows] for field in range(4))
 
 
+@pytest.mark.parametrize("packing", [ISOLATED, JOINED, ALONE])
 @given(documents=Documents, seq_len=SEQ_LEN)
-def test_packed_every_token_but_the_first_is_a_target_once(
-    documents: list[list[int]], seq_len: int
+def test_every_token_is_a_target_once_in_windows_that_follow_the_reference(
+    packing: PackingConfig, documents: list[list[int]], seq_len: int
 ) -> None:
-    store = marked(documents)
-    stream = store.tokens.tolist()
-    for packing in (ISOLATED, JOINED):
-        input_ids, labels, _, document_ids, _ = read_all(store, seq_len, packing)
-        trained = labels != -100
-        assert labels[trained].tolist() == stream[1:]
-        assert input_ids[trained].tolist() == stream[:-1]
-        assert (document_ids[~trained] == -1).all()
-        assert (document_ids[trained] >= 0).all()
-        assert (~trained).sum() < seq_len  # only the end of the last sample is padding
-
-
-@given(documents=Documents, seq_len=SEQ_LEN)
-def test_isolated_documents_are_numbered_by_where_they_start(
-    documents: list[list[int]], seq_len: int
-) -> None:
-    store = ArrayStore(documents)
-    _, labels, positions, document_ids, _ = read_all(store, seq_len, ISOLATED)
-    starts = set(store.offsets[:-1].tolist())
-    for row in range(labels.shape[0]):
-        number = position = 0
-        for t in range(seq_len):
-            if labels[row, t] == -100:
-                assert (document_ids[row, t], positions[row, t]) == (-1, 0)
-                continue
-            if t > 0 and row * seq_len + t in starts:
-                number, position = number + 1, 0
-            assert (document_ids[row, t], positions[row, t]) == (number, position)
-            position += 1
-
-
-@given(documents=Documents, seq_len=SEQ_LEN)
-def test_without_isolation_a_sequence_is_one_document(
-    documents: list[list[int]], seq_len: int
-) -> None:
-    _, labels, positions, document_ids, _ = read_all(ArrayStore(documents), seq_len, JOINED)
-    trained = labels != -100
-    assert (document_ids[trained] == 0).all()
-    columns = np.broadcast_to(np.arange(seq_len), positions.shape)
-    assert (positions[trained] == columns[trained]).all()
-
-
-@given(documents=Documents, seq_len=SEQ_LEN)
-def test_unpacked_documents_stay_alone(documents: list[list[int]], seq_len: int) -> None:
-    store = ArrayStore(documents)
-    input_ids, labels, positions, document_ids, _ = read_all(store, seq_len, ALONE)
-    row = 0
-    for document in documents:
-        tokens = [*document, store.eot_id]
-        for begin in range(0, len(tokens) - 1, seq_len):
-            targets = tokens[begin + 1 : begin + 1 + seq_len]
-            n = len(targets)
-            assert input_ids[row, :n].tolist() == tokens[begin : begin + n]
-            assert labels[row].tolist() == targets + [-100] * (seq_len - n)
-            assert positions[row, :n].tolist() == list(range(n))
-            assert document_ids[row].tolist() == [0] * n + [-1] * (seq_len - n)
-            row += 1
-    assert row == labels.shape[0]
+    found = read_all(ArrayStore(documents), seq_len, packing)
+    expected = reference(documents, seq_len, packing)
+    assert [field.tolist() for field in found[:4]] == list(expected)
 
 
 def test_an_example_in_full() -> None:

@@ -53,16 +53,6 @@ def test_permutations_are_even_and_unlike_each_other(size: int) -> None:
     assert size < 50 or Counter(steps.tolist()).most_common(1)[0][1] < size * 0.1
 
 
-def test_seed_source_and_epoch_each_give_another_order() -> None:
-    ranks, zeros = np.arange(500), np.zeros(500, dtype=np.int64)
-    images = {
-        tuple(permute(ranks, 500, key, zeros + epoch).tolist())
-        for key in ((0, 0), (0, 1), (1, 0))
-        for epoch in (0, 1)
-    }
-    assert len(images) == 6
-
-
 # -- mixture ------------------------------------------------------------------------------------
 
 
@@ -99,12 +89,9 @@ def test_each_source_counts_up_without_a_gap(weights: list[float]) -> None:
             assert sorted(part) == list(range(size))
 
 
-def test_a_tiny_weight_is_not_none() -> None:
+def test_a_tiny_weight_is_not_none_and_zero_leaves_a_source_out() -> None:
     order = SampleOrder([5, 5], [1e-12, 1], seed=0)
     assert order.locate(np.arange(2**30 - 3, 2**30)).source_ids.tolist() == [1, 1, 0]
-
-
-def test_a_weight_of_zero_leaves_a_source_out() -> None:
     order = SampleOrder([5, 0, 5], [1, 0, 2], seed=0)
     sources = order.locate(np.arange(300)).source_ids
     assert set(sources.tolist()) == {0, 2}
@@ -124,19 +111,10 @@ def test_a_sample_depends_on_its_index_alone(indices: list[int]) -> None:
 def test_the_order_is_pinned() -> None:
     """Another version of NumPy, Python or the code must not reorder old runs."""
     order = SampleOrder([10, 1000], [1, 3], seed=1234)
-    assert located(order, 0, 8) == PINNED
-
-
-PINNED = [
-    (1, 0, 154),
-    (1, 0, 766),
-    (1, 0, 900),
-    (0, 0, 7),
-    (1, 0, 887),
-    (1, 0, 40),
-    (1, 0, 569),
-    (0, 0, 2),
-]
+    source_ids, epochs, positions = order.locate(np.arange(8))
+    assert source_ids.tolist() == [1, 1, 1, 0, 1, 1, 1, 0]
+    assert epochs.tolist() == [0] * 8
+    assert positions.tolist() == [154, 766, 900, 7, 887, 40, 569, 2]
 
 
 # -- changes ------------------------------------------------------------------------------------
@@ -151,21 +129,15 @@ Changes = st.lists(
 )
 
 
-def made(steps: list[tuple[int, list[float] | None, int]]) -> list[Change]:
-    """Changes at growing indices, from gaps."""
+@given(steps=Changes)
+@settings(max_examples=40)
+def test_changes_equal_a_walk_that_applies_them_one_by_one(
+    steps: list[tuple[int, list[float] | None, int]],
+) -> None:
     changes, index = [], 0
     for gap, weights, skip in steps:
         index += gap
         changes.append(Change(index, None if weights is None else tuple(weights), skip))
-    return changes
-
-
-@given(steps=Changes)
-@settings(max_examples=60)
-def test_changes_equal_a_walk_that_applies_them_one_by_one(
-    steps: list[tuple[int, list[float] | None, int]],
-) -> None:
-    changes = made(steps)
     sizes, first_weights = [7, 30, 11], [1.0, 2.0, 3.0]
     order = SampleOrder(sizes, first_weights, 3, changes)
     length = (changes[-1].index if changes else 0) + 80
@@ -200,21 +172,6 @@ def test_changes_equal_a_walk_that_applies_them_one_by_one(
     assert located(order, 0, length) == expected
 
 
-@given(steps=Changes, more=Changes)
-@settings(max_examples=60)
-def test_a_later_change_alters_no_earlier_sample(
-    steps: list[tuple[int, list[float] | None, int]],
-    more: list[tuple[int, list[float] | None, int]],
-) -> None:
-    before = made(steps)
-    everything = made([*steps, *more])
-    added = everything[len(before) :]
-    short = SampleOrder([7, 30, 11], [1, 2, 3], 3, before)
-    long = SampleOrder([7, 30, 11], [1, 2, 3], 3, everything)
-    until = added[0].index if added else 500
-    assert located(short, 0, until) == located(long, 0, until)
-
-
 @pytest.mark.parametrize(
     ("sizes", "weights", "words"),
     [
@@ -228,11 +185,10 @@ def test_a_later_change_alters_no_earlier_sample(
 def test_weights_that_cannot_be_used(sizes: list[int], weights: list[float], words: str) -> None:
     with pytest.raises(DataError, match=words):
         SampleOrder(sizes, weights, 0)
-    if len(weights) == len(sizes):
-        order = SampleOrder(sizes, [1, 0], 0)
-        with pytest.raises(DataError, match=words):
-            order.append(Change(0, tuple(weights)))
-        assert order.changes == []
+    order = SampleOrder(sizes, [1, 0], 0)
+    with pytest.raises(DataError, match=words):
+        order.append(Change(0, tuple(weights)))
+    assert order.changes == []
 
 
 def test_changes_must_follow_each_other() -> None:

@@ -79,15 +79,8 @@ def test_stdlib_follows_the_rule_recomputed_from_its_words() -> None:
 
 
 def test_stdlib_skips_what_cannot_be_decoded_and_the_folders_of_the_rule(tmp_path: Path) -> None:
-    for name in (
-        "a.py",
-        "b/c.py",
-        "b/test/d.py",
-        "site-packages/e.py",
-        "encodings/f.py",
-        "tests.py",
-        "g.txt",
-    ):
+    names = "a.py b/c.py b/test/d.py site-packages/e.py encodings/f.py tests.py g.txt"
+    for name in names.split():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
@@ -135,6 +128,10 @@ def test_text_reads_files_folders_and_patterns_each_file_once(tmp_path: Path) ->
         TextSourceConfig(path=(str(tmp_path / "sub" / "b.txt"), str(tmp_path), str(tmp_path)))
     )
     assert texts(several, "all") == ["sub/b.txt", first, "sub/c.md"]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "b.txt").write_text("of the same name")
+    two = TextSource(TextSourceConfig(path=(str(tmp_path / "sub"), str(tmp_path / "other"))))
+    assert [document.id for document in two.documents("all")] == ["b.txt", "c.md", "b.txt#2"]
 
 
 def kinds_of_files(folder: Path) -> dict[str, tuple[bytes, str]]:
@@ -216,14 +213,6 @@ def test_the_start_of_a_file_ends_with_a_line_or_a_character(tmp_path: Path) -> 
     path.write_text('{"text": "fine"}\n{"txt": 1}\n')
     with pytest.raises(DataError, match="line 2: there is no field 'text'"):
         jsonl_source(path).check()
-
-
-def test_text_ids_differ_even_where_names_do_not(tmp_path: Path) -> None:
-    for folder in ("x", "y"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "same.txt").write_text(folder)
-    source = TextSource(TextSourceConfig(path=(str(tmp_path / "x"), str(tmp_path / "y"))))
-    assert [document.id for document in source.documents("all")] == ["same.txt", "same.txt#2"]
 
 
 def test_text_that_is_not_utf8_is_named_with_the_way_out_or_skipped(tmp_path: Path) -> None:
@@ -314,15 +303,6 @@ def reference_cut(text: str, fraction: float) -> int:
     return (before[-1:] or after[:1] or [cut])[0]
 
 
-def test_shakespeare_is_split_without_loss(public_file: SharedFile) -> None:
-    path = public_file("text/tinyshakespeare.txt")
-    source = text_source(path)
-    whole = path.read_bytes().decode()
-    assert "".join(texts(source, "train") + texts(source, "val")) == whole
-    assert 0.04 < len(texts(source, "val")[0]) / len(whole) < 0.06
-    assert source.name == "tinyshakespeare"
-
-
 # -- jsonl --------------------------------------------------------------------------------------
 
 
@@ -335,6 +315,10 @@ def test_jsonl_reads_one_string_a_line(tmp_path: Path) -> None:
     source = jsonl_source(path)
     assert texts(source, "all") == ["one\n", "zwölf \u2028", "lone \ufffd, pair 😀"]
     assert [d.id for d in source.documents("all")] == ["a.jsonl:1", "a.jsonl:4", "a.jsonl:5"]
+    path.write_text('{"body": "a"}\n')
+    (tmp_path / "b.json").write_text('{"body": "b"}\n')
+    (tmp_path / "c.txt").write_text("no json")
+    assert texts(jsonl_source(tmp_path, field="body"), "all") == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -365,32 +349,24 @@ def test_a_bad_line_is_named_or_skipped(tmp_path: Path, line: bytes, problem: st
 
 
 @pytest.mark.parametrize(
-    ("content", "kind"),
+    ("content", "kind", "command"),
     [
-        ('[{"text": "a"},\n{"text": "b"}]', "array"),
-        ('[\n  {"text": "a"}\n]', "array"),
-        ('{\n  "text": "a"\n}', "object over several lines"),
+        ('[{"text": "a"},\n{"text": "b"}]', "array", "jq -c '.[]'"),
+        ('[\n  {"text": "a"}\n]', "array", "jq -c '.[]'"),
+        ('{\n  "text": "a"\n}', "object over several lines", "jq -c ."),
     ],
 )
 def test_one_json_value_in_a_file_of_lines_is_named(
-    tmp_path: Path, content: str, kind: str
+    tmp_path: Path, content: str, kind: str, command: str
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(content)
-    command = "jq -c '.[]'" if kind == "array" else "jq -c ."
     with pytest.raises(DataError) as caught:
         texts(jsonl_source(path), "all")
     assert str(caught.value) == (
         f"{path} is one JSON {kind}, not one object a line. Convert it: {command} a.jsonl > "
         f"lines.jsonl"
     )
-
-
-def test_jsonl_takes_json_files_of_a_folder_and_another_field(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"body": "a"}\n')
-    (tmp_path / "b.json").write_text('{"body": "b"}\n')
-    (tmp_path / "c.txt").write_text("no json")
-    assert texts(jsonl_source(tmp_path, field="body"), "all") == ["a", "b"]
 
 
 # -- dummy --------------------------------------------------------------------------------------

@@ -75,21 +75,14 @@ def test_the_batch_size_does_not_change_the_order(stores: list[TokenStore]) -> N
 # -- changes ------------------------------------------------------------------------------------
 
 
-def test_skip_jumps_from_the_next_sample_on(stores: list[TokenStore]) -> None:
+def test_changes_hold_from_the_next_sample_on(stores: list[TokenStore]) -> None:
     plain = take(loader_of(stores), 30)
     loader = loader_of(stores)
+    assert loader.weights == (2.0, 1.0)
     got = take(loader, 2)
     loader.skip(7)
-    got += take(loader, 8)
-    assert got == plain[:6] + plain[13:37]
+    assert got + take(loader, 8) == plain[:6] + plain[13:37]
     assert (loader.samples_seen, loader.samples_skipped) == (30, 7)
-
-
-def test_new_weights_hold_from_the_next_sample_on(stores: list[TokenStore]) -> None:
-    plain = take(loader_of(stores), 2)
-    loader = loader_of(stores)
-    assert loader.weights == (2.0, 1.0)
-    assert take(loader, 2) == plain
     loader.set_weights([0, 5])
     assert loader.weights == (0.0, 5.0)
     assert {row[-1] for row in take(loader, 4)} == {1}
@@ -165,6 +158,8 @@ def test_a_state_of_other_data_is_refused_by_name(
 def test_what_gives_no_batches_is_refused(stores: list[TokenStore], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="batch_size is 0"):
         loader_of(stores, batch_size=0)
+    with pytest.raises(DataError, match="batch_size = 12 cannot be divided by 5 processes"):
+        loader_of(stores, batch_size=12, share=Share(0, 5))
     with pytest.raises(DataError, match="no samples"):
         loader_of([store_of(tmp_path / "empty", [])])
 
@@ -186,6 +181,27 @@ def test_the_configured_weights_apply_when_they_are_new_ones(stores: list[TokenS
     again.load_state_dict(json.loads(json.dumps(resumed.state_dict())))
     again.mix_by([3, 1])
     assert again.state_dict() == resumed.state_dict()
+
+
+# -- shares -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(size=st.sampled_from([1, 2, 3, 4, 6, 12]), actions=Actions)
+def test_shares_of_a_batch_make_the_batch(
+    stores: list[TokenStore], size: int, actions: list[tuple[str, int]]
+) -> None:
+    whole = loader_of(stores, batch_size=12)
+    parts = [loader_of(stores, batch_size=12, share=Share(rank, size)) for rank in range(size)]
+    for action in [*actions, ("next", 0)]:
+        rows = [act(part, action) for part in parts]
+        assert act(whole, action) == [row for share in rows for row in share]
+    ids = torch.cat([part.next_batch().sample_ids for part in parts]).tolist()
+    assert whole.next_batch().sample_ids.tolist() == ids
+    assert ids == list(range(whole.samples_seen - 12, whole.samples_seen))
+    resumed = loader_of(stores, batch_size=12)  # a state of one share is that of any other
+    resumed.load_state_dict(parts[-1].state_dict())
+    assert take(resumed, 1) == take(whole, 1)
 
 
 # -- workers ------------------------------------------------------------------------------------

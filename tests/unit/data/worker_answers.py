@@ -32,5 +32,7 @@ def killed_at_three(number: int) -> int:
     return number
 
 
-def leaving(number: int) -> int:
-    os._exit(7)
+def leaving_at_three(number: int) -> int:
+    if number == 3:
+        os._exit(7)
+    return number

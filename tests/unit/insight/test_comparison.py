@@ -136,10 +136,7 @@ def test_round_ends_are_few_and_reach_the_end(end: int) -> None:
 def test_rows_have_round_numbers() -> None:
     assert round_ends(5) == [1, 2, 3, 4, 5]
     assert round_ends(2075) == [*range(200, 2000, 200), 2000, 2075]
-    assert round_ends(2010) == [
-        *range(200, 2000, 200),
-        2010,
-    ]  # without a short last row
+    assert round_ends(2010) == [*range(200, 2000, 200), 2010]  # without a short last row
 
 
 def agree(tmp_path: Path, first: Lines, other: Lines) -> list[tuple[bool, int, int, Any, Any]]:

@@ -80,11 +80,6 @@ def package(requirement: str, installed: str | None, extra: str | None = None) -
     return {"packages": (Package(requirement, name, installed, False, extra),)}
 
 
-def test_a_healthy_machine_has_no_problems(healthy: Diagnosis) -> None:
-    assert find_problems(healthy) == ()
-    assert verdict(healthy) == "No problems found. Start with: ultrathink train"
-
-
 # What is changed of a healthy machine, and the only problem then: its level, words and fix.
 CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "others use the cores": (
@@ -180,6 +175,7 @@ def test_each_problem_comes_with_its_fix(healthy: Diagnosis, name: str) -> None:
 
 
 HARMLESS: dict[str, dict[str, Any]] = {
+    "a healthy machine": {},
     "others on cores that are left over": {
         "torch.threads": 2, "sharing": Sharing(2.0, others=1.5, stolen=0.0), "cpu_speed": None,
     },
@@ -199,6 +195,7 @@ HARMLESS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", HARMLESS)
 def test_what_harms_nobody_is_not_reported(healthy: Diagnosis, name: str) -> None:
     assert find_problems(changed(healthy, HARMLESS[name])) == ()
+    assert verdict(healthy) == "No problems found. Start with: ultrathink train"
 
 
 def test_the_worst_comes_first_and_decides(healthy: Diagnosis) -> None:
@@ -225,15 +222,12 @@ def test_choices_are_those_a_trainer_would_make(seen: Diagnosis) -> None:
     assert chosen["training.compile"].reason == "set by: preset debug"
 
 
-def test_a_length_that_depends_on_the_data_is_no_obstacle() -> None:
+def test_a_length_of_the_data_is_no_obstacle_and_a_device_that_is_not_there_is() -> None:
     words = ["training.epochs=3", "training.compile=auto", "training.deterministic=true"]
     report = diagnose(load_config("debug", words), "debug", quick=True)
     [compiling] = [c for c in report.choices if c.key == "training.compile"]
     assert compiling.value is False
     assert "once its data is read" in compiling.reason or "C++ compiler" in compiling.reason
-
-
-def test_a_choice_that_cannot_be_made_is_a_problem() -> None:
     config = load_config("debug", ["training.device=cuda:99"])
     with pytest.raises(ConfigError) as refused:
         choose(config, None)

@@ -4,9 +4,9 @@ import os
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -17,7 +17,6 @@ from ultrathink.insight.doctor import speed as speed_module
 from ultrathink.insight.doctor.diagnose import diagnose
 from ultrathink.insight.doctor.machine import (
     Memory,
-    attempt,
     cpu_quota,
     memory_limit,
     read_memory,
@@ -25,9 +24,10 @@ from ultrathink.insight.doctor.machine import (
     try_folder,
 )
 from ultrathink.insight.doctor.packages import read_packages
-from ultrathink.insight.doctor.speed import CoreWatch, disk_rate
-from ultrathink.insight.doctor.toolchain import folder_bytes, read_toolchain
+from ultrathink.insight.doctor.speed import CoreWatch, Sharing, disk_rate
+from ultrathink.insight.doctor.toolchain import read_toolchain
 from ultrathink.training.compiling import compiler_problem
+from ultrathink.training.pace import CoreUse
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads files of Linux")
 
@@ -40,11 +40,8 @@ def test_this_machine_is_read() -> None:
     processor, memory = read_processor(), read_memory()
     assert processor.logical_cores == os.cpu_count()
     assert 1 <= (processor.physical_cores or 0) <= (os.cpu_count() or 1)
-    assert processor.allowed_cores == len(os.sched_getaffinity(0))
-    assert 1 <= processor.usable_cores <= (os.cpu_count() or 1)
-    assert memory.total is not None
-    assert memory.usable is not None
-    assert 0 < memory.usable <= memory.total
+    assert 1 <= processor.usable_cores <= len(os.sched_getaffinity(0))
+    assert 0 < (memory.usable or 0) <= (memory.total or 0)
 
 
 def test_a_limit_counts_where_it_is_tighter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +72,6 @@ NO_LIMIT = "9223372036854771712"
     ("membership", "files", "quota", "limit"),
     [
         ("0::/", {"cpu.max": "max 100000", "memory.max": "max"}, None, None),
-        ("0::/", {"cpu.max": "250000 100000"}, 2.5, None),
         ("0::/a/b", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, 1.5, None),
         ("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "100000 100000"}, 1.0, None),
         ("0::/not/visible/here", {"cpu.max": "200000 100000", "memory.max": "9"}, 2.0, (9, None)),
@@ -84,7 +80,6 @@ NO_LIMIT = "9223372036854771712"
         ("3:cpu,cpuacct:/x", {"cpu,cpuacct/x/cpu.cfs_quota_us": "50000"}, 0.5, None),
         ("3:cpu:/x\n4:memory:/x", V1_CPU | V1_MEMORY, 3.0, (7, 5)),
         ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "-1"}, None, None),
-        ("3:memory:/", {"cpu/cpu.cfs_quota_us": "50000"}, None, None),
         ("4:memory:/", {"memory/memory.limit_in_bytes": NO_LIMIT}, None, None),
         ("0::/", {}, None, None),
     ],
@@ -104,12 +99,6 @@ def test_limits_of_control_groups(
     assert memory_limit(tmp_path / "groups", tmp_path / "membership") == limit
 
 
-def test_a_fact_that_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
-    assert attempt(lambda: cpu_quota(tmp_path, tmp_path / "missing")) is None
-    (tmp_path / "odd").write_text("0::/\n3:cpu")
-    assert attempt(lambda: cpu_quota(tmp_path, tmp_path / "odd")) is None
-
-
 # -- folders and disks -----------------------------------------------------------------------------
 
 
@@ -117,11 +106,8 @@ def test_a_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     there, new = try_folder(tmp_path), try_folder(tmp_path / "a" / "b")
     assert (there.exists, there.problem) == (True, None)
     assert (new.exists, new.problem) == (False, None)
-    assert new.free is not None
-    assert new.free > 0
-    rate = disk_rate(tmp_path / "runs", size_bytes=8 * 2**20)
-    assert rate is not None
-    assert rate > 1e5
+    assert (new.free or 0) > 0
+    assert (disk_rate(tmp_path / "runs", size_bytes=8 * 2**20) or 0) > 1e5
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "runs").write_text("")  # a file where a folder should be
     assert try_folder(tmp_path / "runs").problem == "not a directory"
@@ -140,15 +126,6 @@ def test_a_disk_without_room_and_one_that_is_read_only(tmp_path: Path) -> None:
         assert try_folder(disk / "runs").problem == "read-only file system"
 
 
-def test_folders_are_added_up(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "one").write_bytes(bytes(1000))
-    (tmp_path / "two").write_bytes(bytes(24))
-    assert folder_bytes(tmp_path) == 1024
-    assert folder_bytes(tmp_path / "missing") == 0
-    assert folder_bytes(tmp_path, seconds=-1.0) is None
-
-
 # -- speed -----------------------------------------------------------------------------------------
 
 
@@ -161,12 +138,10 @@ def test_a_whole_look_measures_each_format_on_one_and_on_all_cores(
     report = diagnose(load_config("debug", [f"run.dir={tmp_path / 'runs'}"]), "debug")
     assert report.cpu_speed is not None
     threads = sorted({1, report.processor.usable_cores, torch.get_num_threads()})
-    for precision in ("fp32", "bf16", "fp64"):
-        measured = [r.threads for r in report.cpu_speed.products if r.precision == precision]
-        assert measured == threads
+    measured = [(r.precision, r.threads) for r in report.cpu_speed.products]
+    assert measured == list(product(("fp32", "bf16", "fp64"), threads))
     assert all(1e7 < r.flops < 1e14 for r in report.cpu_speed.products)
-    assert report.cpu_speed.memory is not None
-    assert 1e7 < report.cpu_speed.memory < 1e13
+    assert 1e7 < (report.cpu_speed.memory or 0) < 1e13
     assert report.disk_rate is not None
     assert report.device_speed is None or torch.cuda.is_available()
     assert list(tmp_path.iterdir()) == []
@@ -188,46 +163,23 @@ def test_what_others_do_with_the_cores_is_seen() -> None:
         burner.wait()
 
 
-@linux
-def test_what_this_process_does_itself_is_not_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tick, core = os.sysconf("SC_CLK_TCK"), min(os.sched_getaffinity(0))
-
-    def write(user: float, steal: float) -> None:
-        ticks = [round(user * tick), 0, 0, 10**6, 0, 0, 0, round(steal * tick), 0, 0]
-        ours = f"cpu{core} {' '.join(map(str, ticks))}"
-        others = [f"cpu{number} {10**6 * user} 0 0 0 0 0 0 0 0 0" for number in range(core + 2)]
-        others[core] = ours
-        (tmp_path / "stat").write_text("\n".join(["cpu 1 1 1 1 1 1 1 1 1 1", *others, ""]))
-
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {core})
-    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
-    assert CoreWatch().result() is None  # a system without such figures
-    write(100.0, 5.0)
+def test_what_this_process_does_itself_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    uses = [CoreUse(10.0, 1.0, 50.0, 4, 5.0), None, CoreUse(12.0, 3.0, 58.0, 4, 6.0)]
+    uses += [CoreUse(10.1, 1.1, 50.5, 4, 5.0)]
+    monkeypatch.setattr(speed_module, "core_use", lambda: uses.pop(0))
     watch = CoreWatch()
+    assert watch.result() is None  # the system does not report it
+    assert watch.result() == Sharing(seconds=2.0, others=3.0, stolen=0.5)
     assert watch.result() is None  # too early
-    start = time.process_time()
-    while time.process_time() - start < 0.5:
-        pass
-    own = time.process_time() - start
-    write(100.0 + own + 2.0, 6.0)
-    seen = watch.result()
-    assert seen is not None
-    assert seen.others * seen.seconds == pytest.approx(2.0, abs=0.1)
-    assert seen.stolen * seen.seconds == pytest.approx(1.0, abs=0.1)
 
 
 # -- packages and compilers ------------------------------------------------------------------------
 
 
 def test_packages_are_those_of_the_metadata() -> None:
-    packages = read_packages()
-    assert packages is not None
-    torch_package = next(p for p in packages if p.name == "torch")
-    assert torch_package.installed == torch.__version__
-    assert torch_package.fits
-    assert torch_package.extra is None
+    packages = read_packages() or ()
+    (found,) = (p for p in packages if p.name == "torch")
+    assert (found.installed, found.fits, found.extra) == (torch.__version__, True, None)
     assert {p.extra for p in packages} == {None, "hf", "plot", "test"}
     assert read_packages("a-package-that-nobody-has-installed") is None
 

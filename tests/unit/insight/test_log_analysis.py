@@ -1,21 +1,19 @@
 """The analysis of whole logs: real ones, several runs, resumes, impossible losses, the picture."""
 
-import builtins
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from ultrathink.core.errors import MissingDependencyError
-from ultrathink.insight.log_analysis import LogAnalysis, without_start
+from ultrathink.insight.log_analysis import LogAnalysis
 from ultrathink.insight.logs.opening import open_log
 from ultrathink.insight.picture import draw_picture, require_matplotlib
-from ultrathink.insight.plain import without_nan
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.phases import CONVERGING
 from ultrathink.orchestrator.watcher import Watcher
@@ -227,14 +225,6 @@ def test_a_report_is_strict_json(tmp_path: Path) -> None:
     text = json.dumps(report, allow_nan=False)
     assert set(json.loads(text)) == {"log", "events", "phases", "forecast"}
     assert any(event["kind"] == "non_finite" for event in report["events"])
-    value: Any = {"a": [math.nan, (math.inf, 1.0)], "b": {"c": -math.inf, "d": "nan", "e": 1}}
-    assert without_nan(value) == {"a": [None, [None, 1.0]], "b": {"c": None, "d": "nan", "e": 1}}
-
-
-def test_the_first_fall_is_left_out_of_a_plot() -> None:
-    curve = [(float(step), 1.0) for step in range(400)]
-    assert without_start(curve)[0] == (10.0, 1.0)
-    assert len(without_start(curve[:30])) == 30
 
 
 @pytest.mark.parametrize(
@@ -243,6 +233,8 @@ def test_the_first_fall_is_left_out_of_a_plot() -> None:
         # A loss of exactly 0, which no cross-entropy is,
         ("step,loss\n10,2.5\n20,0\n30,2.4\n", "zero_loss", 20),
         ("step,loss\n10,0.0\n20,0.0\n", "zero_loss", 20),
+        # but for one that is rounded to it,
+        ("step,loss\n1,0.5\n2,0.05\n3,0.004\n4,0.0\n5,0.001\n6,0\n", "", 0),
         # and what the log itself counts as bad.
         (
             "".join(
@@ -272,13 +264,7 @@ def test_what_is_impossible_or_counted_as_bad_is_an_alarm(
     path.write_text(text)
     alarms = alarms_of(path)
     assert [event.kind for event in alarms] == kind.split()
-    assert alarms[0].step == step
-
-
-def test_losses_that_are_rounded_to_zero_are_no_alarm(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    path.write_text("step,loss\n1,0.5\n2,0.05\n3,0.004\n4,0.0\n5,0.001\n6,0\n")
-    assert alarms_of(path) == []
+    assert [event.step for event in alarms[:1]] == ([step] if kind else [])
 
 
 # -- the picture -----------------------------------------------------------------------------------
@@ -324,13 +310,6 @@ def test_little_is_drawn_too(tmp_path: Path, text: str) -> None:
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingDependencyError, match=r'pip install "ultrathink\[plot\]"'):
         require_matplotlib()

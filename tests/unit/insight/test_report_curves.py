@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from ultrathink.insight.report.charts import Line, Span, chart
 from ultrathink.insight.report.curves import (
     Series,
-    at,
     round_values,
     scale_of,
     smoothed,
@@ -28,22 +27,16 @@ def noisy(count: int) -> Series:
 def test_a_long_curve_keeps_its_extremes_and_ends() -> None:
     curve = noisy(100_000)
     curve.values[41_234], curve.values[77_777] = 30.0, -5.0
+    curve.values[50_000], curve.values[60_000:61_000] = math.nan, math.inf  # gaps stay
     thin = thinned(curve)
     assert 1000 < len(thin) <= 2100
+    assert math.isnan(thin.values[list(thin.steps).index(50_001)])
+    assert np.isinf(thin.values).any()
     assert {30.0, -5.0} <= set(thin.values)
     assert (thin.steps[0], thin.steps[-1]) == (1, 100_000)
     assert (np.diff(thin.steps) > 0).all()
     short = noisy(500)
     assert thinned(short) is short
-
-
-def test_what_is_no_number_stays_a_gap() -> None:
-    curve = noisy(10_000)
-    curve.values[5000] = math.nan
-    curve.values[6000:6500] = math.inf
-    thin = thinned(curve)
-    assert math.isnan(thin.values[list(thin.steps).index(5001)])
-    assert np.isinf(thin.values).any()
 
 
 def test_a_smoothed_curve_follows_the_middle_and_passes_over_single_spikes() -> None:
@@ -53,11 +46,6 @@ def test_a_smoothed_curve_follows_the_middle_and_passes_over_single_spikes() -> 
     truth = 2 + 4 * np.exp(-smooth.steps / 2000)
     assert np.abs(smooth.values - truth).max() < 0.08
     assert len(smoothed(noisy(10))) == 0
-
-
-def test_a_value_between_two_points() -> None:
-    assert at(Series.of([(10, 1.0), (20, 3.0)]), 15) == 2.0
-    assert at(Series.of([(10, math.nan)]), 15) is None
 
 
 def test_the_linear_scale_leaves_out_the_first_fall_and_single_spikes() -> None:

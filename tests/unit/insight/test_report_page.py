@@ -217,11 +217,8 @@ def test_a_long_run_with_many_events_is_no_huge_page(run: RunFolder) -> None:
     assert "and 1,300 more, none more severe" in page.text
 
 
-def test_what_html_may_not_hold_is_replaced() -> None:
+def test_figures_and_what_html_may_not_hold() -> None:
     assert clean("a\x07\r\nb\ud83d") == "a\u2407\nb\ufffd"
-
-
-def test_figures() -> None:
     values = (1.77421, 25_600.0, 3e-5, 0.0, None, math.nan)
     assert [figure(x) for x in values] == [
         *("1.774", "25,600", "3.00e-5", "0", "\u2013", "not a number")

@@ -26,10 +26,7 @@ def test_an_event_whose_severity_rose_is_one(run: RunFolder) -> None:
     write_lines(run.events, [event(10, "medium"), worse, event(40, "low"), "torn"])
     reader = RunReader(run)
     found = read_events(reader)
-    assert [(one.step, one.to_step, one.severity) for one in found] == [
-        (10, 12, "high"),
-        (40, 40, "low"),
-    ]
+    assert [(e.step, e.to_step, e.severity) for e in found] == [(10, 12, "high"), (40, 40, "low")]
     assert reader.num_damaged == {"events.jsonl": 1}
 
 
@@ -113,10 +110,8 @@ def test_what_a_rollback_undid_is_kept_apart(run: RunFolder) -> None:
 
 def test_settings_are_those_that_were_set(run: RunFolder) -> None:
     found = {one.key: one for one in gather(run).changed}
-    assert (found["training.max_steps"].value, found["training.max_steps"].origin) == (
-        60,
-        "override",
-    )
+    steps = found["training.max_steps"]
+    assert (steps.value, steps.origin) == (60, "override")
     assert found["model.hidden_size"].origin == "preset debug"
     assert found["model.moe.groups"].value[0]["name"] == "skill"
     assert found["tokenizer.type"].default == "bpe"

@@ -119,21 +119,22 @@ def expand_paths(
     """
     if not paths:
         raise DataError(f"data source {source_name!r}: path is empty; name a file or folder.")
-    found: dict[str, tuple[str, bool]] = {}
+    files: dict[str, tuple[Path, bool]] = {}
+    seen: set[str] = set()
     for path in paths:
         with reading(Path(path)):
             here = list(_expand(os.path.expanduser(path), suffixes))
         if not here:
             raise _nothing_there(path, source_name)
-        for file_id, file, in_folder in here:
+        for name, file, in_folder in here:
+            if file in seen:
+                continue
+            seen.add(file)
             # A name may hold bytes that are not UTF-8, which Python keeps as lone surrogates.
-            found.setdefault(file, (replace_surrogates(file_id), in_folder))
-    files: dict[str, tuple[Path, bool]] = {}
-    for real, (file_id, in_folder) in found.items():
-        unique, number = file_id, 2
-        while unique in files:
-            unique, number = f"{file_id}#{number}", number + 1
-        files[unique] = Path(real), in_folder
+            file_id, number = replace_surrogates(name), 2
+            while file_id in files:
+                file_id, number = f"{replace_surrogates(name)}#{number}", number + 1
+            files[file_id] = Path(file), in_folder
     return files
 
 

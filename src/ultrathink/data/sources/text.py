@@ -23,6 +23,7 @@ class TextSource(FileSource):
 
     def _read(self, file_id: str, file: HashedFile) -> Iterator[Document | None]:
         try:
+            # UTF-16, which holds NULs, passes here and is refused with advice.
             if file_id not in self.found_in_folders or _looks_like_text(file.path):
                 yield Document(file_id, _read_text(file))
         except UnreadableSourceError:
@@ -39,26 +40,16 @@ def _read_text(file: HashedFile) -> str:
     try:
         return payload.decode()
     except UnicodeDecodeError as error:
-        raise _not_utf8(file.path, error) from error
+        is_marked = file.path.read_bytes().startswith(_BYTE_ORDER_MARK)
+        offset = error.start + (len(_BYTE_ORDER_MARK) if is_marked else 0)
+        encoding = "UTF-16" if payload.startswith(_UTF16_MARKS) else "ISO-8859-1"
+        raise UnreadableSourceError(
+            f"{file.path}: not UTF-8 at byte {offset} (0x{payload[error.start]:02x})",
+            f". Convert it, for example with `iconv -f {encoding} -t UTF-8`, or leave such files "
+            f"out with `on_bad: skip`.",
+        ) from error
 
 
 def _looks_like_text(path: Path) -> bool:
-    """Whether a file found in a folder is text: of no other kind, and like Git without a NUL.
-
-    UTF-16, which holds NULs, passes here and is refused with advice.
-    """
     with reading(path):
         return kind_of(FileStart(path, _HEAD_BYTES).read()) is None
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> UnreadableSourceError:
-    payload: bytes = error.object
-    offset = error.start + (
-        len(_BYTE_ORDER_MARK) if path.read_bytes().startswith(_BYTE_ORDER_MARK) else 0
-    )
-    encoding = "UTF-16" if payload.startswith(_UTF16_MARKS) else "ISO-8859-1"
-    return UnreadableSourceError(
-        f"{path}: not UTF-8 at byte {offset} (0x{payload[error.start]:02x})",
-        f". Convert it, for example with `iconv -f {encoding} -t UTF-8`, or leave such files out "
-        f"with `on_bad: skip`.",
-    )

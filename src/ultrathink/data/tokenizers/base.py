@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -48,78 +48,37 @@ class DamagedTokenizerError(CheckpointError):
         self.problem = problem
 
 
-class Tokenizer(Protocol):
-    """Text to token ids and back.
+class Tokenizer(ABC):
+    """Text to token ids and back; every id stands for bytes.
 
     A special token written out in a text is encoded like other characters. All text that UTF-8 can
-    encode is decoded exactly; lone surrogates become U+FFFD. The end-of-text token stands for no
-    bytes.
+    encode is decoded exactly; lone surrogates become U+FFFD.
     """
-
-    @property
-    def vocab_size(self) -> int:
-        """How many ids there are, the end-of-text token included."""
-        ...
-
-    @property
-    def eot_id(self) -> int:
-        """The end-of-text token, which follows each document."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all that decides the ids."""
-        ...
-
-    @classmethod
-    def train(cls, config: Any, texts: Iterable[str]) -> Self:
-        """Learn from ``texts``, given the options registered for this type."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, no special ones added."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[TokenArray]:
-        """Token ids of each text, ``uint32``; the fast way for many."""
-        ...
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
-        ...
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of ``ids``; the end-of-text token has none."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write all that ``load_tokenizer`` needs into ``folder``, which may exist."""
-        ...
-
-    @classmethod
-    def load(cls, folder: Path, meta: dict[str, Any]) -> Self:
-        """Read back what ``save`` wrote; ``meta`` is the content of its meta file."""
-        ...
-
-
-class ByteVocabulary(ABC):
-    """What tokenizers share whose every id stands for bytes: decoding, saving, the fingerprint."""
 
     type: ClassVar[str]
     """The name it is registered by."""
     eot_id: int
+    """The end-of-text token, which follows each document and stands for no bytes."""
     token_bytes: Sequence[bytes]
     """The bytes of each id."""
 
-    @property
-    def vocab_size(self) -> int:
-        """The number of ids, the end-of-text token included."""
-        return len(self.token_bytes)
+    @classmethod
+    @abstractmethod
+    def train(cls, config: Any, texts: Iterable[str]) -> Self:
+        """Learn from ``texts``, given the options registered for this type."""
 
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all that decides the ids."""
-        return hashlib.sha256(self._identity().encode()).hexdigest()
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, no special ones added."""
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[TokenArray]:
+        """Token ids of each text, ``uint32``; the fast way for many."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, meta: dict[str, Any]) -> Self:
+        """Read back what ``save`` wrote; ``meta`` is the content of its meta file."""
 
     @abstractmethod
     def _identity(self) -> str:
@@ -132,6 +91,16 @@ class ByteVocabulary(ABC):
     def _meta(self) -> dict[str, str]:
         """Further keys of the meta file."""
         return {}
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, the end-of-text token included."""
+        return len(self.token_bytes)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides the ids."""
+        return hashlib.sha256(self._identity().encode()).hexdigest()
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""

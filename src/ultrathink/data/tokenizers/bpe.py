@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -21,9 +22,9 @@ from ultrathink.core.errors import DataError
 from ultrathink.data.documents import replace_surrogates
 from ultrathink.data.tokenizers.base import (
     END_OF_TEXT,
-    ByteVocabulary,
     DamagedTokenizerError,
     TokenArray,
+    Tokenizer,
     damaged,
 )
 from ultrathink.data.tokenizers.byte_names import BYTE_OF_NAME
@@ -56,7 +57,7 @@ AWKWARD_TEXTS = (
 )
 
 
-class BpeTokenizer(ByteVocabulary):
+class BpeTokenizer(Tokenizer):
     """Byte-pair encoding over the bytes of UTF-8; id 0 is the end-of-text token."""
 
     type = "bpe"
@@ -64,21 +65,15 @@ class BpeTokenizer(ByteVocabulary):
     def __init__(self, definition: str, engine: Engine) -> None:
         """``definition`` is the content of a ``tokenizer.json`` that ``train`` wrote."""
         parsed = json.loads(definition)
-        vocab: dict[str, int] = parsed["model"]["vocab"]
+        vocab: dict[str, int] = dict(parsed["model"]["vocab"])
         self.definition = definition
         self.engine = engine
         self._pattern: str = parsed["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-        self.eot_id = vocab[END_OF_TEXT]
-        self._ranks = {
-            content: token
-            for name, token in vocab.items()
-            if (content := _to_bytes(name)) is not None
-        }
         self.token_bytes = [b""] * len(vocab)
+        self.eot_id = vocab.pop(END_OF_TEXT)
+        self._ranks = {bytes(map(BYTE_OF_NAME.__getitem__, name)): i for name, i in vocab.items()}
         for content, token in self._ranks.items():
             self.token_bytes[token] = content
-        self._fast: tiktoken.Encoding | None = None
-        self._standard: tokenizers.Tokenizer | None = None
 
     @classmethod
     def train(cls, config: BpeTokenizerConfig, texts: Iterable[str]) -> Self:
@@ -109,20 +104,19 @@ class BpeTokenizer(ByteVocabulary):
         return {"engine": self.engine}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, no special ones added."""
         text = replace_surrogates(text)
         if self.engine == "tiktoken":
-            return self._tiktoken().encode_ordinary(text)
-        ids: list[int] = self._tokenizers().encode(text, add_special_tokens=False).ids
+            return self._tiktoken.encode_ordinary(text)
+        ids: list[int] = self._standard.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[TokenArray]:
         """Token ids of each text, ``uint32``, on up to eight threads."""
         texts = [replace_surrogates(text) for text in texts]
         if self.engine == "tokenizers":
-            encodings = self._tokenizers().encode_batch_fast(texts, add_special_tokens=False)
+            encodings = self._standard.encode_batch_fast(texts, add_special_tokens=False)
             return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
-        encoding = self._tiktoken()
+        encoding = self._tiktoken
 
         def encode(text: str) -> TokenArray:
             # Naming no special token, allowed or not, makes all of the text plain text.
@@ -135,7 +129,6 @@ class BpeTokenizer(ByteVocabulary):
 
     @classmethod
     def load(cls, folder: Path, meta: dict[str, Any]) -> Self:
-        """Read back what ``save`` wrote; CheckpointError where it is missing or damaged."""
         path = folder / TOKENIZER_FILE
         if meta.get("engine") not in ("tiktoken", "tokenizers"):
             raise damaged(folder, f"unknown engine {meta.get('engine')!r}")
@@ -149,25 +142,24 @@ class BpeTokenizer(ByteVocabulary):
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise damaged(path, repr(error)) from error
 
+    @cached_property
     def _tiktoken(self) -> tiktoken.Encoding:
-        if self._fast is None:
-            import tiktoken
+        import tiktoken
 
-            self._fast = tiktoken.Encoding(
-                "ultrathink",
-                pat_str=self._pattern,
-                mergeable_ranks=self._ranks,
-                special_tokens={END_OF_TEXT: self.eot_id},
-            )
-        return self._fast
+        return tiktoken.Encoding(
+            "ultrathink",
+            pat_str=self._pattern,
+            mergeable_ranks=self._ranks,
+            special_tokens={END_OF_TEXT: self.eot_id},
+        )
 
-    def _tokenizers(self) -> tokenizers.Tokenizer:
-        if self._standard is None:
-            import tokenizers
+    @cached_property
+    def _standard(self) -> tokenizers.Tokenizer:
+        import tokenizers
 
-            self._standard = tokenizers.Tokenizer.from_str(self.definition)
-            self._standard.encode_special_tokens = True  # written-out ones are plain text
-        return self._standard
+        standard = tokenizers.Tokenizer.from_str(self.definition)
+        standard.encode_special_tokens = True  # written-out ones are plain text
+        return standard
 
 
 def _limited(texts: Iterable[str], num_bytes: int, checked: list[str]) -> Iterator[str]:
@@ -231,8 +223,3 @@ def _all_merges(vocab: dict[str, int]) -> list[list[str]]:
             if left in vocab and right in vocab:
                 merges.append([left, right])
     return merges
-
-
-def _to_bytes(name: str) -> bytes | None:
-    """The bytes that a vocabulary entry stands for; None for the end-of-text token."""
-    return None if name == END_OF_TEXT else bytes(BYTE_OF_NAME[char] for char in name)

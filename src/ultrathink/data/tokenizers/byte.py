@@ -10,10 +10,10 @@ import numpy as np
 
 from ultrathink.config.tokenizer import ByteTokenizerConfig
 from ultrathink.data.documents import replace_surrogates
-from ultrathink.data.tokenizers.base import ByteVocabulary, TokenArray
+from ultrathink.data.tokenizers.base import TokenArray, Tokenizer
 
 
-class ByteTokenizer(ByteVocabulary):
+class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes of UTF-8, 256 is the end-of-text token."""
 
     type = "byte"
@@ -22,24 +22,18 @@ class ByteTokenizer(ByteVocabulary):
 
     @classmethod
     def train(cls, config: ByteTokenizerConfig, texts: Iterable[str]) -> Self:
-        """A tokenizer; there is nothing to learn, and ``texts`` are not read."""
-        return cls()
+        return cls()  # there is nothing to learn
 
     def _identity(self) -> str:
         return "byte 256"
 
     def encode(self, text: str) -> list[int]:
-        """The bytes of ``text``."""
         return list(replace_surrogates(text).encode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[TokenArray]:
-        """The bytes of each text, ``uint32``."""
-        return [
-            np.frombuffer(replace_surrogates(text).encode(), dtype=np.uint8).astype(np.uint32)
-            for text in texts
-        ]
+        payloads = (replace_surrogates(text).encode() for text in texts)
+        return [np.frombuffer(each, dtype=np.uint8).astype(np.uint32) for each in payloads]
 
     @classmethod
     def load(cls, folder: Path, meta: dict[str, Any]) -> Self:
-        """Read back what ``save`` wrote."""
         return cls()

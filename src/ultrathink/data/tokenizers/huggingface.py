@@ -17,12 +17,7 @@ from tokenizers import Tokenizer as Definition
 from ultrathink.config.tokenizer import HuggingFaceTokenizerConfig
 from ultrathink.core.errors import ConfigError
 from ultrathink.data.documents import replace_surrogates
-from ultrathink.data.tokenizers.base import (
-    UNKNOWN_BYTES,
-    ByteVocabulary,
-    TokenArray,
-    damaged,
-)
+from ultrathink.data.tokenizers.base import UNKNOWN_BYTES, TokenArray, Tokenizer, damaged
 from ultrathink.data.tokenizers.byte_names import BYTE_OF_NAME
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -36,7 +31,7 @@ COMPANION_FILES = (
 _SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
-class HuggingFaceTokenizer(ByteVocabulary):
+class HuggingFaceTokenizer(Tokenizer):
     """The tokenizer of a ``tokenizer.json``; its ids are those of ``transformers``.
 
     ``eot_id`` is the token that follows each document. ``companions`` are the texts of the files
@@ -82,7 +77,6 @@ class HuggingFaceTokenizer(ByteVocabulary):
         return {TOKENIZER_FILE: self.definition, **self.companions}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, no special ones added."""
         encoding = self._tokenizer.encode(replace_surrogates(text), add_special_tokens=False)
         return list(encoding.ids)
 
@@ -107,7 +101,6 @@ class HuggingFaceTokenizer(ByteVocabulary):
 
     @classmethod
     def load(cls, folder: Path, meta: dict[str, Any]) -> Self:
-        """Read back what ``save`` wrote; CheckpointError where it is missing or damaged."""
         try:
             return cls(_read(folder / TOKENIZER_FILE), int(meta["eot_id"]), read_companions(folder))
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import operator
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +25,7 @@ from ultrathink.insight.doctor.machine import (
     read_processor,
     try_folder,
 )
-from ultrathink.insight.doctor.report import Choice, Diagnosis, Run, Versions
+from ultrathink.insight.doctor.report import Choice, Diagnosis, Run
 
 if TYPE_CHECKING:
     import torch
@@ -66,12 +65,12 @@ def diagnose(
 
 def _without_torch(config: Config, name: str) -> Diagnosis:
     return Diagnosis(
-        versions=Versions(
-            ultrathink=ultrathink.__version__,
-            python=platform.python_version(),
-            executable=sys.executable,
-            platform=platform.platform(),
-        ),
+        versions={
+            "ultrathink": ultrathink.__version__,
+            "python": platform.python_version(),
+            "executable": sys.executable,
+            "platform": platform.platform(),
+        },
         run=_run(config, name),
         processor=read_processor(),
         memory=read_memory(),
@@ -134,11 +133,11 @@ def _with_torch(report: Diagnosis, config: Config, quick: bool, progress: Progre
     report, device = _with_choices(report, config)
     watch.wait()
     report = replace(report, sharing=watch.result())  # before this command starts a compiler
-    if not quick and device is not None and device.type != "cpu":
-        progress(f"measuring {device}")
-        device_speed = attempt(lambda: measure_speed(device, ()))
-        report = replace(report, device_speed=device_speed)
     if not quick:
+        if device is not None and device.type != "cpu":
+            progress(f"measuring {device}")
+            device_speed = attempt(lambda: measure_speed(device, ()))
+            report = replace(report, device_speed=device_speed)
         progress("measuring the disk")
         rate = attempt(lambda: disk_rate(Path(config.run.dir)))
         report = replace(report, disk_rate=rate)
@@ -148,30 +147,21 @@ def _with_torch(report: Diagnosis, config: Config, quick: bool, progress: Progre
 
 def _with_choices(report: Diagnosis, config: Config) -> tuple[Diagnosis, torch.device | None]:
     """What a trainer of ``config`` would choose here, from the function that it calls."""
+    import torch
+
     from ultrathink.training.choices import choose
+    from ultrathink.training.determinism import set_deterministic
 
     try:
-        with _determinism_restored():
-            chosen, choices = choose(config, samples_per_epoch=None)
+        chosen, choices = choose(config, samples_per_epoch=None)
     except UltrathinkError as error:
         return replace(report, choice_error=str(error)), None
+    finally:  # it may make this process deterministic
+        set_deterministic(False, torch.device("cpu"))
     found = tuple(
         Choice(key, operator.attrgetter(key)(chosen), _reason(chosen, key)) for key in _CHOSEN_KEYS
     )
     return replace(report, choices=found), choices.device
-
-
-@contextmanager
-def _determinism_restored() -> Iterator[None]:
-    """``choose`` may make this process deterministic."""
-    import torch
-
-    from ultrathink.training.determinism import set_deterministic
-
-    try:
-        yield
-    finally:
-        set_deterministic(False, torch.device("cpu"))
 
 
 def _reason(config: Config, key: str) -> str:

@@ -44,17 +44,13 @@ def _torch_works(report: Diagnosis) -> Iterator[Problem]:
 
 
 def _folders_can_be_written(report: Diagnosis) -> Iterator[Problem]:
-    for what, folder, fix in (
-        ("run folders", report.run_folder, "choose another folder: run.dir=FOLDER"),
-        (
-            "the cache",
-            report.cache_folder,
-            "choose another folder: ULTRATHINK_CACHE=FOLDER ultrathink train",
-        ),
+    for what, folder, other in (
+        ("run folders", report.run_folder, "run.dir=FOLDER"),
+        ("the cache", report.cache_folder, "ULTRATHINK_CACHE=FOLDER ultrathink train"),
     ):
         if folder.problem is not None:
             text = f"nothing can be written to {folder.path} ({what}): {folder.problem}"
-            yield Problem("error", text, f"{fix}, or repair this one")
+            yield Problem("error", text, f"choose another folder: {other}, or repair this one")
 
 
 def _choices_can_be_made(report: Diagnosis) -> Iterator[Problem]:

@@ -19,18 +19,11 @@ Value = TypeVar("Value")
 
 # Environment variables that change what training does.
 _VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OMP_WAIT_POLICY",
-    "ATEN_CPU_CAPABILITY",
-    "ONEDNN_MAX_CPU_ISA",
-    "LD_PRELOAD",
-    "CUDA_VISIBLE_DEVICES",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "CXX",
-    "TORCHINDUCTOR_CACHE_DIR",
-    "ULTRATHINK_CACHE",
-)
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA", "LD_PRELOAD", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "CXX",
+    "TORCHINDUCTOR_CACHE_DIR", "ULTRATHINK_CACHE",
+)  # fmt: skip
+_GROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _NO_LIMIT = 2**60  # version 1 control groups without a limit show a number beyond all memory
 
 
@@ -94,7 +87,7 @@ def attempt(read: Callable[[], Value]) -> Value | None:
 
 
 def read_processor() -> Processor:
-    """The cores, from psutil, the scheduler and the control group."""
+    """The cores, as psutil, the scheduler and the control group count them."""
     return Processor(
         physical_cores=attempt(lambda: psutil.cpu_count(logical=False)),
         logical_cores=attempt(psutil.cpu_count),
@@ -151,9 +144,7 @@ def nearest_folder(path: Path) -> Path:
 # -- control groups --------------------------------------------------------------------------------
 
 
-def cpu_quota(
-    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
-) -> float | None:
+def cpu_quota(root: Path = _GROUPS, membership: Path = _MEMBERSHIP) -> float | None:
     """CPU limit of this process's control groups, in cores; None for no limit.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html (cpu.max), and cpu.cfs_quota_us of version 1.
@@ -170,7 +161,7 @@ def cpu_quota(
 
 
 def memory_limit(
-    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+    root: Path = _GROUPS, membership: Path = _MEMBERSHIP
 ) -> tuple[int, int | None] | None:
     """Bytes that this process's control groups may use, and do use; None for no limit."""
     limits: list[tuple[int, int | None]] = []

@@ -40,12 +40,9 @@ def read_packages(distribution: str = NAME) -> tuple[Package, ...] | None:
         return None
     requirements = [Requirement(text) for text in found.requires or []]
     packages = [_package(r, None) for r in requirements if _applies(r, "")]
+    of_extras = [r for r in requirements if not _applies(r, "") and r.name != distribution]
     for extra in found.metadata.get_all("Provides-Extra") or []:
-        packages += [
-            _package(r, extra)
-            for r in requirements
-            if _applies(r, extra) and not _applies(r, "") and r.name != distribution
-        ]
+        packages += [_package(r, extra) for r in of_extras if _applies(r, extra)]
     return tuple(packages)
 
 

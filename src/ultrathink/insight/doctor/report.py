@@ -48,20 +48,10 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Versions:
-    """Software versions."""
-
-    ultrathink: str
-    python: str
-    executable: str
-    platform: str
-
-
-@dataclass(frozen=True)
 class Diagnosis:
     """All findings; None for what could not be read or was not measured."""
 
-    versions: Versions
+    versions: dict[str, str]  # ultrathink, python, its executable, platform
     run: Run
     processor: Processor
     memory: Memory

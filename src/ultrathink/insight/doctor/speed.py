@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch.utils.benchmark import Timer
 
 from ultrathink.insight.doctor.machine import attempt, nearest_folder
 from ultrathink.training.hardware import DTYPES, Precision
+from ultrathink.training.pace import core_use
 
 _SECONDS_PER_RATE = 0.2
 # The size of products doubles until one takes long enough for its threads to pay.
@@ -128,30 +128,20 @@ class CoreWatch:
     """Measures how busy other processes keep the cores of this one, from its construction on."""
 
     def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._own = time.process_time()
-        self._cores = attempt(_core_seconds)
+        self._start = attempt(core_use)
 
     def wait(self) -> None:
         """Sleep until enough time has passed for a result."""
-        left = 1.1 * _SHORTEST_WATCH_S - (time.perf_counter() - self._start)
-        if left > 0:
-            time.sleep(left)
+        if self._start is not None:
+            left = self._start.time_s + 1.1 * _SHORTEST_WATCH_S - time.monotonic()
+            time.sleep(max(0.0, left))
 
     def result(self) -> Sharing | None:
         """The averages so far; None where the system does not report them, or it is too early."""
-        seconds = time.perf_counter() - self._start
-        own = time.process_time() - self._own
-        now = attempt(_core_seconds)
-        if self._cores is None or now is None or seconds < _SHORTEST_WATCH_S:
+        start, now = self._start, attempt(core_use)
+        if start is None or now is None or now.time_s - start.time_s < _SHORTEST_WATCH_S:
             return None
-        busy, stolen = now[0] - self._cores[0], now[1] - self._cores[1]
-        return Sharing(seconds, max(0.0, (busy - own) / seconds), max(0.0, stolen / seconds))
-
-
-def _core_seconds() -> tuple[float, float]:
-    """Seconds since boot that the allowed cores were busy, and that were stolen from them."""
-    times = psutil.cpu_times(percpu=True)
-    allowed = [times[number] for number in os.sched_getaffinity(0)]
-    busy = sum(core.user + core.nice + core.system + core.irq + core.softirq for core in allowed)
-    return busy, sum(core.steal for core in allowed)
+        seconds = now.time_s - start.time_s
+        others = now.all_s - start.all_s - (now.own_s - start.own_s)
+        stolen = now.stolen_s - start.stolen_s
+        return Sharing(seconds, max(0.0, others / seconds), max(0.0, stolen / seconds))

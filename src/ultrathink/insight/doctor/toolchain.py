@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import sysconfig
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch.utils import collect_env
 
 from ultrathink.core.files import temporary_folder
 from ultrathink.insight.doctor.machine import attempt
+from ultrathink.runs.listing import size_on_disk
 from ultrathink.training.compiling import compile_cache_folder, compiler_problem, find_cpp_compiler
 
 # Beside the compiler itself, compiled steps need Python's headers and OpenMP.
@@ -24,7 +22,6 @@ _PROGRAM = """\
 #endif
 extern "C" int trial() { return (int) std::ceil(0.5); }
 """
-_COUNTING_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Toolchain:
     version: str | None
     problem: str | None  # why nothing can be compiled; None where a trial succeeded
     cache: str
-    cache_bytes: int | None  # None where counting took too long
+    cache_bytes: int
 
 
 def read_toolchain(*, try_out: bool) -> Toolchain:
@@ -48,21 +45,7 @@ def read_toolchain(*, try_out: bool) -> Toolchain:
         if problem is None and try_out:
             problem = _trial(compiler)
     folder = compile_cache_folder()
-    return Toolchain(compiler, version, problem, str(folder), folder_bytes(folder))
-
-
-def folder_bytes(folder: Path, seconds: float = _COUNTING_S) -> int | None:
-    """The size of all files in ``folder``, 0 where it is missing; None where it takes longer."""
-    total, end = 0, time.perf_counter() + seconds
-    for place, _, names in os.walk(folder):
-        for name in names:
-            try:
-                total += os.lstat(os.path.join(place, name)).st_size
-            except OSError:  # another process removed it
-                continue
-        if time.perf_counter() > end:
-            return None
-    return total
+    return Toolchain(compiler, version, problem, str(folder), size_on_disk(folder))
 
 
 def _trial(compiler: str) -> str | None:

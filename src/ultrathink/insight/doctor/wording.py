@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
 from ultrathink.insight.doctor.findings import cores, describe_folder
 from ultrathink.insight.doctor.report import Diagnosis
+
+if TYPE_CHECKING:
+    from ultrathink.insight.doctor.accelerators import Accelerators
 
 UNKNOWN = "unknown"
 
@@ -40,15 +44,13 @@ def verdict(report: Diagnosis) -> str:
 
 def _versions(report: Diagnosis) -> Iterator[tuple[str, str]]:
     versions = report.versions
-    yield "ultrathink", versions.ultrathink
-    yield "python", f"{versions.python} ({versions.executable})"
+    yield "ultrathink", versions["ultrathink"]
+    yield "python", f"{versions['python']} ({versions['executable']})"
     if report.torch is not None:
         yield "torch", f"{report.torch.version} (built for {report.torch.build})"
-    elif report.torch_error is not None:
-        yield "torch", "cannot be imported"
     else:
-        yield "torch", UNKNOWN
-    yield "platform", versions.platform
+        yield "torch", UNKNOWN if report.torch_error is None else "cannot be imported"
+    yield "platform", versions["platform"]
 
 
 def _machine(report: Diagnosis) -> Iterator[tuple[str, str]]:
@@ -57,14 +59,8 @@ def _machine(report: Diagnosis) -> Iterator[tuple[str, str]]:
     usable = f"this process may use {processor.usable_cores}"
     if processor.quota is not None:
         usable += f" (CPU limit of its control group: {processor.quota:g})"
-    counts = [
-        f"{count if count is not None else UNKNOWN} {what}"
-        for count, what in (
-            (processor.physical_cores, "physical"),
-            (processor.logical_cores, "logical"),
-        )
-    ]
-    yield "cores", f"{', '.join(counts)}; {usable}"
+    physical, logical = processor.physical_cores, processor.logical_cores
+    yield "cores", f"{physical or UNKNOWN} physical, {logical or UNKNOWN} logical; {usable}"
     if report.torch is not None:
         yield "threads", f"{report.torch.threads} (torch)"
         bf16 = report.torch.bf16
@@ -74,20 +70,15 @@ def _machine(report: Diagnosis) -> Iterator[tuple[str, str]]:
     yield "memory", f"{_size(memory.total)}, {_size(memory.available)} available{limit}"
     yield "/dev/shm", f"{_size(memory.shared)} free"
     if report.accelerators is not None:
-        yield from _accelerators(report)
+        yield from _accelerators(report.accelerators)
     yield from report.environment.items()
 
 
-def _accelerators(report: Diagnosis) -> Iterator[tuple[str, str]]:
-    found = report.accelerators
-    assert found is not None
+def _accelerators(found: Accelerators) -> Iterator[tuple[str, str]]:
     for number, gpu in enumerate(found.gpus):
-        driver = found.driver or UNKNOWN
-        yield (
-            f"GPU {number}",
-            f"{gpu.name}, {_size(gpu.memory)}, {_size(gpu.free)} free, compute capability "
-            f"{gpu.capability}, driver {driver}",
-        )
+        sizes = f"{gpu.name}, {_size(gpu.memory)}, {_size(gpu.free)} free"
+        rest = f"compute capability {gpu.capability}, driver {found.driver or UNKNOWN}"
+        yield f"GPU {number}", f"{sizes}, {rest}"
     if found.mps:
         yield "GPU", "Apple's, through MPS"
     elif not found.gpus:
@@ -97,11 +88,8 @@ def _accelerators(report: Diagnosis) -> Iterator[tuple[str, str]]:
 def _folders(report: Diagnosis) -> Iterator[tuple[str, str]]:
     yield "runs", describe_folder(report.run_folder)
     if report.disk_rate is not None:
-        rate, seconds = _size(report.disk_rate), 1e9 / report.disk_rate
-        yield (
-            "disk of runs",
-            f"{rate}/s written and flushed; a checkpoint of 1 GB takes {seconds:.1f} s",
-        )
+        rate = f"{_size(report.disk_rate)}/s written and flushed"
+        yield "disk of runs", f"{rate}; a checkpoint of 1 GB takes {1e9 / report.disk_rate:.1f} s"
     yield "cache", describe_folder(report.cache_folder)
     tools = report.toolchain
     if tools is not None:
@@ -120,11 +108,8 @@ def _speed(report: Diagnosis) -> Iterator[tuple[str, str]]:
     sharing = report.sharing
     if sharing is not None:
         stolen = f", the host took {sharing.stolen:.2f}" if sharing.stolen >= 0.01 else ""
-        yield (
-            "other processes",
-            f"used {sharing.others:.2f} of {cores(report.processor.shared_cores)} over "
-            f"{sharing.seconds:.1f} s{stolen}",
-        )
+        of = f"{cores(report.processor.shared_cores)} over {sharing.seconds:.1f} s"
+        yield "other processes", f"used {sharing.others:.2f} of {of}{stolen}"
     elif report.torch is not None:
         load = UNKNOWN if report.load_average is None else f"load average {report.load_average:.2f}"
         yield "other processes", load

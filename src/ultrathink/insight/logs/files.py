@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -10,11 +12,66 @@ from ultrathink.insight.logs.formats import first_rows
 from ultrathink.insight.logs.log import Log, LogError, LogSignals, News, NotYetError, Parse, Row
 from ultrathink.insight.logs.names import Meaning
 from ultrathink.insight.logs.reader import Columns, Reader
-from ultrathink.insight.logs.tail import Tail, all_lines
 from ultrathink.monitoring.jsonl import METRICS_FILE, parse_object
 from ultrathink.monitoring.records import MetricRecord
 
+_COLOR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_REMEMBERED_BYTES = 256  # before the position of the reader: by these a replaced file is known
 _OUR_FIRST_ROW = {"step": 1, "split": "train", "loss": 0.0}
+
+
+class Tail:
+    """Reads a text file line by line, each time from where it stopped.
+
+    A line without its end is left for the next time. A progress bar that is redrawn has its end in
+    a carriage return, which stays in the text. A replaced file is known by its inode, or by other
+    bytes, or none, before the position of the reader.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._position = 0
+        self._before = b""  # the last bytes that were read
+        self._inode: int | None = None
+
+    def read(self) -> tuple[list[str], bool]:
+        """The lines since the last call; all lines, and True, where the file was cut or replaced.
+
+        Raises OSError where the file is gone.
+        """
+        with self.path.open("rb") as file:
+            is_replaced = self._is_replaced(file.fileno())
+            if is_replaced:
+                self._position, self._before = 0, b""
+            file.seek(self._position)
+            data = file.read()
+        whole = data[: max(data.rfind(b"\n"), data.rfind(b"\r", 0, len(data) - 1)) + 1]
+        self._position += len(whole)
+        self._before = (self._before + whole)[-_REMEMBERED_BYTES:]
+        lines = decoded(whole).replace("\r\n", "\n").split("\n")
+        return lines if lines[-1] else lines[:-1], is_replaced
+
+    def _is_replaced(self, descriptor: int) -> bool:
+        status = os.fstat(descriptor)
+        known, self._inode = self._inode, status.st_ino
+        if known is None or self._position == 0:
+            return False
+        if known != status.st_ino:
+            return True
+        place = self._position - len(self._before)
+        return os.pread(descriptor, len(self._before), place) != self._before
+
+
+def all_lines(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every line of a file, and whether it has its end."""
+    with path.open("rb") as file:
+        for line in file:
+            yield decoded(line).rstrip("\r\n"), line.endswith(b"\n")
+
+
+def decoded(data: bytes) -> str:
+    """Text of any bytes: those that are no UTF-8 are replaced, colors of a terminal left out."""
+    return _COLOR.sub("", data.decode("utf-8", "replace").removeprefix("\ufeff"))
 
 
 class LineLog(Log):
@@ -41,14 +98,14 @@ class LineLog(Log):
 
     def poll(self) -> News:
         """The signals of the lines that were appended since the last call."""
-        new = self._tail.read()
-        if new.is_replaced:
+        lines, is_replaced = self._tail.read()
+        if is_replaced:
             self._reader = self._make_reader()
-        signals = [found for line in new.lines for found in self._reader.feed(line)]
-        if not new.lines:  # nothing follows, so the last record is whole
+        signals = [found for line in lines for found in self._reader.feed(line)]
+        if not lines:  # nothing follows, so the last record is whole
             signals += self._reader.finish()
         self.total_steps = self._reader.total_steps
-        return News(signals, new.is_replaced)
+        return News(signals, is_replaced)
 
 
 class DocumentLog(Log):
@@ -56,7 +113,7 @@ class DocumentLog(Log):
 
     def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
         super().__init__(path, "")
-        self._columns = dict(columns)
+        self._columns = columns
         self._known: list[LogSignals] = []  # what ``poll`` has returned
         self._state: tuple[int, int, int] | None = None
         self._load()

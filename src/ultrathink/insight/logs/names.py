@@ -73,29 +73,11 @@ ROLES = {
     for name in names.split()
 }
 # The time of a line, or the position in the data: no figures of the training.
-_CLOCKS = frozenset(
-    [
-        "time",
-        "timestamp",
-        "_timestamp",
-        "_runtime",
-        "wall_time",
-        "walltime",
-        "date",
-        "datetime",
-        "line",
-        "time_elapsed",
-        "elapsed",
-        "train_time",
-        "tokens",
-        "num_tokens",
-        "total_tokens",
-        "consumed_samples",
-        "consumed_tokens",
-        "throughput/total_tokens",
-        "runtime",
-    ]
-)
+_CLOCKS = frozenset((
+    "time", "timestamp", "_timestamp", "_runtime", "wall_time", "walltime", "date", "datetime",
+    "line", "time_elapsed", "elapsed", "train_time", "tokens", "num_tokens", "total_tokens",
+    "consumed_samples", "consumed_tokens", "throughput/total_tokens", "runtime",
+))  # fmt: skip
 TRAINING = ("train", "training", "fit", "tr")
 VALIDATION = ("val", "valid", "validation", "eval", "evaluation", "dev", "validate", "test")
 SPLITS = (*TRAINING, *VALIDATION)
@@ -154,6 +136,7 @@ class Meaning:
     is_perplexity: bool = False  # whose logarithm is the loss
 
 
+@lru_cache(maxsize=4096)
 def plain(name: str) -> str:
     """A name in lower case, each run of signs as one underscore: ``lm loss`` is ``lm_loss``."""
     text = re.sub(r"[^a-z0-9/]+", "_", name.strip().lower().replace("%", " percent"))
@@ -172,18 +155,16 @@ def qualified(name: str, split: str) -> str:
     return name if not split or words_of(name)[1] else f"{split}_{name}"
 
 
-def factor_of(signal: str, unit: str) -> float | None:
-    """What a value in ``unit`` is multiplied by; None where the signal is not measured in it."""
+def factor_of(signal: str, unit: str, otherwise: float = 1.0) -> float | None:
+    """What a value in ``unit`` is multiplied by: ``otherwise`` where that is no unit.
+
+    None where the signal is not measured in it.
+    """
+    if not unit or (unit in ("%", ",") and signal not in ALIASES):
+        return otherwise
+    if unit == "," and signal in _WITH_COMMAS:
+        return otherwise
     return _MEASURED_IN.get(signal, {}).get(unit.lower())
-
-
-def is_in_unit(signal: str, unit: str) -> bool:
-    """Whether values in ``unit`` are values of the signal."""
-    if unit in ("%", ",") and signal not in ALIASES:
-        return True
-    return (
-        not unit or factor_of(signal, unit) is not None or (unit == "," and signal in _WITH_COMMAS)
-    )
 
 
 def meaning_of(name: str, extra: Mapping[str, Meaning] | None = None) -> Meaning | None:
@@ -211,9 +192,8 @@ def meaning_of(name: str, extra: Mapping[str, Meaning] | None = None) -> Meaning
         known = Meaning(_SINCE_LAST[key], since_last=True)
     else:
         known = Meaning(*(_known(key) or (shown, 0)))
-    if not is_in_unit(known.signal, unit):
-        return Meaning(shown)
-    return replace(known, factor=known.factor * (factor_of(known.signal, unit) or 1.0))
+    factor = factor_of(known.signal, unit)
+    return Meaning(shown) if factor is None else replace(known, factor=known.factor * factor)
 
 
 def given_meaning(name: str, signal: str) -> Meaning:

@@ -8,18 +8,16 @@ from functools import partial
 from pathlib import Path
 
 from ultrathink.core.errors import closest
-from ultrathink.insight.logs.files import DocumentLog, open_lines, our_log
+from ultrathink.data.file_kinds import GZIP, kind_of
+from ultrathink.insight.logs.files import DocumentLog, all_lines, decoded, open_lines, our_log
 from ultrathink.insight.logs.formats import line_format, parse_line, prefix_of
 from ultrathink.insight.logs.log import Log, LogError, NotYetError
 from ultrathink.insight.logs.run_folder import RunFolderLog
 from ultrathink.insight.logs.tables import NAMES, find_table
-from ultrathink.insight.logs.tail import all_lines, beginning, decoded
 from ultrathink.monitoring.jsonl import METRICS_FILE, parse_object
 from ultrathink.runs.folder import RunFolder
 
-_PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2"}
-_PACKED |= {b"\xfd7zXZ": "xz", b"(\xb5/\xfd": "zstd"}
-_WIDE = (b"\xff\xfe", b"\xfe\xff")
+_SAMPLE_BYTES = 2**20
 _KINDS = (
     "a run folder, metrics.jsonl, trainer_state.json, CSV, Megatron's JSON, lines of JSON, or what "
     "trainers print (llm.c, DeepSpeed, Megatron-LM, nanoGPT, torchtitan, OLMo)"
@@ -40,7 +38,8 @@ def open_log(path: str | Path, columns: Mapping[str, str] | None = None) -> Log:
         return _open_folder(place, given)
     if not place.exists():
         raise NotYetError(f"there is no file {str(path)!r}{_nearest(place)}")
-    data = beginning(place)
+    with place.open("rb") as file:
+        data = file.read(_SAMPLE_BYTES)
     if not data.strip():
         raise NotYetError(f"{place} is empty: there is nothing to watch yet.")
     _refuse_binary(place, data)
@@ -53,11 +52,10 @@ def open_log(path: str | Path, columns: Mapping[str, str] | None = None) -> Log:
 def _recognized(path: Path, lines: list[str], columns: dict[str, str]) -> Log:
     first = next(line for line in lines if line.strip()).strip()
     row = parse_object(first) if first[0] == "{" else None
-    if row is not None and not columns and _is_ours(row):
+    is_ours = row is not None and {"step", "time"} <= row.keys() and not columns
+    if row is not None and is_ours and row.get("split") in ("train", "val"):
         return our_log(path)
-    if row is not None and _is_document(row):
-        return DocumentLog(path, columns)
-    if first in ("{", "["):
+    if first in ("{", "[") or (row is not None and _is_document(row)):
         return DocumentLog(path, columns)
     table = find_table(lines) if first[0] != "{" else None
     known = None
@@ -71,10 +69,6 @@ def _recognized(path: Path, lines: list[str], columns: dict[str, str]) -> Log:
     if first[0] in "{[" and not prefix_of(first):
         return DocumentLog(path, columns)
     raise NotYetError(f"{path} is no training log that is known here; known are {_KINDS}.")
-
-
-def _is_ours(row: dict[str, object]) -> bool:
-    return {"step", "split", "time"} <= row.keys() and row["split"] in ("train", "val")
 
 
 def _is_document(row: dict[str, object]) -> bool:
@@ -104,13 +98,13 @@ def _open_folder(folder: Path, columns: dict[str, str]) -> Log:
 
 
 def _refuse_binary(path: Path, data: bytes) -> None:
-    for mark, name in _PACKED.items():
-        if data.startswith(mark):
-            raise LogError(f"{path} is packed ({name}); unpack it first.")
-    if data.startswith(_WIDE):
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise LogError(f"{path} is text in UTF-16; write it in UTF-8 first.")
-    if b"\0" in data:
-        raise LogError(f"{path} is a binary file, no training log; known are {_KINDS}.")
+    gzip = ("compressed by gzip", "decompress it first: gunzip {}")
+    if found := gzip if data.startswith(GZIP) else kind_of(data):
+        kind, advice = found
+        fix = advice.format(path) if "first" in advice else f"known are {_KINDS}"
+        raise LogError(f"{path} is {kind}, no training log; {fix}.")
 
 
 def _nearest(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any
@@ -22,7 +23,6 @@ from ultrathink.insight.logs.names import (
     factor_of,
     given_meaning,
     is_absent,
-    is_in_unit,
     is_telling,
     meaning_of,
     plain,
@@ -50,13 +50,12 @@ class Columns:
         extra: Mapping[str, Meaning] | None = None,
     ) -> None:
         self.given = {column: signal for signal, column in (given or {}).items()}
-        self._extra = dict(extra or {})
+        self._extra = extra or {}
         self._meanings: dict[str, Meaning | None] = {}
         self._owners: dict[str, str] = {}  # signal -> the column that it is read from
-        self._roles: dict[str, str] = {}
         self._sources: dict[str, str] = {}  # the first one of each column of sources
         sample = [part for row in rows for part in by_run(row, self.given)]
-        self._summaries = [row for row in sample if is_summary(row)]
+        self._summary = next((row for row in sample if is_summary(row)), None)
         sample = [row for row in sample if not is_summary(row)]
         self._seen = {name: None for row in sample for name in row}  # in order
         cells = {name: [row.get(name) for row in sample] for name in self._seen}
@@ -81,13 +80,10 @@ class Columns:
 
     def role(self, name: str) -> str:
         """What a column says of where its row belongs, as in ``ROLES``; empty for a figure."""
-        if name not in self._roles:
-            found = self._meaning(name)
-            role = (
-                STEP if found is not None and found.signal == STEP else ROLES.get(plain(name), "")
-            )
-            self._roles[name] = "run" if self.given.get(name) == "run" else role
-        return self._roles[name]
+        if self.given.get(name) == "run":
+            return "run"
+        found = self._meaning(name)
+        return STEP if found is not None and found.signal == STEP else ROLES.get(plain(name), "")
 
     def value(self, row: Row, role: str) -> Any:
         """The value of the first column with a role; None where the row has none."""
@@ -145,18 +141,19 @@ class Columns:
             raise LogError(f"{path} {WRITERS}")
         if is_known or any(is_telling(signal) for signal in self._owners):
             return
-        if self._summaries and not self._seen:
-            loss = quantity(self._summaries[0].get("train_loss"))[0]
+        if self._summary and not self._seen:
+            loss = quantity(self._summary.get("train_loss"))[0]
             held = "" if loss is None else f" (train_loss {loss:.4g})"
             raise LogError(
                 f"{path} holds only the final summary{held}, and no step; let the trainer log "
                 f"steps: logging_steps=10"
             )
-        shown = list(self._seen)[:_MAX_SHOWN]
-        more = f" and {len(self._seen) - len(shown)} more" if len(self._seen) > len(shown) else ""
+        hidden = len(self._seen) - _MAX_SHOWN
+        more = f" and {hidden} more" if hidden > 0 else ""
         raise LogError(
             f"{path}: none of the columns is known as a loss or a gradient norm; seen: "
-            f"{', '.join(shown) or 'none'}{more}. Name them: --columns loss=COLUMN,step=COLUMN"
+            f"{', '.join(list(self._seen)[:_MAX_SHOWN]) or 'none'}{more}. Name them: "
+            f"--columns loss=COLUMN,step=COLUMN"
         )
 
     def _shape(self, row: Row) -> frozenset[str]:
@@ -171,7 +168,7 @@ class Columns:
                 if self.role(name) or quantity(value)[0] is None:
                     continue
                 found = self._meaning(full := qualified(name, split))
-                if found is None or not is_in_unit(found.signal, quantity(value)[1]):
+                if found is None or factor_of(found.signal, quantity(value)[1]) is None:
                     continue
                 if found.rank < ranks.get(found.signal, 10**6):
                     ranks[found.signal], self._owners[found.signal] = found.rank, full
@@ -249,8 +246,8 @@ class Reader:
 
     def take(self, row: Row) -> list[LogSignals]:
         """The signals of a row, in each run that it has figures of."""
-        parts = [self._signals(part) for part in by_run(row, self._columns.given)]
-        return [part for part in parts if part is not None]
+        parts = by_run(row, self._columns.given)
+        return [found for part in parts if (found := self._signals(part)) is not None]
 
     def finish(self) -> list[LogSignals]:
         """The record that was waiting for more lines."""
@@ -269,7 +266,6 @@ class Reader:
         return notes
 
     def _left_out(self, text: str) -> None:
-        """Note a line or a cell that was not understood."""
         self.num_unread += bool(text)
         self._first_unread = self._first_unread or text[:80]
 
@@ -334,17 +330,17 @@ class Reader:
             number = math.nan
         if number is None and isinstance(cell, str) and column is not None and not is_absent(cell):
             self._left_out(f"{name}: {cell}" if column.signal in ALIASES else "")
-        if (
-            column is None
-            or number is None
-            or (math.isnan(number) and name in self._columns.sparse)
-        ):
+        if column is None or number is None:
             return None
-        if not is_in_unit(column.signal, unit):  # another figure
+        if math.isnan(number) and name in self._columns.sparse:
+            return None
+        factor = factor_of(column.signal, unit, column.factor)
+        if factor is None:  # another figure
             column = self._columns.column(f"{full} ({unit.replace(',', 'with commas')})")
             if column is None:
                 return None
-        value = number * (factor_of(column.signal, unit) or column.factor)
+            factor = column.factor
+        value = number * factor
         if column.is_perplexity:
             value = math.log(value) if value > 0 else math.nan
         return column.signal, value, column.since_last
@@ -363,18 +359,17 @@ class _Run:
 
     def __init__(self, *, is_one_run: bool) -> None:
         self.order = StepOrder(is_one_run=is_one_run)
-        self._sums: dict[tuple[int, str], float] = {}
+        self._sums: defaultdict[tuple[int, str], float] = defaultdict(float)
         self._has_grad_norm = False
         self._epochs: list[float] = []  # of the rows that were counted as steps
         self._offsets: dict[int, int] = {}  # steps of earlier epochs, where each counts its own
-        self._last: tuple[int, int, int] | None = (
-            None  # epoch, step in it, steps since the last one
-        )
+        # The epoch, the step in it, and the steps since the one before.
+        self._last: tuple[int, int, int] | None = None
 
     def summed(self, signal: str, count: float) -> float:
         """How many there were so far, with those since the last line."""
         key = self.order.run, signal
-        self._sums[key] = self._sums.get(key, 0.0) + (count if math.isfinite(count) else 0.0)
+        self._sums[key] += count if math.isfinite(count) else 0.0
         return self._sums[key]
 
     def count(self, epoch: float | None, *, is_step: bool) -> int:

@@ -8,9 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from ultrathink.insight.events import read_events
-from ultrathink.insight.logs.files import our_log
+from ultrathink.insight.logs.files import Tail, our_log
 from ultrathink.insight.logs.log import Log, LogSignals, News
-from ultrathink.insight.logs.tail import Tail
 from ultrathink.monitoring.expert_figures import figures_of
 from ultrathink.monitoring.jsonl import parse_object
 from ultrathink.runs.folder import RunFolder
@@ -34,13 +33,20 @@ class RunFolderLog(Log):
         experts = _figures_by_step(self._reader.rows(self._reader.run.experts))
         for signals in self._metrics.signals():
             yield _joined(signals, experts)
-        self.notes = [*self._metrics.notes, *_alarms_while_training(self._reader)]
+        self.notes = list(self._metrics.notes)
+        if count := sum(event.is_alarm for event in read_events(self._reader)):
+            alarms = f"{count:,} alarm{'' if count == 1 else 's'}"
+            name = self._reader.run.events.name
+            self.notes.append(
+                f"During training, the run checked every step and raised {alarms}; see {name}."
+            )
 
     def poll(self) -> News:
         """What was appended to either file; figures of experts that come late come alone."""
         new = self._metrics.poll()
         with suppress(FileNotFoundError):
-            self._waiting |= _figures_by_step(map(parse_object, self._experts.read().lines))
+            lines, _ = self._experts.read()
+            self._waiting |= _figures_by_step(map(parse_object, lines))
         if new.is_replaced:
             self._last_step = 0
         signals = [_joined(found, self._waiting) for found in new.signals]
@@ -51,14 +57,6 @@ class RunFolderLog(Log):
             [*signals, *(LogSignals(step, self._waiting.pop(step)) for step in late)],
             new.is_replaced,
         )
-
-
-def _alarms_while_training(reader: RunReader) -> list[str]:
-    """The number of alarms that the run raised: it saw the steps between the logged ones too."""
-    count = sum(event.is_alarm for event in read_events(reader))
-    alarms = f"{count:,} alarm{'' if count == 1 else 's'}"
-    name = reader.run.events.name
-    return [f"It saw every step as it trained, and raised {alarms}: {name}"] if count else []
 
 
 def _figures_by_step(rows: Iterable[dict[str, Any] | None]) -> dict[int, dict[str, float]]:

@@ -113,14 +113,12 @@ def scale_of(
         ratio = max(float(values.max() / values.min()), 1.02) ** 0.04
         return Scale(float(values.min()) / ratio, float(values.max()) * ratio, True)
     ends: list[float] = []
-    for curve in raw:
-        values = curve.finite.values
-        values = values[len(values) // _START :]
-        if len(values):
-            ends += np.percentile(values, [_OUTLYING, 100 - _OUTLYING]).tolist()
-    for curve in whole:
-        values = curve.finite.values
-        ends += values[len(values) // _START :].tolist()
+    for curves, outlying in ((raw, _OUTLYING), (whole, 0.0)):
+        for curve in curves:
+            values = curve.finite.values
+            if len(values):
+                values = values[len(values) // _START :]
+                ends += np.percentile(values, [outlying, 100 - outlying]).tolist()
     if not ends:
         return None
     low, high = min(ends), max(ends)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ultrathink.insight.log_analysis import LogAnalysis, Point
+from ultrathink.insight.log_analysis import LogAnalysis
 from ultrathink.insight.logs.log import Log, LogSignals
+from ultrathink.monitoring.plot import Point
 from ultrathink.orchestrator.events import Event
 from ultrathink.orchestrator.forecast import Forecast
 from ultrathink.orchestrator.phases import Phase

@@ -6,6 +6,7 @@ Shapes: S logged steps, L layers with experts, N slots of one group, C columns o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ class GroupCourse:
     course_active: Booleans  # [C, N]
     late: Floats  # [L, N]: tokens in the last tenth of the logged steps
     late_active: Booleans  # [L, N]
-    layers: tuple[int, ...]  # indices
     gini: float | None  # the largest of any layer at the end
     num_dead: int  # experts of all layers without a token in the last tenth
 
@@ -54,23 +54,19 @@ def read_loads(reader: RunReader) -> list[GroupCourse]:
 
 def _groups(row: dict[str, Any]) -> dict[str, Any]:
     groups = row.get("groups")
-    if not isinstance(groups, dict):
-        return {}
-    return {name: g for name, g in groups.items() if isinstance(g, dict) and _is_grid(g)}
+    return {} if not isinstance(groups, dict) else {n: g for n, g in groups.items() if _is_grid(g)}
 
 
-def _is_grid(group: dict[str, Any]) -> bool:
-    load = group.get("load")
+def _is_grid(group: Any) -> bool:
+    load = group.get("load") if isinstance(group, dict) else None
     return isinstance(load, list) and bool(load) and all(isinstance(row, list) for row in load)
 
 
 def _slim(row: dict[str, Any]) -> dict[str, Any]:
     """The parts of a line that are drawn: a long run has many lines."""
     groups = _groups(row)
-    layers = row.get("layers")
     return {
         "step": row["step"],
-        "layers": tuple(layers) if isinstance(layers, list) else (),
         "loads": {str(name): _load(group["load"]) for name, group in groups.items()},
         "gini": {str(name): group.get("gini") for name, group in groups.items()},
     }
@@ -84,11 +80,8 @@ def _load(rows: list[list[Any]]) -> npt.NDArray[np.float32]:
             return grid
     except (TypeError, ValueError):  # layers of other lengths, or no numbers
         pass
-    width = max(len(row) for row in rows)
-    grid = np.full((len(rows), width), np.nan, np.float32)
-    for number, row in enumerate(rows):
-        grid[number, : len(row)] = [np.nan if finite_number(x) is None else x for x in row]
-    return grid
+    cells = [[np.nan if finite_number(x) is None else x for x in row] for row in rows]
+    return np.array(list(zip_longest(*cells, fillvalue=np.nan)), np.float32).T
 
 
 def _course(name: str, rows: list[dict[str, Any]]) -> GroupCourse:
@@ -99,20 +92,17 @@ def _course(name: str, rows: list[dict[str, Any]]) -> GroupCourse:
         load = row["loads"][name]
         loads[number, : load.shape[0], : load.shape[1]] = load
     parts = np.array_split(np.arange(len(rows)), min(MOST_COLUMNS, len(rows)))
-    columns = [_over_even(*_summed(loads[part])) for part in parts]
+    courses, there = zip(*(_over_even(*_summed(loads[part])) for part in parts), strict=True)
     late = loads[-max(1, round(_LATE * len(rows))) :]
     total, active = _summed(late)
-    ginis = [
-        value for x in rows[-1]["gini"].get(name) or () if (value := finite_number(x)) is not None
-    ]
+    ginis = map(finite_number, rows[-1]["gini"].get(name) or ())
     return GroupCourse(
         name=name,
         steps=np.array([row["step"] for row in rows], float),
-        course=np.stack([ratio for ratio, _ in columns]),
-        course_active=np.stack([there for _, there in columns]),
+        course=np.stack(courses),
+        course_active=np.stack(there),
         late=total,
         late_active=active,
-        layers=rows[-1]["layers"] or tuple(range(height)),
         gini=max((gini for gini in ginis if gini is not None), default=None),
         num_dead=int((active & (total == 0)).sum()),
     )

@@ -11,7 +11,6 @@ from markupsafe import Markup
 
 # A control character has no place in HTML; its picture shows that it was there.
 _PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
-_SURROGATE = 0xFFFD
 NOTHING = "\u2013"  # a dash, where there is no value
 
 
@@ -48,9 +47,7 @@ def _shown(value: Any) -> Any:
 def clean(text: str) -> str:
     """``text`` without what HTML may not hold: control characters, lone surrogates."""
     shown = text.replace("\r\n", "\n").translate(_PICTURES)
-    if shown.isascii():
-        return shown
-    return "".join(chr(_SURROGATE) if "\ud800" <= c <= "\udfff" else c for c in shown)
+    return shown.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def units(share: float) -> str:
@@ -81,12 +78,10 @@ def figure(value: float | None, digits: int = 4) -> str:
 
 def short(value: float, digits: int = 4) -> str:
     """A number as ``figure`` has it, without zeros at the end: ``0.0015``, ``7.1``."""
-    text = figure(value, digits)
-    if "." not in text or "e" in text:
-        mantissa, e, power = text.partition("e")
-        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
-        return f"{mantissa}{e}{power}"
-    return text.rstrip("0").rstrip(".")
+    mantissa, e, power = figure(value, digits).partition("e")
+    if "." in mantissa:
+        mantissa = mantissa.rstrip("0").rstrip(".")
+    return f"{mantissa}{e}{power}"
 
 
 def signed(value: float, decimals: int) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from ultrathink.insight.plain import without_nan
+from pydantic_core import to_jsonable_python
+
 from ultrathink.insight.report.gathering import Story
 
 
@@ -51,5 +52,5 @@ def to_json(story: Story) -> dict[str, Any]:
         "changed_settings": {one.key: one.value for one in story.changed},
         "notes": story.notes,
     }
-    cleaned: dict[str, Any] = without_nan(found)
-    return cleaned
+    plain: dict[str, Any] = to_jsonable_python(found, inf_nan_mode="null")
+    return plain

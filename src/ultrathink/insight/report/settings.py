@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from ultrathink.config.reflection import field_at
 from ultrathink.config.root import DEFAULT
@@ -56,18 +55,11 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _origin(key: str, origins: Mapping[str, str]) -> str:
     """The origin of a value, of the part that it belongs to, or of a value in it."""
-    place = key
-    while place:
-        if place in origins:
-            return _short(origins[place])
-        place = place.rpartition(".")[0]
-    inside = next((origins[other] for other in origins if other.startswith(f"{key}.")), DEFAULT)
-    return _short(inside)
-
-
-def _short(origin: str) -> str:
-    """The text of an override repeats the value; a long origin is cut."""
-    if origin.startswith("override "):
+    parts = key.split(".")
+    places = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    places += [other for other in origins if other.startswith(f"{key}.")]
+    origin = next((origins[place] for place in places if place in origins), DEFAULT)
+    if origin.startswith("override "):  # whose text repeats the value
         return "override"
     return origin if len(origin) <= _LONGEST_ORIGIN else f"{origin[: _LONGEST_ORIGIN - 1]}…"
 
@@ -75,21 +67,12 @@ def _short(origin: str) -> str:
 def _default(key: str, tree: Mapping[str, Any]) -> Any:
     """The default of a value as plain data; ``NONE`` where it has none."""
     path = key.split(".")
+    is_type = path[-1] == "type"  # of a registered part
     try:
-        if path[-1] == "type":  # of a registered part
-            found = field_at(Config, path[:-1], tree)
-            return getattr(found[1].default, "type", NONE) if found else NONE
-        found = field_at(Config, path, tree)
+        found = field_at(Config, path[:-1] if is_type else path, tree)
     except (KeyError, TypeError, AttributeError):  # the part of a plugin that is not loaded
         return NONE
-    if found is None or found[1].default is PydanticUndefined:
-        return NONE
-    return _plain(found[1].default)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    if isinstance(value, tuple | list):
-        return [_plain(entry) for entry in value]
-    return value if value is None or isinstance(value, int | float | bool | dict) else str(value)
+    default = PydanticUndefined if found is None else found[1].default
+    if is_type:
+        return getattr(default, "type", NONE)
+    return NONE if default is PydanticUndefined else to_jsonable_python(default, fallback=str)

@@ -12,7 +12,7 @@ from ultrathink.config.schema import Config
 from ultrathink.config.training import TrainingConfig
 from ultrathink.core.divisors import largest_divisor
 from ultrathink.core.random import seed_everything
-from ultrathink.data.loader import Batches, Share, TrainLoader
+from ultrathink.data.loader import Share, TrainLoader
 from ultrathink.data.prepare import PreparedData
 from ultrathink.data.tokenizers.base import behavior_hash
 from ultrathink.data.validation import ValidationSet
@@ -142,7 +142,7 @@ def _settings(training: TrainingConfig, dims: ParallelDims) -> LiveSettings:
     )
 
 
-def _identity(data: PreparedData, loader: Batches, models: ModelSet) -> dict[str, Any]:
+def _identity(data: PreparedData, loader: TrainLoader, models: ModelSet) -> dict[str, Any]:
     """Hashes of the data and of frozen models, which must not change when a run is resumed."""
     return {
         "frozen_hash": models.frozen_hash,

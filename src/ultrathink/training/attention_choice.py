@@ -54,7 +54,16 @@ def choose_attention(
 def _remembered_trial(config: Config, dtype: torch.dtype, compiled: bool) -> dict[str, float]:
     """Seconds by backend, from the cache if the same setting was tried before."""
     file = cache_folder(config.data.cache_dir) / _FILE
-    key = json.dumps(_setting(config, dtype, compiled))
+    setting = (  # everything that the times depend on
+        hardware()["cpu"],
+        torch.get_num_threads(),
+        torch.__version__,
+        str(dtype),
+        compiled,
+        _isolates(config),
+        *_shape(config),
+    )
+    key = json.dumps(setting)
     known = _read(file)
     if key not in known:
         known = {**known, key: try_backends(config, dtype, compiled)}
@@ -70,19 +79,6 @@ def _read(file: Path) -> dict[str, dict[str, float]]:
     except (OSError, ValueError):
         return {}
     return known if isinstance(known, dict) else {}
-
-
-def _setting(config: Config, dtype: torch.dtype, compiled: bool) -> list[object]:
-    """Everything that the times depend on."""
-    return [
-        hardware()["cpu"],
-        torch.get_num_threads(),
-        torch.__version__,
-        str(dtype),
-        compiled,
-        _isolates(config),
-        *_shape(config),
-    ]
 
 
 def _isolates(config: Config) -> bool:

@@ -18,7 +18,7 @@ from ultrathink.parallel.mesh import ONE_PROCESS, ParallelDims
 from ultrathink.parallel.world import ALONE, World
 from ultrathink.training.attention_choice import choose_attention
 from ultrathink.training.budget import planned_steps
-from ultrathink.training.compiling import planned_seconds, should_compile
+from ultrathink.training.compiling import planned_seconds, refuse_selective, should_compile
 from ultrathink.training.determinism import set_deterministic
 from ultrathink.training.hardware import (
     DTYPES,
@@ -101,12 +101,8 @@ def choose(
     compiled, compile_reason, is_warning = should_compile(
         training, device, planned_flops=planned_flops, peak_flops=reckoned
     )
-    if compiled and training.activation_checkpointing == "selective":
-        raise ConfigError(
-            "training.activation_checkpointing = 'selective': a compiled step recomputes what is "
-            "cheap by itself, and would hold more than with none; use full, none, or "
-            "training.compile=false."
-        )
+    if compiled:
+        refuse_selective(training.activation_checkpointing)
     chosen: dict[str, tuple[object, str]] = {}
     if training.device == "auto":
         chosen["training.device"] = (str(device), "the first available of cuda, mps, cpu")

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ultrathink.config.training import TrainingConfig
+from ultrathink.core.errors import ConfigError
 from ultrathink.data.cache import cache_folder
 from ultrathink.model.transformer import Transformer
 
@@ -90,9 +91,14 @@ def compiler_problem() -> str | None:
     return None
 
 
-def has_cpp_compiler() -> bool:
-    """Whether everything needed to compile for the CPU is installed."""
-    return compiler_problem() is None
+def refuse_selective(checkpointing: str) -> None:
+    """ConfigError if a compiled run is to use selective activation checkpointing."""
+    if checkpointing == "selective":
+        raise ConfigError(
+            "training.activation_checkpointing = 'selective': a compiled step recomputes what is "
+            "cheap by itself, and would hold more than with none; use full, none, or "
+            "training.compile=false."
+        )
 
 
 def compile_cache_folder() -> Path:
@@ -125,32 +131,24 @@ class Compilation:
         return compile_function(function) if self.is_on and self.by_blocks else function
 
     def of_model(self, model: Transformer) -> None:
-        """Compile the blocks of ``model`` in place, if blocks are compiled separately."""
-        if self.is_on and self.by_blocks:
-            compile_blocks(model)
+        """Compile the blocks of ``model`` and the loss of its head in place, if separately."""
+        if not (self.is_on and self.by_blocks):
+            return
+        # Methods, not modules: the modules' hooks gather weights, and torch.compile's prefix must
+        # not reach checkpoints.
+        for block in model.blocks:
+            is_frozen = not any(parameter.requires_grad for parameter in block.parameters())
+            compiled = compile_function if is_frozen else partial(_while_training, block)
+            block.forward = compiled(block.forward)
+        model.head_loss = _while_training(model, model.head_loss)  # type: ignore[method-assign]
 
 
 EAGER = Compilation(is_on=False)
 
 
-def compile_blocks(model: Transformer) -> None:
-    """Compile each block of ``model`` separately, in place, and the loss of its head.
-
-    For a sharded model, whose processes exchange weights between blocks.
-    """
-    _prepare_compiler()
-    # Methods, not modules: the modules' hooks gather weights, and torch.compile's prefix must not
-    # reach checkpoints.
-    for block in model.blocks:
-        is_frozen = not any(parameter.requires_grad for parameter in block.parameters())
-        compiled = compile_function if is_frozen else partial(_while_training, block)
-        block.forward = compiled(block.forward)
-    model.head_loss = _while_training(model, model.head_loss)  # type: ignore[method-assign]
-
-
 def _while_training(module: nn.Module, method: Callable[..., Any]) -> Callable[..., Any]:
     """``method``, compiled in training mode only: validation has batches of many shapes."""
-    compiled: Callable[..., Any] = torch.compile(method, fullgraph=True, dynamic=False)
+    compiled = compile_function(method)
 
     def call(*args: Any, **options: Any) -> Any:
         return (compiled if module.training else method)(*args, **options)

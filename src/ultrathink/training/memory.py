@@ -38,10 +38,14 @@ def host_memory_in_use(num_processes: int = 1) -> dict[str, float]:
     limit, space = _host_memory(), _address_space()
     if limit is not None:
         limit /= num_processes
+    import psutil
+
+    used = psutil.Process().memory_info()
     if space is not None and (limit is None or space < limit):
-        return {"memory": _statm()[0] * _page_size() / _GIB, "memory_limit": space}
-    used = {"memory": _resident_bytes() / _GIB}
-    return used if limit is None else {**used, "memory_limit": limit}
+        return {"memory": used.vms / _GIB, "memory_limit": space}
+    # The process's own pages: those of memory-mapped files, such as data, do not count.
+    own = {"memory": (used.rss - getattr(used, "shared", 0)) / _GIB}
+    return own if limit is None else {**own, "memory_limit": limit}
 
 
 def memory_share() -> float:
@@ -51,32 +55,12 @@ def memory_share() -> float:
     return max(found["memory"], found.get("memory_peak", 0.0)) / limit if limit else 0.0
 
 
-def _resident_bytes() -> int:
-    """This process's own pages: those of memory-mapped files, such as data, do not count."""
-    try:
-        _, resident, shared, *_ = _statm()
-        return (resident - shared) * _page_size()
-    except OSError:  # not Linux
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak * (1 if sys.platform == "darwin" else 1024)
-
-
-def _statm() -> list[int]:
-    """Numbers of pages: address space, resident, shared, and more."""
-    return [int(word) for word in Path("/proc/self/statm").read_text(encoding="ascii").split()]
-
-
 def _address_space() -> float | None:
     """The limit of the address space in GiB, if Linux sets one."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if sys.platform != "linux" or limit == resource.RLIM_INFINITY:
         return None
     return limit / _GIB
-
-
-@cache
-def _page_size() -> int:
-    return os.sysconf("SC_PAGE_SIZE")
 
 
 @cache

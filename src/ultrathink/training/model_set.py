@@ -15,7 +15,7 @@ from ultrathink.core.random import random_state, set_random_state
 from ultrathink.model.output import ModelOutput
 from ultrathink.model.transformer import Transformer, transformers_in
 from ultrathink.parallel.sharding import Accumulation, release
-from ultrathink.training.compiling import EAGER, Compilation
+from ultrathink.training.compiling import EAGER, Compilation, refuse_selective
 
 MAIN = "model"  # the module that is validated, exported and sampled from
 
@@ -97,6 +97,7 @@ class ModelSet:
     trained: Mapping[str, TrainedModule]  # ``MAIN`` first, then by the objective's names
     frozen: Mapping[str, FrozenModel] = field(default_factory=dict)  # by the objective's names
     frozen_hash: str | None = None  # of their weights, which checkpoints do not hold
+    is_compiled: bool = False
 
     def __post_init__(self) -> None:
         assert next(iter(self.trained)) == MAIN, "the main module comes first"
@@ -140,7 +141,10 @@ class ModelSet:
             module.train()
 
     def set_activation_checkpointing(self, mode: str) -> None:
-        """Set the activation checkpointing of all trained modules from now on."""
+        """Set the activation checkpointing of all trained modules from now on; ConfigError if they
+        are compiled and it is selective."""
+        if self.is_compiled:
+            refuse_selective(mode)
         for module in self.modules.values():
             for model in transformers_in(module):
                 model.set_activation_checkpointing(mode)

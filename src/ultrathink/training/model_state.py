@@ -97,7 +97,9 @@ class SettingsState:
         for name, (_, current) in self.settings.optimizer_params.items():
             set_option(self.optimizers, name, current)
         self.models.set_activation_checkpointing(self.settings.activation_checkpointing)
-        self.fit_micro_batch()  # there may have been another number of processes
+        # There may have been another number of processes.
+        size = largest_divisor(self.share, self.settings.micro_batch_size)
+        self.settings.micro_batch_size = size
 
     def roll_back(self, state: State) -> None:
         """Roll back, except for settings that save memory: those depend on the machine."""
@@ -105,11 +107,6 @@ class SettingsState:
         values["micro_batch_size"] = min(self.settings.micro_batch_size, values["micro_batch_size"])
         values["activation_checkpointing"] = self.settings.activation_checkpointing
         self.load_state_dict(values)
-
-    def fit_micro_batch(self) -> None:
-        """Reduce the micro-batch to a divisor of this process's share of the batch."""
-        size = largest_divisor(self.share, self.settings.micro_batch_size)
-        self.settings.micro_batch_size = size
 
 
 @torch.no_grad()

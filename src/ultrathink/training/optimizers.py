@@ -176,11 +176,11 @@ def optimizer_state(
     ``copies`` maps tensors that are updated in place of parameters to the parameters' names.
     """
     names: dict[Tensor, str] = {p: name for name, p in parameters.items()} | dict(copies)
-    state: State = {}
-    for optimizer in optimizers:
-        for parameter, values in optimizer.state.items():
-            state[names[parameter]] = dict(values)
-    return state
+    return {
+        names[parameter]: dict(values)
+        for optimizer in optimizers
+        for parameter, values in optimizer.state.items()
+    }
 
 
 def load_optimizer_state(

@@ -14,7 +14,6 @@ from ultrathink.config.training import TrainingConfig
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.protocols import State, Stateful
 from ultrathink.core.random import seed_everything, step_seed
-from ultrathink.data.batch import Batch
 from ultrathink.data.loader import TrainLoader
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.records import Level, RunInfo
@@ -258,8 +257,13 @@ class Trainer:
         """Time a few real steps and part of a validation, then undo them."""
         before = self.state.copy()
         self.stepper.allocate_state()  # after the copy, which would include its zeros
+
+        def take_step() -> None:
+            batch = self.objective.prepare(self.loader.next_batch(), self.progress.step + 1)
+            self.stepper.take_step(batch, self.settings, 0.0)
+
         step_s = seconds_per_step(
-            lambda: self.stepper.take_step(self._next_batch(), self.settings, 0.0),
+            take_step,
             self.training.max_minutes or 0.0,
             self.world,
             self.device,
@@ -279,7 +283,8 @@ class Trainer:
         data_wait = time.perf_counter() - began
         for note in self.loader.take_notes():
             self._report(note, "warning")
-        lr_factor, with_figures = self.length.lr_factor(step), self._is_logged(step)
+        lr_factor = self.length.lr_factor(step)
+        with_figures = is_logged(step, self.training.log_every, self.length.total_steps)
         self.objective.before_step(step)
         batch = self.objective.prepare(batch, step)
         corrected = lr_factor * self.settings.lr_correction
@@ -318,13 +323,6 @@ class Trainer:
             experts=read_experts(self.model, result, self.dims.dp_group) if with_figures else None,
             memory_share=self._memory_share,
         )
-
-    def _next_batch(self) -> Batch:
-        """A prepared batch for a step that will be undone."""
-        return self.objective.prepare(self.loader.next_batch(), self.progress.step + 1)
-
-    def _is_logged(self, step: int) -> bool:
-        return is_logged(step, self.training.log_every, self.length.total_steps)
 
     def validate(self) -> None:
         """Score the held-out text; the best score so far makes this checkpoint ``best``."""

@@ -54,3 +54,26 @@ class LimitedMemory:
             loss: Tensor = _Needing.apply(sums.loss)
             return sums._replace(loss=loss)
         return sums
+
+
+def keep_gradients(trainer: Trainer, into: dict[str, Tensor]) -> None:
+    """Keep the gradients of the first step, as the optimizers get them."""
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+
+    def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    into.setdefault(names[weight], weight.grad.clone())
+
+    for optimizer in trainer.stepper.optimizers:
+        optimizer.register_step_pre_hook(keep)
+
+
+def assert_same_gradients(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """To 1e-6: of one where numbers are smaller."""
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(
+            found[name], gradient, rtol=0, atol=1e-6 * max(1.0, float(gradient.abs().max()))
+        )

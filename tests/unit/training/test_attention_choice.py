@@ -69,25 +69,20 @@ def test_a_trial_is_made_once_for_each_setting(
     assert len(tried) == 3
 
 
-def test_a_damaged_memory_of_trials_is_created_again(
+def test_a_damaged_cache_is_created_again_and_one_that_cannot_be_written_is_ignored(
     monkeypatch: pytest.MonkeyPatch, config: Config, tmp_path: Path
 ) -> None:
     tried = trials(monkeypatch, sdpa=1.0, blocks=2.0)
-    chosen(config, LONG)
-    file = tmp_path / "cache" / "attention.json"
+    cache = tmp_path / "cache"
+    cache.write_text("a file where the folder would be")
+    assert chosen(config, LONG)[0] == "sdpa"
+    cache.unlink()
+    cache.mkdir()
     for damage in ("{", "[]"):
-        file.write_text(damage)
+        (cache / "attention.json").write_text(damage)
         assert chosen(config, LONG)[0] == "sdpa"
     assert len(tried) == 3
-    assert len(json.loads(file.read_text())) == 1
-
-
-def test_a_cache_that_cannot_be_written_stops_nothing(
-    monkeypatch: pytest.MonkeyPatch, config: Config, tmp_path: Path
-) -> None:
-    trials(monkeypatch, sdpa=1.0, blocks=2.0)
-    (tmp_path / "cache").write_text("a file where the folder would be")
-    assert chosen(config, LONG)[0] == "sdpa"
+    assert len(json.loads((cache / "attention.json").read_text())) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,46 +1,87 @@
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 
 from tests.unit.training.conftest import MakeTrainer
-from tests.unit.training.observers import At, asks, final_state, records, without_time
+from tests.unit.training.limited_memory import LimitedMemory, assert_same_gradients, keep_gradients
+from tests.unit.training.observers import At, Recorder, final_state, records, without_time
 from ultrathink.recipes.resume import resume_trainer
-from ultrathink.training.changes import Stop
-from ultrathink.training.compiling import has_cpp_compiler
+from ultrathink.training.callbacks import StepReport
+from ultrathink.training.changes import SetActivationCheckpointing
+from ultrathink.training.compiling import compiler_problem
+from ultrathink.training.control import TrainerControl
 
 # torch's own compiler uses parts of the standard library that are on their way out.
 pytestmark = [
     pytest.mark.compiled,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler to compile with"),
+    pytest.mark.skipif(compiler_problem() is not None, reason="no C++ compiler to compile with"),
 ]
 
+WORDS = (
+    "model.num_layers=1",
+    "model.attention.backend=blocks",
+    "training.max_steps=4",
+    "training.precision=fp32",
+    "training.optimizer.type=muon",
+    "training.micro_batch_size=4",
+    "training.eval.every_steps=null",
+    "training.checkpoint={every_steps: 2, keep: 9}",
+)
 
-def test_a_compiled_run_resumes_bit_for_bit_and_follows_the_eager_one(
+
+class Graphs(Recorder):
+    """Also counts the graphs that were compiled up to each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: list[int] = []
+
+    def on_step(self, report: StepReport) -> None:
+        super().on_step(report)
+        self.counts.append(counters["stats"]["unique_graphs"])
+
+
+def change(control: TrainerControl) -> None:
+    for mode in ("selective", "full"):
+        control.request(SetActivationCheckpointing(mode), reason="test")
+
+
+def test_a_compiled_run_follows_the_eager_one_in_all_that_happens_to_it(
     make_trainer: MakeTrainer,
 ) -> None:
-    common = (
-        "model.num_layers=1",
-        "training.max_steps=6",
-        "training.precision=bf16",
-        "training.optimizer.type=muon",
-        "training.checkpoint={every_steps: 3, keep: 9}",
-    )
-    compiled = (*common, "training.compile=true", "model.attention.backend=blocks")
+    """A batch that does not fit, a change that is refused, one that compiles again, a resume."""
     counters.clear()
-    whole = make_trainer(*compiled)
-    whole.fit()
-    assert counters["stats"]["unique_graphs"] == 1  # compiled, in one piece, once
-    stopped = make_trainer(*compiled, controllers=[At(step3=asks(Stop()))])
-    assert stopped.fit().name == "stopped"
-    resumed = resume_trainer(stopped.run)
-    assert resumed.fit().name == "finished"
-    assert without_time(records(resumed.run)) == without_time(records(whole.run))
-    one, other = final_state(whole.run), final_state(resumed.run)
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
-    assert not any("_orig_mod" in name for name in one)  # no trace of the compiler
+    seen, gradients = Graphs(), dict[str, Tensor]()
+    compiled = make_trainer(
+        *WORDS, "training.compile=true", callbacks=[seen], controllers=[At(step2=change)]
+    )
+    memory = LimitedMemory(compiled, fits=2, where="backward")
+    keep_gradients(compiled, gradients)
+    compiled.fit()
+    assert memory.tried == [4, *[2] * 8]
+    assert seen.counts == [2, 2, 3, 3]  # each in one piece: of four, of two, and checkpointed
+    [refused] = [text for text in seen.messages if "activation_checkpointing" in text]
+    assert "'selective'" in refused
+    assert "use full, none, or training.compile=false" in refused
+    assert [(one.setting, one.before, one.after) for one in seen.changes] == [
+        ("micro_batch_size", 4, 2),
+        ("activation_checkpointing", "none", "full"),
+    ]
 
-    eager = make_trainer(*common, "training.compile=false")
+    plain, expected = Recorder(), dict[str, Tensor]()
+    eager = make_trainer(*WORDS, "training.compile=false", callbacks=[plain])
+    keep_gradients(eager, expected)
     eager.fit()
-    pairs = zip(records(eager.run), records(whole.run), strict=True)
-    assert all(a["loss"] == pytest.approx(b["loss"], rel=0.02) for a, b in pairs)
+    assert_same_gradients(expected, gradients)
+    losses = [report.loss for report in plain.steps]
+    assert [report.loss for report in seen.steps] == pytest.approx(losses, rel=1e-4)
+
+    rows, state = records(compiled.run), final_state(compiled.run)
+    assert not any("_orig_mod" in name for name in state)  # no trace of the compiler
+    resumed = resume_trainer(compiled.run, "2")
+    assert resumed.fit().name == "finished"
+    assert without_time(records(resumed.run)) == without_time(rows)
+    other = final_state(resumed.run)
+    assert [name for name in state if not torch.equal(state[name], other[name])] == []

@@ -105,21 +105,6 @@ def test_no_bias_moves_in_a_step_that_is_left_out(make_trainer: MakeTrainer) -> 
     assert all(torch.equal(value, before[name]) for name, value in state(trainer).items())
 
 
-def test_biases_even_out_what_the_losses_leave_alone(make_trainer: MakeTrainer) -> None:
-    """With nothing else to balance them, and a router that begins with a favourite."""
-    spread = []
-    for rate in (0.0, 0.05):
-        balance = f"{{load: 0, importance: 0, z: 0, bias_rate: {rate}}}"
-        trainer = make_trainer(*MIXTURE, f"model.moe.balance={balance}", ROUTING)
-        for layer in trainer.model.expert_layers().values():
-            layer.router.selection_bias[0] = 1.0
-        results = take_steps(trainer, 40)
-        load = torch.stack([result.stats["expert_load"] for result in results[-10:]]).sum(0)
-        spread.append(float((load[:, :6].std(1) / load[:, :6].mean(1)).mean()))
-    without, with_bias = spread
-    assert with_bias < 0.5 * without
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_empty_slots_stay_empty(make_trainer: MakeTrainer, optimizer: str) -> None:
     trainer = make_trainer(*FP64, OPTIMIZERS[optimizer])

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.experts import MIXTURE, ROUTING
@@ -15,7 +14,6 @@ from ultrathink.core.errors import ConfigError
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.changes import Rollback, SetActivationCheckpointing, SkipSamples, Stop
-from ultrathink.training.compiling import has_cpp_compiler
 from ultrathink.training.control import TrainerControl
 from ultrathink.training.memory import memory_in_use
 from ultrathink.training.snapshots import Snapshot
@@ -120,35 +118,6 @@ def test_a_level_that_there_is_not_is_refused_at_once(make_trainer: MakeTrainer)
     trainer = make_trainer("training.max_steps=2")
     with pytest.raises(ConfigError, match=r"'ful'\. Did you mean .*full"):
         trainer.control.request(SetActivationCheckpointing("ful"), reason="test")
-
-
-@pytest.mark.compiled
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler to compile with")
-def test_a_compiled_step_is_compiled_once_more(make_trainer: MakeTrainer) -> None:
-    graphs: list[int] = []
-
-    class Counts(Callback):
-        def on_step(self, report: StepReport) -> None:
-            graphs.append(counters["stats"]["unique_graphs"])
-
-    recorder = Recorder()
-    trainer = make_trainer(
-        "model.num_layers=1",
-        "training.max_steps=6",
-        "training.compile=true",
-        "training.precision=fp32",
-        "training.eval.every_steps=null",
-        callbacks=[recorder, Counts()],
-        controllers=[At(step3=change_to("full"))],
-    )
-    trainer.fit()
-    assert graphs == [1, 1, 1, 2, 2, 2]
-    plain = Recorder()
-    words = ("model.num_layers=1", "training.max_steps=6", "training.precision=fp32")
-    make_trainer(*words, callbacks=[plain]).fit()
-    losses = [report.loss for report in plain.steps]
-    assert [report.loss for report in recorder.steps] == pytest.approx(losses, rel=1e-4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts what is addressed")

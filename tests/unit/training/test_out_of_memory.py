@@ -4,18 +4,22 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.experts import MIXTURE, NOISE, ROUTING
-from tests.unit.training.limited_memory import MORE_THAN_ANY, LimitedMemory, run_out_of_memory
+from tests.unit.training.limited_memory import (
+    MORE_THAN_ANY,
+    LimitedMemory,
+    assert_same_gradients,
+    keep_gradients,
+    run_out_of_memory,
+)
 from tests.unit.training.observers import At, Recorder, asks, final_state, records, without_time
 from ultrathink.core.errors import OutOfMemoryError
 from ultrathink.recipes.resume import resume_trainer
 from ultrathink.training.changes import Rollback, SetMicroBatchSize
-from ultrathink.training.compiling import has_cpp_compiler
 from ultrathink.training.out_of_memory import (
     half_of,
     is_out_of_memory,
@@ -28,68 +32,50 @@ WHOLE = "training.micro_batch_size=4"
 HALF = "training.micro_batch_size=2"
 
 
-def caught(act: Callable[[], Any]) -> BaseException:
-    try:
-        act()
-    except BaseException as error:
-        return error
-    raise AssertionError("it was to fail")
-
-
 # -- what it looks like ------------------------------------------------------------------------
 
 
-def test_torchs_allocator_is_recognized() -> None:
-    error = caught(run_out_of_memory)
-    assert type(error) is RuntimeError
-    assert is_out_of_memory(error)
-    assert problem_of(error) == f"{MORE_THAN_ANY / 2**20:,.4g} MiB could not be allocated"
+@pytest.mark.parametrize("allocate", [run_out_of_memory, lambda: bytearray(1 << 62)])
+def test_real_allocators_are_recognized(allocate: Callable[[], Any]) -> None:
+    with pytest.raises((RuntimeError, MemoryError)) as error:
+        allocate()
+    assert is_out_of_memory(error.value)
+    assert problem_of(error.value) in (
+        f"{MORE_THAN_ANY / 2**20:,.4g} MiB could not be allocated",
+        "MemoryError",
+    )
 
 
-@pytest.mark.parametrize("act", [lambda: bytearray(1 << 62), lambda: np.empty(1 << 59)])
-def test_pythons_and_numpys_allocators_are_recognized(act: Callable[[], Any]) -> None:
-    error = caught(act)
-    assert is_out_of_memory(error)
-    assert problem_of(error)
-
-
-def test_an_accelerators_allocator_is_recognized() -> None:
-    text = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB"
-    for kind in (torch.OutOfMemoryError, torch.cuda.OutOfMemoryError):
-        assert is_out_of_memory(kind(text))
-        assert problem_of(kind(text)) == "2.50 GiB could not be allocated"
+CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB"
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("error", "problem"),
     [
-        "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes.",
-        "MPS backend out of memory (MPS allocated: 8.00 GB). Tried to allocate 2.00 GB",
-        "std::bad_alloc",
-        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        (torch.OutOfMemoryError(CUDA), "2.50 GiB could not be allocated"),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+            "7.629e-06 MiB could not be allocated",
+        ),
+        (
+            RuntimeError("MPS backend out of memory (8.00 GB). Tried to allocate 2.00 GB"),
+            "MPS backend out of memory (8.00 GB). Tried to allocate 2.00 GB",
+        ),
+        (RuntimeError("std::bad_alloc"), "std::bad_alloc"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel"), "CUDA error: out of memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), None),
+        (ValueError("std::bad_alloc"), ""),
+        (RuntimeError("shapes differ"), ""),
+        (OSError(12, "no"), ""),
     ],
 )
-def test_plain_errors_are_recognized_by_what_they_say(text: str) -> None:
-    assert is_out_of_memory(RuntimeError(text))
-    assert not is_out_of_memory(ValueError(text))
-    assert "\n" not in problem_of(RuntimeError(text))
-
-
-@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(12, "no"), KeyError("a")])
-def test_other_errors_are_not(error: Exception) -> None:
-    assert not is_out_of_memory(error)
-
-
-def test_an_empty_error_is_reported_by_its_kind() -> None:
-    assert problem_of(MemoryError()) == "MemoryError"
-
-
-@pytest.mark.parametrize(
-    ("share", "size", "half"), [(12, 12, 6), (12, 6, 3), (12, 3, 1), (9, 9, 3)]
-)
-def test_halves_divide_the_batch(share: int, size: int, half: int) -> None:
-    assert half_of(share, size) == half
+def test_errors_are_recognized_by_their_kind_and_text(
+    error: Exception, problem: str | None
+) -> None:
+    """An empty problem: another kind of error; None: its text is the problem."""
+    assert is_out_of_memory(error) == (problem != "")
+    if problem != "":
+        assert problem_of(error) == (problem or str(error))
 
 
 # -- repeating ---------------------------------------------------------------------------------
@@ -132,26 +118,6 @@ def test_another_error_is_not_repeated(make_trainer: MakeTrainer) -> None:
     assert trainer.settings.micro_batch_size == 4
 
 
-def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The gradients of the first step, as the optimizers are given them."""
-    found: dict[str, torch.Tensor] = {}
-    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
-
-    def keep(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            found.update({names[p]: p.grad.clone() for p in group["params"] if p.grad is not None})
-
-    for optimizer in trainer.stepper.optimizers:
-        optimizer.register_step_pre_hook(keep)
-    trainer.start()
-    try:
-        found_report = trainer.train_step()
-    finally:
-        trainer.close()
-    assert not found_report.skipped
-    return found
-
-
 MODELS = {"dense": (), "experts": (*MIXTURE, ROUTING)}
 
 
@@ -161,36 +127,17 @@ def test_gradients_are_those_of_a_batch_that_fitted(
     make_trainer: MakeTrainer, model: str, where: str
 ) -> None:
     words = ("training.precision=fp32", "training.clip=null", *MODELS[model])
-    whole = gradients(make_trainer(*words, WHOLE))
-    trainer = make_trainer(*words, WHOLE)
-    memory = LimitedMemory(trainer, fits=1, where=where)
-    halved = gradients(trainer)
+    found: list[dict[str, torch.Tensor]] = [{}, {}]
+    for fits, gradients in zip((4, 1), found, strict=True):
+        trainer = make_trainer(*words, WHOLE)
+        memory = LimitedMemory(trainer, fits=fits, where=where)
+        keep_gradients(trainer, gradients)
+        assert not trainer.stepper.take_step(
+            trainer.loader.next_batch(), trainer.settings, 1.0
+        ).skipped
     assert memory.tried == [4, 2, 1, 1, 1, 1]
     assert trainer.settings.micro_batch_size == 1
-    assert_same(whole, halved)
-
-
-@pytest.mark.compiled
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler uses what is going
-@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler to compile with")
-def test_compiled_gradients_are_those_of_a_batch_that_fitted(
-    make_trainer: MakeTrainer,
-) -> None:
-    words = ("training.precision=fp32", "training.clip=null", "model.num_layers=1")
-    whole = gradients(make_trainer(*words, WHOLE))
-    trainer = make_trainer(*words, WHOLE, "training.compile=true")
-    memory = LimitedMemory(trainer, fits=2, where="backward")
-    halved = gradients(trainer)
-    assert memory.tried == [4, 2, 2]
-    assert_same(whole, halved)
-
-
-def assert_same(whole: dict[str, torch.Tensor], halved: dict[str, torch.Tensor]) -> None:
-    """To 1e-6: of one where numbers are smaller."""
-    assert whole.keys() == halved.keys()
-    for name, gradient in whole.items():
-        scale = gradient.abs().max().clamp(min=1e-3)
-        assert (gradient - halved[name]).abs().max() <= 1e-6 * max(1.0, float(scale)), name
+    assert_same_gradients(*found)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
@@ -255,13 +202,11 @@ def test_the_size_that_fits_is_on_record_and_resumed(make_trainer: MakeTrainer) 
     earlier.close()
 
 
-def test_a_size_raised_by_hand_is_tried_again(make_trainer: MakeTrainer) -> None:
-    raised = At(step2=asks(SetMicroBatchSize(4)))
-    watcher = Recorder()
-    trainer = make_trainer("training.max_steps=4", HALF, callbacks=[watcher], controllers=[raised])
-    LimitedMemory(trainer, fits=2)
-    trainer.fit()
-    assert [(c.before, c.after) for c in watcher.changes] == [(2, 4), (4, 2)]
+@pytest.mark.parametrize(
+    ("share", "size", "half"), [(12, 12, 6), (12, 6, 3), (12, 3, 1), (9, 9, 3)]
+)
+def test_halves_divide_the_batch(share: int, size: int, half: int) -> None:
+    assert half_of(share, size) == half
 
 
 def test_going_back_keeps_the_size_that_fits(make_trainer: MakeTrainer) -> None:
@@ -297,24 +242,21 @@ def test_timing_the_first_steps_finds_the_size(make_trainer: MakeTrainer) -> Non
 # -- where there is nothing to halve -----------------------------------------------------------
 
 
-def test_a_single_sequence_that_does_not_fit_ends_with_advice(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer("training.max_steps=4", "training.checkpoint.every_steps=2")
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_a_single_sequence_that_does_not_fit_ends_with_advice(
+    make_trainer: MakeTrainer, mode: str
+) -> None:
+    """Advice that was followed is not given again."""
+    words = ("training.max_steps=4", "training.checkpoint.every_steps=2")
+    trainer = make_trainer(*words, f"training.activation_checkpointing={mode}")
     LimitedMemory(trainer, fits=0, after=3)
-    with pytest.raises(OutOfMemoryError, match="single sequence of 32 tokens") as caught_:
+    with pytest.raises(OutOfMemoryError, match="single sequence of 32 tokens") as caught:
         trainer.fit()
-    for advice in ("training.activation_checkpointing=full", "data.seq_len", "model.hidden_size"):
-        assert advice in str(caught_.value)
+    advice = "training.activation_checkpointing=full"
+    assert (advice in str(caught.value)) == (mode == "none")
+    assert all(advice in str(caught.value) for advice in ("data.seq_len", "model.hidden_size"))
     assert trainer.run.steps() == [2]
     assert resume_trainer(trainer.run).fit().name == "finished"
-
-
-def test_advice_that_was_followed_is_not_given_again(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer("training.activation_checkpointing=full")
-    LimitedMemory(trainer, fits=0)
-    with pytest.raises(OutOfMemoryError) as caught_:
-        trainer.fit()
-    assert "activation_checkpointing" not in str(caught_.value)
-    assert "data.seq_len" in str(caught_.value)
 
 
 def test_optimizer_state_that_does_not_fit_is_reported_before_the_first_batch(
@@ -323,10 +265,10 @@ def test_optimizer_state_that_does_not_fit_is_reported_before_the_first_batch(
     trainer = make_trainer()
     huge = torch.nn.Parameter(torch.zeros(1).expand(MORE_THAN_ANY))  # takes four bytes, as it is
     trainer.stepper.optimizers[0].add_param_group({"params": [huge], "peak_lr": 0, "decayed": 0})
-    with pytest.raises(OutOfMemoryError, match="for the optimizer state") as caught_:
+    with pytest.raises(OutOfMemoryError, match="for the optimizer state") as caught:
         trainer.fit()
     for advice in ("parallel.offload", "parallel.zero_stage", "model.hidden_size", "type=muon"):
-        assert advice in str(caught_.value)
+        assert advice in str(caught.value)
     assert trainer.loader.samples_seen == 0
 
 
@@ -343,9 +285,9 @@ def test_an_update_that_fails_is_never_saved(make_trainer: MakeTrainer) -> None:
             run_out_of_memory()
 
     adamw.register_step_pre_hook(fail)  # when Muon has moved its weights already
-    with pytest.raises(OutOfMemoryError, match="resume from the last one") as caught_:
+    with pytest.raises(OutOfMemoryError, match="resume from the last one") as caught:
         trainer.fit()
-    assert "not saved" in str(caught_.value)
+    assert "not saved" in str(caught.value)
     assert trainer.run.steps() == [1, 2]
 
 

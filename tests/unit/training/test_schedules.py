@@ -27,9 +27,6 @@ def test_wsd_is_flat_until_its_decay() -> None:
     assert factor(81) == pytest.approx(0.5)
     assert 0 < factor(100) < 0.03  # the last step still learns
     assert factor(101) == 0.0
-
-
-def test_wsd_square_root_shape() -> None:
     factor = build_schedule(WsdConfig(warmup=0, decay=1.0, shape="sqrt"), BUDGET)
     assert factor(26) == pytest.approx(1 - math.sqrt(0.25))
 

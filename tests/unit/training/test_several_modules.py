@@ -253,25 +253,24 @@ def test_snapshots_are_averaged_module_by_module(make_trainer: MakeTrainer, help
     trainer.close()
 
 
-def test_a_module_has_its_own_precision(make_trainer: MakeTrainer) -> None:
+def test_a_module_has_its_own_precision_and_the_runs_checkpointing(
+    make_trainer: MakeTrainer,
+) -> None:
     results = []
     for precision, dtype in (("auto", torch.float64), ("fp32", torch.float32)):
         words = f"training.objective={{type: mutual, precision: {precision}}}"
-        trainer = make_trainer(FP64, words, "training.clip=0.01")
+        full = "training.activation_checkpointing=full"
+        trainer = make_trainer(FP64, words, full, "training.clip=0.01")
+        models: Any = trainer.objective.models.modules.values()
+        assert {model.activation_checkpointing for model in models} == {"full"}
+        trainer.objective.models.set_activation_checkpointing("none")
+        assert {model.activation_checkpointing for model in models} == {"none"}
         peer = trainer.objective.models.modules["peer"]
         assert {p.dtype for p in trainer.model.parameters()} == {torch.float64}
         assert {p.dtype for p in peer.parameters()} == {dtype}
         results.append(trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1))
     assert results[1].grad_norm == pytest.approx(results[0].grad_norm, rel=1e-5)
     assert results[1].grad_norm != results[0].grad_norm
-
-
-def test_activation_checkpointing_reaches_all_models(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(MUTUAL, "training.activation_checkpointing=full")
-    models: Any = trainer.objective.models.modules
-    assert {m.activation_checkpointing for m in models.values()} == {"full"}
-    trainer.objective.models.set_activation_checkpointing("none")
-    assert {m.activation_checkpointing for m in models.values()} == {"none"}
 
 
 def test_another_objective_takes_the_model_along_and_needs_its_own_modules(

@@ -134,7 +134,7 @@ def ready_models(
         if mesh is not None:
             shard_module(other, mesh, config.parallel, clock)
     frozen_hash = digest.hexdigest() if frozen else None
-    return ModelSet(trained, asked, frozen_hash), compilation
+    return ModelSet(trained, asked, frozen_hash, compilation.is_on), compilation
 
 
 def _make_trainable(

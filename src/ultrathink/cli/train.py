@@ -215,8 +215,7 @@ def _print_next_steps(trainer: Trainer, result: dict[str, Any]) -> None:
         lines.append(f"  resume it:       ultrathink train --resume {run}")
     prompts = trainer.config["training"]["sample"]["prompts"]
     lines.append(f"  let it write:    {generate_command(run, prompts)}")
-    if (run / "tensorboard").is_dir():
-        lines.append(f"  see its curves:  tensorboard --logdir {run / 'tensorboard'}")
+    lines.append(f"  see how it went: ultrathink report {run}")
     error_stream().write("\n".join(lines) + "\n")
 
 

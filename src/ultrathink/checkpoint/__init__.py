@@ -1,1 +1,1 @@
-"""Checkpoints: their format, and the snapshots in them."""
+"""Checkpoints: their format, the snapshots in them, and the thread that writes them."""

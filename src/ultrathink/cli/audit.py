@@ -23,6 +23,7 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink audit``."""
     parser.add_argument("run", metavar="RUN", help="name or folder of a run")
     parser.add_argument("--decision", type=int, metavar="K", help="only decision number K")
     parser.add_argument(

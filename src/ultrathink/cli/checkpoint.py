@@ -27,6 +27,7 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink checkpoint``."""
     parser.add_argument("action", metavar="ACTION", help="info or consolidate")
     parser.add_argument("run", metavar="RUN", help="run name or folder, or RUN@best|last|step")
     parser.add_argument("--tensors", action="store_true", help="info: list every tensor")

@@ -29,6 +29,7 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink compare``."""
     parser.add_argument("runs", nargs="*", metavar="RUN", help="two or more run names or folders")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

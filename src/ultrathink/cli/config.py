@@ -36,6 +36,7 @@ examples:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     # Optional for argparse, so that the message names the actions.
+    """Describe the command's arguments."""
     parser.add_argument("action", nargs="?", metavar="|".join(ACTIONS), help="see below")
     add_config_arguments(parser)
     parser.add_argument("--why", action="store_true", help="show: where each value came from")

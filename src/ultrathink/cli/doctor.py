@@ -33,6 +33,7 @@ _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink doctor``."""
     add_config_arguments(parser)
     parser.add_argument(
         "--quick", action="store_true", help="measure only what auto needs, in a second"

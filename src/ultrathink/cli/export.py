@@ -21,6 +21,7 @@ EPILOG = """examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink export``."""
     parser.add_argument("run", metavar="RUN", help="run name or folder, or RUN@best|last|step")
     parser.add_argument(
         "--checkpoint", metavar="best|last|STEP", help="which of its checkpoints (default: best)"

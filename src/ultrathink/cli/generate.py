@@ -18,6 +18,7 @@ EPILOG = """examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink generate``."""
     parser.add_argument("run", metavar="RUN", help="run name or folder, or RUN@best|last|step")
     parser.add_argument(
         "prompt", metavar="PROMPT", help="text to continue; - reads it from standard input"

@@ -22,6 +22,7 @@ EPILOG = """examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink launch``: its own, and those of ``train``."""
     train.configure(parser)
     group = parser.add_argument_group("processes")
     group.add_argument(

@@ -28,6 +28,7 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink report``."""
     parser.add_argument("run", metavar="RUN", help="a run: its name or folder")
     parser.add_argument(
         "--out", metavar="FILE.html", help=f"where to write it (default: {DEFAULT_FILE} in the run)"

@@ -54,6 +54,7 @@ _UNKNOWN = "-"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink runs``."""
     parser.add_argument("words", nargs="*", metavar="DIR | check RUN", help="see below")
     add_plugin_argument(parser)
     parser.add_argument("--data", action="store_true", help="check: text and token cache as well")

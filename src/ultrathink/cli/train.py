@@ -44,6 +44,7 @@ options of other trainers are answered with the line that means them here:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink train``."""
     add_config_arguments(parser)
     parser.add_argument(
         "--resume",

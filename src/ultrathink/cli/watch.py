@@ -35,6 +35,7 @@ examples:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``ultrathink watch``."""
     parser.add_argument("file", metavar="FILE", help="a training log, or a run")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object; one a line with --follow"

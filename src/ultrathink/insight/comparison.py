@@ -98,6 +98,8 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Figure:
+    """A figure of each run."""
+
     name: str
     values: Values  # None where a run has none
     at: Values | None = None  # the step that each is from, for a best one

@@ -47,4 +47,5 @@ class Health:
 
 
 def described(error: Exception) -> str:
+    """The type and message of an error."""
     return f"{type(error).__name__}: {error}"

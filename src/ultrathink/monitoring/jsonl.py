@@ -109,6 +109,7 @@ def parse_object(line: bytes | str) -> dict[str, Any] | None:
 
 
 def finite_number(value: Any) -> float | None:
+    """``value`` where it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.model.experts.mixtures import FOUR, ONE, mixture
+from tests.unit.model.experts.mixtures import FOUR, ONE, mixture, routing_pass
 from ultrathink.config.model import ModelConfig
 from ultrathink.model.experts.controls import RoutingControls
 from ultrathink.model.experts.layer import MixtureOfExperts
 from ultrathink.model.experts.router import LayerRouting
-from ultrathink.model.experts.sequences import find_sequences
 from ultrathink.model.transformer import Transformer
 
 SHAPE: dict[str, Any] = {"hidden_size": 24, "num_heads": 2, "num_layers": 2, "vocab_size": 31}
@@ -49,9 +48,9 @@ def build(feed_forward: str = "swiglu", **options: Any) -> tuple[ModelConfig, Mi
 
 def routed(config: ModelConfig, layer: MixtureOfExperts, x: Tensor) -> tuple[Tensor, LayerRouting]:
     assert config.moe is not None
-    controls = RoutingControls(config.moe).double().now()
-    result: tuple[Tensor, LayerRouting] = layer(x, find_sequences(None, None, x, -100), controls)
-    return result
+    out, routing = layer(x, routing_pass(RoutingControls(config.moe).double(), x))
+    assert routing is not None
+    return out, routing
 
 
 def feed_forward(inner: Tensor, down: Tensor, x: Tensor, is_gated: bool) -> Tensor:

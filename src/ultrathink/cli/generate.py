@@ -12,6 +12,7 @@ from ultrathink.core.streams import print_stderr
 EPILOG = """examples:
   ultrathink generate demo "def main():"
   ultrathink generate runs/demo@last "import " --temperature 0
+  ultrathink generate demo "def main():" --path fast
   ultrathink generate demo "class " --top-k 40 --seed 1 --stop "\\nclass"
   echo "def f(x):" | ultrathink generate demo -
 """
@@ -45,6 +46,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="end before this text (repeatable)",
     )
+    parser.add_argument(
+        "--path",
+        metavar="NAME",
+        help="compute path: fast, standard, expert, deep, ultra_deep, or one of model.paths "
+        "(default: the whole model)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object instead of streaming"
@@ -55,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the text as the model writes it, or one JSON object at the end."""
     from ultrathink.inference.engine import Engine
     from ultrathink.inference.sampling import SamplingParams
+    from ultrathink.model.compute_path import path_of
     from ultrathink.runs.folder import find_run, split_run
     from ultrathink.runs.loading import load_model
     from ultrathink.training.hardware import choose_device
@@ -70,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     name, checkpoint = split_run(args.run, "best")
     model, tokenizer = load_model(name, checkpoint, device=choose_device(args.device))
+    path_of(args.path, model.config)  # before the prompt is printed
     engine = Engine(model, tokenizer)
     config, given = find_run(name).read_config(), len(tokenizer.encode(prompt))
     trained = max(config.data.seq_len, config.model.max_positions or 0)
@@ -81,17 +90,18 @@ def run(args: argparse.Namespace) -> int:
         )
     if not args.json:
         print(prompt, end="", flush=True)
-        for piece in engine.stream(prompt, params):
+        for piece in engine.stream(prompt, params, path=args.path):
             print(piece, end="", flush=True)
         print()
         return 0
     began = time.perf_counter()
-    result = engine.generate(prompt, params)
+    result = engine.generate(prompt, params, path=args.path)
     seconds = time.perf_counter() - began
     print(
         json.dumps(
             {
                 "run": name,
+                "path": args.path,
                 "prompt": prompt,
                 "text": result.text,
                 "prompt_tokens": result.prompt_tokens,

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import model_validator
 
-from ultrathink.config.base import Section, off_means, one_of
+from ultrathink.config.base import Section, alike, off_means, one_of
 from ultrathink.config.experts import BIAS_RATE, WIDTH_STEP, MoeConfig, shape
 from ultrathink.config.options import felt, fixed, free
+from ultrathink.config.paths import TRAINED, PathConfig, groups_that_run, named_paths
 from ultrathink.core.divisors import divisors
+from ultrathink.core.errors import ConfigError, suggestion
 from ultrathink.core.registry import Registry
 
 ATTENTION_BACKENDS: Registry[Callable[..., Any]] = Registry("attention backend")
@@ -127,6 +129,9 @@ class ModelConfig(Section):
     """How weights start."""
     moe: MoeConfig | None = shape(None)
     """Groups of experts in place of feed-forward layers; none when unset."""
+    paths: tuple[PathConfig, ...] = fixed((), because=TRAINED)
+    """Parts of the model that can run alone, by name. fast, standard, expert, deep and ultra_deep
+    exist without being named (docs/elastic.md)."""
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:
@@ -170,6 +175,17 @@ class ModelConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _paths_fit(self) -> ModelConfig:
+        twice = alike([path.name for path in self.paths])
+        if twice is not None:
+            raise ValueError(f"two paths are called {twice!r}; give each its own name")
+        for path in self.paths:
+            routed = self.routed(path.indices(self.num_layers))
+            groups = None if path.groups == "all" else path.groups
+            groups_that_run(self.moe, routed, groups, f"groups of path {path.name!r}")
+        return self
+
     def derived(self) -> dict[str, tuple[float, str]]:
         """The sizes left unset: by dotted key, the value and what it follows from."""
         sizes: dict[str, tuple[float, str]] = {}
@@ -204,6 +220,18 @@ class ModelConfig(Section):
     def expert_layers(self) -> tuple[int, ...]:
         """Layers that have experts."""
         return () if self.moe is None else self.moe.layer_indices(self.num_layers)
+
+    def routed(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """Those of ``layers`` that have experts."""
+        return tuple(layer for layer in layers if layer in self.expert_layers)
+
+    def path(self, name: str) -> PathConfig:
+        """The compute path ``name``, in any case; ConfigError if it does not exist."""
+        paths = named_paths(self.paths, self.moe)
+        if name.lower() not in paths:
+            there = suggestion(name.lower(), paths)
+            raise ConfigError(f"there is no compute path {name!r}. {there}")
+        return paths[name.lower()]
 
 
 def _with_value(section: Any, path: list[str], value: float) -> Any:

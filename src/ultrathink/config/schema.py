@@ -50,6 +50,12 @@ class Config(Root):
         return self
 
     @model_validator(mode="after")
+    def _validated_paths_exist(self) -> Config:
+        for name in self.training.eval.paths:
+            self.model.path(name)
+        return self
+
+    @model_validator(mode="after")
     def _the_host_can_move_the_weights(self) -> Config:
         kind = self.training.optimizer.type
         if self.parallel.offload == "optimizer" and kind != "adamw":

@@ -53,6 +53,8 @@ class EvalConfig(Section):
     """Sequences in one validation batch."""
     max_tokens: int | None = free(None, decides=("scores",), gt=0)
     """Use only so many held-out tokens; all of them when unset."""
+    paths: tuple[str, ...] = free(())
+    """Compute paths of the model whose loss is measured too, as loss/<path>."""
 
 
 class TrainingConfig(Section):

@@ -21,11 +21,13 @@ from ultrathink.inference.sampling import (
 )
 from ultrathink.inference.text_stream import TextStream
 from ultrathink.model.cache import CacheView
+from ultrathink.model.compute_path import ComputePath
 from ultrathink.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from ultrathink.data.tokenizers.base import Tokenizer
 
+Path = str | ComputePath | None
 FinishReason = Literal["stop", "length", "end_of_text"]
 
 
@@ -57,29 +59,34 @@ class Engine:
         self._without_gradients = torch.no_grad if in_training else torch.inference_mode
 
     @overload
-    def generate(self, prompts: str, params: SamplingParams | None = None) -> Generation: ...
+    def generate(
+        self, prompts: str, params: SamplingParams | None = None, *, path: Path = None
+    ) -> Generation: ...
 
     @overload
     def generate(
-        self, prompts: list[str], params: SamplingParams | None = None
+        self, prompts: list[str], params: SamplingParams | None = None, *, path: Path = None
     ) -> list[Generation]: ...
 
     def generate(
-        self, prompts: str | list[str], params: SamplingParams | None = None
+        self, prompts: str | list[str], params: SamplingParams | None = None, *, path: Path = None
     ) -> Generation | list[Generation]:
         """Continue one prompt, or several of any lengths in one batch, each as if it were alone.
 
+        ``path`` is the part of the model that computes; None is all of it.
         An empty prompt starts from the end-of-text token. With a seed, every prompt uses the random
         numbers of that seed.
         """
         if isinstance(prompts, str):
-            return self.generate([prompts], params)[0]
+            return self.generate([prompts], params, path=path)[0]
         texts = [_Continuation(self.tokenizer, prompt, params) for prompt in prompts]
-        for _ in self._decode(texts):
+        for _ in self._decode(texts, path):
             pass
         return [text.generation() for text in texts]
 
-    def stream(self, prompt: str, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: str, params: SamplingParams | None = None, *, path: Path = None
+    ) -> Iterator[str]:
         """The text of ``generate`` in chunks, each as soon as it is certain.
 
         Chunks contain whole characters, and nothing of a stop text. The model is in evaluation mode
@@ -87,19 +94,19 @@ class Engine:
         """
         text = _Continuation(self.tokenizer, prompt, params)
         num_shown = 0
-        with closing(self._decode([text])) as steps:
+        with closing(self._decode([text], path)) as steps:
             for _ in steps:
                 yield from text.chunks[num_shown:]
                 num_shown = len(text.chunks)
 
-    def _decode(self, texts: list[_Continuation]) -> Generator[None, None, None]:
+    def _decode(self, texts: list[_Continuation], path: Path) -> Generator[None, None, None]:
         """Add a token to each unfinished text until all are finished, yielding after each round."""
         if not texts:
             return
         with _evaluation_mode(self.model):
             cache = self.model.new_cache(len(texts), max(text.max_length for text in texts))
             while True:
-                for text, logits in zip(texts, self._next_logits(texts, cache), strict=True):
+                for text, logits in zip(texts, self._next_logits(texts, cache, path), strict=True):
                     text.draw(logits)
                 yield
                 rows = [row for row, text in enumerate(texts) if text.finish_reason is None]
@@ -109,7 +116,7 @@ class Engine:
                     cache.select(rows)
                     texts = [texts[row] for row in rows]
 
-    def _next_logits(self, texts: list[_Continuation], cache: CacheView) -> Tensor:
+    def _next_logits(self, texts: list[_Continuation], cache: CacheView, path: Path) -> Tensor:
         """Logits ``[B, V]`` of the token after the unread tokens of each text, which it reads now.
 
         Inference mode is limited to this call: around a ``yield`` it would affect the caller.
@@ -118,7 +125,8 @@ class Engine:
         rows = [text.unread + [0] * (max(lengths) - len(text.unread)) for text in texts]
         with self._without_gradients():
             input_ids = torch.tensor(rows, device=self.model.device)
-            logits = self.model(input_ids, lengths=lengths, cache=cache, last_only=True).logits
+            output = self.model(input_ids, lengths=lengths, cache=cache, path=path, last_only=True)
+            logits = output.logits
             assert logits is not None, "no labels were given"
             return limit_vocabulary(logits[:, -1], self.tokenizer.vocab_size)
 

@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
+from ultrathink.config.model import ModelConfig
+from ultrathink.config.paths import check_groups, groups_that_run
 from ultrathink.core.errors import ConfigError
 from ultrathink.core.layers import layer_index
 
 
 @dataclass(frozen=True)
 class ComputePath:
-    """The layers of a forward pass, by index (``3``) or by fraction of the depth (``0.5``).
+    """The layers of a forward pass, and what of their experts runs.
 
-    A fraction names the layer that starts there: 0.0 the first, 0.5 of 8 layers index 4, 1.0 the
-    last. ``None`` is every layer. Layers always run in order, each once.
+    The default is the whole model, as it is trained.
     """
 
     layers: tuple[int | float, ...] | None = None
+    """By index (``3``) or by fraction of the depth: 0.0 names the first layer, 0.5 of 8 layers
+    index 4, 1.0 the last. None is every layer. Layers always run in order, each once."""
+
+    groups: tuple[str, ...] | None = None
+    """The expert groups that run; without any, the shared expert alone. None is every group."""
+
+    top_k: float = 1.0
+    """Experts of a token, as a multiple of each group's ``top_k``: at least 1, at most all."""
+
+    group_factors: Mapping[str, float | Tensor] = field(default_factory=dict, compare=False)
+    """Factors of the gates of some groups, for all rows or ``[B]`` for each. They may change from
+    pass to pass; what a cache holds keeps those that it was computed with."""
+
+    def resolved(self, config: ModelConfig) -> ComputePath:
+        """The same path with the indices of layers and the names of groups in a model.
+
+        Raises ConfigError, naming the value, for a layer or group that the model does not have,
+        and if a layer would have nothing to compute.
+        """
+        layers = self.indices(config.num_layers)
+        if not self.top_k > 0:
+            raise ConfigError(f"ComputePath.top_k must be above 0, not {self.top_k}.")
+        groups = groups_that_run(
+            config.moe, config.routed(layers), self.groups, "ComputePath.groups"
+        )
+        check_groups(config.moe, self.group_factors, "ComputePath.group_factors")
+        return replace(self, layers=layers, groups=groups)
 
     def indices(self, num_layers: int) -> tuple[int, ...]:
         """The chosen layers of a model with ``num_layers``, ascending.
@@ -30,3 +61,26 @@ class ComputePath:
         return tuple(
             sorted({layer_index(layer, num_layers, "ComputePath.layers") for layer in self.layers})
         )
+
+    def is_prefix_of(self, other: ComputePath, config: ModelConfig) -> bool:
+        """Whether ``other`` begins with the layers of this path, and computes the same in them."""
+        mine, theirs = self.resolved(config), other.resolved(config)
+        layers = mine.indices(config.num_layers)
+        if theirs.indices(config.num_layers)[: len(layers)] != layers:
+            return False
+        return not config.routed(layers) or (mine.groups, mine.top_k) == (
+            theirs.groups,
+            theirs.top_k,
+        )
+
+
+def path_of(path: str | ComputePath | None, config: ModelConfig) -> ComputePath:
+    """``path``, or the one called so, resolved for a model; None is the whole model.
+
+    Raises ConfigError for a name, layer or group that does not exist.
+    """
+    if isinstance(path, str):
+        found = config.path(path)
+        groups = None if found.groups == "all" else found.groups
+        path = ComputePath(found.indices(config.num_layers), groups, found.top_k)
+    return (path or ComputePath()).resolved(config)

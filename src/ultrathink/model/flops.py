@@ -10,7 +10,9 @@ from typing import NamedTuple
 from torch import nn
 
 from ultrathink.config.model import ModelConfig
+from ultrathink.model.compute_path import ComputePath, path_of
 from ultrathink.model.experts.layer import Experts
+from ultrathink.model.experts.router import running_groups
 
 
 class ParameterCounts(NamedTuple):
@@ -39,30 +41,36 @@ def count_parameters(model: nn.Module) -> ParameterCounts:
     return ParameterCounts(total, matrices)
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def flops_per_token(
+    config: ModelConfig, seq_len: int, path: str | ComputePath | None = None
+) -> float:
     """Floating point operations of a forward and backward pass for one token of ``seq_len``.
 
     ``6 * M + 6 * num_layers * num_heads * head_dim * (seq_len + 1)``: M parameters in matrices
     (head included, embedding lookup not; of experts those that a token is sent to) take 2
     operations forward and 4 backward each; a query has (seq_len + 1) / 2 keys on average, used
-    twice (scores and values). Recomputation, norms and softmax are not counted. The vocabulary
-    must be set.
+    twice (scores and values). Only what runs on ``path`` (None: all of the model) counts.
+    Recomputation, norms and softmax are not counted. The vocabulary must be set.
     """
     config = config.resolved()
     assert config.vocab_size is not None, "the vocabulary is set before training"
     assert config.num_kv_heads is not None, "the configuration is resolved first"
     assert config.head_dim is not None, "the configuration is resolved first"
     assert config.intermediate_size is not None, "the configuration is resolved first"
+    path = path_of(path, config)
+    layers = path.indices(config.num_layers)
     attention = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     num_matrices = 3 if config.feed_forward == "swiglu" else 2
-    num_expert_layers = len(config.expert_layers)
-    widths = (config.num_layers - num_expert_layers) * num_matrices * config.intermediate_size
+    num_expert_layers = len(set(layers) & set(config.expert_layers))
+    widths = (len(layers) - num_expert_layers) * num_matrices * config.intermediate_size
     if config.moe is not None:
         assert config.moe.intermediate_size is not None, "the configuration is resolved first"
-        width = config.moe.experts_per_token * config.moe.intermediate_size
+        running = running_groups(config.moe, path)
+        width = sum(group.top_k for group in running) * config.moe.intermediate_size
         width += config.moe.shared_size or 0
-        widths += num_expert_layers * (num_matrices * width + config.moe.num_slots)
-    rows = config.num_layers * attention + widths + config.vocab_size
+        num_slots = sum(group.config.num_slots for group in running)
+        widths += num_expert_layers * (num_matrices * width + num_slots)
+    rows = len(layers) * attention + widths + config.vocab_size
     matrices = config.hidden_size * rows
     heads_width = config.num_heads * config.head_dim
-    return 6.0 * matrices + 6.0 * config.num_layers * heads_width * (seq_len + 1)
+    return 6.0 * matrices + 6.0 * len(layers) * heads_width * (seq_len + 1)

@@ -23,13 +23,13 @@ from ultrathink.model.attention import Attention
 from ultrathink.model.attention_backends import READS_DOCUMENTS, AttentionBackend
 from ultrathink.model.attention_mask import AttentionMask, build_mask
 from ultrathink.model.cache import CacheView, ContiguousCache
-from ultrathink.model.compute_path import ComputePath
+from ultrathink.model.compute_path import ComputePath, path_of
 from ultrathink.model.embedding import Embedding
 from ultrathink.model.experts.balance import LOSSES
-from ultrathink.model.experts.controls import Controls, RoutingControls
+from ultrathink.model.experts.controls import RoutingControls
 from ultrathink.model.experts.layer import MixtureOfExperts
-from ultrathink.model.experts.router import LayerRouting
-from ultrathink.model.experts.sequences import Sequences, find_sequences
+from ultrathink.model.experts.router import LayerRouting, RoutingPass
+from ultrathink.model.experts.sequences import find_sequences
 from ultrathink.model.init import init_parameters
 from ultrathink.model.linear import Linear
 from ultrathink.model.loss import IGNORED_LABEL, linear_cross_entropy
@@ -65,21 +65,43 @@ class Block(nn.Module):
         mask: AttentionMask | None,
         backend: AttentionBackend,
         cache: CacheView | None,
-        routed: tuple[Sequences, Controls] | None = None,
+        routed: RoutingPass | None = None,
     ) -> tuple[Tensor, LayerRouting | None]:
         """Map the residual stream ``[B, T, C]`` to ``[B, T, C]``; also returns routing statistics.
 
-        A block with experts needs ``routed``: the sequences, and the live controls.
+        A block with experts needs ``routed``.
         """
-        attended = self.attention(self.attention_norm(x), cos_sin, mask, backend, cache)
-        x = x + F.dropout(attended, self.dropout, self.training)
+        x = self.attend(x, cos_sin, mask, backend, cache)
         fed, routing = self.feed_forward_norm(x), None
         if self.has_experts:
-            assert routed is not None, "experts need sequences and controls"
-            fed, routing = self.feed_forward(fed, *routed)
+            assert routed is not None, "experts need sequences, controls and a path"
+            fed, routing = self.feed_forward(fed, routed)
         else:
             fed = self.feed_forward(fed)
         return x + F.dropout(fed, self.dropout, self.training), routing
+
+    def attend(
+        self,
+        x: Tensor,
+        cos_sin: Tensor,
+        mask: AttentionMask | None,
+        backend: AttentionBackend,
+        cache: CacheView | None,
+    ) -> Tensor:
+        """The first half of ``forward``: attention, added to the residual stream."""
+        attended = self.attention(self.attention_norm(x), cos_sin, mask, backend, cache)
+        return x + F.dropout(attended, self.dropout, self.training)
+
+    def hook_free_parts(self) -> list[tuple[nn.Module, str]]:
+        """The largest methods that call no sharded module of their own: modules and names.
+
+        Experts are sharded by themselves, so that a path without them does not gather them.
+        """
+        if not isinstance(self.feed_forward, MixtureOfExperts):
+            return [(self, "forward")]
+        parts: list[tuple[nn.Module, str]] = [(self, "attend")]
+        inside = (self.feed_forward.router, self.feed_forward.experts, self.feed_forward.shared)
+        return parts + [(module, "forward") for module in inside if module is not None]
 
 
 class Transformer(nn.Module):
@@ -137,7 +159,7 @@ class Transformer(nn.Module):
         document_ids: Tensor | None = None,
         lengths: Sequence[int] | None = None,
         cache: CacheView | None = None,
-        path: ComputePath | None = None,
+        path: str | ComputePath | None = None,
         last_only: bool = False,
         head: Head | None = None,
         tap: Sequence[int | float] = (),
@@ -151,16 +173,17 @@ class Transformer(nn.Module):
         ``positions`` is ``[T]`` or ``[B, T]`` and counts from each sequence's length in the cache
         when None. ``attention_mask`` is boolean (True = attend) or additive, ``[B, S]`` or
         broadcastable to ``[B, H, T, S]``. ``last_only`` gives the logits ``[B, 1, V]`` of each
-        row's last real token. ``head`` replaces logits and loss; it runs inside this pass, where
+        row's last real token. ``path`` is a part of the model, or the name of one: None is all of
+        it. ``head`` replaces logits and loss; it runs inside this pass, where
         sharded weights are gathered. ``tap`` names layers, by index or by fraction, whose residual
         states ``[B, T, C]`` are returned too. Raises ValueError for shapes that do not fit, and for
-        layers that do not exist.
+        layers, groups and paths that do not exist.
         """
         of_tokens = {"labels": labels, "loss_weights": loss_weights, "document_ids": document_ids}
         _check_shapes(input_ids, of_tokens, positions, lengths, cache)
         if lengths is not None and min(lengths) == input_ids.shape[1]:
             lengths = None  # there is no padding
-        path = path or ComputePath()
+        path = path_of(path, self.config)
         mask, cos_sin = self._mask_and_rotation(
             input_ids, attention_mask, positions, document_ids, lengths, cache, path
         )
@@ -171,11 +194,11 @@ class Transformer(nn.Module):
         routed = None
         if self.routing is not None:
             sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL, lengths)
-            routed = (sequences, self.routing.now())
+            routed = RoutingPass(sequences, self.routing.now(), path)
         routings: list[LayerRouting] = []
-        taps = {layer_index(layer, len(self.blocks), "tap") for layer in tap}
+        taps = {layer_index(layer, self.config.num_layers, "tap") for layer in tap}
         tapped: dict[int, Tensor] = {}
-        for layer in path.indices(len(self.blocks)):
+        for layer in path.indices(self.config.num_layers):
             x, routing = run_checkpointed(
                 mode, self.blocks[layer], x, cos_sin, mask, self._backend, cache, routed
             )

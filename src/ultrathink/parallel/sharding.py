@@ -56,9 +56,9 @@ def shard_module(
 ) -> Accumulation:
     """Shard ``module``, which is unsharded and equal on every process, over ``mesh``, in place.
 
-    Blocks of a Transformer are gathered one by one, in the precision of their products; embedding,
-    last norm and head together, in the precision of the weights, because the embedding's gradient
-    is a sum of many terms. Other modules are gathered as a whole.
+    Blocks of a Transformer, and the experts of each, are gathered one by one, in the precision of
+    their products; embedding, last norm and head together, in the precision of the weights, because
+    the embedding's gradient is a sum of many terms. Other modules are gathered as a whole.
     Gradients are summed, not averaged: the loss is already divided by the tokens of all processes.
     A frozen model, which has no backward pass, gathers a block for each use; its embedding and head
     stay gathered until ``release``. ``clock`` counts the time of communication.
@@ -87,8 +87,11 @@ def shard_module(
     models = transformers_in(module)
     for model in models:
         products = model.compute_dtype if model.compute_dtype != weight_dtype else None
+        frees = is_frozen or parallel.zero_stage == 3
+        for layer in model.expert_layers().values():
+            shard(layer.experts, products, frees=frees)
         for block in model.blocks:
-            shard(block, products, frees=is_frozen or parallel.zero_stage == 3)
+            shard(block, products, frees=frees)
     for part in dict.fromkeys([*models, module]):
         shard(part, None, frees=not is_frozen and parallel.zero_stage == 3)
     return Accumulation(cast(FSDPModule, module), parallel.zero_stage, clock)

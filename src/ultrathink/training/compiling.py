@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from torch import nn
 from ultrathink.config.training import TrainingConfig
 from ultrathink.core.errors import ConfigError
 from ultrathink.data.cache import cache_folder
-from ultrathink.model.transformer import Transformer
+from ultrathink.model.transformer import Block, Transformer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -138,8 +138,9 @@ class Compilation:
         # not reach checkpoints.
         for block in model.blocks:
             is_frozen = not any(parameter.requires_grad for parameter in block.parameters())
-            compiled = compile_function if is_frozen else partial(_while_training, block)
-            block.forward = compiled(block.forward)
+            for module, name in cast(Block, block).hook_free_parts():
+                compiled = compile_function if is_frozen else partial(_while_training, module)
+                setattr(module, name, compiled(getattr(module, name)))
         model.head_loss = _while_training(model, model.head_loss)  # type: ignore[method-assign]
 
 

@@ -36,16 +36,19 @@ def evaluate(
     max_tokens: int | None = None,
     max_batches: int | None = None,
     dp_group: Group = ALONE,
+    paths: Sequence[str] = (),
 ) -> Scores:
     """Score ``model`` on ``held_out``; its train or eval mode is restored.
 
     Bits per byte = mean nats per token x tokens / UTF-8 bytes / ln 2, which is comparable between
     tokenizers. ``max_batches`` ends early, for timing. With several processes each scores its share
-    of every batch, and all return the sums.
+    of every batch, and all return the sums. The loss on each of ``paths`` is a figure of its own,
+    ``loss/<path>``.
     """
     was_training = model.training
     model.eval()
     correct = 0.0
+    on_paths = dict.fromkeys(paths, 0.0)
     batches: list[float] = []  # loss and tokens of each, alternating
     try:
         for number, batch in enumerate(held_out.batches(batch_size, max_tokens)):
@@ -56,9 +59,12 @@ def evaluate(
             output = model(input_ids, labels=labels)
             correct += int(output.stats["num_correct"])
             batches += (float(output.loss), float(output.num_tokens))
+            for path in on_paths:
+                on_paths[path] += float(model(input_ids, labels=labels, path=path).loss)
     finally:
         model.train(was_training)
-    correct, *batches = dp_group.sums([correct, *batches])
+    sums = dp_group.sums([correct, *on_paths.values(), *batches])
+    (correct, *path_losses), batches = sums[: 1 + len(on_paths)], sums[1 + len(on_paths) :]
     losses, counts = batches[::2], batches[1::2]
     num_scored = sum(counts)
     mean = sum(losses) / max(1, num_scored)
@@ -70,6 +76,10 @@ def evaluate(
             "bits_per_byte": mean * num_tokens / num_bytes / math.log(2),
             "ppl": math.exp(min(mean, 700.0)),
             "token_accuracy": correct / max(1, num_scored),
+            **{
+                f"loss/{path}": loss / max(1, num_scored)
+                for path, loss in zip(on_paths, path_losses, strict=True)
+            },
         },
         batch_losses=[loss / max(1, count) for loss, count in zip(losses, counts, strict=True)],
     )

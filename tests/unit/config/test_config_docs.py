@@ -44,7 +44,7 @@ def test_every_option_is_described_and_says_what_resuming_does(schema: dict[str,
         shown = key.replace("data.train.", "data.train.N.").replace("data.val.", "data.train.N.")
         if key.startswith("training.evaluators.source."):  # of the types of data.train
             continue
-        for listed in ("moe.groups.", "training.evaluators."):
+        for listed in ("moe.groups.", "model.paths.", "training.evaluators."):
             shown = shown.replace(listed, f"{listed}N.")
         if sections_of(field) and key not in rules:
             assert any(other.startswith(f"{key}.") for other in rules), key

@@ -12,6 +12,7 @@ from ultrathink.config.reflection import field_at
 GROUPS = "groups: [{name: a, num_experts: 4, top_k: 1}, {name: b, num_experts: 2, top_k: 1}]"
 SECTIONS = (
     "model.rope_scaling={type: yarn, factor: 2}",
+    "model.paths=[{name: half, layers: 0.5}]",
     "data.train=[{type: dummy}, {type: jsonl, path: a}, {type: text, path: b}, {type: stdlib}]",
     "data.val=[{type: dummy, seed: 1}]",
     "training.evaluators=[{type: text, name: a, source: {type: text, path: b}}, "
@@ -33,6 +34,8 @@ ANOTHER = {
     "data.cache_dir": "elsewhere",
     "model.attention.backend": "eager",
     "model.moe.backend": "loop",
+    "model.paths": [{"name": "half", "layers": 1}],
+    "training.eval.paths": ["half", "fast"],
     "model.rope_scaling.type": None,  # another starts from its own defaults
     "monitoring.sinks": [],
     "orchestrator.limits.lr_factor": [0.1, 0.5],

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ultrathink.config.experts import EXPERT_BACKENDS
 from ultrathink.config.model import FEED_FORWARDS, ModelConfig
-from ultrathink.model.experts.controls import Controls
 from ultrathink.model.experts.layout import Layout, lay_out, sum_of_rows
 from ultrathink.model.experts.products import (
     AUTOMATIC,
@@ -25,8 +24,15 @@ from ultrathink.model.experts.products import (
     choose_expert_backend,
     grouped_product,
 )
-from ultrathink.model.experts.router import Choice, LayerRouting, Router
-from ultrathink.model.experts.sequences import Sequences
+from ultrathink.model.experts.router import (
+    Choice,
+    LayerRouting,
+    Router,
+    RoutingPass,
+    RunningGroup,
+    of_groups,
+    running_groups,
+)
 
 
 class MixtureOfExperts(nn.Module):
@@ -48,15 +54,17 @@ class MixtureOfExperts(nn.Module):
         for weight in (self.router.weight, self.experts.inner, self.experts.down):
             weight[~self.router.active] = 0.0
 
-    def forward(
-        self, x: Tensor, sequences: Sequences, controls: Controls
-    ) -> tuple[Tensor, LayerRouting]:
-        """Map ``[B, T, C]`` to ``[B, T, C]``; also returns the routing statistics."""
-        choice, routing = self.router(x, sequences, controls)
-        out = self.experts(x.flatten(0, 1), choice).view_as(x)
+    def forward(self, x: Tensor, routing: RoutingPass) -> tuple[Tensor, LayerRouting | None]:
+        """Map ``[B, T, C]`` to ``[B, T, C]``; also returns the routing statistics, if any."""
+        running = running_groups(self.router.config, routing.path)
+        if not running:
+            assert self.shared is not None, "resolved paths compute something in every layer"
+            return self.shared(x), None
+        choice, report = self.router(x, routing)
+        out = self.experts(x.flatten(0, 1), choice, running).view_as(x)
         if self.shared is not None:
             out = out + self.shared(x)
-        return out, routing
+        return out, report
 
 
 class Experts(nn.Module):
@@ -95,28 +103,29 @@ class Experts(nn.Module):
             (self.width, self.width) if name == "gate_up" else (self.get_parameter(name).shape[1],)
         )
 
-    def forward(self, x: Tensor, choice: Choice) -> Tensor:
-        """Map ``[N, C]`` to ``[N, C]``: each token's experts, times their gates, summed."""
-        is_few = choice.experts.numel() <= self.num_slots
+    def forward(self, x: Tensor, choice: Choice, running: list[RunningGroup]) -> Tensor:
+        """Map ``[N, C]`` to ``[N, C]``: each token's experts of the groups that run, times their
+        gates, summed."""
+        weights = [of_groups(weight, running) for weight in (self.inner, self.down)]
+        num_slots = len(weights[0])
+        is_few = choice.experts.numel() <= num_slots
         if is_few and not self.training and not torch.is_grad_enabled():  # then none is dropped
-            return self._of_few(x, choice)
+            return self._of_few(x, choice, *weights)
         backend = self.backend
         if backend == "auto":
             backend = choose_expert_backend(x.device.type, x.dtype)
         kernel = self._kernels[backend]
         layout = lay_out(
             choice.experts,
-            self.num_slots,
-            multiple=kernel.multiple(choice.experts.numel() // self.num_slots),
+            num_slots,
+            multiple=kernel.multiple(choice.experts.numel() // num_slots),
             by_size=kernel.by_size,
         )
         rows: Tensor = _Spread.apply(x, layout.place, layout.source)  # type: ignore[no-untyped-call]
         gates: Tensor = _Spread.apply(  # type: ignore[no-untyped-call]
             choice.gates.view(-1, 1), layout.place, layout.source
         )
-        inner, down = (
-            _arranged(weight, layout, x.dtype, kernel.by_size) for weight in (self.inner, self.down)
-        )
+        inner, down = (_arranged(weight, layout, x.dtype, kernel.by_size) for weight in weights)
         hidden = self._activated(grouped_product(rows, inner, layout.ends, backend))
         # The gate is applied here, where rows are narrower.
         hidden = hidden * gates.to(hidden.dtype)
@@ -132,12 +141,12 @@ class Experts(nn.Module):
             return F.silu(gate) * up
         return F.relu(hidden).square()
 
-    def _of_few(self, x: Tensor, choice: Choice) -> Tensor:
+    def _of_few(self, x: Tensor, choice: Choice, inner: Tensor, down: Tensor) -> Tensor:
         """Like ``forward``, reading only the chosen experts: for a few tokens, in generation."""
         experts, gates = choice.experts.flatten(), choice.gates.to(x.dtype)
         repeated = x.repeat_interleave(choice.experts.shape[1], 0)[..., None]  # [N * K, C, 1]
-        hidden = self._activated((self.inner[experts].to(x.dtype) @ repeated)[..., 0])
-        out = self.down[experts].to(x.dtype) @ hidden[..., None]  # [N * K, C, 1]
+        hidden = self._activated((inner[experts].to(x.dtype) @ repeated)[..., 0])
+        out = down[experts].to(x.dtype) @ hidden[..., None]  # [N * K, C, 1]
         return (out.view(*gates.shape, -1) * gates[..., None]).sum(1)
 
 

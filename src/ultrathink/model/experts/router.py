@@ -16,10 +16,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ultrathink.config.experts import ExpertGroupConfig, MoeConfig
+from ultrathink.model.compute_path import ComputePath
 from ultrathink.model.experts.balance import GroupScores, group_losses, move_bias
 from ultrathink.model.experts.controls import Controls
 from ultrathink.model.experts.noise import uniform_noise, within_capacity
 from ultrathink.model.experts.sequences import Sequences
+
+
+class RoutingPass(NamedTuple):
+    """What routing depends on in a forward pass, beside the states."""
+
+    sequences: Sequences
+    controls: Controls
+    path: ComputePath
+    """Resolved: with the names of the groups that run."""
+
+
+class RunningGroup(NamedTuple):
+    """A group that runs in a pass."""
+
+    config: ExpertGroupConfig
+    slots: slice
+    """Of the layer's slots."""
+    columns: slice
+    """Of the slots of all groups that run, which follow each other."""
+    top_k: int
+    """Experts of a token."""
 
 
 class LayerRouting(NamedTuple):
@@ -49,7 +71,8 @@ class Choice(NamedTuple):
     """The experts of each token."""
 
     experts: Tensor
-    """int64 ``[B * T, K]``, counted over all groups; E for a dropped assignment."""
+    """int64 ``[B * T, K]``, counted over all groups that run; their number of slots, E, for a
+    dropped assignment."""
 
     gates: Tensor
     """``[B * T, K]``: the factor of each expert's output, 0 for a dropped assignment."""
@@ -85,52 +108,78 @@ class Router(nn.Module):
 
     def groups(self) -> list[tuple[ExpertGroupConfig, slice]]:
         """Each group and its slots."""
-        found, start = [], 0
-        for group in self.config.groups:
-            found.append((group, slice(start, start + group.num_slots)))
-            start += group.num_slots
-        return found
+        return [(group.config, group.slots) for group in running_groups(self.config)]
 
-    def forward(
-        self, x: Tensor, sequences: Sequences, controls: Controls
-    ) -> tuple[Choice, LayerRouting]:
-        """Choose the experts of each token of ``[B, T, C]``, in at least float32."""
+    def forward(self, x: Tensor, routing: RoutingPass) -> tuple[Choice, LayerRouting | None]:
+        """Choose the experts of each token of ``[B, T, C]``, in at least float32.
+
+        Statistics are those of the model as it is trained: None if groups are left out, or if the
+        path has another number of experts.
+        """
+        sequences, controls, path = routing
+        running = running_groups(self.config, path)
         precise = torch.promote_types(x.dtype, torch.float32)
         read = x.to(precise)
         if self.training:
             read = read * (1 + uniform_noise(read, controls.jitter))
-        logits = F.linear(read, self.weight.to(precise))  # [B, T, E]
+        weight, bias, active = (
+            of_groups(each, running) for each in (self.weight, self.selection_bias, self.active)
+        )
+        logits = F.linear(read, weight.to(precise))  # [B, T, E]
         logits = logits * (controls.warmup / controls.temperature).to(logits)
-        logits = logits.masked_fill(~self.active, -torch.inf)
-        wanted = self._wanted(logits.detach(), controls)
+        logits = logits.masked_fill(~active, -torch.inf)
+        wanted = self._wanted(logits.detach(), bias, controls)
         scores: list[GroupScores] = []
         experts: list[Tensor] = []
         gates: list[Tensor] = []
-        for group, slots in self.groups():
-            group_scores = self._scores(logits[..., slots])
-            chosen, is_chosen = _top(wanted[..., slots], group.top_k)
-            one_hot = is_chosen.to(precise)  # [B, T, k, n]
-            gate = (one_hot * group_scores.scores[..., None, :]).sum(-1)  # [B, T, k]
-            if self.config.normalize_gates and group.top_k > 1:
-                gate = gate / gate.sum(-1, keepdim=True).clamp(min=torch.finfo(precise).tiny)
+        for group in running:
+            group_scores = self._scores(logits[..., group.columns])
+            chosen, gate, one_hot = self._choose(wanted, group_scores.scores, group, active)
+            factor = path.group_factors.get(group.config.name)
+            if factor is not None:
+                gate = gate * (factor.view(-1, 1, 1) if isinstance(factor, Tensor) else factor)
             scores.append(group_scores._replace(chosen=one_hot.sum(-2)))
-            experts.append(chosen + slots.start)
+            experts.append(chosen)
             gates.append(gate * self.config.gate_scale)
         choice = Choice(torch.cat(experts, -1), torch.cat(gates, -1))
         chosen_slots = kept = torch.cat([group.chosen for group in scores], -1)
         if self.training:
-            kept = self._within_capacity(scores, chosen_slots, sequences, controls)
+            kept = self._within_capacity(scores, chosen_slots, running, active, sequences, controls)
             is_kept = kept.gather(-1, choice.experts)  # [B, T, K]
             choice = Choice(
-                torch.where(is_kept, choice.experts, self.config.num_slots),
+                torch.where(is_kept, choice.experts, len(active)),
                 torch.where(is_kept, choice.gates, 0.0),
             )
-        routing = self._report(scores, chosen_slots, kept.to(precise), sequences, controls)
-        return Choice(*(part.flatten(0, 1) for part in choice)), routing
+        report = None
+        if len(running) == len(self.config.groups) and path.top_k == 1:
+            report = self._report(scores, chosen_slots, kept.to(precise), sequences, controls)
+        return Choice(*(part.flatten(0, 1) for part in choice)), report
 
-    def _wanted(self, logits: Tensor, controls: Controls) -> Tensor:
+    def _choose(
+        self, wanted: Tensor, scores: Tensor, group: RunningGroup, active: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The experts ``[B, T, k]`` of each token in one group, their gates, and a mask
+        ``[B, T, k, n]``, from ``scores`` ``[B, T, n]``.
+
+        Whether gates are normalized follows from the configured ``top_k``: a single expert that
+        becomes two keeps its gate, and two that become one keep theirs, with its gradient.
+        """
+        is_normalized = self.config.normalize_gates and group.config.top_k > 1
+        num_read = max(group.top_k, group.config.top_k) if is_normalized else group.top_k
+        chosen, is_chosen = _top(wanted[..., group.columns], num_read)
+        if num_read > group.config.top_k:  # there may be fewer experts
+            is_there = torch.arange(num_read, device=active.device) < active[group.columns].sum()
+            is_chosen = is_chosen & is_there[:, None]
+        one_hot = is_chosen.to(scores.dtype)  # [B, T, k, n]
+        gate = (one_hot * scores[..., None, :]).sum(-1)  # [B, T, k]
+        if is_normalized:
+            gate = gate / gate.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+        k = group.top_k
+        return chosen[..., :k] + group.columns.start, gate[..., :k], one_hot[..., :k, :]
+
+    def _wanted(self, logits: Tensor, bias: Tensor, controls: Controls) -> Tensor:
         """The values that decide the choice, ``[B, T, E]``: logits, bias, and in training noise."""
-        wanted = logits + self.selection_bias.to(logits)
+        wanted = logits + bias.to(logits)
         if not self.training:
             return wanted
         one = wanted[:, :1].clone()
@@ -156,6 +205,8 @@ class Router(nn.Module):
         self,
         scores: list[GroupScores],
         chosen: Tensor,
+        running: list[RunningGroup],
+        active: Tensor,
         sequences: Sequences,
         controls: Controls,
     ) -> Tensor:
@@ -166,8 +217,8 @@ class Router(nn.Module):
         shares = torch.cat(
             [
                 sequences.num_counted
-                * (group.top_k / self.active[slots].sum()).expand(group.num_slots)
-                for group, slots in self.groups()
+                * (group.top_k / active[group.columns].sum()).expand(group.config.num_slots)
+                for group in running
             ],
             -1,
         )
@@ -198,6 +249,31 @@ class Router(nn.Module):
             entropy=sequences.total(entropies),
             confidence=sequences.total(largest),
         )
+
+
+def running_groups(config: MoeConfig, path: ComputePath | None = None) -> list[RunningGroup]:
+    """The groups that run on a resolved ``path``, in order; None: all, as configured."""
+    path, found, start, column = path or ComputePath(), [], 0, 0
+    for group in config.groups:
+        slots = slice(start, start := start + group.num_slots)
+        if path.groups is None or group.name in path.groups:
+            top_k = min(max(1, round(path.top_k * group.top_k)), group.num_slots)
+            columns = slice(column, column := column + group.num_slots)
+            found.append(RunningGroup(group, slots, columns, top_k))
+    return found
+
+
+def of_groups(values: Tensor, running: list[RunningGroup]) -> Tensor:
+    """The rows of ``values`` ``[E, ...]`` that belong to the groups that run."""
+    slices: list[slice] = []
+    for group in running:
+        if slices and slices[-1].stop == group.slots.start:  # neighbours are one slice
+            slices[-1] = slice(slices[-1].start, group.slots.stop)
+        else:
+            slices.append(group.slots)
+    if slices == [slice(0, len(values))]:
+        return values
+    return values[slices[0]] if len(slices) == 1 else torch.cat([values[each] for each in slices])
 
 
 def _top(wanted: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

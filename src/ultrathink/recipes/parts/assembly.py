@@ -170,6 +170,7 @@ def _objective(
         dp_group=choices.dims.dp_group,
         held_out=ValidationSet(data.val_stores, config.data.seq_len) if data.val_stores else None,
         scored_tokens=training.eval.max_tokens,
+        scored_paths=training.eval.paths,
     )
     objective: Objective = OBJECTIVES.load(training.objective.type)(training.objective, parts)
     return objective

@@ -58,6 +58,7 @@ class Parts:
     dp_group: Group = ALONE  # processes that hold different parts of a batch
     held_out: ValidationSet | None = None
     scored_tokens: int | None = None  # of the held-out text; None: all
+    scored_paths: tuple[str, ...] = ()  # compute paths that are validated beside the whole model
 
 
 class Objective(ABC):
@@ -87,6 +88,7 @@ class Objective(ABC):
         self.dp_group = parts.dp_group
         self.held_out = parts.held_out
         self.scored_tokens = parts.scored_tokens
+        self.scored_paths = parts.scored_paths
 
     @classmethod
     def modules(cls, config: Any, model: Transformer) -> dict[str, TrainedModule]:

@@ -101,4 +101,5 @@ class Pretraining(Objective):
             max_tokens=self.scored_tokens,
             max_batches=max_batches,
             dp_group=self.dp_group,
+            paths=self.scored_paths,
         )

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ultrathink.config.experts import MoeConfig
+from ultrathink.model.compute_path import ComputePath
 from ultrathink.model.experts.controls import RoutingControls
-from ultrathink.model.experts.router import LayerRouting, Router
+from ultrathink.model.experts.router import LayerRouting, Router, RoutingPass
 from ultrathink.model.experts.sequences import find_sequences
 from ultrathink.model.transformer import Transformer
 
@@ -66,6 +67,17 @@ def make_router(
     return router, RoutingControls(config).to(dtype)
 
 
+def routing_pass(
+    controls: RoutingControls,
+    x: Tensor,
+    labels: Tensor | None = None,
+    document_ids: Tensor | None = None,
+) -> RoutingPass:
+    """A pass over the states ``x`` ``[B, T, C]`` through all groups."""
+    sequences = find_sequences(labels, document_ids, x, -100)
+    return RoutingPass(sequences, controls.now(), ComputePath())
+
+
 def route(
     router: Router,
     controls: RoutingControls,
@@ -74,7 +86,6 @@ def route(
     document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, LayerRouting]:
     """The experts and gates of each token, ``[B, T, K]`` each, and what is reported."""
-    sequences = find_sequences(labels, document_ids, x, -100)
-    choice, routing = router(x, sequences, controls.now())
+    choice, routing = router(x, routing_pass(controls, x, labels, document_ids))
     experts, gates = (part.view(*x.shape[:2], -1) for part in choice)
     return experts, gates, routing

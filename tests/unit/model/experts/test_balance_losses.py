@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.model.experts.mixtures import FOUR, ONE, make_router, route
+from tests.unit.model.experts.mixtures import FOUR, ONE, make_router, route, routing_pass
 from ultrathink.model.experts.balance import LOSSES
 from ultrathink.model.experts.router import Router
-from ultrathink.model.experts.sequences import find_sequences
 
 EVEN_WEIGHTS = dict.fromkeys(LOSSES, 1.0)
 WITH_SLOTS = [{**group, "max_experts": group["num_experts"] + 2} for group in FOUR]
@@ -118,8 +117,7 @@ def test_each_loss_has_its_gradient_at_imbalance(x: Tensor, labels: Tensor, scor
     router, controls = make_biased(FOUR[2:], score=score)
 
     def values(weight: Tensor, inputs: Tensor) -> Tensor:
-        sequences = find_sequences(labels, None, inputs, -100)
-        options = ({"weight": weight}, (inputs, sequences, controls.now()))
+        options = ({"weight": weight}, (inputs, routing_pass(controls, inputs, labels)))
         result: Tensor = torch.func.functional_call(router, *options)[1].losses
         return result
 

@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.unit.model.experts.mixtures import FOUR, ONE, make_router, mixture, route
+from tests.unit.model.experts.mixtures import FOUR, ONE, make_router, mixture, route, routing_pass
 from ultrathink.config.experts import MoeConfig
 from ultrathink.config.model import ModelConfig
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.model.experts.controls import RoutingControls
 from ultrathink.model.experts.router import Router
-from ultrathink.model.experts.sequences import find_sequences
 from ultrathink.model.transformer import Transformer
 
 SIX: list[dict[str, Any]] = [
@@ -88,7 +87,7 @@ def test_a_token_whose_experts_are_all_full_goes_past_the_layer() -> None:
     model.routing.set("capacity_factor", 1e-3)  # one token each
     layer = model.expert_layers()[0]
     x = torch.randn(1, 20, 16)
-    out, routing = layer(x, find_sequences(None, None, x, -100), model.routing.now())
+    out, routing = layer(x, routing_pass(model.routing, x))
     assert float(routing.load.sum() - routing.dropped.sum()) <= 4
     assert int(out.any(-1).sum()) <= 4
 

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, S keys (T and those in a cache), C hidden size, V voc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -33,13 +34,14 @@ from ultrathink.model.experts.sequences import find_sequences
 from ultrathink.model.init import init_parameters
 from ultrathink.model.linear import Linear
 from ultrathink.model.loss import IGNORED_LABEL, linear_cross_entropy
-from ultrathink.model.norm import RMSNorm
+from ultrathink.model.norm import RMSNorm, rms_norm
 from ultrathink.model.output import ModelOutput
 from ultrathink.model.rope import RotaryEmbedding
+from ultrathink.model.thinning import Thinning, skipped
 
 # A replacement of logits and loss: from the normalized states [B, T, C], the output projection
-# [V, C] and the labels [B, T], if any, it computes tensors by name.
-Head = Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]]
+# [V, C], the labels [B, T], if any, and the tapped states by layer, it computes tensors by name.
+Head = Callable[[Tensor, Tensor, Tensor | None, Mapping[int, Tensor]], dict[str, Tensor]]
 
 
 class Block(nn.Module):
@@ -125,6 +127,12 @@ class Transformer(nn.Module):
             Block(self.config, layer) for layer in range(self.config.num_layers)
         )
         self.norm = RMSNorm(self.config.hidden_size, self.config.norm_eps)
+        self.exit_norms = nn.ModuleDict(
+            {
+                str(layer): RMSNorm(self.config.hidden_size, self.config.norm_eps)
+                for layer in self.config.exits_with_norms
+            }
+        )
         self.head: Linear | None = None
         if not self.config.tie_embeddings:
             self.head = Linear(self.config.hidden_size, self.config.vocab_size)
@@ -148,6 +156,25 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
+    def norm_after(self, layer: int) -> RMSNorm:
+        """The norm before the head for a path that ends with ``layer``."""
+        name = str(layer)
+        return cast(RMSNorm, self.exit_norms[name]) if name in self.exit_norms else self.norm
+
+    def exit_states(self, states: Mapping[int, Tensor], chosen: Tensor) -> Tensor:
+        """The normalized states of one of several exits, of which a step need not know which.
+
+        ``states`` are those ``[..., C]`` after some layers, ``chosen`` is the index of one of these
+        layers, zero-dimensional.
+        """
+        first, *others = states
+        x, weight = states[first], cast(Tensor, self.norm_after(first).weight)
+        for layer in others:
+            is_chosen = chosen == layer
+            x = torch.where(is_chosen, states[layer], x)
+            weight = torch.where(is_chosen, self.norm_after(layer).weight, weight)
+        return rms_norm(x, weight, self.norm.eps)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -163,6 +190,7 @@ class Transformer(nn.Module):
         last_only: bool = False,
         head: Head | None = None,
         tap: Sequence[int | float] = (),
+        thinning: Thinning | None = None,
     ) -> ModelOutput:
         """Logits ``[B, T, V]``, or with ``labels`` the summed loss without storing the logits.
 
@@ -176,7 +204,8 @@ class Transformer(nn.Module):
         row's last real token. ``path`` is a part of the model, or the name of one: None is all of
         it. ``head`` replaces logits and loss; it runs inside this pass, where
         sharded weights are gathered. ``tap`` names layers, by index or by fraction, whose residual
-        states ``[B, T, C]`` are returned too. Raises ValueError for shapes that do not fit, and for
+        states ``[B, T, C]`` are returned too. ``thinning`` leaves layers and experts out at random.
+        Raises ValueError for shapes that do not fit, and for
         layers, groups and paths that do not exist.
         """
         of_tokens = {"labels": labels, "loss_weights": loss_weights, "document_ids": document_ids}
@@ -199,9 +228,14 @@ class Transformer(nn.Module):
         taps = {layer_index(layer, self.config.num_layers, "tap") for layer in tap}
         tapped: dict[int, Tensor] = {}
         for layer in path.indices(self.config.num_layers):
+            before = x
+            if thinning is not None and routed is not None:
+                routed = routed._replace(width=thinning.width[:, layer])
             x, routing = run_checkpointed(
                 mode, self.blocks[layer], x, cos_sin, mask, self._backend, cache, routed
             )
+            if thinning is not None:
+                x = skipped(thinning.keep[:, layer], before, x)
             if routing is not None:
                 routings.append(routing)
             if layer in taps:
@@ -212,7 +246,8 @@ class Transformer(nn.Module):
         beside = ModelOutput(
             aux_losses={} if labels is None else losses, stats=stats, tapped=tapped
         )
-        x = self.norm(_last(x, lengths) if last_only else x)
+        last_layer = path.indices(self.config.num_layers)[-1]
+        x = self.norm_after(last_layer)(_last(x, lengths) if last_only else x)
         return self._output(x, labels, loss_weights, head, beside)
 
     def _output(
@@ -225,7 +260,7 @@ class Transformer(nn.Module):
     ) -> ModelOutput:
         """``beside`` with logits or loss, computed from the normalized states ``x``."""
         if head is not None:
-            return beside._replace(head=head(x, self.head_weight, labels))
+            return beside._replace(head=head(x, self.head_weight, labels, beside.tapped))
         if labels is None:
             return beside._replace(logits=F.linear(x, self.head_weight.to(x.dtype)))
         own = None if loss_weights is None else loss_weights.flatten()

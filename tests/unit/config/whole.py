@@ -20,6 +20,11 @@ SECTIONS = (
 )
 WHOLE = {
     "experts": (*SECTIONS, f"model.moe={{{GROUPS}}}", "tokenizer=bpe", "training.optimizer=adamw"),
+    "elastic": (
+        *SECTIONS,
+        f"model.moe={{{GROUPS}, shared_size: 8}}",
+        "training.objective={type: elastic, sub_paths: {names: [fast]}}",
+    ),
     "other-parts": (
         *SECTIONS,
         "training.objective={type: distill, teacher: runs/large}",
@@ -36,6 +41,7 @@ ANOTHER = {
     "model.moe.backend": "loop",
     "model.paths": [{"name": "half", "layers": 1}],
     "training.eval.paths": ["half", "fast"],
+    "training.objective.sub_paths.names": ["standard"],
     "model.rope_scaling.type": None,  # another starts from its own defaults
     "monitoring.sinks": [],
     "orchestrator.limits.lr_factor": [0.1, 0.5],

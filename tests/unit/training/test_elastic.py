@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import LlamaForCausalLM
 
 from tests.unit.training.conftest import MakeTrainer
 from tests.unit.training.observers import assert_equal_tensors
 from tests.unit.training.weighted import weights_of
 from ultrathink.core.errors import ConfigError, UltrathinkError
 from ultrathink.data.batch import IGNORED
+from ultrathink.interop.export import export_run
 from ultrathink.model.compute_path import ComputePath
 from ultrathink.model.thinning import Thinning, layer_dropout
 from ultrathink.recipes.resume import resume_trainer
@@ -275,6 +277,24 @@ def test_a_run_resumes_bit_for_bit(make_trainer: MakeTrainer) -> None:
     resumed = resume_trainer(straight.run, "2")
     resumed.fit()
     assert_equal_tensors(resumed.model.state_dict(), straight.model.state_dict())
+
+
+def test_the_whole_model_of_one_with_exits_exports(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(
+        *(
+            "model.num_layers=4",
+            "model.exits.own_norms=true",
+            "tokenizer={type: bpe, vocab_size: 300}",
+        ),
+        *("training.objective={type: elastic, sub_paths: null}", "training.max_steps=1"),
+    )
+    trainer.fit()
+    done = export_run(str(trainer.run.path), "last")
+    assert "the norms of its exits are left out; the model runs whole" in done.remarks
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        theirs = LlamaForCausalLM.from_pretrained(done.folder)(ids).logits
+        torch.testing.assert_close(trainer.model.eval()(ids).logits, theirs, atol=1e-5, rtol=1e-5)
 
 
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {

@@ -73,6 +73,15 @@ class ComputePath:
             theirs.top_k,
         )
 
+    def describe(self, config: ModelConfig) -> str:
+        """What of a model runs: ``layers [0, 1] (expert groups: skill; top_k: 1)``."""
+        path = self.resolved(config)
+        layers = path.indices(config.num_layers)
+        if not config.routed(layers):
+            return f"layers {list(layers)}"
+        groups = ", ".join(path.groups or ()) or "none"
+        return f"layers {list(layers)} (expert groups: {groups}; top_k: {path.top_k:g})"
+
 
 def path_of(path: str | ComputePath | None, config: ModelConfig) -> ComputePath:
     """``path``, or the one called so, resolved for a model; None is the whole model.

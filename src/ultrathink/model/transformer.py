@@ -23,7 +23,7 @@ from ultrathink.model.activation_checkpointing import (
 from ultrathink.model.attention import Attention
 from ultrathink.model.attention_backends import READS_DOCUMENTS, AttentionBackend
 from ultrathink.model.attention_mask import AttentionMask, build_mask
-from ultrathink.model.cache import CacheView, ContiguousCache
+from ultrathink.model.cache import CacheView, ContiguousCache, Span, tokens_from
 from ultrathink.model.compute_path import ComputePath, path_of
 from ultrathink.model.embedding import Embedding
 from ultrathink.model.experts.balance import LOSSES
@@ -188,6 +188,7 @@ class Transformer(nn.Module):
         cache: CacheView | None = None,
         path: str | ComputePath | None = None,
         last_only: bool = False,
+        with_pending: bool = False,
         head: Head | None = None,
         tap: Sequence[int | float] = (),
         thinning: Thinning | None = None,
@@ -197,58 +198,78 @@ class Transformer(nn.Module):
         ``input_ids``, ``labels`` (the target of each position, -100 for untrained ones),
         ``loss_weights`` (of each target; None: 1) and ``document_ids`` are ``[B, T]``. The first
         ``lengths[b]`` tokens of a row are real (None: all), the rest is padding: a cache does not
-        keep it, and its logits are meaningless.
+        keep it, and its logits are meaningless. Tokens of a ``cache`` that a shorter path has read
+        run in the further layers of this one together with the new ones, of which there may be
+        none, ``[B, 0]``. ``with_pending`` gives their logits too, as draft verification needs them:
+        ``[B, P + T, V]``, in each row those of its pending tokens, then those of its new ones.
         ``positions`` is ``[T]`` or ``[B, T]`` and counts from each sequence's length in the cache
         when None. ``attention_mask`` is boolean (True = attend) or additive, ``[B, S]`` or
         broadcastable to ``[B, H, T, S]``. ``last_only`` gives the logits ``[B, 1, V]`` of each
         row's last real token. ``path`` is a part of the model, or the name of one: None is all of
-        it. ``head`` replaces logits and loss; it runs inside this pass, where
-        sharded weights are gathered. ``tap`` names layers, by index or by fraction, whose residual
-        states ``[B, T, C]`` are returned too. ``thinning`` leaves layers and experts out at random.
-        Raises ValueError for shapes that do not fit, and for
-        layers, groups and paths that do not exist.
+        it. ``head`` replaces logits and loss; it runs inside this pass, where sharded weights are
+        gathered. ``tap`` names layers, by index or by fraction, whose residual states ``[B, T, C]``
+        are returned too. ``thinning`` leaves layers and experts out at random. Raises ValueError
+        for shapes that do not fit, and for layers, groups and paths that do not exist.
         """
         of_tokens = {"labels": labels, "loss_weights": loss_weights, "document_ids": document_ids}
         _check_shapes(input_ids, of_tokens, positions, lengths, cache)
         if lengths is not None and min(lengths) == input_ids.shape[1]:
             lengths = None  # there is no padding
         path = path_of(path, self.config)
-        mask, cos_sin = self._mask_and_rotation(
-            input_ids, attention_mask, positions, document_ids, lengths, cache, path
-        )
+        spans = _begin(cache, path, input_ids, lengths, positions)
+        span = spans[0] if spans else None
         x = self.embedding(input_ids).to(self.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
-        recompute = torch.is_grad_enabled() and cache is None
-        mode: CheckpointingMode = self.activation_checkpointing if recompute else "none"
-        routed = None
-        if self.routing is not None:
-            sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL, lengths)
-            routed = RoutingPass(sequences, self.routing.now(), path)
+        mask, cos_sin = self._mask_and_rotation(x, attention_mask, positions, document_ids, span)
+        routed = self._routing_pass(labels, document_ids, x, lengths, path)
         routings: list[LayerRouting] = []
         taps = {layer_index(layer, self.config.num_layers, "tap") for layer in tap}
         tapped: dict[int, Tensor] = {}
+        joins = {later.layer: later for later in spans[1:]}
         for layer in path.indices(self.config.num_layers):
-            before = x
-            if thinning is not None and routed is not None:
-                routed = routed._replace(width=thinning.width[:, layer])
-            x, routing = run_checkpointed(
-                mode, self.blocks[layer], x, cos_sin, mask, self._backend, cache, routed
-            )
-            if thinning is not None:
-                x = skipped(thinning.keep[:, layer], before, x)
+            if cache is not None and layer in joins:
+                x, span, lengths = cache.join(layer, x), joins[layer], joins[layer].lengths
+                mask, cos_sin = self._mask_and_rotation(x, attention_mask, None, None, span)
+                routed = self._routing_pass(None, None, x, lengths, path)
+            if spans and x.shape[1] == 0:
+                continue  # there are only pending tokens, which run in further layers
+            x, routing = self._run_block(layer, thinning, x, cos_sin, mask, cache, routed)
             if routing is not None:
                 routings.append(routing)
             if layer in taps:
-                tapped[layer] = x
+                tapped[layer] = _of_input(x, spans, span)
         if cache is not None:
-            cache.commit()
-        losses, stats = _reported(routings)
+            cache.commit(x if positions is None else None)
+        losses, stats = _reported(routings if input_ids.shape[1] else [])
         beside = ModelOutput(
             aux_losses={} if labels is None else losses, stats=stats, tapped=tapped
         )
-        last_layer = path.indices(self.config.num_layers)[-1]
-        x = self.norm_after(last_layer)(_last(x, lengths) if last_only else x)
+        if last_only:
+            x = _last(x, lengths)
+        elif labels is not None or not with_pending:
+            x = _of_input(x, spans, span)
+        x = self.norm_after(path.indices(self.config.num_layers)[-1])(x)
         return self._output(x, labels, loss_weights, head, beside)
+
+    def _run_block(
+        self,
+        layer: int,
+        thinning: Thinning | None,
+        x: Tensor,
+        cos_sin: Tensor,
+        mask: AttentionMask | None,
+        cache: CacheView | None,
+        routed: RoutingPass | None,
+    ) -> tuple[Tensor, LayerRouting | None]:
+        """The states after ``layer``, recomputed in the backward pass where that is configured."""
+        if thinning is not None and routed is not None:
+            routed = routed._replace(width=thinning.width[:, layer])
+        recompute = torch.is_grad_enabled() and cache is None
+        mode: CheckpointingMode = self.activation_checkpointing if recompute else "none"
+        after, routing = run_checkpointed(
+            mode, self.blocks[layer], x, cos_sin, mask, self._backend, cache, routed
+        )
+        return (after if thinning is None else skipped(thinning.keep[:, layer], x, after)), routing
 
     def _output(
         self,
@@ -271,31 +292,43 @@ class Transformer(nn.Module):
             tapped=beside.tapped,
         )
 
+    def _routing_pass(
+        self,
+        labels: Tensor | None,
+        document_ids: Tensor | None,
+        x: Tensor,
+        lengths: Sequence[int] | None,
+        path: ComputePath,
+    ) -> RoutingPass | None:
+        """What routing of the tokens of ``x`` depends on; None without experts."""
+        if self.routing is None:
+            return None
+        sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL, lengths)
+        return RoutingPass(sequences, self.routing.now(), path)
+
     def _mask_and_rotation(
         self,
-        input_ids: Tensor,
+        x: Tensor,
         attention_mask: Tensor | None,
         positions: Tensor | None,
         document_ids: Tensor | None,
-        lengths: Sequence[int] | None,
-        cache: CacheView | None,
-        path: ComputePath,
+        span: Span | None,
     ) -> tuple[AttentionMask | None, Tensor]:
-        """The attention mask (None: causality, or that of the cache) and the rotary angles."""
-        B, T = input_ids.shape
-        device, num_keys = input_ids.device, T
+        """The attention mask (None: causality, or that of the cache) and the rotary angles for the
+        states ``x`` ``[B, T, C]``, with a cache those of ``span``."""
+        B, T = x.shape[:2]
+        device, num_keys = x.device, T
         starts: tuple[int, ...] = (0,)
-        if cache is not None:
-            lengths = (T,) * B if lengths is None else lengths
-            starts = cache.begin(path, lengths, T)
-            num_keys = max(map(sum, zip(starts, lengths, strict=True)))
+        if span is not None:
+            starts = span.starts
+            num_keys = max(map(sum, zip(starts, span.lengths, strict=True)))
         offset = max(starts)
         if positions is None and min(starts) < offset:
             positions = torch.tensor(starts, device=device)[:, None] + torch.arange(
                 T, device=device
             )
         cos_sin = self.rope(positions, T, offset)
-        if cache is not None and attention_mask is None:
+        if span is not None and attention_mask is None:
             return None, cos_sin
         mask = build_mask(
             batch_size=B,
@@ -385,6 +418,34 @@ def transformers_in(module: nn.Module) -> list[Transformer]:
     return [each for each in module.modules() if isinstance(each, Transformer)]
 
 
+def _begin(
+    cache: CacheView | None,
+    path: ComputePath,
+    input_ids: Tensor,
+    lengths: Sequence[int] | None,
+    positions: Tensor | None,
+) -> tuple[Span, ...]:
+    """The spans of a pass with a cache; none without one."""
+    if cache is None:
+        return ()
+    B, T = input_ids.shape
+    spans = cache.begin(path, (T,) * B if lengths is None else lengths, T)
+    if positions is not None and len(spans) > 1:
+        raise ValueError(
+            "positions cannot be given while the cache has pending tokens of a shorter path, whose "
+            "positions they do not say; run those first, with input_ids of shape [B, 0]."
+        )
+    return spans
+
+
+def _of_input(x: Tensor, spans: Sequence[Span], span: Span | None) -> Tensor:
+    """The states ``[B, T, C]`` of the input's tokens, which follow the pending ones of ``span``."""
+    if span is None or span is spans[0]:
+        return x
+    pending = [start - at for start, at in zip(spans[0].starts, span.starts, strict=True)]
+    return tokens_from(x, pending, spans[0].num_tokens)
+
+
 def _last(x: Tensor, lengths: Sequence[int] | None) -> Tensor:
     """The states ``[B, 1, C]`` of each row's last real token."""
     if lengths is None:
@@ -429,7 +490,7 @@ def _check_shapes(
         )
     if lengths is not None:
         fits = len(lengths) == B and all(0 <= length <= T for length in lengths)
-        if not fits or not any(lengths):
+        if not fits or (T > 0 and not any(lengths)):
             raise ValueError(
                 f"lengths is {list(lengths)}; it must have {B} numbers of 0 to {T}, not all 0."
             )

@@ -130,6 +130,9 @@ class Transformer(nn.Module):
             self.head = Linear(self.config.hidden_size, self.config.vocab_size)
         self.rope = RotaryEmbedding(self.config)
         self.routing = RoutingControls(self.config.moe) if self.config.moe is not None else None
+        # One value for all layers, so that a compiled step has two graphs at most.
+        self.has_splits = False
+        self.register_load_state_dict_post_hook(_note_splits)
         self.set_attention_backend(self.config.attention.backend)
         if not self.embedding.weight.is_meta:
             self.init_weights()
@@ -194,7 +197,7 @@ class Transformer(nn.Module):
         routed = None
         if self.routing is not None:
             sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL, lengths)
-            routed = RoutingPass(sequences, self.routing.now(), path)
+            routed = RoutingPass(sequences, self.routing.now(), path, self.has_splits)
         routings: list[LayerRouting] = []
         taps = {layer_index(layer, self.config.num_layers, "tap") for layer in tap}
         tapped: dict[int, Tensor] = {}
@@ -308,6 +311,15 @@ class Transformer(nn.Module):
             self.routing.reset()
         for layer in self.expert_layers().values():
             layer.router.reset_buffers()
+        self.has_splits = False
+
+    def note_splits(self) -> None:
+        """Note whether any expert is split, after a change of the routers' buffers.
+
+        Unless one is, passes compute nothing for splits.
+        """
+        routers = [layer.router for layer in self.expert_layers().values()]
+        self.has_splits = any(bool(router.branch.any()) for router in routers)
 
     def expert_layers(self) -> dict[int, MixtureOfExperts]:
         """The layers that have experts, by their index."""
@@ -343,6 +355,11 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size: int, max_length: int) -> ContiguousCache:
         """An empty cache of ``max_length`` positions for ``batch_size`` sequences."""
         return ContiguousCache(self.config, batch_size, max_length, self.device, self.dtype)
+
+
+def _note_splits(model: Transformer, _: object) -> None:
+    """After loading weights and buffers."""
+    model.note_splits()
 
 
 def transformers_in(module: nn.Module) -> list[Transformer]:

@@ -24,6 +24,7 @@ from ultrathink.training.change import (
     is_number,
 )
 from ultrathink.training.endings import STOPPED, returned_to
+from ultrathink.training.expert_changes import AddExpert, PruneExpert, ReleaseExperts
 from ultrathink.training.snapshots import Snapshot
 
 if TYPE_CHECKING:
@@ -411,8 +412,13 @@ class ReviveExperts(Change):
         return ReviveExperts(after)  # it records which expert each was copied from
 
 
-# The changes of this module, in this order.
-CHANGES = tuple(kind for kind in Change.kinds.values() if kind.__module__ == __name__)
+# The changes of this module, in this order, and those that are in modules of their own.
+CHANGES = (
+    *(kind for kind in Change.kinds.values() if kind.__module__ == __name__),
+    AddExpert,
+    PruneExpert,
+    ReleaseExperts,
+)
 
 
 def change_from(values: Mapping[str, Any]) -> Change:

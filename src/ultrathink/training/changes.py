@@ -296,9 +296,12 @@ class AverageSnapshots(Change):
 
     def apply(self, run: Parts) -> Effect:
         """Returns the validation loss before and after; after is the better of the two."""
+        from ultrathink.training.expert_rows import check_same_experts
         from ultrathink.training.host_states import copied_to_host
         from ultrathink.training.model_state import ModulesState, average_weights
 
+        for one in self.snapshots:
+            check_same_experts(run.model, run.snapshots.states[one.key], one.step)
         scores = run.held_out()
         if scores is None:
             raise ConfigError(

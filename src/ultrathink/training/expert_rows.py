@@ -6,6 +6,7 @@ Every weight of a layer of experts has a row for each slot, also where processes
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ultrathink.core.errors import ConfigError
 from ultrathink.model.experts.layer import MixtureOfExperts
+from ultrathink.model.transformer import Transformer
 from ultrathink.parallel.placement import region_of
 from ultrathink.training.stepping import Step
 
@@ -46,6 +48,21 @@ def check_expert(layer: MixtureOfExperts, slots: slice, expert: int, problem: st
         is_range = there == list(range(there[0], there[-1] + 1))
         has = f"{there[0]} to {there[-1]}" if is_range else ", ".join(map(str, there))
         raise ConfigError(f"{problem}: there is no such expert; the group has {has}.")
+
+
+def check_same_experts(model: Transformer, state: Mapping[str, Any], step: int) -> None:
+    """ConfigError if the snapshot ``state`` of ``step`` has experts in other slots than ``model``.
+
+    Means of their weights would be means of unrelated experts.
+    """
+    for layer, experts in model.expert_layers().items():
+        for name in ("active", "branch"):
+            there = state["model"][f"blocks.{layer}.feed_forward.router.{name}"]
+            if not torch.equal(there, experts.router.get_buffer(name).to(there.device)):
+                raise ConfigError(
+                    f"the snapshot of step {step} has other experts in layer {layer} than the run "
+                    f"has now, so their weights have no mean; use snapshots taken since."
+                )
 
 
 class ExpertRows:

@@ -243,7 +243,10 @@ def test_as_many_experts_as_every_layer_has_are_exported(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({ACTIVE.format(1): PRUNED[ACTIVE.format(1)]}, r"layer 0: 6, layer 1: 5\), and Mixtral has"),
+        (
+            {ACTIVE.format(1): PRUNED[ACTIVE.format(1)]},
+            r"layer 0: 6, layer 1: 5\), and Mixtral has",
+        ),
         (
             {"blocks.1.feed_forward.router.branch": [[0] * 6, [1] + [0] * 5] + [[0] * 6] * 4},
             "experts in layer 1 are split, which Mixtral lacks",

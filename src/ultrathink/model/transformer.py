@@ -132,7 +132,7 @@ class Transformer(nn.Module):
         self.routing = RoutingControls(self.config.moe) if self.config.moe is not None else None
         # One value for all layers, so that a compiled step has two graphs at most.
         self.has_splits = False
-        self.register_load_state_dict_post_hook(_note_splits)
+        self.register_load_state_dict_post_hook(_note_splits)  # type: ignore[no-untyped-call]
         self.set_attention_backend(self.config.attention.backend)
         if not self.embedding.weight.is_meta:
             self.init_weights()

@@ -1,9 +1,9 @@
 """Fits the weights of a run to a model with experts that has other slots, or had no experts.
 
-- Other slots: experts keep their slots if there are as many or more, and move together if there are
-  fewer. Which ones are there follows from the checkpoint, layer by layer.
-- Upcycling (https://arxiv.org/abs/2212.05055): every expert becomes a copy of the dense feed-forward
-  layer. The gates of a group sum to 1, so with G groups the copies are divided by G and by
+- Other slots: experts keep their slots if there are as many or more, and move together if there
+  are fewer. Which ones are there follows from the checkpoint, layer by layer.
+- Upcycling (https://arxiv.org/abs/2212.05055): every expert becomes a copy of the dense layer in
+  its place. The gates of a group sum to 1, so with G groups the copies are divided by G and by
   ``gate_scale``, and the model computes the same; a shared expert starts with an output of zero.
 """
 
@@ -19,7 +19,13 @@ from ultrathink.config.experts import ExpertGroupConfig, MoeConfig
 from ultrathink.config.model import ModelConfig
 from ultrathink.core.errors import ConfigError
 from ultrathink.model.transformer import Transformer
-from ultrathink.runs.loading import check_fit, check_groups, model_config_of, read_weights, shapes_of
+from ultrathink.runs.loading import (
+    check_fit,
+    check_groups,
+    model_config_of,
+    read_weights,
+    shapes_of,
+)
 
 Weights = dict[str, Tensor]
 Conversion = Callable[[Weights, Transformer], Weights]
@@ -135,9 +141,7 @@ def _check_upcycling(theirs: ModelConfig, ours: ModelConfig, moe: MoeConfig) -> 
         )
 
 
-def _problems(
-    theirs: ModelConfig, ours: ModelConfig, moe: MoeConfig
-) -> Iterator[tuple[str, str]]:
+def _problems(theirs: ModelConfig, ours: ModelConfig, moe: MoeConfig) -> Iterator[tuple[str, str]]:
     if moe.intermediate_size != theirs.intermediate_size:
         what = f"model.moe.intermediate_size is {moe.intermediate_size}, not that of the copies"
         yield what, f"model.moe.intermediate_size={theirs.intermediate_size}"

@@ -25,8 +25,6 @@ class _ExpertChange(Change):
         is_index = isinstance(self.layer, int) and not isinstance(self.layer, bool)
         if not is_index and self.layer != "all":
             self.refuse("layer", 'must be the index of a layer, or "all"')
-        if not isinstance(self.group, str):
-            self.refuse("group", "must be the name of a group")
 
     def _check(self, expert: str, ways: tuple[str, str], applied: Sequence[Any]) -> None:
         number = getattr(self, expert)

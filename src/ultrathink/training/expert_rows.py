@@ -19,9 +19,7 @@ from ultrathink.parallel.placement import region_of
 from ultrathink.training.stepping import Step
 
 
-def slots_of(
-    layers: Mapping[int, MixtureOfExperts], layer: int, group: str, problem: str
-) -> slice:
+def slots_of(layers: Mapping[int, MixtureOfExperts], layer: int, group: str, problem: str) -> slice:
     """The slots of ``group`` in ``layer``; ConfigError, beginning with ``problem``, if there are
     none."""
     if not layers:

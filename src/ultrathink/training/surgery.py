@@ -108,7 +108,7 @@ def prune_experts(
     how: Literal["drop", "merge"],
     applied: Sequence[Mapping[str, Any]],
 ) -> Effect:
-    """Prune an expert of ``group`` in a layer or in all; ``applied`` is what a record says of it."""
+    """Prune an expert of ``group`` in a layer or in all; ``applied`` is as in ``add_experts``."""
     places = _places(run, layer, group, "an expert cannot be pruned")
     measures = None if applied else measure_experts(run)
     rows = ExpertRows(run.stepper)
@@ -229,7 +229,7 @@ def _enough_without(where: Where, expert: int) -> bool:
 
 def _most_similar(rows: ExpertRows, where: Where, expert: int) -> int:
     """The expert to merge ``expert`` into: a sibling, or that with the most similar router row."""
-    first = where.slots.start
+    first: int = where.slots.start
     related = siblings(where.experts.router.branch, first + expert)
     if related:
         return related[0] - first
@@ -266,7 +266,8 @@ def _normal(seed: int, step: int, where: Where, expert: int) -> Tensor:
     draw = step_seed(step_seed(seed, step, where.layer), where.slots.start + expert, _PLANE)
     size = where.experts.router.weight.shape[1]
     direction = torch.randn(size, generator=torch.Generator().manual_seed(draw)).double()
-    return direction / direction.norm()
+    unit: Tensor = direction / direction.norm()
+    return unit
 
 
 def _remove(rows: ExpertRows, one: Removal) -> None:
@@ -302,8 +303,10 @@ def _finished(
         # For further changes at this boundary.
         load = again.tokens / run.dp_group.size
         run.boundary.expert_load = load.to(run.boundary.expert_load)
-    now = [{**one, "experts": len(experts_in(where.experts, where.slots))}
-           for one, where in zip(named, places, strict=True)]
+    now = [
+        {**one, "experts": len(experts_in(where.experts, where.slots))}
+        for one, where in zip(named, places, strict=True)
+    ]
     before = None if measures is None else {"loss": measures.loss}
     after: dict[str, Any] = {"applied": now}
     return before, after if again is None else {"loss": again.loss, **after}

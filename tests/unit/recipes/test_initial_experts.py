@@ -69,9 +69,7 @@ def test_the_experts_of_the_checkpoint_are_those_of_the_model_in_any_slots(
         logits_of(trainer, IDS), logits_of(changed, IDS), rtol=1e-5, atol=1e-6
     )
     found = [layer.router for layer in trainer.model.expert_layers().values()]
-    counts = [
-        [int(router.active[slots].sum()) for _, slots in router.groups()] for router in found
-    ]
+    counts = [[int(router.active[slots].sum()) for _, slots in router.groups()] for router in found]
     assert counts == [[6, 2], [4, 2]]
     assert inconsistencies(trainer) == []
     trainer.start()

@@ -18,9 +18,11 @@ from tests.unit.training.expert_checks import inconsistencies, logits_of
 from tests.unit.training.experts import MIXTURE, ROUTING
 from tests.unit.training.observers import At, Recorder, asks, assert_equal_tensors, final_state
 from ultrathink import load_model
+from ultrathink.cli.main import main
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.model.experts.splits import siblings
 from ultrathink.recipes.resume import resume_trainer
+from ultrathink.runs.inspection import inspect_checkpoint
 from ultrathink.training.change import Change
 from ultrathink.training.changes import (
     AddExpert,
@@ -94,7 +96,11 @@ def test_a_split_is_the_same_function_at_once_and_after_a_resume(make_trainer: M
     with running(make_trainer) as trainer:
         before, first = logits_of(trainer, tokens()), trainer.model.expert_layers()[1].router
         effects = []
-        for change in (AddExpert("all", "a"), AddExpert(1, "a", 6), AddExpert("all", "a", how="copy")):
+        for change in (
+            AddExpert("all", "a"),
+            AddExpert(1, "a", 6),
+            AddExpert("all", "a", how="copy"),
+        ):
             if change.how == "copy":  # there is one slot left in layer 2 alone
                 with pytest.raises(UltrathinkError, match="full"):
                     change.apply(trainer.parts)
@@ -287,12 +293,44 @@ def test_a_record_repeats_it_without_a_measurement(make_trainer: MakeTrainer) ->
             trainer.state.roll_back(before)
             trainer.boundary.batch = None
             again = change.as_applied(json.loads(json.dumps(after)))
-            Change.kinds[change.name](**{**vars(again)}).apply(trainer.parts)
+            Change.kinds[change.name](**vars(again)).apply(trainer.parts)
             found = state_of(trainer)
             assert_equal_tensors(found["model"], wanted["model"])
             for name, values in wanted["optimizer"].items():
                 assert_equal_tensors(found["optimizer"][name], values)
             trainer.boundary.batch = batch
+
+
+def test_a_pruned_model_is_inflated_again_or_given_one_count(
+    make_trainer: MakeTrainer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """YOLO-Master 192 and reap-mlx 80: every reader has the experts of the checkpoint, by layer."""
+    with running(make_trainer) as trainer:
+        PruneExpert(1, "a", 2).apply(trainer.parts)
+        PruneExpert(1, "a", 5).apply(trainer.parts)
+        AddExpert(2, "a", 0).apply(trainer.parts)
+        PruneExpert("all", "b", 1).apply(trainer.parts)
+        trainer.train_step()
+        trainer.save()
+        trainer.saving.wait_until_written()
+        logits = logits_of(trainer, tokens())
+        active = [one.router.active for one in trainer.model.expert_layers().values()]
+    model, _ = load_model(trainer.run.path, "last")
+    with torch.no_grad():
+        assert torch.equal(model(tokens()).logits, logits)
+    for layer, there in zip(model.expert_layers().values(), active, strict=True):
+        assert torch.equal(layer.router.active, there)
+        assert not layer.experts.down[~there].any()
+    contents = inspect_checkpoint(trainer.run.checkpoint("last"))
+    assert contents.experts == {"a": {1: 4, 2: 7}, "b": {1: 2, 2: 2}}
+    rows = sum(len(one) for one in active) - 4 - 7 - 2 - 2
+    numbers = sum(one.numel() for one in model.parameters())
+    assert contents.num_empty == rows * (32 + 3 * 32 * 16)
+    assert contents.num_parameters == numbers - contents.num_empty
+    assert main(["checkpoint", "info", str(trainer.run.path)]) == 0
+    out = capsys.readouterr().out
+    assert "experts of group a: 4 in layer 1; 7 in layer 2\n" in out
+    assert "experts of group b: 2 in each layer\n" in out
 
 
 def test_a_rollback_returns_the_experts_and_they_are_not_averaged_with_others(

@@ -32,9 +32,7 @@ class Contributions(NamedTuple):
 
 
 @torch.no_grad()
-def contributions(
-    experts: Experts, x: Tensor, choice: Choice, counted: Tensor
-) -> Contributions:
+def contributions(experts: Experts, x: Tensor, choice: Choice, counted: Tensor) -> Contributions:
     """The contributions of all experts of a layer to its output for ``x`` ``[N, C]``.
 
     Only tokens count that are ``counted``, boolean ``[N]``.

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ultrathink.model.experts.router import Router
 from ultrathink.model.experts.splits import parts_of, shares
-from ultrathink.training.host_states import copied_to_host
 from ultrathink.training.trainer import Trainer
 
 
 def inconsistencies(trainer: Trainer) -> list[str]:
     """Contradictions between the buffers of routers, weights, and optimizer states."""
     model = trainer.model
-    state: dict[str, Any] = copied_to_host(
+    state: dict[str, Any] = whole(
         {"model": dict(model.state_dict()), "optimizer": trainer.state_dict()["optimizer"]}
     )
     found = []
@@ -47,6 +47,13 @@ def inconsistencies(trainer: Trainer) -> list[str]:
     if model.has_splits != has_splits:
         found.append(f"has_splits is {model.has_splits}")
     return found
+
+
+def whole(node: Any) -> Any:
+    """Nested values, their tensors detached and gathered from all processes."""
+    if isinstance(node, Tensor):
+        return (node.full_tensor() if isinstance(node, DTensor) else node).detach()
+    return {key: whole(value) for key, value in node.items()} if isinstance(node, dict) else node
 
 
 def contradictions(router: Router) -> list[str]:

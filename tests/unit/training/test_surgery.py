@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -208,13 +209,20 @@ def test_the_least_salient_is_pruned_and_leaves_nothing(make_trainer: MakeTraine
         assert inconsistencies(trainer) == []
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("seed", "count"),
+    [
+        (0, 8),
+        pytest.param(1, 20, marks=pytest.mark.long),
+        pytest.param(2, 20, marks=pytest.mark.long),
+    ],
+)
 def test_nothing_is_inconsistent_after_each_of_20_random_operations(
-    make_trainer: MakeTrainer, seed: int
+    make_trainer: MakeTrainer, seed: int, count: int
 ) -> None:
     draw, done = random.Random(seed), 0
-    with running(make_trainer, "training.optimizer=" + OPTIMIZERS[seed], steps=1) as trainer:
-        while done < 20:
+    with running(make_trainer, "training.optimizer=" + OPTIMIZERS[seed % 2], steps=1) as trainer:
+        while done < count:
             layer = draw.choice([1, 2, "all"])
             group = draw.choice(["a", "a", "a", "b"])
             change: Change = draw.choice(
@@ -414,3 +422,17 @@ def test_biases_stopped_by_one_idle_layer(make_trainer: MakeTrainer) -> None:
         moved = second.selection_bias - before[1]
         assert torch.equal(moved[:8].sign(), (mean - load[1, :8]).sign() * second.active[:8])
         assert not moved[8:].any()
+
+
+@pytest.mark.long
+def test_the_example_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parents[3] / "docs" / "elastic.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```python\n(.*?Surgeon.*?)```", text, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert main(["checkpoint", "info", "debug"]) == 0
+    assert "experts of group a: 4 in layer 0; 5 in layer" in capsys.readouterr().out
+    assert inconsistencies(names["trainer"]) == []

@@ -39,7 +39,6 @@ from ultrathink.training.trainer import Trainer
 
 # Two groups: six experts of eight, top-2, and three, top-1; the first of three layers has none.
 EXPERTS = (*MIXTURE, ROUTING)
-FULL = (*EXPERTS, "model.moe.groups.1.max_experts=3")
 OPTIMIZERS = ("{type: adamw, lr: 0.003}", "{type: muon}")
 
 
@@ -359,37 +358,41 @@ def test_a_rollback_returns_the_experts_and_they_are_not_averaged_with_others(
         assert_equal_tensors(state_of(trainer)["model"], before["model"])
 
 
+REFUSED: list[tuple[Change, str]] = [
+    (AddExpert("all", "b"), r"group 'b' in layer 1 is full \(3 of 3 slots.*"
+     r"training.init_from=.* model.moe.groups.1.max_experts=4 or more"),
+    (PruneExpert(1, "b", 7), "expert 7 of group 'b' in layer 1 cannot be pruned: "
+     "there is no such expert; the group has 0 to 2"),
+    (AddExpert(1, "a", 6), "expert 6 of group 'a' in layer 1 cannot be copied"),
+    (AddExpert(0, "a"), "layer 0.*the layer has no experts; .* experts: 1, 2"),
+    (PruneExpert("all", "c"), "group 'c'.* there is no such group; groups: a, b"),
+    (PruneExpert("all", "b"), r"cannot be pruned: a token is sent to top_k = 3 .* 2 would be left "
+     r".*model.moe.groups.1.top_k=2"),
+]  # fmt: skip
+ON_DENSE: list[tuple[Change, str]] = [
+    (PruneExpert("all", "a"), "cannot be pruned .* this model has no experts; model.moe"),
+    (AddExpert(1, "a"), "cannot be added .* this model has no experts; model.moe"),
+]
+
+
 @pytest.mark.parametrize(
-    ("change", "model", "message"),
-    [
-        (AddExpert("all", "b"), EXPERTS, r"group 'b' in layer 1 is full \(3 of 3 slots.*"
-         r"training.init_from=.* model.moe.groups.1.max_experts=4 or more"),
-        (PruneExpert(1, "b", 7), EXPERTS, "expert 7 of group 'b' in layer 1 cannot be pruned: "
-         "there is no such expert; the group has 0 to 2"),
-        (AddExpert(1, "a", 6), EXPERTS, "expert 6 of group 'a' in layer 1 cannot be copied"),
-        (AddExpert(0, "a"), EXPERTS, "layer 0.*the layer has no experts; .* experts: 1, 2"),
-        (PruneExpert("all", "c"), EXPERTS, "group 'c'.* there is no such group; groups: a, b"),
-        (PruneExpert("all", "a"), (), "cannot be pruned .* this model has no experts; model.moe"),
-        (AddExpert("all", "a"), (), "cannot be added .* this model has no experts; model.moe"),
-        (PruneExpert("all", "b"), (*EXPERTS, "model.moe.groups.1.top_k=3"),
-         r"cannot be pruned: a token is sent to top_k = 3 .* 2 would be left .*"
-         r"model.moe.groups.1.top_k=2"),
-    ],
-)  # fmt: skip
-def test_what_is_impossible_changes_nothing(
-    make_trainer: MakeTrainer, change: Change, model: tuple[str, ...], message: str
+    ("cases", "model"), [(REFUSED, (*EXPERTS, "model.moe.groups.1.top_k=3")), (ON_DENSE, ())]
+)
+def test_what_is_impossible_is_reported_and_changes_nothing(
+    make_trainer: MakeTrainer, cases: list[tuple[Change, str]], model: tuple[str, ...]
 ) -> None:
     recorder = Recorder()
     trainer = make_trainer(*model, "training.max_steps=2", callbacks=[recorder])
     trainer.start()
     trainer.train_step()
     before = state_of(trainer)["model"]
-    asks(change)(trainer.control)
+    asks(*(change for change, _ in cases))(trainer.control)
     trainer.apply_changes()
     assert_equal_tensors(state_of(trainer)["model"], before)
     assert recorder.changes == []
-    [reported] = [text for text in recorder.messages if "failed" in text]
-    assert re.search(message, reported), reported
+    reported = [text for text in recorder.messages if "failed" in text]
+    for (_, message), text in zip(cases, reported, strict=True):
+        assert re.search(message, text), text
     trainer.close()
 
 

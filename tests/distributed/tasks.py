@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 import ultrathink.training.trainer as trainer_module
 from tests.unit.training import several_modules, weighted
 from tests.unit.training.conftest import TINY as ALONE
+from tests.unit.training.expert_checks import inconsistencies
 from tests.unit.training.experts import MIXTURE, ROUTING
 from tests.unit.training.late_copies import LateCopier
 from tests.unit.training.limited_memory import LimitedMemory
@@ -41,6 +42,9 @@ from ultrathink.runs.folder import RunFolder
 from ultrathink.training import host_states
 from ultrathink.training.callbacks import StepReport
 from ultrathink.training.changes import (
+    AddExpert,
+    PruneExpert,
+    ReleaseExperts,
     ReviveExperts,
     Rollback,
     SetLearningRateFactor,
@@ -437,6 +441,30 @@ def train_and_revive(place: str, *overrides: str) -> tuple[str, list[Any], str]:
         seen.update(whole.detach().cpu().numpy().tobytes())
     [record] = read_decisions(trainer.run.decisions)
     return str(trainer.run.path), record["after"], seen.hexdigest()
+
+
+def train_and_operate(place: str, *overrides: str) -> tuple[str, list[Any], list[str]]:
+    """Add, prune and release experts in a run; its folder, what was done, and what this process
+    finds inconsistent."""
+    wanted = [
+        AddExpert("all", "a"),
+        AddExpert(1, "a", 2, how="copy"),
+        PruneExpert("all", "b"),
+        PruneExpert(2, "a", how="merge"),
+        ReleaseExperts(2, "a"),
+        AddExpert(2, "a"),
+    ]
+    trainer = new_trainer(
+        place,
+        *EXPERTS,
+        "training.max_steps=6",
+        "training.eval={every_steps: 3, max_tokens: 256}",
+        *overrides,
+        controllers=[At(step3=asks(*wanted))],  # validated, so weights are whole
+    )
+    trainer.fit()
+    done = [[one["before"], one["after"]] for one in read_decisions(trainer.run.decisions)]
+    return str(trainer.run.path), done, inconsistencies(trainer)
 
 
 def train_in_need(place: str, *overrides: str) -> tuple[str, str, list[Any]]:

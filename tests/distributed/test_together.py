@@ -123,6 +123,31 @@ def test_experts_are_re_initialized_alike(
     assert_equal(one, first[0], 1e-9 if optimizer == "adamw" else 1e-4)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("optimizer", "divided"),
+    [("adamw", "zero_stage=1"), ("adamw", "offload=optimizer"), ("muon", "zero_stage=3")],
+)
+def test_experts_are_added_and_pruned_alike(
+    alone: RunTask, both: RunTask, optimizer: str, divided: str
+) -> None:
+    """All choose the same experts, wherever their weights and moments lie."""
+    words = (FP64, f"training.optimizer={{type: {optimizer}, lr: 0.003}}")
+    one, done, problems = alone(tasks.train_and_operate, *words)
+    first, second = both(tasks.train_and_operate, *words, f"parallel.{divided}")
+    assert first == second
+    assert problems == first[2] == []
+    limit = 1e-9 if optimizer == "adamw" else 1e-4
+    for here, there in zip(done, first[1], strict=True):
+        for mine, other in zip(here, there, strict=True):
+            assert other["loss"] == pytest.approx(mine["loss"], rel=limit)
+        for mine, other in zip(here[1]["applied"], there[1]["applied"], strict=True):
+            numbers = [{**each, "group": 0} for each in (mine, other)]
+            assert mine["group"] == other["group"]
+            assert numbers[1] == pytest.approx(numbers[0], rel=limit, abs=limit)
+    assert_equal(one, first[0], limit)
+
+
 def test_all_save_memory_where_one_is_short_of_it(alone: RunTask, both: RunTask) -> None:
     one, level, decided = alone(tasks.train_in_need, FP64)
     assert (level, decided) == ("none", [])

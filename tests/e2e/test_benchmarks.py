@@ -194,6 +194,15 @@ def test_ways_to_balance_are_compared_with_none() -> None:
         )
 
 
+def test_what_surgery_costs() -> None:
+    options = ["--steps", "2", "--more", "1", "--scored", "1024", "--set"]
+    sizes = ["model.hidden_size=32", "model.num_heads=2", "data.seq_len=64"]
+    result = run("surgery.py", *options, *sizes, "training.batch_size=2")
+    assert result["logit_change"] <= 1e-5
+    assert result["split"] == pytest.approx(result["loss"], rel=1e-5)
+    assert result["dropped_later"] != result["later"]
+
+
 def test_what_watching_costs() -> None:
     options = ["--preset", "debug", "--steps", "12", "--threads", "1", "--set"]
     result = run("watch_cost.py", *options, "training.log_every=4")

@@ -225,16 +225,50 @@ def test_what_is_a_mixtral_under_another_name(tmp_path: Path, moe: dict[str, Any
     assert_same_logits(ours, theirs)
 
 
+ACTIVE = "blocks.{}.feed_forward.router.active"
+PRUNED = {
+    ACTIVE.format(0): [True, True, True, True, False, True],
+    ACTIVE.format(1): [False, True, True, True, True, True],
+}
+
+
+def test_as_many_experts_as_every_layer_has_are_exported(tmp_path: Path) -> None:
+    """Whichever slots they are in."""
+    ours, done = export_changed(tmp_path, MOE, PRUNED)
+    theirs = load_theirs(done.folder)
+    assert theirs.config.num_local_experts == 5
+    assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {ACTIVE.format(1): PRUNED[ACTIVE.format(1)]},
+            r"layer 0: 6, layer 1: 5\), and Mixtral has",
+        ),
+        (
+            {"blocks.1.feed_forward.router.branch": [[0] * 6, [1] + [0] * 5] + [[0] * 6] * 4},
+            "experts in layer 1 are split, which Mixtral lacks",
+        ),
+    ],
+)
+def test_layers_that_mixtral_cannot_have_are_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        export_changed(tmp_path, MOE, changes)
+    run = RunFolder(next((tmp_path / "runs").iterdir()))
+    assert not (run.path / "export").exists()
+    assert str(run.path) in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         (
             {"blocks.1.feed_forward.router.selection_bias": [0.0, 0.0, 0.0, -0.25, 0.0, 0.0]},
             ["router.selection_bias is up to 0.25", "model.moe.balance.bias_rate=0"],
-        ),
-        (
-            {"blocks.0.feed_forward.router.active": [True, True, True, True, False, True]},
-            ["router.active has 5 experts in other slots than the first 6"],
         ),
     ],
 )

@@ -286,6 +286,17 @@ def tensor_shapes(folder: Path) -> Shapes:
         raise DamagedCheckpointError.unreadable(folder, "its tensors", error) from error
 
 
+def read_few(folder: Path, wanted: Wanted) -> dict[str, Tensor]:
+    """A few small tensors by name, without verifying files, which would read all of them."""
+    from ultrathink.checkpoint.tensor_files import read_tensors
+
+    try:
+        found = read_tensors(folder, _holding(folder, wanted), wanted, None)
+    except Exception as error:  # the parser raises many kinds
+        raise DamagedCheckpointError.unreadable(folder, "its tensors", error) from error
+    return {name: value for name, value in found.items() if not isinstance(value, TensorShard)}
+
+
 # -- checksums ------------------------------------------------------------------------------------
 
 

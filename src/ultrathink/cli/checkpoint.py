@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from ultrathink.cli.arguments import generate_command
@@ -73,6 +74,7 @@ def _show(contents: Contents, *, with_tensors: bool, as_json: bool) -> None:
             "minutes": contents.minutes,
             "processes": contents.num_processes,
             "parameters": contents.num_parameters,
+            "experts": contents.experts,
             "optimizer": contents.optimizer,
             "size_bytes": contents.size_bytes,
             "files": contents.files,
@@ -94,6 +96,8 @@ def _show(contents: Contents, *, with_tensors: bool, as_json: bool) -> None:
     )
     for name, size in contents.files.items():
         print(f"    {size / 2**20:8.1f} MiB  {name}")
+    for line in _experts(contents):
+        print(f"  {line}")
     if contents.snapshots:
         print(
             f"  snapshots for rollbacks, {sum(contents.snapshots.values()) / 2**20:.1f} MiB, which "
@@ -104,3 +108,20 @@ def _show(contents: Contents, *, with_tensors: bool, as_json: bool) -> None:
         for tensor in contents.tensors:
             shards = f"  in {tensor.num_shards} shards" if tensor.num_shards > 1 else ""
             print(f"    {tensor.dtype:<9} {list(tensor.shape)!s:<14} {tensor.name}{shards}")
+
+
+def _experts(contents: Contents) -> Iterator[str]:
+    """The experts of each group; layers with the same number of them together."""
+    for group, counts in contents.experts.items():
+        layers: dict[int, list[str]] = {}
+        for layer, count in counts.items():
+            layers.setdefault(count, []).append(str(layer))
+        if len(layers) == 1:
+            yield f"experts of group {group}: {next(iter(layers))} in each layer"
+            continue
+        listed = "; ".join(
+            f"{count} in layer{'s' * (len(of) > 1)} {', '.join(of)}" for count, of in layers.items()
+        )
+        yield f"experts of group {group}: {listed}"
+    if contents.num_empty:
+        yield f"empty slots for experts: {contents.num_empty:,} further numbers, all zero"

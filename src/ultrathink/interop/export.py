@@ -67,7 +67,7 @@ def export_run(
     """
     found = find_run(run)
     config = found.read_config()
-    description = write_family(config.model, config.data.seq_len)  # before anything heavy is read
+    write_family(config.model, config.data.seq_len)  # refuses before anything heavy is read
     source, remarks = found.sound_checkpoint(checkpoint, weights)
     check_loads(source, config.model)
     folder = Path(output) if output is not None else _usual_place(found, source, dtype)
@@ -77,12 +77,13 @@ def export_run(
             f"with --output FOLDER, or remove it."
         )
     state: Any = load_checkpoint(source, weights)
-    plain, folded = fold_routing(state["model"], config.model, source)
+    plain, model, folded = fold_routing(state["model"], config.model, source)
+    description = write_family(model, config.data.seq_len)
     remarks = [*remarks, *folded]
     if found_norms := [name for name in plain if name.startswith("exit_norms.")]:
         plain = {name: value for name, value in plain.items() if name not in found_norms}
         remarks = [*remarks, "the norms of its exits are left out; the model runs whole"]
-    tensors = split(plain, row_slices(config.model), None if dtype is None else _DTYPES[dtype])
+    tensors = split(plain, row_slices(model), None if dtype is None else _DTYPES[dtype])
     name = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     tokenizer = load_tokenizer(found.tokenizer)
     files = _texts(description | {"torch_dtype": name}, tokenizer)

@@ -1,7 +1,8 @@
 """Folds the live routing controls of a checkpoint into its weights, if that is exact.
 
 In evaluation the router's logits are multiplied by warm-up / temperature, which its weights can
-absorb. A bias that selects experts without weighting them cannot be absorbed.
+absorb. A bias that selects experts without weighting them cannot be absorbed. Slots without an
+expert are left out.
 """
 
 from __future__ import annotations
@@ -9,37 +10,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ultrathink.config.model import ModelConfig
-from ultrathink.core.errors import CheckpointError
 from ultrathink.interop.values import cannot_export
 
 
 def fold_routing(
     state: Mapping[str, Tensor], config: ModelConfig, source: Path
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights ``state`` of ``source`` for a plain router, and a remark for each change.
+) -> tuple[dict[str, Tensor], ModelConfig, list[str]]:
+    """The weights ``state`` of ``source`` for a plain router without empty slots, the configuration
+    that they fit, and a remark for each change.
 
-    Raises ConfigError if a bias selects experts, and CheckpointError if the experts in use are not
-    those of ``config``.
+    How many experts there are follows from the checkpoint. Raises ConfigError if layers have
+    different numbers of them, if some are split, and if a bias selects experts.
     """
     folded = dict(state)
     if config.moe is None:
-        return folded, []
+        return folded, config, []
     (group,) = config.moe.groups
+    _check_counts(state, config, source)
     scale = (state["routing.warmup"] / state["routing.temperature"]).double()
     for layer in range(config.num_layers):
-        router = f"blocks.{layer}.feed_forward.router"
+        place = f"blocks.{layer}.feed_forward."
+        router = f"{place}router"
         active, bias = state[f"{router}.active"], state[f"{router}.selection_bias"]
-        wanted = torch.arange(len(active)) < group.num_experts
-        if not torch.equal(active.cpu(), wanted):
-            raise CheckpointError(
-                f"{source}: {router}.active has {int(active.sum())} experts in other slots than "
-                f"the first {group.num_experts} that model.moe.groups.0.num_experts says; an "
-                f"export would leave some out."
-            )
         largest = bias[active].abs().max().item()
         if largest > 0:
             raise cannot_export(
@@ -47,10 +42,36 @@ def fold_routing(
                 f"selection bias: without it, tokens would go to other experts.",
                 "model.moe.balance.bias_rate=0 from its first step",
             )
+        weight = state[f"{router}.weight"]
         if scale != 1:
-            weight = state[f"{router}.weight"]
             folded[f"{router}.weight"] = (weight.double() * scale).to(weight.dtype)
-    return folded, _remarks(state)
+        for name in list(folded):
+            if name == f"{router}.weight" or name.startswith(f"{place}experts."):
+                folded[name] = folded[name][active]
+    count = int(active.sum())
+    groups = (group.model_copy(update={"num_experts": count, "max_experts": None}),)
+    moe = config.moe.model_copy(update={"groups": groups})
+    return folded, config.model_copy(update={"moe": moe}), _remarks(state)
+
+
+def _check_counts(state: Mapping[str, Tensor], config: ModelConfig, source: Path) -> None:
+    """Raise ConfigError unless all layers have equally many experts, none of them split."""
+    routers = [f"blocks.{layer}.feed_forward.router" for layer in range(config.num_layers)]
+    split = [number for number, one in enumerate(routers) if state[f"{one}.branch"].any()]
+    if split:
+        raise cannot_export(
+            f"{source}: experts in layer {', '.join(map(str, split))} are split, which Mixtral "
+            f"lacks: there their parts would compete for tokens.",
+            "ReleaseExperts before its last steps",
+        )
+    counts = [int(state[f"{one}.active"].sum()) for one in routers]
+    if len(set(counts)) > 1:
+        listed = ", ".join(f"layer {layer}: {count}" for layer, count in enumerate(counts))
+        raise cannot_export(
+            f"{source}: layers have different numbers of experts ({listed}), and Mixtral has one "
+            f"number for all.",
+            "equally many in each layer (AddExpert and PruneExpert take 'all')",
+        )
 
 
 def _remarks(state: Mapping[str, Tensor]) -> list[str]:

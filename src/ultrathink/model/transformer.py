@@ -138,6 +138,9 @@ class Transformer(nn.Module):
             self.head = Linear(self.config.hidden_size, self.config.vocab_size)
         self.rope = RotaryEmbedding(self.config)
         self.routing = RoutingControls(self.config.moe) if self.config.moe is not None else None
+        # One value for all layers, so that a compiled step has two graphs at most.
+        self.has_splits = False
+        self.register_load_state_dict_post_hook(_note_splits)  # type: ignore[no-untyped-call]
         self.set_attention_backend(self.config.attention.backend)
         if not self.embedding.weight.is_meta:
             self.init_weights()
@@ -304,7 +307,7 @@ class Transformer(nn.Module):
         if self.routing is None:
             return None
         sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL, lengths)
-        return RoutingPass(sequences, self.routing.now(), path)
+        return RoutingPass(sequences, self.routing.now(), path, has_splits=self.has_splits)
 
     def _mask_and_rotation(
         self,
@@ -376,6 +379,15 @@ class Transformer(nn.Module):
             self.routing.reset()
         for layer in self.expert_layers().values():
             layer.router.reset_buffers()
+        self.has_splits = False
+
+    def note_splits(self) -> None:
+        """Note whether any expert is split, after a change of the routers' buffers.
+
+        Unless one is, passes compute nothing for splits.
+        """
+        routers = [layer.router for layer in self.expert_layers().values()]
+        self.has_splits = any(bool(router.branch.any()) for router in routers)
 
     def expert_layers(self) -> dict[int, MixtureOfExperts]:
         """The layers that have experts, by their index."""
@@ -411,6 +423,11 @@ class Transformer(nn.Module):
     def new_cache(self, batch_size: int, max_length: int) -> ContiguousCache:
         """An empty cache of ``max_length`` positions for ``batch_size`` sequences."""
         return ContiguousCache(self.config, batch_size, max_length, self.device, self.dtype)
+
+
+def _note_splits(model: Transformer, _: object) -> None:
+    """After loading weights and buffers."""
+    model.note_splits()
 
 
 def transformers_in(module: nn.Module) -> list[Transformer]:

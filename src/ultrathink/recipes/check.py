@@ -55,12 +55,14 @@ def _require_run(source: str, config: Config) -> None:
     """Refuse weights that are missing, damaged or of another shape or vocabulary."""
     from ultrathink.data.tokenizers.base import load_tokenizer
     from ultrathink.recipes.parts.initial_weights import check_vocabulary
-    from ultrathink.runs.loading import check_loads, weights_from
+    from ultrathink.runs.conversion import conversion
+    from ultrathink.runs.loading import check_loads, model_config_of, weights_from
 
     weights, run = weights_from(source, config.run.dir)
     if run is not None:
         check_vocabulary(config, load_tokenizer(run.tokenizer))
-    if (weights / "state.json").is_file():
+    is_as_it_is = conversion(model_config_of(weights), config.model) is None
+    if (weights / "state.json").is_file() and is_as_it_is:
         check_loads(weights, config.model)
 
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ultrathink.checkpoint.format import (
+    MODEL,
     DamagedCheckpointError,
     Kind,
     holding,
     load_checkpoint,
+    read_few,
     read_header,
     read_state,
     tensor_shapes,
     weights,
 )
 from ultrathink.checkpoint.snapshots import embedded_steps, snapshot_path
+from ultrathink.config.experts import MoeConfig
 from ultrathink.core.errors import CheckpointError
 from ultrathink.core.files import new_folder
 from ultrathink.runs.folder import RunFolder
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS_FILE = "model.safetensors"
+# What is not trained: live controls of routing, and the routers' buffers.
+_BUFFERS = re.compile(r"/routing\.|\.router\.(?!weight$)")
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,32 @@ class Contents:
     tensors: tuple[TensorInfo, ...]
     optimizer: str
     snapshots: dict[int, int]  # embedded ones: bytes by step
+    experts: dict[str, dict[int, int]]  # how many there are, by group and layer
+    num_slots: dict[int, int]  # for experts, by layer
 
     @property
     def num_parameters(self) -> int:
-        """The number of elements in the model's tensors."""
-        return sum(math.prod(t.shape) for t in self.tensors if weights(t.name))
+        """The number of weights in the model, without those of empty slots."""
+        return self._count(MODEL) - self.num_empty
+
+    @property
+    def num_empty(self) -> int:
+        """The number of weights in slots without an expert."""
+        empty = 0
+        for layer, num_slots in self.num_slots.items():
+            place = f"{MODEL}blocks.{layer}.feed_forward."
+            in_slots = self._count(f"{place}experts.", f"{place}router.weight")
+            there = sum(counts[layer] for counts in self.experts.values())
+            empty += in_slots // num_slots * (num_slots - there)
+        return empty
+
+    def _count(self, *prefixes: str) -> int:
+        """The number of weights in tensors whose names begin so."""
+        return sum(
+            math.prod(one.shape)
+            for one in self.tensors
+            if one.name.startswith(prefixes) and not _BUFFERS.search(one.name)
+        )
 
 
 def inspect_checkpoint(folder: Path) -> Contents:
@@ -80,6 +107,7 @@ def inspect_checkpoint(folder: Path) -> Contents:
         for name, (shape, dtype) in sorted(tensor_shapes(folder).items())
     )
     progress = state["progress"]
+    experts, num_slots = _experts(folder, state["config"].get("model", {}).get("moe"))
     return Contents(
         folder=folder,
         kind=header.kind,
@@ -95,7 +123,28 @@ def inspect_checkpoint(folder: Path) -> Contents:
         snapshots={
             step: size_on_disk(snapshot_path(folder, step)) for step in embedded_steps(state)
         },
+        experts=experts,
+        num_slots=num_slots,
     )
+
+
+def _experts(
+    folder: Path, moe: dict[str, Any] | None
+) -> tuple[dict[str, dict[int, int]], dict[int, int]]:
+    """The experts that there are, by group and layer, and the slots of each layer."""
+    if moe is None:
+        return {}, {}
+    groups = MoeConfig.model_validate(moe).groups
+    counts: dict[str, dict[int, int]] = {group.name: {} for group in groups}
+    num_slots: dict[int, int] = {}
+    found = read_few(folder, lambda name: weights(name) and name.endswith(".router.active"))
+    for name, active in found.items():
+        layer = int(name.split("blocks.")[1].split(".")[0])
+        parts = active.split([group.num_slots for group in groups])
+        for group, part in zip(groups, parts, strict=True):
+            counts[group.name][layer] = int(part.sum())
+        num_slots[layer] = len(active)
+    return {name: dict(sorted(of.items())) for name, of in counts.items()}, num_slots
 
 
 def read_weights_file(path: Path) -> dict[str, Tensor]:

@@ -69,15 +69,19 @@ def load_weights(model: nn.Module, folder: Path) -> None:
 
     Raises CheckpointError if they do not fit.
     """
-    if (folder / WEIGHTS_FILE).is_file():
-        found = read_weights_file(folder / WEIGHTS_FILE)
-    else:
-        state: dict[str, Any] = dict(load_checkpoint(folder, weights))
-        found = state.get("model") or {}
+    found = read_weights(folder)
     if isinstance(model, Transformer):
         check_groups(model.config.moe, folder)
-    check_fit(_shapes(model.state_dict()), _shapes(found), folder)
+    check_fit(shapes_of(model.state_dict()), shapes_of(found), folder)
     model.load_state_dict(found)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights and buffers in a checkpoint of a model, or in a consolidated model."""
+    if (folder / WEIGHTS_FILE).is_file():
+        return read_weights_file(folder / WEIGHTS_FILE)
+    state: dict[str, Any] = dict(load_checkpoint(folder, weights))
+    return state.get("model") or {}
 
 
 def check_loads(folder: Path, config: ModelConfig, kind: Kind = "model") -> None:
@@ -93,10 +97,11 @@ def check_loads(folder: Path, config: ModelConfig, kind: Kind = "model") -> None
         for name, (shape, _) in tensor_shapes(folder).items()
         if weights(name)
     }
-    check_fit(_shapes(model.state_dict()), found, folder)
+    check_fit(shapes_of(model.state_dict()), found, folder)
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, as compared by ``check_fit``."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -129,19 +134,23 @@ def check_groups(moe: MoeConfig | None, folder: Path) -> None:
 
     Their weights may still have the same shapes: two groups of 8 are not one group of 16.
     """
-    if (folder / WEIGHTS_FILE).is_file():
-        has_config = (folder / "config.yaml").is_file()
-        theirs = RunFolder(folder).read_config().model.moe if has_config else moe
-    else:
-        config = read_state(folder).get("config") or {}
-        known = config.get("model", {}).get("moe", ...)
-        theirs = moe if known is ... else known and MoeConfig.model_validate(known)
+    known = model_config_of(folder)
+    theirs = moe if known is None else known.moe
     if _group_sizes(theirs) != _group_sizes(moe):
         raise CheckpointError(
             f"{folder} holds another model: it has {_groups_text(theirs)}, but this one has "
             f"{_groups_text(moe)}. Set model.moe.groups to that of the checkpoint's run "
             f"(ultrathink config show RUN)."
         )
+
+
+def model_config_of(folder: Path) -> ModelConfig | None:
+    """The configuration of the model in a checkpoint or a consolidated model; None if unknown."""
+    if (folder / WEIGHTS_FILE).is_file():
+        has_config = (folder / "config.yaml").is_file()
+        return RunFolder(folder).read_config().model if has_config else None
+    known = (read_state(folder).get("config") or {}).get("model")
+    return None if known is None else ModelConfig.model_validate(known)
 
 
 def _group_sizes(moe: MoeConfig | None) -> list[tuple[int, int]]:

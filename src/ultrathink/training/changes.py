@@ -24,6 +24,7 @@ from ultrathink.training.change import (
     is_number,
 )
 from ultrathink.training.endings import STOPPED, returned_to
+from ultrathink.training.expert_changes import AddExpert, PruneExpert, ReleaseExperts
 from ultrathink.training.snapshots import Snapshot
 
 if TYPE_CHECKING:
@@ -295,9 +296,12 @@ class AverageSnapshots(Change):
 
     def apply(self, run: Parts) -> Effect:
         """Returns the validation loss before and after; after is the better of the two."""
+        from ultrathink.training.expert_rows import check_same_experts
         from ultrathink.training.host_states import copied_to_host
         from ultrathink.training.model_state import ModulesState, average_weights
 
+        for one in self.snapshots:
+            check_same_experts(run.model, run.snapshots.states[one.key], one.step)
         scores = run.held_out()
         if scores is None:
             raise ConfigError(
@@ -411,8 +415,13 @@ class ReviveExperts(Change):
         return ReviveExperts(after)  # it records which expert each was copied from
 
 
-# The changes of this module, in this order.
-CHANGES = tuple(kind for kind in Change.kinds.values() if kind.__module__ == __name__)
+# The changes of this module, in this order, and those that are in modules of their own.
+CHANGES = (
+    *(kind for kind in Change.kinds.values() if kind.__module__ == __name__),
+    AddExpert,
+    PruneExpert,
+    ReleaseExperts,
+)
 
 
 def change_from(values: Mapping[str, Any]) -> Change:

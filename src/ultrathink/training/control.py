@@ -6,10 +6,11 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from ultrathink.training.change import Change
 from ultrathink.training.changes import change_from
+from ultrathink.training.expert_changes import AddExpert, Layer, PruneExpert
 from ultrathink.training.silent_changes import ForgetSnapshot, RecallCheckpoint, TakeSnapshot
 from ultrathink.training.snapshots import Snapshot
 
@@ -19,6 +20,30 @@ class TrainerControl(Protocol):
 
     def request(self, change: Change, reason: str) -> None:
         """Apply ``change`` before the next step."""
+
+    def add_expert(
+        self,
+        layer: Layer,
+        group: str,
+        source: int | None = None,
+        *,
+        how: Literal["split", "copy"] = "split",
+        reason: str = "asked for",
+    ) -> None:
+        """Request ``AddExpert``."""
+        self.request(AddExpert(layer, group, source, how), reason)
+
+    def prune_expert(
+        self,
+        layer: Layer,
+        group: str,
+        expert: int | None = None,
+        *,
+        how: Literal["drop", "merge"] = "drop",
+        reason: str = "asked for",
+    ) -> None:
+        """Request ``PruneExpert``."""
+        self.request(PruneExpert(layer, group, expert, how), reason)
 
     def snapshot(self, *, in_checkpoints: bool = False) -> Snapshot:
         """Copy the whole state (weights, optimizer, data position, random state).
@@ -42,7 +67,7 @@ class Request(NamedTuple):
     decision: int | None = None
 
 
-class ControlQueue:
+class ControlQueue(TrainerControl):
     """The requests that wait for the step boundary; implements ``TrainerControl``.
 
     ``step()`` is the step of the boundary. In a run ``shared`` by several processes only requests

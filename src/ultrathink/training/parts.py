@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ultrathink.core.protocols import State
 from ultrathink.core.random import random_state, set_random_state
+from ultrathink.data.batch import Batch
 from ultrathink.data.loader import TrainLoader
 from ultrathink.model.transformer import Transformer
 from ultrathink.parallel.world import Group, World
@@ -41,6 +42,7 @@ class Boundary:
     is_best: bool = False  # this step's weights have the best score so far
     reason: str = ""  # of the change that is being applied
     expert_load: Tensor | None = None  # [L, E] of the last step: this process's tokens
+    batch: Batch | None = None  # of the last step: this process's share
 
 
 @dataclass(frozen=True)

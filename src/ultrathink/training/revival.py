@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ultrathink.core.errors import ConfigError
 from ultrathink.core.random import step_seed
 from ultrathink.model.experts.layer import MixtureOfExperts
-from ultrathink.parallel.placement import region_of
+from ultrathink.model.experts.splits import leave
 from ultrathink.parallel.world import Group
+from ultrathink.training.expert_rows import ExpertRows, check_expert, slots_of
 from ultrathink.training.stepping import Step
 
 # Standard deviations of the noise, relative to those of the rows that it is added to, because the
@@ -86,22 +86,9 @@ def revive_experts(
 
 
 def _place(layers: Mapping[int, MixtureOfExperts], layer: int, group: str, expert: int) -> _Place:
-    what = f"expert {expert} of group {group!r} in layer {layer} cannot be revived"
-    if not layers:
-        raise ConfigError(f"{what}: this model has no experts; model.moe gives it some.")
-    if layer not in layers:
-        there = ", ".join(map(str, layers))
-        raise ConfigError(f"{what}: the layer has no experts; layers with experts: {there}.")
-    router = layers[layer].router
-    groups = {one.name: slots for one, slots in router.groups()}
-    if group not in groups:
-        raise ConfigError(f"{what}: there is no such group; groups: {', '.join(groups)}.")
-    slots = groups[group]
-    active = [number for number, is_there in enumerate(router.active[slots].tolist()) if is_there]
-    if expert not in active:
-        raise ConfigError(
-            f"{what}: there is no such expert; the group has {active[0]} to {active[-1]}."
-        )
+    problem = f"expert {expert} of group {group!r} in layer {layer} cannot be revived"
+    slots = slots_of(layers, layer, group, problem)
+    check_expert(layers[layer], slots, expert, problem)
     return _Place(list(layers).index(layer), slots, layer, group, expert)
 
 
@@ -120,47 +107,27 @@ def _busiest(tokens: Tensor | None, place: _Place) -> int:
 @torch.no_grad()
 def _copy(stepper: Step, revivals: Sequence[_Revival], seed: tuple[int, int]) -> None:
     layers = stepper.objective.model.expert_layers()
-    # Detached shards: validation may have left the parameters gathered, and this shards them again.
-    weights = stepper.objective.model.state_dict()
-    parameters = stepper.objective.models.named_parameters()
-    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters.items()}
-    names |= stepper.host_names
-    optimizers = stepper.optimizers
-    states: dict[str, list[Tensor]] = {}  # optimizer states of a weight's shape, by its name
-    for weight, values in ((w, v) for optimizer in optimizers for w, v in optimizer.state.items()):
-        tensors = [value for value in values.values() if isinstance(value, Tensor)]
-        states[names[weight]] = [value for value in tensors if value.shape == weight.shape]
+    rows = ExpertRows(stepper)
     for layer in dict.fromkeys(one.layer for one in revivals):
         mine = [one for one in revivals if one.layer == layer]
         for one in mine:
-            bias = layers[layer].router.selection_bias
-            bias[one.slot] = bias[one.source]
-        inside = [("router.weight", ROUTER_NOISE)]
-        inside += [(f"experts.{name}", WEIGHT_NOISE) for name in layers[layer].experts.state_dict()]
-        for number, (part, share) in enumerate(inside):
-            name = f"blocks.{layer}.feed_forward.{part}"
-            weight = weights[name]
-            # Gathered, as for a forward pass: the source may be on another process.
-            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            router = layers[layer].router
+            router.selection_bias[one.slot] = router.selection_bias[one.source]
+            leave(router.side, router.branch, one.slot)  # what it shared, others have now
+        for number, name in enumerate(rows.names(layer)):
+            whole = rows.weight(name)
             for one in mine:
-                row = whole[one.source].clone()
                 draw = step_seed(step_seed(*seed, layer), one.slot, number)
-                # The same numbers on every process and device.
-                noise = torch.randn(row.shape, generator=torch.Generator().manual_seed(draw))
-                whole[one.slot] = row + noise.to(row) * (share * row.std())
-                _write(weight, one.slot, whole[one.slot])
-                for value in states.get(name, ()):
-                    _write(value, one.slot, torch.zeros_like(row))
-    if stepper.host is not None:
-        stepper.host.take_weights()
+                whole[one.slot] = noisy(whole[one.source], number, draw)
+                rows.set_weight(name, one.slot, whole[one.slot])
+                rows.set_moments(name, one.slot, None)
+    stepper.objective.model.note_splits()
+    rows.finish()
 
 
-def _write(tensor: Tensor, slot: int, row: Tensor) -> None:
-    """Set ``tensor[slot]``, or this process's part of it."""
-    if not isinstance(tensor, DTensor):
-        tensor[slot] = row
-        return
-    (first, *offset), (count, *size) = region_of(tensor)
-    if first <= slot < first + count:
-        part = row[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))]
-        tensor.to_local()[slot - first] = part.to(tensor.device)
+def noisy(row: Tensor, number: int, seed: int) -> Tensor:
+    """A copy of an expert's ``row``, with noise, of weight ``number`` in ``ExpertRows.names``."""
+    share = WEIGHT_NOISE if number else ROUTER_NOISE
+    # The same numbers on every process and device.
+    noise = torch.randn(row.shape, generator=torch.Generator().manual_seed(seed))
+    return row + noise.to(row) * (share * row.std())

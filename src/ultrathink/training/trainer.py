@@ -289,7 +289,7 @@ class Trainer:
         batch = self.objective.prepare(batch, step)
         corrected = lr_factor * self.settings.lr_correction
         result = self.stepper.take_step(batch, self.settings, corrected, with_norms=with_figures)
-        self.boundary.expert_load = result.stats.get("expert_load")
+        self.boundary.expert_load, self.boundary.batch = result.stats.get("expert_load"), batch
         self.progress.step = step
         self.progress.tokens += self.tokens_per_step
         self.progress.num_skipped += result.skipped

@@ -101,7 +101,7 @@ class OneOfEach(Rule):
             assert now.experts is not None
             self.left = one_of_each(
                 *(one.snapshot for one in kept if one is not None),
-                expert=int(now.experts.load[1].argmin()),
+                expert=int(now.experts.load[1, :4].argmin()),
             )
         return Proposal(self.name, CRITICAL, 1.0, (self.left.pop(0),), "test")
 
@@ -150,7 +150,8 @@ def test_every_change_that_a_decision_can_hold_is_replayed(
         "training.schedule={type: wsd, warmup: 2, decay: 0}",
         "training.eval.max_tokens=1024",
         "training.optimizer={type: adamw, lr: 0.02}",
-        "model.moe={groups: [{name: a, num_experts: 4, top_k: 1}], intermediate_size: 16}",
+        "model.moe={groups: [{name: a, num_experts: 4, top_k: 1, max_experts: 6}], "
+        "intermediate_size: 16}",
         "data.train=[{type: dummy, name: a}, {type: dummy, name: b, seed: 3}]",
         "orchestrator.snapshots.every_steps=2",
         "orchestrator.kept_states=100",

@@ -26,6 +26,11 @@ def one_of_each(*snapshots: Snapshot, expert: int = 2) -> list[Change]:
         changes.SetRouting("temperature", 1.2),
         changes.ReviveExperts([{"layer": 1, "group": "a", "expert": expert}]),
         changes.AverageSnapshots(snapshots),
+        changes.AddExpert("all", "a"),
+        changes.PruneExpert(1, "a", how="merge"),
+        changes.AddExpert(0, "a", how="copy"),
+        changes.AddExpert(1, "a"),
+        changes.ReleaseExperts("all", "a"),
         changes.Rollback(snapshots[0]),
         changes.Stop(),
     ]

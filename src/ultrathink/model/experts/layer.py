@@ -126,7 +126,7 @@ class Experts(nn.Module):
             choice.gates.view(-1, 1), layout.place, layout.source
         )
         inner, down = (_arranged(weight, layout, x.dtype, kernel.by_size) for weight in weights)
-        hidden = self._activated(grouped_product(rows, inner, layout.ends, backend))
+        hidden = self.activated(grouped_product(rows, inner, layout.ends, backend))
         # The gate is applied here, where rows are narrower.
         hidden = hidden * gates.to(hidden.dtype)
         out = grouped_product(hidden, down, layout.ends, backend)
@@ -135,7 +135,8 @@ class Experts(nn.Module):
         )
         return gathered
 
-    def _activated(self, hidden: Tensor) -> Tensor:
+    def activated(self, hidden: Tensor) -> Tensor:
+        """The hidden states of an expert, from its first product."""
         if self.is_gated:
             gate, up = hidden.chunk(2, dim=-1)
             return F.silu(gate) * up
@@ -145,7 +146,7 @@ class Experts(nn.Module):
         """Like ``forward``, reading only the chosen experts: for a few tokens, in generation."""
         experts, gates = choice.experts.flatten(), choice.gates.to(x.dtype)
         repeated = x.repeat_interleave(choice.experts.shape[1], 0)[..., None]  # [N * K, C, 1]
-        hidden = self._activated((inner[experts].to(x.dtype) @ repeated)[..., 0])
+        hidden = self.activated((inner[experts].to(x.dtype) @ repeated)[..., 0])
         out = down[experts].to(x.dtype) @ hidden[..., None]  # [N * K, C, 1]
         return (out.view(*gates.shape, -1) * gates[..., None]).sum(1)
 

@@ -21,6 +21,7 @@ from ultrathink.model.experts.balance import GroupScores, group_losses, move_bia
 from ultrathink.model.experts.controls import Controls
 from ultrathink.model.experts.noise import uniform_noise, within_capacity
 from ultrathink.model.experts.sequences import Sequences
+from ultrathink.model.experts.splits import parts_of
 
 
 class RoutingPass(NamedTuple):
@@ -33,6 +34,9 @@ class RoutingPass(NamedTuple):
 
     width: Tensor | None = None
     """``[B]``: share of the experts of a path that a row's tokens are sent to; None: all."""
+
+    has_splits: bool = False
+    """Whether an expert of any layer is split (``splits.py``)."""
 
 
 class RunningGroup(NamedTuple):
@@ -85,7 +89,8 @@ class Router(nn.Module):
     """The projection ``[E, C]``, with buffers for each expert.
 
     ``selection_bias`` ``[E]`` is added to the logits that choose experts, but not to their gates
-    (https://arxiv.org/abs/2408.15664). ``active`` ``[E]`` is false for empty slots.
+    (https://arxiv.org/abs/2408.15664). ``active`` ``[E]`` is false for empty slots. ``side``
+    ``[E, C + 1]`` and ``branch`` ``[E, E]`` describe the experts that were split (``splits.py``).
     """
 
     def __init__(self, config: MoeConfig, hidden_size: int) -> None:
@@ -94,12 +99,18 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_slots, hidden_size))
         self.register_buffer("selection_bias", torch.zeros(config.num_slots))
         self.register_buffer("active", torch.ones(config.num_slots, dtype=torch.bool))
+        self.register_buffer("side", torch.zeros(config.num_slots, hidden_size + 1))
+        branch = torch.zeros(config.num_slots, config.num_slots, dtype=torch.int8)
+        self.register_buffer("branch", branch)
         self.selection_bias: Tensor
         self.active: Tensor
+        self.side: Tensor
+        self.branch: Tensor
 
     def reset_buffers(self) -> None:
-        """Reset the biases, and activate the configured number of experts in each group."""
-        self.selection_bias.zero_()
+        """Reset the biases, activate the configured number of experts in each group, none split."""
+        for buffer in (self.selection_bias, self.side, self.branch):
+            buffer.zero_()
         for group, slots in self.groups():
             self.active[slots] = False
             self.active[slots.start : slots.start + group.num_experts] = True
@@ -119,7 +130,7 @@ class Router(nn.Module):
         Statistics are those of the model as it is trained: None if groups are left out, or if the
         path has another number of experts.
         """
-        sequences, controls, path, width = routing
+        sequences, controls, path, width, has_splits = routing
         running = running_groups(self.config, path)
         precise = torch.promote_types(x.dtype, torch.float32)
         read = x.to(precise)
@@ -132,12 +143,20 @@ class Router(nn.Module):
         logits = logits * (controls.warmup / controls.temperature).to(logits)
         logits = logits.masked_fill(~active, -torch.inf)
         wanted = self._wanted(logits.detach(), bias, controls)
+        shares: Tensor | None = None
+        counted = active  # the experts to choose from; all parts of one are one
+        if has_splits:
+            side, branch = (of_groups(each, running) for each in (self.side, self.branch))
+            may_be, shares = parts_of(x.to(precise), side, of_groups(branch.T, running).T)
+            wanted = wanted.masked_fill(~may_be, -torch.inf)
+            counted = active * shares
         scores: list[GroupScores] = []
         experts: list[Tensor] = []
         gates: list[Tensor] = []
         for group in running:
-            group_scores = self._scores(logits[..., group.columns])
-            chosen, gate, one_hot = self._choose(wanted, group_scores.scores, group, active)
+            share = None if shares is None else shares[group.columns]
+            group_scores = self._scores(logits[..., group.columns], share)
+            chosen, gate, one_hot = self._choose(wanted, group_scores.scores, group, counted)
             factor = path.group_factors.get(group.config.name)
             if factor is not None:
                 gate = gate * (factor.view(-1, 1, 1) if isinstance(factor, Tensor) else factor)
@@ -202,15 +221,22 @@ class Router(nn.Module):
         wanted = torch.where(is_closed, wanted - 1e4, wanted)
         return wanted + uniform_noise(wanted, 1 - controls.warmup)
 
-    def _scores(self, logits: Tensor) -> GroupScores:
-        """Scores and probabilities of one group's ``logits`` ``[B, T, n]``."""
-        log_partition = logits.logsumexp(-1, keepdim=True)
+    def _scores(self, logits: Tensor, shares: Tensor | None = None) -> GroupScores:
+        """Scores and probabilities of one group's ``logits`` ``[B, T, n]``.
+
+        The parts of a split expert, with ``shares`` ``[n]`` of it, have its score; its probability
+        is divided among them.
+        """
+        log_partition = _log_partition(logits, shares)
         if self.config.score == "softmax":
-            probabilities = (logits - log_partition).exp()
-            return GroupScores(probabilities, probabilities, log_partition)
-        logs = F.logsigmoid(logits)  # has a ratio and a gradient even if all scores underflow
-        probabilities = (logs - logs.logsumexp(-1, keepdim=True)).exp()
-        return GroupScores(logs.exp(), probabilities, log_partition)
+            scores = probabilities = (logits - log_partition).exp()
+        else:
+            logs = F.logsigmoid(logits)  # has a ratio and a gradient even if all scores underflow
+            probabilities = (logs - _log_partition(logs, shares)).exp()
+            scores = logs.exp()
+        if shares is not None:
+            probabilities = probabilities * shares
+        return GroupScores(scores, probabilities, log_partition)
 
     def _within_capacity(
         self,
@@ -285,6 +311,17 @@ def of_groups(values: Tensor, running: list[RunningGroup]) -> Tensor:
     if slices == [slice(0, len(values))]:
         return values
     return values[slices[0]] if len(slices) == 1 else torch.cat([values[each] for each in slices])
+
+
+def _log_partition(logs: Tensor, shares: Tensor | None) -> Tensor:
+    """``ln Σ_i share_i · exp logs_i`` ``[B, T, 1]`` of ``logs`` ``[B, T, n]``.
+
+    A split changes it by the order of the sum alone: its shares are powers of two.
+    """
+    if shares is None:
+        return logs.logsumexp(-1, keepdim=True)
+    largest = logs.detach().amax(-1, keepdim=True)
+    return largest + ((logs - largest).exp() * shares).sum(-1, keepdim=True).log()
 
 
 def _top(wanted: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

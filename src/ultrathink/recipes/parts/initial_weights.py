@@ -16,7 +16,8 @@ from ultrathink.data.tokenizers.base import Tokenizer, load_tokenizer
 from ultrathink.interop.fetching import is_pretrained
 from ultrathink.model.transformer import Transformer
 from ultrathink.recipes.parts.pretrained import adopt_pretrained
-from ultrathink.runs.loading import load_weights, weights_from
+from ultrathink.runs.conversion import conversion, load_fitted
+from ultrathink.runs.loading import model_config_of, weights_from
 from ultrathink.training.objectives.base import Objective
 
 
@@ -40,11 +41,14 @@ def find_initial_weights(config: Config) -> tuple[Config, InitialWeights]:
     tokenizer = load_tokenizer(parent.tokenizer) if parent is not None else None
 
     def fill(model: Transformer) -> None:
-        load_weights(model, weights)
+        load_fitted(model, weights)
         if model.routing is not None:
             model.routing.reset()  # live routing controls follow this configuration
 
-    return _without_warmup(config), InitialWeights(fill, tokenizer)
+    theirs = model_config_of(weights)
+    conversion(theirs, config.model)  # what is impossible is refused before data is prepared
+    is_routed = theirs is None or theirs.moe is not None
+    return _without_warmup(config) if is_routed else config, InitialWeights(fill, tokenizer)
 
 
 def _without_warmup(config: Config) -> Config:

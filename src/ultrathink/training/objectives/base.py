@@ -86,6 +86,7 @@ class Objective(ABC):
         self.models = parts.models
         self.model = parts.models.main
         self.device = parts.device
+        self.isolate_documents = parts.isolate_documents
         self.dp_group = parts.dp_group
         self.held_out = parts.held_out
         self.scored_tokens = parts.scored_tokens

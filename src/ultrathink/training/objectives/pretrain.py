@@ -63,7 +63,6 @@ class Pretraining(Objective):
 
     def __init__(self, config: ObjectiveConfig, parts: Parts) -> None:
         super().__init__(parts)
-        self.isolate_documents = parts.isolate_documents
         self.sums = parts.compilation.of_pass(loss_function(self.model))
 
     def counts(self, batch: Batch) -> dict[str, float]:

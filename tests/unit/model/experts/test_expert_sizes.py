@@ -145,7 +145,7 @@ def test_an_empty_slot_is_never_chosen_whatever_its_bias(make_model: Any, tokens
     for name, value in state.items():
         if padded[name].shape == value.shape:
             padded[name] = value
-        else:
+        elif not name.endswith(".branch"):  # no expert is split
             padded[name][~empty] = value
     with_slots.load_state_dict(padded)
     one, other = without(tokens, tokens), with_slots(tokens, tokens)

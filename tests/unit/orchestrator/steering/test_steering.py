@@ -286,13 +286,17 @@ def test_its_own_failure_does_not_end_the_run(make_trainer: MakeTrainer) -> None
 
 
 def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
-    experts = "model.moe={groups: [{name: a, num_experts: 4, top_k: 1}], intermediate_size: 16}"
+    experts = (
+        "model.moe={groups: [{name: a, num_experts: 4, top_k: 1, max_experts: 6}], "
+        "intermediate_size: 16}"
+    )
     routing = {"capacity_factor": 1.5, "jitter": 0.1, "load": 0.02, "z": 0.002}
 
     def act(control: TrainerControl) -> None:
         assert trainer.boundary.expert_load is not None
-        idle = int(trainer.boundary.expert_load[1].argmin())
-        each = one_of_each(Snapshot(1, 0), expert=idle)[:-3]  # none that goes back or ends
+        idle = int(trainer.boundary.expert_load[1, :4].argmin())
+        every = one_of_each(Snapshot(1, 0), expert=idle)
+        each = [one for one in every if not one.needed and type(one) is not Stop]
         for change in (
             *(one for one in each if type(one) is not CorrectLearningRate),  # it would be undone
             *(SetRouting(name, value) for name, value in routing.items()),
@@ -317,6 +321,7 @@ def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
     assert changed["optimizer.betas"] == [0.8, 0.9]
     assert {name: changed[f"routing.{name}"] for name in routing} == pytest.approx(routing)
     assert changed["revive_experts"][0]["group"] == "a"
+    assert {"add_expert", "prune_expert", "release_experts"} <= changed.keys()
     reported = read_decisions(trainer.run.decisions)
     assert [one["action"] for one in reported] == [change.setting for change in recorder.changes]
     assert {one["rule"] for one in reported} == {"by_hand"}

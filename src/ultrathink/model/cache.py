@@ -43,10 +43,13 @@ class CacheView(Protocol):
         fit, UltrathinkError for another number of rows or another path than before.
         """
 
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def update(
+        self, layer: int, key: Tensor, value: Tensor, present: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Append ``[B, K, T, D]``; returns all keys and values of ``layer``.
 
-        They may have empty places, which ``visible`` excludes.
+        They may have empty places, which ``visible`` excludes: also those of tokens that are not
+        ``present`` (boolean ``[B, T]``), which pass the layer by.
         """
 
     def visible(self, layer: int) -> AttentionMask | None:
@@ -74,6 +77,7 @@ class _Pass(NamedTuple):
     places: tuple[Tensor, Tensor, Tensor] | None
     """Row, token and position of all real tokens; None where each row fills up to ``stop``."""
     mask: AttentionMask | None
+    num_tokens: int
 
 
 class ContiguousCache:
@@ -102,6 +106,7 @@ class ContiguousCache:
         layers = range(config.num_layers)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.present: dict[int, Tensor] = {}  # [B, S], of layers that tokens pass by
         self.batch_size = batch_size
         self.max_length = max_length
         self._lengths = [(0,) * batch_size for _ in layers]
@@ -137,11 +142,15 @@ class ContiguousCache:
         else:
             mask = AttentionMask(dense=causal_mask(before, num_tokens, stop, device))
             places = _places(before, lengths, device)
-        self._pass = _Pass(layers, after, stop, places, mask)
+        self._pass = _Pass(layers, after, stop, places, mask, num_tokens)
         return before
 
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def update(
+        self, layer: int, key: Tensor, value: Tensor, present: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         now = self._running(layer)
+        if present is not None:
+            self._note_present(layer, now, present)
         keys, values = self.keys[layer][:, :, : now.stop], self.values[layer][:, :, : now.stop]
         if now.places is None:
             start = now.stop - key.shape[2]
@@ -153,7 +162,16 @@ class ContiguousCache:
         return keys, values
 
     def visible(self, layer: int) -> AttentionMask | None:
-        return self._running(layer).mask  # one for all layers of the path: they advance together
+        now = self._running(layer)
+        if layer not in self.present:
+            return now.mask  # one for all layers of the path: they advance together
+        seen = self.present[layer][:, None, None, : now.stop]
+        if now.mask is not None and now.mask.dense is not None:
+            seen = seen & now.mask.dense
+        elif now.num_tokens > 1:
+            seen = seen & causal_mask((0,), now.stop, now.stop, seen.device)
+        # A token that passes by may see nothing; then it sees all, and is not used.
+        return AttentionMask(dense=seen | ~seen.any(-1, keepdim=True))
 
     def commit(self) -> None:
         assert self._pass is not None, "begin opens a pass"
@@ -184,12 +202,24 @@ class ContiguousCache:
         for tensors in (self.keys, self.values):
             for layer, tensor in enumerate(tensors):
                 tensors[layer] = tensor[index]
+        self.present = {layer: present[index] for layer, present in self.present.items()}
         self._lengths = [tuple(lengths[row] for row in rows) for lengths in self._lengths]
         self.batch_size = len(rows)
 
     def reset(self) -> None:
         """Forget everything read; the memory is kept."""
         self.truncate((0,) * self.batch_size)
+
+    def _note_present(self, layer: int, now: _Pass, present: Tensor) -> None:
+        if layer not in self.present:
+            shape = (self.batch_size, self.max_length)
+            with torch.inference_mode(False):  # or later passes outside could not store theirs
+                self.present[layer] = torch.zeros(shape, device=present.device, dtype=torch.bool)
+        if now.places is None:
+            self.present[layer][:, now.stop - present.shape[1] : now.stop] = present
+        else:
+            rows, tokens, positions = now.places
+            self.present[layer][rows, positions] = present[rows, tokens]
 
     def _running(self, layer: int) -> _Pass:
         assert self._pass is not None, "begin opens a pass"

@@ -24,6 +24,10 @@ from ultrathink.model.attention_backends import READS_DOCUMENTS, AttentionBacken
 from ultrathink.model.attention_mask import AttentionMask, build_mask
 from ultrathink.model.cache import CacheView, ContiguousCache
 from ultrathink.model.compute_path import ComputePath, path_of
+from ultrathink.model.depth.controls import DepthControls
+from ultrathink.model.depth.layer import feed_chosen, run_all, run_chosen
+from ultrathink.model.depth.reports import choices_of, reported_depths
+from ultrathink.model.depth.router import DepthPass, DepthRouter, LayerDepth, depth_pass
 from ultrathink.model.embedding import Embedding
 from ultrathink.model.experts.balance import LOSSES
 from ultrathink.model.experts.controls import RoutingControls
@@ -57,6 +61,9 @@ class Block(nn.Module):
             if self.has_experts
             else FEED_FORWARDS.load(config.feed_forward)(config)
         )
+        self.depth: DepthRouter | None = None
+        if config.mod is not None and layer in config.depth_layers:
+            self.depth = DepthRouter(config.mod, config.hidden_size, layer)
 
     def forward(
         self,
@@ -66,19 +73,54 @@ class Block(nn.Module):
         backend: AttentionBackend,
         cache: CacheView | None,
         routed: RoutingPass | None = None,
-    ) -> tuple[Tensor, LayerRouting | None]:
-        """Map the residual stream ``[B, T, C]`` to ``[B, T, C]``; also returns routing statistics.
+        depth: DepthPass | None = None,
+    ) -> tuple[Tensor, LayerRouting | None, LayerDepth | None]:
+        """Map the residual stream ``[B, T, C]`` to ``[B, T, C]``; also returns the statistics of
+        experts and of depth routing.
 
-        A block with experts needs ``routed``.
+        A block with experts needs ``routed``, one that tokens may pass by ``depth``.
         """
-        x = self.attend(x, cos_sin, mask, backend, cache)
-        fed, routing = self.feed_forward_norm(x), None
-        if self.has_experts:
-            assert routed is not None, "experts need sequences, controls and a path"
-            fed, routing = self.feed_forward(fed, routed)
+        if self.depth is None:
+            x = self.attend(x, cos_sin, mask, backend, cache)
+            fed, routing = self._feed(self.feed_forward_norm(x), routed)
+            return x + F.dropout(fed, self.dropout, self.training), routing, None
+        assert depth is not None, "depth routing needs sequences and a capacity"
+        if self.depth.config.scope == "feed_forward":
+            x = self.attend(x, cos_sin, mask, backend, cache)
+            states = self.feed_forward_norm(x)
+            decision = self.depth(states, depth)
+            fed, routing = feed_chosen(
+                self._feed, states, decision, depth, routed, training=self.training
+            )
+            return x + F.dropout(fed, self.dropout, self.training), routing, decision.report
+
+        def body(
+            x: Tensor, cos_sin: Tensor, mask: AttentionMask | None, routed: RoutingPass | None
+        ) -> tuple[Tensor, LayerRouting | None]:
+            present = None if cache is None else decision.chosen
+            states = self.attention_norm(x)
+            attended = self.attention(states, cos_sin, mask, backend, cache, present)
+            attended = F.dropout(attended, self.dropout, self.training)
+            fed, routing = self._feed(self.feed_forward_norm(x + attended), routed)
+            return attended + F.dropout(fed, self.dropout, self.training), routing
+
+        decision = self.depth(self.attention_norm(x), depth)
+        choice = (decision, depth, routed)
+        if cache is None:
+            added, routing = run_chosen(body, x, cos_sin, mask, *choice, training=self.training)
         else:
-            fed = self.feed_forward(fed)
-        return x + F.dropout(fed, self.dropout, self.training), routing
+            added, routing = run_all(body, x, cos_sin, mask, *choice)
+        return x + added, routing, decision.report
+
+    def _feed(
+        self, states: Tensor, routed: RoutingPass | None
+    ) -> tuple[Tensor, LayerRouting | None]:
+        """The feed-forward layer, or the experts, of normalized states ``[B, T, C]``."""
+        if not self.has_experts:
+            return self.feed_forward(states), None
+        assert routed is not None, "experts need sequences, controls and a path"
+        fed: tuple[Tensor, LayerRouting | None] = self.feed_forward(states, routed)
+        return fed
 
     def attend(
         self,
@@ -100,7 +142,8 @@ class Block(nn.Module):
         if not isinstance(self.feed_forward, MixtureOfExperts):
             return [(self, "forward")]
         parts: list[tuple[nn.Module, str]] = [(self, "attend")]
-        inside = (self.feed_forward.router, self.feed_forward.experts, self.feed_forward.shared)
+        moe = self.feed_forward
+        inside = (moe.router, moe.experts, moe.shared, self.depth)
         return parts + [(module, "forward") for module in inside if module is not None]
 
 
@@ -130,6 +173,7 @@ class Transformer(nn.Module):
             self.head = Linear(self.config.hidden_size, self.config.vocab_size)
         self.rope = RotaryEmbedding(self.config)
         self.routing = RoutingControls(self.config.moe) if self.config.moe is not None else None
+        self.depth = DepthControls(self.config.mod) if self.config.mod is not None else None
         self.set_attention_backend(self.config.attention.backend)
         if not self.embedding.weight.is_meta:
             self.init_weights()
@@ -179,6 +223,12 @@ class Transformer(nn.Module):
         states ``[B, T, C]`` are returned too. Raises ValueError for shapes that do not fit, and for
         layers, groups and paths that do not exist.
         """
+        is_block = self.config.mod is not None and self.config.mod.scope == "block"
+        if is_block and cache is not None and attention_mask is not None:
+            raise ValueError(
+                "attention_mask cannot be used with a cache where tokens pass whole blocks by "
+                "(model.mod.scope=block); give the lengths of the rows instead."
+            )
         of_tokens = {"labels": labels, "loss_weights": loss_weights, "document_ids": document_ids}
         _check_shapes(input_ids, of_tokens, positions, lengths, cache)
         if lengths is not None and min(lengths) == input_ids.shape[1]:
@@ -192,28 +242,40 @@ class Transformer(nn.Module):
         recompute = torch.is_grad_enabled() and cache is None
         mode: CheckpointingMode = self.activation_checkpointing if recompute else "none"
         routed = None
-        if self.routing is not None:
+        depth = None
+        if self.routing is not None or self.depth is not None:
             sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL, lengths)
+        if self.routing is not None:
             routed = RoutingPass(sequences, self.routing.now(), path)
+        if self.depth is not None:
+            starts = (0,) if cache is None else cache.lengths(path.indices(len(self.blocks))[0])
+            depth = depth_pass(self.depth, path, sequences, input_ids, starts)
         routings: list[LayerRouting] = []
+        depths: list[LayerDepth] = []
         taps = {layer_index(layer, self.config.num_layers, "tap") for layer in tap}
         tapped: dict[int, Tensor] = {}
         for layer in path.indices(self.config.num_layers):
-            x, routing = run_checkpointed(
-                mode, self.blocks[layer], x, cos_sin, mask, self._backend, cache, routed
+            x, routing, chosen = run_checkpointed(
+                mode, self.blocks[layer], x, cos_sin, mask, self._backend, cache, routed, depth
             )
             if routing is not None:
                 routings.append(routing)
+            if chosen is not None:
+                depths.append(chosen)
             if layer in taps:
                 tapped[layer] = x
         if cache is not None:
             cache.commit()
         losses, stats = _reported(routings)
+        if self.depth is not None:
+            is_learned = self.depth.config.strategy == "learned"
+            more = reported_depths(depths, depth, is_learned=is_learned)
+            losses, stats = losses | more[0], stats | more[1]
         beside = ModelOutput(
             aux_losses={} if labels is None else losses, stats=stats, tapped=tapped
         )
         x = self.norm(_last(x, lengths) if last_only else x)
-        return self._output(x, labels, loss_weights, head, beside)
+        return self._output(x, labels, loss_weights, head, beside, choices_of(depths))
 
     def _output(
         self,
@@ -222,14 +284,18 @@ class Transformer(nn.Module):
         loss_weights: Tensor | None,
         head: Head | None,
         beside: ModelOutput,
+        choices: Tensor | None,
     ) -> ModelOutput:
-        """``beside`` with logits or loss, computed from the normalized states ``x``."""
+        """``beside`` with logits or loss, computed from the normalized states ``x``.
+
+        ``choices`` ``[N, X]`` are sets of tokens whose losses are summed too.
+        """
         if head is not None:
             return beside._replace(head=head(x, self.head_weight, labels))
         if labels is None:
             return beside._replace(logits=F.linear(x, self.head_weight.to(x.dtype)))
         own = None if loss_weights is None else loss_weights.flatten()
-        output = self.head_loss(x, labels.flatten(), own)
+        output = self.head_loss(x, labels.flatten(), own, choices)
         return output._replace(
             aux_losses=beside.aux_losses | output.aux_losses,
             stats=beside.stats | output.stats,
@@ -277,10 +343,14 @@ class Transformer(nn.Module):
         return mask, cos_sin
 
     def head_loss(
-        self, x: Tensor, labels: Tensor, loss_weights: Tensor | None = None
+        self,
+        x: Tensor,
+        labels: Tensor,
+        loss_weights: Tensor | None = None,
+        choices: Tensor | None = None,
     ) -> ModelOutput:
         """The summed loss of ``labels`` ``[B*T]``, optionally weighted, at the normalized states
-        ``x`` ``[B, T, C]``."""
+        ``x`` ``[B, T, C]``; also that of each column of ``choices`` ``[B*T, X]``."""
         sums = linear_cross_entropy(
             x.flatten(0, 1),
             self.head_weight,
@@ -288,12 +358,14 @@ class Transformer(nn.Module):
             loss_weights=loss_weights,
             z_weight=self.config.z_loss,
             count_correct=not self.training,
+            choices=choices,
         )
+        stats = {"num_correct": sums.num_correct, "depth_losses": sums.of_choices}
         return ModelOutput(
             loss=sums.cross_entropy,
             num_tokens=(labels != IGNORED_LABEL).sum(),
             aux_losses={} if sums.z_loss is None else {"z_loss": sums.z_loss},
-            stats={} if sums.num_correct is None else {"num_correct": sums.num_correct},
+            stats={name: value for name, value in stats.items() if value is not None},
         )
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -308,6 +380,10 @@ class Transformer(nn.Module):
             self.routing.reset()
         for layer in self.expert_layers().values():
             layer.router.reset_buffers()
+        if self.depth is not None:
+            self.depth.reset()
+        for router in self.depth_layers().values():
+            router.reset_buffers()
 
     def expert_layers(self) -> dict[int, MixtureOfExperts]:
         """The layers that have experts, by their index."""
@@ -316,6 +392,23 @@ class Transformer(nn.Module):
             for index, block in enumerate(self.blocks)
             if isinstance(block.feed_forward, MixtureOfExperts)
         }
+
+    def depth_layers(self) -> dict[int, DepthRouter]:
+        """The layers that tokens may pass by, by their index."""
+        return {
+            index: block.depth
+            for index, block in enumerate(self.blocks)
+            if isinstance(block.depth, DepthRouter)
+        }
+
+    def move_depth_thresholds(self, logits: Tensor) -> None:
+        """Adjust the thresholds of the predictors, once after each optimizer step.
+
+        ``logits`` ``[L, 11]`` is ``stats["depth_logits"]`` of the whole step.
+        """
+        for number, router in enumerate(self.depth_layers().values()):
+            if router.is_learned:
+                router.move_thresholds(logits[number])
 
     @torch.no_grad()
     def move_selection_biases(self, load: Tensor) -> None:

@@ -127,7 +127,8 @@ def assemble(
         steer(trainer, config.orchestrator, watch, log, metrics.sinks, report)
     remember_run(run.path, world)
     trainer.identity = _identity(data, trainer.loader, objective.models)
-    warnings = [*choices.warnings, *_skipped(data), *data.notes]
+    rounded = config.model.mod.rounded() if config.model.mod is not None else []
+    warnings = [*choices.warnings, *rounded, *_skipped(data), *data.notes]
     trainer.remarks = [(text, "warning") for text in warnings]
     return trainer
 

@@ -43,6 +43,8 @@ def find_initial_weights(config: Config) -> tuple[Config, InitialWeights]:
         load_weights(model, weights)
         if model.routing is not None:
             model.routing.reset()  # live routing controls follow this configuration
+        if model.depth is not None:
+            model.depth.reset()
 
     return _without_warmup(config), InitialWeights(fill, tokenizer)
 

@@ -30,7 +30,7 @@ class PredictorConfig(Section):
     """Width of its hidden layer; a sixteenth of model.hidden_size, at least 8, when unset."""
     weight: float = felt(0.1, gt=0)
     """Weight of its cross-entropy. Nothing else has a gradient from it."""
-    threshold_rate: float = felt(0.2, gt=0, le=1)
+    threshold_rate: float = felt(0.5, gt=0, le=1)
     """How far a step moves each threshold, in standard deviations of the logits, for a share of
     positives that is off by 1."""
 

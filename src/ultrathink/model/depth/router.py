@@ -28,7 +28,7 @@ from ultrathink.model.depth.controls import DepthControls
 from ultrathink.model.depth.rows import choose_tokens, rows_for, shares_of
 from ultrathink.model.experts.sequences import Sequences
 
-WIDEST = 4.0  # standard deviations of the logits between their mean and a threshold
+WIDEST = 2.5  # standard deviations of the logits between their mean and a threshold
 _PRIME = (1 << 31) - 1  # products of two smaller numbers fit into 64 bits
 
 

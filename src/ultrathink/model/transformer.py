@@ -24,8 +24,9 @@ from ultrathink.model.attention_backends import READS_DOCUMENTS, AttentionBacken
 from ultrathink.model.attention_mask import AttentionMask, build_mask
 from ultrathink.model.cache import CacheView, ContiguousCache
 from ultrathink.model.compute_path import ComputePath, path_of
+from ultrathink.model.depth.block import check_backend, check_no_mask, run_routed
 from ultrathink.model.depth.controls import DepthControls
-from ultrathink.model.depth.layer import feed_chosen, run_all, run_chosen
+from ultrathink.model.depth.layer import Fed
 from ultrathink.model.depth.reports import choices_of, reported_depths
 from ultrathink.model.depth.router import DepthPass, DepthRouter, LayerDepth, depth_pass
 from ultrathink.model.embedding import Embedding
@@ -80,46 +81,18 @@ class Block(nn.Module):
 
         A block with experts needs ``routed``, one that tokens may pass by ``depth``.
         """
-        if self.depth is None:
-            x = self.attend(x, cos_sin, mask, backend, cache)
-            fed, routing = self._feed(self.feed_forward_norm(x), routed)
-            return x + F.dropout(fed, self.dropout, self.training), routing, None
-        assert depth is not None, "depth routing needs sequences and a capacity"
-        if self.depth.config.scope == "feed_forward":
-            x = self.attend(x, cos_sin, mask, backend, cache)
-            states = self.feed_forward_norm(x)
-            decision = self.depth(states, depth)
-            fed, routing = feed_chosen(
-                self._feed, states, decision, depth, routed, training=self.training
-            )
-            return x + F.dropout(fed, self.dropout, self.training), routing, decision.report
+        if self.depth is not None:
+            return run_routed(self, x, cos_sin, mask, backend, cache, routed, depth)
+        x = self.attend(x, cos_sin, mask, backend, cache)
+        fed, routing = self.feed(self.feed_forward_norm(x), routed)
+        return x + F.dropout(fed, self.dropout, self.training), routing, None
 
-        def body(
-            x: Tensor, cos_sin: Tensor, mask: AttentionMask | None, routed: RoutingPass | None
-        ) -> tuple[Tensor, LayerRouting | None]:
-            present = None if cache is None else decision.chosen
-            states = self.attention_norm(x)
-            attended = self.attention(states, cos_sin, mask, backend, cache, present)
-            attended = F.dropout(attended, self.dropout, self.training)
-            fed, routing = self._feed(self.feed_forward_norm(x + attended), routed)
-            return attended + F.dropout(fed, self.dropout, self.training), routing
-
-        decision = self.depth(self.attention_norm(x), depth)
-        choice = (decision, depth, routed)
-        if cache is None:
-            added, routing = run_chosen(body, x, cos_sin, mask, *choice, training=self.training)
-        else:
-            added, routing = run_all(body, x, cos_sin, mask, *choice)
-        return x + added, routing, decision.report
-
-    def _feed(
-        self, states: Tensor, routed: RoutingPass | None
-    ) -> tuple[Tensor, LayerRouting | None]:
+    def feed(self, states: Tensor, routed: RoutingPass | None) -> Fed:
         """The feed-forward layer, or the experts, of normalized states ``[B, T, C]``."""
         if not self.has_experts:
             return self.feed_forward(states), None
         assert routed is not None, "experts need sequences, controls and a path"
-        fed: tuple[Tensor, LayerRouting | None] = self.feed_forward(states, routed)
+        fed: Fed = self.feed_forward(states, routed)
         return fed
 
     def attend(
@@ -223,12 +196,6 @@ class Transformer(nn.Module):
         states ``[B, T, C]`` are returned too. Raises ValueError for shapes that do not fit, and for
         layers, groups and paths that do not exist.
         """
-        is_block = self.config.mod is not None and self.config.mod.scope == "block"
-        if is_block and cache is not None and attention_mask is not None:
-            raise ValueError(
-                "attention_mask cannot be used with a cache where tokens pass whole blocks by "
-                "(model.mod.scope=block); give the lengths of the rows instead."
-            )
         of_tokens = {"labels": labels, "loss_weights": loss_weights, "document_ids": document_ids}
         _check_shapes(input_ids, of_tokens, positions, lengths, cache)
         if lengths is not None and min(lengths) == input_ids.shape[1]:
@@ -241,15 +208,7 @@ class Transformer(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         recompute = torch.is_grad_enabled() and cache is None
         mode: CheckpointingMode = self.activation_checkpointing if recompute else "none"
-        routed = None
-        depth = None
-        if self.routing is not None or self.depth is not None:
-            sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL, lengths)
-        if self.routing is not None:
-            routed = RoutingPass(sequences, self.routing.now(), path)
-        if self.depth is not None:
-            starts = (0,) if cache is None else cache.lengths(path.indices(len(self.blocks))[0])
-            depth = depth_pass(self.depth, path, sequences, input_ids, starts)
+        routed, depth = self._routing(labels, document_ids, x, input_ids, lengths, cache, path)
         routings: list[LayerRouting] = []
         depths: list[LayerDepth] = []
         taps = {layer_index(layer, self.config.num_layers, "tap") for layer in tap}
@@ -266,11 +225,7 @@ class Transformer(nn.Module):
                 tapped[layer] = x
         if cache is not None:
             cache.commit()
-        losses, stats = _reported(routings)
-        if self.depth is not None:
-            is_learned = self.depth.config.strategy == "learned"
-            more = reported_depths(depths, depth, is_learned=is_learned)
-            losses, stats = losses | more[0], stats | more[1]
+        losses, stats = _reported(routings, depths, depth)
         beside = ModelOutput(
             aux_losses={} if labels is None else losses, stats=stats, tapped=tapped
         )
@@ -302,6 +257,27 @@ class Transformer(nn.Module):
             tapped=beside.tapped,
         )
 
+    def _routing(
+        self,
+        labels: Tensor | None,
+        document_ids: Tensor | None,
+        x: Tensor,
+        input_ids: Tensor,
+        lengths: Sequence[int] | None,
+        cache: CacheView | None,
+        path: ComputePath,
+    ) -> tuple[RoutingPass | None, DepthPass | None]:
+        """What the routing of the tokens ``x`` to experts, and past layers, depends on."""
+        routed = depth = None
+        if self.routing is not None or self.depth is not None:
+            sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL, lengths)
+        if self.routing is not None:
+            routed = RoutingPass(sequences, self.routing.now(), path)
+        if self.depth is not None:
+            starts = (0,) if cache is None else cache.lengths(path.indices(len(self.blocks))[0])
+            depth = depth_pass(self.depth, path, sequences, input_ids, starts)
+        return routed, depth
+
     def _mask_and_rotation(
         self,
         input_ids: Tensor,
@@ -328,6 +304,8 @@ class Transformer(nn.Module):
         cos_sin = self.rope(positions, T, offset)
         if cache is not None and attention_mask is None:
             return None, cos_sin
+        if cache is not None and self.config.mod is not None:
+            check_no_mask(self.config.mod)
         mask = build_mask(
             batch_size=B,
             num_heads=self.config.num_heads,
@@ -424,7 +402,10 @@ class Transformer(nn.Module):
     def set_attention_backend(self, name: str) -> None:
         """Compute attention with the registered backend ``name``; ``auto`` means sdpa here."""
         name = "sdpa" if name == "auto" else name
-        self._backend: AttentionBackend = ATTENTION_BACKENDS.load(name)
+        backend: AttentionBackend = ATTENTION_BACKENDS.load(name)
+        if self.config.mod is not None:
+            check_backend(self.config.mod, name, backend)
+        self._backend: AttentionBackend = backend
         self._reads_documents = name in READS_DOCUMENTS
         self.attention_backend = name
 
@@ -451,14 +432,18 @@ def _last(x: Tensor, lengths: Sequence[int] | None) -> Tensor:
     return x[torch.arange(len(x), device=x.device), last][:, None]
 
 
-def _reported(routings: list[LayerRouting]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Auxiliary losses, summed over the L layers with experts, and statistics ``[L, E or G]``."""
+def _reported(
+    routings: list[LayerRouting], depths: list[LayerDepth], depth: DepthPass | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Auxiliary losses, summed over the L layers with experts, or with depth routing, and their
+    statistics, ``[L, E or G]`` of experts."""
+    losses, stats = reported_depths(depths, depth)
     if not routings:
-        return {}, {}
+        return losses, stats
     total = torch.stack([routing.losses for routing in routings]).sum(0)
     # Copies, because FSDP warns if an output is a view.
-    losses = {f"moe_{name}": total[index].clone() for index, name in enumerate(LOSSES)}
-    stats = {
+    losses |= {f"moe_{name}": total[index].clone() for index, name in enumerate(LOSSES)}
+    stats |= {
         f"expert_{name}": torch.stack([getattr(routing, name) for routing in routings]).detach()
         for name in LayerRouting._fields
         if name != "losses"

@@ -11,6 +11,7 @@ from ultrathink.model.depth.reports import PREFIX
 from ultrathink.model.flops import flops_per_token
 from ultrathink.model.transformer import Transformer
 from ultrathink.monitoring.depth import DepthStatistics
+from ultrathink.monitoring.records import Reporter
 from ultrathink.parallel.world import Group
 from ultrathink.training.stepping import StepResult
 
@@ -52,3 +53,14 @@ def read_depth(model: Transformer, result: StepResult, dp_group: Group) -> Depth
         threshold=np.array(thresholds) if is_learned and eighths < EIGHTHS else None,
         **found,
     )
+
+
+def follow_schedule(model: Transformer, step: int, total_steps: int, report: Reporter) -> None:
+    """Set the capacity of depth routing for ``step`` (from 1); a change of it is reported."""
+    if model.depth is None:
+        return
+    before = model.depth.capacity
+    model.depth.begin_step(step, total_steps)
+    if model.depth.capacity != before:
+        text = f"mod.capacity: {before:g} -> {model.depth.capacity:g} (model.mod.schedule)"
+        report(text, "info")

@@ -33,7 +33,7 @@ from ultrathink.training.callbacks import (
 )
 from ultrathink.training.clock import Clock
 from ultrathink.training.control import ControlQueue
-from ultrathink.training.depth import read_depth
+from ultrathink.training.depth import follow_schedule, read_depth
 from ultrathink.training.endings import Ending
 from ultrathink.training.evaluators.base import NO_EVALUATORS, Evaluations, EvaluatorSet
 from ultrathink.training.experts import read_experts
@@ -287,7 +287,7 @@ class Trainer:
         lr_factor = self.length.lr_factor(step)
         with_figures = is_logged(step, self.training.log_every, self.length.total_steps)
         self.objective.before_step(step)
-        self._follow_depth_schedule(step)
+        follow_schedule(self.model, step, self.length.total_steps, self._report)
         batch = self.objective.prepare(batch, step)
         corrected = lr_factor * self.settings.lr_correction
         result = self.stepper.take_step(batch, self.settings, corrected, with_norms=with_figures)
@@ -326,16 +326,6 @@ class Trainer:
             depth=read_depth(self.model, result, self.dims.dp_group) if with_figures else None,
             memory_share=self._memory_share,
         )
-
-    def _follow_depth_schedule(self, step: int) -> None:
-        """Set the capacity of depth routing for ``step``."""
-        depth = self.model.depth
-        if depth is not None:
-            before = depth.capacity
-            depth.begin_step(step, self.length.total_steps)
-            if depth.capacity != before:
-                text = f"mod.capacity: {before:g} -> {depth.capacity:g} (model.mod.schedule)"
-                self._report(text, "info")
 
     def validate(self) -> None:
         """Score the held-out text; the best score so far makes this checkpoint ``best``."""

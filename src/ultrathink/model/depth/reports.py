@@ -18,7 +18,7 @@ _NOT_STATISTICS = ("loss", "chosen")
 
 
 def reported_depths(
-    layers: Sequence[LayerDepth], depth: DepthPass | None, *, is_learned: bool
+    layers: Sequence[LayerDepth], depth: DepthPass | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The predictors' loss, and statistics as ``LayerDepth`` has them, stacked to ``[L, ...]``.
 
@@ -26,9 +26,8 @@ def reported_depths(
     """
     if not layers or depth is None:
         return {}, {}
-    losses = {}
-    if is_learned:
-        losses[PREDICTOR_LOSS] = torch.stack([layer.loss for layer in layers]).sum(0)
+    of_predictors = [layer.loss for layer in layers if layer.loss is not None]
+    losses = {PREDICTOR_LOSS: torch.stack(of_predictors).sum(0)} if of_predictors else {}
     stats = {
         f"{PREFIX}{name}": torch.stack([getattr(layer, name) for layer in layers]).detach()
         for name in LayerDepth._fields

@@ -83,8 +83,8 @@ class Decision(NamedTuple):
 class LayerDepth(NamedTuple):
     """Statistics of a layer, summed over counted tokens; only ``loss`` has a gradient."""
 
-    loss: Tensor
-    """The weighted cross-entropy of the predictor, in nats."""
+    loss: Tensor | None
+    """The weighted cross-entropy of the predictor, in nats; None without one."""
 
     chosen: Tensor
     """``[B, T]``: 1 for counted tokens that go through, else 0."""
@@ -202,7 +202,7 @@ class DepthRouter(nn.Module):
             zero, total = mine.new_zeros(()), mine.sum()
             none = mine.new_zeros(EIGHTHS + 3)
             where = by_place(mine, depth)
-            report = LayerDepth(zero, mine, total, zero, total, none, zero, where)
+            report = LayerDepth(None, mine, total, zero, total, none, zero, where)
         return Decision(chosen, None, rows_for(chosen, depth.eighths), report)
 
     @torch.no_grad()

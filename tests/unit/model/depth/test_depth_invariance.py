@@ -79,13 +79,20 @@ def test_recomputation_changes_nothing_and_chooses_the_same(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", COMPILED)
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("block", "eager"),
+        pytest.param("block", "aot_eager", marks=pytest.mark.long),
+        pytest.param("experts", "aot_eager", marks=pytest.mark.long),
+    ],
+)
 def test_a_compiled_step_is_the_eager_one_and_a_capacity_costs_a_graph(
-    make_model: Any, batch: tuple[Tensor, Tensor], kind: str
+    make_model: Any, batch: tuple[Tensor, Tensor], kind: str, backend: str
 ) -> None:
     make = partial(make_model, num_layers=1)
     model = routed_model(make, **KINDS[kind])
-    losses = torch.compile(loss_function(model), fullgraph=True, dynamic=False, backend="aot_eager")
+    losses = torch.compile(loss_function(model), fullgraph=True, dynamic=False, backend=backend)
 
     def step(function: Any) -> dict[str, Tensor]:
         model.zero_grad()

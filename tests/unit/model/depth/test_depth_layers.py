@@ -10,11 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.unit.model.conftest import TINY
 from tests.unit.model.depth.routed import SCOPES, STRATEGIES, routed_model
 from tests.unit.model.experts.mixtures import ONE, mixture
-from ultrathink.config.model import ModelConfig
+from ultrathink.config.model import ATTENTION_BACKENDS, ModelConfig
+from ultrathink.config.optimizer import MuonConfig
+from ultrathink.config.size import sizes
+from ultrathink.core.errors import ConfigError
 from ultrathink.model.attention_backends import sdpa_attention
 from ultrathink.model.compute_path import ComputePath
 from ultrathink.model.depth.router import DepthPass, depth_pass
@@ -27,7 +31,9 @@ from ultrathink.model.depth.rows import (
 )
 from ultrathink.model.experts.router import RoutingPass
 from ultrathink.model.experts.sequences import find_sequences
+from ultrathink.model.flops import flops_per_token
 from ultrathink.model.transformer import Transformer
+from ultrathink.training.optimizers import build_optimizers
 
 
 def chosen_of(model: Transformer, layer: int, x: Tensor, depth: DepthPass) -> list[list[int]]:
@@ -245,3 +251,75 @@ def test_a_configuration_of_another_scope_has_the_same_weights() -> None:
             *(f"predictor.{x}" for x in ("inner", "outer", "scale", "bias")),
         )
     }
+
+
+def test_blocks_are_passed_by_only_with_a_backend_that_takes_masks(make_model: Any) -> None:
+    def maskless(query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    maskless.takes_masks = False  # type: ignore[attr-defined]
+    ATTENTION_BACKENDS.add("maskless", maskless)
+    make_model(mod={"layers": "all"}, backend="maskless")
+    with pytest.raises(ConfigError, match=r"scope = 'block'.*'maskless' does not take; use"):
+        make_model(mod={"scope": "block"}, backend="maskless")
+
+
+@torch.no_grad()
+def test_a_mask_of_the_caller_is_refused_where_a_cache_hides_tokens(
+    make_model: Any, tokens: Tensor
+) -> None:
+    model = routed_model(make_model, scope="block").eval()
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"attention_mask cannot be used with a cache.*lengths"):
+        model(tokens, attention_mask=mask, cache=model.new_cache(2, 40))
+
+
+@torch.no_grad()
+def test_a_mask_of_the_caller_counts_among_the_chosen(make_model: Any, tokens: Tensor) -> None:
+    """A key that is masked is seen by nobody: as if its token were another one."""
+    model = routed_model(make_model, scope="block", strategy="fixed").eval()
+    other = tokens.clone()
+    other[:, 21] = (other[:, 21] + 1) % 53  # an odd position, which is chosen
+    mask = torch.ones(2, 1, 40, 40, dtype=torch.bool)
+    mask[..., 21] = False
+    for one in (mask, torch.where(mask, 0.0, -torch.inf).double()):
+        found, changed = (model(each, attention_mask=one).logits for each in (tokens, other))
+        assert torch.equal(found[:, 22:], changed[:, 22:])
+        assert torch.isfinite(found).all()
+    assert not torch.equal(model(tokens).logits[:, 22:], model(other).logits[:, 22:])
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("depth", [None, 0.25])
+def test_operations_are_those_of_a_counted_step(
+    make_model: Any, scope: str, depth: float | None
+) -> None:
+    """The counter knows no attention on a CPU, so that is taken from ours."""
+    wide = {"hidden_size": 128, "intermediate_size": 256, "num_layers": 4}
+    model = make_model(**wide, mod={"layers": "all", "scope": scope})
+    ids, path = torch.zeros(32, 16, dtype=torch.int64), ComputePath(depth=depth)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        output = model(ids, ids, path=path)
+        (output.loss + sum(output.aux_losses.values())).backward()
+    share = (depth or 0.5) if scope == "block" else 1.0
+    attention = 4 * 6 * 128 * share * (share * 16 + 1)
+    counted = counter.get_total_flops() / 512 + attention
+    assert flops_per_token(model.config, 16, path) == pytest.approx(counted, rel=1e-3)
+
+
+def test_the_estimated_size_is_the_size_of_the_model(make_model: Any) -> None:
+    for strategy in STRATEGIES:
+        model = make_model(mod={"layers": "all", "strategy": strategy})
+        assert sizes(model.config).total == sum(p.numel() for p in model.parameters())
+
+
+def test_routers_and_predictors_are_not_orthogonalized(make_model: Any) -> None:
+    model = make_model(mod={"layers": "all"})
+    muon, adamw = build_optimizers(MuonConfig(type="muon"), model)
+    names = {p: n for n, p in model.named_parameters()}
+    found = {names[p] for group in muon.param_groups for p in group["params"]}
+    assert found
+    assert not any("depth" in name for name in found)
+    others = {names[p] for group in adamw.param_groups for p in group["params"]}
+    assert sum("depth" in name for name in others) == 10

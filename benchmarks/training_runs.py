@@ -76,8 +76,28 @@ def run(preset: str, overrides: Sequence[str]) -> dict[str, Any]:
         "bits_per_byte": scored["bits_per_byte"],
         "parameters": counts.total,
         "flops_per_token": flops_per_token(config.model, config.data.seq_len),
+        "path_losses": {k[5:]: v for k, v in scored.items() if k.startswith("loss/")},
+        "agreement": agreement(trainer),
         **held_out_load(trainer),
     }
+
+
+def agreement(trainer: Any) -> dict[str, float]:
+    """The share of held-out tokens for which each scored path agrees with the whole model."""
+    import torch
+
+    model, held_out = trainer.model, trainer.objective.held_out
+    paths = trainer.objective.scored_paths
+    same, number = dict.fromkeys(paths, 0), 0
+    model.eval()
+    with torch.no_grad():
+        for batch in held_out.batches(8, trainer.training.eval.max_tokens) if paths else ():
+            whole = model(batch.input_ids).logits.argmax(-1)
+            number += whole.numel()
+            for path in paths:
+                found = model(batch.input_ids, path=path).logits.argmax(-1)
+                same[path] += int((found == whole).sum())
+    return {path: count / number for path, count in same.items()}
 
 
 def held_out_load(trainer: Any) -> dict[str, Any]:

@@ -60,6 +60,7 @@ TINY = (*ALONE, "training.clip=0.5", "training.eval.batch_size=3")
 # Two groups that two processes cannot halve; the first layer has no experts.
 EXPERTS = (*MIXTURE, ROUTING)
 DEPTH = (*EXPERTS, "model.mod={layers: [0, 1]}")
+ELASTIC = (*EXPERTS, "model.exits.own_norms=true")
 
 
 def new_trainer(place: str, *overrides: str, **parts: Any) -> Trainer:

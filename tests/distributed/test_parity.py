@@ -49,6 +49,14 @@ RUNS: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
         ("training.objective=twice",),
         [DDP, ZERO_1, ZERO_2, ZERO_3, OFFLOADED_RECOMPUTED],
     ),
+    "elastic": (
+        (
+            *tasks.ELASTIC,
+            "training.objective={type: elastic, exits: {ramp_steps: 0}, "
+            "sub_paths: {rows: 0.5, layer_dropout: 0.5, sample_top_k: true, ramp_steps: 0}}",
+        ),
+        [DDP, ZERO_1, ZERO_2, ZERO_3, OFFLOADED_RECOMPUTED],
+    ),
     "teacher": ((), [DDP, ZERO_2, ZERO_3, OFFLOADED_RECOMPUTED]),
     "weights": (("training.objective=weighted", "model.z_loss=0.01"), [ZERO_1, ()]),
     "critic": (("training.objective=critic", ADAMW), [DDP, ZERO_3]),

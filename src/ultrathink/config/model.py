@@ -15,6 +15,7 @@ from ultrathink.config.experts import BIAS_RATE, WIDTH_STEP, MoeConfig, shape
 from ultrathink.config.options import felt, fixed, free
 from ultrathink.config.paths import (
     TRAINED,
+    ExitsConfig,
     PathConfig,
     check_depth,
     groups_that_run,
@@ -22,6 +23,7 @@ from ultrathink.config.paths import (
 )
 from ultrathink.core.divisors import divisors
 from ultrathink.core.errors import ConfigError, suggestion
+from ultrathink.core.layers import layer_index
 from ultrathink.core.registry import Registry
 
 ATTENTION_BACKENDS: Registry[Callable[..., Any]] = Registry("attention backend")
@@ -141,6 +143,8 @@ class ModelConfig(Section):
     paths: tuple[PathConfig, ...] = fixed((), because=TRAINED)
     """Parts of the model that can run alone, by name. fast, standard, expert, deep and ultra_deep
     exist without being named (docs/elastic.md)."""
+    exits: ExitsConfig = ExitsConfig()
+    """Layers after which the model can end early."""
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> ModelConfig:
@@ -203,6 +207,11 @@ class ModelConfig(Section):
             groups = None if path.groups == "all" else path.groups
             groups_that_run(self.moe, routed, groups, f"groups of path {path.name!r}")
             check_depth(path.depth, self.mod is not None, f"depth of path {path.name!r}")
+        if self.exit_layers and self.exit_layers[-1] == self.num_layers - 1:
+            raise ValueError(
+                f"exits.layers names layer {self.num_layers - 1}, which is the last of the model; "
+                f"an exit comes before it"
+            )
         return self
 
     def derived(self) -> dict[str, tuple[float, str]]:
@@ -252,6 +261,35 @@ class ModelConfig(Section):
     def routed(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Those of ``layers`` that have experts."""
         return tuple(layer for layer in layers if layer in self.expert_layers)
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """The layers after which the model can end early, ascending."""
+        where, number = "model.exits.layers", self.num_layers
+        given = {layer_index(layer, number, where) for layer in self.exits.layers}
+        return tuple(sorted(given or {layers[-1] for layers in self.prefix_paths.values()}))
+
+    @property
+    def exits_with_norms(self) -> tuple[int, ...]:
+        """The exits that have a norm of their own."""
+        return self.exit_layers if self.exits.own_norms else ()
+
+    @property
+    def prefix_paths(self) -> dict[str, tuple[int, ...]]:
+        """The layers of the named paths that begin the whole model and end early."""
+        found = {}
+        for name, path in named_paths(self.paths, self.moe).items():
+            layers = path.indices(self.num_layers)
+            is_begin = layers == tuple(range(len(layers))) and len(layers) < self.num_layers
+            is_same = path.groups == "all" and path.top_k == 1
+            if is_begin and (is_same or not self.routed(layers)):
+                found[name] = layers
+        return found
+
+    @property
+    def path_names(self) -> tuple[str, ...]:
+        """The names of all compute paths."""
+        return tuple(named_paths(self.paths, self.moe))
 
     def path(self, name: str) -> PathConfig:
         """The compute path ``name``, in any case; ConfigError if it does not exist."""

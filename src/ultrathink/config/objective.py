@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from ultrathink.config.base import PartConfig, PartOf
+from ultrathink.config.base import PartConfig, PartOf, Section
 from ultrathink.config.options import felt, place
 from ultrathink.core.registry import Registry
 
@@ -55,7 +55,54 @@ class DistillConfig(ObjectiveConfig):
         return {"teacher": FrozenSource("training.objective.teacher", self.teacher, self.precision)}
 
 
+class ExitLossConfig(Section):
+    """A loss at the exits of the model, one of them in each step, on the pass of the whole model
+    (arXiv:2404.16710)."""
+
+    weight: float = felt(0.2, ge=0)
+    """Of the loss beside that of the whole model; an exit's weight falls in proportion to its
+    depth."""
+    share: float = felt(0.5, gt=0, le=1)
+    """Share of the tokens of each sequence that an exit is trained on."""
+    ramp_steps: int = felt(100, ge=0)
+    """Steps over which the weight rises from 0."""
+
+
+class SubPathConfig(Section):
+    """Further passes over some sequences, on paths that do not begin the whole model."""
+
+    names: tuple[str, ...] | None = felt(None)
+    """The paths, by name; all named ones that neither begin the whole model nor are it, when
+    unset."""
+    weight: float = felt(0.3, ge=0)
+    """Of the loss beside that of the whole model."""
+    rows: float = felt(0.25, gt=0, le=1)
+    """Share of the sequences that one of the paths runs again in each step."""
+    ramp_steps: int = felt(100, ge=0)
+    """Steps over which the weight rises from 0."""
+    layer_dropout: float = felt(0.0, ge=0, lt=1)
+    """Probability that a sequence skips the last layer in such a pass; it falls to 0 at the first
+    layer (arXiv:2404.16710)."""
+    sample_top_k: bool = felt(False)
+    """Send the tokens of a sequence to fewer experts in some layers of such a pass, at random
+    (arXiv:2509.26520)."""
+
+
+class ElasticConfig(ObjectiveConfig):
+    """The next token of text, learned by every compute path of the model."""
+
+    type: Literal["elastic"] = "elastic"
+    exits: ExitLossConfig | None = ExitLossConfig()
+    """A loss at the exits; none when null."""
+    sub_paths: SubPathConfig | None = SubPathConfig()
+    """Passes on other paths; none when null."""
+    distill: float = felt(0.5, ge=0, le=1)
+    """Share of the target that is the whole model's distribution, for exits and sub-paths; the rest
+    is the label."""
+
+
 _PLACE = "ultrathink.training.objectives"
 OBJECTIVES.add("pretrain", f"{_PLACE}.pretrain:Pretraining", options=PretrainConfig)
 OBJECTIVES.add("distill", f"{_PLACE}.distill:Distillation", options=DistillConfig)
+OBJECTIVES.add("elastic", f"{_PLACE}.elastic:Elastic", options=ElasticConfig)
 ObjectiveField = Annotated[ObjectiveConfig, PartOf(OBJECTIVES)]

@@ -14,7 +14,7 @@ from ultrathink.config.options import fixed
 from ultrathink.core.errors import ConfigError, suggestion
 from ultrathink.core.layers import layer_index
 
-TRAINED = "the run has trained these paths; name others in a new run"
+TRAINED = "the run has trained these paths"
 
 
 class PathConfig(Section):
@@ -55,6 +55,16 @@ class PathConfig(Section):
         if count > num_layers:
             raise ConfigError(f"{where}: {count} are more than the model has, {num_layers}.")
         return tuple(range(count))
+
+
+class ExitsConfig(Section):
+    """Layers after which the model can end early."""
+
+    layers: tuple[int | float, ...] = fixed((), because=TRAINED)
+    """The layers, by index or fraction of the depth; where the named paths end that begin the whole
+    model, when empty."""
+    own_norms: bool = fixed(False, because="the weights would no longer fit")
+    """Give each exit a norm of its own before the shared head; else it uses the last one."""
 
 
 def named_paths(configured: Iterable[PathConfig], moe: MoeConfig | None) -> dict[str, PathConfig]:

@@ -42,13 +42,14 @@ def sizes(model: ModelConfig) -> Sizes:
         # The router's row, the predictor's two matrices, its scale and its bias.
         own = hidden + model.mod.predictor.hidden_size * (hidden + 1) + 2
         shared += len(model.depth_layers) * own
+    exit_norms = len(model.exits_with_norms) * hidden
     if model.moe is None:
-        return Sizes(shared, shared)
+        return Sizes(shared + exit_norms, shared)
     assert model.moe.intermediate_size is not None
     expert = num_matrices * hidden * model.moe.intermediate_size
     always = hidden * model.moe.num_slots + num_matrices * hidden * (model.moe.shared_size or 0)
     num_layers = len(model.expert_layers)
     return Sizes(
-        shared + num_layers * (always + model.moe.num_slots * expert),
+        shared + exit_norms + num_layers * (always + model.moe.num_slots * expert),
         shared + num_layers * (always + model.moe.experts_per_token * expert),
     )

@@ -79,6 +79,9 @@ def export_run(
     state: Any = load_checkpoint(source, weights)
     plain, folded = fold_routing(state["model"], config.model, source)
     remarks = [*remarks, *folded]
+    if found_norms := [name for name in plain if name.startswith("exit_norms.")]:
+        plain = {name: value for name, value in plain.items() if name not in found_norms}
+        remarks = [*remarks, "the norms of its exits are left out; the model runs whole"]
     tensors = split(plain, row_slices(config.model), None if dtype is None else _DTYPES[dtype])
     name = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     tokenizer = load_tokenizer(found.tokenizer)

@@ -82,6 +82,19 @@ class ComputePath:
             theirs.top_k,
         )
 
+    def describe(self, config: ModelConfig) -> str:
+        """What of a model runs: ``layers [0, 1] (expert groups: skill; top_k: 1)``."""
+        path = self.resolved(config)
+        layers = path.indices(config.num_layers)
+        details = []
+        if config.routed(layers):
+            details.append(f"expert groups: {', '.join(path.groups or ()) or 'none'}")
+            details.append(f"top_k: {path.top_k:g}")
+        if set(layers) & set(config.depth_layers) and path.depth is not None:
+            details.append(f"depth: {path.depth:g}")
+        beside = f" ({'; '.join(details)})" if details else ""
+        return f"layers {list(layers)}{beside}"
+
 
 def path_of(path: str | ComputePath | None, config: ModelConfig) -> ComputePath:
     """``path``, or the one called so, resolved for a model; None is the whole model.

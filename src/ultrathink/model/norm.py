@@ -24,9 +24,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last dimension; the result has the dtype of ``x``."""
-        precise = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse_rms = torch.rsqrt(precise.square().mean(-1, keepdim=True) + self.eps)
-        return (precise * inverse_rms * self.weight.to(precise.dtype)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.size}, eps={self.eps}"
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x`` ``[..., N]`` divided by its root mean square and scaled by ``weight`` ``[N]``."""
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse_rms = torch.rsqrt(precise.square().mean(-1, keepdim=True) + eps)
+    return (precise * inverse_rms * weight.to(precise.dtype)).to(x.dtype)

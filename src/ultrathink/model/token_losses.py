@@ -57,6 +57,29 @@ def linear_kl(
     return _divergence(*inputs, with_grad=False)[0]
 
 
+def linear_soft_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    reference_hidden: Tensor,
+    reference_weight: Tensor,
+    share: Tensor,
+    *,
+    loss_weights: Tensor | None = None,
+) -> Tensor:
+    """Summed cross-entropy of ``hidden @ weight.T`` against a mixture of labels and a reference.
+
+    The target of a token is ``1 - share`` of its label and ``share`` (zero-dimensional) of the
+    reference's distribution, a constant (https://arxiv.org/abs/1503.02531). Shapes are those of
+    ``linear_kl``.
+    """
+    inputs = (hidden, weight, labels, reference_hidden, reference_weight, share, loss_weights)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        value: Tensor = _SoftCrossEntropy.apply(*inputs)  # type: ignore[no-untyped-call]
+        return value
+    return _soft_cross_entropy(*inputs, with_grad=False)[0]
+
+
 class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -95,11 +118,28 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight = ctx.saved_tensors
-        scale = grad_outputs[0]  # at least float32: its rounding error would scale all gradients
-        grad_hidden = (hidden.to(scale.dtype) * scale).to(hidden.dtype)
-        grad_weight = (weight.to(scale.dtype) * scale).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, *[None] * 6
+        return *_scaled(ctx, grad_outputs[0]), *[None] * 6
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        total, *gradients = _soft_cross_entropy(hidden, weight, *rest, with_grad=True)
+        ctx.save_for_backward(*gradients)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return *_scaled(ctx, grad_outputs[0]), *[None] * 5
+
+
+def _scaled(ctx: Any, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The saved gradients by hidden states and head, times ``scale``, which is at least float32:
+    its rounding error would scale all of them."""
+    hidden, weight = ctx.saved_tensors
+    grad_hidden = (hidden.to(scale.dtype) * scale).to(hidden.dtype)
+    return grad_hidden, (weight.to(scale.dtype) * scale).to(ctx.weight_dtype)
 
 
 def _log_probabilities(
@@ -160,6 +200,42 @@ def _divergence(
     if not with_grad:
         return (total,)
     # Kept for the backward pass in the precision of products, like any other product.
+    return total, torch.cat(grad_hidden), grad_weight.to(head.dtype)
+
+
+def _soft_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    reference_hidden: Tensor,
+    reference_weight: Tensor,
+    share: Tensor,
+    loss_weights: Tensor | None,
+    *,
+    with_grad: bool,
+) -> tuple[Tensor, ...]:
+    """The sum over all chunks and, if requested, its gradients by hidden states and head."""
+    head, reference_head = weight.to(hidden.dtype), reference_weight.to(reference_hidden.dtype)
+    precise = _precise(hidden)
+    total = torch.zeros((), dtype=precise, device=hidden.device)
+    grad_hidden: list[Tensor] = [hidden.new_zeros(0, hidden.shape[1])]
+    grad_weight = torch.zeros(weight.shape if with_grad else 0, dtype=precise, device=weight.device)
+    for rows in _chunks(hidden, weight):
+        states, (trained, labelled) = hidden[rows], _targets(labels[rows])
+        ours = _logits(states, head, None).log_softmax(-1)
+        theirs = _logits(reference_hidden[rows], reference_head, None).to(precise).softmax(-1)
+        targets = theirs * share + _one_hot(labelled, theirs) * (1 - share)
+        counted = torch.where(trained, -(targets * ours).sum(-1, keepdim=True), 0.0)
+        own = None if loss_weights is None else loss_weights[rows, None].to(precise)
+        total = total + (counted if own is None else counted * own).sum()
+        if not with_grad:
+            continue
+        slopes = torch.where(trained, ours.exp() - targets, 0.0)
+        slopes = (slopes if own is None else slopes * own).to(hidden.dtype)
+        grad_hidden.append(slopes @ head)
+        grad_weight = grad_weight + (slopes.T @ states).to(precise)
+    if not with_grad:
+        return (total,)
     return total, torch.cat(grad_hidden), grad_weight.to(head.dtype)
 
 

@@ -6,12 +6,13 @@ Shapes: B batch, T tokens, S keys (T and those in a cache), C hidden size, V voc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultrathink.config.model import ATTENTION_BACKENDS, FEED_FORWARDS, ModelConfig
+from ultrathink.config.model import ATTENTION_BACKENDS, ModelConfig
 from ultrathink.core.errors import ConfigError
 from ultrathink.core.layers import layer_index
 from ultrathink.model.activation_checkpointing import (
@@ -19,14 +20,13 @@ from ultrathink.model.activation_checkpointing import (
     check_mode,
     run_checkpointed,
 )
-from ultrathink.model.attention import Attention
 from ultrathink.model.attention_backends import READS_DOCUMENTS, AttentionBackend
 from ultrathink.model.attention_mask import AttentionMask, build_mask
-from ultrathink.model.cache import CacheView, ContiguousCache
+from ultrathink.model.block import Block
+from ultrathink.model.cache import CacheView, ContiguousCache, Span, tokens_from
 from ultrathink.model.compute_path import ComputePath, path_of
-from ultrathink.model.depth.block import check_backend, check_no_mask, run_routed
+from ultrathink.model.depth.block import check_backend, check_no_mask
 from ultrathink.model.depth.controls import DepthControls
-from ultrathink.model.depth.layer import Fed
 from ultrathink.model.depth.reports import choices_of, reported_depths
 from ultrathink.model.depth.router import DepthPass, DepthRouter, LayerDepth, depth_pass
 from ultrathink.model.embedding import Embedding
@@ -38,86 +38,14 @@ from ultrathink.model.experts.sequences import find_sequences
 from ultrathink.model.init import init_parameters
 from ultrathink.model.linear import Linear
 from ultrathink.model.loss import IGNORED_LABEL, linear_cross_entropy
-from ultrathink.model.norm import RMSNorm
+from ultrathink.model.norm import RMSNorm, rms_norm
 from ultrathink.model.output import ModelOutput
 from ultrathink.model.rope import RotaryEmbedding
+from ultrathink.model.thinning import Thinning, skipped
 
 # A replacement of logits and loss: from the normalized states [B, T, C], the output projection
-# [V, C] and the labels [B, T], if any, it computes tensors by name.
-Head = Callable[[Tensor, Tensor, Tensor | None], dict[str, Tensor]]
-
-
-class Block(nn.Module):
-    """Attention and a feed-forward layer, each with a norm before and a residual connection."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.dropout = config.dropout
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, layer)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.has_experts = layer in config.expert_layers
-        self.feed_forward = (
-            MixtureOfExperts(config)
-            if self.has_experts
-            else FEED_FORWARDS.load(config.feed_forward)(config)
-        )
-        self.depth: DepthRouter | None = None
-        if config.mod is not None and layer in config.depth_layers:
-            self.depth = DepthRouter(config.mod, config.hidden_size, layer)
-
-    def forward(
-        self,
-        x: Tensor,
-        cos_sin: Tensor,
-        mask: AttentionMask | None,
-        backend: AttentionBackend,
-        cache: CacheView | None,
-        routed: RoutingPass | None = None,
-        depth: DepthPass | None = None,
-    ) -> tuple[Tensor, LayerRouting | None, LayerDepth | None]:
-        """Map the residual stream ``[B, T, C]`` to ``[B, T, C]``; also returns the statistics of
-        experts and of depth routing.
-
-        A block with experts needs ``routed``, one that tokens may pass by ``depth``.
-        """
-        if self.depth is not None:
-            return run_routed(self, x, cos_sin, mask, backend, cache, routed, depth)
-        x = self.attend(x, cos_sin, mask, backend, cache)
-        fed, routing = self.feed(self.feed_forward_norm(x), routed)
-        return x + F.dropout(fed, self.dropout, self.training), routing, None
-
-    def feed(self, states: Tensor, routed: RoutingPass | None) -> Fed:
-        """The feed-forward layer, or the experts, of normalized states ``[B, T, C]``."""
-        if not self.has_experts:
-            return self.feed_forward(states), None
-        assert routed is not None, "experts need sequences, controls and a path"
-        fed: Fed = self.feed_forward(states, routed)
-        return fed
-
-    def attend(
-        self,
-        x: Tensor,
-        cos_sin: Tensor,
-        mask: AttentionMask | None,
-        backend: AttentionBackend,
-        cache: CacheView | None,
-    ) -> Tensor:
-        """The first half of ``forward``: attention, added to the residual stream."""
-        attended = self.attention(self.attention_norm(x), cos_sin, mask, backend, cache)
-        return x + F.dropout(attended, self.dropout, self.training)
-
-    def hook_free_parts(self) -> list[tuple[nn.Module, str]]:
-        """The largest methods that call no sharded module of their own: modules and names.
-
-        Experts are sharded by themselves, so that a path without them does not gather them.
-        """
-        if not isinstance(self.feed_forward, MixtureOfExperts):
-            return [(self, "forward")]
-        parts: list[tuple[nn.Module, str]] = [(self, "attend")]
-        moe = self.feed_forward
-        inside = (moe.router, moe.experts, moe.shared, self.depth)
-        return parts + [(module, "forward") for module in inside if module is not None]
+# [V, C], the labels [B, T], if any, and the tapped states by layer, it computes tensors by name.
+Head = Callable[[Tensor, Tensor, Tensor | None, Mapping[int, Tensor]], dict[str, Tensor]]
 
 
 class Transformer(nn.Module):
@@ -141,6 +69,12 @@ class Transformer(nn.Module):
             Block(self.config, layer) for layer in range(self.config.num_layers)
         )
         self.norm = RMSNorm(self.config.hidden_size, self.config.norm_eps)
+        self.exit_norms = nn.ModuleDict(
+            {
+                str(layer): RMSNorm(self.config.hidden_size, self.config.norm_eps)
+                for layer in self.config.exits_with_norms
+            }
+        )
         self.head: Linear | None = None
         if not self.config.tie_embeddings:
             self.head = Linear(self.config.hidden_size, self.config.vocab_size)
@@ -165,6 +99,25 @@ class Transformer(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
+    def norm_after(self, layer: int) -> RMSNorm:
+        """The norm before the head for a path that ends with ``layer``."""
+        name = str(layer)
+        return cast(RMSNorm, self.exit_norms[name]) if name in self.exit_norms else self.norm
+
+    def exit_states(self, states: Mapping[int, Tensor], chosen: Tensor) -> Tensor:
+        """The normalized states of one of several exits, of which a step need not know which.
+
+        ``states`` are those ``[..., C]`` after some layers, ``chosen`` is the index of one of these
+        layers, zero-dimensional.
+        """
+        first, *others = states
+        x, weight = states[first], cast(Tensor, self.norm_after(first).weight)
+        for layer in others:
+            is_chosen = chosen == layer
+            x = torch.where(is_chosen, states[layer], x)
+            weight = torch.where(is_chosen, self.norm_after(layer).weight, weight)
+        return rms_norm(x, weight, self.norm.eps)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -178,59 +131,95 @@ class Transformer(nn.Module):
         cache: CacheView | None = None,
         path: str | ComputePath | None = None,
         last_only: bool = False,
+        with_pending: bool = False,
         head: Head | None = None,
         tap: Sequence[int | float] = (),
+        thinning: Thinning | None = None,
     ) -> ModelOutput:
         """Logits ``[B, T, V]``, or with ``labels`` the summed loss without storing the logits.
 
         ``input_ids``, ``labels`` (the target of each position, -100 for untrained ones),
         ``loss_weights`` (of each target; None: 1) and ``document_ids`` are ``[B, T]``. The first
         ``lengths[b]`` tokens of a row are real (None: all), the rest is padding: a cache does not
-        keep it, and its logits are meaningless.
+        keep it, and its logits are meaningless. Tokens of a ``cache`` that a shorter path has read
+        run in the further layers of this one together with the new ones, of which there may be
+        none, ``[B, 0]``. ``with_pending`` gives their logits too, as draft verification needs them:
+        ``[B, P + T, V]``, in each row those of its pending tokens, then those of its new ones.
         ``positions`` is ``[T]`` or ``[B, T]`` and counts from each sequence's length in the cache
         when None. ``attention_mask`` is boolean (True = attend) or additive, ``[B, S]`` or
         broadcastable to ``[B, H, T, S]``. ``last_only`` gives the logits ``[B, 1, V]`` of each
         row's last real token. ``path`` is a part of the model, or the name of one: None is all of
-        it. ``head`` replaces logits and loss; it runs inside this pass, where
-        sharded weights are gathered. ``tap`` names layers, by index or by fraction, whose residual
-        states ``[B, T, C]`` are returned too. Raises ValueError for shapes that do not fit, and for
-        layers, groups and paths that do not exist.
+        it. ``head`` replaces logits and loss; it runs inside this pass, where sharded weights are
+        gathered. ``tap`` names layers, by index or by fraction, whose residual states ``[B, T, C]``
+        are returned too. ``thinning`` leaves layers and experts out at random. Raises ValueError
+        for shapes that do not fit, and for layers, groups and paths that do not exist.
         """
         of_tokens = {"labels": labels, "loss_weights": loss_weights, "document_ids": document_ids}
         _check_shapes(input_ids, of_tokens, positions, lengths, cache)
         if lengths is not None and min(lengths) == input_ids.shape[1]:
             lengths = None  # there is no padding
         path = path_of(path, self.config)
-        mask, cos_sin = self._mask_and_rotation(
-            input_ids, attention_mask, positions, document_ids, lengths, cache, path
-        )
+        spans = _begin(cache, path, input_ids, lengths, positions)
+        span = spans[0] if spans else None
         x = self.embedding(input_ids).to(self.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
-        recompute = torch.is_grad_enabled() and cache is None
-        mode: CheckpointingMode = self.activation_checkpointing if recompute else "none"
-        routed, depth = self._routing(labels, document_ids, x, input_ids, lengths, cache, path)
+        mask, cos_sin = self._mask_and_rotation(x, attention_mask, positions, document_ids, span)
+        routed, depth = self._routing(labels, document_ids, x, lengths, path, span, input_ids)
         routings: list[LayerRouting] = []
         depths: list[LayerDepth] = []
         taps = {layer_index(layer, self.config.num_layers, "tap") for layer in tap}
         tapped: dict[int, Tensor] = {}
+        joins = {later.layer: later for later in spans[1:]}
         for layer in path.indices(self.config.num_layers):
-            x, routing, chosen = run_checkpointed(
-                mode, self.blocks[layer], x, cos_sin, mask, self._backend, cache, routed, depth
+            if cache is not None and layer in joins:
+                x, span, lengths = cache.join(layer, x), joins[layer], joins[layer].lengths
+                mask, cos_sin = self._mask_and_rotation(x, attention_mask, None, None, span)
+                routed, depth = self._routing(None, None, x, lengths, path, span)
+            if spans and x.shape[1] == 0:
+                continue  # there are only pending tokens, which run in further layers
+            x, routing, chosen = self._run_block(
+                layer, thinning, x, cos_sin, mask, cache, routed, depth
             )
             if routing is not None:
                 routings.append(routing)
             if chosen is not None:
                 depths.append(chosen)
             if layer in taps:
-                tapped[layer] = x
+                tapped[layer] = _of_input(x, spans, span)
         if cache is not None:
-            cache.commit()
-        losses, stats = _reported(routings, depths, depth)
-        beside = ModelOutput(
-            aux_losses={} if labels is None else losses, stats=stats, tapped=tapped
-        )
-        x = self.norm(_last(x, lengths) if last_only else x)
+            cache.commit(x if positions is None else None)
+        losses, stats = _reported(routings if input_ids.shape[1] else [], depths, depth)
+        losses = {} if labels is None else losses
+        beside = ModelOutput(aux_losses=losses, stats=stats, tapped=tapped)
+        if last_only:
+            x = _last(x, lengths)
+        elif labels is not None or not with_pending:
+            x = _of_input(x, spans, span)
+        x = self.norm_after(path.indices(self.config.num_layers)[-1])(x)
         return self._output(x, labels, loss_weights, head, beside, choices_of(depths))
+
+    def _run_block(
+        self,
+        layer: int,
+        thinning: Thinning | None,
+        x: Tensor,
+        cos_sin: Tensor,
+        mask: AttentionMask | None,
+        cache: CacheView | None,
+        routed: RoutingPass | None,
+        depth: DepthPass | None,
+    ) -> tuple[Tensor, LayerRouting | None, LayerDepth | None]:
+        """The states after ``layer``, recomputed in the backward pass where that is configured."""
+        if thinning is not None and routed is not None:
+            routed = routed._replace(width=thinning.width[:, layer])
+        recompute = torch.is_grad_enabled() and cache is None
+        mode: CheckpointingMode = self.activation_checkpointing if recompute else "none"
+        after, routing, chosen = run_checkpointed(
+            mode, self.blocks[layer], x, cos_sin, mask, self._backend, cache, routed, depth
+        )
+        if thinning is not None:
+            after = skipped(thinning.keep[:, layer], x, after)
+        return after, routing, chosen
 
     def _output(
         self,
@@ -246,7 +235,7 @@ class Transformer(nn.Module):
         ``choices`` ``[N, X]`` are sets of tokens whose losses are summed too.
         """
         if head is not None:
-            return beside._replace(head=head(x, self.head_weight, labels))
+            return beside._replace(head=head(x, self.head_weight, labels, beside.tapped))
         if labels is None:
             return beside._replace(logits=F.linear(x, self.head_weight.to(x.dtype)))
         own = None if loss_weights is None else loss_weights.flatten()
@@ -262,10 +251,10 @@ class Transformer(nn.Module):
         labels: Tensor | None,
         document_ids: Tensor | None,
         x: Tensor,
-        input_ids: Tensor,
         lengths: Sequence[int] | None,
-        cache: CacheView | None,
         path: ComputePath,
+        span: Span | None,
+        input_ids: Tensor | None = None,
     ) -> tuple[RoutingPass | None, DepthPass | None]:
         """What the routing of the tokens ``x`` to experts, and past layers, depends on."""
         routed = depth = None
@@ -274,37 +263,35 @@ class Transformer(nn.Module):
         if self.routing is not None:
             routed = RoutingPass(sequences, self.routing.now(), path)
         if self.depth is not None:
-            starts = (0,) if cache is None else cache.lengths(path.indices(len(self.blocks))[0])
+            starts = (0,) if span is None else span.starts
             depth = depth_pass(self.depth, path, sequences, input_ids, starts)
         return routed, depth
 
     def _mask_and_rotation(
         self,
-        input_ids: Tensor,
+        x: Tensor,
         attention_mask: Tensor | None,
         positions: Tensor | None,
         document_ids: Tensor | None,
-        lengths: Sequence[int] | None,
-        cache: CacheView | None,
-        path: ComputePath,
+        span: Span | None,
     ) -> tuple[AttentionMask | None, Tensor]:
-        """The attention mask (None: causality, or that of the cache) and the rotary angles."""
-        B, T = input_ids.shape
-        device, num_keys = input_ids.device, T
+        """The attention mask (None: causality, or that of the cache) and the rotary angles for the
+        states ``x`` ``[B, T, C]``, with a cache those of ``span``."""
+        B, T = x.shape[:2]
+        device, num_keys = x.device, T
         starts: tuple[int, ...] = (0,)
-        if cache is not None:
-            lengths = (T,) * B if lengths is None else lengths
-            starts = cache.begin(path, lengths, T)
-            num_keys = max(map(sum, zip(starts, lengths, strict=True)))
+        if span is not None:
+            starts = span.starts
+            num_keys = max(map(sum, zip(starts, span.lengths, strict=True)))
         offset = max(starts)
         if positions is None and min(starts) < offset:
             positions = torch.tensor(starts, device=device)[:, None] + torch.arange(
                 T, device=device
             )
         cos_sin = self.rope(positions, T, offset)
-        if cache is not None and attention_mask is None:
+        if span is not None and attention_mask is None:
             return None, cos_sin
-        if cache is not None and self.config.mod is not None:
+        if span is not None and self.config.mod is not None:
             check_no_mask(self.config.mod)
         mask = build_mask(
             batch_size=B,
@@ -424,6 +411,34 @@ def transformers_in(module: nn.Module) -> list[Transformer]:
     return [each for each in module.modules() if isinstance(each, Transformer)]
 
 
+def _begin(
+    cache: CacheView | None,
+    path: ComputePath,
+    input_ids: Tensor,
+    lengths: Sequence[int] | None,
+    positions: Tensor | None,
+) -> tuple[Span, ...]:
+    """The spans of a pass with a cache; none without one."""
+    if cache is None:
+        return ()
+    B, T = input_ids.shape
+    spans = cache.begin(path, (T,) * B if lengths is None else lengths, T)
+    if positions is not None and len(spans) > 1:
+        raise ValueError(
+            "positions cannot be given while the cache has pending tokens of a shorter path, whose "
+            "positions they do not say; run those first, with input_ids of shape [B, 0]."
+        )
+    return spans
+
+
+def _of_input(x: Tensor, spans: Sequence[Span], span: Span | None) -> Tensor:
+    """The states ``[B, T, C]`` of the input's tokens, which follow the pending ones of ``span``."""
+    if span is None or span is spans[0]:
+        return x
+    pending = [start - at for start, at in zip(spans[0].starts, span.starts, strict=True)]
+    return tokens_from(x, pending, spans[0].num_tokens)
+
+
 def _last(x: Tensor, lengths: Sequence[int] | None) -> Tensor:
     """The states ``[B, 1, C]`` of each row's last real token."""
     if lengths is None:
@@ -472,7 +487,7 @@ def _check_shapes(
         )
     if lengths is not None:
         fits = len(lengths) == B and all(0 <= length <= T for length in lengths)
-        if not fits or not any(lengths):
+        if not fits or (T > 0 and not any(lengths)):
             raise ValueError(
                 f"lengths is {list(lengths)}; it must have {B} numbers of 0 to {T}, not all 0."
             )

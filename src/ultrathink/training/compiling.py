@@ -18,7 +18,8 @@ from torch import nn
 from ultrathink.config.training import TrainingConfig
 from ultrathink.core.errors import ConfigError
 from ultrathink.data.cache import cache_folder
-from ultrathink.model.transformer import Block, Transformer
+from ultrathink.model.block import Block
+from ultrathink.model.transformer import Transformer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -27,6 +28,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _COMPILE_S = 33.0
 _SAVED_SHARE = 0.3
 _EAGER_UTILIZATION = 0.3
+
+RECOMPILE_LIMIT = 64
 
 
 def should_compile(
@@ -158,9 +161,12 @@ def _while_training(module: nn.Module, method: Callable[..., Any]) -> Callable[.
 
 
 def _prepare_compiler() -> None:
+    import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
 
+    # Each compute path is a graph of its own. At the limit a whole graph raises an error.
+    dynamo.recompile_limit = RECOMPILE_LIMIT
     # Recompute in the backward pass what fuses into its kernels (norms, activations, casts of
     # weights): saves 100 of 1,360 MiB at shape M of the benchmarks, and costs 2% of a step.
     functorch.ban_recompute_materialized_backward = False

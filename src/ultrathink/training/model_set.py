@@ -50,7 +50,7 @@ class FrozenModel:
             input_ids,
             positions=positions,
             document_ids=document_ids,
-            head=lambda x, weight, _: {"states": x, "weight": weight},
+            head=lambda x, weight, *_: {"states": x, "weight": weight},
         )
         return output.head
 

@@ -142,6 +142,7 @@ class Stepper:
         means = self._while_memory_suffices(
             lambda size: self._accumulate(batch, size, counts), batch, settings
         )
+        self.objective.before_update()
         with out_of_memory_as(UPDATE_FAILED):
             result = self._learn(means, counts, settings, with_norms)
         for parameter in self.parameters:

@@ -113,8 +113,8 @@ def test_a_mistake_in_an_override_is_answered(override: str) -> None:
 
 SOURCES = {
     "dmo": "there is no preset 'dmo'. Did you mean 'demo'?",
-    "nothing": "Known: debug, demo, demo-moe.",
-    "my.yaml": "there is no file my.yaml. Presets: debug, demo, demo-moe.",
+    "nothing": "Known: debug, demo, demo-elastic, demo-moe.",
+    "my.yaml": "there is no file my.yaml. Presets: debug, demo, demo-elastic, demo-moe.",
     "runs/x": "there is no file or run folder runs/x.",
     "empty": "the folder empty is not a run folder: it has no config.yaml.",
     "x.yaml": "the folder x.yaml is not a run folder",

@@ -21,6 +21,11 @@ SECTIONS = (
 )
 WHOLE = {
     "experts": (*SECTIONS, f"model.moe={{{GROUPS}}}", "tokenizer=bpe", "training.optimizer=adamw"),
+    "elastic": (
+        *SECTIONS,
+        f"model.moe={{{GROUPS}, shared_size: 8}}",
+        "training.objective={type: elastic, sub_paths: {names: [fast]}}",
+    ),
     "other-parts": (
         *SECTIONS,
         "training.objective={type: distill, teacher: runs/large}",
@@ -39,6 +44,7 @@ ANOTHER = {
     "training.eval.paths": ["half", "fast"],
     "model.mod.layers": "interleaved",
     "model.mod.schedule": [0.75, 0.5],
+    "training.objective.sub_paths.names": ["standard"],
     "model.rope_scaling.type": None,  # another starts from its own defaults
     "monitoring.sinks": [],
     "orchestrator.limits.lr_factor": [0.1, 0.5],

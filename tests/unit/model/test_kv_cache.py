@@ -251,8 +251,12 @@ REFUSED: dict[str, tuple[Callable[[Transformer, Tensor, Any], Any], str]] = {
         "holds 2 sequences, the input has 1",
     ),
     "another path": (
-        lambda model, tokens, cache: model(tokens[:, 3:4], cache=cache),
-        r"layers \[0\] and cannot serve layers \[0, 1\]",
+        lambda model, tokens, cache: model(tokens[:, 3:4], cache=cache, path=ComputePath((1,))),
+        r"filled by layers \[0\] and cannot serve layers \[1\].*prefill a new cache",
+    ),
+    "nothing to run": (
+        lambda model, tokens, cache: model(tokens[:, :0], cache=cache, path=ComputePath((0,))),
+        "input_ids has no tokens, and none of the cache is pending",
     ),
     "no room in a cache": (
         lambda model, tokens, cache: model.new_cache(2, 0),

@@ -220,7 +220,7 @@ def test_a_head_of_ones_own_works_inside_the_pass(make_model: Any, tokens: Tenso
     model = make_model(tie_embeddings=False)
     labels, logits = tokens.roll(-1, 1), model(tokens).logits
 
-    def head(x: Tensor, weight: Tensor, given: Tensor | None) -> dict[str, Tensor]:
+    def head(x: Tensor, weight: Tensor, given: Tensor | None, tapped: Any) -> dict[str, Tensor]:
         assert weight is model.head_weight
         assert given is labels
         return {"logits": x @ weight.T, "loss": -(x @ weight.T).log_softmax(-1).sum()}

@@ -69,7 +69,7 @@ class Critic(Pretraining):
     def summed_losses(
         self, input_ids: Tensor, labels: Tensor, positions: Any, document_ids: Any
     ) -> Sums:
-        def head(x: Tensor, weight: Tensor, _: Any) -> dict[str, Tensor]:
+        def head(x: Tensor, weight: Tensor, *_: Any) -> dict[str, Tensor]:
             targets = labels.flatten()
             loss = self.model.head_loss(x, targets).loss
             assert loss is not None
@@ -140,7 +140,7 @@ def pass_of(model: Any) -> Any:
         states: Tensor | None,
         weight: Tensor | None,
     ) -> Mapping[str, Tensor]:
-        def head(x: Tensor, own_weight: Tensor, _: Any) -> dict[str, Tensor]:
+        def head(x: Tensor, own_weight: Tensor, *_: Any) -> dict[str, Tensor]:
             targets = labels.flatten()
             loss = model.head_loss(x, targets).loss
             found = {

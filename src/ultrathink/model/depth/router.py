@@ -42,8 +42,9 @@ class DepthPass(NamedTuple):
     """Whether this is the capacity of training: others are not reported and train no predictor."""
     places: Tensor
     """int64 ``[B, T]``: positions within the sequences."""
-    input_ids: Tensor
-    """int64 ``[B, T]``; random choices in training depend on them."""
+    input_ids: Tensor | None
+    """int64 ``[B, T]``, on which random choices in training depend; not known of tokens that only
+    a cache holds."""
     step: Tensor
     """Zero-dimensional, int64."""
 
@@ -52,15 +53,17 @@ def depth_pass(
     controls: DepthControls,
     path: ComputePath,
     sequences: Sequences,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     starts: SequenceOf[int] = (0,),
 ) -> DepthPass:
-    """A pass of ``input_ids`` ``[B, T]`` through ``path``; the rows begin at ``starts``."""
-    places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    """A pass of ``sequences`` through ``path``; their rows begin at the positions ``starts``."""
+    B, T, _ = sequences.counted.shape
+    device = sequences.counted.device
+    places = torch.arange(T, device=device).expand(B, T)
     if sequences.bounds is not None:
         places = places - sequences.bounds[0]
     if any(starts):
-        places = places + torch.tensor(starts, device=input_ids.device)[:, None]
+        places = places + torch.tensor(starts, device=device)[:, None]
     eighths = controls.eighths if path.depth is None else eighths_of(path.depth)
     return DepthPass(sequences, eighths, path.depth is None, places, input_ids, controls.step)
 
@@ -279,7 +282,10 @@ def _draws(depth: DepthPass, salt: Tensor, step: Tensor | None) -> Tensor:
     is the same in any batch, on any process, and when it is computed again.
     """
     drawn = torch.ones_like(depth.places)
-    own = (depth.places, salt) if step is None else (depth.places, salt, depth.input_ids, step)
+    own = [depth.places, salt]
+    if step is not None:
+        assert depth.input_ids is not None, "a cache is not trained with"
+        own += [depth.input_ids, step]
     for mixed in own:
         drawn = (drawn * 0x27D4EB2D + mixed) % _PRIME
         drawn = (drawn ^ (drawn >> 15)) % _PRIME

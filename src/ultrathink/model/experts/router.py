@@ -31,6 +31,9 @@ class RoutingPass(NamedTuple):
     path: ComputePath
     """Resolved: with the names of the groups that run."""
 
+    width: Tensor | None = None
+    """``[B]``: share of the experts of a path that a row's tokens are sent to; None: all."""
+
 
 class RunningGroup(NamedTuple):
     """A group that runs in a pass."""
@@ -116,7 +119,7 @@ class Router(nn.Module):
         Statistics are those of the model as it is trained: None if groups are left out, or if the
         path has another number of experts.
         """
-        sequences, controls, path = routing
+        sequences, controls, path, width = routing
         running = running_groups(self.config, path)
         precise = torch.promote_types(x.dtype, torch.float32)
         read = x.to(precise)
@@ -138,6 +141,12 @@ class Router(nn.Module):
             factor = path.group_factors.get(group.config.name)
             if factor is not None:
                 gate = gate * (factor.view(-1, 1, 1) if isinstance(factor, Tensor) else factor)
+            if width is not None:
+                most = (width.to(precise) * group.top_k).ceil().clamp(min=1)[:, None, None]
+                is_used = torch.arange(group.top_k, device=x.device) < most  # [B, 1, k]
+                one_hot = one_hot * is_used[..., None]
+                gate = torch.where(is_used, gate, 0.0)
+                chosen = torch.where(is_used, chosen, len(active))
             scores.append(group_scores._replace(chosen=one_hot.sum(-2)))
             experts.append(chosen)
             gates.append(gate * self.config.gate_scale)
@@ -145,13 +154,15 @@ class Router(nn.Module):
         chosen_slots = kept = torch.cat([group.chosen for group in scores], -1)
         if self.training:
             kept = self._within_capacity(scores, chosen_slots, running, active, sequences, controls)
-            is_kept = kept.gather(-1, choice.experts)  # [B, T, K]
+            inside = choice.experts if width is None else choice.experts.clamp(max=len(active) - 1)
+            is_kept = kept.gather(-1, inside)  # [B, T, K]
             choice = Choice(
                 torch.where(is_kept, choice.experts, len(active)),
                 torch.where(is_kept, choice.gates, 0.0),
             )
         report = None
-        if len(running) == len(self.config.groups) and path.top_k == 1:
+        is_whole = len(running) == len(self.config.groups) and path.top_k == 1 and width is None
+        if is_whole:
             report = self._report(scores, chosen_slots, kept.to(precise), sequences, controls)
         return Choice(*(part.flatten(0, 1) for part in choice)), report
 

@@ -167,6 +167,7 @@ def _objective(
         device=choices.device,
         isolate_documents=packing.enabled and packing.isolate_documents,
         compilation=compilation,
+        seed=config.run.seed,
         dp_group=choices.dims.dp_group,
         held_out=ValidationSet(data.val_stores, config.data.seq_len) if data.val_stores else None,
         scored_tokens=training.eval.max_tokens,

@@ -55,6 +55,7 @@ class Parts:
     device: torch.device
     isolate_documents: bool = True
     compilation: Compilation = EAGER
+    seed: int = 0  # of the run
     dp_group: Group = ALONE  # processes that hold different parts of a batch
     held_out: ValidationSet | None = None
     scored_tokens: int | None = None  # of the held-out text; None: all
@@ -116,6 +117,9 @@ class Objective(ABC):
     @abstractmethod
     def losses(self, batch: Batch) -> Losses:
         """Pass over a micro-batch, which is on the CPU."""
+
+    def before_update(self) -> None:  # noqa: B027 - few objectives need it
+        """Correct the gradients of a step, after all of its passes."""
 
     def after_update(self, stats: Mapping[str, Tensor], summed: Callable[[Tensor], Tensor]) -> None:
         """Adjust the main model after an update of its weights.

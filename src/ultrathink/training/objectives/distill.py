@@ -65,7 +65,7 @@ def loss_function(model: Transformer, divergence: Callable[..., Tensor]) -> Call
         temperature: Tensor,
         loss_weights: Tensor | None = None,
     ) -> Sums:
-        def head(x: Tensor, own_weight: Tensor, _: Tensor | None) -> dict[str, Tensor]:
+        def head(x: Tensor, own_weight: Tensor, *_: object) -> dict[str, Tensor]:
             targets = labels.flatten()
             weights = None if loss_weights is None else loss_weights.flatten()
             own = model.head_loss(x, targets, weights)

@@ -15,6 +15,7 @@ from tests.unit.training.observers import At, Recorder, asks, records
 from tests.unit.training.test_resume_matrix import whole_and_resumed
 from ultrathink import load_model, orchestrator_of, resume_trainer
 from ultrathink.core.errors import ConfigError
+from ultrathink.insight.logs.opening import open_log
 from ultrathink.interop.export import export_run
 from ultrathink.training.changes import AdjustModCapacity, Stop
 
@@ -51,6 +52,9 @@ def test_every_logged_step_tells_what_each_layer_did(make_trainer: MakeTrainer) 
             assert found["precision"] * found["predicted"] == pytest.approx(hits, abs=1e-4)
             both = hits + 1 - found["predicted"] - found["selected"] + hits
             assert found["agreement"] == pytest.approx(both, abs=1e-4)
+    read = [signals.values for signals in open_log(trainer.run.path).signals()]
+    shown = [values["depth/1/agreement"] for values in read if "depth/1/agreement" in values]
+    assert shown == [row["depth/1/agreement"] for row in rows]
     dense = make_trainer("training.max_steps=1")
     dense.fit()
     assert not any("depth" in name for row in records(dense.run) for name in row)

@@ -14,6 +14,7 @@ from tests.unit.model.conftest import VOCAB, assert_causal
 from tests.unit.model.depth.routed import SCOPES, STRATEGIES, routed_model
 from tests.unit.model.experts.mixtures import CAPACITY, ONE, added, assert_same, mixture, trained
 from tests.unit.model.experts.test_expert_invariance import documents, padded
+from ultrathink.core.errors import UltrathinkError
 from ultrathink.model.compute_path import ComputePath
 from ultrathink.model.transformer import Transformer
 from ultrathink.training.objectives.pretrain import loss_function
@@ -240,3 +241,17 @@ def test_other_capacities_are_not_reported(make_model: Any, tokens: Tensor, stra
     output = model(tokens, tokens.roll(-1, 1), path=ComputePath(depth=0.25))
     assert output.stats == {}
     assert output.aux_losses == {}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["experts", "block of experts", "random"])
+def test_a_cache_continues_under_a_longer_path(make_model: Any, tokens: Tensor, kind: str) -> None:
+    """Pending tokens choose in the further layers as they would have; another depth is refused."""
+    model = routed_model(partial(make_model, num_layers=4), **KINDS[kind]).eval()
+    first, cache = ComputePath((0, 1)), model.new_cache(2, 40)
+    for part in tokens[:, :20].split([7, 1, 12], 1):
+        model(part, cache=cache, path=first)
+    found = model(tokens[:, 20:30], cache=cache).logits
+    torch.testing.assert_close(found, model(tokens[:, :30]).logits[:, 20:], rtol=0, atol=1e-10)
+    with pytest.raises(UltrathinkError, match=r"depth: 0\.25.*neither begins with the other"):
+        model(tokens[:, 30:], cache=cache, path=ComputePath(depth=0.25))

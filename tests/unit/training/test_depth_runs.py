@@ -52,6 +52,7 @@ def test_every_logged_step_tells_what_each_layer_did(make_trainer: MakeTrainer) 
             assert found["precision"] * found["predicted"] == pytest.approx(hits, abs=1e-4)
             both = hits + 1 - found["predicted"] - found["selected"] + hits
             assert found["agreement"] == pytest.approx(both, abs=1e-4)
+    assert all(of_layer(rows[-1], layer)["threshold"] for layer in (0, 1))  # it has moved
     read = [signals.values for signals in open_log(trainer.run.path).signals()]
     shown = [values["depth/1/agreement"] for values in read if "depth/1/agreement" in values]
     assert shown == [row["depth/1/agreement"] for row in rows]

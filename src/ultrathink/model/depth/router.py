@@ -153,7 +153,7 @@ class DepthRouter(nn.Module):
         draws = _draws(depth, self.salt, depth.step if self.training else None)
         if not self.training:
             return self._without_router(draws < _PRIME * depth.eighths // EIGHTHS, depth)
-        return self._without_router(_best(draws.to(torch.float32), depth), depth)
+        return self._without_router(best_tokens(draws.to(torch.float32), depth), depth)
 
     def _learned(
         self, x: Tensor, depth: DepthPass, router: nn.Module, predictor: nn.Module
@@ -164,7 +164,7 @@ class DepthRouter(nn.Module):
         if depth.eighths == EIGHTHS:
             chosen = torch.ones_like(logits, dtype=torch.bool)
         elif self.training:
-            chosen = _best(scores[..., 0], depth)
+            chosen = best_tokens(scores[..., 0], depth)
         else:
             chosen = logits >= self.thresholds[depth.eighths - 1].to(logits)
         gates = 2 * scores.sigmoid()
@@ -267,7 +267,7 @@ def _normalized(x: Tensor) -> Tensor:
     return F.rms_norm(precise, precise.shape[-1:], eps=1e-6)
 
 
-def _best(scores: Tensor, depth: DepthPass) -> Tensor:
+def best_tokens(scores: Tensor, depth: DepthPass) -> Tensor:
     """The tokens with the highest ``scores`` ``[B, T]`` of each sequence, boolean ``[B, T]``."""
     shares = shares_of(depth.sequences, depth.eighths)
     ranked = torch.where(shares.real, scores.detach(), -torch.inf)

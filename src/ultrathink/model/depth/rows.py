@@ -167,7 +167,7 @@ def sequences_of_rows(sequences: Sequences, rows: Rows) -> Sequences:
     total = before[:, -1:]
     is_used = torch.arange(num_rows, device=total.device) < total
     first = torch.where(is_used, before.gather(1, begin), total)
-    after = torch.where(is_used, before.gather(1, end), num_rows)
+    after = before.gather(1, end)
     num_counted = sums.gather(1, end) - sums.gather(1, begin)
     return Sequences(counted, (first, after), num_counted.clamp(min=1)[..., None])
 

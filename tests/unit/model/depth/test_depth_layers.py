@@ -15,19 +15,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.unit.model.conftest import TINY
 from tests.unit.model.depth.routed import SCOPES, STRATEGIES, routed_model
 from tests.unit.model.experts.mixtures import ONE, mixture
+from ultrathink.config.depth import ModConfig
 from ultrathink.config.model import ATTENTION_BACKENDS, ModelConfig
 from ultrathink.config.optimizer import MuonConfig
 from ultrathink.config.size import sizes
 from ultrathink.core.errors import ConfigError
 from ultrathink.model.attention_backends import sdpa_attention
 from ultrathink.model.compute_path import ComputePath
-from ultrathink.model.depth.router import DepthPass, depth_pass
+from ultrathink.model.depth.controls import DepthControls
+from ultrathink.model.depth.router import DepthPass, best_tokens, depth_pass
 from ultrathink.model.depth.rows import (
     choose_tokens,
     rows_for,
     rows_of,
     sequences_of_rows,
-    shares_of,
 )
 from ultrathink.model.experts.router import RoutingPass
 from ultrathink.model.experts.sequences import find_sequences
@@ -101,11 +102,8 @@ def test_each_document_chooses_as_if_it_were_alone(
         scores = scores.round()
     like = torch.zeros(1, T, 1, dtype=torch.float64)
     sequences = find_sequences(labels, ids, like, -100)
-    shares = shares_of(sequences, eighths)
-    first = sequences.bounds[0]
-    places = torch.arange(T) - first
-    ranked = torch.where(shares.real, scores, -torch.inf)
-    chosen = choose_tokens(ranked, places, first, shares.limits)
+    controls = DepthControls(ModConfig(capacity=eighths / 8))
+    chosen = best_tokens(scores, depth_pass(controls, ComputePath(), sequences))
     rows = rows_of(chosen, rows_for(labels, eighths))
     assert int(chosen.sum()) <= rows.tokens.shape[1]
     assert rows.tokens[0].unique().numel() == rows.tokens.shape[1]
@@ -121,13 +119,12 @@ def test_each_document_chooses_as_if_it_were_alone(
         trained = (labels[0, span] != -100).nonzero()[:, 0]
         end = int(trained[-1]) + 1 if len(trained) else 0
         assert int(chosen[0, span].sum()) == end * eighths // 8
+        assert not chosen[0, span][end:].any()
         here = scores[0, span][chosen[0, span]]
         others = scores[0, span][:end][~chosen[0, span][:end]]
         assert not len(here) or not len(others) or here.min() >= others.max()
         alone = find_sequences(labels[:, span], torch.zeros(1, length), like[:, span], -100)
-        own = shares_of(alone, eighths)
-        ranks = torch.where(own.real, scores[:, span], -torch.inf)
-        again = choose_tokens(ranks, torch.arange(length)[None], alone.bounds[0], own.limits)
+        again = best_tokens(scores[:, span], depth_pass(controls, ComputePath(), alone))
         assert torch.equal(again, chosen[:, span])
         counted = chosen[0, span] & (labels[0, span] != -100)
         if counted.any():

@@ -63,6 +63,7 @@ from ultrathink.training.trainer import Trainer
 TINY = (*ALONE, "training.clip=0.5", "training.eval.batch_size=3")
 # Two groups that two processes cannot halve; the first layer has no experts.
 EXPERTS = (*MIXTURE, ROUTING)
+DEPTH = (*EXPERTS, "model.mod={layers: [0, 1]}")
 ELASTIC = (*EXPERTS, "model.exits.own_norms=true")
 
 

@@ -43,6 +43,7 @@ RUNS: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
     # Packing leaves sequences with few trained tokens: means of means would differ.
     "unpacked": (("data.packing.enabled=false", "data.seq_len=96"), [()]),
     "experts": (tasks.EXPERTS, [DDP, ZERO_1, RECOMPUTED]),
+    "depth": (tasks.DEPTH, [DDP, ZERO_1, ZERO_2, RECOMPUTED]),
     "muon": ((*tasks.EXPERTS, MUON), [ZERO_2, ZERO_3, OFFLOADED]),
     "two passes": (
         ("training.objective=twice",),
@@ -112,6 +113,9 @@ def test_two_processes_equal_one(
     one = alone(tasks.train, *words)
     run, _ = both(tasks.train, *words, *divided)
     assert_equal(one, run, LIMIT)
+    if kind == "depth":
+        thresholds = [v for name, v in saved(run)["model"].items() if name.endswith("thresholds")]
+        assert [bool(one.any()) for one in thresholds] == [True, True]
     if kind == "experts":
         biases = [v for name, v in saved(run)["model"].items() if name.endswith("selection_bias")]
         assert [bool(bias.any()) for bias in biases] == [True, True]

@@ -10,9 +10,17 @@ from typing import Annotated, Any, Literal
 from pydantic import model_validator
 
 from ultrathink.config.base import Section, alike, off_means, one_of
+from ultrathink.config.depth import ModConfig
 from ultrathink.config.experts import BIAS_RATE, WIDTH_STEP, MoeConfig, shape
 from ultrathink.config.options import felt, fixed, free
-from ultrathink.config.paths import TRAINED, ExitsConfig, PathConfig, groups_that_run, named_paths
+from ultrathink.config.paths import (
+    TRAINED,
+    ExitsConfig,
+    PathConfig,
+    check_depth,
+    groups_that_run,
+    named_paths,
+)
 from ultrathink.core.divisors import divisors
 from ultrathink.core.errors import ConfigError, suggestion
 from ultrathink.core.layers import layer_index
@@ -130,6 +138,8 @@ class ModelConfig(Section):
     """How weights start."""
     moe: MoeConfig | None = shape(None)
     """Groups of experts in place of feed-forward layers; none when unset."""
+    mod: ModConfig | None = shape(None)
+    """Depth routing, by which tokens pass layers by; none when unset."""
     paths: tuple[PathConfig, ...] = fixed((), because=TRAINED)
     """Parts of the model that can run alone, by name. fast, standard, expert, deep and ultra_deep
     exist without being named (docs/elastic.md)."""
@@ -179,6 +189,15 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _depth_routing_fits(self) -> ModelConfig:
+        if self.mod is not None and not self.mod.layer_indices(self.num_layers):
+            raise ValueError(
+                f"mod.layers is {self.mod.layers!r}, which is no layer of a model with num_layers "
+                f"= {self.num_layers}; use all, or name layers"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _paths_fit(self) -> ModelConfig:
         twice = alike([path.name for path in self.paths])
         if twice is not None:
@@ -187,6 +206,7 @@ class ModelConfig(Section):
             routed = self.routed(path.indices(self.num_layers))
             groups = None if path.groups == "all" else path.groups
             groups_that_run(self.moe, routed, groups, f"groups of path {path.name!r}")
+            check_depth(path.depth, self.mod is not None, f"depth of path {path.name!r}")
         if self.exit_layers and self.exit_layers[-1] == self.num_layers - 1:
             raise ValueError(
                 f"exits.layers names layer {self.num_layers - 1}, which is the last of the model; "
@@ -215,6 +235,10 @@ class ModelConfig(Section):
             is_mixtral = len(self.moe.groups) == 1
             reason = "the number of groups, one as in Mixtral" if is_mixtral else "several groups"
             sizes["moe.balance.bias_rate"] = (0.0 if is_mixtral else BIAS_RATE, reason)
+        if self.mod is not None and self.mod.predictor.hidden_size is None:
+            width = max(8, self.hidden_size // 16)
+            reason = "a sixteenth of model.hidden_size, at least 8"
+            sizes["mod.predictor.hidden_size"] = (width, reason)
         return sizes
 
     def resolved(self) -> ModelConfig:
@@ -228,6 +252,11 @@ class ModelConfig(Section):
     def expert_layers(self) -> tuple[int, ...]:
         """Layers that have experts."""
         return () if self.moe is None else self.moe.layer_indices(self.num_layers)
+
+    @property
+    def depth_layers(self) -> tuple[int, ...]:
+        """Layers that tokens may pass by."""
+        return () if self.mod is None else self.mod.layer_indices(self.num_layers)
 
     def routed(self, layers: Sequence[int]) -> tuple[int, ...]:
         """Those of ``layers`` that have experts."""

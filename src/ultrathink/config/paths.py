@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from ultrathink.config.base import Section
+from ultrathink.config.depth import eighths_of
 from ultrathink.config.experts import MoeConfig
 from ultrathink.config.options import fixed
 from ultrathink.core.errors import ConfigError, suggestion
@@ -28,6 +29,9 @@ class PathConfig(Section):
     """The expert groups that run; without any, layers of experts run their shared expert alone."""
     top_k: float = fixed(1.0, because=TRAINED, gt=0)
     """Experts of a token, as a multiple of each group's top_k: at least 1, at most all."""
+    depth: float | None = fixed(None, because=TRAINED, gt=0, le=1)
+    """Share of the tokens that go through each layer with depth routing, rounded to eighths; that
+    of training when unset."""
 
     @model_validator(mode="after")
     def _number_of_layers(self) -> PathConfig:
@@ -113,3 +117,18 @@ def groups_that_run(
             f"has no shared expert; name a group, or set model.moe.shared_size."
         )
     return tuple(name for name in names if name in groups)
+
+
+def check_depth(depth: float | None, has_routing: bool, where: str) -> int | None:
+    """The capacity ``depth`` of depth routing in eighths, None for that of training.
+
+    Raises ConfigError, starting with ``where``, for one outside (0, 1], and for any in a model
+    without depth routing.
+    """
+    if depth is None:
+        return None
+    if not has_routing:
+        raise ConfigError(f"{where}: the model has no depth routing; model.mod gives it some.")
+    if not 0 < depth <= 1:
+        raise ConfigError(f"{where}: {depth} must be a share above 0, up to 1.")
+    return eighths_of(depth)

@@ -37,6 +37,11 @@ def sizes(model: ModelConfig) -> Sizes:
     num_dense = model.num_layers - len(model.expert_layers)
     num_matrices = 3 if model.feed_forward == "swiglu" else 2
     shared += num_dense * num_matrices * hidden * model.intermediate_size
+    if model.mod is not None and model.mod.strategy == "learned":
+        assert model.mod.predictor.hidden_size is not None
+        # The router's row, the predictor's two matrices, its scale and its bias.
+        own = hidden + model.mod.predictor.hidden_size * (hidden + 1) + 2
+        shared += len(model.depth_layers) * own
     exit_norms = len(model.exits_with_norms) * hidden
     if model.moe is None:
         return Sizes(shared + exit_norms, shared)

@@ -195,6 +195,13 @@ def choose_family(config: ModelConfig) -> str:
             f"that can be exported to ({', '.join(FAMILIES)}).",
             "model.feed_forward=swiglu",
         )
+    if config.mod is not None:
+        raise cannot_export(
+            f"model.mod is set (tokens may pass layers "
+            f"{', '.join(map(str, config.depth_layers))} by), and no family of Hugging Face has "
+            f"depth routing ({', '.join(FAMILIES)}).",
+            "no depth routing (model.mod=null)",
+        )
     if config.moe is not None:
         check_mixtral(config)
         return "mixtral"

@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import ultrathink.model.experts.products  # noqa: F401 - it makes the operator named below
+import ultrathink.model.depth.rows
+import ultrathink.model.experts.products  # noqa: F401 - they make the operators named below
 from ultrathink.core.errors import ConfigError, suggestion
 
 CheckpointingMode = Literal["none", "selective", "full"]
@@ -32,6 +33,7 @@ PRODUCTS = [
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.ultrathink.grouped_product.default,
+    torch.ops.ultrathink.choose_tokens.default,
 ]
 _KEEPING_PRODUCTS = partial(create_selective_checkpoint_contexts, PRODUCTS)
 # Identifies the function in the compiler's cache, which cannot hash it.

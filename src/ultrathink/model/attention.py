@@ -49,8 +49,12 @@ class Attention(nn.Module):
         mask: AttentionMask | None,
         backend: AttentionBackend,
         cache: CacheView | None,
+        present: Tensor | None = None,
     ) -> Tensor:
-        """Map ``[B, T, C]`` to ``[B, T, C]``; without a ``mask`` the cache provides one."""
+        """Map ``[B, T, C]`` to ``[B, T, C]``; without a ``mask`` the cache provides one.
+
+        With ``present`` (boolean ``[B, T]``) a cache hides the other tokens, here and later.
+        """
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         query, key, value = heads.split(
@@ -60,7 +64,7 @@ class Attention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = apply_rotary(query, cos_sin), apply_rotary(key, cos_sin)
         if cache is not None:
-            key, value = cache.update(self.layer, key, value)
+            key, value = cache.update(self.layer, key, value, present)
             mask = cache.visible(self.layer) if mask is None else mask
         attended = backend(query, key, value, mask)  # [B, H, T, D]
         out: Tensor = self.output(attended.transpose(1, 2).reshape(B, T, -1))

@@ -2,7 +2,8 @@
 
 Shapes: B batch, H query heads, K key/value heads, G = H / K queries of a group, T queries, S keys,
 D head dimension. Each kernel maps query ``[B, H, T, D]``, key and value ``[B, K, S, D]`` to
-``[B, H, T, D]``; softmax runs in at least float32.
+``[B, H, T, D]``; softmax runs in at least float32. One that takes no mask says so by an attribute
+``takes_masks`` that is false.
 """
 
 from __future__ import annotations

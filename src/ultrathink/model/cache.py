@@ -65,10 +65,13 @@ class CacheView(Protocol):
         """The states ``[B, T', C]`` of the span that begins at ``layer``: those of pending tokens,
         then, in each row, the real ones of the states ``x`` ``[B, T, C]`` of the span before."""
 
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def update(
+        self, layer: int, key: Tensor, value: Tensor, present: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Append ``[B, K, T, D]``; returns all keys and values of ``layer``.
 
-        They may have empty places, which ``visible`` excludes.
+        They may have empty places, which ``visible`` excludes: also those of tokens that are not
+        ``present`` (boolean ``[B, T]``), which pass the layer by.
         """
 
     def visible(self, layer: int) -> AttentionMask | None:
@@ -146,6 +149,7 @@ class ContiguousCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.states: dict[int, Tensor] = {}
+        self.present: dict[int, Tensor] = {}  # [B, S], of layers that tokens pass by
         self.batch_size = batch_size
         self.max_length = max_length
         self._lengths = [(0,) * batch_size for _ in layers]
@@ -195,8 +199,12 @@ class ContiguousCache:
             return states[:, now.stop - span.num_tokens : now.stop]
         return tokens_from(states, span.starts, span.num_tokens)
 
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def update(
+        self, layer: int, key: Tensor, value: Tensor, present: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         now, stage = self._running(layer)
+        if present is not None:
+            self._note_present(layer, now.stop, stage, present)
         keys, values = self.keys[layer][:, :, : now.stop], self.values[layer][:, :, : now.stop]
         if stage.places is None:
             start = now.stop - key.shape[2]
@@ -208,7 +216,16 @@ class ContiguousCache:
         return keys, values
 
     def visible(self, layer: int) -> AttentionMask | None:
-        return self._running(layer)[1].mask  # one for all layers of a span
+        now, stage = self._running(layer)
+        if layer not in self.present:
+            return stage.mask  # one for all layers of a span
+        seen = self.present[layer][:, None, None, : now.stop]
+        if stage.mask is not None and stage.mask.dense is not None:
+            seen = seen & stage.mask.dense
+        elif stage.span.num_tokens > 1:
+            seen = seen & causal_mask((0,), now.stop, now.stop, seen.device)
+        # A token that passes by may see nothing; then it sees all, and is not used.
+        return AttentionMask(dense=seen | ~seen.any(-1, keepdim=True))
 
     def commit(self, states: Tensor | None) -> None:
         now = self._pass
@@ -246,12 +263,24 @@ class ContiguousCache:
             for layer, tensor in enumerate(tensors):
                 tensors[layer] = tensor[index]
         self.states = {layer: states[index] for layer, states in self.states.items()}
+        self.present = {layer: present[index] for layer, present in self.present.items()}
         self._lengths = [tuple(lengths[row] for row in rows) for lengths in self._lengths]
         self.batch_size = len(rows)
 
     def reset(self) -> None:
         """Forget everything read; the memory is kept."""
         self.truncate((0,) * self.batch_size)
+
+    def _note_present(self, layer: int, stop: int, stage: _Stage, present: Tensor) -> None:
+        if layer not in self.present:
+            shape = (self.batch_size, self.max_length)
+            with torch.inference_mode(False):  # or later passes outside could not store theirs
+                self.present[layer] = torch.zeros(shape, device=present.device, dtype=torch.bool)
+        if stage.places is None:
+            self.present[layer][:, stop - present.shape[1] : stop] = present
+        else:
+            rows, tokens, positions = stage.places
+            self.present[layer][rows, positions] = present[rows, tokens]
 
     def _longest(self, path: ComputePath) -> ComputePath:
         """The longer one of ``path`` and the path of the tokens held."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from ultrathink.config.depth import EIGHTHS
 from ultrathink.config.model import ModelConfig
-from ultrathink.config.paths import check_groups, groups_that_run
+from ultrathink.config.paths import check_depth, check_groups, groups_that_run
 from ultrathink.core.errors import ConfigError
 from ultrathink.core.layers import layer_index
 
@@ -30,6 +31,10 @@ class ComputePath:
     top_k: float = 1.0
     """Experts of a token, as a multiple of each group's ``top_k``: at least 1, at most all."""
 
+    depth: float | None = None
+    """Share of the tokens that go through each layer with depth routing, in eighths; None is that
+    of training."""
+
     group_factors: Mapping[str, float | Tensor] = field(default_factory=dict, compare=False)
     """Factors of the gates of some groups, for all rows or ``[B]`` for each. They may change from
     pass to pass; what a cache holds keeps those that it was computed with."""
@@ -47,7 +52,9 @@ class ComputePath:
             config.moe, config.routed(layers), self.groups, "ComputePath.groups"
         )
         check_groups(config.moe, self.group_factors, "ComputePath.group_factors")
-        return replace(self, layers=layers, groups=groups)
+        eighths = check_depth(self.depth, config.mod is not None, "ComputePath.depth")
+        depth = None if eighths is None else eighths / EIGHTHS
+        return replace(self, layers=layers, groups=groups, depth=depth)
 
     def indices(self, num_layers: int) -> tuple[int, ...]:
         """The chosen layers of a model with ``num_layers``, ascending.
@@ -68,6 +75,8 @@ class ComputePath:
         layers = mine.indices(config.num_layers)
         if theirs.indices(config.num_layers)[: len(layers)] != layers:
             return False
+        if set(layers) & set(config.depth_layers) and mine.depth != theirs.depth:
+            return False
         return not config.routed(layers) or (mine.groups, mine.top_k) == (
             theirs.groups,
             theirs.top_k,
@@ -77,10 +86,14 @@ class ComputePath:
         """What of a model runs: ``layers [0, 1] (expert groups: skill; top_k: 1)``."""
         path = self.resolved(config)
         layers = path.indices(config.num_layers)
-        if not config.routed(layers):
-            return f"layers {list(layers)}"
-        groups = ", ".join(path.groups or ()) or "none"
-        return f"layers {list(layers)} (expert groups: {groups}; top_k: {path.top_k:g})"
+        details = []
+        if config.routed(layers):
+            details.append(f"expert groups: {', '.join(path.groups or ()) or 'none'}")
+            details.append(f"top_k: {path.top_k:g}")
+        if set(layers) & set(config.depth_layers) and path.depth is not None:
+            details.append(f"depth: {path.depth:g}")
+        beside = f" ({'; '.join(details)})" if details else ""
+        return f"layers {list(layers)}{beside}"
 
 
 def path_of(path: str | ComputePath | None, config: ModelConfig) -> ComputePath:
@@ -91,5 +104,5 @@ def path_of(path: str | ComputePath | None, config: ModelConfig) -> ComputePath:
     if isinstance(path, str):
         found = config.path(path)
         groups = None if found.groups == "all" else found.groups
-        path = ComputePath(found.indices(config.num_layers), groups, found.top_k)
+        path = ComputePath(found.indices(config.num_layers), groups, found.top_k, found.depth)
     return (path or ComputePath()).resolved(config)

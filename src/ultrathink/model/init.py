@@ -20,6 +20,8 @@ RESIDUAL_WEIGHTS = (
     "feed_forward.shared.down.weight",
     "feed_forward.experts.down",
 )
+# A router that chooses by nothing yet, whose gates are all 1, and a predictor that follows it.
+ZERO_WEIGHTS = (".depth.router.weight", ".depth.predictor.outer")
 
 
 @torch.no_grad()
@@ -28,12 +30,12 @@ def init_parameters(
 ) -> None:
     """Set every parameter of ``model``: norms one, biases zero, matrices by ``config.init``.
 
-    Slots without an expert are zero, so that no optimizer changes them.
+    Routers of depth are zero. Slots without an expert are zero, so that no optimizer changes them.
     """
     std = config.init.std
     residual_std = 0.0 if config.init.residual == "zero" else std / (2 * config.num_layers) ** 0.5
     for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
+        if name.endswith((".bias", *ZERO_WEIGHTS)):
             nn.init.zeros_(parameter)
         elif parameter.dim() == 1:
             nn.init.ones_(parameter)

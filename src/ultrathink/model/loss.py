@@ -35,6 +35,9 @@ class HeadLoss(NamedTuple):
     num_correct: Tensor | None
     """Tokens whose most likely prediction is the label; None unless requested."""
 
+    of_choices: Tensor | None = None
+    """``[X]``: the cross-entropy of the tokens of each choice, without gradient; None without."""
+
 
 def linear_cross_entropy(
     hidden: Tensor,
@@ -44,25 +47,30 @@ def linear_cross_entropy(
     loss_weights: Tensor | None = None,
     z_weight: float = 0.0,
     count_correct: bool = False,
+    choices: Tensor | None = None,
 ) -> HeadLoss:
     """Summed cross-entropy of ``hidden @ weight.T`` against ``labels``.
 
     ``hidden`` is ``[N, C]``, ``weight`` ``[V, C]`` (cast to the dtype of ``hidden``), ``labels``
     ``[N]`` with ``IGNORED_LABEL`` for untrained tokens. ``loss_weights`` ``[N]`` multiply each
-    token's cross-entropy, but not its z-loss. Softmax runs in at least float32. With gradients
-    disabled none are computed.
+    token's cross-entropy, but not its z-loss. ``choices`` ``[N, X]`` are 1 for the tokens of a
+    choice, whose unweighted cross-entropy is summed apart, else 0. Softmax runs in at least
+    float32. With gradients disabled none are computed.
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if needs_grad:
-        cross_entropy, z_loss, num_correct = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, labels, loss_weights, z_weight, count_correct
+        cross_entropy, z_loss, num_correct, of_choices = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            hidden, weight, labels, loss_weights, choices, z_weight, count_correct
         )
     else:
-        inputs = (hidden, weight, labels, loss_weights)
+        inputs = (hidden, weight, labels, loss_weights, choices)
         sums = _forward(*inputs, z_weight, count_correct, with_grad=False)
-        cross_entropy, z_loss, num_correct = sums.cross_entropy, sums.z_loss, sums.num_correct
+        cross_entropy, z_loss, num_correct, of_choices = sums[:4]
     return HeadLoss(
-        cross_entropy, z_loss if z_weight > 0 else None, num_correct if count_correct else None
+        cross_entropy,
+        z_loss if z_weight > 0 else None,
+        num_correct if count_correct else None,
+        of_choices if choices is not None else None,
     )
 
 
@@ -70,6 +78,7 @@ class _Sums(NamedTuple):
     cross_entropy: Tensor
     z_loss: Tensor
     num_correct: Tensor
+    of_choices: Tensor
     gradients: list[Tensor]  # (hidden, weight) of the cross-entropy, then of the z-loss
 
 
@@ -77,12 +86,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, *rest: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         sums = _forward(hidden, weight, *rest, with_grad=True)
         ctx.save_for_backward(*sums.gradients)
         ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(sums.num_correct)
-        return sums.cross_entropy, sums.z_loss, sums.num_correct
+        ctx.mark_non_differentiable(sums.num_correct, sums.of_choices)
+        return sums.cross_entropy, sums.z_loss, sums.num_correct, sums.of_choices
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -93,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale = grad_outputs[1]
             grad_hidden = grad_hidden + of_z_loss[0].to(scale.dtype) * scale
             grad_weight = grad_weight + of_z_loss[1].to(scale.dtype) * scale
-        return grad_hidden.to(hidden.dtype), grad_weight.to(ctx.weight_dtype), *[None] * 4
+        return grad_hidden.to(hidden.dtype), grad_weight.to(ctx.weight_dtype), *[None] * 5
 
 
 def _forward(
@@ -101,6 +110,7 @@ def _forward(
     weight: Tensor,
     labels: Tensor,
     loss_weights: Tensor | None,
+    choices: Tensor | None,
     z_weight: float,
     count: bool,
     *,
@@ -111,6 +121,7 @@ def _forward(
     head = weight.to(hidden.dtype)
     cross_entropy = torch.zeros((), dtype=precise, device=hidden.device)
     z_loss, num_correct = cross_entropy, torch.zeros((), dtype=torch.int64, device=hidden.device)
+    of_choices = num_correct if choices is None else choices.new_zeros(choices.shape[1])
     num_losses = (2 if z_weight > 0 else 1) if with_grad else 0
     grad_hidden: list[list[Tensor]] = [[] for _ in range(num_losses)]
     grad_weight: list[Tensor | None] = [None] * num_losses
@@ -125,6 +136,8 @@ def _forward(
         losses = torch.where(trained, log_partition - target_logits, 0.0)
         own = None if loss_weights is None else loss_weights[start : start + size, None].to(precise)
         cross_entropy = cross_entropy + (losses if own is None else losses * own).sum()
+        if choices is not None:
+            of_choices = of_choices + losses[:, 0].to(choices) @ choices[start : start + size]
         if z_weight > 0:
             squares = torch.where(trained, log_partition.square(), 0.0)
             z_loss = z_loss + z_weight * squares.sum()
@@ -147,7 +160,7 @@ def _forward(
         gradients.append(torch.cat(parts) if parts else torch.zeros_like(hidden))
         # Kept for the backward pass in the precision of products, like any other product.
         gradients.append(torch.zeros_like(head) if total is None else total.to(head.dtype))
-    return _Sums(cross_entropy, z_loss, num_correct, gradients)
+    return _Sums(cross_entropy, z_loss, num_correct, of_choices, gradients)
 
 
 def _logit_gradients(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ultrathink.config.model import ATTENTION_BACKENDS, FEED_FORWARDS, ModelConfig
+from ultrathink.config.model import ATTENTION_BACKENDS, ModelConfig
 from ultrathink.core.errors import ConfigError
 from ultrathink.core.layers import layer_index
 from ultrathink.model.activation_checkpointing import (
@@ -20,11 +20,15 @@ from ultrathink.model.activation_checkpointing import (
     check_mode,
     run_checkpointed,
 )
-from ultrathink.model.attention import Attention
 from ultrathink.model.attention_backends import READS_DOCUMENTS, AttentionBackend
 from ultrathink.model.attention_mask import AttentionMask, build_mask
+from ultrathink.model.block import Block
 from ultrathink.model.cache import CacheView, ContiguousCache, Span, tokens_from
 from ultrathink.model.compute_path import ComputePath, path_of
+from ultrathink.model.depth.block import check_backend, check_no_mask
+from ultrathink.model.depth.controls import DepthControls
+from ultrathink.model.depth.reports import choices_of, reported_depths
+from ultrathink.model.depth.router import DepthPass, DepthRouter, LayerDepth, depth_pass
 from ultrathink.model.embedding import Embedding
 from ultrathink.model.experts.balance import LOSSES
 from ultrathink.model.experts.controls import RoutingControls
@@ -32,6 +36,7 @@ from ultrathink.model.experts.layer import MixtureOfExperts
 from ultrathink.model.experts.router import LayerRouting, RoutingPass
 from ultrathink.model.experts.sequences import find_sequences
 from ultrathink.model.init import init_parameters
+from ultrathink.model.inputs import check_shapes
 from ultrathink.model.linear import Linear
 from ultrathink.model.loss import IGNORED_LABEL, linear_cross_entropy
 from ultrathink.model.norm import RMSNorm, rms_norm
@@ -42,68 +47,6 @@ from ultrathink.model.thinning import Thinning, skipped
 # A replacement of logits and loss: from the normalized states [B, T, C], the output projection
 # [V, C], the labels [B, T], if any, and the tapped states by layer, it computes tensors by name.
 Head = Callable[[Tensor, Tensor, Tensor | None, Mapping[int, Tensor]], dict[str, Tensor]]
-
-
-class Block(nn.Module):
-    """Attention and a feed-forward layer, each with a norm before and a residual connection."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.dropout = config.dropout
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, layer)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.has_experts = layer in config.expert_layers
-        self.feed_forward = (
-            MixtureOfExperts(config)
-            if self.has_experts
-            else FEED_FORWARDS.load(config.feed_forward)(config)
-        )
-
-    def forward(
-        self,
-        x: Tensor,
-        cos_sin: Tensor,
-        mask: AttentionMask | None,
-        backend: AttentionBackend,
-        cache: CacheView | None,
-        routed: RoutingPass | None = None,
-    ) -> tuple[Tensor, LayerRouting | None]:
-        """Map the residual stream ``[B, T, C]`` to ``[B, T, C]``; also returns routing statistics.
-
-        A block with experts needs ``routed``.
-        """
-        x = self.attend(x, cos_sin, mask, backend, cache)
-        fed, routing = self.feed_forward_norm(x), None
-        if self.has_experts:
-            assert routed is not None, "experts need sequences, controls and a path"
-            fed, routing = self.feed_forward(fed, routed)
-        else:
-            fed = self.feed_forward(fed)
-        return x + F.dropout(fed, self.dropout, self.training), routing
-
-    def attend(
-        self,
-        x: Tensor,
-        cos_sin: Tensor,
-        mask: AttentionMask | None,
-        backend: AttentionBackend,
-        cache: CacheView | None,
-    ) -> Tensor:
-        """The first half of ``forward``: attention, added to the residual stream."""
-        attended = self.attention(self.attention_norm(x), cos_sin, mask, backend, cache)
-        return x + F.dropout(attended, self.dropout, self.training)
-
-    def hook_free_parts(self) -> list[tuple[nn.Module, str]]:
-        """The largest methods that call no sharded module of their own: modules and names.
-
-        Experts are sharded by themselves, so that a path without them does not gather them.
-        """
-        if not isinstance(self.feed_forward, MixtureOfExperts):
-            return [(self, "forward")]
-        parts: list[tuple[nn.Module, str]] = [(self, "attend")]
-        inside = (self.feed_forward.router, self.feed_forward.experts, self.feed_forward.shared)
-        return parts + [(module, "forward") for module in inside if module is not None]
 
 
 class Transformer(nn.Module):
@@ -141,6 +84,7 @@ class Transformer(nn.Module):
         # One value for all layers, so that a compiled step has two graphs at most.
         self.has_splits = False
         self.register_load_state_dict_post_hook(_note_splits)  # type: ignore[no-untyped-call]
+        self.depth = DepthControls(self.config.mod) if self.config.mod is not None else None
         self.set_attention_backend(self.config.attention.backend)
         if not self.embedding.weight.is_meta:
             self.init_weights()
@@ -215,7 +159,7 @@ class Transformer(nn.Module):
         for shapes that do not fit, and for layers, groups and paths that do not exist.
         """
         of_tokens = {"labels": labels, "loss_weights": loss_weights, "document_ids": document_ids}
-        _check_shapes(input_ids, of_tokens, positions, lengths, cache)
+        check_shapes(input_ids, of_tokens, positions, lengths, cache)
         if lengths is not None and min(lengths) == input_ids.shape[1]:
             lengths = None  # there is no padding
         path = path_of(path, self.config)
@@ -224,8 +168,9 @@ class Transformer(nn.Module):
         x = self.embedding(input_ids).to(self.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
         mask, cos_sin = self._mask_and_rotation(x, attention_mask, positions, document_ids, span)
-        routed = self._routing_pass(labels, document_ids, x, lengths, path)
+        routed, depth = self._routing(labels, document_ids, x, lengths, path, span, input_ids)
         routings: list[LayerRouting] = []
+        depths: list[LayerDepth] = []
         taps = {layer_index(layer, self.config.num_layers, "tap") for layer in tap}
         tapped: dict[int, Tensor] = {}
         joins = {later.layer: later for later in spans[1:]}
@@ -233,26 +178,29 @@ class Transformer(nn.Module):
             if cache is not None and layer in joins:
                 x, span, lengths = cache.join(layer, x), joins[layer], joins[layer].lengths
                 mask, cos_sin = self._mask_and_rotation(x, attention_mask, None, None, span)
-                routed = self._routing_pass(None, None, x, lengths, path)
+                routed, depth = self._routing(None, None, x, lengths, path, span)
             if spans and x.shape[1] == 0:
                 continue  # there are only pending tokens, which run in further layers
-            x, routing = self._run_block(layer, thinning, x, cos_sin, mask, cache, routed)
+            x, routing, chosen = self._run_block(
+                layer, thinning, x, cos_sin, mask, cache, routed, depth
+            )
             if routing is not None:
                 routings.append(routing)
+            if chosen is not None:
+                depths.append(chosen)
             if layer in taps:
                 tapped[layer] = _of_input(x, spans, span)
         if cache is not None:
             cache.commit(x if positions is None else None)
-        losses, stats = _reported(routings if input_ids.shape[1] else [])
-        beside = ModelOutput(
-            aux_losses={} if labels is None else losses, stats=stats, tapped=tapped
-        )
+        losses, stats = _reported(routings if input_ids.shape[1] else [], depths, depth)
+        losses = {} if labels is None else losses
+        beside = ModelOutput(aux_losses=losses, stats=stats, tapped=tapped)
         if last_only:
             x = _last(x, lengths)
         elif labels is not None or not with_pending:
             x = _of_input(x, spans, span)
         x = self.norm_after(path.indices(self.config.num_layers)[-1])(x)
-        return self._output(x, labels, loss_weights, head, beside)
+        return self._output(x, labels, loss_weights, head, beside, choices_of(depths))
 
     def _run_block(
         self,
@@ -263,16 +211,19 @@ class Transformer(nn.Module):
         mask: AttentionMask | None,
         cache: CacheView | None,
         routed: RoutingPass | None,
-    ) -> tuple[Tensor, LayerRouting | None]:
+        depth: DepthPass | None,
+    ) -> tuple[Tensor, LayerRouting | None, LayerDepth | None]:
         """The states after ``layer``, recomputed in the backward pass where that is configured."""
         if thinning is not None and routed is not None:
             routed = routed._replace(width=thinning.width[:, layer])
         recompute = torch.is_grad_enabled() and cache is None
         mode: CheckpointingMode = self.activation_checkpointing if recompute else "none"
-        after, routing = run_checkpointed(
-            mode, self.blocks[layer], x, cos_sin, mask, self._backend, cache, routed
+        after, routing, chosen = run_checkpointed(
+            mode, self.blocks[layer], x, cos_sin, mask, self._backend, cache, routed, depth
         )
-        return (after if thinning is None else skipped(thinning.keep[:, layer], x, after)), routing
+        if thinning is not None:
+            after = skipped(thinning.keep[:, layer], x, after)
+        return after, routing, chosen
 
     def _output(
         self,
@@ -281,33 +232,44 @@ class Transformer(nn.Module):
         loss_weights: Tensor | None,
         head: Head | None,
         beside: ModelOutput,
+        choices: Tensor | None,
     ) -> ModelOutput:
-        """``beside`` with logits or loss, computed from the normalized states ``x``."""
+        """``beside`` with logits or loss, computed from the normalized states ``x``.
+
+        ``choices`` ``[N, X]`` are sets of tokens whose losses are summed too.
+        """
         if head is not None:
             return beside._replace(head=head(x, self.head_weight, labels, beside.tapped))
         if labels is None:
             return beside._replace(logits=F.linear(x, self.head_weight.to(x.dtype)))
         own = None if loss_weights is None else loss_weights.flatten()
-        output = self.head_loss(x, labels.flatten(), own)
+        output = self.head_loss(x, labels.flatten(), own, choices)
         return output._replace(
             aux_losses=beside.aux_losses | output.aux_losses,
             stats=beside.stats | output.stats,
             tapped=beside.tapped,
         )
 
-    def _routing_pass(
+    def _routing(
         self,
         labels: Tensor | None,
         document_ids: Tensor | None,
         x: Tensor,
         lengths: Sequence[int] | None,
         path: ComputePath,
-    ) -> RoutingPass | None:
-        """What routing of the tokens of ``x`` depends on; None without experts."""
-        if self.routing is None:
-            return None
-        sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL, lengths)
-        return RoutingPass(sequences, self.routing.now(), path, has_splits=self.has_splits)
+        span: Span | None,
+        input_ids: Tensor | None = None,
+    ) -> tuple[RoutingPass | None, DepthPass | None]:
+        """What the routing of the tokens ``x`` to experts, and past layers, depends on."""
+        routed = depth = None
+        if self.routing is not None or self.depth is not None:
+            sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL, lengths)
+        if self.routing is not None:
+            routed = RoutingPass(sequences, self.routing.now(), path, has_splits=self.has_splits)
+        if self.depth is not None:
+            starts = (0,) if span is None else span.starts
+            depth = depth_pass(self.depth, path, sequences, input_ids, starts)
+        return routed, depth
 
     def _mask_and_rotation(
         self,
@@ -333,6 +295,8 @@ class Transformer(nn.Module):
         cos_sin = self.rope(positions, T, offset)
         if span is not None and attention_mask is None:
             return None, cos_sin
+        if span is not None and self.config.mod is not None:
+            check_no_mask(self.config.mod)
         mask = build_mask(
             batch_size=B,
             num_heads=self.config.num_heads,
@@ -348,10 +312,14 @@ class Transformer(nn.Module):
         return mask, cos_sin
 
     def head_loss(
-        self, x: Tensor, labels: Tensor, loss_weights: Tensor | None = None
+        self,
+        x: Tensor,
+        labels: Tensor,
+        loss_weights: Tensor | None = None,
+        choices: Tensor | None = None,
     ) -> ModelOutput:
         """The summed loss of ``labels`` ``[B*T]``, optionally weighted, at the normalized states
-        ``x`` ``[B, T, C]``."""
+        ``x`` ``[B, T, C]``; also that of each column of ``choices`` ``[B*T, X]``."""
         sums = linear_cross_entropy(
             x.flatten(0, 1),
             self.head_weight,
@@ -359,12 +327,14 @@ class Transformer(nn.Module):
             loss_weights=loss_weights,
             z_weight=self.config.z_loss,
             count_correct=not self.training,
+            choices=choices,
         )
+        stats = {"num_correct": sums.num_correct, "depth_losses": sums.of_choices}
         return ModelOutput(
             loss=sums.cross_entropy,
             num_tokens=(labels != IGNORED_LABEL).sum(),
             aux_losses={} if sums.z_loss is None else {"z_loss": sums.z_loss},
-            stats={} if sums.num_correct is None else {"num_correct": sums.num_correct},
+            stats={name: value for name, value in stats.items() if value is not None},
         )
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
@@ -379,6 +349,10 @@ class Transformer(nn.Module):
             self.routing.reset()
         for layer in self.expert_layers().values():
             layer.router.reset_buffers()
+        if self.depth is not None:
+            self.depth.reset()
+        for router in self.depth_layers().values():
+            router.reset_buffers()
         self.has_splits = False
 
     def note_splits(self) -> None:
@@ -397,6 +371,23 @@ class Transformer(nn.Module):
             if isinstance(block.feed_forward, MixtureOfExperts)
         }
 
+    def depth_layers(self) -> dict[int, DepthRouter]:
+        """The layers that tokens may pass by, by their index."""
+        return {
+            index: block.depth
+            for index, block in enumerate(self.blocks)
+            if isinstance(block.depth, DepthRouter)
+        }
+
+    def move_depth_thresholds(self, logits: Tensor) -> None:
+        """Adjust the thresholds of the predictors, once after each optimizer step.
+
+        ``logits`` ``[L, 11]`` is ``stats["depth_logits"]`` of the whole step.
+        """
+        for number, router in enumerate(self.depth_layers().values()):
+            if router.is_learned:
+                router.move_thresholds(logits[number])
+
     @torch.no_grad()
     def move_selection_biases(self, load: Tensor) -> None:
         """Adjust the biases to balance the experts' load, once after each optimizer step.
@@ -411,7 +402,10 @@ class Transformer(nn.Module):
     def set_attention_backend(self, name: str) -> None:
         """Compute attention with the registered backend ``name``; ``auto`` means sdpa here."""
         name = "sdpa" if name == "auto" else name
-        self._backend: AttentionBackend = ATTENTION_BACKENDS.load(name)
+        backend: AttentionBackend = ATTENTION_BACKENDS.load(name)
+        if self.config.mod is not None:
+            check_backend(self.config.mod, name, backend)
+        self._backend: AttentionBackend = backend
         self._reads_documents = name in READS_DOCUMENTS
         self.attention_backend = name
 
@@ -471,45 +465,20 @@ def _last(x: Tensor, lengths: Sequence[int] | None) -> Tensor:
     return x[torch.arange(len(x), device=x.device), last][:, None]
 
 
-def _reported(routings: list[LayerRouting]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Auxiliary losses, summed over the L layers with experts, and statistics ``[L, E or G]``."""
+def _reported(
+    routings: list[LayerRouting], depths: list[LayerDepth], depth: DepthPass | None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Auxiliary losses, summed over the L layers with experts, or with depth routing, and their
+    statistics, ``[L, E or G]`` of experts."""
+    losses, stats = reported_depths(depths, depth)
     if not routings:
-        return {}, {}
+        return losses, stats
     total = torch.stack([routing.losses for routing in routings]).sum(0)
     # Copies, because FSDP warns if an output is a view.
-    losses = {f"moe_{name}": total[index].clone() for index, name in enumerate(LOSSES)}
-    stats = {
+    losses |= {f"moe_{name}": total[index].clone() for index, name in enumerate(LOSSES)}
+    stats |= {
         f"expert_{name}": torch.stack([getattr(routing, name) for routing in routings]).detach()
         for name in LayerRouting._fields
         if name != "losses"
     }
     return losses, stats
-
-
-def _check_shapes(
-    input_ids: Tensor,
-    of_tokens: Mapping[str, Tensor | None],
-    positions: Tensor | None,
-    lengths: Sequence[int] | None,
-    cache: CacheView | None,
-) -> None:
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids has shape {list(input_ids.shape)}; it must be [B, T].")
-    B, T = input_ids.shape
-    for name, value in of_tokens.items():
-        if value is not None and value.shape != input_ids.shape:
-            raise ValueError(
-                f"{name} has shape {list(value.shape)}; it must be that of input_ids, [{B}, {T}]."
-            )
-    if positions is not None and tuple(positions.shape) not in ((T,), (1, T), (B, T)):
-        raise ValueError(
-            f"positions has shape {list(positions.shape)}; it must be [{T}] or [{B}, {T}]."
-        )
-    if lengths is not None:
-        fits = len(lengths) == B and all(0 <= length <= T for length in lengths)
-        if not fits or (T > 0 and not any(lengths)):
-            raise ValueError(
-                f"lengths is {list(lengths)}; it must have {B} numbers of 0 to {T}, not all 0."
-            )
-    if cache is not None and of_tokens["document_ids"] is not None:
-        raise ValueError("document_ids cannot be used with a cache, which holds one document each.")

@@ -65,6 +65,7 @@ class ExpertStatistics:
     probability: Floats  # [L, E]: the router's probabilities
     entropy: Floats  # [L, G]: of each token's distribution, nats
     confidence: Floats  # [L, G]: each token's largest probability
+    tokens: Floats | None = None  # [L]: that reached each layer; None: all
     warmup: float = 1.0  # from 0, where routing is uniform, to 1, where it is learned
 
     @cached_property
@@ -79,10 +80,12 @@ class ExpertStatistics:
         active = self.active[:, group.slots]
         parts = [values[:, group.slots] for values in (self.load, self.dropped, self.probability)]
         counts = active.sum(1)
+        tokens = np.full(len(counts), self.num_tokens) if self.tokens is None else self.tokens
         figures: Figures = {}
-        # Layers with equally many experts of a group, usually all, are computed together.
-        for count in np.unique(counts[counts > 0]):
-            rows = counts == count
+        # Layers with equally many experts of a group, and tokens, usually all, go together.
+        kinds = set(zip(counts.tolist(), tokens.tolist(), strict=True))
+        for count, num_tokens in sorted(kind for kind in kinds if kind[0] > 0):
+            rows = (counts == count) & (tokens == num_tokens)
             load, dropped, probability = (
                 part[rows][active[rows]].reshape(-1, count) for part in parts
             )
@@ -92,7 +95,7 @@ class ExpertStatistics:
                 probability,
                 entropy[rows],
                 confidence[rows],
-                num_tokens=self.num_tokens,
+                num_tokens=int(num_tokens),
                 top_k=group.top_k,
             )
             for name, values in found.items():

@@ -119,4 +119,6 @@ def step_signals(report: StepReport) -> Signals:
         values.pop("lr_scheduled", None)  # no rate was used
     if report.experts is not None and report.experts.warmup >= 1 and report.experts.num_tokens:
         values |= figures_of(ExpertRecord(report.step, 0.0, report.experts).to_json())
+    if report.depth is not None and report.depth.num_tokens:
+        values |= report.depth.metrics()
     return Signals(report.step, values)

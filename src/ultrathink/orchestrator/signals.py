@@ -20,6 +20,7 @@
 ``eval/<name>/<f>``       figures of an evaluator (``training.evaluators``)
 ``experts/<group>/<f>``   figures of a group of experts, as in ``experts.jsonl``: the mean over its
                           layers, or the worst of them (docs/watching.md)
+``depth/<layer>/<f>``     figures of a layer with depth routing (docs/elastic.md)
 ========================  =====================================================================
 """
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ultrathink.core.protocols import State
+from ultrathink.monitoring.depth import DepthStatistics
 from ultrathink.monitoring.experts import ExpertRecord, ExpertStatistics
 from ultrathink.monitoring.records import Level, MetricRecord, Reporter, RunInfo, Sink
 from ultrathink.monitoring.sink_group import SinkGroup
@@ -58,6 +59,7 @@ class StepReport:
     norms: dict[str, float] = field(default_factory=dict)  # by layer, in logged steps
     scheduled_lr: float | None = None  # by the schedule and the requested factors
     experts: ExpertStatistics | None = None  # of this step's tokens, in logged steps
+    depth: DepthStatistics | None = None  # of this step's tokens, in logged steps
     memory_share: float = 0.0  # largest share in use on any process, at the last exchange
 
 
@@ -215,6 +217,7 @@ class MetricsCallback(Callback):
             **report.timing,
             **report.norms,
             **(report.experts.summary() if report.experts is not None else {}),
+            **(report.depth.metrics() if report.depth is not None else {}),
         }
         now = time.time()
         self.sinks.write(MetricRecord(report.step, "train", now, values))

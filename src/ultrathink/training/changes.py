@@ -415,6 +415,35 @@ class ReviveExperts(Change):
         return ReviveExperts(after)  # it records which expert each was copied from
 
 
+# -- depth routing ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdjustModCapacity(Change):
+    """Let `capacity` of the tokens of a sequence through the layers with depth routing, rounded to
+    eighths; this ends the schedule of capacities."""
+
+    name = "adjust_mod_capacity"
+    setting = "mod.capacity"
+    capacity: float
+
+    def __post_init__(self) -> None:
+        from ultrathink.model.depth.controls import check_capacity
+
+        check_capacity(self.capacity)
+
+    def apply(self, run: Parts) -> Effect:
+        depth = run.model.depth
+        if depth is None:
+            raise ConfigError(
+                "mod.capacity cannot be changed: this model has no depth routing; model.mod gives "
+                "it some."
+            )
+        before = depth.capacity
+        depth.set(self.capacity)
+        return before, depth.capacity
+
+
 # The changes of this module, in this order, and those that are in modules of their own.
 CHANGES = (
     *(kind for kind in Change.kinds.values() if kind.__module__ == __name__),

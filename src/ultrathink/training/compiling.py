@@ -18,7 +18,8 @@ from torch import nn
 from ultrathink.config.training import TrainingConfig
 from ultrathink.core.errors import ConfigError
 from ultrathink.data.cache import cache_folder
-from ultrathink.model.transformer import Block, Transformer
+from ultrathink.model.block import Block
+from ultrathink.model.transformer import Transformer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -31,6 +31,10 @@ def read_experts(
     sums = dp_group.summed(torch.cat(parts, 1)).cpu()  # a single all-reduce
     split = zip(names, sums.split(sizes, 1), strict=True)
     values: dict[str, Any] = {name: part.numpy() for name, part in split}
+    tokens = None
+    if model.depth is not None:  # some pass by, and every other one has its experts
+        per_token = sum(group.top_k for group, _ in routers[0].groups())
+        tokens = np.round(values["load"].sum(1) / per_token)
     return ExpertStatistics(
         groups=tuple(
             GroupSlots(group.name, group.top_k, slots.start, slots.stop)
@@ -38,6 +42,7 @@ def read_experts(
         ),
         layers=tuple(layers),
         num_tokens=result.num_tokens,
+        tokens=tokens,
         warmup=model.routing.now().warmup.item(),
         active=np.stack([router.active.cpu().numpy() for router in routers]),
         **values,

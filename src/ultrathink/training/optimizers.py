@@ -58,8 +58,8 @@ def build_adamw(config: AdamWConfig, model: nn.Module) -> Optimizers:
 def build_muon(config: MuonConfig, model: nn.Module) -> Optimizers:
     """Muon on the matrices inside the blocks, AdamW on everything else.
 
-    That is embeddings, head, vectors, experts if so configured, and routers: orthogonalization
-    would give all rows, that is all experts, updates of the same size.
+    That is embeddings, head, vectors, experts if so configured, routers and predictors of depth:
+    orthogonalization would give all rows, that is all experts, updates of the same size.
     """
     hidden: list[Tensor] = []
     other: list[Tensor] = []
@@ -67,7 +67,10 @@ def build_muon(config: MuonConfig, model: nn.Module) -> Optimizers:
         if parameter.requires_grad:
             is_matrix = parameter.ndim == 2 or (parameter.ndim == 3 and config.experts == "muon")
             is_hidden = (
-                is_matrix and name.startswith("blocks.") and not name.endswith("router.weight")
+                is_matrix
+                and name.startswith("blocks.")
+                and not name.endswith("router.weight")
+                and ".depth." not in name
             )
             (hidden if is_hidden else other).append(parameter)
     optimizers: Optimizers = []

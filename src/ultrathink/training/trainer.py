@@ -33,6 +33,7 @@ from ultrathink.training.callbacks import (
 )
 from ultrathink.training.clock import Clock
 from ultrathink.training.control import ControlQueue
+from ultrathink.training.depth import follow_schedule, read_depth
 from ultrathink.training.endings import Ending
 from ultrathink.training.evaluators.base import NO_EVALUATORS, Evaluations, EvaluatorSet
 from ultrathink.training.experts import read_experts
@@ -286,6 +287,7 @@ class Trainer:
         lr_factor = self.length.lr_factor(step)
         with_figures = is_logged(step, self.training.log_every, self.length.total_steps)
         self.objective.before_step(step)
+        follow_schedule(self.model, step, self.length.total_steps, self._report)
         batch = self.objective.prepare(batch, step)
         corrected = lr_factor * self.settings.lr_correction
         result = self.stepper.take_step(batch, self.settings, corrected, with_norms=with_figures)
@@ -321,6 +323,7 @@ class Trainer:
             norms=result.norms,
             timing=timing.metrics() if timing is not None else {},
             experts=read_experts(self.model, result, self.dims.dp_group) if with_figures else None,
+            depth=read_depth(self.model, result, self.dims.dp_group) if with_figures else None,
             memory_share=self._memory_share,
         )
 

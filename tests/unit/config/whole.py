@@ -13,6 +13,7 @@ GROUPS = "groups: [{name: a, num_experts: 4, top_k: 1}, {name: b, num_experts: 2
 SECTIONS = (
     "model.rope_scaling={type: yarn, factor: 2}",
     "model.paths=[{name: half, layers: 0.5}]",
+    "model.mod={layers: all}",
     "data.train=[{type: dummy}, {type: jsonl, path: a}, {type: text, path: b}, {type: stdlib}]",
     "data.val=[{type: dummy, seed: 1}]",
     "training.evaluators=[{type: text, name: a, source: {type: text, path: b}}, "
@@ -41,6 +42,8 @@ ANOTHER = {
     "model.moe.backend": "loop",
     "model.paths": [{"name": "half", "layers": 1}],
     "training.eval.paths": ["half", "fast"],
+    "model.mod.layers": "interleaved",
+    "model.mod.schedule": [0.75, 0.5],
     "training.objective.sub_paths.names": ["standard"],
     "model.rope_scaling.type": None,  # another starts from its own defaults
     "monitoring.sinks": [],

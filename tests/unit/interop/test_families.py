@@ -217,6 +217,10 @@ def test_what_no_family_has_is_refused_with_the_alternative() -> None:
         choose_family(ModelConfig(qk_norm=True, qkv_bias=True))
     assert "model.qk_norm and model.qkv_bias are both true" in str(caught.value)
     assert "Qwen3 has the norms, Qwen2 the biases" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        choose_family(ModelConfig.model_validate({"num_layers": 4, "mod": {}}))
+    assert "model.mod is set (tokens may pass layers 1, 3 by)" in str(caught.value)
+    assert "model.mod=null" in str(caught.value)
 
 
 GROUPS = [{"name": "experts", "num_experts": 4, "top_k": 2}]

@@ -152,6 +152,7 @@ def test_every_change_that_a_decision_can_hold_is_replayed(
         "training.optimizer={type: adamw, lr: 0.02}",
         "model.moe={groups: [{name: a, num_experts: 4, top_k: 1, max_experts: 6}], "
         "intermediate_size: 16}",
+        "model.mod={layers: all}",
         "data.train=[{type: dummy, name: a}, {type: dummy, name: b, seed: 3}]",
         "orchestrator.snapshots.every_steps=2",
         "orchestrator.kept_states=100",

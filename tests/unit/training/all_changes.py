@@ -25,6 +25,7 @@ def one_of_each(*snapshots: Snapshot, expert: int = 2) -> list[Change]:
         changes.SaveCheckpoint(),
         changes.SetRouting("temperature", 1.2),
         changes.ReviveExperts([{"layer": 1, "group": "a", "expert": expert}]),
+        changes.AdjustModCapacity(0.25),
         changes.AverageSnapshots(snapshots),
         changes.AddExpert("all", "a"),
         changes.PruneExpert(1, "a", how="merge"),

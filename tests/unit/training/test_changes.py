@@ -42,6 +42,7 @@ def test_every_change_goes_through_json() -> None:
         (changes.AverageSnapshots, [], "snapshots must be one or more"),
         (changes.ReviveExperts, [{"layer": 1}], "experts must each have `layer`, `group` and"),
         (changes.SetActivationCheckpointing, "ful", "full"),
+        (changes.AdjustModCapacity, 0, r"depth routing must be a share above 0, up to 1, not 0"),
         (partial(changes.SetRouting, "jitter"), 1.5, r"jitter must be 0 or more and below 1, not"),
         (lambda name: changes.SetRouting(name, 1.0), "temprature", "Did you mean 'temperature'"),
     ],

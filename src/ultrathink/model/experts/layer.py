@@ -148,7 +148,7 @@ class Experts(nn.Module):
         repeated = x.repeat_interleave(choice.experts.shape[1], 0)[..., None]  # [N * K, C, 1]
         hidden = self.activated((inner[experts].to(x.dtype) @ repeated)[..., 0])
         out = down[experts].to(x.dtype) @ hidden[..., None]  # [N * K, C, 1]
-        return (out.view(*gates.shape, -1) * gates[..., None]).sum(1)
+        return (out.view(*gates.shape, x.shape[1]) * gates[..., None]).sum(1)
 
 
 class _Spread(torch.autograd.Function):

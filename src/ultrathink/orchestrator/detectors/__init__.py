@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ultrathink.orchestrator.detectors.base import Detector
+from ultrathink.orchestrator.detectors.depth import Depth
 from ultrathink.orchestrator.detectors.experts import Experts
 from ultrathink.orchestrator.detectors.gradient import GradientNorm, GradientTrend, LayerGradients
 from ultrathink.orchestrator.detectors.loss import (
@@ -36,6 +37,7 @@ DETECTORS: tuple[type[Detector], ...] = (
     LossScale,
     SkippedSteps,
     Experts,
+    Depth,
     Memory,
     Throughput,
 )

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from ultrathink.config.orchestrator import OrchestratorConfig
 from ultrathink.core.errors import UltrathinkError
 from ultrathink.core.protocols import State
+from ultrathink.monitoring.depth import DepthStatistics
 from ultrathink.monitoring.experts import ExpertStatistics
 from ultrathink.monitoring.records import Reporter, RunInfo
 from ultrathink.orchestrator.events import Event
@@ -413,6 +414,10 @@ class Steering(Remembers, Controller):
     def get_expert_statistics(self) -> ExpertStatistics | None:
         """The statistics of experts in the last step, if it was logged and the model has any."""
         return self._last_report.experts if self._last_report is not None else None
+
+    def get_mod_statistics(self) -> DepthStatistics | None:
+        """The statistics of depth routing in the last step, if it was logged and there is any."""
+        return self._last_report.depth if self._last_report is not None else None
 
     def throughput(self) -> float:
         """Trained tokens per second in the last step."""

@@ -127,7 +127,7 @@ def assemble(
         steer(trainer, config.orchestrator, watch, log, metrics.sinks, report)
     remember_run(run.path, world)
     trainer.identity = _identity(data, trainer.loader, objective.models)
-    warnings = [*choices.warnings, *_skipped(data), *data.notes]
+    warnings = [*choices.warnings, *_rounded(config), *_skipped(data), *data.notes]
     trainer.remarks = [(text, "warning") for text in warnings]
     return trainer
 
@@ -221,6 +221,10 @@ def _spread(config: Config, choices: Choices) -> str:
         return f", {replicate} processes with a replica each"
     copies = f", {replicate} replicas" if replicate > 1 else ""
     return f"{copies}, {shard} processes by ZeRO-{config.parallel.zero_stage}"
+
+
+def _rounded(config: Config) -> list[str]:
+    return config.model.mod.rounded() if config.model.mod is not None else []
 
 
 def _skipped(data: PreparedData) -> list[str]:

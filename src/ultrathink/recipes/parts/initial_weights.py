@@ -44,6 +44,8 @@ def find_initial_weights(config: Config) -> tuple[Config, InitialWeights]:
         load_fitted(model, weights)
         if model.routing is not None:
             model.routing.reset()  # live routing controls follow this configuration
+        if model.depth is not None:
+            model.depth.reset()
 
     theirs = model_config_of(weights)
     conversion(theirs, config.model)  # what is impossible is refused before data is prepared

@@ -124,7 +124,10 @@ def _adapt_modules(values: dict[str, Any], models: ModelSet) -> None:
 def _adapt_routing(
     weights: dict[str, Any], model: Transformer, changes: Sequence[ConfigChange]
 ) -> None:
-    """Set the live routing controls whose configuration changed."""
+    """Set the live routing controls, and the capacity, whose configuration changed."""
+    if model.depth is not None and touches(changes, "model.mod.capacity", "model.mod.schedule"):
+        for name, value in model.depth.named_buffers():
+            weights[f"depth.{name}"] = value.clone()
     if model.routing is None:
         return
     for name, value in model.routing.named_buffers():

@@ -131,6 +131,9 @@ class Objective(ABC):
         load = stats.get("expert_load")
         if load is not None:
             self.model.move_selection_biases(summed(load))
+        logits = stats.get("depth_logits")
+        if logits is not None:
+            self.model.move_depth_thresholds(summed(logits))
 
     @property
     def header(self) -> Header:

@@ -309,6 +309,7 @@ def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(
         ACT,
         experts,
+        "model.mod={layers: all}",
         "training.max_steps=12",
         "training.schedule={type: wsd, warmup: 0, decay: 0}",
         "data.train=[{type: dummy, name: a}, {type: dummy, name: b, seed: 3}]",
@@ -319,6 +320,7 @@ def test_everything_can_be_done_by_hand(make_trainer: MakeTrainer) -> None:
     changed = {change.setting: change.after for change in recorder.changes}
     assert changed["weight_decay"] == 0.2
     assert changed["optimizer.betas"] == [0.8, 0.9]
+    assert changed["mod.capacity"] == 0.25
     assert {name: changed[f"routing.{name}"] for name in routing} == pytest.approx(routing)
     assert changed["revive_experts"][0]["group"] == "a"
     assert {"add_expert", "prune_expert", "release_experts"} <= changed.keys()

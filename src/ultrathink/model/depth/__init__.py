@@ -1,0 +1,1 @@
+"""Depth routing: which tokens go through a layer, and which pass it by."""

@@ -24,7 +24,7 @@ from ultrathink.recipes.audit import _replay, audit_run, branch
 from ultrathink.runs.decisions import read_decisions
 from ultrathink.training.callbacks import Callback, StepReport
 from ultrathink.training.change import Change
-from ultrathink.training.changes import CHANGES
+from ultrathink.training.changes import CHANGES, ReviveExperts
 from ultrathink.training.host_states import copied_to_host
 from ultrathink.training.model_state import OptimizerState
 from ultrathink.training.records import ChangeRecord
@@ -98,12 +98,13 @@ class OneOfEach(Rule):
             return None
         if self.left is None:
             kept = [now.snapshots.before(step) for step in (5, 3)]
+            self.left = one_of_each(*(one.snapshot for one in kept if one is not None))
+        change = self.left.pop(0)
+        if isinstance(change, ReviveExperts):
             assert now.experts is not None
-            self.left = one_of_each(
-                *(one.snapshot for one in kept if one is not None),
-                expert=int(now.experts.load[1].argmin()),
-            )
-        return Proposal(self.name, CRITICAL, 1.0, (self.left.pop(0),), "test")
+            idle = int(now.experts.load[1].argmin())  # now: the busiest cannot be revived
+            change = ReviveExperts([{**change.experts[0], "expert": idle}])
+        return Proposal(self.name, CRITICAL, 1.0, (change,), "test")
 
 
 def standing(trainer: Trainer) -> dict[str, Any]:

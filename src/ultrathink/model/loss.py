@@ -121,7 +121,8 @@ def _forward(
     head = weight.to(hidden.dtype)
     cross_entropy = torch.zeros((), dtype=precise, device=hidden.device)
     z_loss, num_correct = cross_entropy, torch.zeros((), dtype=torch.int64, device=hidden.device)
-    of_choices = num_correct if choices is None else choices.new_zeros(choices.shape[1])
+    # A tensor of its own in any case: a compiled function may not return one twice.
+    of_choices = cross_entropy.new_zeros(0 if choices is None else choices.shape[1])
     num_losses = (2 if z_weight > 0 else 1) if with_grad else 0
     grad_hidden: list[list[Tensor]] = [[] for _ in range(num_losses)]
     grad_weight: list[Tensor | None] = [None] * num_losses

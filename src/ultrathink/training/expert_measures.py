@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ultrathink.data.packing import IGNORED
 from ultrathink.model.experts.salience import Contributions, contributions
 from ultrathink.model.transformer import Transformer
 from ultrathink.parallel.sharding import release
@@ -58,7 +57,7 @@ def measure_experts(run: Parts) -> Measures | None:
             if objective.isolate_documents:
                 names = ("positions", "document_ids")
                 inside = dict(zip(names, part.on(objective.device, *names), strict=True))
-            with _watched(model, labels.flatten() != IGNORED) as found:
+            with _watched(model) as found:
                 output = model(input_ids, labels, **inside)
             sums.append(_stacked(found))
             loss += float(output.loss)
@@ -80,19 +79,27 @@ def _stacked(layers: Sequence[Contributions]) -> Contributions:
 
 
 @contextmanager
-def _watched(model: Transformer, counted: Tensor) -> Iterator[list[Contributions]]:
+def _watched(model: Transformer) -> Iterator[list[Contributions]]:
     """Inside, each layer's contributions are added to the list, in the order of the layers.
 
-    Hooks, because the weights of sharded experts are gathered only inside their own call.
+    Hooks, because the weights of sharded experts are gathered only inside their own call. Only
+    trained tokens count, and of these only those that go through the layer.
     """
     found: list[Contributions] = []
+    counted: list[Tensor] = []  # of the layer that runs
+
+    def note(_: Any, inputs: tuple[Any, ...]) -> None:
+        _, routing = inputs
+        counted[:] = [routing.sequences.counted.flatten() > 0]
 
     def observe(experts: Any, inputs: tuple[Any, ...]) -> None:
         x, choice, _ = inputs
-        found.append(contributions(experts, x, choice, counted))
+        found.append(contributions(experts, x, choice, counted[0]))
 
-    layers: list[nn.Module] = [layer.experts for layer in model.expert_layers().values()]
-    handles = [layer.register_forward_pre_hook(observe) for layer in layers]
+    handles = []
+    for layer in model.expert_layers().values():
+        handles.append(layer.register_forward_pre_hook(note))
+        handles.append(layer.experts.register_forward_pre_hook(observe))
     try:
         yield found
     finally:

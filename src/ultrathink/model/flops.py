@@ -68,8 +68,10 @@ def flops_per_token(
         running = running_groups(config.moe, path)
         width = sum(group.top_k for group in running) * config.moe.intermediate_size
         width += config.moe.shared_size or 0
-        num_slots = sum(group.config.num_slots for group in running)
-        widths += num_expert_layers * (num_matrices * width + num_slots)
+        num_logits = sum(group.config.num_slots for group in running)
+        if config.moe.group_gates and running:
+            num_logits += len(config.moe.groups)
+        widths += num_expert_layers * (num_matrices * width + num_logits)
     rows = len(layers) * attention + widths + config.vocab_size
     matrices = config.hidden_size * rows
     heads_width = config.num_heads * config.head_dim

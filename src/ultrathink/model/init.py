@@ -28,12 +28,13 @@ def init_parameters(
 ) -> None:
     """Set every parameter of ``model``: norms one, biases zero, matrices by ``config.init``.
 
-    Slots without an expert are zero, so that no optimizer changes them.
+    Gates of expert groups are zero, so that all groups begin with the weight 1. Slots without an
+    expert are zero, so that no optimizer changes them.
     """
     std = config.init.std
     residual_std = 0.0 if config.init.residual == "zero" else std / (2 * config.num_layers) ** 0.5
     for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
+        if name.endswith((".bias", ".group_gates.weight")):
             nn.init.zeros_(parameter)
         elif parameter.dim() == 1:
             nn.init.ones_(parameter)

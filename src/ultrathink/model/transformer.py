@@ -163,6 +163,7 @@ class Transformer(nn.Module):
         last_only: bool = False,
         head: Head | None = None,
         tap: Sequence[int | float] = (),
+        group_targets: Tensor | None = None,
     ) -> ModelOutput:
         """Logits ``[B, T, V]``, or with ``labels`` the summed loss without storing the logits.
 
@@ -176,13 +177,15 @@ class Transformer(nn.Module):
         row's last real token. ``path`` is a part of the model, or the name of one: None is all of
         it. ``head`` replaces logits and loss; it runs inside this pass, where
         sharded weights are gathered. ``tap`` names layers, by index or by fraction, whose residual
-        states ``[B, T, C]`` are returned too. Raises ValueError for shapes that do not fit, and for
-        layers, groups and paths that do not exist.
+        states ``[B, T, C]`` are returned too. ``group_targets``, boolean ``[B, T, G]``, are the
+        expert groups that each token belongs to, for the loss of the group gates. Raises ValueError
+        for shapes that do not fit, and for layers, groups and paths that do not exist.
         """
         of_tokens = {"labels": labels, "loss_weights": loss_weights, "document_ids": document_ids}
         _check_shapes(input_ids, of_tokens, positions, lengths, cache)
         if lengths is not None and min(lengths) == input_ids.shape[1]:
             lengths = None  # there is no padding
+        _check_group_targets(group_targets, input_ids, self.config)
         path = path_of(path, self.config)
         mask, cos_sin = self._mask_and_rotation(
             input_ids, attention_mask, positions, document_ids, lengths, cache, path
@@ -194,7 +197,7 @@ class Transformer(nn.Module):
         routed = None
         if self.routing is not None:
             sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL, lengths)
-            routed = RoutingPass(sequences, self.routing.now(), path)
+            routed = RoutingPass(sequences, self.routing.now(), path, group_targets)
         routings: list[LayerRouting] = []
         taps = {layer_index(layer, self.config.num_layers, "tap") for layer in tap}
         tapped: dict[int, Tensor] = {}
@@ -365,12 +368,28 @@ def _reported(routings: list[LayerRouting]) -> tuple[dict[str, Tensor], dict[str
     total = torch.stack([routing.losses for routing in routings]).sum(0)
     # Copies, because FSDP warns if an output is a view.
     losses = {f"moe_{name}": total[index].clone() for index, name in enumerate(LOSSES)}
+    of_groups = [routing.group_loss for routing in routings if routing.group_loss is not None]
+    if of_groups:
+        losses["moe_groups"] = torch.stack(of_groups).sum(0)
     stats = {
         f"expert_{name}": torch.stack([getattr(routing, name) for routing in routings]).detach()
-        for name in LayerRouting._fields
-        if name != "losses"
+        for name in routings[0].observed()
     }
     return losses, stats
+
+
+def _check_group_targets(
+    group_targets: Tensor | None, input_ids: Tensor, config: ModelConfig
+) -> None:
+    if group_targets is None:
+        return
+    if config.moe is None or not config.moe.group_gates:
+        raise ValueError("group_targets needs a model with group gates (model.moe.group_gates).")
+    wanted = [*input_ids.shape, len(config.moe.groups)]
+    if list(group_targets.shape) != wanted:
+        raise ValueError(
+            f"group_targets has shape {list(group_targets.shape)}; it must be {wanted}, boolean."
+        )
 
 
 def _check_shapes(

@@ -66,9 +66,7 @@ def build_muon(config: MuonConfig, model: nn.Module) -> Optimizers:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_matrix = parameter.ndim == 2 or (parameter.ndim == 3 and config.experts == "muon")
-            is_hidden = (
-                is_matrix and name.startswith("blocks.") and not name.endswith("router.weight")
-            )
+            is_hidden = is_matrix and name.startswith("blocks.") and ".router." not in name
             (hidden if is_hidden else other).append(parameter)
     optimizers: Optimizers = []
     if hidden:

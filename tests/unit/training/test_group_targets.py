@@ -1,0 +1,142 @@
+"""Sources that name their expert groups: what a run learns of it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit.training.conftest import MakeTrainer
+from tests.unit.training.experts import MIXTURE
+from tests.unit.training.observers import assert_equal_tensors, records
+from ultrathink.checkpoint.format import load_checkpoint
+from ultrathink.config import load_config
+from ultrathink.core.errors import ConfigError
+from ultrathink.model.experts.group_gates import group_weights
+from ultrathink.recipes.resume import resume_trainer
+from ultrathink.training.trainer import Trainer
+
+GATES = (*MIXTURE, "model.moe.group_gates=true", "model.moe.balance.groups=0.3")
+
+
+def sources(*groups: str) -> str:
+    """Texts of the same kind with other words; each belongs to a group."""
+    each = "num_documents: 60, num_words: 40"
+    items = [
+        f"{{type: dummy, name: s{n}, seed: {n}, groups: [{group}], {each}}}"
+        for n, group in enumerate(groups)
+    ]
+    return f"data.train=[{', '.join(items)}]"
+
+
+def last(trainer: Trainer) -> Any:
+    """The last line of ``metrics.jsonl`` of a step."""
+    return [line for line in records(trainer.run) if line["split"] == "train"][-1]
+
+
+def take_step(trainer: Trainer) -> Any:
+    trainer.model.train()
+    return trainer.stepper.take_step(trainer.loader.next_batch(), trainer.settings, 1.0)
+
+
+def test_micro_batches_agree(make_trainer: MakeTrainer) -> None:
+    """Means are over the tokens of the batch, whatever the share of a source that names no group
+    in a micro-batch."""
+    found = []
+    for size in (8, 2):
+        trainer = make_trainer(
+            *GATES,
+            sources("b", "", "a, b"),
+            "training.precision=fp64",
+            "training.batch_size=8",
+            f"training.micro_batch_size={size}",
+        )
+        losses = [take_step(trainer).aux_losses["moe_groups"] for _ in range(2)]
+        found.append({"losses": torch.tensor(losses)} | dict(trainer.model.state_dict()))
+    for other in found[1:]:
+        assert found[0].keys() == other.keys()
+        for name, value in found[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-9, atol=1e-9, msg=name)
+    assert 0.0 < float(found[0]["losses"][0]) < 0.3 * 2 * 0.7  # two layers, ln 2, some without
+
+
+def test_a_run_learns_which_text_belongs_to_which_group(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    items = []
+    for name, letters, group in (("s", "abcde ", "b"), ("t", "vwxyz ", "a")):
+        (tmp_path / name).write_text("".join(Random(1).choices(letters, k=3000)))
+        items.append(f"{{type: text, path: {tmp_path / name}, groups: [{group}]}}")
+    words = (f"data.train=[{', '.join(items)}]", "training.max_steps=20", "training.batch_size=8")
+    trainer = make_trainer(*GATES, *words)
+    trainer.fit()
+    batch = trainer.loader.next_batch()
+    seen: list[torch.Tensor] = []
+    gates = trainer.model.blocks[2].feed_forward.router.group_gates
+    gates.register_forward_hook(lambda *parts: seen.append(group_weights(parts[2]).detach()))
+    trainer.model.eval()(batch.input_ids)
+    sums = [seen[0][batch.source_ids == source].mean(0) for source in (0, 1)]
+    assert sums[0][1] > 1.3 < sums[1][0]  # b of the first source, a of the second
+    lines = (trainer.run.path / "experts.jsonl").read_text(encoding="utf-8").splitlines()
+    groups = json.loads(lines[-1])["groups"]
+    each = [a + b for a, b in zip(*(groups[name]["weight"] for name in "ab"), strict=True)]
+    assert each == pytest.approx([2.0, 2.0], rel=1e-4)  # 1 on average, in both layers
+    assert 0.5 < last(trainer)["experts/a/weight"] < 1.5
+
+
+def test_a_resumed_run_equals_one_that_went_on(make_trainer: MakeTrainer) -> None:
+    words = (*GATES, sources("b", "a"), "training.checkpoint={every_steps: 3, keep: 9}")
+    whole = make_trainer(*words, "training.max_steps=6")
+    whole.fit()
+    again = resume_trainer(whole.run, 3)
+    again.fit()
+    here, there = (
+        load_checkpoint(run.path / "checkpoints" / "last") for run in (whole.run, again.run)
+    )
+    assert_equal_tensors(here["model"], there["model"])
+    assert "routing.groups" in here["model"]
+
+
+def test_groups_of_a_source_change_no_sample_and_no_cache(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("some words of a text to learn from. " * 200)
+    for source in (f"type: text, path: {text}", "type: dummy"):
+        hashes = {
+            make_trainer(*GATES, f"data.train=[{{{source}, groups: [{groups}]}}]").identity[
+                "data_hash"
+            ]
+            for groups in ("", "a")
+        }
+        assert len(hashes) == 1
+
+
+BAD: dict[str, tuple[tuple[str, ...], str]] = {
+    "no such group": (
+        (*GATES, sources("a", "z")),
+        r"data\.train\.1\.groups: there is no expert "
+        r"group 'z'\. Known: a, b\.",
+    ),
+    "no experts": (
+        (sources("a"),),
+        r"data\.train\.0\.groups: there is no expert group 'a'\. "
+        r"The model has no expert groups\.",
+    ),
+    "no gates": (
+        (*MIXTURE, sources("", "a")),
+        r"data\.train\.1\.groups names a, .* set model\.moe\."
+        r"group_gates=true, or leave groups out \(there are a, b\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_source_of_a_group_that_does_not_exist_is_refused(name: str) -> None:
+    words, message = BAD[name]
+    with pytest.raises(ConfigError, match=message):
+        load_config("debug", words)

@@ -2,8 +2,10 @@
 
 Groups have a router's softmax each, so by themselves all of them answer every token at full
 strength. Their weights are ``w = G · softmax(W x)``: 1 on average over the groups of a token, and 1
-each at the start, where ``W = 0``. They multiply the gates of a group's experts. That a source's
-tokens belong to some groups is taught by ``-ln Σ_{g belongs} w_g / G``.
+each at the start, where ``W = 0``. They multiply the gates of a group's experts. That a token
+belongs to n of the groups is taught by ``max(0, ln(s / Σ_{g belongs} w_g / G))``, where
+``s = (1 + n / G) / 2`` is half way from an even share of the weights to all of them. Beyond it
+nothing is taught: at all of them the other groups would answer, and learn, no more.
 
 Shapes: B rows of a batch, T tokens, C hidden size, G groups.
 """
@@ -39,13 +41,14 @@ def group_weights(logits: Tensor) -> Tensor:
 
 
 def group_loss(logits: Tensor, targets: Tensor, sequences: Sequences) -> Tensor:
-    """``-ln`` of the share of the weights that a token's own groups have, summed over tokens.
+    """How far the share of the weights that a token's own groups have is below what is taught.
 
     ``targets`` is boolean ``[B, T, G]``: the groups that a token belongs to. Tokens without any,
-    and those that are not counted, add nothing. Zero-dimensional, in nats.
+    and those that are not counted, add nothing. Zero-dimensional, in nats, summed over tokens.
     """
     every = logits.logsumexp(-1)
     has_any = targets.any(-1)
     # All groups in place of none, whose logarithm would have no gradient: its loss is 0.
     own = logits.masked_fill(~(targets | ~has_any[..., None]), -torch.inf).logsumexp(-1)
-    return ((every - own) * sequences.counted[..., 0]).sum()
+    enough = (1 + targets.to(every).mean(-1)) / 2
+    return ((enough.log() + every - own).relu() * sequences.counted[..., 0]).sum()

@@ -179,9 +179,11 @@ class Router(nn.Module):
             report = self._report(scores, chosen_slots, kept.to(precise), sequences, controls)
             if group_logits is not None and weights is not None:
                 report = report._replace(group_weight=sequences.total(weights.detach()))
-                if group_targets is not None:
+                if self.group_gates is not None and group_targets is not None:
                     assert controls.groups is not None, "a model with group gates has this control"
-                    loss = group_loss(group_logits, group_targets, sequences)
+                    # States are not bent to tell sources apart, which costs much of the loss.
+                    taught = self.group_gates(x.detach().to(precise))
+                    loss = group_loss(taught, group_targets, sequences)
                     report = report._replace(group_loss=loss * controls.groups.to(loss))
         return Choice(*(part.flatten(0, 1) for part in choice)), report
 

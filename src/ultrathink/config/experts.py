@@ -25,8 +25,6 @@ EXPERT_BACKENDS.add("loop", "ultrathink.model.experts.products:Loop")
 # Rows of a matrix must begin at multiples of 16 bytes for the grouped product: 8 numbers of bf16.
 WIDTH_STEP = 8
 
-GROUP_WEIGHT = 0.01
-
 BIAS_RATE = 0.005  # of several groups; one group is a Mixtral, which has no bias
 
 # What the shape of the weights, or what they compute, follows from.
@@ -101,7 +99,7 @@ class BalanceConfig(Section):
     """Change per step of a bias on the logits by which experts are chosen: up for those below the
     mean load, down for those above. When unset, 0.005 for several groups, and 0 for one, which can
     then be exported as a Mixtral."""
-    groups: float = felt(GROUP_WEIGHT, ge=0)
+    groups: float = felt(0.03, ge=0)
     """Weight of the loss that raises the gates of the groups of a token's source (group_gates,
     data.train[].groups); summed over layers."""
 

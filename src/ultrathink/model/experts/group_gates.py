@@ -4,8 +4,8 @@ Groups have a router's softmax each, so by themselves all of them answer every t
 strength. Their weights are ``w = G · softmax(W x)``: 1 on average over the groups of a token, and 1
 each at the start, where ``W = 0``. They multiply the gates of a group's experts. That a token
 belongs to n of the groups is taught by ``max(0, ln(s / Σ_{g belongs} w_g / G))``, where
-``s = (1 + n / G) / 2`` is half way from an even share of the weights to all of them. Beyond it
-nothing is taught: at all of them the other groups would answer, and learn, no more.
+``s = (1 + 2n / G) / 3`` is a third of the way from an even share of the weights to all of them.
+Beyond it nothing is taught: at all of them the other groups would answer, and learn, no more.
 
 Shapes: B rows of a batch, T tokens, C hidden size, G groups.
 """
@@ -50,5 +50,5 @@ def group_loss(logits: Tensor, targets: Tensor, sequences: Sequences) -> Tensor:
     has_any = targets.any(-1)
     # All groups in place of none, whose logarithm would have no gradient: its loss is 0.
     own = logits.masked_fill(~(targets | ~has_any[..., None]), -torch.inf).logsumexp(-1)
-    enough = (1 + targets.to(every).mean(-1)) / 2
+    enough = (1 + 2 * targets.to(every).mean(-1)) / 3
     return ((enough.log() + every - own).relu() * sequences.counted[..., 0]).sum()

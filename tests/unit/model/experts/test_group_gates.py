@@ -138,7 +138,7 @@ def test_the_loss_is_that_of_a_loop(seed: int, B: int, T: int, G: int, scale: fl
                 row = logits[b, t].tolist()
                 powers = [math.exp(value - max(row[g] for g in own)) for value in row]
                 share = sum(powers[g] for g in own) / sum(powers)
-                expected += max(0.0, math.log((1 + len(own) / G) / 2 / share))
+                expected += max(0.0, math.log((1 + 2 * len(own) / G) / 3 / share))
     assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
     loss.backward()
     assert bool(torch.isfinite(logits.grad).all())

@@ -106,16 +106,16 @@ def test_a_resumed_run_equals_one_that_went_on(make_trainer: MakeTrainer) -> Non
 def test_groups_of_a_source_change_no_sample_and_no_cache(
     make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
-    text = tmp_path / "a.txt"
+    text, cache = tmp_path / "a.txt", tmp_path / "cache"
     text.write_text("some words of a text to learn from. " * 200)
     for source in (f"type: text, path: {text}", "type: dummy"):
-        hashes = {
-            make_trainer(*GATES, f"data.train=[{{{source}, groups: [{groups}]}}]").identity[
-                "data_hash"
-            ]
-            for groups in ("", "a")
-        }
-        assert len(hashes) == 1
+        found = []
+        for groups in ("", "a"):
+            words = (f"data.cache_dir={cache}", f"data.train=[{{{source}, groups: [{groups}]}}]")
+            trainer = make_trainer(*GATES, *words)
+            files = {path for path in cache.rglob("*") if path.is_file()}
+            found.append((trainer.identity["data_hash"], files))
+        assert found[0] == found[1]
 
 
 BAD: dict[str, tuple[tuple[str, ...], str]] = {

@@ -25,8 +25,7 @@ class DummySource(Source):
 
     def __init__(self, config: DummySourceConfig) -> None:
         # All that is generated counts as one file.
-        generating = config.model_dump(exclude={"groups"})
-        super().__init__(config.name or config.type, {config.type: None}, generating)
+        super().__init__(config.name or config.type, {config.type: None}, config.model_dump())
         self.config = config
         ids = [self._id(index) for index in range(config.num_documents)]
         self._always_held_out = ids[-1] if len(ids) > 1 and not any(map(is_held_out, ids)) else None

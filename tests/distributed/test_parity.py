@@ -28,6 +28,11 @@ OFFLOADED_RECOMPUTED = ("parallel.offload=params", "training.activation_checkpoi
 
 MUON = "training.optimizer={type: muon, lr: 0.01, weight_decay: 0.1}"
 ADAMW = "training.optimizer={type: adamw, lr: 0.01}"
+TEXT = "type: dummy, num_documents: 30, num_words: 40"
+TAUGHT = (
+    "model.moe.group_gates=true",
+    f"data.train=[{{{TEXT}, groups: [b]}}, {{{TEXT}, name: other, seed: 1}}]",
+)
 MUTUAL = ("training.objective=mutual", ADAMW)
 # What is trained: its options, and the ways in which it is divided.
 RUNS: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
@@ -42,7 +47,7 @@ RUNS: dict[str, tuple[tuple[str, ...], list[tuple[str, ...]]]] = {
     ),
     # Packing leaves sequences with few trained tokens: means of means would differ.
     "unpacked": (("data.packing.enabled=false", "data.seq_len=96"), [()]),
-    "experts": (tasks.EXPERTS, [DDP, ZERO_1, RECOMPUTED]),
+    "experts": ((*tasks.EXPERTS, *TAUGHT), [DDP, ZERO_1, RECOMPUTED]),
     "depth": (tasks.DEPTH, [DDP, ZERO_1, ZERO_2, RECOMPUTED]),
     "muon": ((*tasks.EXPERTS, MUON), [ZERO_2, ZERO_3, OFFLOADED]),
     "two passes": (
@@ -117,6 +122,8 @@ def test_two_processes_equal_one(
         thresholds = [v for name, v in saved(run)["model"].items() if name.endswith("thresholds")]
         assert [bool(one.any()) for one in thresholds] == [True, True]
     if kind == "experts":
+        gates = [v for name, v in saved(run)["model"].items() if "group_gates" in name]
+        assert [bool(gate.any()) for gate in gates] == [True, True]
         biases = [v for name, v in saved(run)["model"].items() if name.endswith("selection_bias")]
         assert [bool(bias.any()) for bias in biases] == [True, True]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import math
@@ -229,3 +230,89 @@ def test_mutual_information_of_sources_and_experts(module: Any) -> None:
     joint = np.array([[3, 1], [1, 3]]) / 8  # H(S) = H(E) = ln 2
     mutual = sum(p * math.log(p / 0.25) for p in joint.flatten())
     assert specialization.information(mixed, ["a", "b"]) == pytest.approx(mutual / math.log(2))
+
+
+def test_what_a_group_is_worth_for_each_source(
+    module: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """On generated texts in place of the real ones; models are trained, but not for long."""
+    specialization, named = module("specialization"), sys.modules["named_experts"]
+    each = {"type": "dummy", "num_documents": 20, "num_words": 30}
+    sources = {name: {**each, "seed": n} for n, name in enumerate(named.GROUPS)}
+    monkeypatch.setattr(named, "prepare", lambda *_: sources)
+    words = "--ways gates targets --seeds 3 --steps 4 --held-out 64 --json --set"
+    tiny = ("tokenizer=byte", "model.hidden_size=32", "data.seq_len=16", "training.compile=false")
+    monkeypatch.setattr(sys, "argv", ["specialization.py", *words.split(), *tiny])
+    specialization.main()
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["gate"]) == {"lead", "cost_beside_gates", "holds"}
+    for way in ("gates", "targets"):
+        [one] = result["ways"][way]
+        assert np.array(one["costs"]).shape == (4, 4)
+        assert one["lead"] == named.lead(one["costs"])
+        for figures in one["groups"].values():
+            assert 0 <= figures["domain"] <= 1 >= figures["co_activation"] > 0
+            assert figures["even_share"] <= figures["vocabulary"] <= 1 >= figures["saturation"]
+    assert "lead of the diagonal" in specialization.describe_training(result)
+    monkeypatch.setattr(sys, "argv", ["specialization.py", "--ways", "target"])
+    with pytest.raises(SystemExit, match=r"--ways target: no such way of training; known: plain"):
+        specialization.start(specialization.main)
+
+
+def test_the_lead_of_the_diagonal(module: Callable[[str], Any]) -> None:
+    module("specialization")
+    lead = sys.modules["named_experts"].lead
+    assert lead([[6.0, 2.0], [1.0, 3.0]]) == 1.5
+    assert lead([[6.0, -1.0], [0.0, 3.0]]) == math.inf
+    assert lead([[6.0, 2.0], [1.0, 0.0]]) == 0.0
+
+
+def test_the_texts_of_the_groups(module: Callable[[str], Any], tmp_path: Path) -> None:
+    module("specialization")
+    named = sys.modules["named_experts"]
+    with pytest.raises(Exception, match=r"text/world192\.txt is not there.*give the folder"):
+        named.prepare(tmp_path, tmp_path)
+    for name in (name for names in named.FILES.values() for name in names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        row = {"question": "What?", "answer": "That.", "chosen": "\n\nHuman: Hi", "rejected": "x"}
+        line = json.dumps(row).encode()
+        (tmp_path / name).write_bytes(gzip.compress(line) if name.endswith(".gz") else line)
+    sources = named.prepare(tmp_path, tmp_path)
+    assert list(sources) == list(named.GROUPS)
+    texts = [
+        json.loads(Path(sources[name]["path"]).read_text(encoding="utf-8"))["text"]
+        for name in ("meta", "safety")
+    ]
+    assert texts == ["What?\nThat.\n", "Human: Hi\n"]
+
+
+def test_measures_of_routing_are_those_of_counting(module: Callable[[str], Any]) -> None:
+    """Against counting token by token."""
+    module("specialization")
+    found = sys.modules["routing_measures"]
+    random = np.random.default_rng(0)
+    N, slots = 200, slice(2, 7)
+    chosen = np.stack([random.permutation(5)[:2] for _ in range(N)])
+    others = random.integers(0, 2, (N, 1))  # the experts of another group, slots 0 and 1
+    sources, ids = random.integers(0, 3, N), random.integers(0, 30, N)
+    apart = []
+    for source in range(3):
+        mine = [row for row, own in zip(chosen, sources, strict=True) if own == source]
+        shares = [sum(expert in row for row in mine) / len(mine) for expert in range(5)]
+        apart.append(sum(abs(share - 0.4) for share in shares) / 2 / (2 * 0.6))
+    assert found.domain(chosen, sources, 5) == pytest.approx(np.mean(apart))
+    assert found.domain(np.array([[0, 1]] * 4), np.zeros(4, dtype=int), 5) == pytest.approx(1.0)
+    largest = []
+    for token in range(30):
+        rows = [row for row, own in zip(chosen, ids, strict=True) if own == token]
+        if len(rows) >= found.LEAST:
+            largest.append(max(sum(e in row for row in rows) for e in range(5)) / len(rows))
+    assert found.vocabulary(chosen, ids, 5) == pytest.approx(np.mean(largest))
+    every = [set(row) for row in np.concatenate([others, chosen + 2], 1).tolist()]
+    together = []
+    for expert in range(2, 7):
+        mine = [row for row in every if expert in row]
+        pairs = [sum(other in row for row in mine) for other in range(7) if other != expert]
+        together.append(max(pairs) / len(mine))
+    joined = np.concatenate([others, chosen + 2], 1)
+    assert found.co_activation(joined, slots) == pytest.approx(np.mean(together))

@@ -27,6 +27,9 @@ class SourceConfig(PartConfig):
     """What metrics call the source; its type or file name when unset."""
     weight: float = content(1.0, gt=0)
     """Share of the training samples, relative to the other sources."""
+    groups: tuple[str, ...] = felt(())
+    """Expert groups that the text of a training source belongs to: their gates are raised on its
+    tokens (model.moe.group_gates)."""
 
 
 class StdlibSourceConfig(SourceConfig):

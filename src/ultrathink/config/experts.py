@@ -99,6 +99,9 @@ class BalanceConfig(Section):
     """Change per step of a bias on the logits by which experts are chosen: up for those below the
     mean load, down for those above. When unset, 0.005 for several groups, and 0 for one, which can
     then be exported as a Mixtral."""
+    groups: float = felt(0.03, ge=0)
+    """Weight of the loss that raises the gates of the groups of a token's source (group_gates,
+    data.train[].groups); summed over layers."""
 
 
 class MoeConfig(Section):
@@ -121,6 +124,9 @@ class MoeConfig(Section):
     1."""
     gate_scale: float = shape(1.0, gt=0)
     """Factor on the gates; DeepSeek-V3's routed_scaling_factor."""
+    group_gates: bool = shape(False)
+    """Multiply the gates of each group by a learned weight for each token, 1 on average over the
+    groups, so that groups compete (docs/elastic.md)."""
     backend: Annotated[str, one_of(EXPERT_BACKENDS, "auto")] = free("auto")
     """Kernel of the grouped product: a registered name (batched, grouped_mm, loop), or auto to
     choose for the device."""
@@ -143,6 +149,11 @@ class MoeConfig(Section):
         twice = alike([group.name for group in self.groups])
         if twice is not None:
             raise ValueError(f"two groups are called {twice!r}; give each its own name")
+        if self.group_gates and len(self.groups) == 1:
+            raise ValueError(
+                f"group_gates weighs groups against each other, and {self.groups[0].name!r} is the "
+                f"only one; add a group, or leave group_gates out"
+            )
         for key in ("intermediate_size", "shared_size"):
             width = getattr(self, key)
             if width is not None and width % WIDTH_STEP:

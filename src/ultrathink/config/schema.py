@@ -10,6 +10,7 @@ from ultrathink.config.monitoring import MonitoringConfig
 from ultrathink.config.orchestrator import OrchestratorConfig
 from ultrathink.config.overrides import Draft
 from ultrathink.config.parallel import ParallelConfig
+from ultrathink.config.paths import check_groups
 from ultrathink.config.root import Root
 from ultrathink.config.run import RunConfig
 from ultrathink.config.tokenizer import BpeTokenizerConfig, TokenizerField, tokens
@@ -53,6 +54,20 @@ class Config(Root):
     def _validated_paths_exist(self) -> Config:
         for name in self.training.eval.paths:
             self.model.path(name)
+        return self
+
+    @model_validator(mode="after")
+    def _groups_of_sources_exist(self) -> Config:
+        moe = self.model.moe
+        for index, source in enumerate(self.data.train):
+            where = f"data.train.{index}.groups"
+            names = check_groups(moe, source.groups, where)
+            if source.groups and not (moe and moe.group_gates):
+                raise ValueError(
+                    f"{where} names {', '.join(source.groups)}, whose gates follow no text: set "
+                    f"model.moe.group_gates=true, or leave groups out (there are "
+                    f"{', '.join(names)})"
+                )
         return self
 
     @model_validator(mode="after")

@@ -47,7 +47,8 @@ def sizes(model: ModelConfig) -> Sizes:
         return Sizes(shared + exit_norms, shared)
     assert model.moe.intermediate_size is not None
     expert = num_matrices * hidden * model.moe.intermediate_size
-    always = hidden * model.moe.num_slots + num_matrices * hidden * (model.moe.shared_size or 0)
+    num_logits = model.moe.num_slots + (len(model.moe.groups) if model.moe.group_gates else 0)
+    always = hidden * num_logits + num_matrices * hidden * (model.moe.shared_size or 0)
     num_layers = len(model.expert_layers)
     return Sizes(
         shared + exit_norms + num_layers * (always + model.moe.num_slots * expert),

@@ -48,6 +48,7 @@ EXPERTS_SHAPE = (
     "score",
     "normalize_gates",
     "gate_scale",
+    "group_gates",
 )
 
 

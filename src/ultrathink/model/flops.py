@@ -74,6 +74,8 @@ def flops_per_token(
         width = sum(group.top_k for group in running) * config.moe.intermediate_size
         width += config.moe.shared_size or 0
         num_slots = sum(group.config.num_slots for group in running)
+        if config.moe.group_gates and running:
+            num_slots += len(config.moe.groups)
         sparse = num_matrices * width + num_slots
     experts = set(config.expert_layers)
     rows, pairs = float(config.vocab_size), 0.0

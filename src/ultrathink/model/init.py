@@ -30,7 +30,8 @@ def init_parameters(
 ) -> None:
     """Set every parameter of ``model``: norms one, biases zero, matrices by ``config.init``.
 
-    Routers of depth are zero. Slots without an expert are zero, so that no optimizer changes them.
+    Routers of depth are zero, and gates of expert groups, so that all groups begin with the weight
+    1. Slots without an expert are zero, so that no optimizer changes them.
     """
     std = config.init.std
     residual_std = 0.0 if config.init.residual == "zero" else std / (2 * config.num_layers) ** 0.5

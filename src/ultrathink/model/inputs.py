@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from ultrathink.config.model import ModelConfig
 from ultrathink.model.cache import CacheView
 
 
@@ -40,3 +41,18 @@ def check_shapes(
             )
     if cache is not None and of_tokens["document_ids"] is not None:
         raise ValueError("document_ids cannot be used with a cache, which holds one document each.")
+
+
+def check_group_targets(
+    group_targets: Tensor | None, input_ids: Tensor, config: ModelConfig
+) -> None:
+    """Raise ValueError for targets of the group gates that do not fit, or that nothing learns."""
+    if group_targets is None:
+        return
+    if config.moe is None or not config.moe.group_gates:
+        raise ValueError("group_targets needs a model with group gates (model.moe.group_gates).")
+    wanted = [*input_ids.shape, len(config.moe.groups)]
+    if list(group_targets.shape) != wanted:
+        raise ValueError(
+            f"group_targets has shape {list(group_targets.shape)}; it must be {wanted}, boolean."
+        )

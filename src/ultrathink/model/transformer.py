@@ -36,7 +36,7 @@ from ultrathink.model.experts.layer import MixtureOfExperts
 from ultrathink.model.experts.router import LayerRouting, RoutingPass
 from ultrathink.model.experts.sequences import find_sequences
 from ultrathink.model.init import init_parameters
-from ultrathink.model.inputs import check_shapes
+from ultrathink.model.inputs import check_group_targets, check_shapes
 from ultrathink.model.linear import Linear
 from ultrathink.model.loss import IGNORED_LABEL, linear_cross_entropy
 from ultrathink.model.norm import RMSNorm, rms_norm
@@ -139,6 +139,7 @@ class Transformer(nn.Module):
         head: Head | None = None,
         tap: Sequence[int | float] = (),
         thinning: Thinning | None = None,
+        group_targets: Tensor | None = None,
     ) -> ModelOutput:
         """Logits ``[B, T, V]``, or with ``labels`` the summed loss without storing the logits.
 
@@ -155,20 +156,25 @@ class Transformer(nn.Module):
         row's last real token. ``path`` is a part of the model, or the name of one: None is all of
         it. ``head`` replaces logits and loss; it runs inside this pass, where sharded weights are
         gathered. ``tap`` names layers, by index or by fraction, whose residual states ``[B, T, C]``
-        are returned too. ``thinning`` leaves layers and experts out at random. Raises ValueError
+        are returned too. ``thinning`` leaves layers and experts out at random. ``group_targets``,
+        boolean ``[B, T, G]``, are the expert groups that each token belongs to, for the loss of the
+        group gates. Raises ValueError
         for shapes that do not fit, and for layers, groups and paths that do not exist.
         """
         of_tokens = {"labels": labels, "loss_weights": loss_weights, "document_ids": document_ids}
         check_shapes(input_ids, of_tokens, positions, lengths, cache)
         if lengths is not None and min(lengths) == input_ids.shape[1]:
             lengths = None  # there is no padding
+        check_group_targets(group_targets, input_ids, self.config)
         path = path_of(path, self.config)
         spans = _begin(cache, path, input_ids, lengths, positions)
         span = spans[0] if spans else None
         x = self.embedding(input_ids).to(self.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
         mask, cos_sin = self._mask_and_rotation(x, attention_mask, positions, document_ids, span)
-        routed, depth = self._routing(labels, document_ids, x, lengths, path, span, input_ids)
+        routed, depth = self._routing(
+            labels, document_ids, x, lengths, path, span, input_ids, group_targets
+        )
         routings: list[LayerRouting] = []
         depths: list[LayerDepth] = []
         taps = {layer_index(layer, self.config.num_layers, "tap") for layer in tap}
@@ -259,13 +265,16 @@ class Transformer(nn.Module):
         path: ComputePath,
         span: Span | None,
         input_ids: Tensor | None = None,
+        group_targets: Tensor | None = None,
     ) -> tuple[RoutingPass | None, DepthPass | None]:
         """What the routing of the tokens ``x`` to experts, and past layers, depends on."""
         routed = depth = None
         if self.routing is not None or self.depth is not None:
             sequences = find_sequences(labels, document_ids, x, IGNORED_LABEL, lengths)
         if self.routing is not None:
-            routed = RoutingPass(sequences, self.routing.now(), path, has_splits=self.has_splits)
+            routed = RoutingPass(
+                sequences, self.routing.now(), path, group_targets, has_splits=self.has_splits
+            )
         if self.depth is not None:
             starts = (0,) if span is None else span.starts
             depth = depth_pass(self.depth, path, sequences, input_ids, starts)
@@ -476,9 +485,11 @@ def _reported(
     total = torch.stack([routing.losses for routing in routings]).sum(0)
     # Copies, because FSDP warns if an output is a view.
     losses |= {f"moe_{name}": total[index].clone() for index, name in enumerate(LOSSES)}
+    of_groups = [routing.group_loss for routing in routings if routing.group_loss is not None]
+    if of_groups:
+        losses["moe_groups"] = torch.stack(of_groups).sum(0)
     stats |= {
         f"expert_{name}": torch.stack([getattr(routing, name) for routing in routings]).detach()
-        for name in LayerRouting._fields
-        if name != "losses"
+        for name in routings[0].observed()
     }
     return losses, stats

@@ -31,6 +31,7 @@ _SUMMARY: dict[str, Callable[[Floats], Any]] = {
     "entropy_normalized": np.mean,
     "confidence": np.mean,
     "utilization": np.mean,
+    "weight": np.mean,
     "gini": np.max,
     "max_exp_multi": np.max,
     "dead": np.sum,
@@ -67,14 +68,20 @@ class ExpertStatistics:
     confidence: Floats  # [L, G]: each token's largest probability
     tokens: Floats | None = None  # [L]: that reached each layer; None: all
     warmup: float = 1.0  # from 0, where routing is uniform, to 1, where it is learned
+    group_weight: Floats | None = None  # [L, G]: of each token's groups, with group gates
 
     @cached_property
     def figures(self) -> dict[str, Figures]:
         """Every figure of every group, for all layers: ``figures["skill"]["gini"]`` is ``[L]``."""
-        return {
+        found = {
             group.name: self._figures_of(group, self.entropy[:, column], self.confidence[:, column])
             for column, group in enumerate(self.groups)
         }
+        if self.group_weight is not None:
+            for group, weights in zip(self.groups, self.group_weight.T, strict=True):
+                # Σ w_t / T, whose mean over groups is 1.
+                found[group.name]["weight"] = weights / max(1, self.num_tokens)
+        return found
 
     def _figures_of(self, group: GroupSlots, entropy: Floats, confidence: Floats) -> Figures:
         active = self.active[:, group.slots]
@@ -105,13 +112,15 @@ class ExpertStatistics:
     def summary(self) -> dict[str, float | int]:
         """A few figures of each group over all layers, as ``experts/<group>/<figure>``.
 
-        Means of ``entropy_normalized``, ``confidence`` and ``utilization``, the largest ``gini``
-        and ``max_exp_multi`` of any layer, sums of ``dead`` and ``dropped``.
+        Means of ``entropy_normalized``, ``confidence``, ``utilization`` and with group gates
+        ``weight``, the largest ``gini`` and ``max_exp_multi`` of any layer, sums of ``dead`` and
+        ``dropped``.
         """
         return {
             f"experts/{group}/{name}": _short(name, over_layers(figures[name]))
             for group, figures in self.figures.items()
             for name, over_layers in _SUMMARY.items()
+            if name in figures
         }
 
 
@@ -254,6 +263,7 @@ _OVER_LAYERS: dict[str, Callable[[list[float]], float]] = {
     "max_min": max,
     "dead": sum,
     "dropped": sum,
+    "weight": _mean,
 }
 
 

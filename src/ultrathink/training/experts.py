@@ -25,7 +25,7 @@ def read_experts(
     if not layers or model.routing is None:
         return None
     routers = [layer.router for layer in layers.values()]
-    names = [name for name in LayerRouting._fields if name != "losses"]
+    names = [name for name in LayerRouting._fields if f"expert_{name}" in result.stats]
     parts = [result.stats[f"expert_{name}"].double() for name in names]
     sizes = [part.shape[1] for part in parts]
     sums = dp_group.summed(torch.cat(parts, 1)).cpu()  # a single all-reduce

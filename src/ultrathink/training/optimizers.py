@@ -69,8 +69,7 @@ def build_muon(config: MuonConfig, model: nn.Module) -> Optimizers:
             is_hidden = (
                 is_matrix
                 and name.startswith("blocks.")
-                and not name.endswith("router.weight")
-                and ".depth." not in name
+                and not any(part in name for part in (".router.", ".depth."))
             )
             (hidden if is_hidden else other).append(parameter)
     optimizers: Optimizers = []

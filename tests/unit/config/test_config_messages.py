@@ -30,7 +30,7 @@ MESSAGES = {
     "checkpoint.keep=3": "there is no such key. Did you mean 'training.checkpoint'?",
     "training.zzz=3": "training.zzz (override): there is no such key. Known keys: max_steps, ",
     "data.train.0.path=x": "data.train.0.path (override): there is no such key. 'path' belongs to "
-    "type text and jsonl, and data.train.0 is of type stdlib, with: type, name, weight.",
+    "type text and jsonl, and data.train.0 is of type stdlib, with: type, name, weight, groups.",
     "data.train.0.pth=x": "'path' belongs to type text and jsonl, and data.train.0 is of type",
     "tokenizer={type: byte, vocab_size: 300}": "'vocab_size' belongs to type bpe and hf, and "
     "tokenizer is of type byte, with: type.",

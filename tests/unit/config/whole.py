@@ -38,6 +38,7 @@ WHOLE = {
 # Where a rule of the value, or of its neighbours, leaves little room.
 ANOTHER = {
     "data.cache_dir": "elsewhere",
+    **{f"data.train.{index}.groups": None for index in range(4)},  # needs a model with group gates
     "model.attention.backend": "eager",
     "model.moe.backend": "loop",
     "model.paths": [{"name": "half", "layers": 1}],

@@ -41,7 +41,9 @@ class FileSource(Source):
         paths = (config.path,) if isinstance(config.path, str) else config.path
         name = config.name or _default_name(paths, config.type)
         found = expand_paths(paths, self.suffixes, name)
-        reading = config.model_dump(mode="json", exclude={"name", "weight", "val_fraction"})
+        reading = config.model_dump(
+            mode="json", exclude={"name", "weight", "groups", "val_fraction"}
+        )
         reading["path"] = [os.path.abspath(os.path.expanduser(path)) for path in paths]
         super().__init__(name, {file: at for file, (at, _) in found.items()}, reading)
         self.found_in_folders = {file for file, (_, in_folder) in found.items() if in_folder}

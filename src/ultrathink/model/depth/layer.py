@@ -82,6 +82,7 @@ def _feed_few(
         routed = routed._replace(
             sequences=Sequences(counted, None, torch.ones_like(counted)),
             path=replace(path, group_factors=factors),
+            group_targets=None,  # nothing is trained here
         )
     out, routing = feed(few, routed)
     flat = torch.zeros_like(states).flatten(0, 1)
@@ -152,7 +153,11 @@ def _weighted(out: Tensor, decision: Decision) -> Tensor:
 def _of_rows(routed: RoutingPass | None, rows: Rows) -> RoutingPass | None:
     if routed is None:
         return None
-    return routed._replace(sequences=sequences_of_rows(routed.sequences, rows))
+    targets = routed.group_targets
+    return routed._replace(
+        sequences=sequences_of_rows(routed.sequences, rows),
+        group_targets=None if targets is None else rows.gather(targets.float()) > 0,
+    )
 
 
 def _of_chosen(routed: RoutingPass, chosen: Tensor) -> RoutingPass:

@@ -26,6 +26,7 @@ LIMITS: dict[str, tuple[float, bool, float]] = {
     "entropy": (0.0, True, float("inf")),
     "z": (0.0, True, float("inf")),
     "bias_rate": (0.0, True, float("inf")),
+    "groups": (0.0, True, float("inf")),
 }
 
 
@@ -44,6 +45,8 @@ class Controls(NamedTuple):
     entropy: Tensor
     z: Tensor
     bias_rate: Tensor
+    groups: Tensor | None = None
+    """Only with group gates, so that older checkpoints have what the model has."""
 
 
 class RoutingControls(nn.Module):
@@ -52,7 +55,10 @@ class RoutingControls(nn.Module):
     def __init__(self, config: MoeConfig) -> None:
         super().__init__()
         self.config = config
-        for name in Controls._fields:
+        self.names = tuple(
+            name for name in Controls._fields if name != "groups" or config.group_gates
+        )
+        for name in self.names:
             self.register_buffer(name, torch.empty((), dtype=torch.float32))
         self.reset()
 
@@ -60,16 +66,24 @@ class RoutingControls(nn.Module):
         """Set every value to the configured one, after warm-up."""
         routing, balance = self.config.routing, self.config.balance
         configured = {**routing.model_dump(), **balance.model_dump(), "warmup": 1.0}
-        for name in Controls._fields:
+        for name in self.names:
             value = configured[name]
             self.get_buffer(name).fill_(float("inf") if value is None else value)
 
     def now(self) -> Controls:
         """The values, as tensors that a forward pass reads."""
-        return Controls(*(self.get_buffer(name) for name in Controls._fields))
+        return Controls(*(self.get_buffer(name) for name in self.names))
 
     def get(self, name: str) -> float | None:
-        """One value; None for a capacity that nothing exceeds."""
+        """One value; None for a capacity that nothing exceeds.
+
+        Raises UltrathinkError for one that this model does not have.
+        """
+        if name not in self.names:
+            raise UltrathinkError(
+                f"the routing control {name} cannot be changed: this model has no group gates; "
+                f"model.moe.group_gates gives it some."
+            )
         value = self.get_buffer(name).item()
         return None if value == float("inf") else value
 
@@ -77,9 +91,10 @@ class RoutingControls(nn.Module):
         """Change one value from the next forward pass on.
 
         ``capacity_factor`` may be None: nothing is dropped. Raises UltrathinkError for an unknown
-        name or an invalid value.
+        name, an invalid value, or a control that this model does not have.
         """
         checked = check_control(name, value)
+        self.get(name)
         self.get_buffer(name).fill_(checked)
 
     def warm_up(self, step: int) -> None:
@@ -90,7 +105,7 @@ class RoutingControls(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutingControls:
         """Keep the values on the CPU, where reading them needs no synchronization, in float32 or
         float64."""
-        for name in Controls._fields:
+        for name in self.names:
             buffer = self.get_buffer(name)
             if buffer.is_meta:
                 buffer = torch.zeros((), dtype=buffer.dtype)

@@ -19,6 +19,7 @@ from ultrathink.config.experts import ExpertGroupConfig, MoeConfig
 from ultrathink.model.compute_path import ComputePath
 from ultrathink.model.experts.balance import GroupScores, group_losses, move_bias
 from ultrathink.model.experts.controls import Controls
+from ultrathink.model.experts.group_gates import GroupGates, group_loss, group_weights
 from ultrathink.model.experts.noise import uniform_noise, within_capacity
 from ultrathink.model.experts.sequences import Sequences
 from ultrathink.model.experts.splits import parts_of
@@ -31,6 +32,8 @@ class RoutingPass(NamedTuple):
     controls: Controls
     path: ComputePath
     """Resolved: with the names of the groups that run."""
+    group_targets: Tensor | None = None
+    """Boolean ``[B, T, G]``: the groups that each token belongs to, if that is taught."""
 
     width: Tensor | None = None
     """``[B]``: share of the experts of a path that a row's tokens are sent to; None: all."""
@@ -52,8 +55,7 @@ class RunningGroup(NamedTuple):
 
 
 class LayerRouting(NamedTuple):
-    """Routing statistics of a layer, summed over counted tokens; only ``losses`` have a
-    gradient."""
+    """Routing statistics of a layer, summed over counted tokens; only losses have a gradient."""
 
     losses: Tensor
     """``[4]``: the weighted auxiliary losses, in the order of ``balance.LOSSES``."""
@@ -72,6 +74,21 @@ class LayerRouting(NamedTuple):
 
     confidence: Tensor
     """``[G]``: a token's largest probability in a group."""
+
+    group_weight: Tensor | None = None
+    """``[G]``: the weight of each group, with group gates."""
+
+    group_loss: Tensor | None = None
+    """Zero-dimensional: the weighted loss of the group gates, if they have targets."""
+
+    def observed(self) -> list[str]:
+        """The names of the statistics that there are, without the losses."""
+        is_loss = {"losses", "group_loss"}
+        return [
+            name
+            for name, value in self._asdict().items()
+            if name not in is_loss and value is not None
+        ]
 
 
 class Choice(NamedTuple):
@@ -97,6 +114,9 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_slots, hidden_size))
+        self.group_gates: GroupGates | None = None
+        if config.group_gates:
+            self.group_gates = GroupGates(len(config.groups), hidden_size)
         self.register_buffer("selection_bias", torch.zeros(config.num_slots))
         self.register_buffer("active", torch.ones(config.num_slots, dtype=torch.bool))
         self.register_buffer("side", torch.zeros(config.num_slots, hidden_size + 1))
@@ -130,10 +150,11 @@ class Router(nn.Module):
         Statistics are those of the model as it is trained: None if groups are left out, or if the
         path has another number of experts.
         """
-        sequences, controls, path, width, has_splits = routing
+        sequences, controls, path, group_targets, width, has_splits = routing
         running = running_groups(self.config, path)
         precise = torch.promote_types(x.dtype, torch.float32)
         read = x.to(precise)
+        group_logits = None if self.group_gates is None else self.group_gates(read)
         if self.training:
             read = read * (1 + uniform_noise(read, controls.jitter))
         weight, bias, active = (
@@ -143,6 +164,7 @@ class Router(nn.Module):
         logits = logits * (controls.warmup / controls.temperature).to(logits)
         logits = logits.masked_fill(~active, -torch.inf)
         wanted = self._wanted(logits.detach(), bias, controls)
+        weights = None if group_logits is None else group_weights(group_logits)  # [B, T, G]
         shares: Tensor | None = None
         counted = active  # the experts to choose from; all parts of one are one
         if has_splits:
@@ -157,6 +179,8 @@ class Router(nn.Module):
             share = None if shares is None else shares[group.columns]
             group_scores = self._scores(logits[..., group.columns], share)
             chosen, gate, one_hot = self._choose(wanted, group_scores.scores, group, counted)
+            if weights is not None:
+                gate = gate * weights[..., self.config.groups.index(group.config), None]
             factor = path.group_factors.get(group.config.name)
             if factor is not None:
                 gate = gate * (factor.view(-1, 1, 1) if isinstance(factor, Tensor) else factor)
@@ -183,6 +207,14 @@ class Router(nn.Module):
         is_whole = len(running) == len(self.config.groups) and path.top_k == 1 and width is None
         if is_whole:
             report = self._report(scores, chosen_slots, kept.to(precise), sequences, controls)
+            if group_logits is not None and weights is not None:
+                report = report._replace(group_weight=sequences.total(weights.detach()))
+                if self.group_gates is not None and group_targets is not None:
+                    assert controls.groups is not None, "a model with group gates has this control"
+                    # States are not bent to tell sources apart, which costs much of the loss.
+                    taught = self.group_gates(x.detach().to(precise))
+                    loss = group_loss(taught, group_targets, sequences)
+                    report = report._replace(group_loss=loss * controls.groups.to(loss))
         return Choice(*(part.flatten(0, 1) for part in choice)), report
 
     def _choose(

@@ -172,6 +172,7 @@ def _objective(
         held_out=ValidationSet(data.val_stores, config.data.seq_len) if data.val_stores else None,
         scored_tokens=training.eval.max_tokens,
         scored_paths=training.eval.paths,
+        source_groups=tuple(source.groups for source in config.data.train),
     )
     objective: Objective = OBJECTIVES.load(training.objective.type)(training.objective, parts)
     return objective

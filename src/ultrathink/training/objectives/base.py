@@ -60,6 +60,7 @@ class Parts:
     held_out: ValidationSet | None = None
     scored_tokens: int | None = None  # of the held-out text; None: all
     scored_paths: tuple[str, ...] = ()  # compute paths that are validated beside the whole model
+    source_groups: tuple[tuple[str, ...], ...] = ()  # expert groups of each training source
 
 
 class Objective(ABC):

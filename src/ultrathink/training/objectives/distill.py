@@ -45,7 +45,8 @@ class Distillation(Pretraining):
         weights = self.loss_weights(batch)
         with self.teacher.states(input_ids, *isolated) as (states, weight):
             asked = (states, weight, self.temperature, *weights)
-            sums = self.sums_beside(input_ids, labels, *isolated, *asked)
+            targets = self.group_targets.options(batch)
+            sums = self.sums_beside(input_ids, labels, *isolated, *asked, **targets)
         terms = {name: Term(value) for name, value in sums.aux_losses.items()}
         per = WEIGHTS if weights else TOKENS
         terms[KL] = Term(terms[KL].sum, self.weight * self.temperature.square(), per)
@@ -64,6 +65,7 @@ def loss_function(model: Transformer, divergence: Callable[..., Tensor]) -> Call
         weight: Tensor,
         temperature: Tensor,
         loss_weights: Tensor | None = None,
+        group_targets: Tensor | None = None,
     ) -> Sums:
         def head(x: Tensor, own_weight: Tensor, *_: object) -> dict[str, Tensor]:
             targets = labels.flatten()
@@ -82,7 +84,12 @@ def loss_function(model: Transformer, divergence: Callable[..., Tensor]) -> Call
             return {LOSS: own.loss, KL: kl, **own.aux_losses}
 
         output = model(
-            input_ids, labels=labels, positions=positions, document_ids=document_ids, head=head
+            input_ids,
+            labels=labels,
+            positions=positions,
+            document_ids=document_ids,
+            head=head,
+            group_targets=group_targets,
         )
         losses = dict(output.head)
         return Sums(losses.pop(LOSS), {**losses, **output.aux_losses}, output.stats)

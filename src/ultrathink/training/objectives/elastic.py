@@ -154,7 +154,8 @@ class Elastic(Pretraining):
         if batch.exit_tokens is not None:
             (exit_tokens,) = batch.on(self.device, "exit_tokens")
             exit_layer = torch.tensor(batch.exit_layer, device=self.device)
-        sums = self.whole(*inputs, own, exit_tokens, exit_layer, self.distill)
+        targets = self.group_targets.options(batch)
+        sums = self.whole(*inputs, own, exit_tokens, exit_layer, self.distill, **targets)
         terms = {LOSS: Term(sums.loss, per=WEIGHTS if weights else TOKENS)}
         terms |= {name: Term(value) for name, value in sums.aux_losses.items()}
         if sums.exit is not None:
@@ -243,6 +244,7 @@ def whole_pass(
         exit_tokens: Tensor | None,
         exit_layer: Tensor | None,
         distill: Tensor,
+        group_targets: Tensor | None = None,
     ) -> Sums:
         def head(x: Tensor, weight: Tensor, _: Any, tapped: Any) -> dict[str, Tensor]:
             weights = None if loss_weights is None else loss_weights.flatten()
@@ -272,6 +274,7 @@ def whole_pass(
             document_ids=document_ids,
             head=head,
             tap=() if exit_tokens is None else exits,
+            group_targets=group_targets,
         )
         losses = dict(output.head)
         loss, of_exit = losses.pop(LOSS), losses.pop(EXIT, None)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ultrathink.config.objective import ObjectiveConfig
 from ultrathink.data.batch import Batch
 from ultrathink.model.transformer import Transformer
+from ultrathink.training.group_targets import GroupTargets
 from ultrathink.training.objectives.base import (
     LOSS,
     TOKENS,
@@ -39,6 +40,7 @@ def loss_function(model: Transformer) -> Callable[..., Sums]:
         positions: Tensor | None,
         document_ids: Tensor | None,
         loss_weights: Tensor | None = None,
+        group_targets: Tensor | None = None,
     ) -> Sums:
         output = model(
             input_ids,
@@ -46,6 +48,7 @@ def loss_function(model: Transformer) -> Callable[..., Sums]:
             positions=positions,
             document_ids=document_ids,
             loss_weights=loss_weights,
+            group_targets=group_targets,
         )
         assert output.loss is not None
         return Sums(output.loss, output.aux_losses, output.stats)
@@ -63,6 +66,8 @@ class Pretraining(Objective):
 
     def __init__(self, config: ObjectiveConfig, parts: Parts) -> None:
         super().__init__(parts)
+        moe = self.model.config.moe
+        self.group_targets = GroupTargets(parts.source_groups, moe, parts.device)
         self.sums = parts.compilation.of_pass(loss_function(self.model))
 
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -73,7 +78,7 @@ class Pretraining(Objective):
 
     def losses(self, batch: Batch) -> Losses:
         weights = self.loss_weights(batch)
-        sums = self.sums(*self.inputs(batch), *weights)
+        sums = self.sums(*self.inputs(batch), *weights, **self.group_targets.options(batch))
         loss = Term(sums.loss, per=WEIGHTS if weights else TOKENS)
         terms = {name: Term(value) for name, value in sums.aux_losses.items()}
         return Losses({LOSS: loss, **terms}, sums.stats)

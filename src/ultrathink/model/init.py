@@ -20,8 +20,9 @@ RESIDUAL_WEIGHTS = (
     "feed_forward.shared.down.weight",
     "feed_forward.experts.down",
 )
-# A router that chooses by nothing yet, whose gates are all 1, and a predictor that follows it.
-ZERO_WEIGHTS = (".depth.router.weight", ".depth.predictor.outer")
+# A router of depth that chooses by nothing yet, whose gates are all 1, and a predictor that follows
+# it; gates of expert groups that are all 1.
+ZERO_WEIGHTS = (".depth.router.weight", ".depth.predictor.outer", ".group_gates.weight")
 
 
 @torch.no_grad()

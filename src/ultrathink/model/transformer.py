@@ -48,6 +48,9 @@ from ultrathink.model.thinning import Thinning, skipped
 # [V, C], the labels [B, T], if any, and the tapped states by layer, it computes tensors by name.
 Head = Callable[[Tensor, Tensor, Tensor | None, Mapping[int, Tensor]], dict[str, Tensor]]
 
+# The statistics of a layer: of its experts and of its depth routing, where it has them.
+LayerReport = tuple[LayerRouting | None, LayerDepth | None]
+
 
 class Transformer(nn.Module):
     """A Llama-class decoder built from a configuration with a vocabulary.
@@ -175,8 +178,7 @@ class Transformer(nn.Module):
         routed, depth = self._routing(
             labels, document_ids, x, lengths, path, span, input_ids, group_targets
         )
-        routings: list[LayerRouting] = []
-        depths: list[LayerDepth] = []
+        reports: list[LayerReport] = []
         taps = {layer_index(layer, self.config.num_layers, "tap") for layer in tap}
         tapped: dict[int, Tensor] = {}
         joins = {later.layer: later for later in spans[1:]}
@@ -187,17 +189,14 @@ class Transformer(nn.Module):
                 routed, depth = self._routing(None, None, x, lengths, path, span)
             if spans and x.shape[1] == 0:
                 continue  # there are only pending tokens, which run in further layers
-            x, routing, chosen = self._run_block(
-                layer, thinning, x, cos_sin, mask, cache, routed, depth
-            )
-            if routing is not None:
-                routings.append(routing)
-            if chosen is not None:
-                depths.append(chosen)
+            x, report = self._run_block(layer, thinning, x, cos_sin, mask, cache, routed, depth)
+            reports.append(report)
             if layer in taps:
                 tapped[layer] = _of_input(x, spans, span)
         if cache is not None:
             cache.commit(x if positions is None else None)
+        depths = [chosen for _, chosen in reports if chosen is not None]
+        routings = [routing for routing, _ in reports if routing is not None]
         losses, stats = _reported(routings if input_ids.shape[1] else [], depths, depth)
         losses = {} if labels is None else losses
         beside = ModelOutput(aux_losses=losses, stats=stats, tapped=tapped)
@@ -218,7 +217,7 @@ class Transformer(nn.Module):
         cache: CacheView | None,
         routed: RoutingPass | None,
         depth: DepthPass | None,
-    ) -> tuple[Tensor, LayerRouting | None, LayerDepth | None]:
+    ) -> tuple[Tensor, LayerReport]:
         """The states after ``layer``, recomputed in the backward pass where that is configured."""
         if thinning is not None and routed is not None:
             routed = routed._replace(width=thinning.width[:, layer])
@@ -229,7 +228,7 @@ class Transformer(nn.Module):
         )
         if thinning is not None:
             after = skipped(thinning.keep[:, layer], x, after)
-        return after, routing, chosen
+        return after, (routing, chosen)
 
     def _output(
         self,

@@ -59,9 +59,10 @@ def linear_cross_entropy(
     """
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if needs_grad:
-        cross_entropy, z_loss, num_correct, of_choices = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        cross_entropy, z_loss, num_correct, *more = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden, weight, labels, loss_weights, choices, z_weight, count_correct
         )
+        of_choices = more[0] if more else None
     else:
         inputs = (hidden, weight, labels, loss_weights, choices)
         sums = _forward(*inputs, z_weight, count_correct, with_grad=False)
@@ -70,7 +71,7 @@ def linear_cross_entropy(
         cross_entropy,
         z_loss if z_weight > 0 else None,
         num_correct if count_correct else None,
-        of_choices if choices is not None else None,
+        of_choices,
     )
 
 
@@ -78,20 +79,21 @@ class _Sums(NamedTuple):
     cross_entropy: Tensor
     z_loss: Tensor
     num_correct: Tensor
-    of_choices: Tensor
+    of_choices: Tensor | None
     gradients: list[Tensor]  # (hidden, weight) of the cross-entropy, then of the z-loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, *rest: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         sums = _forward(hidden, weight, *rest, with_grad=True)
         ctx.save_for_backward(*sums.gradients)
         ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(sums.num_correct, sums.of_choices)
-        return sums.cross_entropy, sums.z_loss, sums.num_correct, sums.of_choices
+        observed = [sums.num_correct]
+        if sums.of_choices is not None:
+            observed.append(sums.of_choices)
+        ctx.mark_non_differentiable(*observed)
+        return sums.cross_entropy, sums.z_loss, *observed
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -121,8 +123,7 @@ def _forward(
     head = weight.to(hidden.dtype)
     cross_entropy = torch.zeros((), dtype=precise, device=hidden.device)
     z_loss, num_correct = cross_entropy, torch.zeros((), dtype=torch.int64, device=hidden.device)
-    # A tensor of its own in any case: a compiled function may not return one twice.
-    of_choices = cross_entropy.new_zeros(0 if choices is None else choices.shape[1])
+    of_choices = None if choices is None else choices.new_zeros(choices.shape[1])
     num_losses = (2 if z_weight > 0 else 1) if with_grad else 0
     grad_hidden: list[list[Tensor]] = [[] for _ in range(num_losses)]
     grad_weight: list[Tensor | None] = [None] * num_losses
@@ -137,7 +138,7 @@ def _forward(
         losses = torch.where(trained, log_partition - target_logits, 0.0)
         own = None if loss_weights is None else loss_weights[start : start + size, None].to(precise)
         cross_entropy = cross_entropy + (losses if own is None else losses * own).sum()
-        if choices is not None:
+        if choices is not None and of_choices is not None:
             of_choices = of_choices + losses[:, 0].to(choices) @ choices[start : start + size]
         if z_weight > 0:
             squares = torch.where(trained, log_partition.square(), 0.0)

@@ -196,10 +196,10 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.commit(x if positions is None else None)
         depths = [chosen for _, chosen in reports if chosen is not None]
-        routings = [routing for routing, _ in reports if routing is not None]
-        losses, stats = _reported(routings if input_ids.shape[1] else [], depths, depth)
-        losses = {} if labels is None else losses
-        beside = ModelOutput(aux_losses=losses, stats=stats, tapped=tapped)
+        losses, stats = _reported(reports if input_ids.shape[1] else [], depths, depth)
+        beside = ModelOutput(
+            aux_losses={} if labels is None else losses, stats=stats, tapped=tapped
+        )
         if last_only:
             x = _last(x, lengths)
         elif labels is not None or not with_pending:
@@ -474,11 +474,12 @@ def _last(x: Tensor, lengths: Sequence[int] | None) -> Tensor:
 
 
 def _reported(
-    routings: list[LayerRouting], depths: list[LayerDepth], depth: DepthPass | None
+    reports: list[LayerReport], depths: list[LayerDepth], depth: DepthPass | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Auxiliary losses, summed over the L layers with experts, or with depth routing, and their
     statistics, ``[L, E or G]`` of experts."""
     losses, stats = reported_depths(depths, depth)
+    routings = [routing for routing, _ in reports if routing is not None]
     if not routings:
         return losses, stats
     total = torch.stack([routing.losses for routing in routings]).sum(0)

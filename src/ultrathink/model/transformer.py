@@ -161,8 +161,7 @@ class Transformer(nn.Module):
         gathered. ``tap`` names layers, by index or by fraction, whose residual states ``[B, T, C]``
         are returned too. ``thinning`` leaves layers and experts out at random. ``group_targets``,
         boolean ``[B, T, G]``, are the expert groups that each token belongs to, for the loss of the
-        group gates. Raises ValueError
-        for shapes that do not fit, and for layers, groups and paths that do not exist.
+        group gates. Raises ValueError for shapes that do not fit, and for what does not exist.
         """
         of_tokens = {"labels": labels, "loss_weights": loss_weights, "document_ids": document_ids}
         check_shapes(input_ids, of_tokens, positions, lengths, cache)
@@ -197,9 +196,8 @@ class Transformer(nn.Module):
             cache.commit(x if positions is None else None)
         depths = [chosen for _, chosen in reports if chosen is not None]
         losses, stats = _reported(reports if input_ids.shape[1] else [], depths, depth)
-        beside = ModelOutput(
-            aux_losses={} if labels is None else losses, stats=stats, tapped=tapped
-        )
+        losses = {} if labels is None else losses
+        beside = ModelOutput(aux_losses=losses, stats=stats, tapped=tapped)
         if last_only:
             x = _last(x, lengths)
         elif labels is not None or not with_pending:

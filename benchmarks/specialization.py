@@ -2,7 +2,7 @@
 
     python benchmarks/specialization.py runs/demo-moe
     python benchmarks/specialization.py runs/demo-moe --shuffles 200 --json
-    python benchmarks/specialization.py --data ../shared/data
+    python benchmarks/specialization.py --data FOLDER
     python benchmarks/specialization.py --ways gates targets --seeds 0 --steps 200 --json
 
 Of a finished run: the sources are the packages of Python's standard library with the most files, as

@@ -25,13 +25,13 @@ def one_of_each(*snapshots: Snapshot, expert: int = 2) -> list[Change]:
         changes.SaveCheckpoint(),
         changes.SetRouting("temperature", 1.2),
         changes.ReviveExperts([{"layer": 1, "group": "a", "expert": expert}]),
-        changes.AdjustModCapacity(0.25),
         changes.AverageSnapshots(snapshots),
         changes.AddExpert("all", "a"),
-        changes.PruneExpert(1, "a", how="merge"),
+        changes.PruneExpert(1, "a", expert=0, how="merge"),
         changes.AddExpert(0, "a", how="copy"),
-        changes.AddExpert(1, "a"),
+        changes.AddExpert(1, "a", source=1),  # depth routing may leave the layer without tokens
         changes.ReleaseExperts("all", "a"),
+        changes.AdjustModCapacity(0.25),  # after the others, which need tokens in every layer
         changes.Rollback(snapshots[0]),
         changes.Stop(),
     ]

@@ -173,7 +173,7 @@ def test_a_schedule_is_followed_and_rounding_is_said_once(make_trainer: MakeTrai
     ]
 
 
-@pytest.mark.parametrize("strategy", ["learned", "random"])
+@pytest.mark.parametrize("strategy", ["learned", pytest.param("random", marks=pytest.mark.long)])
 def test_a_run_that_broke_off_continues_bit_for_bit(
     make_trainer: MakeTrainer, strategy: str
 ) -> None:

@@ -79,13 +79,13 @@ def test_recomputation_changes_nothing_and_chooses_the_same(
     assert_same(whole, trained(model, *batch), limit=0)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("kind", "backend"),
     [
-        ("block", "eager"),
-        pytest.param("block", "aot_eager", marks=pytest.mark.long),
-        pytest.param("experts", "aot_eager", marks=pytest.mark.long),
+        ("block", "aot_eager"),
+        ("experts", "aot_eager"),
     ],
 )
 def test_a_compiled_step_is_the_eager_one_and_a_capacity_costs_a_graph(

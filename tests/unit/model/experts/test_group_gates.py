@@ -219,6 +219,7 @@ def test_a_token_changes_no_logit_before_it(
     assert_causal(model, tokens, packed, is_packed)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile itself
 def test_the_weight_of_the_loss_is_live_in_a_compiled_step(make_model: Any, tokens: Tensor) -> None:
     model = learned(make_model(moe=GATED, num_layers=1))

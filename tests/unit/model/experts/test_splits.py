@@ -91,6 +91,7 @@ def test_splits_move_a_layer_by_rounding_alone(make_model: Any) -> None:
     assert (output_of(model) - before).norm() > 0.05 * before.norm()
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile uses deprecated parts
 def test_a_compiled_step_has_two_graphs_at_most(
     make_model: Any, batch: tuple[Tensor, Tensor]

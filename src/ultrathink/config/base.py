@@ -171,3 +171,11 @@ def alike(names: Sequence[str | None]) -> str | None:
 def off_means(name: str) -> BeforeValidator:
     """YAML reads ``off`` as false; both mean the mode called ``name``."""
     return BeforeValidator(lambda value: name if value is False else value)
+
+
+def no_truth_values(layers: Any) -> Any:
+    """``layers`` unchanged; ValueError if one of a list is ``true``, which would be layer 1."""
+    for layer in layers if isinstance(layers, list | tuple) else ():
+        if isinstance(layer, bool):
+            raise ValueError(f"{layer} is no layer; write an index (3) or a fraction (0.5)")
+    return layers

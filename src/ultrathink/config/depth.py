@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from ultrathink.config.base import Section
+from ultrathink.config.base import Section, no_truth_values
 from ultrathink.config.experts import shape
 from ultrathink.config.options import felt
 from ultrathink.core.layers import layer_index
@@ -55,14 +55,7 @@ class ModConfig(Section):
     """Capacities during training, each for an equal share of its steps, ending with capacity; none
     when empty."""
 
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _layers_are_no_truth_values(cls, value: Any) -> Any:
-        """``true`` would be read as layer 1."""
-        for layer in value if isinstance(value, list | tuple) else ():
-            if isinstance(layer, bool):
-                raise ValueError(f"{layer} is no layer; write an index (3) or a fraction (0.5)")
-        return value
+    _layers = field_validator("layers", mode="before")(no_truth_values)
 
     @model_validator(mode="before")
     @classmethod

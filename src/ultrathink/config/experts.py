@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from ultrathink.config.base import Section, alike, one_of
+from ultrathink.config.base import Section, alike, no_truth_values, one_of
 from ultrathink.config.options import felt, fixed, free
 from ultrathink.core.layers import layer_index
 from ultrathink.core.registry import Registry
@@ -135,14 +135,7 @@ class MoeConfig(Section):
     balance: BalanceConfig = BalanceConfig()
     """What keeps the load even."""
 
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _layers_are_no_truth_values(cls, value: Any) -> Any:
-        """``true`` would be read as layer 1."""
-        for layer in value if isinstance(value, list | tuple) else ():
-            if isinstance(layer, bool):
-                raise ValueError(f"{layer} is no layer; write an index (3) or a fraction (0.5)")
-        return value
+    _layers = field_validator("layers", mode="before")(no_truth_values)
 
     @model_validator(mode="after")
     def _groups_fit(self) -> MoeConfig:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
-from ultrathink.config.base import Section
+from ultrathink.config.base import Section, no_truth_values
 from ultrathink.config.depth import eighths_of
 from ultrathink.config.experts import MoeConfig
 from ultrathink.config.options import fixed
@@ -25,6 +25,7 @@ class PathConfig(Section):
     layers: int | float | tuple[int | float, ...] = fixed(1.0, because=TRAINED)
     """The layers that run: the first so many (3), the first share of them (0.5), or a list of
     indices and fractions of the depth."""
+    _layers = field_validator("layers", mode="before")(no_truth_values)
     groups: Literal["all"] | tuple[str, ...] = fixed("all", because=TRAINED)
     """The expert groups that run; without any, layers of experts run their shared expert alone."""
     top_k: float = fixed(1.0, because=TRAINED, gt=0)
@@ -63,6 +64,7 @@ class ExitsConfig(Section):
     layers: tuple[int | float, ...] = fixed((), because=TRAINED)
     """The layers, by index or fraction of the depth; where the named paths end that begin the whole
     model, when empty."""
+    _layers = field_validator("layers", mode="before")(no_truth_values)
     own_norms: bool = fixed(False, because="the weights would no longer fit")
     """Give each exit a norm of its own before the shared head; else it uses the last one."""
 

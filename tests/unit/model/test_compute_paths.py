@@ -229,6 +229,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a share": ({"layers": 1.5}, "must be above 0, up to 1"),
     "none": ({"layers": []}, "layers is empty"),
     "an index": ({"layers": [0, 7]}, "there is no layer 7"),
+    "a truth value": ({"layers": [True]}, "True is no layer; write an index"),
     "a group": ({"groups": ["x"]}, "groups of path 'p': there is no expert group 'x'"),
     "nothing": ({"groups": []}, "without expert groups layer 0 would compute nothing"),
 }
